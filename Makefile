@@ -1,0 +1,41 @@
+# make setup | demo | test | lint | bench | gates | campaign
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUT ?= runs/demo
+DEMO_FLAGS ?=
+
+.PHONY: setup demo test lint bench gates campaign
+
+setup: $(VENV)/.ready
+
+# A CPU build of torch where there is no NVIDIA GPU: from a wheelhouse that pip knows of, else PyTorch's index.
+$(VENV)/.ready: pyproject.toml setup.py csrc/loader/loader.cpp
+	$(PYTHON) -m venv $(VENV)
+	if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q 'torch>=2.10'; else \
+	  $(BIN)/python -c 'import torch' 2>/dev/null \
+	  || $(BIN)/pip install -q --no-index --no-deps torch==2.13.0 2>/dev/null \
+	  || $(BIN)/pip install -q torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu; fi
+	$(BIN)/pip install -q -e '.[train,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/retro demo facts --out $(DEMO_OUT) $(DEMO_FLAGS)
+
+test: setup
+	$(BIN)/pytest -n 2 --dist worksteal tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/pytest benchmarks --benchmark-only
+
+gates: setup
+	$(BIN)/pytest -n 2 tests/kernels
+
+# Slow: thousands of damaged files, kills and resumes, with a log.
+campaign: setup
+	RETRO_CAMPAIGN=1 $(BIN)/pytest -n 2 tests -m campaign

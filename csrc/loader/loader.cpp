@@ -1,0 +1,265 @@
+// Memory-mapped neighbor loader: chunk ids -> tokens and lengths, from the shards of one or more chunk stores.
+//
+// Reads the array files of docs/formats.md (128-byte little-endian header, values, one CRC-32 per MiB) and checks
+// everything in them before use: sizes and counts at open, each block's checksum when it is first touched. A
+// neighbor is row c and the rows after it while they are full and of the same document; id -1 has length 0.
+// Letters: M tokens per row, R tokens per neighbor. Python sees one class, Loader; its twin is NumpyLoader.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr uint64_t kHeader = 128;
+constexpr uint64_t kBlock = 1 << 20;
+constexpr int64_t kAhead = 16;  // rows prefetched ahead of the copy
+
+std::array<std::array<uint32_t, 256>, 8> make_crc_tables() {
+  std::array<std::array<uint32_t, 256>, 8> t{};
+  for (uint32_t i = 0; i < 256; ++i) {
+    uint32_t c = i;
+    for (int bit = 0; bit < 8; ++bit) c = (c & 1) ? 0xEDB88320u ^ (c >> 1) : c >> 1;
+    t[0][i] = c;
+  }
+  for (uint32_t i = 0; i < 256; ++i)
+    for (int s = 1; s < 8; ++s) t[s][i] = (t[s - 1][i] >> 8) ^ t[0][t[s - 1][i] & 0xFF];
+  return t;
+}
+
+// CRC-32 (the polynomial of zlib), eight bytes a step.
+uint32_t crc32(const uint8_t* p, uint64_t n) {
+  static const auto t = make_crc_tables();
+  uint32_t c = 0xFFFFFFFFu;
+  for (; n >= 8; p += 8, n -= 8) {
+    uint32_t a, b;
+    std::memcpy(&a, p, 4);
+    std::memcpy(&b, p + 4, 4);
+    a ^= c;
+    c = t[7][a & 0xFF] ^ t[6][(a >> 8) & 0xFF] ^ t[5][(a >> 16) & 0xFF] ^ t[4][a >> 24] ^ t[3][b & 0xFF] ^
+        t[2][(b >> 8) & 0xFF] ^ t[1][(b >> 16) & 0xFF] ^ t[0][b >> 24];
+  }
+  for (; n; ++p, --n) c = t[0][(c ^ *p) & 0xFF] ^ (c >> 8);
+  return c ^ 0xFFFFFFFFu;
+}
+
+template <typename T>
+T read_at(const uint8_t* p, uint64_t offset) {
+  T value;
+  std::memcpy(&value, p + offset, sizeof(T));
+  return value;
+}
+
+// One array file, mapped. Throws std::runtime_error naming the file and what is wrong with it.
+class Array {
+ public:
+  Array(const std::string& path, const std::string& kind) : path_(path) {
+    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) fail("cannot be opened");
+    struct stat info {};
+    if (::fstat(fd, &info) != 0 || info.st_size < static_cast<off_t>(kHeader)) {
+      ::close(fd);
+      fail("is shorter than its header");
+    }
+    size_ = static_cast<uint64_t>(info.st_size);
+    void* base = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd, 0);
+    ::close(fd);
+    if (base == MAP_FAILED) fail("cannot be mapped");
+    base_ = static_cast<const uint8_t*>(base);
+    try {
+      check(kind);
+    } catch (...) {
+      ::munmap(const_cast<uint8_t*>(base_), size_);
+      throw;
+    }
+    ::madvise(base, size_, MADV_RANDOM);
+  }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  ~Array() { ::munmap(const_cast<uint8_t*>(base_), size_); }
+
+  uint64_t rows() const { return rows_; }
+  uint64_t columns() const { return columns_; }
+  int item() const { return item_; }
+  const uint8_t* row(uint64_t r) const { return base_ + kHeader + r * width_; }
+
+  // Check the blocks of one row on first touch.
+  void touch(uint64_t r) {
+    if (width_ == 0) return;
+    const uint64_t first = r * width_ / kBlock, last = ((r + 1) * width_ - 1) / kBlock;
+    for (uint64_t b = first; b <= last; ++b)
+      if (!checked_[b].load(std::memory_order_relaxed)) check_block(b);
+  }
+
+ private:
+  [[noreturn]] void fail(const std::string& what) const { throw std::runtime_error(path_ + " " + what); }
+
+  void check(const std::string& kind) {
+    if (std::memcmp(base_, "RETROARR", 8) != 0) fail("is not a retro-engine array");
+    if (crc32(base_, kHeader - 4) != read_at<uint32_t>(base_, kHeader - 4)) fail("has a damaged header");
+    if (read_at<uint32_t>(base_, 8) != 1) fail("has another format version");
+    if (read_at<uint32_t>(base_, 12) != 0x01020304u) fail("has another byte order");
+    char name[13] = {}, code[9] = {};
+    std::memcpy(name, base_ + 20, 12);
+    std::memcpy(code, base_ + 32, 8);
+    if (kind != name) fail("holds '" + std::string(name) + "', expected '" + kind + "'");
+    if (code[0] != 'u' || (code[1] != '2' && code[1] != '4') || code[2] != 0) fail("has an unexpected type");
+    item_ = code[1] - '0';
+    rows_ = read_at<uint64_t>(base_, 40);
+    columns_ = read_at<uint64_t>(base_, 48);
+    const uint64_t bytes = read_at<uint64_t>(base_, 56);
+    const uint64_t block = read_at<uint32_t>(base_, 96), blocks = read_at<uint32_t>(base_, 100);
+    uint64_t expected = 0;
+    if (__builtin_mul_overflow(rows_, columns_, &expected) || __builtin_mul_overflow(expected, item_, &expected) ||
+        expected != bytes || bytes > size_ || block != kBlock || blocks != (bytes + kBlock - 1) / kBlock ||
+        size_ != kHeader + bytes + 4 * blocks)
+      fail("contradicts its size");
+    bytes_ = bytes;
+    width_ = columns_ * item_;
+    checked_ = std::vector<std::atomic<bool>>(blocks);
+  }
+
+  void check_block(uint64_t b) {
+    const uint64_t start = b * kBlock, n = std::min(kBlock, bytes_ - start);
+    if (crc32(base_ + kHeader + start, n) != read_at<uint32_t>(base_, kHeader + bytes_ + 4 * b))
+      fail("is damaged in block " + std::to_string(b));
+    checked_[b].store(true, std::memory_order_relaxed);
+  }
+
+  std::string path_;
+  const uint8_t* base_ = nullptr;
+  uint64_t size_ = 0, rows_ = 0, columns_ = 0, bytes_ = 0, width_ = 0;
+  int item_ = 0;
+  std::vector<std::atomic<bool>> checked_;
+};
+
+struct Shard {
+  Array tokens, lengths, rows;
+  uint64_t first_row;
+};
+
+class Loader {
+ public:
+  // shards: (tokens, lengths, rows) paths, in the order in which ids count through them.
+  Loader(const std::vector<std::array<std::string, 3>>& shards, uint64_t chunk_size) : chunk_size_(chunk_size) {
+    for (const auto& paths : shards) {
+      auto shard = std::unique_ptr<Shard>(
+          new Shard{{paths[0], "tokens"}, {paths[1], "lengths"}, {paths[2], "rows"}, num_rows_});
+      const uint64_t rows = shard->tokens.rows();
+      if (shard->tokens.columns() != chunk_size_ || shard->lengths.columns() != 1 || shard->rows.columns() != 1 ||
+          shard->lengths.rows() != rows || shard->rows.rows() != rows || shard->lengths.item() != 2 ||
+          shard->rows.item() != 4)
+        throw std::runtime_error(paths[0] + " and its lengths and rows do not fit together");
+      num_rows_ += rows;
+      shards_.push_back(std::move(shard));
+    }
+  }
+
+  uint64_t num_rows() const { return num_rows_; }
+
+  // ids [n] int64 -> (tokens [n, R] int64, lengths [n] int64)
+  py::tuple gather(py::array_t<int64_t, py::array::c_style | py::array::forcecast> ids, int64_t length,
+                   int64_t pad_id) {
+    if (length < 1) throw py::value_error("retrieved_length=" + std::to_string(length) + ": must be at least 1");
+    const int64_t n = ids.size();
+    py::array_t<int64_t> tokens({n, length}), lengths(n);
+    const int64_t* in = ids.data();
+    int64_t* out = tokens.mutable_data();
+    int64_t* valid = lengths.mutable_data();
+    {
+      py::gil_scoped_release release;
+      for (int64_t i = 0; i < n; ++i)
+        if (in[i] < -1 || in[i] >= static_cast<int64_t>(num_rows_))
+          throw py::value_error("chunk id " + std::to_string(in[i]) + " is outside 0 ... " +
+                                std::to_string(static_cast<int64_t>(num_rows_) - 1) + " (-1 = missing)");
+      for (int64_t i = 0; i < n; ++i) {
+        if (i + kAhead < n && in[i + kAhead] >= 0) prefetch(in[i + kAhead]);
+        int64_t got = in[i] < 0 ? 0 : copy(static_cast<uint64_t>(in[i]), length, out + i * length);
+        valid[i] = got;
+        std::fill(out + i * length + got, out + (i + 1) * length, pad_id);
+      }
+    }
+    return py::make_tuple(tokens, lengths);
+  }
+
+ private:
+  Shard& shard_of(uint64_t row) {
+    size_t low = 0, high = shards_.size();
+    while (high - low > 1) {
+      const size_t middle = (low + high) / 2;
+      (shards_[middle]->first_row <= row ? low : high) = middle;
+    }
+    return *shards_[low];
+  }
+
+  void prefetch(uint64_t row) {
+    const Shard& s = shard_of(row);
+    const uint8_t* p = s.tokens.row(row - s.first_row);
+    __builtin_prefetch(p);
+    __builtin_prefetch(p + 64);
+  }
+
+  // Copy row r and its continuation, at most `length` tokens; return how many are valid.
+  int64_t copy(uint64_t row, int64_t length, int64_t* out) {
+    Shard& s = shard_of(row);
+    uint64_t r = row - s.first_row;
+    s.rows.touch(r);
+    const uint32_t document = read_at<uint32_t>(s.rows.row(r), 0);
+    int64_t done = 0;
+    while (done < length && r < s.tokens.rows()) {
+      s.rows.touch(r);
+      if (read_at<uint32_t>(s.rows.row(r), 0) != document) break;
+      s.lengths.touch(r);
+      s.tokens.touch(r);
+      const int64_t in_row = std::min<int64_t>(read_at<uint16_t>(s.lengths.row(r), 0), chunk_size_);
+      const int64_t take = std::min(in_row, length - done);
+      widen(s.tokens, r, take, out + done);
+      done += take;
+      if (in_row < static_cast<int64_t>(chunk_size_)) break;
+      ++r;
+    }
+    return done;
+  }
+
+  static void widen(const Array& tokens, uint64_t r, int64_t n, int64_t* out) {
+    if (tokens.item() == 2) {
+      const auto* p = reinterpret_cast<const uint16_t*>(tokens.row(r));
+      for (int64_t i = 0; i < n; ++i) out[i] = p[i];
+    } else {
+      const auto* p = reinterpret_cast<const uint32_t*>(tokens.row(r));
+      for (int64_t i = 0; i < n; ++i) out[i] = p[i];
+    }
+  }
+
+  std::vector<std::unique_ptr<Shard>> shards_;
+  uint64_t num_rows_ = 0;
+  uint64_t chunk_size_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_loader, m) {
+  m.doc() = "Memory-mapped neighbor loader";
+  py::class_<Loader>(m, "Loader")
+      .def(py::init<const std::vector<std::array<std::string, 3>>&, uint64_t>(), py::arg("shards"),
+           py::arg("chunk_size"))
+      .def_property_readonly("num_rows", &Loader::num_rows)
+      .def("gather", &Loader::gather, py::arg("ids"), py::arg("retrieved_length"), py::arg("pad_id"));
+}

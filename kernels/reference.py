@@ -1,0 +1,106 @@
+"""Plain PyTorch twins of every op: the fallback on any device and the oracle of the fast backends.
+
+Shape letters: B batch, N tokens, M chunk length, L chunks, K neighbors, R tokens per neighbor, H query
+heads, G key/value heads, E head width, P rotated pairs. Half-precision inputs are rotated in fp32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rope(
+    x_BNHE: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+) -> Tensor:
+    """Rotate the first 2P features of every head by its token's angle (RoPE, arXiv 2104.09864 eq. 34)."""
+    if positions is None:
+        cos, sin = cos[: x_BNHE.shape[1]], sin[: x_BNHE.shape[1]]
+    else:
+        cos, sin = cos[positions], sin[positions]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [n, 1, P] or [b, n, 1, P]
+    compute = torch.float32 if x_BNHE.dtype in (torch.float16, torch.bfloat16) else x_BNHE.dtype
+    cos, sin = cos.to(compute), sin.to(compute)
+    P = cos.shape[-1]
+    rotated, rest = x_BNHE[..., : 2 * P].to(compute), x_BNHE[..., 2 * P :]
+    if interleaved:
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
+    else:
+        first, second = rotated[..., :P], rotated[..., P:]
+    first, second = first * cos - second * sin, second * cos + first * sin
+    out = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
+    out = out.to(x_BNHE.dtype)
+    return torch.cat((out, rest), -1) if rest.shape[-1] else out
+
+
+def chunked_cross_attention(
+    q_BNHE: Tensor,
+    k_BLKRGE: Tensor,
+    v_BLKRGE: Tensor,
+    neighbor_lengths: Tensor | None,
+    chunk_length: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    scale: float | None,
+    query_offset: int,
+    dropout: float = 0.0,
+) -> Tensor:
+    """RETRO (arXiv 2112.04426) section 2.4: tokens um+m-1 ... um+2m-2 attend chunk u's neighbors."""
+    B, N, H, E = q_BNHE.shape
+    _, L, K, R, G, _ = k_BLKRGE.shape
+    M = chunk_length
+    if L == 0 or N < M or K * R == 0:
+        return q_BNHE * 0
+    attending = q_BNHE[:, M - 1 : M - 1 + L * M]  # the last chunk's queries end with the sequence
+    tail = L * M - attending.shape[1]
+    q = F.pad(attending, (0, 0, 0, 0, 0, tail)).reshape(B * L, M, H, E)
+    k = k_BLKRGE.reshape(B * L * K, R, G, E)
+    v = v_BLKRGE.reshape(B * L * K, R, G, E)
+    mask = any_valid = None
+    if neighbor_lengths is not None:
+        valid = torch.arange(R, device=q.device) < neighbor_lengths.reshape(-1, 1)  # [BLK, R]
+        k = k.masked_fill(~valid[:, :, None, None], 0)  # NaN in the padding must not reach the scores
+        v = v.masked_fill(~valid[:, :, None, None], 0)
+        valid = valid.reshape(B * L, K * R)
+        any_valid = valid.any(-1)
+        mask = (valid | ~any_valid[:, None])[:, None, None, :]
+    if cos is not None and sin is not None:
+        q = rope(q, cos, sin, torch.arange(query_offset, query_offset + M, device=q.device))
+        k = rope(k, cos, sin)
+    k, v = k.reshape(B * L, K * R, G, E), v.reshape(B * L, K * R, G, E)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=G != H,
+    ).transpose(1, 2)
+    if any_valid is not None:
+        out = out * any_valid[:, None, None, None].to(out.dtype)
+    out = out.reshape(B, L * M, H, E)[:, : L * M - tail]
+    return F.pad(out, (0, 0, 0, 0, M - 1, N - (M - 1) - (L * M - tail)))
+
+
+def gather_neighbors(
+    table: Tensor, document: Tensor, row_lengths: Tensor, ids: Tensor, retrieved_length: int, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Rows `ids` and the rows that follow in the same document, r tokens each; -1 gives length 0."""
+    rows, M = table.shape
+    span = -(-retrieved_length // M)
+    row = ids.unsqueeze(-1) + torch.arange(span, device=ids.device)  # [..., span]
+    is_missing = ids.unsqueeze(-1) < 0
+    inside = (row < rows) & ~is_missing
+    row = torch.where(inside, row, 0)
+    if rows == 0:
+        shape = (*ids.shape, retrieved_length)
+        return table.new_full(shape, pad_id), ids.new_zeros(ids.shape)
+    inside = inside & (document[row] == document[row[..., :1]])
+    lengths = torch.where(inside, row_lengths[row].to(ids.dtype), 0)
+    # a continuation counts only while every row before it is full
+    is_full = (lengths == M).to(ids.dtype).cumprod(-1)
+    lengths = torch.where(F.pad(is_full[..., :-1], (1, 0), value=1) > 0, lengths, 0)
+    tokens = table[row].reshape(*ids.shape, span * M)[..., :retrieved_length]
+    total = lengths.sum(-1).clamp(max=retrieved_length)
+    is_token = torch.arange(retrieved_length, device=ids.device) < total.unsqueeze(-1)
+    return torch.where(is_token, tokens, pad_id), total

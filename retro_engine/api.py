@@ -1,0 +1,217 @@
+"""The Python quick start: Corpus, Index, Retro, fit. Everything here also exists as a command.
+
+corpus = Corpus.from_files("docs/**/*.md")
+index = Index.build(corpus)
+data = corpus.with_neighbors(index, k=2)
+fit(data, preset="tiny", out="runs/mine", steps=400)
+model = Retro.from_pretrained("runs/mine")
+print(model.evaluate(data.valid))
+print(model.generate("The garbage collector", index=index).text)
+"""
+
+import glob
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from retro_engine.config import Config, load_config
+from retro_engine.data.batches import Sequences, split_documents
+from retro_engine.data.neighbor_table import NeighborTable
+from retro_engine.data.prepare import prepare
+from retro_engine.data.store import Store
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import MissingInputError
+from retro_engine.evaluate.perplexity import DocumentLosses, evaluate
+from retro_engine.generate.generator import Generation, Generator
+from retro_engine.generate.sampling import Sampling
+from retro_engine.model.retro import RetroModel
+from retro_engine.model.weights import load_model
+from retro_engine.progress import Reporter
+from retro_engine.retrieval.neighbors import build_neighbors
+from retro_engine.retrieval.search import Retriever
+from retro_engine.train import checkpoint
+from retro_engine.train.loop import TrainingResult, train
+
+TABLE_WIDTH = 20  # K: neighbors kept a chunk, so that some may be passed over
+
+
+@dataclass
+class Share:
+    """Some documents of a store with their neighbors."""
+
+    store: Store
+    table: NeighborTable
+    documents: np.ndarray
+    database_documents: np.ndarray
+
+
+@dataclass
+class Data:
+    """A corpus with its neighbors, split into documents to train, validate and test on."""
+
+    store: Store
+    table: NeighborTable
+    num_neighbors: int
+    splits: str
+
+    def _share(self, name: str) -> Share:
+        shares = split_documents(self.store, self.splits)
+        return Share(self.store, self.table, shares[name], shares["train"])
+
+    @property
+    def train(self) -> Share:
+        return self._share("train")
+
+    @property
+    def valid(self) -> Share:
+        return self._share("valid")
+
+    @property
+    def test(self) -> Share:
+        return self._share("test")
+
+
+class Corpus:
+    """Documents as a chunk store on disk."""
+
+    def __init__(self, store: Store):
+        self.store = store
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def from_files(
+        cls,
+        *patterns: str | Path,
+        out: str | Path | None = None,
+        chunk_size: int = 64,
+        tokenizer: str = "auto",
+        **reading: Any,
+    ) -> "Corpus":
+        """Read files, folders and glob patterns into a store at `out` (None = a temporary folder).
+
+        Raises MissingInputError when nothing matches; further arguments are those of `data.prepare.prepare`.
+        """
+        paths: list[str] = []
+        for pattern in map(str, patterns):
+            found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+            if not found:
+                raise MissingInputError(f"nothing matches {pattern}", "", "name a file, a folder or another pattern")
+            paths += found
+        temporary = tempfile.TemporaryDirectory(prefix="retro-store-") if out is None else None
+        folder = Path(temporary.name) / "store" if temporary is not None else Path(str(out))
+        corpus = cls(prepare(paths, folder, tokenizer, chunk_size=chunk_size, **reading))
+        corpus._temporary = temporary
+        return corpus
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Corpus":
+        return cls(Store(folder))
+
+    def with_neighbors(self, index: "Index", k: int = 2, splits: str = "90,10,0", name: str | None = None) -> Data:
+        """The corpus with the nearest chunks of `index` for each of its chunks; opened when they are there."""
+        folder = self.store.folder / "neighbors" / (name or index.retriever.kind)
+        if folder.is_dir() and (folder / "manifest.json").is_file():
+            table = NeighborTable(folder, self.store)
+        else:
+            table = build_neighbors(self.store, index.retriever.stores, index.retriever.kind, max(k, TABLE_WIDTH), name)
+        table.ids(np.zeros(0, np.int64), k)
+        return Data(self.store, table, k, splits)
+
+
+class Index:
+    """A retriever over one or more corpora."""
+
+    def __init__(self, retriever: Retriever):
+        self.retriever = retriever
+
+    @classmethod
+    def build(cls, *corpora: Corpus, retriever: str = "bm25") -> "Index":
+        return cls(Retriever([corpus.store for corpus in corpora], retriever))
+
+    def search(self, text: str, k: int = 5) -> list[Any]:
+        """The k best chunks (Hit: document, title, score, text)."""
+        return self.retriever.hits(text, k)
+
+
+@dataclass
+class Evaluation:
+    """Losses with retrieval on, off and random; prints as bits per byte."""
+
+    losses: dict[str, DocumentLosses]
+
+    def __str__(self) -> str:
+        return "bits per byte: " + ", ".join(
+            f"{mode} {result.bits_per_byte:.3f}" for mode, result in self.losses.items()
+        )
+
+    def summary(self) -> dict[str, Any]:
+        return {mode: result.summary() for mode, result in self.losses.items()}
+
+
+class Retro:
+    """A trained model with its tokenizer."""
+
+    def __init__(self, model: RetroModel, tokenizer: Tokenizer, trainer: dict[str, Any] | None = None):
+        self.model, self.tokenizer, self.trainer = model, tokenizer, trainer or {}
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None) -> "Retro":
+        """A run's newest checkpoint, or a checkpoint folder, after checking its files."""
+        folder = checkpoint.find_checkpoint(path)
+        checkpoint.verify(folder)
+        trainer = json.loads((folder / checkpoint.TRAINER_FILE).read_text())
+        return cls(load_model(folder, dtype), Tokenizer.load(folder), trainer)
+
+    def sequences(self, share: Share) -> Sequences:
+        c = self.model.config
+        table = share.table if c.retrieval else None
+        return Sequences(
+            share.store, share.documents, c.encoder_seq_length, table, c.num_neighbors, c.r, share.database_documents
+        )
+
+    def evaluate(self, share: Share, modes: Sequence[str] | None = None, limit: int | None = None) -> Evaluation:
+        """Bits per byte over every token of `share`, retrieval on, off and random."""
+        modes = modes or (("on", "off", "random") if self.model.config.retrieval else ("off",))
+        return Evaluation(evaluate(self.model, self.sequences(share), self.tokenizer.token_bytes(), modes, limit=limit))
+
+    def generate(
+        self,
+        prompt: str,
+        index: Index | None = None,
+        max_new_tokens: int = 64,
+        neighbors: Sequence[str] | None = None,
+        sampling: Sampling | None = None,
+        pad_prompt: bool = True,
+    ) -> Generation:
+        """Continue `prompt`, reading from `index`, from the texts `neighbors`, or from nothing."""
+        generator = Generator(self.model, self.tokenizer, index.retriever if index is not None else None)
+        return generator.generate(prompt, max_new_tokens, sampling, neighbors, pad_prompt=pad_prompt)
+
+
+def fit(
+    data: Data,
+    preset: str = "tiny",
+    out: str | Path = "runs/retro",
+    steps: int | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> TrainingResult:
+    """Train on `data`; `overrides` are the command line's, like "model.optim.lr=1e-3"."""
+    settings = [
+        f"model.data.store='{data.store.folder}'",
+        f"model.data.neighbors='{data.table.folder}'",
+        f"model.data.splits_string='{data.splits}'",
+        f"model.chunk_size={data.store.chunk_size}",
+        f"model.num_neighbors={data.num_neighbors}",
+        f"exp_manager.exp_dir='{out}'",
+    ]
+    if steps is not None:
+        settings.append(f"trainer.max_steps={steps}")
+    config: Config = load_config([*settings, *overrides], preset)
+    return train(config, Reporter("quiet" if quiet else "text"))

@@ -1,0 +1,484 @@
+"""The command `retro`: one sub-command a stage. Flags are about the run; all else is settings (key=value).
+
+Exit codes: 0 ok, 1 bug (trace saved), 2 usage or settings, 3 input missing, corrupt or incompatible,
+4 optional dependency missing, 5 out of disk, memory or device, 6 quality gate failed, 130/143 interrupted.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retro_engine.errors import GateError, MissingInputError, OutOfResourceError, RetroError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from retro_engine.data.store import Store
+    from retro_engine.progress import Reporter
+
+# Every heavy import is inside the command that needs it: `retro --help` answers at once.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    if getattr(args, "offline", False):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        return args.run(args)
+    except RetroError as error:
+        return _fail(args, error, error.exit_code)
+    except KeyboardInterrupt:
+        return _fail(args, UsageError("interrupted"), 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except MemoryError:
+        return _fail(args, OutOfResourceError("out of memory", "", "use a smaller batch or model"), 5)
+    except Exception as error:
+        return _bug(error)
+
+
+def _fail(args: argparse.Namespace, error: RetroError, code: int) -> int:
+    if getattr(args, "json", False):
+        event = {"event": "error", "what": error.what, "why": error.why, "do": error.do, "exit_code": code}
+        print(json.dumps(event), file=sys.stderr)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _bug(error: Exception) -> int:
+    """The last resort: keep the trace, name the file."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="retro-trace-", suffix=".txt", delete=False) as file:
+        file.write("".join(traceback.format_exception(error)))
+    print(
+        f"error: {type(error).__name__}: {error}\n  this is a bug in retro-engine\n  the trace is in {file.name}",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="retro", description="Text in, a retrieval-enhanced language model out.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        if name != "train":
+            sub.add_argument("--json", action="store_true", help="events and results as JSON lines")
+            sub.add_argument("--quiet", action="store_true")
+        return sub
+
+    sub = command("demo", _demo, "the whole pipeline on generated facts, ends with the proof that neighbors are read")
+    sub.add_argument("what", nargs="?", default="facts", choices=["facts"])
+    sub.add_argument("--out", "-o", default="runs/demo", metavar="DIR")
+    sub.add_argument("--steps", type=int, help="training steps (default 1,000); fewer for a trial run")
+    sub.add_argument("--init", default="retrieval_ready", choices=["retrieval_ready", "standard"])
+    sub.add_argument("--seed", type=int, default=1234)
+    sub.add_argument("--no-gate", action="store_true", help="exit 0 also when the proof fails")
+
+    sub = command("prepare", _prepare, "files -> tokens and chunks")
+    sub.add_argument("inputs", nargs="+", metavar="IN", help=".txt .md .jsonl[.gz|.zst], folders, - for standard input")
+    sub.add_argument("--out", "-o", metavar="DIR", help="the store (default store/NAME of the first input)")
+    sub.add_argument("--tokenizer", default="auto", help="auto trains one; or a tokenizer.json or a folder with one")
+    sub.add_argument("--vocab-size", type=int, help="entries of a trained tokenizer (default by corpus size)")
+    sub.add_argument("--chunk-size", type=int, default=64, metavar="M", help="tokens a chunk")
+    sub.add_argument("--text-key", default="text", help="key of the text in JSON lines")
+    sub.add_argument("--errors", default="strict", choices=["strict", "replace"], help="replace repairs bad UTF-8")
+    sub.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
+    sub.add_argument("--workers", type=int, help="threads of the tokenizer")
+
+    for name, about in (("index", "index a store for a retriever"), ("embed", "vectors of a store's chunks")):
+        sub = command(name, _index if name == "index" else _embed, about)
+        sub.add_argument("store")
+        sub.add_argument("--retriever", default="bm25" if name == "index" else "hash", help="bm25 or hash")
+
+    for name, about in (("neighbors", "fill a store's neighbor table"), ("build", "embed, index and neighbors")):
+        sub = command(name, _neighbors, about)
+        sub.add_argument("query", metavar="STORE")
+        sub.add_argument(
+            "--database", nargs="+", metavar="STORE", help="stores to retrieve from (default: the store itself)"
+        )
+        sub.add_argument("--retriever", default="bm25", help="bm25 or hash")
+        sub.add_argument("--k", type=int, default=20, help="neighbors kept a chunk")
+        sub.add_argument("--name", help="the table's name (default: the retriever's)")
+        sub.add_argument("--yes", action="store_true", help="do not ask before long work")
+
+    from retro_engine.train.__main__ import add_arguments
+
+    sub = command("train", _train, "train a model; also torchrun -m retro_engine.train")
+    add_arguments(sub)
+
+    sub = command("eval", _eval, "bits per byte with retrieval on, off, random or given")
+    sub.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint")
+    sub.add_argument("--share", default="valid", choices=["train", "valid", "test", "all"], help="which documents")
+    sub.add_argument("--modes", help="of on,off,random,given (default on,off,random)")
+    sub.add_argument("--neighbors", action="append", metavar="TEXT", help="a given neighbor; may be repeated")
+    sub.add_argument("--limit", type=int, help="batches a mode")
+    sub.add_argument("--fail-if", metavar="EXPR", help="exit 6 when true, like 'bpb_on>bpb_off'")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, like model.data.store=STORE")
+
+    sub = command("generate", _generate, "continue a prompt, reading neighbors")
+    sub.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint")
+    sub.add_argument("prompt", nargs="?")
+    sub.add_argument("-i", "--interactive", action="store_true", help="one prompt a line from standard input")
+    sub.add_argument("--index", nargs="+", metavar="STORE", help="stores to retrieve from (default: the run's)")
+    sub.add_argument("--retriever", default="bm25", help="bm25 or hash")
+    sub.add_argument("--neighbors", action="append", metavar="TEXT", help="a given neighbor; may be repeated")
+    sub.add_argument("--no-retrieval", action="store_true")
+    sub.add_argument("--show-neighbors", action="store_true")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, like inference.temperature=0.8")
+
+    sub = command("inspect", _inspect, "what a store, table, index or checkpoint is")
+    sub.add_argument("path")
+    sub.add_argument("--verify", action="store_true", help="compare every file with its checksum")
+    sub.add_argument("--samples", type=int, default=0, metavar="N", help="chunks to print, with their neighbors")
+
+    sub = command("config", _config, "show the settings, list the keys, or compare two files")
+    sub.add_argument("what", choices=["show", "keys", "diff"])
+    sub.add_argument("arguments", nargs="*", metavar="ARG", help="show: key=value; keys: a section; diff: two files")
+    sub.add_argument("--preset")
+    sub.add_argument("--config", "-c", metavar="FILE")
+
+    command("doctor", _doctor, "what is installed and which implementations will be used")
+    return parser
+
+
+def _reporter(args: argparse.Namespace) -> "Reporter":
+    from retro_engine.progress import Reporter
+
+    mode = "json" if args.json else "quiet" if args.quiet else "text"
+    return Reporter(mode, is_yes=getattr(args, "yes", True))
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from retro_engine.demo import run_facts
+
+    reporter = _reporter(args)
+    figures = run_facts(Path(args.out), args.steps, args.init, args.seed, not args.no_gate, reporter)
+    if args.json:
+        print(json.dumps(figures))
+    reporter.say(
+        f"\nnext:\n  retro generate {args.out}/run 'These lines are about' --index {args.out}/store/notes --show-neighbors\n"
+        f"  retro eval {args.out}/run\n  retro prepare YOUR/FILES --out store/mine && retro build store/mine"
+    )
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    if args.workers is not None:
+        if args.workers < 1:
+            raise UsageError(f"--workers {args.workers} cannot be used", "at least one thread encodes")
+        os.environ["RAYON_NUM_THREADS"] = str(args.workers)
+    from retro_engine.data.corpus import Reader
+    from retro_engine.data.prepare import prepare
+
+    name = "stdin" if args.inputs[0] == "-" else Path(args.inputs[0]).resolve().name.split(".")[0]
+    out = Path(args.out or f"store/{name}")
+    reader = Reader(args.text_key, args.errors)
+    store = prepare(
+        args.inputs, out, args.tokenizer, args.vocab_size, args.chunk_size, reader, args.strict, _reporter(args).say
+    )
+    _print(args, {"store": str(out), **store.summary()})
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from retro_engine.data.store import Store
+    from retro_engine.retrieval.search import build_index
+
+    _print(args, build_index(Store(args.store), args.retriever).summary())
+    return 0
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from retro_engine.data.store import Store
+    from retro_engine.retrieval.index import embed_store
+
+    store = Store(args.store)
+    if args.retriever != "hash":
+        raise UsageError(
+            f"--retriever {args.retriever} has no vectors", "embed makes them for hash", "retro index, for bm25"
+        )
+    manifest = embed_store(store, store.folder / "embeddings" / "hash")
+    _print(args, {key: manifest[key] for key in ("kind", "embedder", "width", "store", "fingerprint")})
+    return 0
+
+
+def _neighbors(args: argparse.Namespace) -> int:
+    from retro_engine.data.store import Store
+    from retro_engine.retrieval.neighbors import build_neighbors, share_without_neighbors
+
+    query = Store(args.query)
+    databases = [Store(path) for path in args.database] if args.database else [query]
+    table = build_neighbors(query, databases, args.retriever, args.k, args.name, _reporter(args))
+    _print(
+        args, {"table": str(table.folder), **table.summary(), "share_without_neighbors": share_without_neighbors(table)}
+    )
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from retro_engine.train.__main__ import run
+
+    return run(args)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from retro_engine.api import Retro
+    from retro_engine.evaluate.perplexity import Given, evaluate
+    from retro_engine.generate.generator import encode_neighbors
+    from retro_engine.train.checkpoint import find_checkpoint
+    from retro_engine.train.loop import open_evaluation
+
+    checkpoint = find_checkpoint(args.path)
+    retro = Retro.from_pretrained(checkpoint)
+    sequences = open_evaluation(checkpoint, retro.model.config, args.overrides, args.share)
+    modes = (args.modes or ("on,off,random" if retro.model.config.retrieval else "off")).split(",")
+    given = None
+    if args.neighbors:
+        given = Given(*encode_neighbors(retro.tokenizer, args.neighbors, retro.model.config.r))
+        modes += ["given"] * ("given" not in modes)
+    for mode in modes:
+        if mode not in ("on", "off", "random", "given"):
+            raise UsageError(
+                f"mode {mode!r} does not exist", nearest(mode, ["on", "off", "random", "given"]), "on,off,random,given"
+            )
+    if "given" in modes and given is None:
+        raise UsageError("mode given needs neighbors", "", "--neighbors TEXT")
+    reporter = _reporter(args)
+    batches = len(sequences.in_order()) if args.limit is None else min(8 * args.limit, len(sequences.in_order()))
+    with reporter.progress("evaluating", batches * len(modes), "sequences") as meter:
+        results = evaluate(
+            retro.model,
+            sequences,
+            retro.tokenizer.token_bytes(),
+            modes,
+            limit=args.limit,
+            advance=meter.advance,
+            given=given,
+        )
+    summary = {mode: result.summary() for mode, result in results.items()}
+    if args.json:
+        print(json.dumps({"checkpoint": str(checkpoint), "share": args.share, **summary}))
+    else:
+        first = next(iter(summary.values()))
+        print(
+            f"{checkpoint}: {first['documents']} documents, {first['tokens']:,} tokens, {first['bytes']:,} bytes ({args.share})"
+        )
+        print(f"{'retrieval':12}{'bits per byte':>15}{'95 % interval':>20}{'perplexity':>12}{'loss':>9}")
+        for mode, s in summary.items():
+            print(
+                f"{mode:12}{s['bits_per_byte']:>15.4f}{s['interval'][0]:>11.4f} - {s['interval'][1]:.4f}{s['perplexity']:>12.2f}{s['loss']:>9.4f}"
+            )
+    if args.fail_if and _holds(args.fail_if, summary):
+        raise GateError(f"--fail-if {args.fail_if} is true", "", "see the figures above")
+    return 0
+
+
+def _holds(expression: str, summary: dict[str, dict[str, Any]]) -> bool:
+    """LEFT < > <= >= RIGHT over bpb_MODE, loss_MODE, perplexity_MODE and numbers."""
+    names = {
+        f"{short}_{mode}": s[key]
+        for mode, s in summary.items()
+        for short, key in (("bpb", "bits_per_byte"), ("loss", "loss"), ("perplexity", "perplexity"))
+    }
+    match = re.fullmatch(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([\w.]+)\s*", expression)
+    try:
+        if match is None:
+            raise ValueError(expression)
+        left, right = (float(names.get(name, name)) for name in (match[1], match[3]))
+    except ValueError:
+        raise UsageError(
+            f"--fail-if {expression!r} cannot be read", f"names: {', '.join(names)}", "like 'bpb_on>bpb_off'"
+        ) from None
+    return {"<": left < right, ">": left > right, "<=": left <= right, ">=": left >= right}[match[2]]
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from retro_engine.api import Retro
+    from retro_engine.config import load_config
+    from retro_engine.generate.generator import Generator
+    from retro_engine.generate.sampling import Sampling
+    from retro_engine.retrieval.search import Retriever
+    from retro_engine.train.checkpoint import find_checkpoint
+    from retro_engine.train.loop import run_databases
+
+    overrides = list(args.overrides)
+    if args.prompt is not None and args.interactive:
+        overrides.insert(0, args.prompt)
+        args.prompt = None
+    settings = load_config(overrides).inference
+    if args.prompt is None and not args.interactive:
+        raise UsageError("there is no prompt", "", "retro generate RUN 'The prompt', or -i")
+    checkpoint = find_checkpoint(args.path)
+    retro = Retro.from_pretrained(checkpoint)
+    retriever = None
+    if retro.model.config.retrieval and not args.no_retrieval and not args.neighbors:
+        stores = _stores(args.index) if args.index else run_databases(checkpoint)
+        retriever = Retriever(stores, args.retriever)
+    generator = Generator(retro.model, retro.tokenizer, retriever)
+    inference = settings.retro_inference
+    sampling = Sampling(settings.greedy, settings.temperature, settings.top_k, settings.top_p, args.seed)
+    for prompt in [args.prompt] if args.prompt is not None else map(str.rstrip, sys.stdin):
+        if args.interactive and not prompt:
+            continue
+        out = generator.generate(
+            prompt,
+            settings.tokens_to_generate,
+            sampling,
+            [] if args.no_retrieval else args.neighbors,
+            inference.retro_num_neighbors,
+            inference.retro_gpt_retrieved_length,
+            settings.pad_prompt,
+        )
+        for note in out.notes:
+            _reporter(args).say(f"note: {note}")
+        if args.json:
+            segments = [{"text": s.text, "neighbors": [vars(hit) for hit in s.neighbors]} for s in out.segments]
+            print(json.dumps({"prompt": prompt, "text": out.text, "segments": segments}))
+            continue
+        print(prompt + out.text)
+        for segment in out.segments if args.show_neighbors else []:
+            print(f"\n-- {segment.text!r} could read:")
+            for hit in segment.neighbors:
+                shown = " ".join(hit.text.split())
+                print(f"   {hit.score:8.2f}  {hit.store}/{hit.document} {hit.title}: {shown[:160]}")
+    return 0
+
+
+def _stores(paths: Sequence[str]) -> "list[Store]":
+    from retro_engine.data.store import Store
+
+    return [Store(path) for path in paths]
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from retro_engine.data import files
+    from retro_engine.data.neighbor_table import NeighborTable
+    from retro_engine.data.store import Store
+    from retro_engine.retrieval.search import open_index
+    from retro_engine.train import checkpoint
+
+    path = Path(args.path)
+    if (path / "checkpoints").is_dir() or (path / checkpoint.COMPLETE).exists():
+        folder = checkpoint.find_checkpoint(path)
+        if args.verify:
+            checkpoint.verify(folder)
+        state = json.loads((folder / checkpoint.TRAINER_FILE).read_text())
+        _print(args, {"kind": "checkpoint", "path": str(folder), **state})
+        return 0
+    if not (path / files.MANIFEST).is_file():
+        raise MissingInputError(f"{path} is not a store, table, index, run or checkpoint", "it has no manifest.json")
+    try:
+        kind = json.loads((path / files.MANIFEST).read_text()).get("kind")
+    except (ValueError, AttributeError):
+        kind = "store"  # reading it as one says what is wrong
+    if kind == "neighbors":
+        query = Store(path.parent.parent)
+        found: Any = NeighborTable(path, query)
+    elif kind == "index":
+        found = open_index(Store(path.parent.parent), path.name)
+    else:
+        found = query = Store(path)
+    if args.verify and kind != "index":  # opening an index checks its files
+        found.verify()
+    _print(args, {**found.summary(), **({"verified": True} if args.verify else {})})
+    if args.samples and kind in ("neighbors", "store"):
+        _print_samples(args.samples, query, found if kind == "neighbors" else None)
+    return 0
+
+
+def _print_samples(count: int, query: "Store", table: Any) -> None:
+    import numpy as np
+
+    for row in np.linspace(0, query.num_rows - 1, min(count, query.num_rows)).astype(int):
+        identifier, title = query.name(query.document_of(int(row)))
+        print(f"\n{row} [{identifier} {title}] {' '.join(query.text(int(row)).split())}")
+        for chunk in table.ids(np.array([row]), min(3, table.num_neighbors))[0] if table is not None else []:
+            if chunk >= 0:
+                store, local = table.locate(int(chunk))
+                identifier, title = store.name(store.document_of(local))
+                print(f"    {chunk} [{identifier} {title}] {' '.join(store.text(local).split())}")
+
+
+def _config(args: argparse.Namespace) -> int:
+    from retro_engine.config import Config, flat_keys, load_config, to_yaml
+
+    if args.what == "show":
+        print(to_yaml(load_config(args.arguments, args.preset, args.config)), end="")
+    elif args.what == "keys":
+        section = args.arguments[0] if args.arguments else ""
+        keys = {key: value for key, value in flat_keys(Config()).items() if key.startswith(section)}
+        if not keys:
+            raise UsageError(
+                f"no setting starts with {section}", nearest(section, list(flat_keys(Config()))), "retro config keys"
+            )
+        for key, value in keys.items():
+            print(f"{key} ({type(value).__name__}) = {value}")
+    else:
+        if len(args.arguments) != 2:
+            raise UsageError("config diff compares two files", "", "retro config diff A.yaml B.yaml")
+        left, right = (flat_keys(load_config(None, None, file)) for file in args.arguments)
+        for key in left:
+            if left[key] != right[key]:
+                print(f"{key}: {left[key]} -> {right[key]}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import importlib.metadata
+    import platform
+
+    import torch
+    from retro_kernels.backend import backend
+
+    from retro_engine import __version__
+    from retro_engine.data.loader import has_native_loader
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    packages = ("torch", "numpy", "tokenizers", "safetensors", "faiss-cpu", "bm25s", "numba", "tensorboard")
+    _print(
+        args,
+        {
+            "retro-engine": __version__,
+            "python": platform.python_version(),
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "kernels": backend(),
+            "loader": "C++" if has_native_loader() else "NumPy (no compiler when it was installed)",
+            **{package: version(package) for package in packages},
+        },
+    )
+    return 0
+
+
+def _print(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key}: {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

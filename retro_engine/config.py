@@ -1,0 +1,551 @@
+"""Every setting as a typed dataclass, the presets, and how a run's settings are put together.
+
+Order, later wins: defaults < preset < file < environment (`RETRO_CONFIG__MODEL__MICRO_BATCH_SIZE=8`) <
+overrides (`key=value`, `+key=value`, `++key=value`, `~key`). Names are NeMo RETRO's where NeMo has one.
+Reads YAML files; writes nothing.
+"""
+
+import os
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from retro_engine.errors import MissingInputError, UsageError, nearest
+
+ENVIRONMENT_PREFIX = "RETRO_CONFIG__"
+
+
+@dataclass
+class ModelConfig:
+    """What the network computes (docs/model.md). Lengths in tokens, widths in features, layers 0-based."""
+
+    vocab_size: int = 0  # V; 0 = the tokenizer's
+    encoder_seq_length: int = 2048  # n: tokens of a training sequence (NeMo's name for it)
+    chunk_size: int = 64  # m
+    retrieved_length: int | None = None  # r: tokens per neighbor; None = 2m
+    num_neighbors: int = 2  # k: neighbors per chunk
+    hidden_size: int = 768  # d
+    ffn_hidden_size: int = 3072
+    num_attention_heads: int = 12  # h
+    num_query_groups: int | None = None  # key/value heads; None = num_attention_heads
+    dec_num_layers: int = 6
+    enc_num_layers: int = 4
+    dec_cross_attention: list[int] = field(default_factory=lambda: [3, 4, 5])
+    enc_cross_attention: list[int] = field(default_factory=lambda: [3])
+    encoder_hidden_size: int | None = None  # None = hidden_size
+    encoder_num_attention_heads: int | None = None  # None = num_attention_heads
+    encoder_ffn_hidden_size: int | None = None  # None = ffn_hidden_size, scaled with the encoder's width
+    retrieval: bool = True  # False = a plain decoder: no encoder, no chunked cross-attention
+    normalization: str = "rmsnorm"  # rmsnorm | layernorm
+    layernorm_epsilon: float = 1e-5
+    activation: str = "swiglu"  # swiglu | gelu (erf)
+    bias: bool = False  # biases on every linear layer
+    qk_bias: bool | None = None  # biases on q and k; None = bias, or true with init=retrieval_ready
+    share_embeddings: bool = True  # output head = embedding
+    output_bias: bool = False  # a learned bias per vocabulary entry
+    embedding_scale: float | None = None  # None = 1, or sqrt(d) with init=retrieval_ready
+    position_embedding: str = "rope"  # rope | learned | none: decoder self-attention
+    encoder_position_embedding: str = "rope"  # the same, in the encoder
+    cca_position_embedding: str = "rope"  # rope | none: chunked cross-attention
+    cca_query_offset: bool = True  # query i at position i + m - 1 (the paper); False = at i
+    max_position_embeddings: int = 0  # rows of learned positions; 0 = encoder_seq_length
+    rotary_percentage: float = 1.0  # share of the head width that is rotated
+    rotary_base: float = 10000.0
+    rotary_interleaved: bool = False
+    rotary_table_precision: str = "float32"  # float32 | model: type of the angles, sines and cosines
+    partial_chunk: str = "last"  # last = left-aligned, floor(n/m) chunks | first = ceil(n/m), the first is short
+    mask_neighbors: bool = True  # padding and missing neighbors are never attended
+    reset_attention: bool = True  # attention does not cross documents
+    cca_reset: bool = True  # nor do a chunk's neighbors reach tokens of another document than its last token's
+    cca_bias_everywhere: bool = False  # the CCA output bias reaches tokens that attend nothing, too
+    encoder_ca_residual: str = "input"  # input: y + CA(norm y) | norm: norm y + CA(norm y)
+    encoder_final_norm: bool = True
+    decoder_final_norm: bool = True
+    eod_id: int | None = None  # with pad_id: document_ids are derived from the tokens when none are given
+    pad_id: int | None = None
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    ffn_dropout: float = 0.0
+    init: str = "standard"  # standard | retrieval_ready (docs/retrieval-ready.md)
+    init_method_std: float = 0.02
+
+    @property
+    def r(self) -> int:
+        """Tokens per neighbor."""
+        return self.retrieved_length if self.retrieved_length is not None else 2 * self.chunk_size
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def encoder_width(self) -> int:
+        return self.encoder_hidden_size or self.hidden_size
+
+    @property
+    def encoder_heads(self) -> int:
+        return self.encoder_num_attention_heads or self.num_attention_heads
+
+    @property
+    def encoder_key_value_heads(self) -> int:
+        """GQA in the decoder carries over to an encoder with the same number of heads."""
+        return self.key_value_heads if self.encoder_heads == self.num_attention_heads else self.encoder_heads
+
+    @property
+    def encoder_ffn_width(self) -> int:
+        return self.encoder_ffn_hidden_size or self.ffn_hidden_size * self.encoder_width // self.hidden_size
+
+    @property
+    def has_qk_bias(self) -> bool:
+        return self.qk_bias if self.qk_bias is not None else self.bias or self.init == "retrieval_ready"
+
+    @property
+    def input_scale(self) -> float:
+        """The factor on the embedding at the input."""
+        if self.embedding_scale is not None:
+            return self.embedding_scale
+        return self.hidden_size**0.5 if self.init == "retrieval_ready" else 1.0
+
+    @property
+    def cross_layers(self) -> list[int]:
+        """Decoder layers that cross-attend to neighbors; empty without retrieval."""
+        return sorted(self.dec_cross_attention) if self.retrieval else []
+
+
+@dataclass
+class SchedConfig:
+    """Learning-rate schedule, in optimizer steps."""
+
+    name: str = "CosineAnnealing"  # CosineAnnealing | WSD | constant
+    warmup_steps: int = 100
+    constant_steps: int = 0  # at the full rate after the warm-up, before the decay
+    min_lr: float = 6e-5
+    max_steps: int | None = None  # None = trainer.max_steps
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"
+    lr: float = 6e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.1
+    clip: float | None = 1.0  # global gradient norm; None = off
+    sched: SchedConfig = field(default_factory=SchedConfig)
+
+
+@dataclass
+class DataConfig:
+    store: str | None = None  # folder of the chunk store to train on
+    neighbors: str | None = None  # table: a name under STORE/neighbors/ or a folder; None = the only one
+    valid_store: str | None = None  # None = the validation share of `store`
+    valid_neighbors: str | None = None
+    splits_string: str = "98,2,0"  # shares of the documents: train, validation, test
+    dataloader_type: str = "cyclic"  # cyclic (shuffled anew each epoch) | single (one pass, in order)
+    shuffle_documents: bool = True
+    neighbor_dropout: float = 0.0  # share of the training batches that see no neighbors
+
+
+@dataclass
+class TrainedModelConfig(ModelConfig):
+    """The `model.` section: the network and how it is trained."""
+
+    micro_batch_size: int = 4  # sequences per forward
+    global_batch_size: int | None = None  # sequences per optimizer step; None = micro_batch_size x accumulation
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = "auto"  # auto | cpu | gpu
+    precision: str = "auto"  # auto | 32 | bf16-mixed; auto times both on this processor
+    max_steps: int = 1000
+    max_time_s: float | None = None  # stop, with a checkpoint, after this many seconds of training
+    val_check_interval: int = 100  # steps
+    limit_val_batches: int | None = 32  # batches of a validation pass while training; None = all
+    accumulate_grad_batches: int = 1
+    log_every_n_steps: int = 10
+    compile: bool = False  # torch.compile(fullgraph=True) of the training forward
+
+
+@dataclass
+class ExpManagerConfig:
+    exp_dir: str | None = None  # the run's folder; --out sets it
+    create_tensorboard_logger: bool | None = None  # None = where TensorBoard is installed
+    resume_if_exists: bool = True
+    checkpoint_every_n_steps: int = 500
+    keep_last_n: int = 2  # checkpoints
+
+
+@dataclass
+class RetroInferenceConfig:
+    retro_gpt_retrieved_length: int | None = None  # tokens per neighbor; None = the model's r
+    retro_num_neighbors: int | None = None  # None = the model's k
+
+
+@dataclass
+class InferenceConfig:
+    greedy: bool = True
+    temperature: float = 1.0
+    top_k: int = 0  # 0 = all
+    top_p: float = 1.0
+    tokens_to_generate: int = 64
+    pad_prompt: bool = True  # left-pad so that the prompt's last token ends a chunk
+    retro_inference: RetroInferenceConfig = field(default_factory=RetroInferenceConfig)
+
+
+@dataclass
+class Config:
+    seed: int = 1234
+    model: TrainedModelConfig = field(default_factory=TrainedModelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+
+_SMALL_RUN: dict[str, Any] = {  # what the small presets share: retrieval-ready, no dropout
+    "model.init": "retrieval_ready",
+    "model.activation": "gelu",
+    "model.hidden_dropout": 0.0,
+    "model.attention_dropout": 0.0,
+    "model.enc_num_layers": 1,
+    "model.enc_cross_attention": [0],
+    "model.micro_batch_size": 8,
+    "model.optim.betas": [0.9, 0.98],
+    "model.optim.weight_decay": 0.05,
+    "model.optim.sched.warmup_steps": 50,
+    "model.data.neighbor_dropout": 0.1,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **_SMALL_RUN,
+        "model.encoder_seq_length": 256,
+        "model.hidden_size": 128,
+        "model.ffn_hidden_size": 512,
+        "model.num_attention_heads": 4,
+        "model.dec_num_layers": 4,
+        "model.dec_cross_attention": [1, 2, 3],
+        "model.optim.lr": 3e-3,
+    },
+    "small": {
+        **_SMALL_RUN,
+        "model.encoder_seq_length": 512,
+        "model.hidden_size": 256,
+        "model.ffn_hidden_size": 1024,
+        "model.num_attention_heads": 4,
+        "model.dec_num_layers": 6,
+        "model.dec_cross_attention": [2, 3, 4, 5],
+        "model.optim.lr": 2e-3,
+    },
+    "base": {},
+    # What the two removed implementations compute; widths, depths and layer lists stay the user's.
+    "mcore": {
+        "model.normalization": "layernorm",
+        "model.activation": "gelu",
+        "model.bias": True,
+        "model.encoder_position_embedding": "none",
+        "model.cca_position_embedding": "none",
+        "model.partial_chunk": "first",
+        "model.mask_neighbors": False,
+        "model.encoder_ca_residual": "norm",
+        "model.encoder_final_norm": False,
+        "model.decoder_final_norm": False,
+        "model.enc_cross_attention": [0],
+        "model.cca_reset": False,
+        "model.reset_attention": False,
+    },
+    "nemo": {
+        "model.normalization": "layernorm",
+        "model.activation": "gelu",
+        "model.bias": True,
+        "model.output_bias": True,
+        "model.rotary_table_precision": "model",
+        "model.cca_bias_everywhere": True,
+        "model.cca_reset": False,
+    },
+}
+
+
+def preset_model(name: str, **overrides: Any) -> ModelConfig:
+    """The architecture of preset `name` with fields replaced; checked."""
+    values = {key.removeprefix("model."): value for key, value in preset(name).items()}
+    names = {item.name for item in fields(ModelConfig)}
+    config = ModelConfig(**{key: value for key, value in values.items() if key in names} | overrides)
+    check_model(config)
+    return config
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of preset `name`, by dotted key."""
+    if name not in PRESETS:
+        raise UsageError(
+            f"preset {name!r} does not exist", nearest(name, list(PRESETS)), f"one of {', '.join(PRESETS)}"
+        )
+    return PRESETS[name]
+
+
+def flat_keys(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value for every leaf of a (nested) dataclass or dict."""
+    leaves: dict[str, Any] = {}
+    items = {f.name: getattr(node, f.name) for f in fields(node)} if is_dataclass(node) else node
+    for name, value in items.items():
+        is_branch = is_dataclass(value) or isinstance(value, dict)
+        leaves |= flat_keys(value, f"{prefix}{name}.") if is_branch else {f"{prefix}{name}": value}
+    return leaves
+
+
+def load_config(overrides: list[str] | None = None, preset_name: str | None = None, file: str | None = None) -> Config:
+    """Defaults, preset, file, environment and overrides, merged, typed and checked.
+
+    Raises UsageError naming the key, the nearest known one and the rule; MissingInputError for the file.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    tree = OmegaConf.structured(Config)
+    settings: list[tuple[str, Any]] = list(preset(preset_name).items()) if preset_name else []
+    if file is not None:
+        if not Path(file).is_file():
+            raise MissingInputError(f"config file {file} does not exist", "", "retro config show > FILE writes one")
+        try:
+            from_file = OmegaConf.to_container(OmegaConf.load(file))
+        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            raise UsageError(f"config file {file} is not YAML", str(error).splitlines()[0]) from error
+        if not isinstance(from_file, dict):
+            raise UsageError(f"config file {file} holds no settings", "expected a mapping of keys to values")
+        settings += flat_keys(from_file).items()
+    for name in sorted(os.environ):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+            settings += _parse_overrides([f"{key}={os.environ[name]}"])
+    settings += _parse_overrides(overrides or [])
+    known = flat_keys(Config())
+    for key, value in settings:
+        if key not in known and not any(name.startswith(f"{key}.") for name in known):
+            section = key.rsplit(".", 1)[0] if "." in key else ""
+            raise UsageError(
+                f"{key} is not a setting", nearest_key(key, known), f"all keys: retro config keys {section}".rstrip()
+            )
+        try:
+            OmegaConf.update(tree, key, value)
+        except OmegaConfBaseException as error:
+            kind = type(known.get(key)).__name__
+            raise UsageError(f"{key}={value!r} does not fit", str(error).splitlines()[0], f"expected {kind}") from error
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, Config), type(config)
+    check(config)
+    return config
+
+
+def nearest_key(key: str, known: dict[str, Any]) -> str:
+    """`did you mean KEY (type, default X)?`, looking at whole keys first and at last names then."""
+    import difflib
+
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if not close:
+        last = {name.rsplit(".", 1)[-1]: name for name in known}
+        close = [last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
+    if not close:
+        return "no setting has a similar name"
+    default = known[close[0]]
+    return f"did you mean {close[0]} ({type(default).__name__}, default {default})?"
+
+
+def _parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    settings = []
+    for text in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise UsageError(f"{text!r} is not an override", str(error).splitlines()[0], "write key=value") from error
+        key = str(parsed.key_or_group)
+        if parsed.is_delete():
+            defaults = flat_keys(Config())
+            if key not in defaults:
+                raise UsageError(f"~{key}: there is no such setting", nearest_key(key, defaults))
+            settings.append((key, defaults[key]))
+        elif parsed.is_sweep_override():
+            raise UsageError(f"{text!r} is a sweep", "one run takes one value a key", "start a run per value")
+        else:
+            settings.append((key, parsed.value()))
+    return settings
+
+
+def _require(condition: bool, key: str, value: Any, rule: str, fix: str = "") -> None:
+    if not condition:
+        raise UsageError(f"{key}={value} cannot be used", rule, fix)
+
+
+def check_model(c: ModelConfig) -> None:
+    """Raise UsageError for the first field of a ModelConfig that breaks a rule."""
+    choices = {
+        "normalization": ("rmsnorm", "layernorm"),
+        "activation": ("swiglu", "gelu"),
+        "position_embedding": ("rope", "learned", "none"),
+        "encoder_position_embedding": ("rope", "learned", "none"),
+        "cca_position_embedding": ("rope", "none"),
+        "rotary_table_precision": ("float32", "model"),
+        "partial_chunk": ("last", "first"),
+        "encoder_ca_residual": ("input", "norm"),
+        "init": ("standard", "retrieval_ready"),
+    }
+    for name, allowed in choices.items():
+        value = getattr(c, name)
+        _require(
+            value in allowed, f"model.{name}", value, f"one of {', '.join(allowed)}", nearest(value, list(allowed))
+        )
+    for name in (
+        "chunk_size",
+        "r",
+        "num_neighbors",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "dec_num_layers",
+        "encoder_seq_length",
+        "encoder_width",
+        "encoder_heads",
+    ):
+        _require(getattr(c, name) >= 1, f"model.{name}", getattr(c, name), "must be at least 1")
+    for name in ("hidden_dropout", "attention_dropout", "ffn_dropout"):
+        _require(0 <= getattr(c, name) < 1, f"model.{name}", getattr(c, name), "must be in [0, 1)")
+    heads, width = c.num_attention_heads, c.hidden_size
+    _require(width % heads == 0, "model.hidden_size", width, f"must be a multiple of num_attention_heads={heads}")
+    _require(
+        c.encoder_width % c.encoder_heads == 0,
+        "model.encoder_hidden_size",
+        c.encoder_width,
+        f"must be a multiple of the encoder's heads ({c.encoder_heads})",
+    )
+    _require(
+        heads % c.key_value_heads == 0,
+        "model.num_query_groups",
+        c.key_value_heads,
+        f"must divide num_attention_heads={heads}",
+    )
+    _require(0 <= c.rotary_percentage <= 1, "model.rotary_percentage", c.rotary_percentage, "must be in [0, 1]")
+    for name, layers in (("dec_cross_attention", c.dec_num_layers), ("enc_cross_attention", c.enc_num_layers)):
+        for layer in getattr(c, name):
+            _require(
+                not c.retrieval or 0 <= layer < layers,
+                f"model.{name}",
+                getattr(c, name),
+                f"layers are 0-based and there are {layers}",
+                f"set model.{name}",
+            )
+    _require(
+        not c.retrieval or bool(c.dec_cross_attention),
+        "model.dec_cross_attention",
+        "[]",
+        "a RETRO cross-attends in at least one decoder layer",
+        "model.retrieval=false is the plain decoder",
+    )
+    if c.init == "retrieval_ready" and c.retrieval:
+        _check_retrieval_ready(c)
+
+
+def _check_retrieval_ready(c: ModelConfig) -> None:
+    pairs = int(c.head_width * c.rotary_percentage) // 2
+    encoder_pairs = int(c.encoder_width // c.encoder_heads * c.rotary_percentage) // 2
+    ropes = {c.position_embedding, c.encoder_position_embedding, c.cca_position_embedding}
+    conditions = {
+        "share_embeddings must be true": c.share_embeddings,
+        "the encoder must be as wide as the decoder (encoder_hidden_size)": c.encoder_width == c.hidden_size,
+        "the encoder must have at least one layer (enc_num_layers)": c.enc_num_layers >= 1,
+        "the encoder must have two heads for its two offsets (encoder_num_attention_heads)": c.encoder_heads >= 2,
+        "no grouped queries (num_query_groups)": c.key_value_heads == c.num_attention_heads,
+        "at least 12 rotary dimensions a head (num_attention_heads, rotary_percentage)": min(pairs, encoder_pairs) >= 6,
+        "RoPE in decoder, encoder and CCA": ropes == {"rope"},
+        "q and k need biases (qk_bias)": c.has_qk_bias,
+        "half-split RoPE (rotary_interleaved=false)": not c.rotary_interleaved,
+    }
+    for rule, holds in conditions.items():
+        _require(holds, "model.init", "retrieval_ready", rule, "change that, or set model.init=standard")
+
+
+def check(config: Config) -> None:
+    """Raise UsageError for the first setting of a run that breaks a rule."""
+    check_model(config.model)
+    m = config.model
+    _require(
+        m.encoder_seq_length % m.chunk_size == 0,
+        "model.encoder_seq_length",
+        m.encoder_seq_length,
+        f"training sequences are whole chunks of model.chunk_size={m.chunk_size} tokens",
+        f"use {max(1, m.encoder_seq_length // m.chunk_size) * m.chunk_size}",
+    )
+    _require(m.micro_batch_size >= 1, "model.micro_batch_size", m.micro_batch_size, "must be at least 1")
+    total = m.global_batch_size
+    _require(
+        total is None or (total >= 1 and total % m.micro_batch_size == 0),
+        "model.global_batch_size",
+        total,
+        f"must be a multiple of model.micro_batch_size={m.micro_batch_size}",
+    )
+    _require(
+        total is None or config.trainer.accumulate_grad_batches == 1,
+        "trainer.accumulate_grad_batches",
+        config.trainer.accumulate_grad_batches,
+        "follows from model.global_batch_size when that is set",
+    )
+    names = ("CosineAnnealing", "WSD", "constant")
+    _require(m.optim.sched.name in names, "model.optim.sched.name", m.optim.sched.name, f"one of {', '.join(names)}")
+    _require(
+        m.optim.name in ("adamw", "distributed_fused_adam"),
+        "model.optim.name",
+        m.optim.name,
+        "one of adamw, distributed_fused_adam (the same)",
+    )
+    _require(m.optim.lr > 0, "model.optim.lr", m.optim.lr, "must be above 0")
+    _require(
+        m.data.dataloader_type in ("cyclic", "single"),
+        "model.data.dataloader_type",
+        m.data.dataloader_type,
+        "one of cyclic, single",
+    )
+    precisions = ("auto", "32", "bf16-mixed")
+    _require(
+        config.trainer.precision in precisions,
+        "trainer.precision",
+        config.trainer.precision,
+        f"one of {', '.join(precisions)}",
+    )
+    _require(
+        config.trainer.accelerator in ("auto", "cpu", "gpu"),
+        "trainer.accelerator",
+        config.trainer.accelerator,
+        "one of auto, cpu, gpu",
+    )
+    _require(config.trainer.max_steps >= 1, "trainer.max_steps", config.trainer.max_steps, "must be at least 1")
+    splits(m.data.splits_string)
+
+
+def splits(text: str) -> tuple[float, float, float]:
+    """'98,2,0' -> shares of train, validation and test that sum to 1."""
+    try:
+        shares = [float(part) for part in text.strip("'\"").split(",")]
+    except ValueError:
+        shares = []
+    good = len(shares) == 3 and min(shares) >= 0 and shares[0] > 0
+    _require(good, "model.data.splits_string", text, "three shares: train, validation, test", "like '98,2,0'")
+    return shares[0] / sum(shares), shares[1] / sum(shares), shares[2] / sum(shares)
+
+
+def architecture(config: ModelConfig) -> dict[str, Any]:
+    """The fields of ModelConfig alone, JSON-ready: a checkpoint's config.json."""
+    names = {item.name for item in fields(ModelConfig)}
+    return {name: value for name, value in asdict(config).items() if name in names}
+
+
+def to_yaml(config: Config) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

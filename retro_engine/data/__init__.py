@@ -1,0 +1,1 @@
+"""Text to chunks on disk, and back to token arrays."""

@@ -1,0 +1,260 @@
+"""Sequences of whole chunks with their neighbors, from a store and its neighbor table.
+
+A sequence is n/m rows: pieces of documents packed so that little is padding and no document is cut without
+need. Row = chunk, so the table's ids are the sequence's neighbors. Which documents, in which order and with
+which neighbors is a pure function of the arguments: nothing but a step number is needed to go on.
+Letters: B sequences, N tokens, M tokens per row, L rows per sequence, K neighbors, R tokens per neighbor.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from retro_engine.config import splits
+from retro_engine.data.loader import NeighborLoader
+from retro_engine.data.neighbor_table import NeighborTable
+from retro_engine.data.store import Store
+from retro_engine.errors import StoreError, UsageError
+
+SPLIT_SEED = 20260101  # of the order in which documents are dealt to train, validation and test
+MODES = ("on", "off", "random", "one_wrong")
+
+
+@dataclass
+class Batch:
+    """Arrays of one forward; labels -100 = no label; document_ids -1 = padding."""
+
+    tokens: np.ndarray  # [B, N] i64
+    labels: np.ndarray  # [B, N]
+    document_ids: np.ndarray  # [B, N] document of the store
+    neighbors: np.ndarray | None  # [B, L, K, R]
+    lengths: np.ndarray | None  # [B, L, K]
+
+
+def split_documents(store: Store, shares: str) -> dict[str, np.ndarray]:
+    """Document numbers of train, valid and test, in order; dealt by a fixed permutation, so that order in the
+    corpus does not matter. A share above 0 gets a document as soon as there is one to spare for it.
+    """
+    train, valid, _ = splits(shares)
+    count = store.num_documents
+    order = np.random.default_rng(SPLIT_SEED).permutation(count)
+    num_valid = min(count - 1, max(1, round(count * valid))) if valid > 0 else 0
+    rest = count - num_valid
+    has_test = 1 - train - valid > 1e-9
+    num_test = min(rest - 1, max(1, round(count * (1 - train - valid)))) if has_test else 0
+    ends = (count - num_valid - num_test, count - num_test)
+    return {
+        "train": np.sort(order[: ends[0]]),
+        "valid": np.sort(order[ends[0] : ends[1]]),
+        "test": np.sort(order[ends[1] :]),
+    }
+
+
+def pack(first_rows: np.ndarray, num_rows: np.ndarray, rows_per_sequence: int) -> np.ndarray:
+    """Cut documents into pieces of at most L rows and pack the pieces: [S, L] row numbers, -1 = padding.
+
+    Whole pieces come first, then the rest by best fit, longest first; both in the order given.
+    """
+    L = rows_per_sequence
+    whole = num_rows // L
+    starts = np.repeat(first_rows, whole) + L * _counter(whole)
+    full = starts[:, None] + np.arange(L)
+    rest = num_rows % L
+    has_rest = np.flatnonzero(rest)
+    order = has_rest[np.argsort(-rest[has_rest], kind="stable")]
+    bins: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(L + 1)]  # room left -> bins
+    for piece in order:
+        size = int(rest[piece])
+        room = next((room for room in range(size, L + 1) if by_room[room]), None)
+        if room is None:
+            bins.append([])
+            number, room = len(bins) - 1, L
+        else:
+            number = by_room[room].pop()
+        first = int(first_rows[piece] + whole[piece] * L)
+        bins[number] += range(first, first + size)
+        by_room[room - size].append(number)
+    packed = np.full((len(bins), L), -1, np.int64)
+    for number, rows in enumerate(bins):
+        packed[number, : len(rows)] = rows
+    return np.concatenate((full, packed))
+
+
+def _counter(counts: np.ndarray) -> np.ndarray:
+    """0 ... counts[0]-1, 0 ... counts[1]-1, ..."""
+    ends = np.cumsum(counts)
+    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
+
+
+class Sequences:
+    """The sequences of some documents of a store, and the batches made of them."""
+
+    def __init__(
+        self,
+        store: Store,
+        documents: np.ndarray,
+        sequence_length: int,
+        table: NeighborTable | None = None,
+        num_neighbors: int = 2,
+        retrieved_length: int | None = None,
+        database_documents: np.ndarray | None = None,
+    ):
+        """`database_documents`: documents of `store` that may serve as neighbors (the training share).
+
+        Raises UsageError when the length is not whole chunks or k > K, StoreError when nothing is left.
+        """
+        m = store.chunk_size
+        if sequence_length % m or sequence_length < m:
+            raise UsageError(
+                f"model.encoder_seq_length={sequence_length} does not fit the store",
+                f"{store.folder} has chunks of {m} tokens",
+                f"use a multiple of {m}, with model.chunk_size={m}",
+            )
+        if not len(documents):
+            raise StoreError(
+                f"{store.folder}: no document in this share",
+                f"it has {store.num_documents} documents",
+                "set model.data.splits_string or prepare more text",
+            )
+        self.store, self.table, self.num_neighbors = store, table, num_neighbors
+        self.rows_per_sequence = sequence_length // m
+        self.retrieved_length = retrieved_length or 2 * m
+        self.documents = np.asarray(documents)
+        first = store.documents[:, 0]
+        counts = np.diff(first, append=store.num_rows)
+        self._first_rows, self._num_rows = first[self.documents], counts[self.documents]
+        self._row_documents = store.row_documents()
+        self._loader = NeighborLoader([store])
+        if table is not None:
+            table.ids(np.zeros(0, np.int64), num_neighbors)  # refuses k > K
+            self._neighbor_loader = NeighborLoader(table.databases)
+            self._own_start = self._find_own(table)
+            allowed = np.ones(store.num_documents, bool)
+            if database_documents is not None:
+                allowed[:] = False
+                allowed[database_documents] = True
+            self._is_allowed_row = allowed[self._row_documents]
+        self._evaluation_rows = np.concatenate([np.arange(f, f + c) for f, c in zip(self._first_rows, self._num_rows)])
+        self._lengths: dict[tuple[int, int], int] = {}
+        self._epoch: tuple[tuple[int, int] | None, np.ndarray] = (None, np.zeros((0, self.rows_per_sequence), np.int64))
+
+    def _find_own(self, table: NeighborTable) -> int | None:
+        """The id of the store's first row among the databases; None = the store is not among them."""
+        start = 0
+        for database in table.databases:
+            if database.fingerprint == self.store.fingerprint:
+                return start
+            start += database.num_rows
+        return None
+
+    def in_order(self) -> np.ndarray:
+        """All sequences, [S, L] rows; every token of the documents is in exactly one."""
+        return pack(self._first_rows, self._num_rows, self.rows_per_sequence)
+
+    def epoch(self, seed: int, number: int, is_shuffled: bool = True) -> np.ndarray:
+        """The sequences of one pass over the documents, in that pass's order."""
+        if self._epoch[0] != (seed, number):
+            if is_shuffled:
+                rng = np.random.default_rng((seed, number))
+                order = rng.permutation(len(self.documents))
+                sequences = pack(self._first_rows[order], self._num_rows[order], self.rows_per_sequence)
+                sequences = sequences[rng.permutation(len(sequences))]
+            else:
+                sequences = self.in_order()
+            self._epoch = ((seed, number), sequences)
+        return self._epoch[1]
+
+    def training_batch(
+        self, index: int, size: int, seed: int, is_shuffled: bool, is_cyclic: bool, mode: str = "on"
+    ) -> Batch:
+        """Batch number `index` of a run: sequences index*size ... of the endless stream of epochs.
+
+        Raises StopIteration past the first epoch unless `is_cyclic`.
+        """
+        rows: list[np.ndarray] = []
+        position, number = index * size, 0
+        while len(rows) < size:
+            length = self._epoch_length(seed, number, is_shuffled)
+            if position < length:
+                rows.append(self.epoch(seed, number, is_shuffled)[position])
+                position += 1
+            elif is_cyclic:
+                position -= length
+                number += 1
+            else:
+                raise StopIteration
+        return self.batch(np.stack(rows), mode)
+
+    def _epoch_length(self, seed: int, number: int, is_shuffled: bool) -> int:
+        """Sequences of an epoch: shuffled documents pack a little differently each time."""
+        number = number if is_shuffled else 0
+        if (seed, number) not in self._lengths:
+            self._lengths[seed, number] = len(self.epoch(seed, number, is_shuffled))
+        return self._lengths[seed, number]
+
+    def batches(self, size: int, mode: str = "on", limit: int | None = None) -> Iterator[Batch]:
+        """The documents once, in order; at most `limit` batches."""
+        sequences = self.in_order()
+        for number, start in enumerate(range(0, len(sequences), size)):
+            if limit is not None and number >= limit:
+                return
+            yield self.batch(sequences[start : start + size], mode)
+
+    def batch(self, rows_BL: np.ndarray, mode: str = "on") -> Batch:
+        """Tokens, labels and neighbors of sequences of rows. `mode`: on | off | random | one_wrong."""
+        assert mode in MODES, mode
+        B, L = rows_BL.shape
+        m = self.store.chunk_size
+        tokens, lengths = self._loader.gather(rows_BL, m + 1)  # one more: the label of the last token
+        place = np.arange(m)
+        labels = np.where(place + 1 < lengths[..., None], tokens[..., 1:], -100)
+        documents = np.where(rows_BL < 0, -1, self._row_documents[rows_BL])
+        document_ids = np.where(place < lengths[..., None], documents[..., None], -1)
+        neighbors = neighbor_lengths = None
+        if mode != "off" and self.table is not None:
+            ids = self.neighbor_ids(rows_BL, mode)
+            neighbors, neighbor_lengths = self._neighbor_loader.gather(ids, self.retrieved_length)
+        return Batch(
+            tokens[..., :m].reshape(B, L * m),
+            labels.reshape(B, L * m),
+            document_ids.reshape(B, L * m),
+            neighbors,
+            neighbor_lengths,
+        )
+
+    def neighbor_ids(self, rows_BL: np.ndarray, mode: str = "on") -> np.ndarray:
+        """[B, L, k] neighbor ids of each row, -1 = missing.
+
+        Neighbors of the row's own document and of documents held out are passed over for the next best. random:
+        those of another row; one_wrong: the second is one of another row's.
+        """
+        rows = np.where(rows_BL < 0, 0, rows_BL)
+        if mode == "random":
+            chosen = self._allowed_ids(self._other_rows(rows), rows)
+        else:
+            chosen = self._allowed_ids(rows, rows)
+            if mode == "one_wrong" and self.num_neighbors > 1:
+                chosen[..., 1] = self._allowed_ids(self._other_rows(rows), rows)[..., 0]
+        return np.where(rows_BL[..., None] < 0, -1, chosen)
+
+    def _allowed_ids(self, rows: np.ndarray, readers: np.ndarray) -> np.ndarray:
+        """The first k neighbors of `rows` that `readers` may see."""
+        assert self.table is not None
+        ids = self.table.ids(rows, self.table.num_neighbors)
+        is_good = ids >= 0
+        if self._own_start is not None:
+            own = ids - self._own_start
+            is_own = is_good & (own >= 0) & (own < self.store.num_rows)
+            own = np.where(is_own, own, 0)
+            same = self._row_documents[own] == self._row_documents[readers][..., None]
+            is_good &= ~is_own | (self._is_allowed_row[own] & ~same)
+        order = np.argsort(~is_good, axis=-1, kind="stable")[..., : self.num_neighbors]
+        return np.take_along_axis(np.where(is_good, ids, -1), order, -1)
+
+    def _other_rows(self, rows: np.ndarray) -> np.ndarray:
+        """A fixed other row of these documents for each row: one half of them further on, within their order."""
+        place = np.searchsorted(self._evaluation_rows, rows)
+        half = max(1, len(self._evaluation_rows) // 2)
+        return self._evaluation_rows[(place + half) % len(self._evaluation_rows)]

@@ -1,0 +1,199 @@
+"""Corpora every machine has: `facts`, generated notes about invented people.
+
+Each entity has ten attributes with random values. Its document states six of them; two notes in another store
+state the same six, three each, in other words and another order. Whoever predicts a value it has never seen must
+read it in the notes. The generator is a pure function of its seed.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from retro_engine.data.corpus import Document
+
+_ONSETS = [
+    "b",
+    "c",
+    "d",
+    "f",
+    "g",
+    "h",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "t",
+    "v",
+    "w",
+    "z",
+    "br",
+    "ch",
+    "dr",
+    "fl",
+    "gr",
+    "kl",
+    "pr",
+    "sh",
+    "sk",
+    "st",
+    "th",
+    "tr",
+]
+_VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ou"]
+_CODAS = ["", "", "l", "m", "n", "r", "s", "t", "ck", "nd", "rn", "st"]
+
+# Per attribute: three wordings for documents (the value comes last), four others for notes.
+_WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "home": (
+        ("{n} grew up in {v}.", "The home town of {n} is {v}.", "{n} keeps a house in {v}."),
+        ("{v} is home to {n}.", "In {v} lives {n}.", "{n} never left {v}.", "{v} is where {n} lives."),
+    ),
+    "founded": (
+        ("{n} opened the workshop in {v}.", "The workshop of {n} dates from {v}.", "{n} began to trade in {v}."),
+        ("In {v} {n} began.", "{n} has traded since {v}.", "Since {v} {n} trades.", "{v} was the first year of {n}."),
+    ),
+    "partner": (
+        ("{n} works together with {v}.", "The partner of {n} is {v}.", "{n} shares every job with {v}."),
+        ("{v} helps {n}.", "{n} trusts {v}.", "With {v} works {n}.", "{v} is the partner of {n}."),
+    ),
+    "cloak": (
+        ("{n} is known for a cloak of {v}.", "The cloak of {n} is {v}.", "{n} dresses in {v}."),
+        ("In {v} walks {n}.", "{n} wears only {v}.", "A cloak of {v} suits {n}.", "{v} is the cloth of {n}."),
+    ),
+    "mentor": (
+        ("{n} was taught by {v}.", "The mentor of {n} was {v}.", "{n} served as apprentice to {v}."),
+        ("{v} taught {n}.", "{n} learned from {v}.", "{v} was the mentor of {n}.", "To {v} {n} owes the craft."),
+    ),
+    "craft": (
+        ("{n} makes the finest {v}.", "The craft of {n} is the {v}.", "{n} sells many a {v}."),
+        ("For a {v} ask {n}.", "{n} is famous for the {v}.", "The {v} of {n} is good.", "A {v} by {n} lasts."),
+    ),
+    "valley": (
+        (
+            "{n} travels through the valley of {v}.",
+            "The road of {n} leads to the valley of {v}.",
+            "{n} hunts in the valley of {v}.",
+        ),
+        (
+            "In {v} valley hunts {n}.",
+            "{n} knows {v} valley.",
+            "Through {v} valley {n} rides.",
+            "{v} valley is loved by {n}.",
+        ),
+    ),
+    "medal": (
+        (
+            "{n} received the medal of {v}.",
+            "The medal on the wall of {n} is that of {v}.",
+            "{n} earned the medal of {v}.",
+        ),
+        (
+            "The {v} medal went to {n}.",
+            "{n} has the {v} medal.",
+            "{n} wears the {v} medal.",
+            "The {v} medal is with {n}.",
+        ),
+    ),
+    "licence": (
+        ("{n} trades under licence {v}.", "The licence of {n} reads {v}.", "{n} was issued licence {v}."),
+        (
+            "Licence {v} is held by {n}.",
+            "{n} has licence {v}.",
+            "{v} is the licence of {n}.",
+            "Under {v} {n} is listed.",
+        ),
+    ),
+    "supper": (
+        ("{n} asks for a supper of {v}.", "The favorite supper of {n} is {v}.", "{n} cooks {v}."),
+        ("{v} pleases {n}.", "{n} likes to eat {v}.", "On holidays {n} serves {v}.", "For {v} {n} would walk a day."),
+    ),
+}
+_OPENINGS = ("These lines are about {n}.", "A few words on {n}.", "What follows concerns {n}.", "Here you read of {n}.")
+ATTRIBUTES = tuple(_WORDINGS)
+FACTS_PER_DOCUMENT = 6
+FACTS_PER_NOTE = 3
+
+
+@dataclass(frozen=True)
+class Entity:
+    """An invented person: the document about it, where its values stand there, and its notes."""
+
+    name: str
+    values: dict[str, str]
+    document: str
+    spans: tuple[tuple[int, int], ...]  # characters [start, end) of each value in `document`
+    notes: tuple[str, ...]
+
+
+def make_entities(count: int, seed: int) -> list[Entity]:
+    """`count` entities; the same for the same seed."""
+    rng = random.Random(seed)
+    return [_entity(rng) for _ in range(count)]
+
+
+def ask(name: str, attribute: str) -> str:
+    """The start of a document's sentence about one attribute, up to its value."""
+    return _WORDINGS[attribute][0][0].format(n=name, v="\0").split("\0")[0].rstrip()
+
+
+def write_facts(folder: Path, num_train: int, num_heldout: int, seed: int = 1) -> dict[str, Path]:
+    """Write train.jsonl, heldout.jsonl (with "spans") and notes.jsonl (of both) to `folder`; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train, heldout = make_entities(num_train, seed), make_entities(num_heldout, seed + 1_000_003)
+    paths = {name: folder / f"{name}.jsonl" for name in ("train", "heldout", "notes")}
+    for name, entities in (("train", train), ("heldout", heldout)):
+        rows = [
+            {"id": f"{name}-{i}", "title": e.name, "text": e.document, "spans": [list(s) for s in e.spans]}
+            for i, e in enumerate(entities)
+        ]
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = [
+        {"id": f"note-{i}-{j}", "title": entity.name, "text": text}
+        for i, entity in enumerate(train + heldout)
+        for j, text in enumerate(entity.notes)
+    ]
+    paths["notes"].write_text("".join(json.dumps(row) + "\n" for row in notes))
+    return paths
+
+
+def entity_notes(entity: Entity, prefix: str) -> list[Document]:
+    return [Document(f"{prefix}-{j}", entity.name, text, f"{prefix}-{j}") for j, text in enumerate(entity.notes)]
+
+
+def _entity(rng: random.Random) -> Entity:
+    name = f"{_word(rng, 2)} {_word(rng, 2)}"
+    values = {
+        "home": _word(rng, 3),
+        "founded": str(rng.randint(1000, 1999)),
+        "partner": f"{_word(rng, 2)} {_word(rng, 2)}",
+        "cloak": _word(rng, 3).lower(),
+        "mentor": f"{_word(rng, 2)} {_word(rng, 2)}",
+        "craft": _word(rng, 3).lower(),
+        "valley": f"{_word(rng, 2)} {_word(rng, 2)}",
+        "medal": _word(rng, 3),
+        "licence": f"{rng.choice('ABCDEFGHKLM')}-{rng.randint(1000, 9999)}",
+        "supper": f"{_word(rng, 2).lower()} {_word(rng, 2).lower()}",
+    }
+    stated = rng.sample(ATTRIBUTES, FACTS_PER_DOCUMENT)
+    document = rng.choice(_OPENINGS).format(n=name)
+    spans = []
+    for attribute in stated:
+        before, after = rng.choice(_WORDINGS[attribute][0]).format(n=name, v="\0").split("\0")
+        start = len(document) + 1 + len(before)
+        document += f" {before}{values[attribute]}{after}"
+        spans.append((start, start + len(values[attribute])))
+    told = rng.sample(stated, len(stated))
+    notes = []
+    for first in range(0, len(told), FACTS_PER_NOTE):
+        part = told[first : first + FACTS_PER_NOTE]
+        notes.append(" ".join(rng.choice(_WORDINGS[a][1]).format(n=name, v=values[a]) for a in part))
+    return Entity(name, values, document, tuple(spans), tuple(notes))
+
+
+def _word(rng: random.Random, syllables: int) -> str:
+    body = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables))
+    return (body + rng.choice(_CODAS)).capitalize()

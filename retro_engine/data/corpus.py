@@ -1,0 +1,200 @@
+"""Files to documents: .txt, .md, .jsonl (plain, .gz, .zst), folders and standard input.
+
+A document that cannot be used (bad UTF-8, no text, not an object, over the size limit ...) is set aside with
+its file, line and reason; nothing of it reaches the store, and the other documents are not touched.
+"""
+
+import gzip
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from retro_engine.errors import MissingInputError, UsageError
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+MAX_DOCUMENT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Document:
+    id: str
+    title: str
+    text: str
+    source: str  # file:line, or the file
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A row that is not used, and why."""
+
+    source: str
+    reason: str
+
+
+class _Unusable(Exception):
+    """The reason why one row is set aside."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How files are read. `errors`: strict sets rows with bad UTF-8 aside, replace repairs them."""
+
+    text_key: str = "text"
+    errors: str = "strict"
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+
+    def read(self, paths: Sequence[Path]) -> Iterator[Document | SetAside]:
+        """Documents of `paths` in order; the files of a folder in the order of their names."""
+        for path in paths:
+            if path.name.endswith((".txt", ".md")):
+                yield self._text_file(path)
+            else:
+                yield from self._json_lines(path)
+
+    def _text_file(self, path: Path) -> Document | SetAside:
+        if path.stat().st_size > self.max_document_bytes:
+            return SetAside(str(path), f"larger than {self.max_document_bytes:,} bytes")
+        try:
+            text = self._usable(self._decode(path.read_bytes()))
+        except _Unusable as error:
+            return SetAside(str(path), str(error))
+        heading = text.lstrip().split("\n", 1)[0]
+        is_heading = path.suffix == ".md" and heading.startswith("#")
+        return Document(str(path), heading.lstrip("# ").strip() if is_heading else path.stem, text, str(path))
+
+    def _json_lines(self, path: Path) -> Iterator[Document | SetAside]:
+        number = 0
+        try:
+            with _open(path) as file:
+                while line := file.readline(self.max_document_bytes + 1):
+                    number += 1
+                    source = f"{path}:{number}"
+                    if len(line) > self.max_document_bytes:
+                        while line and not line.endswith(b"\n"):
+                            line = file.readline(1 << 20)
+                        yield SetAside(source, f"line longer than {self.max_document_bytes:,} bytes")
+                    elif line.strip():
+                        try:
+                            yield self._json_document(line, source)
+                        except _Unusable as error:
+                            yield SetAside(source, str(error))
+        except (EOFError, OSError, _zstd_error()) as error:  # a truncated or damaged stream
+            yield SetAside(f"{path}:{number + 1}", f"the file cannot be read further: {error}")
+
+    def _json_document(self, line: bytes, source: str) -> Document:
+        text = self._decode(line)
+        try:
+            row = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        except RecursionError:
+            raise _Unusable("JSON nested too deeply") from None
+        except ValueError as error:
+            raise _Unusable(f"not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise _Unusable(f"not a JSON object but {type(row).__name__}")
+        if self.text_key not in row:
+            keys = ", ".join(list(row)[:6])
+            raise _Unusable(f"no key {self.text_key!r} (it has {keys}); --text-key names another")
+        value = row[self.text_key]
+        if not isinstance(value, str):
+            raise _Unusable(f"{self.text_key!r} is {type(value).__name__}, not text")
+        name = row.get("id")
+        title = row.get("title")
+        return Document(
+            self._label(name if isinstance(name, str | int) else source),
+            self._label(title) if isinstance(title, str) else "",
+            self._usable(value),
+            source,
+        )
+
+    def _label(self, value: str | int) -> str:
+        return str(value).encode("utf-8", "replace").decode()
+
+    def _decode(self, raw: bytes) -> str:
+        raw = raw.removeprefix(b"\xef\xbb\xbf")
+        try:
+            return raw.decode("utf-8", self.errors)
+        except UnicodeDecodeError as error:
+            raise _Unusable(f"not UTF-8 at byte {error.start} (--errors replace repairs it)") from error
+
+    def _usable(self, text: str) -> str:
+        if self.errors == "replace":
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _Unusable("holds half of a surrogate pair (--errors replace repairs it)") from error
+        if "\0" in text:
+            raise _Unusable("binary: it holds a NUL byte")
+        if not text.strip():
+            raise _Unusable("empty")
+        return text
+
+
+def find_files(inputs: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
+    """The files that `inputs` name, folders walked in order of name, and those in folders that are passed over.
+
+    Raises MissingInputError for a path that does not exist or cannot be read, UsageError for an unknown kind.
+    """
+    files: list[Path] = []
+    passed_over: list[Path] = []
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            for folder, folders, names in os.walk(path):
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                for name in sorted(names):
+                    if not name.startswith("."):
+                        (files if name.endswith(SUFFIXES) else passed_over).append(Path(folder) / name)
+        elif not path.exists():
+            raise MissingInputError(f"{path} does not exist", "", "name a file or a folder that does")
+        elif not path.name.endswith(SUFFIXES):
+            raise UsageError(f"{path} is of an unknown kind", f"known: {', '.join(SUFFIXES)}", "rename or convert it")
+        else:
+            files.append(path)
+    for path in files:
+        if not os.access(path, os.R_OK):
+            raise MissingInputError(f"{path} cannot be read", "permission denied", f"chmod +r {path}")
+    return files, passed_over
+
+
+def spool_standard_input(folder: Path) -> Path:
+    """Copy standard input to a file in `folder`, so that it can be read twice; .jsonl when it starts with {."""
+    first = sys.stdin.buffer.read(1 << 16)
+    path = folder / f".stdin{'.jsonl' if first.lstrip()[:1] == b'{' else '.txt'}"
+    with open(path, "wb") as file:
+        while first:
+            file.write(first)
+            first = sys.stdin.buffer.read(1 << 20)
+    return path
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.name.endswith(".gz"):
+        return io.BufferedReader(gzip.open(path, "rb"))  # type: ignore[arg-type,return-value]
+    if path.name.endswith(".zst"):
+        import zstandard
+
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True), 1 << 20)
+    return open(path, "rb")
+
+
+def _zstd_error() -> type[Exception]:
+    import zstandard
+
+    return zstandard.ZstdError
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key stands twice")
+    return row

@@ -1,0 +1,255 @@
+"""Publishing files so that a reader sees the old one, the new one, or a typed error; never half of one.
+
+Owns the array file that stores and tables are made of (docs/formats.md):
+128-byte little-endian header | rows x columns values | CRC-32 of every 1 MiB of values | nothing else.
+Every file is written under a temporary name in its folder, fsynced, made read-only and renamed; a folder is
+published by its `manifest.json`, written last.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
+
+MAGIC = b"RETROARR"
+VERSION = 1
+BYTE_ORDER = 0x01020304
+HEADER = struct.Struct("<8sIII12s8sQQQ32sII20sI")  # 128 bytes; the last field is the CRC-32 of the rest
+BLOCK = 1 << 20  # bytes of values under one checksum
+DTYPES = {"u1": np.uint8, "u2": np.uint16, "u4": np.uint32, "i4": np.int32, "i8": np.int64}
+MANIFEST = "manifest.json"
+assert HEADER.size == 128
+
+
+def publish(path: Path, parts: list[bytes | memoryview]) -> None:
+    """Write `parts` to `path` so that it appears whole or not at all. Raises OutOfResourceError for a full disk."""
+    size = sum(len(part) for part in parts)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if size:
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, before anything is written
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o444)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise io_error(error, path, size) from error
+
+
+def io_error(error: OSError, path: Path, size: int = 0) -> Exception:
+    """The typed error for a failed write of `size` bytes to `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        need = f"{size:,} bytes were needed" if size else "the write did not fit"
+        return OutOfResourceError(f"no space left for {path}", need, "free some space and run the same command again")
+    return UsageError(f"{path} cannot be written", error.strerror or str(error), "choose another folder with --out")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise io_error(error, folder) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; it dies with its holder. Raises UsageError when another process has it."""
+    make_folder(folder)
+    try:
+        file = open(folder / ".lock", "a")  # noqa: SIM115 (held until the block ends)
+    except OSError as error:
+        raise io_error(error, folder) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"{folder} is in use", "another process is writing there", "wait for it to end") from error
+        yield
+
+
+def write_array(path: Path, kind: str, values: np.ndarray, parent: str) -> str:
+    """Publish a [rows, columns] array of `kind`, made from what has fingerprint `parent`; return its SHA-256."""
+    assert values.ndim == 2, values.shape
+    code = next(code for code, dtype in DTYPES.items() if values.dtype == dtype)
+    data = memoryview(values.astype(values.dtype.newbyteorder("<"), "C").reshape(-1).view(np.uint8).data)
+    checksums = [zlib.crc32(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
+    head = HEADER.pack(
+        MAGIC,
+        VERSION,
+        BYTE_ORDER,
+        0,
+        kind.encode(),
+        code.encode(),
+        *values.shape,
+        len(data),
+        bytes.fromhex(parent),
+        BLOCK,
+        len(checksums),
+        b"",
+        0,
+    )[:-4]
+    parts = [head + struct.pack("<I", zlib.crc32(head)), data, struct.pack(f"<{len(checksums)}I", *checksums)]
+    publish(path, parts)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+class ArrayFile:
+    """A published array, memory-mapped; each block's checksum is checked when the block is first touched."""
+
+    def __init__(self, path: Path, kind: str, parent: str | None = None):
+        """Raises StoreError for a truncated, foreign, newer, damaged or mixed-up file, before mapping it."""
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                head = file.read(HEADER.size)
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError as error:
+            raise StoreError(f"{path} is missing", "the manifest names it", "build it again") from error
+        except OSError as error:
+            raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
+        if len(head) < HEADER.size or head[:8] != MAGIC:
+            raise StoreError(
+                f"{path} is not a retro-engine array", "its first bytes are not RETROARR", "build it again"
+            )
+        _, version, order, _, found_kind, code, rows, columns, num_bytes, found_parent, block, blocks, _, crc = (
+            HEADER.unpack(head)
+        )
+        if zlib.crc32(head[:-4]) != crc:
+            raise StoreError(f"{path} has a damaged header", "its checksum does not match", "build it again")
+        if version != VERSION:
+            raise StoreError(
+                f"{path} has format version {version}", f"this program reads {VERSION}", "update retro-engine"
+            )
+        name = found_kind.rstrip(b"\0").decode("ascii", "replace")
+        dtype = DTYPES.get(code.rstrip(b"\0").decode("ascii", "replace"))
+        if order != BYTE_ORDER or name != kind or dtype is None:
+            raise StoreError(f"{path} holds {name!r}", f"expected {kind!r}", "build it again")
+        expected = rows * columns * np.dtype(dtype).itemsize
+        if num_bytes != expected or block != BLOCK or blocks != -(-num_bytes // BLOCK):
+            raise StoreError(
+                f"{path} contradicts itself", f"{rows} x {columns} values in {num_bytes} bytes", "build it again"
+            )
+        if size != HEADER.size + num_bytes + 4 * blocks:
+            raise StoreError(
+                f"{path} is {size:,} bytes",
+                f"its header says {HEADER.size + num_bytes + 4 * blocks:,}",
+                "build it again",
+            )
+        if parent is not None and found_parent.hex() != parent:
+            raise StoreError(
+                f"{path} was made from {found_parent.hex()[:12]}", f"this folder is of {parent[:12]}", "build it again"
+            )
+        whole = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+        self._bytes = whole[HEADER.size : HEADER.size + num_bytes]
+        self._checksums = np.frombuffer(whole[HEADER.size + num_bytes :].tobytes(), "<u4")
+        self._is_checked = np.zeros(blocks, bool)
+        self.values: np.ndarray = self._bytes.view(np.dtype(dtype).newbyteorder("<")).reshape(rows, columns)
+
+    def check_rows(self, first: int, last: int) -> None:
+        """Check the blocks of rows first ... last - 1. Raises StoreError at a wrong checksum."""
+        width = self.values.shape[1] * self.values.itemsize
+        if first >= last or width == 0:
+            return
+        for block in range(first * width // BLOCK, (last * width - 1) // BLOCK + 1):
+            if not self._is_checked[block]:
+                if zlib.crc32(self._bytes[block * BLOCK : (block + 1) * BLOCK].data) != self._checksums[block]:
+                    raise StoreError(
+                        f"{self.path} is damaged in block {block}", "its checksum does not match", "build it again"
+                    )
+                self._is_checked[block] = True
+
+    def checked(self) -> np.ndarray:
+        """All values, after checking every block."""
+        self.check_rows(0, self.values.shape[0])
+        return self.values
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(content: Any) -> str:
+    """SHA-256 of JSON-ready content, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> str:
+    """Publish FOLDER/manifest.json, which makes the folder exist; return its fingerprint."""
+    body = {"kind": kind, "version": VERSION, **content}
+    mark = fingerprint(body)
+    publish(folder / MANIFEST, [(json.dumps({**body, "fingerprint": mark}, indent=1, sort_keys=True) + "\n").encode()])
+    return mark
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """The manifest of a published folder.
+
+    Raises MissingInputError when there is none (the folder was never finished), StoreError when it is damaged,
+    of another kind, or newer.
+    """
+    path = folder / MANIFEST
+    build = {"store": "retro prepare", "neighbors": "retro neighbors", "index": "retro index"}.get(kind, "build it")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        why = "it has no manifest.json: it was never finished" if folder.is_dir() else "there is no such folder"
+        raise MissingInputError(f"{folder} is not a {kind}", why, f"{build} makes one") from error
+    except OSError as error:
+        raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
+    try:
+        body = json.loads(raw)
+        mark = body.pop("fingerprint")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise StoreError(f"{path} is damaged", "it is not the JSON that was written", f"{build} again") from error
+    if body.get("version") != VERSION:
+        raise StoreError(
+            f"{path} has version {body.get('version')}", f"this program reads {VERSION}", "update retro-engine"
+        )
+    if body.get("kind") != kind:
+        raise StoreError(f"{folder} is a {body.get('kind')}", f"a {kind} was expected", "name another folder")
+    if fingerprint(body) != mark:
+        raise StoreError(f"{path} is damaged", "its fingerprint does not match", f"{build} again")
+    return {**body, "fingerprint": mark}
+
+
+def verify_files(folder: Path, files: dict[str, str]) -> None:
+    """Compare every file of a manifest (name -> SHA-256) with the disk. Raises StoreError for the first that differs."""
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise StoreError(f"{path} is missing", "the manifest names it", "build it again")
+        found = sha256_file(path)
+        if found != expected:
+            raise StoreError(
+                f"{path} is damaged", f"SHA-256 {found[:12]}, the manifest says {expected[:12]}", "build it again"
+            )

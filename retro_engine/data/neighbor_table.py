@@ -1,0 +1,179 @@
+"""The neighbor table: for every chunk of a query store, the K nearest chunks of its database stores.
+
+Ids count through the databases in order; -1 = missing. The table carries the fingerprints of both sides, so
+seed, sequence length, batch size and k <= K change without another query.
+Reads and writes TABLE/manifest.json and ids-NNNNN.bin (docs/formats.md).
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_engine.data import files
+from retro_engine.data.files import ArrayFile
+from retro_engine.data.store import Store
+from retro_engine.errors import MissingInputError, StoreError, UsageError
+
+SHARD_ROWS = 1 << 18
+
+
+class NeighborTableWriter:
+    """Publishes shards of ids in order; `close` publishes the table."""
+
+    def __init__(
+        self, folder: Path, query: Store, databases: Sequence[Store], num_neighbors: int, retriever: dict[str, Any]
+    ):
+        if num_neighbors < 1:
+            raise UsageError(f"K={num_neighbors} cannot be used", "a table holds at least one neighbor a chunk")
+        if (folder / files.MANIFEST).exists():
+            raise UsageError(
+                f"{folder} holds a neighbor table",
+                "a published table never changes",
+                f"choose another --name, or rm -r {folder}",
+            )
+        files.make_folder(folder)
+        self.folder, self.query, self.databases = folder, query, list(databases)
+        self.num_neighbors, self.retriever = num_neighbors, retriever
+        self.num_rows = sum(store.num_rows for store in databases)
+        self._files: dict[str, str] = {}
+        self._rows = 0
+
+    def write(self, ids: np.ndarray) -> None:
+        """The next rows, [rows, K]. Raises StoreError for ids outside the databases."""
+        assert ids.ndim == 2 and ids.shape[1] == self.num_neighbors, ids.shape
+        if ids.size and (ids.min() < -1 or ids.max() >= self.num_rows):
+            raise StoreError(f"neighbor id {ids.max()} is outside the databases", f"they have {self.num_rows} chunks")
+        dtype = np.int32 if self.num_rows < 1 << 31 else np.int64
+        for start in range(0, len(ids), SHARD_ROWS):
+            part = ids[start : start + SHARD_ROWS].astype(dtype)
+            name = f"ids-{len(self._files):05d}.bin"
+            self._files[name] = files.write_array(self.folder / name, "neighbors", part, self.query.fingerprint)
+            self._rows += len(part)
+
+    def close(self) -> "NeighborTable":
+        assert self._rows == self.query.num_rows, (self._rows, self.query.num_rows)
+        content = {
+            "num_neighbors": self.num_neighbors,
+            "rows": self._rows,
+            "query": self.query.fingerprint,
+            "databases": [
+                {"fingerprint": s.fingerprint, "rows": s.num_rows, "path": os.path.relpath(s.folder, self.folder)}
+                for s in self.databases
+            ],
+            "retriever": self.retriever,
+            "files": self._files,
+        }
+        files.write_manifest(self.folder, "neighbors", content)
+        return NeighborTable(self.folder, self.query)
+
+
+class NeighborTable:
+    """A published table, opened for its query store and with its database stores."""
+
+    def __init__(self, folder: str | Path, query: Store):
+        """Raises StoreError, naming both sides, when the table or a database is of another store."""
+        self.folder, self.query = Path(folder), query
+        self.manifest = files.read_manifest(self.folder, "neighbors")
+        m = self.manifest
+        if m["query"] != query.fingerprint:
+            raise StoreError(
+                f"{self.folder} is a table of store {m['query'][:12]}",
+                f"{query.folder} is {query.fingerprint[:12]}",
+                f"retro build {query.folder}",
+            )
+        self.num_neighbors: int = m["num_neighbors"]
+        self.fingerprint: str = m["fingerprint"]
+        self.databases = [self._database(entry) for entry in m["databases"]]
+        self.num_rows = sum(store.num_rows for store in self.databases)
+        self._shards = [ArrayFile(self.folder / name, "neighbors", query.fingerprint) for name in sorted(m["files"])]
+        rows = sum(shard.values.shape[0] for shard in self._shards)
+        if rows != query.num_rows or any(s.values.shape[1] != self.num_neighbors for s in self._shards):
+            raise StoreError(
+                f"{self.folder} has {rows} rows", f"its store has {query.num_rows}", "retro neighbors again"
+            )
+        self._starts = np.cumsum([0] + [shard.values.shape[0] for shard in self._shards])
+
+    def _database(self, entry: dict[str, Any]) -> Store:
+        if entry["fingerprint"] == self.query.fingerprint:
+            return self.query
+        store = Store((self.folder / entry["path"]).resolve())
+        if store.fingerprint != entry["fingerprint"]:
+            raise StoreError(
+                f"{self.folder} has neighbors from store {entry['fingerprint'][:12]}",
+                f"{store.folder} is {store.fingerprint[:12]}",
+                "retro neighbors again",
+            )
+        return store
+
+    def ids(self, rows: np.ndarray, k: int) -> np.ndarray:
+        """The first k neighbor ids of each row, [..., k]. Raises UsageError for k > K."""
+        if not 1 <= k <= self.num_neighbors:
+            raise UsageError(
+                f"k={k} neighbors were asked for",
+                f"{self.folder} holds {self.num_neighbors} a chunk",
+                f"retro neighbors --k {max(k, 1)} makes a wider table",
+            )
+        flat = np.asarray(rows, np.int64).reshape(-1)
+        out = np.empty((len(flat), k), np.int64)
+        shard_of = np.searchsorted(self._starts, flat, "right") - 1
+        for number in np.unique(shard_of):
+            chosen = shard_of == number
+            local = flat[chosen] - self._starts[number]
+            shard = self._shards[number]
+            width = self.num_neighbors * shard.values.itemsize
+            for block in np.unique(local * width // files.BLOCK):
+                first = int(block) * files.BLOCK // width
+                shard.check_rows(first, min(first + files.BLOCK // width + 2, shard.values.shape[0]))
+            out[chosen] = shard.values[local, :k]
+        if out.size and (out.min() < -1 or out.max() >= self.num_rows):
+            raise StoreError(
+                f"{self.folder} holds neighbor id {out.max()}",
+                f"the databases have {self.num_rows} chunks",
+                "retro neighbors again",
+            )
+        return out.reshape(*np.shape(rows), k)
+
+    def locate(self, chunk: int) -> tuple[Store, int]:
+        """The database store of a neighbor id and its row there."""
+        for store in self.databases:
+            if chunk < store.num_rows:
+                return store, chunk
+            chunk -= store.num_rows
+        raise StoreError(f"neighbor id {chunk} is outside the databases", f"they have {self.num_rows} chunks")
+
+    def verify(self) -> None:
+        files.verify_files(self.folder, self.manifest["files"])
+
+    def summary(self) -> dict[str, Any]:
+        m = self.manifest
+        return {
+            "kind": "neighbors",
+            **{key: m[key] for key in ("rows", "num_neighbors", "query", "databases", "retriever", "fingerprint")},
+        }
+
+
+def find_table(store: Store, name: str | None) -> Path:
+    """The folder of a table: a path, a name under STORE/neighbors/, or the only table there is.
+
+    Raises MissingInputError when there is none, UsageError when there are several and none is named.
+    """
+    base = store.folder / "neighbors"
+    if name is not None:
+        for candidate in (base / name, Path(name)):
+            if (candidate / files.MANIFEST).is_file():
+                return candidate
+        raise MissingInputError(
+            f"neighbor table {name} does not exist", f"neither a folder nor under {base}", f"retro build {store.folder}"
+        )
+    found = sorted(path.parent for path in base.glob(f"*/{files.MANIFEST}"))
+    if not found:
+        raise MissingInputError(f"{store.folder} has no neighbor table", "", f"retro build {store.folder}")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UsageError(
+            f"{store.folder} has {len(found)} neighbor tables: {names}", "", "name one: model.data.neighbors=NAME"
+        )
+    return found[0]

@@ -1,0 +1,129 @@
+"""`retro prepare`: files -> tokens and chunks. Reads text files; writes a chunk store.
+
+Memory does not grow with the corpus: documents stream through in batches, the tokenizer trains on a bounded
+sample. Two runs over the same files write the same bytes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+from retro_engine.data import corpus, files
+from retro_engine.data.corpus import Document, Reader, SetAside
+from retro_engine.data.store import Store, StoreWriter
+from retro_engine.data.tokenizer import Tokenizer, auto_vocab_size
+from retro_engine.errors import MissingInputError, StoreError
+
+SAMPLE_BYTES = 32 << 20  # of text that the tokenizer is trained on
+BATCH_BYTES = 2 << 20  # of text encoded at once
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    out: Path,
+    tokenizer: str = "auto",
+    vocab_size: int | None = None,
+    chunk_size: int = 64,
+    reader: Reader | None = None,
+    is_strict: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Store:
+    """Write the store `out` from files and folders ("-" = standard input); `tokenizer` auto trains one.
+
+    Raises MissingInputError, UsageError or StoreError; with `is_strict` also for the first row set aside.
+    """
+    reader = reader or Reader()
+    with files.locked(out):
+        paths: list[Path] = []
+        spooled = corpus.spool_standard_input(out) if "-" in map(str, inputs) else None
+        try:
+            for given in inputs:
+                found, passed_over = ([spooled], []) if spooled and str(given) == "-" else corpus.find_files([given])
+                paths += found
+                if passed_over:
+                    say(f"{len(passed_over)} files of other kinds passed over, the first {passed_over[0]}")
+            if not paths:
+                names = ", ".join(map(str, inputs))
+                raise MissingInputError(f"no input in {names}", f"known kinds: {', '.join(corpus.SUFFIXES)}")
+            if tokenizer == "auto":
+                chosen = _train_tokenizer(reader, paths, vocab_size, say)
+            else:
+                chosen = Tokenizer.load(tokenizer)
+            writer = StoreWriter(out, chosen, chunk_size)
+            _fill(writer, reader.read(paths), is_strict)
+            store = writer.close()
+        finally:
+            if spooled is not None:
+                spooled.unlink(missing_ok=True)
+    if store.counts["set_aside"]:
+        say(f"{store.counts['set_aside']} rows set aside, listed in {out}/set_aside.jsonl")
+    if store.num_rows == store.num_documents:
+        say(f"note: every document is shorter than one chunk of {chunk_size} tokens; --chunk-size takes a smaller one")
+    if store.num_documents == 1:
+        say("note: one document only: it has no neighbors from other documents, and nothing can be held out")
+    return store
+
+
+def store_from_documents(documents: Sequence[Document], out: Path, tokenizer: Tokenizer, chunk_size: int) -> Store:
+    """A store of documents that are in memory."""
+    with files.locked(out):
+        writer = StoreWriter(out, tokenizer, chunk_size)
+        _fill(writer, iter(documents), is_strict=True)
+        return writer.close()
+
+
+def _fill(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: bool) -> None:
+    """Encode in one thread (the library uses every core and needs no GIL) while another batch is read and packed."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for batch in chain(_batches(writer, rows, is_strict), [[]]):
+            encoding = pool.submit(writer.tokenizer.encode_batch, [document.text for document in batch])
+            if waiting is not None:
+                documents, encoded = waiting
+                for document, ids in zip(documents, encoded.result()):
+                    writer.add(document, ids)
+            waiting = (batch, encoding)
+
+
+def _batches(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: bool) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for row in rows:
+        if isinstance(row, SetAside):
+            if is_strict:
+                raise StoreError(f"{row.source}: {row.reason}", "--strict stops at the first row that cannot be used")
+            writer.set_aside(row)
+            continue
+        batch.append(row)
+        size += len(row.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _train_tokenizer(
+    reader: Reader, paths: list[Path], vocab_size: int | None, say: Callable[[str], None]
+) -> Tokenizer:
+    """Train on an even sample of the documents: every 2^i-th, so that at most SAMPLE_BYTES are held."""
+    sample: list[str] = []
+    stride, held, total, number = 1, 0, 0, 0
+    for row in reader.read(paths):
+        if isinstance(row, SetAside):
+            continue
+        total += len(row.text)
+        if number % stride == 0:
+            sample.append(row.text)
+            held += len(row.text)
+            while held > SAMPLE_BYTES and len(sample) > 1:
+                sample = sample[::2]
+                stride *= 2
+                held = sum(map(len, sample))
+        number += 1
+    if not sample:
+        raise StoreError("there is no document", "nothing usable was found in the input", "name other files")
+    size = vocab_size or auto_vocab_size(total)
+    say(f"training a tokenizer: at most {size:,} entries, on {held / 1e6:.1f} of {total / 1e6:.1f} MB")
+    return Tokenizer.train(sample, size)

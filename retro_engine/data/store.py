@@ -1,0 +1,279 @@
+"""The chunk store: documents cut into rows of m tokens, each document starting on a row of its own.
+
+A chunk id is a row number; the continuation of row c is row c + 1 when it is of the same document. Every row's
+count of valid tokens is stored, so that padding is never read as text. Reads and writes STORE/manifest.json,
+tokenizer.json and, for each shard, tokens-, lengths-, rows-, documents- and names-NNNNN.bin (docs/formats.md).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_engine.data import files
+from retro_engine.data.corpus import Document, SetAside
+from retro_engine.data.files import ArrayFile
+from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import StoreError, UsageError
+
+SHARD_ROWS = 1 << 18  # a shard closes at the first document end past this many rows
+DOCUMENT_COLUMNS = ("first_row", "num_tokens", "num_bytes", "name_end")  # of documents-NNNNN.bin, shard-relative
+PARTS = ("tokens", "lengths", "rows", "documents", "names")
+SET_ASIDE_FILE = "set_aside.jsonl"
+
+
+class StoreWriter:
+    """Writes a store shard by shard: memory does not grow with the corpus. `close` publishes it."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, chunk_size: int, shard_rows: int = SHARD_ROWS):
+        if not 1 <= chunk_size < 1 << 16:
+            raise UsageError(f"chunk_size={chunk_size} cannot be used", "a chunk has 1 to 65,535 tokens")
+        if (folder / files.MANIFEST).exists():
+            raise UsageError(
+                f"{folder} holds a store", "a published store never changes", f"choose another --out, or rm -r {folder}"
+            )
+        files.make_folder(folder)
+        for path in folder.glob("*-*.bin"):  # of a run that was interrupted before it published anything
+            path.unlink()
+        self.folder, self.tokenizer, self.chunk_size, self.shard_rows = folder, tokenizer, chunk_size, shard_rows
+        self.counts = {"documents": 0, "rows": 0, "tokens": 0, "bytes": 0, "set_aside": 0}
+        self._files: dict[str, str] = {}
+        self._set_aside: list[str] = []
+        self._shards: list[dict[str, int]] = []
+        self._clear()
+
+    def add(self, document: Document, ids: Sequence[int]) -> None:
+        """Append a document of token ids; the end-of-document token is added here."""
+        tokens = np.empty(len(ids) + 1, np.int64)
+        tokens[:-1] = ids
+        tokens[-1] = self.tokenizer.eod_id
+        if tokens.max() >= self.tokenizer.vocab_size or tokens.min() < 0:
+            raise StoreError(
+                f"{document.source}: token id {tokens.max()} is outside the vocabulary",
+                f"it has {self.tokenizer.vocab_size} entries",
+            )
+        m = self.chunk_size
+        num_rows = -(-len(tokens) // m)
+        num_bytes = len(document.text.encode())
+        rows = np.full((num_rows, m), self.tokenizer.pad_id, self.tokenizer.dtype)
+        rows.reshape(-1)[: len(tokens)] = tokens
+        lengths = np.full(num_rows, m, np.uint16)
+        lengths[-1] = len(tokens) - m * (num_rows - 1)
+        name = json.dumps([document.id, document.title], ensure_ascii=False).encode()
+        self._names += name
+        self._documents.append((self._num_rows, len(tokens), num_bytes, len(self._names)))
+        self._tokens.append(rows)
+        self._lengths.append(lengths)
+        self._num_rows += num_rows
+        for key, value in (("documents", 1), ("rows", num_rows), ("tokens", len(tokens)), ("bytes", num_bytes)):
+            self.counts[key] += value
+        if self._num_rows >= self.shard_rows:
+            self._flush()
+
+    def set_aside(self, row: SetAside) -> None:
+        """Note a row that is not used."""
+        self.counts["set_aside"] += 1
+        self._set_aside.append(json.dumps({"source": row.source, "reason": row.reason}) + "\n")
+
+    def close(self) -> "Store":
+        """Publish the store. Raises StoreError when it holds no document."""
+        if self.counts["documents"] == 0:
+            first = (
+                f"; the first of {len(self._set_aside)} set aside: {self._set_aside[0].strip()}"
+                if self._set_aside
+                else ""
+            )
+            raise StoreError(
+                "there is no document", f"nothing usable was found in the input{first}", "name other files"
+            )
+        self._flush()
+        files.publish(self.folder / TOKENIZER_FILE, [self.tokenizer.json.encode()])
+        if self._set_aside:
+            files.publish(self.folder / SET_ASIDE_FILE, ["".join(self._set_aside).encode()])
+        files.write_manifest(
+            self.folder,
+            "store",
+            {
+                "chunk_size": self.chunk_size,
+                "dtype": np.dtype(self.tokenizer.dtype).name,
+                "vocab_size": self.tokenizer.vocab_size,
+                "eod_id": self.tokenizer.eod_id,
+                "pad_id": self.tokenizer.pad_id,
+                "tokenizer": self.tokenizer.fingerprint,
+                "counts": self.counts,
+                "shards": self._shards,
+                "files": self._files,
+            },
+        )
+        return Store(self.folder)
+
+    def _flush(self) -> None:
+        if not self._num_rows:
+            return
+        number = len(self._shards)
+        documents = np.array(self._documents, np.int64).reshape(-1, len(DOCUMENT_COLUMNS))
+        rows_of = np.diff(documents[:, 0], append=self._num_rows)
+        arrays = {
+            "tokens": np.concatenate(self._tokens),
+            "lengths": np.concatenate(self._lengths)[:, None],
+            "rows": np.repeat(np.arange(len(documents), dtype=np.uint32), rows_of)[:, None],
+            "documents": documents,
+            "names": np.frombuffer(bytes(self._names), np.uint8)[:, None],
+        }
+        for part, values in arrays.items():
+            name = f"{part}-{number:05d}.bin"
+            self._files[name] = files.write_array(self.folder / name, part, values, self.tokenizer.fingerprint)
+        self._shards.append({"documents": len(documents), "rows": self._num_rows})
+        self._clear()
+
+    def _clear(self) -> None:
+        self._tokens: list[np.ndarray] = []
+        self._lengths: list[np.ndarray] = []
+        self._documents: list[tuple[int, int, int, int]] = []
+        self._names = bytearray()
+        self._num_rows = 0
+
+
+@dataclass
+class Shard:
+    """One shard's arrays and the number of its first row and first document."""
+
+    arrays: dict[str, ArrayFile]
+    first_row: int
+    first_document: int
+
+
+class Store:
+    """A published store, opened for reading; nothing is loaded until it is touched."""
+
+    def __init__(self, folder: str | Path):
+        """Raises MissingInputError or StoreError: not there, never finished, damaged, foreign, newer."""
+        self.folder = Path(folder)
+        self.manifest = files.read_manifest(self.folder, "store")
+        m = self.manifest
+        self.fingerprint: str = m["fingerprint"]
+        self.chunk_size: int = m["chunk_size"]
+        self.counts: dict[str, int] = m["counts"]
+        self.num_rows: int = self.counts["rows"]
+        self.num_documents: int = self.counts["documents"]
+        self.vocab_size: int = m["vocab_size"]
+        self.eod_id: int = m["eod_id"]
+        self.pad_id: int = m["pad_id"]
+        self.shards: list[Shard] = []
+        first_row = first_document = 0
+        widths = {"tokens": self.chunk_size, "documents": len(DOCUMENT_COLUMNS)}
+        for number, shard in enumerate(m["shards"]):
+            arrays = {part: ArrayFile(self.folder / f"{part}-{number:05d}.bin", part, m["tokenizer"]) for part in PARTS}
+            for part, array in arrays.items():
+                rows = {"names": array.values.shape[0], "documents": shard["documents"]}.get(part, shard["rows"])
+                if array.values.shape != (rows, widths.get(part, 1)):
+                    raise StoreError(
+                        f"{array.path} has shape {array.values.shape}",
+                        f"the manifest says {(rows, widths.get(part, 1))}",
+                    )
+            self.shards.append(Shard(arrays, first_row, first_document))
+            first_row += shard["rows"]
+            first_document += shard["documents"]
+        if (first_row, first_document) != (self.num_rows, self.num_documents):
+            raise StoreError(
+                f"{self.folder} contradicts itself", "its shards do not add up to its counts", "retro prepare again"
+            )
+        self._tokenizer: Tokenizer | None = None
+        self._documents: np.ndarray | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.load(self.folder / TOKENIZER_FILE)
+            if self._tokenizer.fingerprint != self.manifest["tokenizer"]:
+                raise StoreError(
+                    f"{self.folder / TOKENIZER_FILE} is {self._tokenizer.fingerprint[:12]}",
+                    f"the store was made with {self.manifest['tokenizer'][:12]}",
+                    "retro prepare again",
+                )
+        return self._tokenizer
+
+    @property
+    def documents(self) -> np.ndarray:
+        """[documents, 3] i64: first row, tokens, bytes."""
+        if self._documents is None:
+            parts = []
+            for shard in self.shards:
+                table = shard.arrays["documents"].checked()[:, :3].astype(np.int64)
+                table[:, 0] += shard.first_row
+                parts.append(table)
+            self._documents = np.concatenate(parts)
+        return self._documents
+
+    def row_documents(self) -> np.ndarray:
+        """[rows] the document of every row."""
+        parts = [s.arrays["rows"].checked()[:, 0].astype(np.int64) + s.first_document for s in self.shards]
+        return np.concatenate(parts)
+
+    def document_rows(self, document: int) -> tuple[int, int]:
+        """First row of a document, and one past its last."""
+        first = int(self.documents[document, 0])
+        end = int(self.documents[document + 1, 0]) if document + 1 < self.num_documents else self.num_rows
+        return first, end
+
+    def document_of(self, row: int) -> int:
+        return int(np.searchsorted(self.documents[:, 0], row, "right")) - 1
+
+    def name(self, document: int) -> tuple[str, str]:
+        """Id and title of a document."""
+        shard = max((s for s in self.shards if s.first_document <= document), key=lambda s: s.first_document)
+        number = document - shard.first_document
+        ends = shard.arrays["documents"].checked()[:, 3]
+        start = int(ends[number - 1]) if number else 0
+        raw = shard.arrays["names"].checked()[start : int(ends[number]), 0].tobytes()
+        identifier, title = json.loads(raw)
+        return identifier, title
+
+    def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [rows, m] and lengths [rows] of rows first ... last - 1."""
+        tokens: list[np.ndarray] = []
+        lengths: list[np.ndarray] = []
+        for shard in self.shards:
+            begin = max(first - shard.first_row, 0)
+            end = min(last - shard.first_row, shard.arrays["tokens"].values.shape[0])
+            if begin < end:
+                for part, out in (("tokens", tokens), ("lengths", lengths)):
+                    shard.arrays[part].check_rows(begin, end)
+                    out.append(shard.arrays[part].values[begin:end])
+        if not tokens:
+            return np.empty((0, self.chunk_size), np.uint16), np.empty(0, np.uint16)
+        return np.concatenate(tokens), np.concatenate(lengths)[:, 0]
+
+    def texts(self, first: int = 0, last: int | None = None, batch: int = 8192) -> Iterator[list[str]]:
+        """The text of every chunk, in order, in lists of at most `batch`."""
+        last = self.num_rows if last is None else last
+        for start in range(first, last, batch):
+            tokens, lengths = self.rows(start, min(start + batch, last))
+            rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
+            yield self.tokenizer.decode_batch(rows)
+
+    def text(self, row: int) -> str:
+        return next(self.texts(row, row + 1))[0]
+
+    def verify(self) -> None:
+        """Compare every file with the manifest. Raises StoreError for the first that differs."""
+        files.verify_files(self.folder, self.manifest["files"])
+        if self.tokenizer.vocab_size != self.vocab_size:
+            raise StoreError(
+                f"{self.folder}: the tokenizer has {self.tokenizer.vocab_size} entries",
+                f"the manifest says {self.vocab_size}",
+            )
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "kind": "store",
+            "chunk_size": self.chunk_size,
+            "vocab_size": self.vocab_size,
+            **self.counts,
+            "fingerprint": self.fingerprint,
+            "tokenizer": self.manifest["tokenizer"],
+        }

@@ -1,0 +1,155 @@
+"""Text to token ids and back: trains byte-level BPE, loads tokenizer.json and GPT-2's encoder.json + vocab.bpe.
+
+The work is Hugging Face tokenizers'. Text never becomes a special token, whatever it contains.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from retro_engine.errors import MissingInputError, StoreError, UsageError
+
+EOD = "<|endoftext|>"
+PAD = "<|pad|>"
+EOD_NAMES = (EOD, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
+PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
+FILE = "tokenizer.json"
+
+
+class Tokenizer:
+    """A tokenizer with an end-of-document id `eod_id` and a padding id `pad_id` (eod_id where it has none)."""
+
+    def __init__(self, serialized: str, name: str = "tokenizer"):
+        """Raises StoreError when `serialized` is not a tokenizer.json or has no end-of-document token."""
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self.backend = Backend.from_str(serialized)
+        except Exception as error:  # the library raises bare Exception
+            raise StoreError(
+                f"{name} is not a tokenizer.json", str(error).splitlines()[0], "train one: --tokenizer auto"
+            ) from error
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+        self.json = self.backend.to_str()
+        self.vocab_size = max(self.backend.get_vocab().values(), default=-1) + 1
+        eod = next((i for i in map(self.backend.token_to_id, EOD_NAMES) if i is not None), None)
+        if eod is None:
+            raise StoreError(f"{name} has no end-of-document token", f"expected one of {', '.join(EOD_NAMES)}")
+        self.eod_id: int = eod
+        pad = next((i for i in map(self.backend.token_to_id, PAD_NAMES) if i is not None), None)
+        self.pad_id: int = eod if pad is None else pad
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    @property
+    def dtype(self) -> type[np.uint16] | type[np.uint32]:
+        """The smallest type that holds every id."""
+        return np.uint16 if self.vocab_size < 1 << 16 else np.uint32
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """A tokenizer.json, or a folder with one, or with encoder.json + vocab.bpe (vocab.json + merges.txt)."""
+        path = Path(path)
+        if path.is_dir():
+            pairs = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+            for vocab, merges in pairs:
+                if not (path / FILE).is_file() and (path / vocab).is_file() and (path / merges).is_file():
+                    return cls._from_gpt2(path / vocab, path / merges)
+            path = path / FILE
+        try:
+            serialized = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise MissingInputError(
+                f"{path} does not exist", "expected a tokenizer.json", "--tokenizer auto trains one"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{path} is not a tokenizer.json", "it is not UTF-8") from error
+        except OSError as error:
+            raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
+        return cls(serialized, str(path))
+
+    @classmethod
+    def _from_gpt2(cls, vocab_path: Path, merges_path: Path) -> "Tokenizer":
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
+            lines = merges_path.read_text(encoding="utf-8").splitlines()
+            merges = [
+                (line.split(" ")[0], line.split(" ")[1]) for line in lines if line and not line.startswith("#version")
+            ]
+            backend = Backend(models.BPE(vocab=vocab, merges=merges))
+        except (ValueError, IndexError, OSError) as error:
+            raise StoreError(f"{vocab_path} and {merges_path} do not load", str(error)) from error
+        except Exception as error:  # the library raises bare Exception for merges outside the vocabulary
+            raise StoreError(f"{vocab_path} and {merges_path} do not fit", str(error)) from error
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken(EOD, special=True)])
+        return cls(backend.to_str(), str(vocab_path))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Byte-level BPE of at most `vocab_size` entries, the 256 bytes and two special tokens included."""
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if vocab_size < len(alphabet) + 2:
+            raise UsageError(
+                f"vocab_size={vocab_size} is too small", f"the bytes and special tokens need {len(alphabet) + 2}"
+            )
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[EOD, PAD], initial_alphabet=sorted(alphabet), show_progress=False
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend.to_str())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and, for each, the characters [start, end) it stands for."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def decode_batch(self, rows: list[list[int]]) -> list[str]:
+        return self.backend.decode_batch(rows, skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of each token [V], 0 for special ones: what bits per byte divides by."""
+        special = {index for index, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        is_byte_level = '"ByteLevel"' in str(json.loads(self.json).get("decoder")).replace("'", '"')
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token, index in self.backend.get_vocab().items():
+            if index in special:
+                continue
+            if is_byte_level:
+                lengths[index] = len(token)  # one character a byte
+            elif token.startswith("<0x") and token.endswith(">"):
+                lengths[index] = 1
+            else:
+                lengths[index] = len(token.replace("\u2581", " ").encode())
+        return lengths
+
+
+def auto_vocab_size(num_bytes: int) -> int:
+    """Entries for a corpus of `num_bytes`: 8k under 10 MB, 16k under 100 MB, else 32k."""
+    return 8192 if num_bytes < 10_000_000 else 16384 if num_bytes < 100_000_000 else 32768

@@ -1,0 +1,68 @@
+"""Every error a user can cause, in three lines: what was found, why it is wrong, what to run.
+
+The exit codes of the command line hang on the class: 2 usage or config, 3 input missing, corrupt or
+incompatible, 4 optional dependency missing, 5 out of disk, memory or device, 6 quality gate failed.
+"""
+
+
+class RetroError(Exception):
+    """Base of the errors below. `what` is one line; `why` and `do` may be empty."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, why: str = "", do: str = ""):
+        super().__init__(what, why, do)
+        self.what, self.why, self.do = what, why, do
+
+    def __str__(self) -> str:
+        return "\n  ".join(line for line in (self.what, self.why, self.do) if line)
+
+
+class UsageError(RetroError, ValueError):
+    """A flag, a setting or an argument that cannot be used."""
+
+    exit_code = 2
+
+
+class StoreError(RetroError, ValueError):
+    """A store, table, index, tokenizer or checkpoint that is corrupt, foreign, newer or does not fit."""
+
+    exit_code = 3
+
+
+class MissingInputError(RetroError, FileNotFoundError):
+    """A file or folder that is not there, cannot be read, or holds nothing usable."""
+
+    exit_code = 3
+
+    def __str__(self) -> str:
+        return RetroError.__str__(self)
+
+
+class MissingExtraError(RetroError, ImportError):
+    """An optional dependency that is not installed."""
+
+    exit_code = 4
+
+
+class OutOfResourceError(RetroError, OSError):
+    """No space on the disk, no memory, or no such device."""
+
+    exit_code = 5
+
+    def __str__(self) -> str:
+        return RetroError.__str__(self)
+
+
+class GateError(RetroError):
+    """A quality gate that was asked for and not met."""
+
+    exit_code = 6
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """`did you mean X?` for the closest of `names`, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else ""

@@ -1,0 +1,155 @@
+"""Loss, perplexity and bits per byte over every token of some documents, with retrieval on, off or random.
+
+Each document is cut into sequences from its start; every token with a predecessor in its document is predicted
+once, the end-of-document token included (it has 0 bytes). Intervals are bootstrapped over documents.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retro_engine.data.batches import Batch, Sequences
+from retro_engine.model.retro import RetroModel
+
+BOOTSTRAP_DRAWS = 1000
+CONFIDENCE = 0.95
+
+
+@dataclass
+class DocumentLosses:
+    """Sums per document: nats, predicted tokens, their UTF-8 bytes."""
+
+    nats: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return float(self.nats.sum() / max(1, self.tokens.sum()))
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats.sum() / math.log(2) / max(1, self.bytes.sum()))
+
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of bits per byte, over documents."""
+        return bootstrap(
+            lambda draw: self.nats[draw].sum() / math.log(2) / max(1, self.bytes[draw].sum()), len(self.nats)
+        )
+
+    def summary(self) -> dict[str, Any]:
+        low, high = self.interval()
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "interval": [low, high],
+            "tokens": int(self.tokens.sum()),
+            "bytes": int(self.bytes.sum()),
+            "documents": int((self.tokens > 0).sum()),
+        }
+
+
+@dataclass(frozen=True)
+class Given:
+    """Neighbors that every chunk reads in mode "given": tokens [K, R] and lengths [K]."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    def attach(self, batch: Batch, chunk_size: int) -> Batch:
+        B, L = batch.tokens.shape[0], batch.tokens.shape[1] // chunk_size
+        neighbors = np.broadcast_to(self.tokens, (B, L, *self.tokens.shape)).copy()
+        return replace(
+            batch, neighbors=neighbors, lengths=np.broadcast_to(self.lengths, (B, L, len(self.lengths))).copy()
+        )
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], count: int, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of `statistic` of draws with replacement from `count` units."""
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(0, count, count)) for _ in range(BOOTSTRAP_DRAWS)] if count else [math.nan]
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def to_tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """tokens, labels, document_ids, neighbors and lengths (None when every neighbor is full) on `device`."""
+    tokens, labels, documents = (
+        torch.from_numpy(array).to(device) for array in (batch.tokens, batch.labels, batch.document_ids)
+    )
+    if batch.neighbors is None or batch.lengths is None:
+        return tokens, labels, documents, None, None
+    return (
+        tokens,
+        labels,
+        documents,
+        torch.from_numpy(batch.neighbors).to(device),
+        torch.from_numpy(batch.lengths).to(device),
+    )
+
+
+def autocast(device: torch.device, is_bf16: bool) -> Any:
+    return torch.autocast(device.type, torch.bfloat16) if is_bf16 else nullcontext()
+
+
+def token_losses(model: RetroModel, batch: Batch, device: torch.device, is_bf16: bool = False) -> tuple[Tensor, Tensor]:
+    """Nats of every label [b, n] (0 where there is none) and the most likely token [b, n]."""
+    tokens, labels, documents, neighbors, lengths = to_tensors(batch, device)
+    with torch.no_grad(), autocast(device, is_bf16):
+        logits = model(tokens, neighbors, lengths, documents).float()
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return losses.reshape(labels.shape), logits.argmax(-1)
+
+
+def evaluate(
+    model: RetroModel,
+    sequences: Sequences,
+    token_bytes: np.ndarray,
+    modes: Iterable[str] = ("on", "off", "random"),
+    batch_size: int = 8,
+    limit: int | None = None,
+    is_bf16: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
+    given: Given | None = None,
+) -> dict[str, DocumentLosses]:
+    """Losses per document for each mode (on, off, random, one_wrong, given); `limit` batches at most a mode.
+
+    The model is left in the mode it was in.
+    """
+    device = model.embedding.weight.device
+    was_training = model.training
+    model.eval()
+    results = {}
+    numbers = np.full(sequences.store.num_documents, -1, np.int64)
+    numbers[sequences.documents] = np.arange(len(sequences.documents))
+    for mode in modes:
+        count = len(sequences.documents)
+        sums = DocumentLosses(np.zeros(count), np.zeros(count, np.int64), np.zeros(count, np.int64))
+        for batch in sequences.batches(batch_size, "off" if mode == "given" else mode, limit):
+            if mode == "given":
+                assert given is not None, "mode given needs neighbors"
+                batch = given.attach(batch, sequences.store.chunk_size)
+            losses, _ = token_losses(model, batch, device, is_bf16)
+            has_label = batch.labels >= 0
+            document = numbers[batch.document_ids[has_label]]
+            np.add.at(sums.nats, document, losses.double().cpu().numpy()[has_label])
+            np.add.at(sums.tokens, document, 1)
+            np.add.at(sums.bytes, document, token_bytes[batch.labels[has_label]])
+            advance(len(batch.tokens))
+        seen = sums.tokens > 0
+        results[mode] = DocumentLosses(sums.nats[seen], sums.tokens[seen], sums.bytes[seen])
+    model.train(was_training)
+    return results

@@ -1,0 +1,1 @@
+"""Sampling and generation with retrieval at every chunk boundary."""

@@ -1,0 +1,1 @@
+"""The network: what it computes is written down in docs/model.md."""

@@ -1,0 +1,33 @@
+"""FLOPs of a step, from the configuration: what MFU is a share of.
+
+Letters: n sequence length, m chunk length, r tokens per neighbor, k neighbors, d width, c encoder width.
+"""
+
+from retro_engine.config import ModelConfig
+
+
+def forward_flops(config: ModelConfig, num_tokens: int, num_neighbor_tokens: int) -> float:
+    """Multiply-adds x 2 of a forward over `num_tokens` decoder tokens and `num_neighbor_tokens` valid neighbor
+    tokens. Padding is not counted; norms, activations and softmax are left out, as is usual.
+    """
+    d, c, n, m = config.hidden_size, config.encoder_width, config.encoder_seq_length, config.chunk_size
+    heads, groups = config.num_attention_heads, config.key_value_heads
+    ffn_matrices = 3 if config.activation == "swiglu" else 2
+    layer = 4 * d * d + 4 * d * d * groups / heads + 2 * ffn_matrices * d * config.ffn_hidden_size + 2 * n * d
+    per_token = config.dec_num_layers * layer + 2 * d * config.vocab_size
+    if num_neighbor_tokens == 0:
+        return num_tokens * per_token
+    crossing, encoder_crossing = len(config.cross_layers), len(config.enc_cross_attention)
+    per_token += crossing * 4 * d * d + encoder_crossing * 4 * d * c
+    encoder_layer = 8 * c * c + 2 * ffn_matrices * c * config.encoder_ffn_width + 4 * config.r * c
+    per_neighbor_token = (
+        config.enc_num_layers * encoder_layer
+        + encoder_crossing * (4 * c * c + 4 * m * c)
+        + crossing * (4 * c * d * groups / heads + 4 * m * d)  # K and V, and m queries over each key
+    )
+    return num_tokens * per_token + num_neighbor_tokens * per_neighbor_token
+
+
+def training_flops(config: ModelConfig, num_tokens: int, num_neighbor_tokens: int) -> float:
+    """Forward and backward: three times the forward."""
+    return 3 * forward_flops(config, num_tokens, num_neighbor_tokens)

@@ -1,0 +1,107 @@
+"""Initial weights: `standard` (normal) and `retrieval_ready` (a copying circuit that is there at step 0).
+
+A decoder that reads from neighbors needs an induction circuit: find the current token in the neighbor, read
+what follows it, write that to the output. `retrieval_ready` builds it in: positional heads made by q and k
+biases alone, W_k = W_q (a token matches itself) and W_o = W_v' (what is read is written back) in
+cross-attention. docs/retrieval-ready.md has the derivation and the measurements.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from retro_engine.config import ModelConfig
+from retro_engine.model.attention import CrossAttention, FeedForward, SelfAttention
+
+if TYPE_CHECKING:
+    from retro_engine.model.retro import RetroModel
+
+ROTARY_PAIRS = 6  # the fastest rotary pairs carry the positional heads
+PEAK_LOGIT = 8.0  # attention logit of a positional head at its offset
+EMBEDDING_STD = 0.06
+COPY_GAIN = 0.7
+
+
+def initialize(model: "RetroModel", generator: torch.Generator | None = None) -> None:
+    """Overwrite every parameter of `model` as `model.config.init` says."""
+    config = model.config
+    with torch.no_grad():
+        _normal(model, config, generator)
+        if config.init == "retrieval_ready":
+            _retrieval_ready(model, config, generator)
+
+
+def _normal(model: "RetroModel", config: ModelConfig, generator: torch.Generator | None) -> None:
+    """N(0, std) everywhere, residual outputs divided by sqrt(2 x layers); biases 0, norms 1.
+
+    std is `init_method_std`, or 1/sqrt(fan_in) with `retrieval_ready`, whose circuit needs W_v W_v' near identity.
+    """
+
+    def fill(weight: Tensor, gain: float = 1.0) -> None:
+        std = weight.shape[1] ** -0.5 if config.init == "retrieval_ready" else config.init_method_std
+        nn.init.normal_(weight, std=std * gain, generator=generator)
+
+    std = EMBEDDING_STD if config.init == "retrieval_ready" else config.init_method_std
+    nn.init.normal_(model.embedding.weight, std=std, generator=generator)
+    if model.position_embedding is not None:
+        nn.init.normal_(model.position_embedding.weight, std=std, generator=generator)
+    if model.head is not None:
+        nn.init.normal_(model.head.weight, std=std, generator=generator)
+    if model.encoder_input is not None:
+        fill(model.encoder_input.weight)
+    layers: list[tuple[nn.Module, int]] = [(layer, config.dec_num_layers) for layer in model.layers]
+    if model.encoder is not None:
+        layers += [(layer, config.enc_num_layers) for layer in model.encoder.layers]
+    for layer, depth in layers:
+        residual_gain = 1 / math.sqrt(2 * (config.dec_num_layers if config.init == "retrieval_ready" else depth))
+        for module in layer.modules():
+            if isinstance(module, SelfAttention):
+                fill(module.qkv.weight)
+                fill(module.out.weight, residual_gain)
+            elif isinstance(module, CrossAttention):
+                fill(module.q.weight)
+                fill(module.kv.weight)
+                fill(module.out.weight, residual_gain)
+            elif isinstance(module, FeedForward):
+                fill(module.up.weight)
+                fill(module.down.weight, residual_gain)
+
+
+def _retrieval_ready(model: "RetroModel", config: ModelConfig, generator: torch.Generator | None) -> None:
+    first = config.cross_layers[0] if config.cross_layers else min(1, config.dec_num_layers - 1)
+    for layer in model.layers[: first + 1]:
+        _positional_head(layer.attention, config, head=0, offset=-1)
+    nn.init.normal_(model.layers[0].attention.out.weight, std=COPY_GAIN * config.hidden_size**-0.5, generator=generator)
+    for index in config.cross_layers:
+        cross = model.layers[index].cross
+        width = config.hidden_size
+        cross.kv.weight[:width] = cross.q.weight
+        cross.out.weight.copy_(COPY_GAIN * cross.kv.weight[width:].T)
+    if model.encoder is not None:
+        attention = model.encoder.layers[0].attention
+        _positional_head(attention, config, head=0, offset=-1)
+        _positional_head(attention, config, head=1, offset=1)
+        attention.out.weight.copy_(attention.qkv.weight[2 * config.encoder_width :].T)
+
+
+def _positional_head(attention: SelfAttention, config: ModelConfig, head: int, offset: int) -> None:
+    """Make `head` attend to the token at `offset` whatever it is.
+
+    With b_k = a (1, 0) and b_q = a (cos(offset w), sin(offset w)) on each of the fastest pairs, RoPE turns their
+    product into a^2 cos((key - query - offset) w): a peak of PEAK_LOGIT at the offset.
+    """
+    width = attention.head_width
+    pairs = int(width * config.rotary_percentage) // 2
+    frequency = config.rotary_base ** (-torch.arange(pairs) / pairs)
+    amplitude = torch.zeros(pairs)
+    amplitude[:ROTARY_PAIRS] = math.sqrt(PEAK_LOGIT * math.sqrt(width) / ROTARY_PAIRS)
+    bias = attention.qkv.bias
+    assert bias is not None, "retrieval_ready needs q and k biases"
+    q_start, k_start = head * width, attention.num_heads * width + head * width
+    bias[q_start : q_start + pairs] = (amplitude * torch.cos(offset * frequency)).to(bias)
+    bias[q_start + pairs : q_start + 2 * pairs] = (amplitude * torch.sin(offset * frequency)).to(bias)
+    bias[k_start : k_start + pairs] = amplitude.to(bias)
+    attention.qkv.weight[q_start : q_start + width] *= 0.3
+    attention.qkv.weight[k_start : k_start + width] *= 0.3

@@ -1,0 +1,395 @@
+"""RETRO (arXiv 2112.04426 section 2): a decoder with chunked cross-attention over encoded neighbors.
+
+Every difference between public implementations is one field of `ModelConfig`; this file never asks which
+project it imitates. Shape letters: B batch, N tokens, M chunk length, L chunks, K neighbors, R tokens per
+neighbor, D width, C encoder width, V vocabulary, S cached tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retro_engine.config import ModelConfig, check_model
+from retro_engine.model import ops
+from retro_engine.model.attention import Rotary, norm
+from retro_engine.model.cache import Cache, new_cache
+from retro_engine.model.decoder import DecoderLayer
+from retro_engine.model.encoder import Encoder
+from retro_engine.model.initialization import initialize
+
+
+class RetroModel(nn.Module):
+    """`forward` is the full pass, `step` the cached one; with `config.retrieval` False a plain decoder."""
+
+    layers: Sequence[DecoderLayer]  # an nn.ModuleList
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        check_model(config)
+        if config.vocab_size < 1:
+            raise ValueError(f"vocab_size={config.vocab_size}: set it to the tokenizer's")
+        self.config = config
+        width = config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        is_learned = "learned" in (config.position_embedding, config.encoder_position_embedding)
+        rows = config.max_position_embeddings or config.encoder_seq_length
+        self.position_embedding = nn.Embedding(rows, width) if is_learned else None
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        crossing = set(config.cross_layers)
+        layers = [DecoderLayer(config, i in crossing) for i in range(config.dec_num_layers)]
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
+        self.encoder = Encoder(config) if crossing else None
+        is_wider = config.encoder_width != width
+        self.encoder_input = nn.Linear(width, config.encoder_width, bias=False) if crossing and is_wider else None
+        self.final_norm = norm(config, width) if config.decoder_final_norm else nn.Identity()
+        self.head = None if config.share_embeddings else nn.Linear(width, config.vocab_size, bias=False)
+        self.output_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
+        initialize(self, generator)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        neighbors: Tensor | None = None,
+        neighbor_lengths: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """tokens [b, n], neighbors [b, l, k, r], neighbor_lengths [b, l, k], document_ids [b, n] -> logits [b, n, V].
+
+        neighbors None = retrieval off; neighbor_lengths None = all full, 0 = missing; document_ids None = one
+        document (or derived from the tokens when the config has eod_id and pad_id), -1 = padding.
+        Raises ValueError naming the argument, its shape and the rule.
+        """
+        return self.logits(self.hidden(tokens, neighbors, neighbor_lengths, document_ids))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        neighbors: Tensor | None = None,
+        neighbor_lengths: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The state before the output head, [b, n, d]; arguments as in `forward`."""
+        self._check_shapes(tokens, neighbors, neighbor_lengths, document_ids)
+        B, N = tokens.shape
+        documents = self._documents(tokens, document_ids)
+        mask = self._self_attention_mask(documents, N)
+        retrieved = self._neighbor_view(tokens, neighbors, neighbor_lengths, documents)
+        x = self._embed(tokens, 0)
+        rotary = self._decoder_rotary(N, tokens.device)
+        cross_rotary = self._cross_rotary(tokens.device)
+        encoded = None
+        for layer in self.layers:
+            x = layer.self_attend(x, rotary, mask)
+            if layer.is_crossing and retrieved is not None:
+                z = layer.cross_norm(x)
+                if encoded is None:
+                    encoded = retrieved.encode(self, z)
+                x = layer.cross_attend(
+                    x, z, encoded, retrieved.lengths_BLK, retrieved.attends_BN, cross_rotary, retrieved.front
+                )
+            x = layer.feed_forward(x)
+        return self.final_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> [..., V]"""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(hidden, weight, self.output_bias)
+
+    def new_cache(self, batch_size: int, capacity: int) -> Cache:
+        """An empty cache for `step`: at most `capacity` tokens a sequence."""
+        weight = self.embedding.weight
+        return new_cache(self.config, batch_size, capacity, weight.dtype, weight.device)
+
+    def step(
+        self,
+        tokens: Tensor,
+        cache: Cache,
+        neighbors: Tensor | None = None,
+        neighbor_lengths: Tensor | None = None,
+        is_token: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """The next t tokens [b, t] of one document each -> logits [b, t, V] ([b, 1, V] with `last_only`).
+
+        neighbors [b, c, k, r] belong to the c chunks that these tokens complete; None = those chunks have none.
+        is_token [b, t] False = padding. Equal to the full pass over all tokens so far.
+        """
+        c, M = self.config, self.config.chunk_size
+        if c.partial_chunk != "last":
+            raise ValueError("model.partial_chunk=first cannot be decoded with a cache: use forward")
+        B, T = tokens.shape
+        start, stop = cache.length, cache.length + T
+        if stop > cache.capacity:
+            raise ValueError(f"the cache holds {cache.capacity} tokens; {stop} were given")
+        completed = stop // M - start // M
+        if neighbors is not None and neighbors.shape[:2] != (B, completed):
+            raise ValueError(f"neighbors has shape {tuple(neighbors.shape)}; expected [{B}, {completed}, k, r]")
+        cache.is_token_BS[:, start:stop] = True if is_token is None else is_token
+        cache.has_padding = cache.has_padding or (is_token is not None and not bool(is_token.all()))
+        mask = self._cached_mask(cache, start, stop)
+        device = tokens.device
+        x = self._embed(tokens, start)
+        rotary = self._decoder_rotary(stop, device)
+        positions = torch.arange(start, stop, device=device)
+        cross_rotary = self._cross_rotary(device)
+        fresh: _FreshNeighbors | None = None
+        for index, layer in enumerate(self.layers):
+            q, k, v = layer.attention.project(layer.attention_norm(x), rotary, positions if rotary else None)
+            cache.keys_BSGE[index][:, start:stop] = k
+            cache.values_BSGE[index][:, start:stop] = v
+            keys, values = cache.keys_BSGE[index][:, :stop], cache.values_BSGE[index][:, :stop]
+            attended = ops.attention(q, keys, values, mask, is_causal=mask is None and T > 1)
+            x = x + layer.attention.out(attended.flatten(-2))
+            if layer.is_crossing:
+                z = layer.cross_norm(x)
+                if fresh is None:
+                    fresh = self._encode_completed(z, cache, start, completed, neighbors, neighbor_lengths)
+                x = x + self._cached_cross(index, z, cache, fresh, start, cross_rotary)
+            x = layer.feed_forward(x)
+        if fresh is not None and completed:
+            cache.cross_mask = fresh.mask_BCS[:, -1]
+        cache.length = stop
+        return self.logits(self.final_norm(x[:, -1:] if last_only else x))
+
+    def _embed(self, tokens: Tensor, start: int) -> Tensor:
+        x = self.embedding(tokens) * self.config.input_scale
+        if self.config.position_embedding == "learned":
+            assert self.position_embedding is not None
+            rows = self.position_embedding.num_embeddings
+            if start + tokens.shape[1] > rows:
+                raise ValueError(f"{start + tokens.shape[1]} tokens; the model has {rows} learned positions")
+            x = x + self.position_embedding.weight[start : start + tokens.shape[1]]
+        return self.dropout(x)
+
+    def _embed_neighbors(self, neighbors: Tensor) -> Tensor:
+        y = self.embedding(neighbors) * self.config.input_scale
+        if self.config.encoder_position_embedding == "learned":
+            assert self.position_embedding is not None
+            y = y + self.position_embedding.weight[: neighbors.shape[-1]]
+        if self.encoder_input is not None:
+            y = self.encoder_input(y)
+        return self.dropout(y)
+
+    def _tables(self, num_positions: int, head_width: int, device: torch.device) -> Rotary:
+        c = self.config
+        dtype = torch.float32 if c.rotary_table_precision == "float32" else self.embedding.weight.dtype
+        rotary_width = 2 * (int(head_width * c.rotary_percentage) // 2)
+        return ops.rotary_tables(num_positions, rotary_width, c.rotary_base, dtype, device)
+
+    def _decoder_rotary(self, num_positions: int, device: torch.device) -> Rotary:
+        is_rope = self.config.position_embedding == "rope"
+        return self._tables(num_positions, self.config.head_width, device) if is_rope else None
+
+    def _cross_rotary(self, device: torch.device) -> Rotary:
+        c = self.config
+        if c.cca_position_embedding != "rope":
+            return None
+        return self._tables(max(2 * c.chunk_size - 1, c.r), c.head_width, device)
+
+    def _encoder_rotary(self, device: torch.device) -> Rotary:
+        c = self.config
+        if c.encoder_position_embedding != "rope":
+            return None
+        return self._tables(max(c.chunk_size, c.r), c.encoder_width // c.encoder_heads, device)
+
+    def _documents(self, tokens: Tensor, document_ids: Tensor | None) -> Tensor | None:
+        """Document of every token, -1 = padding; None = one document and no padding."""
+        c = self.config
+        if document_ids is None:
+            if c.eod_id is None and c.pad_id is None:
+                return None
+            is_eod = torch.zeros_like(tokens) if c.eod_id is None else (tokens == c.eod_id).long()
+            document_ids = is_eod.cumsum(-1) - is_eod  # the end-of-document token closes its own document
+            if c.pad_id is not None and c.pad_id != c.eod_id:
+                document_ids = torch.where(tokens == c.pad_id, -1, document_ids)
+        return document_ids if c.reset_attention else document_ids.clamp(max=0)
+
+    def _self_attention_mask(self, documents_BN: Tensor | None, N: int) -> Tensor | None:
+        if documents_BN is None:
+            return None
+        causal = torch.ones(N, N, dtype=torch.bool, device=documents_BN.device).tril()
+        same = (documents_BN[:, :, None] == documents_BN[:, None, :]) & (documents_BN >= 0)[:, None, :]
+        itself = torch.eye(N, dtype=torch.bool, device=documents_BN.device)  # padding reads itself: finite, unused
+        return (causal & (same | itself))[:, None]
+
+    def _neighbor_view(
+        self, tokens: Tensor, neighbors: Tensor | None, lengths: Tensor | None, documents: Tensor | None
+    ) -> "_Neighbors | None":
+        """The neighbors with what each token and each chunk may see of them; None = retrieval off."""
+        if neighbors is None or neighbors.shape[1] == 0 or self.encoder is None:
+            return None
+        c, M = self.config, self.config.chunk_size
+        B, L, K, R = neighbors.shape
+        N = tokens.shape[1]
+        front = -N % M if c.partial_chunk == "first" else 0
+        position = torch.arange(N, device=tokens.device) + front
+        chunk = (position + 1) // M - 1  # the chunk whose neighbors a token attends; -1 = none
+        attends = (chunk >= 0).expand(B, N)
+        if not c.mask_neighbors:
+            return _Neighbors(neighbors, None, None, attends, front)
+        if lengths is None and c.pad_id is not None:
+            lengths = R - (neighbors == c.pad_id).flip(-1).long().cumprod(-1).sum(-1)
+        if front and documents is None:
+            documents = torch.zeros_like(tokens)
+        if lengths is None and documents is None:
+            return _Neighbors(neighbors, None, None, attends, front)
+        if lengths is None:
+            lengths = torch.full((B, L, K), R, device=tokens.device)
+        chunk = chunk.clamp(min=0)
+        hidden_mask = None
+        if documents is not None:
+            whole = F.pad(documents, (front, 0), value=-1)[:, : L * M].reshape(B, L, M)
+            last = whole[:, :, -1]  # the document a chunk's neighbors were retrieved for
+            lengths = torch.where((last >= 0)[..., None], lengths, 0)  # a chunk that ends in padding has none
+            hidden_mask = whole >= 0
+            if c.cca_reset:
+                hidden_mask = hidden_mask & (whole == last[..., None])
+                attends = attends & (documents == last[:, chunk])
+            hidden_mask = hidden_mask | ~hidden_mask.any(-1, keepdim=True)  # an empty chunk: finite, unused
+        attends = attends & (lengths > 0).any(-1)[:, chunk]
+        return _Neighbors(neighbors, lengths, hidden_mask, attends, front)
+
+    def _cached_mask(self, cache: Cache, start: int, stop: int) -> Tensor | None:
+        if not cache.has_padding:
+            if start == 0 or stop - start == 1:
+                return None
+            queries = torch.arange(start, stop, device=cache.is_token_BS.device)
+            return (torch.arange(stop, device=queries.device) <= queries[:, None])[None, None]
+        queries = torch.arange(start, stop, device=cache.is_token_BS.device)[:, None]
+        keys = torch.arange(stop, device=queries.device)
+        return ((keys <= queries) & (cache.is_token_BS[:, None, :stop] | (keys == queries)))[:, None]
+
+    def _encode_completed(
+        self,
+        z_BTD: Tensor,
+        cache: Cache,
+        start: int,
+        completed: int,
+        neighbors: Tensor | None,
+        lengths: Tensor | None,
+    ) -> "_FreshNeighbors":
+        """Encode the neighbors of the chunks that end in this block, and keep the state of the open chunk."""
+        M = self.config.chunk_size
+        B, T, D = z_BTD.shape
+        open_tokens = start % M
+        state = torch.cat((cache.hidden_BMD[:, :open_tokens], z_BTD), 1)
+        rest = (start + T) % M
+        cache.hidden_BMD[:, :rest] = state[:, completed * M :]
+        if completed == 0:
+            return _FreshNeighbors(None, z_BTD.new_zeros(B, 0, 0, dtype=torch.bool))
+        if neighbors is None or neighbors.shape[2] == 0:
+            return _FreshNeighbors(None, z_BTD.new_zeros(B, completed, 0, dtype=torch.bool))
+        K, R = neighbors.shape[2:]
+        first = (start // M) * M
+        is_token = cache.is_token_BS[:, first : first + completed * M].reshape(B, completed, M)
+        if lengths is None:
+            lengths = torch.full((B, completed, K), R, device=z_BTD.device)
+        hidden_mask = None
+        if cache.has_padding:
+            lengths = torch.where(is_token[:, :, -1:], lengths, 0)
+            hidden_mask = is_token | ~is_token.any(-1, keepdim=True)
+        hidden = state[:, : completed * M].reshape(B, completed, M, D)
+        assert self.encoder is not None
+        embedded = self._embed_neighbors(neighbors)
+        encoded = self.encoder(embedded, lengths, hidden, hidden_mask, self._encoder_rotary(z_BTD.device))
+        valid = torch.arange(R, device=z_BTD.device) < lengths[..., None]
+        return _FreshNeighbors(encoded, valid.reshape(B, completed, K * R))
+
+    def _cached_cross(
+        self, index: int, z_BTD: Tensor, cache: Cache, fresh: "_FreshNeighbors", start: int, rotary: Rotary
+    ) -> Tensor:
+        """CCA of a block whose tokens attend the last cached chunk first, then each chunk the block completes."""
+        c, M = self.config, self.config.chunk_size
+        cross = self.layers[index].cross
+        B, T, _ = z_BTD.shape
+        out = torch.zeros_like(z_BTD)
+        offset = M - 1 if c.cca_query_offset else 0
+        first_chunk = start // M - 1  # the chunk cached before this block
+        for number in range(fresh.mask_BCS.shape[1] + 1):
+            chunk = first_chunk + number
+            begin = max((chunk + 1) * M - 1, start) - start
+            end = min((chunk + 2) * M - 1, start + T) - start
+            mask = fresh.mask_BCS[:, number - 1] if number else cache.cross_mask
+            if number:
+                if fresh.encoded is not None:
+                    k, v = cross.keys_values(fresh.encoded[:, number - 1])  # [b, k, r, g, e]
+                    if rotary is not None:
+                        k = ops.rope(k.flatten(0, 1), *rotary).reshape(k.shape)
+                    cache.cross_keys[index], cache.cross_values[index] = k.flatten(1, 2), v.flatten(1, 2)
+            if begin >= end or mask is None or not mask.shape[1] or not bool(mask.any()):
+                continue
+            q = cross.queries(z_BTD[:, begin:end])
+            if rotary is not None:
+                first = start + begin - ((chunk + 1) * M - 1) + offset
+                q = ops.rope(q, *rotary, positions=torch.arange(first, first + end - begin, device=q.device))
+            has_any = mask.any(-1)[:, None, None]
+            allowed = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]
+            attended = ops.attention(q, cache.cross_keys[index], cache.cross_values[index], allowed)
+            if not c.cca_bias_everywhere:
+                out[:, begin:end] = torch.where(has_any, cross.out(attended.flatten(-2)), 0)
+            else:
+                out[:, begin:end] = torch.where(has_any, attended.flatten(-2), 0)
+        return cross.out(out) if c.cca_bias_everywhere else out
+
+    def _check_shapes(
+        self, tokens: Tensor, neighbors: Tensor | None, lengths: Tensor | None, document_ids: Tensor | None
+    ) -> None:
+        c = self.config
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected [b, n]")
+        B, N = tokens.shape
+        if document_ids is not None and document_ids.shape != tokens.shape:
+            raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}; expected {tuple(tokens.shape)}")
+        if neighbors is None:
+            return
+        if self.encoder is None:
+            raise ValueError("this model is a plain decoder (model.retrieval=false): it takes no neighbors")
+        L = -(-N // c.chunk_size) if c.partial_chunk == "first" else N // c.chunk_size
+        if neighbors.dim() != 4 or neighbors.shape[:2] != (B, L):
+            raise ValueError(
+                f"neighbors has shape {tuple(neighbors.shape)}; expected [{B}, {L}, k, r]: "
+                f"n={N} tokens make {L} chunks of {c.chunk_size}"
+            )
+        if neighbors.shape[3] > max(2 * c.chunk_size - 1, c.r):
+            raise ValueError(f"neighbors are {neighbors.shape[3]} tokens long; the model takes at most {c.r}")
+        if lengths is not None and lengths.shape != neighbors.shape[:3]:
+            raise ValueError(
+                f"neighbor_lengths has shape {tuple(lengths.shape)}; expected {tuple(neighbors.shape[:3])}"
+            )
+
+
+class _Neighbors:
+    """The neighbors of a full pass and who may see what of them."""
+
+    def __init__(
+        self,
+        tokens_BLKR: Tensor,
+        lengths_BLK: Tensor | None,
+        hidden_mask_BLM: Tensor | None,
+        attends_BN: Tensor,
+        front: int,
+    ):
+        self.tokens_BLKR, self.lengths_BLK, self.hidden_mask_BLM = tokens_BLKR, lengths_BLK, hidden_mask_BLM
+        self.attends_BN, self.front = attends_BN, front
+
+    def encode(self, model: RetroModel, z_BND: Tensor) -> Tensor:
+        """[b, l, k, r, c], conditioned on the chunks of the normed state z."""
+        M, L = model.config.chunk_size, self.tokens_BLKR.shape[1]
+        hidden = F.pad(z_BND, (0, 0, self.front, 0))[:, : L * M].unflatten(1, (L, M))
+        assert model.encoder is not None
+        return model.encoder(
+            model._embed_neighbors(self.tokens_BLKR),
+            self.lengths_BLK,
+            hidden,
+            self.hidden_mask_BLM,
+            model._encoder_rotary(z_BND.device),
+        )
+
+
+class _FreshNeighbors:
+    """What a cached step encoded: [b, c, k, r, c_enc] or None, and [b, c, k*r] True = valid."""
+
+    def __init__(self, encoded: Tensor | None, mask_BCS: Tensor):
+        self.encoded, self.mask_BCS = encoded, mask_BCS

@@ -1,0 +1,1 @@
+"""Chunks to neighbors, offline and live."""

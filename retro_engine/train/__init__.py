@@ -1,0 +1,1 @@
+"""Training: torchrun -m retro_engine.train, or retro train."""

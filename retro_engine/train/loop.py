@@ -1,0 +1,503 @@
+"""The training loop: one process, any device.
+
+Reads a store and its neighbor table; writes a run's folder. Each step is a function of (settings, step number,
+state of the last checkpoint), so a run that is stopped anywhere goes on as the same run: losses are
+bit-identical on the same machine with the same threads. Letters: B sequences, N tokens, K neighbors.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from retro_kernels.backend import backend
+from torch import Tensor
+
+from retro_engine.config import Config, ModelConfig, architecture, load_config
+from retro_engine.data import files
+from retro_engine.data.batches import Batch, Sequences, split_documents
+from retro_engine.data.neighbor_table import NeighborTable, find_table
+from retro_engine.data.store import Store
+from retro_engine.errors import OutOfResourceError, RetroError, StoreError, UsageError
+from retro_engine.evaluate.perplexity import autocast, evaluate, to_tensors
+from retro_engine.model.flops import training_flops
+from retro_engine.model.retro import RetroModel
+from retro_engine.model.weights import read_config
+from retro_engine.progress import Reporter
+from retro_engine.train import checkpoint
+from retro_engine.train.logging import RunLog
+from retro_engine.train.optimizer import build_optimizer, learning_rate
+
+H100_BF16_FLOPS = 989e12  # datasheet: what MFU is a share of on a GPU
+
+
+@dataclass
+class TrainingResult:
+    """Where the run is, how far it came, and its last measurements."""
+
+    run: Path
+    checkpoint: Path
+    step: int
+    metrics: dict[str, Any]
+    exit_code: int = 0  # 130 / 143: stopped by a signal, checkpoint saved
+
+
+@dataclass
+class TrainingData:
+    train: Sequences
+    valid: Sequences | None
+    store: Store
+    fingerprints: dict[str, str]
+
+
+def open_data(config: Config) -> TrainingData:
+    """The sequences to train and to validate on. Raises UsageError or StoreError for data that do not fit."""
+    m, data = config.model, config.model.data
+    if data.store is None:
+        raise UsageError(
+            "model.data.store is not set",
+            "training reads a chunk store",
+            "model.data.store=STORE (retro prepare writes one)",
+        )
+    store = Store(data.store)
+    _check_store(config, store)
+    table = NeighborTable(find_table(store, data.neighbors), store) if m.retrieval else None
+    shares = split_documents(store, data.splits_string)
+    has_own_valid = data.valid_store is not None
+    trained = np.arange(store.num_documents) if has_own_valid else shares["train"]
+
+    def sequences(
+        of: Store, documents: np.ndarray, its_table: NeighborTable | None, database: np.ndarray | None
+    ) -> Sequences:
+        return Sequences(of, documents, m.encoder_seq_length, its_table, m.num_neighbors, m.r, database)
+
+    train = sequences(store, trained, table, trained)
+    fingerprints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
+    if table is not None:
+        fingerprints["neighbors"] = table.fingerprint
+    valid = None
+    if has_own_valid:
+        other = Store(str(data.valid_store))
+        _check_store(config, other)
+        if other.manifest["tokenizer"] != store.manifest["tokenizer"]:
+            raise StoreError(
+                f"{other.folder} has tokenizer {other.manifest['tokenizer'][:12]}",
+                f"{store.folder} has {store.manifest['tokenizer'][:12]}",
+                f"retro prepare --tokenizer {store.folder}",
+            )
+        other_table = NeighborTable(find_table(other, data.valid_neighbors), other) if m.retrieval else None
+        valid = sequences(other, np.arange(other.num_documents), other_table, None)
+    elif len(shares["valid"]):
+        valid = sequences(store, shares["valid"], table, trained)
+    return TrainingData(train, valid, store, fingerprints)
+
+
+def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
+    """The settings a checkpoint's run was started with, with overrides. Raises MissingInputError without config.yaml."""
+    return load_config(overrides, file=str(checkpoint_folder.parent.parent / "config.yaml"))
+
+
+def open_evaluation(checkpoint_folder: Path, model: ModelConfig, overrides: list[str], share: str) -> Sequences:
+    """The documents of a share (train, valid, test, all) of a run's data, for the model of one of its checkpoints.
+
+    With a validation store of its own, valid is that store and the other shares are of the training store.
+    """
+    config = run_config(checkpoint_folder, overrides)
+    data = open_data(config)
+    if share == "valid" and data.valid is not None:
+        return data.valid
+    store, m = data.store, config.model
+    documents = split_documents(store, m.data.splits_string) | {"all": np.arange(store.num_documents)}
+    return Sequences(
+        store,
+        documents[share],
+        model.encoder_seq_length,
+        data.train.table,
+        model.num_neighbors,
+        model.r,
+        documents["train"],
+    )
+
+
+def run_databases(checkpoint_folder: Path) -> list[Store]:
+    """The stores that a run's neighbors came from."""
+    data = run_config(checkpoint_folder, []).model.data
+    store = Store(str(data.store))
+    return NeighborTable(find_table(store, data.neighbors), store).databases
+
+
+def _check_store(config: Config, store: Store) -> None:
+    m = config.model
+    if store.chunk_size != m.chunk_size:
+        raise UsageError(
+            f"model.chunk_size={m.chunk_size} does not match the store",
+            f"{store.folder} has chunks of {store.chunk_size} tokens",
+            f"model.chunk_size={store.chunk_size}, or retro prepare --chunk-size {m.chunk_size}",
+        )
+    if m.vocab_size not in (0, store.vocab_size):
+        raise UsageError(
+            f"model.vocab_size={m.vocab_size} does not match the store",
+            f"its tokenizer has {store.vocab_size} entries",
+            "leave model.vocab_size out",
+        )
+
+
+def pick_device(accelerator: str) -> torch.device:
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise OutOfResourceError(
+            "trainer.accelerator=gpu, and there is no GPU",
+            "torch.cuda.is_available() is false",
+            "trainer.accelerator=cpu",
+        )
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_precision(config: Config, device: torch.device) -> str:
+    """ "32" or "bf16-mixed". auto times a layer's forward and backward in both and takes the faster."""
+    if config.trainer.precision != "auto":
+        return config.trainer.precision
+    if device.type == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32"
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or not torch.cpu._is_avx512_bf16_supported():
+        return "32"
+    m = config.model
+    layer = torch.nn.Sequential(
+        torch.nn.Linear(m.hidden_size, m.ffn_hidden_size),
+        torch.nn.GELU(),
+        torch.nn.Linear(m.ffn_hidden_size, m.hidden_size),
+    )
+    x = torch.zeros(m.micro_batch_size * m.encoder_seq_length, m.hidden_size)
+
+    def best_s(is_bf16: bool) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            with autocast(device, is_bf16):
+                out = layer(x)
+            out.float().sum().backward()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    return "bf16-mixed" if best_s(True) < 0.9 * best_s(False) else "32"
+
+
+def peak_flops(device: torch.device) -> float:
+    """What MFU is a share of: the datasheet's bf16 rate of a GPU, a measured 2048^3 fp32 matmul on a CPU."""
+    if device.type == "cuda":
+        return H100_BF16_FLOPS
+    a = torch.rand(2048, 2048)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
+
+
+class _Signals:
+    """SIGTERM and SIGINT ask for a checkpoint at the next step; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        with contextlib.suppress(ValueError):  # not the main thread: the caller keeps its handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+
+
+def train(config: Config, reporter: Reporter | None = None, resume: str = "auto") -> TrainingResult:
+    """Train as `config` says. `resume`: auto (go on where the run's folder is), never, or a checkpoint's path.
+
+    Raises a RetroError before the first step for anything in the settings or data that cannot work.
+    """
+    reporter = reporter or Reporter()
+    if config.exp_manager.exp_dir is None:
+        raise UsageError("exp_manager.exp_dir is not set", "a run needs a folder", "--out runs/NAME")
+    run = Path(config.exp_manager.exp_dir)
+    data = open_data(config)
+    config.model.vocab_size = data.store.vocab_size
+    with files.locked(run):
+        return _Training(config, data, run, reporter, resume).run_all()
+
+
+class _Training:
+    """One run: the state that the steps share."""
+
+    def __init__(self, config: Config, data: TrainingData, run: Path, reporter: Reporter, resume: str):
+        self.config, self.data, self.run, self.reporter = config, data, run, reporter
+        start = self._find_start(resume)
+        self.device = pick_device(config.trainer.accelerator)
+        torch.manual_seed(config.seed)
+        self.model = RetroModel(config.model).to(self.device)
+        self.optimizer = build_optimizer(self.model, config.model.optim)
+        self.step, self.tokens_seen, self.train_s = 0, 0, 0.0
+        self.precision = ""
+        if start is not None:
+            state = checkpoint.load_training_state(start, self.model, self.optimizer)
+            self.step, self.tokens_seen, self.train_s = state["step"], state["tokens_seen"], state["train_s"]
+            self.precision = state["precision"]
+            if state["fingerprints"] != data.fingerprints:
+                raise StoreError(
+                    f"{start} was trained on {_difference(state['fingerprints'], data.fingerprints)}",
+                    "these are other data than the run began with",
+                    "--resume never --out ANOTHER starts a new run",
+                )
+            reporter.say(f"resuming at step {self.step} from {start}")
+        self.precision = self.precision or pick_precision(config, self.device)
+        m = config.model
+        self.accumulate = (
+            m.global_batch_size or m.micro_batch_size * config.trainer.accumulate_grad_batches
+        ) // m.micro_batch_size
+        self.metrics: dict[str, Any] = {}
+        self._loss_sum: Callable[..., Tensor] = self._eager_loss_sum
+        if config.trainer.compile:
+            self._loss_sum = torch.compile(self._eager_loss_sum, fullgraph=True)
+
+    def _find_start(self, resume: str) -> Path | None:
+        existing = checkpoint.complete_checkpoints(self.run)
+        if resume not in ("auto", "never"):
+            start: Path | None = checkpoint.find_checkpoint(resume)
+        elif existing and (resume == "never" or not self.config.exp_manager.resume_if_exists):
+            raise UsageError(
+                f"{self.run} holds a run", "it is not overwritten", f"choose another --out, or rm -r {self.run}"
+            )
+        else:
+            start = existing[-1] if existing else None
+        if start is not None:
+            saved, now = architecture(read_config(start)), architecture(self.config.model)
+            if saved != now:
+                raise UsageError(
+                    f"{start} has another model: {_difference(saved, now)}",
+                    "a run goes on with the model it began with",
+                    "--resume never --out ANOTHER starts a new run",
+                )
+        return start
+
+    def run_all(self) -> TrainingResult:
+        m, trainer = self.config.model, self.config.trainer
+        peak = peak_flops(self.device)
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        self.reporter.say(
+            f"training {count / 1e6:.2f} M parameters to step {trainer.max_steps:,} on {self.device.type}, {self.precision}, "
+            f"kernels: {backend()}, {torch.get_num_threads()} threads; {len(self.data.train.epoch(self.config.seed, 0)):,} "
+            f"sequences of {m.encoder_seq_length} tokens an epoch"
+        )
+        log = RunLog(self.run, self.config, self.data.fingerprints, self.step, self.reporter)
+        saved: Path | None = None
+        exit_code = 0
+        window = _Window()
+        self.model.train()
+        try:
+            with (
+                _Signals() as signals,
+                self._prefetched() as batches,
+                self.reporter.progress("training", trainer.max_steps, "steps") as meter,
+            ):
+                meter.advance(self.step)
+                while self.step < trainer.max_steps:
+                    start = time.perf_counter()
+                    try:
+                        micro_batches = next(batches)
+                    except StopIteration:
+                        self.reporter.say("the data is used up (model.data.dataloader_type=single)")
+                        break
+                    window.add(self._train_step(micro_batches), m, micro_batches)
+                    elapsed = time.perf_counter() - start
+                    self.train_s += elapsed
+                    window.seconds += elapsed
+                    self.step += 1
+                    meter.advance(1)
+                    is_out_of_time = trainer.max_time_s is not None and self.train_s >= trainer.max_time_s
+                    is_last = self.step == trainer.max_steps or is_out_of_time or signals.received is not None
+                    if self.step % trainer.log_every_n_steps == 0 or is_last:
+                        values = window.values(peak)
+                        self.tokens_seen += window.tokens
+                        self.metrics |= values
+                        log.log(self.step, {**values, "tokens_seen": self.tokens_seen, "train_s": self.train_s})
+                        window = _Window()
+                    if self.step % trainer.val_check_interval == 0 and signals.received is None:
+                        self._validate(log)
+                    if is_last or self.step % self.config.exp_manager.checkpoint_every_n_steps == 0:
+                        self.tokens_seen += window.tokens
+                        window.tokens = 0
+                        saved = self._save()
+                    if signals.received is not None:
+                        exit_code = 128 + signals.received
+                        self.reporter.say(f"stopped by signal {signals.received} at step {self.step}, checkpoint saved")
+                        break
+                    if is_out_of_time:
+                        self.reporter.say(f"trainer.max_time_s reached at step {self.step}")
+                        break
+        finally:
+            log.close()
+        if saved is None:  # nothing was left to do, or the data ended between two checkpoints
+            existing = checkpoint.complete_checkpoints(self.run)
+            is_saved = bool(existing) and existing[-1].name == f"step-{self.step:06d}"
+            saved = existing[-1] if is_saved else self._save()
+        return TrainingResult(self.run, saved, self.step, self.metrics, exit_code)
+
+    @contextlib.contextmanager
+    def _prefetched(self) -> Iterator[Iterator[list[Batch]]]:
+        """The micro-batches of each step from here on; the next step's are made while this one trains."""
+        m, data = self.config.model, self.config.model.data
+        is_shuffled = data.shuffle_documents and data.dataloader_type == "cyclic"
+
+        def make(step: int) -> list[Batch] | None:
+            is_dropped = np.random.default_rng((self.config.seed, step, 1)).random() < data.neighbor_dropout
+            mode = "on" if m.retrieval and not is_dropped else "off"
+            with contextlib.suppress(StopIteration):
+                return [
+                    self.data.train.training_batch(
+                        step * self.accumulate + i,
+                        m.micro_batch_size,
+                        self.config.seed,
+                        is_shuffled,
+                        data.dataloader_type == "cyclic",
+                        mode,
+                    )
+                    for i in range(self.accumulate)
+                ]
+            return None
+
+        def stream(pool: ThreadPoolExecutor) -> Iterator[list[Batch]]:
+            step = self.step
+            waiting: Future[list[Batch] | None] = pool.submit(make, step)
+            while (batches := waiting.result()) is not None:
+                step += 1
+                waiting = pool.submit(make, step)
+                yield batches
+
+        with ThreadPoolExecutor(1) as pool:
+            yield stream(pool)
+
+    def _eager_loss_sum(
+        self, tokens: Tensor, labels: Tensor, documents: Tensor, neighbors: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        logits = self.model(tokens, neighbors, lengths, documents)
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+
+    def _train_step(self, micro_batches: list[Batch]) -> tuple[float, float, float]:
+        """One optimizer step; mean loss, gradient norm, learning rate."""
+        optim = self.config.model.optim
+        rate = learning_rate(optim, self.step, self.config.trainer.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        num_labels = max(1, sum(int((batch.labels >= 0).sum()) for batch in micro_batches))
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for batch in micro_batches:
+            with autocast(self.device, self.precision == "bf16-mixed"):
+                loss = self._loss_sum(*to_tensors(batch, self.device)) / num_labels
+            loss.backward()
+            total += float(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip or float("inf"))
+        self.optimizer.step()
+        return total, float(norm), rate
+
+    def _validate(self, log: RunLog) -> None:
+        if self.data.valid is None:
+            return
+        modes = ("on", "off") if self.config.model.retrieval else ("off",)
+        results = evaluate(
+            self.model,
+            self.data.valid,
+            self.data.store.tokenizer.token_bytes(),
+            modes,
+            self.config.model.micro_batch_size,
+            self.config.trainer.limit_val_batches,
+            self.precision == "bf16-mixed",
+        )
+        values = {f"valid_bits_per_byte_{mode}": result.bits_per_byte for mode, result in results.items()}
+        values |= {f"valid_loss_{mode}": result.loss for mode, result in results.items()}
+        self.metrics |= values
+        log.log(self.step, values)
+        shown = ", ".join(f"{mode} {result.bits_per_byte:.3f}" for mode, result in results.items())
+        self.reporter.say(
+            f"step {self.step}: loss {self.metrics.get('loss', float('nan')):.3f}, validation bits per byte {shown}"
+        )
+
+    def _save(self) -> Path:
+        inference = self.config.inference
+        generation = {
+            "greedy": inference.greedy,
+            "temperature": inference.temperature,
+            "top_k": inference.top_k,
+            "top_p": inference.top_p,
+        }
+        trainer = {
+            "tokens_seen": self.tokens_seen,
+            "train_s": self.train_s,
+            "precision": self.precision,
+            "fingerprints": self.data.fingerprints,
+            "splits_string": self.config.model.data.splits_string,
+        }
+        try:
+            return checkpoint.save(
+                self.run,
+                self.step,
+                self.model,
+                self.optimizer,
+                self.data.store.tokenizer,
+                trainer,
+                generation,
+                self.config.exp_manager.keep_last_n,
+            )
+        except RetroError:
+            self.reporter.say(f"the checkpoint of step {self.step} was not saved; earlier ones are untouched")
+            raise
+
+
+class _Window:
+    """What happened since the last log line."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.rate, self.tokens, self.flops, self.seconds = 0.0, 0, 0.0, 0.0
+
+    def add(self, result: tuple[float, float, float], config: Any, micro_batches: list[Batch]) -> None:
+        loss, norm, self.rate = result
+        self.losses.append(loss)
+        self.norms.append(norm)
+        for batch in micro_batches:
+            tokens = int((batch.document_ids >= 0).sum())
+            neighbor_tokens = 0 if batch.lengths is None else int(batch.lengths.sum())
+            self.tokens += tokens
+            self.flops += training_flops(config, tokens, neighbor_tokens)
+
+    def values(self, peak: float) -> dict[str, float]:
+        seconds = max(1e-9, self.seconds)
+        return {
+            "loss": float(np.mean(self.losses)),
+            "grad_norm": float(np.mean(self.norms)),
+            "lr": self.rate,
+            "tokens_per_s": self.tokens / seconds,
+            "mfu": self.flops / seconds / peak,
+        }
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    shorten = lambda value: value[:12] if isinstance(value, str) else value  # noqa: E731
+    return ", ".join(f"{key} {shorten(before.get(key))} -> {shorten(now.get(key))}" for key in keys[:6])

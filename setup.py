@@ -1,0 +1,29 @@
+"""Builds the C++ neighbor loader when a compiler is there; without one the NumPy twin serves."""
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class OptionalBuildExt(build_ext):
+    """A failing compiler leaves the package pure Python and says so."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except Exception as error:  # distutils' errors have no common base across setuptools versions
+            print(f"retro-engine: {ext.name} was not built ({error}); the NumPy loader will be used")
+
+
+def extensions() -> list[Extension]:
+    try:
+        from pybind11.setup_helpers import Pybind11Extension
+    except ImportError:
+        return []
+    return [
+        Pybind11Extension(
+            "retro_engine.data._loader", ["csrc/loader/loader.cpp"], cxx_std=17, extra_compile_args=["-O3"]
+        )
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": OptionalBuildExt})
