@@ -31,7 +31,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/pytest benchmarks --benchmark-only
+	$(BIN)/pytest benchmarks --benchmark-only -s -o addopts=--import-mode=importlib
 
 gates: setup
 	$(BIN)/pytest -n 2 tests/kernels

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from retro_engine.data.store import Store
     from retro_engine.progress import Reporter
 
+CEILING_CHUNKS = 8  # of the sequences in which the copy ceiling is measured
+
 # Every heavy import is inside the command that needs it: `retro --help` answers at once.
 
 
@@ -29,8 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    if getattr(args, "offline", False):
-        os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         return args.run(args)
     except RetroError as error:
@@ -219,15 +219,24 @@ def _embed(args: argparse.Namespace) -> int:
 
 
 def _neighbors(args: argparse.Namespace) -> int:
+    from retro_engine.config import DataConfig
+    from retro_engine.data.batches import Sequences, split_documents
     from retro_engine.data.store import Store
+    from retro_engine.retrieval.ceiling import copy_ceiling, describe_ceiling
     from retro_engine.retrieval.neighbors import build_neighbors, share_without_neighbors
 
     query = Store(args.query)
     databases = [Store(path) for path in args.database] if args.database else [query]
-    table = build_neighbors(query, databases, args.retriever, args.k, args.name, _reporter(args))
-    _print(
-        args, {"table": str(table.folder), **table.summary(), "share_without_neighbors": share_without_neighbors(table)}
-    )
+    reporter = _reporter(args)
+    table = build_neighbors(query, databases, args.retriever, args.k, args.name, reporter)
+    shares = split_documents(query, DataConfig().splits_string)
+    result = {"table": str(table.folder), **table.summary(), "share_without_neighbors": share_without_neighbors(table)}
+    if len(shares["valid"]):
+        length = CEILING_CHUNKS * query.chunk_size
+        heldout = Sequences(query, shares["valid"], length, table, min(2, args.k), database_documents=shares["train"])
+        result["copy_ceiling"], count = copy_ceiling(heldout)
+        reporter.say(describe_ceiling(result["copy_ceiling"], count))
+    _print(args, result)
     return 0
 
 
@@ -300,7 +309,7 @@ def _holds(expression: str, summary: dict[str, dict[str, Any]]) -> bool:
     try:
         if match is None:
             raise ValueError(expression)
-        left, right = (float(names.get(name, name)) for name in (match[1], match[3]))
+        left, right = (float(str(names.get(name, name))) for name in (match[1], match[3]))
     except ValueError:
         raise UsageError(
             f"--fail-if {expression!r} cannot be read", f"names: {', '.join(names)}", "like 'bpb_on>bpb_off'"

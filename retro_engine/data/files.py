@@ -97,7 +97,8 @@ def write_array(path: Path, kind: str, values: np.ndarray, parent: str) -> str:
     """Publish a [rows, columns] array of `kind`, made from what has fingerprint `parent`; return its SHA-256."""
     assert values.ndim == 2, values.shape
     code = next(code for code, dtype in DTYPES.items() if values.dtype == dtype)
-    data = memoryview(values.astype(values.dtype.newbyteorder("<"), "C").reshape(-1).view(np.uint8).data)
+    raw = values.astype(values.dtype.newbyteorder("<"), "C").reshape(-1).view(np.uint8)
+    data = memoryview(raw)  # type: ignore[arg-type]  # numpy arrays are buffers
     checksums = [zlib.crc32(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
     head = HEADER.pack(
         MAGIC,
@@ -114,7 +115,11 @@ def write_array(path: Path, kind: str, values: np.ndarray, parent: str) -> str:
         b"",
         0,
     )[:-4]
-    parts = [head + struct.pack("<I", zlib.crc32(head)), data, struct.pack(f"<{len(checksums)}I", *checksums)]
+    parts: list[bytes | memoryview] = [
+        head + struct.pack("<I", zlib.crc32(head)),
+        data,
+        struct.pack(f"<{len(checksums)}I", *checksums),
+    ]
     publish(path, parts)
     digest = hashlib.sha256()
     for part in parts:

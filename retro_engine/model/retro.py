@@ -114,7 +114,8 @@ class RetroModel(nn.Module):
         """The next t tokens [b, t] of one document each -> logits [b, t, V] ([b, 1, V] with `last_only`).
 
         neighbors [b, c, k, r] belong to the c chunks that these tokens complete; None = those chunks have none.
-        is_token [b, t] False = padding. Equal to the full pass over all tokens so far.
+        is_token [b, t] False = padding. Equal to the full pass over all tokens so far, in which chunks without
+        neighbors are chunks whose neighbors are missing (with cca_bias_everywhere that is not retrieval off).
         """
         c, M = self.config, self.config.chunk_size
         if c.partial_chunk != "last":
@@ -312,12 +313,11 @@ class RetroModel(nn.Module):
             begin = max((chunk + 1) * M - 1, start) - start
             end = min((chunk + 2) * M - 1, start + T) - start
             mask = fresh.mask_BCS[:, number - 1] if number else cache.cross_mask
-            if number:
-                if fresh.encoded is not None:
-                    k, v = cross.keys_values(fresh.encoded[:, number - 1])  # [b, k, r, g, e]
-                    if rotary is not None:
-                        k = ops.rope(k.flatten(0, 1), *rotary).reshape(k.shape)
-                    cache.cross_keys[index], cache.cross_values[index] = k.flatten(1, 2), v.flatten(1, 2)
+            if number and fresh.encoded is not None:
+                k, v = cross.keys_values(fresh.encoded[:, number - 1])  # [b, k, r, g, e]
+                if rotary is not None:
+                    k = ops.rope(k.flatten(0, 1), *rotary).reshape(k.shape)
+                cache.cross_keys[index], cache.cross_values[index] = k.flatten(1, 2), v.flatten(1, 2)
             if begin >= end or mask is None or not mask.shape[1] or not bool(mask.any()):
                 continue
             q = cross.queries(z_BTD[:, begin:end])

@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", default="auto", metavar="auto|never|PATH", help="go on where the run's folder is (auto)"
     )
     parser.add_argument("--seed", type=int, help="seed of weights and order")
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], help="trainer.accelerator")
+    parser.add_argument("--dry-run", action="store_true", help="check settings and data, say what would run, and stop")
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
     parser.add_argument("--json", action="store_true", help="events as JSON lines")
     parser.add_argument("--quiet", action="store_true")
@@ -39,12 +41,17 @@ def run(args: argparse.Namespace) -> int:
         settings.append(f"exp_manager.exp_dir='{args.out}'")
     if args.seed is not None:
         settings.append(f"seed={args.seed}")
+    if args.device is not None:
+        settings.append(f"trainer.accelerator={args.device}")
     config = load_config(settings, args.preset, args.config)
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
-    from retro_engine.train.loop import train
+    from retro_engine.train.loop import describe, open_data, train
 
+    if args.dry_run:
+        print(describe(config, open_data(config)))
+        return 0
     result = train(config, Reporter("json" if args.json else "quiet" if args.quiet else "text"), args.resume)
     print(json.dumps({"checkpoint": str(result.checkpoint), "step": result.step, **result.metrics}))
     return result.exit_code

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from retro_kernels.backend import backend
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from retro_engine.data.store import Store
 from retro_engine.errors import OutOfResourceError, RetroError, StoreError, UsageError
 from retro_engine.evaluate.perplexity import autocast, evaluate, to_tensors
 from retro_engine.model.flops import training_flops
+from retro_engine.model.loss import linear_cross_entropy
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
@@ -203,6 +203,19 @@ def peak_flops(device: torch.device) -> float:
     return 2 * 2048**3 / min(times)
 
 
+def describe(config: Config, data: TrainingData) -> str:
+    """What a run with these settings would be: one line."""
+    m = config.model
+    m.vocab_size = data.store.vocab_size
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in RetroModel(m).parameters())
+    valid = len(data.valid.documents) if data.valid is not None else 0
+    return (
+        f"{count / 1e6:.2f} M parameters, {config.trainer.max_steps:,} steps; {len(data.train.documents):,} documents in "
+        f"{len(data.train.epoch(config.seed, 0)):,} sequences of {m.encoder_seq_length} tokens an epoch, {valid:,} held out"
+    )
+
+
 class _Signals:
     """SIGTERM and SIGINT ask for a checkpoint at the next step; a second one ends the process at once."""
 
@@ -270,9 +283,9 @@ class _Training:
             m.global_batch_size or m.micro_batch_size * config.trainer.accumulate_grad_batches
         ) // m.micro_batch_size
         self.metrics: dict[str, Any] = {}
-        self._loss_sum: Callable[..., Tensor] = self._eager_loss_sum
+        self._hidden: Callable[..., Tensor] = self.model.hidden
         if config.trainer.compile:
-            self._loss_sum = torch.compile(self._eager_loss_sum, fullgraph=True)
+            self._hidden = torch.compile(self.model.hidden, fullgraph=True)
 
     def _find_start(self, resume: str) -> Path | None:
         existing = checkpoint.complete_checkpoints(self.run)
@@ -297,11 +310,9 @@ class _Training:
     def run_all(self) -> TrainingResult:
         m, trainer = self.config.model, self.config.trainer
         peak = peak_flops(self.device)
-        count = sum(parameter.numel() for parameter in self.model.parameters())
+        self.reporter.say(describe(self.config, self.data))
         self.reporter.say(
-            f"training {count / 1e6:.2f} M parameters to step {trainer.max_steps:,} on {self.device.type}, {self.precision}, "
-            f"kernels: {backend()}, {torch.get_num_threads()} threads; {len(self.data.train.epoch(self.config.seed, 0)):,} "
-            f"sequences of {m.encoder_seq_length} tokens an epoch"
+            f"on {self.device.type} in {self.precision}, kernels: {backend()}, {torch.get_num_threads()} threads"
         )
         log = RunLog(self.run, self.config, self.data.fingerprints, self.step, self.reporter)
         saved: Path | None = None
@@ -391,12 +402,6 @@ class _Training:
         with ThreadPoolExecutor(1) as pool:
             yield stream(pool)
 
-    def _eager_loss_sum(
-        self, tokens: Tensor, labels: Tensor, documents: Tensor, neighbors: Tensor | None, lengths: Tensor | None
-    ) -> Tensor:
-        logits = self.model(tokens, neighbors, lengths, documents)
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-
     def _train_step(self, micro_batches: list[Batch]) -> tuple[float, float, float]:
         """One optimizer step; mean loss, gradient norm, learning rate."""
         optim = self.config.model.optim
@@ -406,9 +411,12 @@ class _Training:
         num_labels = max(1, sum(int((batch.labels >= 0).sum()) for batch in micro_batches))
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
+        weight = self.model.embedding.weight if self.model.head is None else self.model.head.weight
         for batch in micro_batches:
             with autocast(self.device, self.precision == "bf16-mixed"):
-                loss = self._loss_sum(*to_tensors(batch, self.device)) / num_labels
+                tokens, labels, documents, neighbors, lengths = to_tensors(batch, self.device)
+                hidden = self._hidden(tokens, neighbors, lengths, documents)
+                loss = linear_cross_entropy(hidden, weight, self.model.output_bias, labels) / num_labels
             loss.backward()
             total += float(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip or float("inf"))

@@ -1,0 +1,69 @@
+"""Cross-entropy of the output head that never holds the logits of all tokens.
+
+The head's product, softmax and gradients are made for TOKENS tokens at a time, the gradients already in the
+forward pass (as in arXiv 2410.10989 section 3.2): memory and traffic do not grow with tokens x vocabulary.
+Letters: T labelled tokens, D width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TOKENS = 512  # of one slice
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        needs = any(ctx.needs_input_grad[:3])
+        hidden, weight = hidden_TD.to(dtype), weight_VD.to(dtype)
+        total = hidden_TD.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if needs else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs else None
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needs and bias_V is not None else None
+        for start in range(0, hidden.shape[0], TOKENS):
+            rows = slice(start, start + TOKENS)
+            logits = F.linear(hidden[rows], weight).float()
+            if bias_V is not None:
+                logits += bias_V
+            labels = labels_T[rows, None]
+            peak = logits.amax(-1, keepdim=True)
+            right = logits.gather(-1, labels) - peak
+            probability = logits.sub_(peak).exp_()
+            normalizer = probability.sum(-1, keepdim=True)
+            total += (normalizer.log() - right).sum()
+            if grad_hidden is not None and grad_weight is not None:
+                probability /= normalizer
+                probability.scatter_add_(-1, labels, probability.new_full(labels.shape, -1.0))
+                if grad_bias is not None:
+                    grad_bias += probability.sum(0)
+                grad_logits = probability.to(dtype)
+                grad_hidden[rows] = grad_logits @ weight
+                grad_weight += grad_logits.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden_TD.dtype, weight_VD.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        bias = None if grad_bias is None else grad_bias * grad
+        return (grad_hidden * grad).to(ctx.dtypes[0]), (grad_weight * grad).to(ctx.dtypes[1]), bias, None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Sum over tokens of -log softmax(hidden weight' + bias)[label], in fp32.
+
+    hidden [..., d], weight [V, d], bias [V] or None, labels [...] with -100 = no label. The products run in
+    autocast's type where it is on, else in hidden's (float64 is summed in float32).
+    """
+    has_label = labels >= 0
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(hidden[has_label], weight, bias, labels[has_label], dtype)

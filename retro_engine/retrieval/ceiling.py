@@ -1,0 +1,74 @@
+"""The copy ceiling: how much retrieval can give on a corpus, before anyone trains.
+
+The share of held-out tokens that some 2-gram match in the neighbors predicts and no 2-gram match in the text
+before it does. Letters: S sequences, N tokens, L chunks, K neighbors, R tokens per neighbor.
+"""
+
+import numba
+
+from retro_engine.data.batches import Sequences
+
+CONTEXT = 128  # tokens of the own text that are looked at
+REALIZED = 0.5  # the share of the ceiling that small models reach at best (docs/retrieval-ready.md)
+MAX_TOKENS = 200_000
+
+
+def copy_ceiling(sequences: Sequences, max_tokens: int = MAX_TOKENS) -> tuple[float, int]:
+    """The ceiling over at most `max_tokens` labelled tokens of `sequences`, and how many there were."""
+    copied = total = 0
+    for batch in sequences.batches(64):
+        assert batch.neighbors is not None
+        assert batch.lengths is not None
+        found, seen = _count(
+            batch.tokens, batch.labels, batch.document_ids, batch.neighbors, batch.lengths, sequences.store.chunk_size
+        )
+        copied, total = copied + found, total + seen
+        if total >= max_tokens:
+            break
+    return copied / max(1, total), total
+
+
+def describe_ceiling(share: float, count: int) -> str:
+    if share == 0:
+        return f"copy ceiling: nothing in {count:,} held-out tokens can be copied from neighbors: nothing to gain here"
+    return (
+        f"copy ceiling: {share:.1%} of {count:,} held-out tokens can be copied from neighbors and not from the text "
+        f"before them; expect at most about {share * REALIZED:.1%} fewer bits per byte"
+    )
+
+
+@numba.njit(cache=True)
+def _count(tokens, labels, documents, neighbors, lengths, chunk_size):  # type: ignore[no-untyped-def]
+    copied = total = 0
+    for s in range(tokens.shape[0]):
+        for t in range(tokens.shape[1]):
+            label = labels[s, t]
+            if label < 0:
+                continue
+            total += 1
+            chunk = (t + 1) // chunk_size - 1
+            if t == 0 or documents[s, t - 1] != documents[s, t] or chunk < 0:
+                continue
+            last = (chunk + 1) * chunk_size - 1
+            if documents[s, last] != documents[s, t]:
+                continue
+            before, here = tokens[s, t - 1], tokens[s, t]
+            is_known = False
+            for p in range(max(1, t - CONTEXT), t):
+                is_match = tokens[s, p] == here and tokens[s, p - 1] == before and tokens[s, p + 1] == label
+                if is_match and documents[s, p - 1] == documents[s, t]:
+                    is_known = True
+                    break
+            if is_known:
+                continue
+            for k in range(neighbors.shape[2]):
+                is_found = False
+                for p in range(1, lengths[s, chunk, k] - 1):
+                    is_bigram = neighbors[s, chunk, k, p] == here and neighbors[s, chunk, k, p - 1] == before
+                    if is_bigram and neighbors[s, chunk, k, p + 1] == label:
+                        is_found = True
+                        break
+                if is_found:
+                    copied += 1
+                    break
+    return copied, total

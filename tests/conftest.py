@@ -1,0 +1,28 @@
+"""One thread a worker, and the store that many tests read."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+os.environ.setdefault("RAYON_NUM_THREADS", "1")
+
+import pytest
+import torch
+from helpers import write_corpus
+
+from retro_engine.data.prepare import prepare
+from retro_engine.data.store import Store
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """40 documents in chunks of 16 tokens, with BM25 neighbors from the store itself."""
+    from retro_engine.retrieval.neighbors import build_neighbors
+
+    folder = tmp_path_factory.mktemp("store")
+    source = write_corpus(folder / "corpus.jsonl", 40)
+    store = prepare([source], folder / "store", vocab_size=300, chunk_size=16)
+    build_neighbors(store, [store], "bm25", num_neighbors=6)
+    return store

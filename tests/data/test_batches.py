@@ -1,0 +1,149 @@
+"""Sequences, packing, splits and who may be whose neighbor."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retro_engine.data.batches import Sequences, pack, split_documents
+from retro_engine.data.neighbor_table import NeighborTable, find_table
+from retro_engine.data.store import Store
+from retro_engine.errors import StoreError, UsageError
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 9))
+def test_every_row_is_packed_once_and_in_order(counts: list[int], L: int) -> None:
+    num_rows = np.array(counts)
+    first = np.cumsum(num_rows) - num_rows
+    sequences = pack(first, num_rows, L)
+    rows = sequences[sequences >= 0]
+    assert sorted(rows.tolist()) == list(range(int(num_rows.sum())))
+    document = np.repeat(np.arange(len(counts)), num_rows)
+    for sequence in sequences:
+        used = sequence[sequence >= 0]
+        assert (sequence[: len(used)] == used).all(), "padding is at the end"
+        for d in np.unique(document[used]):
+            mine = used[document[used] == d]
+            assert (np.diff(mine) == 1).all(), "a piece is consecutive rows"
+            if num_rows[d] <= L:
+                assert len(mine) == num_rows[d], "a document that fits is not cut"
+    used_share = len(rows) / sequences.size
+    assert used_share > 0.5 or len(sequences) == 1, used_share
+
+
+@pytest.fixture(scope="module")
+def table(small_store: Store) -> NeighborTable:
+    return NeighborTable(find_table(small_store, None), small_store)
+
+
+def sequences(store: Store, table: NeighborTable | None, **options: object) -> Sequences:
+    shares = split_documents(store, "80,20,0")
+    return Sequences(store, shares["train"], 64, table, 2, database_documents=shares["train"], **options)
+
+
+def test_tokens_labels_and_documents(small_store: Store) -> None:
+    """Labels are the next token of the same document, across rows and sequences; padding has none."""
+    data = Sequences(small_store, np.arange(small_store.num_documents), 32)
+    m = small_store.chunk_size
+    texts: dict[int, list[int]] = {}
+    for d in range(small_store.num_documents):
+        first, end = small_store.document_rows(d)
+        tokens, lengths = small_store.rows(first, end)
+        texts[d] = [int(t) for row, n in zip(tokens, lengths) for t in row[:n]]
+    labelled = {d: 0 for d in texts}
+    place_of: dict[int, int] = {}
+    for batch, rows in zip(data.batches(1), data.in_order()):
+        for t in range(32):
+            d, row = int(batch.document_ids[0, t]), int(rows[t // m])
+            if d < 0:
+                assert batch.labels[0, t] == -100
+                continue
+            place = (row - small_store.document_rows(d)[0]) * m + t % m
+            place_of[d] = max(place_of.get(d, 0), place)
+            assert batch.tokens[0, t] == texts[d][place]
+            expected = texts[d][place + 1] if place + 1 < len(texts[d]) else -100
+            assert batch.labels[0, t] == expected
+            labelled[d] += expected != -100
+    assert labelled == {d: len(text) - 1 for d, text in texts.items()}, (
+        "every token with a predecessor is predicted once"
+    )
+
+
+def test_no_neighbor_is_of_the_own_document_or_held_out(small_store: Store, table: NeighborTable) -> None:
+    """Whatever stands in the table: a full scan of what training and validation are shown."""
+    shares = split_documents(small_store, "80,20,0")
+    document = small_store.row_documents()
+    train = set(shares["train"].tolist())
+    for share in ("train", "valid"):
+        data = Sequences(small_store, shares[share], 64, table, 2, database_documents=shares["train"])
+        seen = 0
+        for mode in ("on", "random", "one_wrong"):
+            rows = data.in_order()
+            ids = data.neighbor_ids(rows, mode)
+            for row, chosen in zip(rows.reshape(-1), ids.reshape(-1, 2)):
+                for chunk in chosen[chosen >= 0]:
+                    assert row >= 0
+                    assert document[chunk] != document[row], "own document"
+                    assert int(document[chunk]) in train, "held-out document"
+                    seen += 1
+        assert seen > 100
+
+
+def test_a_missing_first_neighbor_gives_way_to_the_next(small_store: Store, table: NeighborTable) -> None:
+    data = sequences(small_store, table)
+    rows = data.in_order()
+    all_ids = table.ids(np.where(rows < 0, 0, rows), table.num_neighbors)
+    document = small_store.row_documents()
+    train = split_documents(small_store, "80,20,0")["train"]
+    for row, chosen, candidates in zip(
+        rows.reshape(-1), data.neighbor_ids(rows).reshape(-1, 2), all_ids.reshape(-1, table.num_neighbors)
+    ):
+        if row >= 0:
+            good = [c for c in candidates if c >= 0 and document[c] in train and document[c] != document[row]]
+            assert chosen.tolist() == (good + [-1, -1])[:2]
+
+
+def test_training_batches_are_a_function_of_the_step(small_store: Store, table: NeighborTable) -> None:
+    """Any step can be made first; epochs follow each other; each epoch has every token once, in another order."""
+    data, again = sequences(small_store, table), sequences(small_store, table)
+    per_epoch = len(data.epoch(7, 0))
+    steps = list(range(2 * per_epoch // 3 + 3))
+    made = {step: data.training_batch(step, 3, 7, True, True) for step in steps}
+    for step in reversed(steps):
+        other = again.training_batch(step, 3, 7, True, True)
+        np.testing.assert_array_equal(made[step].tokens, other.tokens)
+        np.testing.assert_array_equal(made[step].neighbors, other.neighbors)
+    first, second = data.epoch(7, 0), data.epoch(7, 1)
+    assert sorted(first[first >= 0]) == sorted(second[second >= 0])
+    assert not np.array_equal(first, second[: len(first)])
+    in_order = data.in_order()
+    np.testing.assert_array_equal(data.training_batch(1, 2, 7, False, True).tokens, data.batch(in_order[2:4]).tokens)
+    with pytest.raises(StopIteration):
+        data.training_batch(len(in_order), 1, 7, False, False)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 1000])
+def test_splits(count: int) -> None:
+    class Documents:
+        num_documents = count
+
+    shares = split_documents(Documents(), "90,5,5")  # type: ignore[arg-type]
+    together = np.concatenate(list(shares.values()))
+    assert sorted(together.tolist()) == list(range(count))
+    assert len(shares["train"]) >= 1
+    if count >= 3:
+        assert len(shares["valid"]) >= 1
+        assert len(shares["test"]) >= 1
+    assert not len(split_documents(Documents(), "98,2,0")["test"])  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_is_refused(small_store: Store, table: NeighborTable) -> None:
+    everything = np.arange(small_store.num_documents)
+    for length in (24, 8, 0):
+        with pytest.raises(UsageError, match="encoder_seq_length"):
+            Sequences(small_store, everything, length, table)
+    with pytest.raises(UsageError, match="k=7"):
+        Sequences(small_store, everything, 64, table, 7)
+    with pytest.raises(StoreError, match="no document in this share"):
+        Sequences(small_store, everything[:0], 64, table)

@@ -1,0 +1,125 @@
+"""The neighbor table: round trip, k <= K, and tables that belong to another store."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retro_engine.data import files
+from retro_engine.data.corpus import Document
+from retro_engine.data.neighbor_table import NeighborTable, NeighborTableWriter, find_table
+from retro_engine.data.store import Store, StoreWriter
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import MissingInputError, RetroError, StoreError, UsageError
+
+TOKENIZER = Tokenizer.train(["x"], 300)
+
+
+def write(folder: Path, documents: int) -> Store:
+    writer = StoreWriter(folder, TOKENIZER, 4)
+    for number in range(documents):
+        writer.add(Document(str(number), "", "x", "f"), [5] * (number + 1))
+    return writer.close()
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[Store, Store]:
+    return write(tmp_path / "a", 9), write(tmp_path / "b", 5)
+
+
+def write_table(query: Store, databases: list[Store], K: int = 3) -> tuple[NeighborTable, np.ndarray]:
+    total = sum(store.num_rows for store in databases)
+    ids = np.random.default_rng(0).integers(-1, total, (query.num_rows, K))
+    writer = NeighborTableWriter(query.folder / "neighbors" / "t", query, databases, K, {"name": "test"})
+    writer.write(ids[:5])
+    writer.write(ids[5:])
+    return writer.close(), ids
+
+
+def test_round_trip(stores: tuple[Store, Store]) -> None:
+    a, b = stores
+    table, ids = write_table(a, [b, a])
+    rows = np.array([[0, 3], [a.num_rows - 1, 7]])
+    for k in (1, 2, 3):
+        np.testing.assert_array_equal(table.ids(rows, k), ids[rows][..., :k])
+    assert [store.folder.resolve() for store in table.databases] == [b.folder.resolve(), a.folder.resolve()]
+    assert table.locate(b.num_rows) == (table.databases[1], 0)
+    table.verify()
+    assert find_table(a, None) == table.folder == find_table(a, "t")
+
+
+def test_k_above_the_width_and_ids_outside(stores: tuple[Store, Store]) -> None:
+    a, b = stores
+    table, _ = write_table(a, [b])
+    for k in (0, -1, 4):
+        with pytest.raises(UsageError, match=f"k={k}"):
+            table.ids(np.array([0]), k)
+    writer = NeighborTableWriter(a.folder / "neighbors" / "u", a, [b], 1, {})
+    for wrong in (b.num_rows, -2):
+        with pytest.raises(StoreError, match="outside the databases"):
+            writer.write(np.full((1, 1), wrong))
+    with pytest.raises(UsageError, match="K=0"):
+        NeighborTableWriter(a.folder / "neighbors" / "v", a, [b], 0, {})
+    with pytest.raises(UsageError, match="never changes"):
+        NeighborTableWriter(table.folder, a, [b], 1, {})
+
+
+def test_an_id_outside_in_the_file_is_refused(stores: tuple[Store, Store]) -> None:
+    a, b = stores
+    table, ids = write_table(a, [b])
+    name = next(iter(table.manifest["files"]))
+    path = table.folder / name
+    path.unlink()
+    files.write_array(path, "neighbors", np.full((5, 3), b.num_rows, np.int32), a.fingerprint)
+    with pytest.raises(StoreError, match=f"holds neighbor id {b.num_rows}"):
+        NeighborTable(table.folder, a).ids(np.arange(4), 2)
+
+
+def test_a_table_of_another_store(stores: tuple[Store, Store]) -> None:
+    a, b = stores
+    table, _ = write_table(a, [b])
+    with pytest.raises(StoreError, match=f"of store {a.fingerprint[:12]}.*\n.*{b.fingerprint[:12]}"):
+        NeighborTable(table.folder, b)
+    shutil.rmtree(b.folder)
+    with pytest.raises(MissingInputError, match="is not a store"):
+        NeighborTable(table.folder, a)
+    write(b.folder, 6)
+    with pytest.raises(StoreError, match="has neighbors from store"):
+        NeighborTable(table.folder, a)
+
+
+def test_damage(stores: tuple[Store, Store], tmp_path: Path) -> None:
+    a, b = stores
+    table, _ = write_table(a, [b])
+    rng = np.random.default_rng(0)
+    for name in [*table.manifest["files"], "manifest.json"]:
+        path = table.folder / name
+        raw = path.read_bytes()
+        for place in rng.integers(0, len(raw), 60):
+            changed = bytearray(raw)
+            changed[place] ^= 1 << int(rng.integers(8))
+            path.unlink()
+            path.write_bytes(changed)
+            try:
+                again = NeighborTable(table.folder, a)
+                again.ids(np.arange(a.num_rows), 3)
+                again.verify()
+            except RetroError:
+                continue
+            assert again.manifest == table.manifest, f"bit flip at {place} of {name}"
+            assert name == "manifest.json"  # white space
+        path.unlink()
+        path.write_bytes(raw)
+
+
+def test_which_table(stores: tuple[Store, Store]) -> None:
+    a, b = stores
+    with pytest.raises(MissingInputError, match="has no neighbor table"):
+        find_table(a, None)
+    with pytest.raises(MissingInputError, match="table x does not exist"):
+        find_table(a, "x")
+    table, _ = write_table(a, [b])
+    shutil.copytree(table.folder, table.folder.with_name("other"))
+    with pytest.raises(UsageError, match="has 2 neighbor tables: other, t"):
+        find_table(a, None)

@@ -1,0 +1,90 @@
+"""`retro prepare` end to end: reproducible, flat in memory, and small corpora that must work."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import write_corpus
+
+from retro_engine.data.corpus import Reader
+from retro_engine.data.prepare import prepare
+from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.retrieval.neighbors import build_neighbors
+
+
+def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
+    source = write_corpus(tmp_path / "c.jsonl", 200)
+    stores = [prepare([source], tmp_path / name, vocab_size=400) for name in ("a", "b")]
+    assert stores[0].fingerprint == stores[1].fingerprint
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_rows_set_aside_are_listed_and_the_rest_is_kept(tmp_path: Path) -> None:
+    source = write_corpus(tmp_path / "c.jsonl", 5)
+    source.write_bytes(source.read_bytes() + b'{"no": 1}\n[]\n\xff\n')
+    said: list[str] = []
+    store = prepare([source], tmp_path / "s", vocab_size=300, say=said.append)
+    assert store.num_documents == 5
+    listed = [json.loads(line) for line in (tmp_path / "s" / "set_aside.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in listed] == [f"{source}:{i}" for i in (6, 7, 8)]
+    assert "3 rows set aside" in said[-1]
+    with pytest.raises(StoreError, match=r"c.jsonl:6: no key 'text'"):
+        prepare([source], tmp_path / "t", vocab_size=300, is_strict=True)
+    assert not (tmp_path / "t" / "manifest.json").exists()
+
+
+def test_nothing_usable(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(StoreError, match="there is no document"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "s")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingInputError, match="no input in"):
+        prepare([tmp_path / "empty"], tmp_path / "s")
+    assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+def test_other_keys_and_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for raw in (b'{"body": "some words"}\n', b"plain words of one document"):
+        monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(raw)}))
+        out = tmp_path / str(len(raw))
+        store = prepare(["-"], out, vocab_size=300, reader=Reader(text_key="body"))
+        assert store.num_documents == 1
+        assert not list(out.glob(".stdin*"))
+
+
+@pytest.mark.parametrize(
+    "documents", [["one word"], ["a"], [f"document {i} of ten" for i in range(10)], ["short", "also short"]]
+)
+def test_small_corpora_work_with_a_note(tmp_path: Path, documents: list[str]) -> None:
+    """Documents shorter than one chunk, one document only, ten documents, a corpus of one chunk."""
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    said: list[str] = []
+    store = prepare([tmp_path / "c.jsonl"], tmp_path / "s", vocab_size=300, say=said.append)
+    assert store.num_rows == store.num_documents == len(documents)
+    assert any("shorter than one chunk" in line for line in said)
+    assert any("one document only" in line for line in said) == (len(documents) == 1)
+    for retriever in ("bm25", "hash"):
+        table = build_neighbors(store, [store], retriever, num_neighbors=4)
+        assert table.num_neighbors == 4
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Four times the text, the same memory above what the tokenizer's sample and one shard take."""
+    import subprocess
+
+    peaks = []
+    for copies in (1, 4):
+        source = tmp_path / f"{copies}.jsonl"
+        line = json.dumps({"text": "some words of text. " * 2000}) + "\n"
+        source.write_text(line * (500 * copies))  # 20 and 80 MB
+        code = (
+            "import resource; from pathlib import Path; from retro_engine.data import prepare as p; p.SAMPLE_BYTES = 1 << 20\n"
+            f"p.prepare([{str(source)!r}], Path({str(tmp_path / f's{copies}')!r}), vocab_size=300)\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] < peaks[0] * 1.35, peaks

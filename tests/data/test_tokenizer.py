@@ -1,0 +1,85 @@
+"""Tokenizers: training, loading, special tokens that text cannot forge, bytes of tokens."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import WORDS, shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retro_engine.data.tokenizer import Tokenizer, auto_vocab_size
+from retro_engine.errors import MissingInputError, StoreError, UsageError
+
+TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS, 400)
+
+
+def test_training_is_reproducible(tokenizer: Tokenizer) -> None:
+    assert Tokenizer.train(iter(TEXTS), 400).json == tokenizer.json
+    assert tokenizer.vocab_size <= 400
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=200))
+def test_decode_undoes_encode(text: str) -> None:
+    tokenizer = _shared()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert int(tokenizer.token_bytes()[ids].sum()) == len(text.encode())
+    assert tokenizer.eod_id not in ids
+    assert tokenizer.pad_id not in ids
+
+
+def _shared(cache: list[Tokenizer] = []) -> Tokenizer:  # noqa: B006 (hypothesis takes no fixture)
+    if not cache:
+        cache.append(Tokenizer.train(TEXTS, 400))
+    return cache[0]
+
+
+def test_text_never_becomes_a_special_token(tokenizer: Tokenizer) -> None:
+    text = "before <|endoftext|> after <|pad|>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.eod_id not in ids
+    assert tokenizer.pad_id not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_loading(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer.json)
+    assert (
+        Tokenizer.load(tmp_path).fingerprint
+        == Tokenizer.load(tmp_path / "tokenizer.json").fingerprint
+        == tokenizer.fingerprint
+    )
+    with pytest.raises(MissingInputError):
+        Tokenizer.load(tmp_path / "no.json")
+    for name, content in (("empty", ""), ("foreign", '{"a": 1}'), ("cut", tokenizer.json[:500]), ("text", "hello")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(StoreError, match="not a tokenizer.json"):
+            Tokenizer.load(tmp_path / name)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(StoreError, match="not UTF-8"):
+        Tokenizer.load(tmp_path / "binary")
+    (tmp_path / "no_eod").write_text(tokenizer.json.replace("<|endoftext|>", "<|something|>"))
+    with pytest.raises(StoreError, match="end-of-document"):
+        Tokenizer.load(tmp_path / "no_eod")
+
+
+def test_gpt2() -> None:
+    gpt2 = Tokenizer.load(shared("data/vocab/gpt2"))
+    assert gpt2.vocab_size == 50257
+    assert gpt2.eod_id == gpt2.pad_id == 50256
+    assert gpt2.encode("Hello world, it's 2024!") == [15496, 995, 11, 340, 338, 48609, 0]
+    assert gpt2.dtype is np.uint16
+
+
+def test_vocabulary_sizes(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UsageError, match="too small"):
+        Tokenizer.train(TEXTS, 100)
+    assert [auto_vocab_size(n) for n in (1, 10**7, 10**8)] == [8192, 16384, 32768]
+    assert tokenizer.dtype is np.uint16

@@ -1,0 +1,69 @@
+"""The facts measure: a model that reads its neighbors scores, one that cannot does not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from retro_engine.data.batches import MODES, Sequences
+from retro_engine.data.neighbor_table import NeighborTable
+from retro_engine.demo import facts_data
+from retro_engine.evaluate.facts import evaluate_facts
+from retro_engine.progress import Reporter
+
+
+class Reader(torch.nn.Module):
+    """Says the right value token where a neighbor of its chunk states it (it is shown the labels), else 0."""
+
+    def __init__(self, m: int, vocab_size: int):
+        super().__init__()
+        self.m, self.vocab_size = m, vocab_size
+        self.embedding = torch.nn.Embedding(1, 1)
+
+    def forward(self, tokens, neighbors, lengths, documents):
+        logits = torch.zeros(*tokens.shape, self.vocab_size)
+        if neighbors is None:
+            return logits
+        for b in range(tokens.shape[0]):
+            for t in range(self.m - 1, tokens.shape[1] - 1):
+                label = tokens[b, t + 1]
+                seen = neighbors[b, (t + 1) // self.m - 1]
+                if bool((seen == label).any()):
+                    logits[b, t, label] = 9.0
+        return logits
+
+
+def test_a_perfect_reader(tmp_path: Path) -> None:
+    data = facts_data(tmp_path, 400, 24, 1, Reporter("quiet"))
+    table = NeighborTable(data.heldout.folder / "neighbors" / "bm25", data.heldout)
+    sequences = Sequences(data.heldout, np.arange(24), 128, table, 2, 64)
+    results = evaluate_facts(Reader(32, data.heldout.vocab_size), sequences, data.heldout_path)  # type: ignore[arg-type]
+    assert set(results) == set(MODES)
+    assert results["on"].value_accuracy > 0.9, "the notes state the values"
+    assert results["off"].value_accuracy < 0.05
+    assert results["random"].value_accuracy < 0.7
+    assert results["one_wrong"].value_accuracy > 0.9, "values that the right note does not state are left out"
+    assert 0 < results["one_wrong"].tokens.sum() < results["on"].tokens.sum()
+    assert 4 < results["on"].values.sum() / 24 <= 6
+    summary = results["on"].summary()
+    assert summary["value_accuracy_interval"][0] <= summary["value_accuracy"] <= summary["value_accuracy_interval"][1]
+    assert summary["entities"] == 24
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_generator(seed: int) -> None:
+    """Values stand where the spans say; notes state six facts, each once; held-out values are new."""
+    from retro_engine.data.builtin import FACTS_PER_DOCUMENT, make_entities
+
+    entities, again = make_entities(50, seed), make_entities(50, seed)
+    assert entities == again
+    assert make_entities(50, seed + 10) != entities
+    for entity in entities:
+        stated = [entity.document[start:end] for start, end in entity.spans]
+        assert len(stated) == FACTS_PER_DOCUMENT
+        assert set(stated) <= set(entity.values.values())
+        for value in stated:
+            assert sum(value in note for note in entity.notes) >= 1
+        assert all(entity.name in note for note in entity.notes)
+    assert len({entity.name for entity in entities}) == 50

@@ -1,0 +1,85 @@
+"""Bits per byte: every token once, whatever the batch; modes that mean what they say."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_config
+
+from retro_engine.data.batches import Sequences
+from retro_engine.data.neighbor_table import NeighborTable, find_table
+from retro_engine.data.store import Store
+from retro_engine.evaluate.perplexity import DocumentLosses, Given, bootstrap, evaluate
+from retro_engine.generate.generator import encode_neighbors
+from retro_engine.model.retro import RetroModel
+
+
+@pytest.fixture(scope="module")
+def parts(small_store: Store) -> tuple[RetroModel, Sequences]:
+    config = small_config(vocab_size=small_store.vocab_size, chunk_size=16, encoder_seq_length=32)
+    model = RetroModel(config, torch.Generator().manual_seed(0)).eval()
+    table = NeighborTable(find_table(small_store, "bm25"), small_store)
+    return model, Sequences(small_store, np.arange(0, small_store.num_documents, 2), 32, table, 2)
+
+
+def test_every_token_is_counted_once_whatever_the_batch(
+    parts: tuple[RetroModel, Sequences], small_store: Store
+) -> None:
+    model, sequences = parts
+    token_bytes = small_store.tokenizer.token_bytes()
+    one, many = (evaluate(model, sequences, token_bytes, batch_size=size) for size in (1, 7))
+    documents = small_store.documents[sequences.documents]
+    for mode in ("on", "off", "random"):
+        np.testing.assert_array_equal(one[mode].tokens, documents[:, 1] - 1)
+        np.testing.assert_allclose(one[mode].nats, many[mode].nats, rtol=1e-4)
+    for place, document in enumerate(sequences.documents):
+        first = small_store.document_rows(int(document))[0]
+        first_token = int(small_store.rows(first, first + 1)[0][0, 0])
+        assert one["on"].bytes[place] == documents[place, 2] - token_bytes[first_token]
+
+
+def test_loss_is_the_models(parts: tuple[RetroModel, Sequences], small_store: Store) -> None:
+    """Off: the sum of -log p of each next token, computed one document at a time without any batching."""
+    model, sequences = parts
+    found = evaluate(model, sequences, small_store.tokenizer.token_bytes(), ["off"])["off"]
+    document = int(sequences.documents[3])
+    first, end = small_store.document_rows(document)
+    tokens, lengths = small_store.rows(first, end)
+    ids = torch.tensor([int(t) for row, n in zip(tokens, lengths) for t in row[:n]])
+    nats = 0.0
+    for start in range(0, len(ids), 32):
+        piece = ids[start : start + 33]
+        with torch.no_grad():
+            logp = model(piece[None, :32]).log_softmax(-1)[0]
+        nats -= float(sum(logp[i, piece[i + 1]] for i in range(len(piece) - 1)))
+    assert found.nats[3] == pytest.approx(nats, rel=1e-4)
+    assert found.perplexity == pytest.approx(math.exp(found.nats.sum() / found.tokens.sum()))
+    assert found.bits_per_byte == pytest.approx(found.nats.sum() / math.log(2) / found.bytes.sum())
+
+
+def test_modes_differ_and_given_is_given(parts: tuple[RetroModel, Sequences], small_store: Store) -> None:
+    model, sequences = parts
+    tokenizer = small_store.tokenizer
+    given = Given(*encode_neighbors(tokenizer, ["river stone", ""], model.config.r))
+    missing = Given(*encode_neighbors(tokenizer, ["", ""], model.config.r))
+    results = evaluate(model, sequences, tokenizer.token_bytes(), ["on", "off", "random", "given"], given=given)
+    losses = [r.nats.sum() for r in results.values()]
+    assert len({round(loss, 6) for loss in losses}) == 4
+    nothing = evaluate(model, sequences, tokenizer.token_bytes(), ["given"], given=missing)["given"]
+    np.testing.assert_allclose(nothing.nats, results["off"].nats, rtol=1e-6)
+    evaluate(model.train(), sequences, tokenizer.token_bytes(), ["off"], limit=1)
+    assert model.training, "the model is left in the mode it was in"
+    model.eval()
+
+
+def test_intervals() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(1.0, 0.5, 400)
+    low, high = bootstrap(lambda draw: values[draw].mean(), 400)
+    error = 1.96 * 0.5 / 20
+    assert low == pytest.approx(values.mean() - error, abs=error / 3)
+    assert high == pytest.approx(values.mean() + error, abs=error / 3)
+    losses = DocumentLosses(np.array([10.0, 20.0]), np.array([5, 5]), np.array([20, 20]))
+    summary = losses.summary()
+    assert summary["interval"][0] <= summary["bits_per_byte"] <= summary["interval"][1]

@@ -1,0 +1,35 @@
+"""`gather_neighbors` against the loader's definition."""
+
+import pytest
+import torch
+from retro_kernels.gather_neighbors import gather_neighbors
+
+TABLE = torch.arange(1, 25).reshape(6, 4)
+DOCUMENT = torch.tensor([0, 0, 1, 2, 2, 2])
+LENGTHS = torch.tensor([4, 2, 4, 4, 4, 1])
+
+
+def test_continuation_stops_at_the_document_and_at_a_short_row() -> None:
+    ids = torch.tensor([[[0, 2, -1], [3, 5, 1]]])
+    tokens, lengths = gather_neighbors(TABLE, DOCUMENT, LENGTHS, ids, 8, pad_id=0)
+    assert lengths.tolist() == [[[6, 4, 0], [8, 1, 2]]]
+    assert tokens[0, 0, 0].tolist() == [1, 2, 3, 4, 5, 6, 0, 0]
+    assert tokens[0, 0, 1].tolist() == [9, 10, 11, 12, 0, 0, 0, 0]
+    assert tokens[0, 0, 2].tolist() == [0] * 8
+    assert tokens[0, 1, 0].tolist() == list(range(13, 21))
+    for r in (1, 3, 4, 5, 9, 30):
+        cut, valid = gather_neighbors(TABLE, DOCUMENT, LENGTHS, ids, r)
+        assert cut.shape == (1, 2, 3, r)
+        assert (valid <= r).all()
+        assert cut[0, 0, 0, : valid[0, 0, 0]].tolist() == [1, 2, 3, 4, 5, 6][:r]
+
+
+def test_wrong_arguments_are_named() -> None:
+    for ids in (torch.tensor([6]), torch.tensor([-2])):
+        with pytest.raises(ValueError, match="ids span"):
+            gather_neighbors(TABLE, DOCUMENT, LENGTHS, ids)
+    with pytest.raises(ValueError, match="document has shape"):
+        gather_neighbors(TABLE, DOCUMENT[:2], LENGTHS, torch.tensor([0]))
+    with pytest.raises(ValueError, match="retrieved_length"):
+        gather_neighbors(TABLE, DOCUMENT, LENGTHS, torch.tensor([0]), 0)
+    assert gather_neighbors(TABLE, DOCUMENT, LENGTHS, torch.zeros(0, dtype=torch.long), 5)[0].shape == (0, 5)

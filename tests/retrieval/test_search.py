@@ -1,0 +1,65 @@
+"""One retriever over several stores, and neighbors that do not overlap."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import write_corpus
+
+from retro_engine.data.prepare import prepare
+from retro_engine.data.store import Store
+from retro_engine.errors import UsageError
+from retro_engine.retrieval.search import Retriever, check_retriever, collapse_overlaps
+
+
+def test_two_stores_score_as_one(tmp_path: Path) -> None:
+    """Splitting a collection over two stores changes neither the order nor (but for mean length) the scores."""
+    source = write_corpus(tmp_path / "all.jsonl", 30, words=12)
+    lines = source.read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:28]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[28:]))
+    whole = prepare([source], tmp_path / "all", vocab_size=300)
+    tokenizer = str(tmp_path / "all")
+    parts = [prepare([tmp_path / f"{n}.jsonl"], tmp_path / n, tokenizer) for n in ("a", "b")]
+    together, apart = Retriever([whole]), Retriever(parts)
+    query = "Document 29. " + " ".join(together.hits("river", 1)[0].text.split()[:6])
+    one, two = together.hits(query, 5), apart.hits(query, 5)
+    assert one[0].document == two[0].document == "d29"
+    assert {hit.document for hit in one[:3]} == {hit.document for hit in two[:3]}
+    assert two[0].store == "b"
+    assert two[0].score == pytest.approx(one[0].score, rel=0.1)
+
+
+def test_hits_name_their_documents(small_store: Store) -> None:
+    hits = Retriever([small_store]).hits("Document 7.", 4)
+    assert hits[0].document == "d7"
+    assert hits[0].title == "Title 7"
+    assert "Document 7." in hits[0].text
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+def test_overlaps_collapse() -> None:
+    document = np.array([0, 0, 0, 0, 1, 1, 2])
+    ids = np.array([[2, 1, 4, 5, 3], [3, 4, 6, -1, -1], [0, 2, 1, 6, 5]])
+    scores = np.arange(15, 0, -1, dtype=np.float32).reshape(3, 5)
+    collapse_overlaps(ids, scores, document)
+    assert ids.tolist() == [[1, 4, 3, -1, -1], [3, 4, 6, -1, -1], [0, 2, 6, 5, -1]]
+    assert scores[0].tolist() == [15, 13, 11, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["bm25", "hash"])
+def test_no_two_neighbors_overlap(small_store: Store, kind: str) -> None:
+    retriever = Retriever([small_store], kind)
+    document = small_store.row_documents()
+    texts = [text for batch in small_store.texts(0, 40) for text in batch]
+    ids, _ = retriever.search(texts, 6)
+    for row in ids:
+        found = row[row >= 0].tolist()
+        assert len(found) == len(set(found))
+        for i in found:
+            assert not (i + 1 in found and i + 1 < len(document) and document[i] == document[i + 1])
+
+
+def test_an_unknown_retriever() -> None:
+    with pytest.raises(UsageError, match="did you mean bm25"):
+        check_retriever("bm52")

@@ -1,0 +1,59 @@
+"""The Python quick start, end to end."""
+
+from pathlib import Path
+
+import pytest
+from helpers import write_corpus
+
+from retro_engine import Corpus, Index, Retro, fit
+from retro_engine.errors import MissingInputError
+
+SMALL = ["model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_attention_heads=2", "model.init=standard",
+         "model.encoder_seq_length=64", "trainer.precision=32", "trainer.val_check_interval=100"]  # fmt: skip
+
+
+def test_quick_start(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_corpus(tmp_path / f"{name}.jsonl", 15, seed=ord(name))
+    corpus = Corpus.from_files(tmp_path / "*.jsonl", chunk_size=16, vocab_size=300)
+    index = Index.build(corpus, retriever="bm25")
+    assert index.search("Document 7.", 1)[0].document == "d7"
+    data = corpus.with_neighbors(index, k=2)
+    assert len(data.valid.documents) == 3
+    assert len(data.train.documents) == 27
+    assert not len(data.test.documents)
+    fit(data, preset="tiny", out=tmp_path / "run", steps=4, overrides=SMALL, quiet=True)
+    model = Retro.from_pretrained(tmp_path / "run")
+    evaluation = model.evaluate(data.valid)
+    assert set(evaluation.losses) == {"on", "off", "random"}
+    assert str(evaluation).startswith("bits per byte: on ")
+    assert evaluation.summary()["on"]["documents"] == 3
+    out = model.generate("Document 7. river", index=index, max_new_tokens=8)
+    assert out.neighbors[0].document
+    assert out.neighbors[0].score > 0
+    assert isinstance(out.text, str)
+    assert model.generate("river", neighbors=["river stone"], max_new_tokens=2).neighbors[0].document == "given 1"
+    folder = corpus.store.folder
+    del corpus, index, data
+    again = Corpus.from_files(tmp_path / "a.jsonl", out=tmp_path / "store", vocab_size=300)
+    assert Corpus.open(tmp_path / "store").store.fingerprint == again.store.fingerprint
+    assert folder != again.store.folder
+
+
+def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match="nothing matches"):
+        Corpus.from_files(tmp_path / "*.md")
+
+
+def test_importing_the_package_does_no_work() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, retro_engine; print('torch' in sys.modules, len(retro_engine.__all__))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False 4\n"
+    )
+    import retro_engine
+
+    with pytest.raises(AttributeError):
+        _ = retro_engine.nothing

@@ -1,0 +1,82 @@
+"""Settings: precedence, types, names that are nearly right."""
+
+from pathlib import Path
+
+import pytest
+
+from retro_engine.config import PRESETS, Config, check_model, flat_keys, load_config, preset_model, splits
+from retro_engine.errors import MissingInputError, UsageError
+
+
+def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """defaults < preset < file < environment < overrides"""
+    assert load_config().model.optim.lr == 6e-4
+    assert load_config(preset_name="tiny").model.optim.lr == 3e-3
+    (tmp_path / "c.yaml").write_text("model:\n  optim:\n    lr: 0.5\ntrainer:\n  max_steps: 7\n")
+    assert load_config(None, "tiny", str(tmp_path / "c.yaml")).model.optim.lr == 0.5
+    monkeypatch.setenv("RETRO_CONFIG__MODEL__OPTIM__LR", "0.25")
+    assert load_config(None, "tiny", str(tmp_path / "c.yaml")).model.optim.lr == 0.25
+    config = load_config(["model.optim.lr=1e-3", "++trainer.max_steps=9"], "tiny", str(tmp_path / "c.yaml"))
+    assert (config.model.optim.lr, config.trainer.max_steps) == (1e-3, 9)
+    assert load_config(["~model.optim.lr"], "tiny").model.optim.lr == 6e-4
+
+
+@pytest.mark.parametrize(("override", "found"), [
+    ("model.micro_batch_sizee=2", "did you mean model.micro_batch_size"),
+    ("model.hiden_size=2", "did you mean model.hidden_size"),
+    ("trainer.maxsteps=2", "did you mean trainer.max_steps"),
+    ("lr=2", "did you mean model.optim.lr"),
+    ("model.hidden_size=wide", "does not fit"),
+    ("model.hidden_size", "is not an override"),
+    ("model.hidden_size=1,2", "sweep"),
+    ("~model.nothing", "no such setting"),
+    ("model.encoder_seq_length=100", "whole chunks"),
+    ("model.hidden_size=100", "multiple of num_attention_heads"),
+    ("model.dec_cross_attention=[9]", "0-based"),
+    ("model.dec_cross_attention=[]", "plain decoder"),
+    ("model.normalization=rms", "did you mean rmsnorm"),
+    ("model.global_batch_size=6", "multiple of model.micro_batch_size"),
+    ("model.data.splits_string='1,2'", "three shares"),
+    ("model.hidden_dropout=1.5", r"\[0, 1\)"),
+    ("trainer.precision=fp8", "one of auto"),
+    ("model.optim.sched.name=linear", "one of CosineAnnealing"),
+    ("trainer.accelerator=tpu", "one of auto"),
+    ("model.chunk_size=0", "at least 1"),
+])  # fmt: skip
+def test_wrong_settings_are_named(override: str, found: str) -> None:
+    with pytest.raises(UsageError, match=found):
+        load_config([override])
+
+
+def test_files_that_are_no_settings(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match="does not exist"):
+        load_config(file=str(tmp_path / "no.yaml"))
+    for content in ("a: [1", "- 1\n- 2\n"):
+        (tmp_path / "c.yaml").write_text(content)
+        with pytest.raises(UsageError, match="config file"):
+            load_config(file=str(tmp_path / "c.yaml"))
+    with pytest.raises(UsageError, match="did you mean tiny"):
+        load_config(preset_name="tinny")
+
+
+def test_every_preset_sets_fields_that_exist() -> None:
+    known = flat_keys(Config())
+    for name, values in PRESETS.items():
+        assert set(values) <= set(known), name
+        load_config(preset_name=name)
+        preset_model(name)
+
+
+def test_splits() -> None:
+    assert splits("'98,2,0'") == (0.98, 0.02, 0.0)
+    assert splits("1,1,2") == (0.25, 0.25, 0.5)
+
+
+def test_defaults_are_nemos() -> None:
+    """The table of the interface: NeMo RETRO's names and defaults."""
+    m = Config().model
+    assert (m.micro_batch_size, m.encoder_seq_length, m.chunk_size) == (4, 2048, 64)
+    assert (m.enc_num_layers, m.dec_num_layers, m.enc_cross_attention, m.dec_cross_attention) == (4, 6, [3], [3, 4, 5])
+    assert (m.hidden_size, m.ffn_hidden_size, m.num_attention_heads, m.init_method_std) == (768, 3072, 12, 0.02)
+    assert (m.hidden_dropout, m.attention_dropout, m.ffn_dropout) == (0.1, 0.1, 0.0)
+    check_model(m)

@@ -1,0 +1,22 @@
+"""The demo in miniature: every stage runs, the figures are written down, the gate closes on a model that fails."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from retro_engine import cli
+
+
+def test_the_gate_closes_on_a_model_that_has_not_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "facts", "--out", str(out), "--steps", "8"]) == 6
+    said = capsys.readouterr().err
+    assert "error: value accuracy on 0.0" in said
+    assert "one right, one wrong note" in said
+    figures = json.loads((out / "demo.json").read_text())
+    assert {"on", "off", "random", "one_wrong", "new_entity", "seed"} <= set(figures)
+    assert figures["on"]["entities"] == 72
+    assert len(figures["new_entity"]) == 6
+    assert all(answer["sources"][0].startswith("news-") for answer in figures["new_entity"])
+    assert cli.main(["demo", "--out", str(out)]) == 2, "a demo is not overwritten"

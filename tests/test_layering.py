@@ -1,0 +1,90 @@
+"""Imports point one way, `kernels/` stands alone, and every file says what it is."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "retro_engine"
+# A module may import from its own row and from the rows above it.
+ORDER = [
+    ["errors"],
+    ["config", "progress"],
+    ["data"],
+    ["retrieval"],
+    ["model"],
+    ["evaluate"],
+    ["train"],
+    ["generate"],
+    ["api"],
+    ["demo"],
+    ["cli"],
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> list[str]:
+    """Every module that a file imports, inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def room(module: str) -> str:
+    """The top-level room of a module of this package; __init__ for names of the package itself."""
+    name = module.split(".")[1]
+    return name if name in LEVEL else "__init__"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if here == "__init__":
+        return  # names load on first use
+    assert here in LEVEL, f"{here} has no place in ORDER"
+    for module in imports(path):
+        if module.startswith("retro_engine.") and room(module) != "__init__":
+            assert LEVEL[room(module)] <= LEVEL[here], f"{path.name} imports {module}: a later room"
+        if module.startswith("retro_kernels") and path.name != "loop.py" and here != "cli":
+            assert path == PACKAGE / "model" / "ops.py", f"{path}: only model/ops.py imports the kernels"
+
+
+def test_only_the_chooser_is_imported_outside_ops() -> None:
+    for path in (PACKAGE / "train" / "loop.py", PACKAGE / "cli.py"):
+        kernels = [module for module in imports(path) if module.startswith("retro_kernels")]
+        assert kernels == ["retro_kernels.backend.backend"], kernels
+
+
+def test_kernels_stand_alone() -> None:
+    """No `__init__.py` (it would shadow the PyPI package `kernels`), and nothing of retro_engine inside."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert not any(module.startswith("retro_engine") for module in imports(path)), path
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "kernels").glob("*.py")), ROOT / "setup.py"], ids=str)
+def test_every_file_opens_with_its_purpose(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no header docstring"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_unpickled(path: Path) -> None:
+    text = path.read_text()
+    for banned in ("import pickle", "import joblib", "allow_pickle=True", "torch.load(", "yaml.load(", " eval("):
+        assert banned not in text, f"{path}: {banned}"
+
+
+def test_a_module_mirrors_each_test_file() -> None:
+    for test in (ROOT / "tests").rglob("test_*.py"):
+        folder = test.parent.relative_to(ROOT / "tests")
+        if folder.parts:
+            name = test.name.removeprefix("test_")
+            base = ROOT / "kernels" if folder.parts[0] == "kernels" else PACKAGE / folder
+            assert (base / name).exists(), f"{test} mirrors no module"
