@@ -10,7 +10,6 @@ print(model.generate("The garbage collector", index=index).text)
 """
 
 import glob
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,16 +156,17 @@ class Evaluation:
 class Retro:
     """A trained model with its tokenizer."""
 
-    def __init__(self, model: RetroModel, tokenizer: Tokenizer, trainer: dict[str, Any] | None = None):
-        self.model, self.tokenizer, self.trainer = model, tokenizer, trainer or {}
+    def __init__(self, model: RetroModel, tokenizer: Tokenizer, defaults: dict[str, Any] | None = None):
+        """`defaults`: generation_config.json, what `generate` does when nothing is said."""
+        self.model, self.tokenizer = model, tokenizer
+        self.sampling = Sampling(**(defaults or {}))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None) -> "Retro":
         """A run's newest checkpoint, or a checkpoint folder, after checking its files."""
         folder = checkpoint.find_checkpoint(path)
         checkpoint.verify(folder)
-        trainer = json.loads((folder / checkpoint.TRAINER_FILE).read_text())
-        return cls(load_model(folder, dtype), Tokenizer.load(folder), trainer)
+        return cls(load_model(folder, dtype), Tokenizer.load(folder), checkpoint.read_generation(folder))
 
     def sequences(self, share: Share) -> Sequences:
         c = self.model.config
@@ -191,7 +191,7 @@ class Retro:
     ) -> Generation:
         """Continue `prompt`, reading from `index`, from the texts `neighbors`, or from nothing."""
         generator = Generator(self.model, self.tokenizer, index.retriever if index is not None else None)
-        return generator.generate(prompt, max_new_tokens, sampling, neighbors, pad_prompt=pad_prompt)
+        return generator.generate(prompt, max_new_tokens, sampling or self.sampling, neighbors, pad_prompt=pad_prompt)
 
 
 def fit(
@@ -203,15 +203,15 @@ def fit(
     quiet: bool = False,
 ) -> TrainingResult:
     """Train on `data`; `overrides` are the command line's, like "model.optim.lr=1e-3"."""
-    settings = [
-        f"model.data.store='{data.store.folder}'",
-        f"model.data.neighbors='{data.table.folder}'",
-        f"model.data.splits_string='{data.splits}'",
-        f"model.chunk_size={data.store.chunk_size}",
-        f"model.num_neighbors={data.num_neighbors}",
-        f"exp_manager.exp_dir='{out}'",
+    settings: list[str | tuple[str, Any]] = [
+        ("model.data.store", str(data.store.folder)),
+        ("model.data.neighbors", str(data.table.folder)),
+        ("model.data.splits_string", data.splits),
+        ("model.chunk_size", data.store.chunk_size),
+        ("model.num_neighbors", data.num_neighbors),
+        ("exp_manager.exp_dir", str(out)),
     ]
     if steps is not None:
-        settings.append(f"trainer.max_steps={steps}")
+        settings.append(("trainer.max_steps", steps))
     config: Config = load_config([*settings, *overrides], preset)
     return train(config, Reporter("quiet" if quiet else "text"))

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retro_engine.errors import GateError, MissingInputError, OutOfResourceError, RetroError, UsageError, nearest
+from retro_engine.errors import GateError, MissingInputError, RetroError, StoppedError, UsageError, nearest, typed
 
 if TYPE_CHECKING:
     from retro_engine.data.store import Store
     from retro_engine.progress import Reporter
 
+TAKES_SETTINGS = ("train", "eval", "generate", "config")
 CEILING_CHUNKS = 8  # of the sequences in which the copy ceiling is measured
 
 # Every heavy import is inside the command that needs it: `retro --help` answers at once.
@@ -26,33 +27,36 @@ CEILING_CHUNKS = 8  # of the sequences in which the copy ceiling is measured
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    from retro_engine.train.__main__ import parse
+
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     if args.command is None:
         parser.print_help()
         return 2
     try:
+        if args.overrides and args.command not in TAKES_SETTINGS:
+            raise UsageError(
+                f"{args.overrides[0]}: retro {args.command} takes no settings", "", f"retro {args.command} --help"
+            )
         return args.run(args)
-    except RetroError as error:
-        return _fail(args, error, error.exit_code)
     except KeyboardInterrupt:
-        return _fail(args, UsageError("interrupted"), 130)
+        return _fail(args, StoppedError(130))
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    except MemoryError:
-        return _fail(args, OutOfResourceError("out of memory", "", "use a smaller batch or model"), 5)
     except Exception as error:
-        return _bug(error)
+        known = typed(error)
+        return _bug(error) if known is None else _fail(args, known)
 
 
-def _fail(args: argparse.Namespace, error: RetroError, code: int) -> int:
+def _fail(args: argparse.Namespace, error: RetroError) -> int:
     if getattr(args, "json", False):
-        event = {"event": "error", "what": error.what, "why": error.why, "do": error.do, "exit_code": code}
+        event = {"event": "error", "what": error.what, "why": error.why, "do": error.do, "exit_code": error.exit_code}
         print(json.dumps(event), file=sys.stderr)
     else:
         print(f"error: {error}", file=sys.stderr)
-    return code
+    return error.exit_code
 
 
 def _bug(error: Exception) -> int:
@@ -114,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--retriever", default="bm25", help="bm25 or hash")
         sub.add_argument("--k", type=int, default=20, help="neighbors kept a chunk")
         sub.add_argument("--name", help="the table's name (default: the retriever's)")
+        sub.add_argument("--keep-overlaps", action="store_true", help="keep neighbors that overlap (for r <= m)")
         sub.add_argument("--yes", action="store_true", help="do not ask before long work")
 
     from retro_engine.train.__main__ import add_arguments
@@ -128,7 +133,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--neighbors", action="append", metavar="TEXT", help="a given neighbor; may be repeated")
     sub.add_argument("--limit", type=int, help="batches a mode")
     sub.add_argument("--fail-if", metavar="EXPR", help="exit 6 when true, like 'bpb_on>bpb_off'")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, like model.data.store=STORE")
 
     sub = command("generate", _generate, "continue a prompt, reading neighbors")
     sub.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint")
@@ -140,7 +144,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-retrieval", action="store_true")
     sub.add_argument("--show-neighbors", action="store_true")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, like inference.temperature=0.8")
 
     sub = command("inspect", _inspect, "what a store, table, index or checkpoint is")
     sub.add_argument("path")
@@ -149,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("config", _config, "show the settings, list the keys, or compare two files")
     sub.add_argument("what", choices=["show", "keys", "diff"])
-    sub.add_argument("arguments", nargs="*", metavar="ARG", help="show: key=value; keys: a section; diff: two files")
+    sub.add_argument("arguments", nargs="*", metavar="ARG", help="keys: a section; diff: two files; show: key=value")
     sub.add_argument("--preset")
     sub.add_argument("--config", "-c", metavar="FILE")
 
@@ -198,9 +201,13 @@ def _prepare(args: argparse.Namespace) -> int:
 
 def _index(args: argparse.Namespace) -> int:
     from retro_engine.data.store import Store
-    from retro_engine.retrieval.search import build_index
+    from retro_engine.retrieval.neighbors import say_index_cost
+    from retro_engine.retrieval.search import build_index, check_retriever
 
-    _print(args, build_index(Store(args.store), args.retriever).summary())
+    check_retriever(args.retriever)
+    store = Store(args.store)
+    say_index_cost(store, args.retriever, _reporter(args))
+    _print(args, build_index(store, args.retriever).summary())
     return 0
 
 
@@ -228,7 +235,7 @@ def _neighbors(args: argparse.Namespace) -> int:
     query = Store(args.query)
     databases = [Store(path) for path in args.database] if args.database else [query]
     reporter = _reporter(args)
-    table = build_neighbors(query, databases, args.retriever, args.k, args.name, reporter)
+    table = build_neighbors(query, databases, args.retriever, args.k, args.name, reporter, not args.keep_overlaps)
     shares = split_documents(query, DataConfig().splits_string)
     result = {"table": str(table.folder), **table.summary(), "share_without_neighbors": share_without_neighbors(table)}
     if len(shares["valid"]):
@@ -257,6 +264,13 @@ def _eval(args: argparse.Namespace) -> int:
     retro = Retro.from_pretrained(checkpoint)
     sequences = open_evaluation(checkpoint, retro.model.config, args.overrides, args.share)
     modes = (args.modes or ("on,off,random" if retro.model.config.retrieval else "off")).split(",")
+    is_plain = not retro.model.config.retrieval
+    if is_plain and (args.neighbors or set(modes) - {"off"}):
+        raise UsageError(
+            "this model is a plain decoder (model.retrieval=false)", "it reads no neighbors", "--modes off"
+        )
+    if args.limit is not None and args.limit < 1:
+        raise UsageError(f"--limit {args.limit} cannot be used", "at least one batch is evaluated")
     given = None
     if args.neighbors:
         given = Given(*encode_neighbors(retro.tokenizer, args.neighbors, retro.model.config.r))
@@ -326,15 +340,16 @@ def _generate(args: argparse.Namespace) -> int:
     from retro_engine.train.checkpoint import find_checkpoint
     from retro_engine.train.loop import run_databases
 
-    overrides = list(args.overrides)
-    if args.prompt is not None and args.interactive:
-        overrides.insert(0, args.prompt)
-        args.prompt = None
-    settings = load_config(overrides).inference
-    if args.prompt is None and not args.interactive:
-        raise UsageError("there is no prompt", "", "retro generate RUN 'The prompt', or -i")
+    if (args.prompt is None) != args.interactive:
+        raise UsageError(
+            "there is no prompt, or one too many", "", "retro generate RUN 'The prompt', or retro generate RUN -i"
+        )
     checkpoint = find_checkpoint(args.path)
     retro = Retro.from_pretrained(checkpoint)
+    defaults = [
+        (f"inference.{key}", getattr(retro.sampling, key)) for key in ("greedy", "temperature", "top_k", "top_p")
+    ]
+    settings = load_config([*defaults, *args.overrides]).inference
     retriever = None
     if retro.model.config.retrieval and not args.no_retrieval and not args.neighbors:
         stores = _stores(args.index) if args.index else run_databases(checkpoint)
@@ -387,8 +402,7 @@ def _inspect(args: argparse.Namespace) -> int:
         folder = checkpoint.find_checkpoint(path)
         if args.verify:
             checkpoint.verify(folder)
-        state = json.loads((folder / checkpoint.TRAINER_FILE).read_text())
-        _print(args, {"kind": "checkpoint", "path": str(folder), **state})
+        _print(args, {"kind": "checkpoint", "path": str(folder), **checkpoint.read_trainer(folder)})
         return 0
     if not (path / files.MANIFEST).is_file():
         raise MissingInputError(f"{path} is not a store, table, index, run or checkpoint", "it has no manifest.json")
@@ -428,7 +442,7 @@ def _config(args: argparse.Namespace) -> int:
     from retro_engine.config import Config, flat_keys, load_config, to_yaml
 
     if args.what == "show":
-        print(to_yaml(load_config(args.arguments, args.preset, args.config)), end="")
+        print(to_yaml(load_config([*args.arguments, *args.overrides], args.preset, args.config)), end="")
     elif args.what == "keys":
         section = args.arguments[0] if args.arguments else ""
         keys = {key: value for key, value in flat_keys(Config()).items() if key.startswith(section)}

@@ -5,7 +5,9 @@ overrides (`key=value`, `+key=value`, `++key=value`, `~key`). Names are NeMo RET
 Reads YAML files; writes nothing.
 """
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -298,32 +300,26 @@ def flat_keys(node: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def load_config(overrides: list[str] | None = None, preset_name: str | None = None, file: str | None = None) -> Config:
+def load_config(
+    overrides: Sequence[str | tuple[str, Any]] | None = None, preset_name: str | None = None, file: str | None = None
+) -> Config:
     """Defaults, preset, file, environment and overrides, merged, typed and checked.
 
-    Raises UsageError naming the key, the nearest known one and the rule; MissingInputError for the file.
+    An override is `key=value` as on the command line, or a pair (key, value). Raises UsageError naming the key,
+    the nearest known one and the rule; MissingInputError for the file.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     tree = OmegaConf.structured(Config)
     settings: list[tuple[str, Any]] = list(preset(preset_name).items()) if preset_name else []
     if file is not None:
-        if not Path(file).is_file():
-            raise MissingInputError(f"config file {file} does not exist", "", "retro config show > FILE writes one")
-        try:
-            from_file = OmegaConf.to_container(OmegaConf.load(file))
-        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-            raise UsageError(f"config file {file} is not YAML", str(error).splitlines()[0]) from error
-        if not isinstance(from_file, dict):
-            raise UsageError(f"config file {file} holds no settings", "expected a mapping of keys to values")
-        settings += flat_keys(from_file).items()
+        settings += flat_keys(_read_yaml(file)).items()
     for name in sorted(os.environ):
         if name.startswith(ENVIRONMENT_PREFIX):
             key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
-            settings += _parse_overrides([f"{key}={os.environ[name]}"])
-    settings += _parse_overrides(overrides or [])
+            settings.append(_parse_override(f"{key}={os.environ[name]}"))
+    settings += [_parse_override(item) if isinstance(item, str) else item for item in overrides or []]
     known = flat_keys(Config())
     for key, value in settings:
         if key not in known and not any(name.startswith(f"{key}.") for name in known):
@@ -336,10 +332,29 @@ def load_config(overrides: list[str] | None = None, preset_name: str | None = No
         except OmegaConfBaseException as error:
             kind = type(known.get(key)).__name__
             raise UsageError(f"{key}={value!r} does not fit", str(error).splitlines()[0], f"expected {kind}") from error
-    config = OmegaConf.to_object(tree)
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise UsageError("the settings do not resolve", str(error).splitlines()[0], "retro config show") from error
     assert isinstance(config, Config), type(config)
     check(config)
     return config
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not Path(file).is_file():
+        raise MissingInputError(f"config file {file} does not exist", "", "retro config show > FILE writes one")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config file {file} is not YAML", str(error).splitlines()[0]) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"config file {file} holds no settings", "expected a mapping of keys to values")
+    return {str(key): value for key, value in content.items()}
 
 
 def nearest_key(key: str, known: dict[str, Any]) -> str:
@@ -356,27 +371,27 @@ def nearest_key(key: str, known: dict[str, Any]) -> str:
     return f"did you mean {close[0]} ({type(default).__name__}, default {default})?"
 
 
-def _parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
+def _parse_override(text: str) -> tuple[str, Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    settings = []
-    for text in overrides:
-        try:
-            parsed = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise UsageError(f"{text!r} is not an override", str(error).splitlines()[0], "write key=value") from error
-        key = str(parsed.key_or_group)
-        if parsed.is_delete():
-            defaults = flat_keys(Config())
-            if key not in defaults:
-                raise UsageError(f"~{key}: there is no such setting", nearest_key(key, defaults))
-            settings.append((key, defaults[key]))
-        elif parsed.is_sweep_override():
-            raise UsageError(f"{text!r} is a sweep", "one run takes one value a key", "start a run per value")
-        else:
-            settings.append((key, parsed.value()))
-    return settings
+    try:
+        parsed = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise UsageError(
+            f"{text!r} is not an override",
+            str(error).splitlines()[0],
+            "write key=value, with quotes around odd characters",
+        ) from error
+    key = str(parsed.key_or_group)
+    if parsed.is_sweep_override():
+        raise UsageError(f"{text!r} is a sweep", "one run takes one value a key", "start a run per value")
+    if not parsed.is_delete():
+        return key, parsed.value()
+    defaults = flat_keys(Config())
+    if key not in defaults:
+        raise UsageError(f"~{key}: there is no such setting", nearest_key(key, defaults))
+    return key, defaults[key]
 
 
 def _require(condition: bool, key: str, value: Any, rule: str, fix: str = "") -> None:
@@ -384,39 +399,91 @@ def _require(condition: bool, key: str, value: Any, rule: str, fix: str = "") ->
         raise UsageError(f"{key}={value} cannot be used", rule, fix)
 
 
+MODEL_CHOICES = {
+    "normalization": ("rmsnorm", "layernorm"),
+    "activation": ("swiglu", "gelu"),
+    "position_embedding": ("rope", "learned", "none"),
+    "encoder_position_embedding": ("rope", "learned", "none"),
+    "cca_position_embedding": ("rope", "none"),
+    "rotary_table_precision": ("float32", "model"),
+    "partial_chunk": ("last", "first"),
+    "encoder_ca_residual": ("input", "norm"),
+    "init": ("standard", "retrieval_ready"),
+}
+CHOICES = {
+    "model.optim.name": ("adamw", "distributed_fused_adam"),  # the same
+    "model.optim.sched.name": ("CosineAnnealing", "WSD", "constant"),
+    "model.data.dataloader_type": ("cyclic", "single"),
+    "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "trainer.precision": ("auto", "32", "bf16-mixed"),
+}
+_MANY = 2**31
+MODEL_BOUNDS: tuple[tuple[str, float, float], ...] = (
+    ("vocab_size", 0, _MANY),
+    ("encoder_seq_length", 1, _MANY),
+    ("chunk_size", 1, 65535),
+    ("retrieved_length", 1, _MANY),
+    ("num_neighbors", 1, _MANY),
+    ("hidden_size", 1, _MANY),
+    ("ffn_hidden_size", 1, _MANY),
+    ("num_attention_heads", 1, _MANY),
+    ("num_query_groups", 1, _MANY),
+    ("dec_num_layers", 1, _MANY),
+    ("enc_num_layers", 0, _MANY),
+    ("encoder_hidden_size", 1, _MANY),
+    ("encoder_num_attention_heads", 1, _MANY),
+    ("encoder_ffn_hidden_size", 1, _MANY),
+    ("max_position_embeddings", 0, _MANY),
+    ("layernorm_epsilon", 0, 1),
+    ("rotary_percentage", 0, 1),
+    ("rotary_base", 1, math.inf),
+    ("hidden_dropout", 0, 0.999),
+    ("attention_dropout", 0, 0.999),
+    ("ffn_dropout", 0, 0.999),
+    ("init_method_std", 0, math.inf),
+)
+BOUNDS: tuple[tuple[str, float, float], ...] = (
+    ("seed", 0, 2**63 - 1),
+    ("model.micro_batch_size", 1, _MANY),
+    ("model.global_batch_size", 1, _MANY),
+    ("model.optim.lr", 1e-12, math.inf),
+    ("model.optim.weight_decay", 0, math.inf),
+    ("model.optim.clip", 1e-12, math.inf),
+    ("model.optim.sched.warmup_steps", 0, _MANY),
+    ("model.optim.sched.constant_steps", 0, _MANY),
+    ("model.optim.sched.min_lr", 0, math.inf),
+    ("model.optim.sched.max_steps", 1, _MANY),
+    ("model.data.neighbor_dropout", 0, 1),
+    ("trainer.max_steps", 1, _MANY),
+    ("trainer.max_time_s", 1e-3, math.inf),
+    ("trainer.val_check_interval", 1, _MANY),
+    ("trainer.limit_val_batches", 1, _MANY),
+    ("trainer.accumulate_grad_batches", 1, _MANY),
+    ("trainer.log_every_n_steps", 1, _MANY),
+    ("exp_manager.checkpoint_every_n_steps", 1, _MANY),
+    ("exp_manager.keep_last_n", 0, _MANY),
+    ("inference.tokens_to_generate", 1, _MANY),
+    ("inference.retro_inference.retro_num_neighbors", 1, _MANY),
+    ("inference.retro_inference.retro_gpt_retrieved_length", 1, _MANY),
+)
+
+
+def _check_bounds(key: str, value: float | None, low: float, high: float) -> None:
+    """None = off is always allowed."""
+    if value is not None and not low <= value <= high:
+        rule = f"must be at least {low:g}" if value < low else f"must be at most {high:g}"
+        raise UsageError(f"{key}={value} cannot be used", rule if value == value else "must be a number")
+
+
 def check_model(c: ModelConfig) -> None:
     """Raise UsageError for the first field of a ModelConfig that breaks a rule."""
-    choices = {
-        "normalization": ("rmsnorm", "layernorm"),
-        "activation": ("swiglu", "gelu"),
-        "position_embedding": ("rope", "learned", "none"),
-        "encoder_position_embedding": ("rope", "learned", "none"),
-        "cca_position_embedding": ("rope", "none"),
-        "rotary_table_precision": ("float32", "model"),
-        "partial_chunk": ("last", "first"),
-        "encoder_ca_residual": ("input", "norm"),
-        "init": ("standard", "retrieval_ready"),
-    }
-    for name, allowed in choices.items():
+    for name, allowed in MODEL_CHOICES.items():
         value = getattr(c, name)
         _require(
             value in allowed, f"model.{name}", value, f"one of {', '.join(allowed)}", nearest(value, list(allowed))
         )
-    for name in (
-        "chunk_size",
-        "r",
-        "num_neighbors",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "dec_num_layers",
-        "encoder_seq_length",
-        "encoder_width",
-        "encoder_heads",
-    ):
-        _require(getattr(c, name) >= 1, f"model.{name}", getattr(c, name), "must be at least 1")
-    for name in ("hidden_dropout", "attention_dropout", "ffn_dropout"):
-        _require(0 <= getattr(c, name) < 1, f"model.{name}", getattr(c, name), "must be in [0, 1)")
+    for key, low, high in MODEL_BOUNDS:
+        _check_bounds(f"model.{key}", getattr(c, key), low, high)
     heads, width = c.num_attention_heads, c.hidden_size
     _require(width % heads == 0, "model.hidden_size", width, f"must be a multiple of num_attention_heads={heads}")
     _require(
@@ -431,7 +498,6 @@ def check_model(c: ModelConfig) -> None:
         c.key_value_heads,
         f"must divide num_attention_heads={heads}",
     )
-    _require(0 <= c.rotary_percentage <= 1, "model.rotary_percentage", c.rotary_percentage, "must be in [0, 1]")
     for name, layers in (("dec_cross_attention", c.dec_num_layers), ("enc_cross_attention", c.enc_num_layers)):
         for layer in getattr(c, name):
             _require(
@@ -447,6 +513,14 @@ def check_model(c: ModelConfig) -> None:
         "[]",
         "a RETRO cross-attends in at least one decoder layer",
         "model.retrieval=false is the plain decoder",
+    )
+    rows = c.max_position_embeddings or c.encoder_seq_length
+    _require(
+        not c.retrieval or c.encoder_position_embedding != "learned" or rows >= c.r,
+        "model.encoder_position_embedding",
+        "learned",
+        f"neighbors have {c.r} tokens and there are {rows} learned positions",
+        f"model.max_position_embeddings={c.r}",
     )
     if c.init == "retrieval_ready" and c.retrieval:
         _check_retrieval_ready(c)
@@ -482,7 +556,12 @@ def check(config: Config) -> None:
         f"training sequences are whole chunks of model.chunk_size={m.chunk_size} tokens",
         f"use {max(1, m.encoder_seq_length // m.chunk_size) * m.chunk_size}",
     )
-    _require(m.micro_batch_size >= 1, "model.micro_batch_size", m.micro_batch_size, "must be at least 1")
+    values = flat_keys(config)
+    for key, low, high in BOUNDS:
+        _check_bounds(key, values[key], low, high)
+    betas = m.optim.betas
+    is_pair = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    _require(is_pair, "model.optim.betas", betas, "two numbers in [0, 1)")
     total = m.global_batch_size
     _require(
         total is None or (total >= 1 and total % m.micro_batch_size == 0),
@@ -496,35 +575,14 @@ def check(config: Config) -> None:
         config.trainer.accumulate_grad_batches,
         "follows from model.global_batch_size when that is set",
     )
-    names = ("CosineAnnealing", "WSD", "constant")
-    _require(m.optim.sched.name in names, "model.optim.sched.name", m.optim.sched.name, f"one of {', '.join(names)}")
-    _require(
-        m.optim.name in ("adamw", "distributed_fused_adam"),
-        "model.optim.name",
-        m.optim.name,
-        "one of adamw, distributed_fused_adam (the same)",
-    )
-    _require(m.optim.lr > 0, "model.optim.lr", m.optim.lr, "must be above 0")
-    _require(
-        m.data.dataloader_type in ("cyclic", "single"),
-        "model.data.dataloader_type",
-        m.data.dataloader_type,
-        "one of cyclic, single",
-    )
-    precisions = ("auto", "32", "bf16-mixed")
-    _require(
-        config.trainer.precision in precisions,
-        "trainer.precision",
-        config.trainer.precision,
-        f"one of {', '.join(precisions)}",
-    )
-    _require(
-        config.trainer.accelerator in ("auto", "cpu", "gpu"),
-        "trainer.accelerator",
-        config.trainer.accelerator,
-        "one of auto, cpu, gpu",
-    )
-    _require(config.trainer.max_steps >= 1, "trainer.max_steps", config.trainer.max_steps, "must be at least 1")
+    for key, allowed in CHOICES.items():
+        _require(
+            values[key] in allowed,
+            key,
+            values[key],
+            f"one of {', '.join(allowed)}",
+            nearest(values[key], list(allowed)),
+        )
     splits(m.data.splits_string)
 
 
@@ -534,7 +592,7 @@ def splits(text: str) -> tuple[float, float, float]:
         shares = [float(part) for part in text.strip("'\"").split(",")]
     except ValueError:
         shares = []
-    good = len(shares) == 3 and min(shares) >= 0 and shares[0] > 0
+    good = len(shares) == 3 and min(shares) >= 0 and shares[0] > 0 and math.isfinite(sum(shares))
     _require(good, "model.data.splits_string", text, "three shares: train, validation, test", "like '98,2,0'")
     return shares[0] / sum(shares), shares[1] / sum(shares), shares[2] / sum(shares)
 

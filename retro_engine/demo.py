@@ -21,7 +21,7 @@ from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.prepare import prepare, store_from_documents
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import GateError, UsageError
+from retro_engine.errors import GateError, StoppedError, UsageError
 from retro_engine.evaluate.facts import FactsResult, evaluate_facts
 from retro_engine.generate.generator import Generator
 from retro_engine.progress import Reporter
@@ -68,17 +68,18 @@ def facts_data(out: Path, num_train: int, num_heldout: int, seed: int, reporter:
     return FactsData(train_store, heldout, notes, paths["heldout"])
 
 
-def facts_settings(out: Path, steps: int, init: str) -> list[str]:
+def facts_settings(out: Path, steps: int, init: str) -> list[str | tuple[str, str]]:
     """The recipe of docs/retrieval-ready.md as overrides of the tiny preset."""
     return [
-        f"model.data.store='{out}/store/train'",
-        f"model.data.valid_store='{out}/store/heldout'",
+        ("model.data.store", f"{out}/store/train"),
+        ("model.data.valid_store", f"{out}/store/heldout"),
         f"model.init={init}",
         f"model.chunk_size={CHUNK_SIZE}",
         f"model.encoder_seq_length={4 * CHUNK_SIZE}",
         f"trainer.max_steps={steps}",
         f"trainer.val_check_interval={max(1, steps // 4)}",
         "trainer.limit_val_batches=8",
+        "trainer.precision=32",
         "model.optim.sched.name=WSD",
         f"model.optim.sched.warmup_steps={WARMUP_STEPS}",
         f"model.optim.sched.constant_steps={max(0, int((steps - WARMUP_STEPS) * CONSTANT_SHARE))}",
@@ -105,11 +106,13 @@ def run_facts(
     data = facts_data(out, num_train, min(NUM_HELDOUT, num_train), 1, reporter)
     prepared_s = time.monotonic() - start
     config = load_config(
-        [*facts_settings(out, steps, init), f"seed={seed}", f"exp_manager.exp_dir='{out}/run'"], "tiny"
+        [*facts_settings(out, steps, init), f"seed={seed}", ("exp_manager.exp_dir", f"{out}/run")], "tiny"
     )
     start = time.monotonic()
     result = train(config, reporter)
     trained_s = time.monotonic() - start
+    if result.exit_code:
+        raise StoppedError(result.exit_code)
     retro = Retro.from_pretrained(result.checkpoint)
     results = evaluate_facts(retro.model, _heldout_sequences(retro, data), data.heldout_path)
     figures: dict[str, Any] = {mode: value.summary() for mode, value in results.items()}

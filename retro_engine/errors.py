@@ -54,10 +54,36 @@ class OutOfResourceError(RetroError, OSError):
         return RetroError.__str__(self)
 
 
+class StoppedError(RetroError):
+    """A signal ended the work; what was done is saved."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("stopped", "the checkpoint is saved", "run the same command again")
+        self.exit_code = exit_code
+
+
 class GateError(RetroError):
     """A quality gate that was asked for and not met."""
 
     exit_code = 6
+
+
+def typed(error: BaseException) -> RetroError | None:
+    """The typed form of what the operating system and the libraries raise for a full disk or memory; else None."""
+    import errno
+
+    if isinstance(error, RetroError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutOfResourceError(
+            f"no space left for {error.filename or 'a file'}", "", "free some space and run it again"
+        )
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return OutOfResourceError(
+            "out of memory", str(error).splitlines()[0] if str(error) else "", "use a smaller batch or model"
+        )
+    return None
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -91,7 +91,7 @@ def write_corpus(path: Path, documents: int, seed: int = 0, words: int = 60) -> 
         for number in range(documents):
             text = " ".join(str(s) for s in rng.choice(sentences, max(1, words // 8)))
             file.write(
-                json.dumps({"id": f"d{number}", "title": f"Title {number}", "text": f"Document {number}. {text}"})
+                json.dumps({"id": f"d{number}", "title": f"Title {number}", "text": f"Document doc{number}. {text}"})
                 + "\n"
             )
     return path

@@ -17,7 +17,7 @@ def test_quick_start(tmp_path: Path) -> None:
         write_corpus(tmp_path / f"{name}.jsonl", 15, seed=ord(name))
     corpus = Corpus.from_files(tmp_path / "*.jsonl", chunk_size=16, vocab_size=300)
     index = Index.build(corpus, retriever="bm25")
-    assert index.search("Document 7.", 1)[0].document == "d7"
+    assert index.search("Document doc7.", 1)[0].document == "d7"
     data = corpus.with_neighbors(index, k=2)
     assert len(data.valid.documents) == 3
     assert len(data.train.documents) == 27
@@ -28,7 +28,7 @@ def test_quick_start(tmp_path: Path) -> None:
     assert set(evaluation.losses) == {"on", "off", "random"}
     assert str(evaluation).startswith("bits per byte: on ")
     assert evaluation.summary()["on"]["documents"] == 3
-    out = model.generate("Document 7. river", index=index, max_new_tokens=8)
+    out = model.generate("Document doc7. river", index=index, max_new_tokens=8)
     assert out.neighbors[0].document
     assert out.neighbors[0].score > 0
     assert isinstance(out.text, str)

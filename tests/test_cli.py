@@ -34,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("prepare", folder / "corpus.jsonl", "--out", folder / "store", "--vocab-size", 300, "--chunk-size", 16) == 0
     )
     assert run("build", folder / "store", "--k", 6) == 0
-    assert run("train", "--preset", "tiny", "--out", folder / "run", f"model.data.store='{folder}/store'", *TINY) == 0
+    assert run("train", "--preset", "tiny", "--out", folder / "run", f"model.data.store={folder}/store", *TINY) == 0
     return folder
 
 
@@ -70,10 +70,11 @@ def test_eval(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_generate(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
-        run("generate", work / "run", "Document 7. river", "--show-neighbors", "inference.tokens_to_generate=20") == 0
+        run("generate", work / "run", "Document doc7. river", "--show-neighbors", "inference.tokens_to_generate=20")
+        == 0
     )
     out = capsys.readouterr().out
-    assert out.startswith("Document 7. river")
+    assert out.startswith("Document doc7. river")
     assert "could read:" in out
     assert "store/d" in out
     assert run("generate", work / "run", "river", "--neighbors", "a", "--neighbors", "b", "--json") == 0
@@ -163,7 +164,7 @@ def test_damaged_input(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert len(error.splitlines()) <= 3
-    assert Path(name).name.split("*")[0].split(".")[0] in error or "checkpoint" in error or "store" in error
+    assert Path(name).name.removesuffix(".bin").split("-")[0] in error, error
 
 
 BAD = {

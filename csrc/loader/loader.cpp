@@ -158,7 +158,8 @@ struct Shard {
 class Loader {
  public:
   // shards: (tokens, lengths, rows) paths, in the order in which ids count through them.
-  Loader(const std::vector<std::array<std::string, 3>>& shards, uint64_t chunk_size) : chunk_size_(chunk_size) {
+  Loader(const std::vector<std::array<std::string, 3>>& shards, uint64_t chunk_size, int64_t vocab_size)
+      : chunk_size_(chunk_size), vocab_size_(vocab_size) {
     for (const auto& paths : shards) {
       auto shard = std::unique_ptr<Shard>(
           new Shard{{paths[0], "tokens"}, {paths[1], "lengths"}, {paths[2], "rows"}, num_rows_});
@@ -228,7 +229,9 @@ class Loader {
       if (read_at<uint32_t>(s.rows.row(r), 0) != document) break;
       s.lengths.touch(r);
       s.tokens.touch(r);
-      const int64_t in_row = std::min<int64_t>(read_at<uint16_t>(s.lengths.row(r), 0), chunk_size_);
+      const int64_t in_row = read_at<uint16_t>(s.lengths.row(r), 0);
+      if (in_row < 1 || in_row > static_cast<int64_t>(chunk_size_))
+        throw std::runtime_error("row " + std::to_string(s.first_row + r) + " has an impossible length");
       const int64_t take = std::min(in_row, length - done);
       widen(s.tokens, r, take, out + done);
       done += take;
@@ -238,19 +241,28 @@ class Loader {
     return done;
   }
 
-  static void widen(const Array& tokens, uint64_t r, int64_t n, int64_t* out) {
-    if (tokens.item() == 2) {
-      const auto* p = reinterpret_cast<const uint16_t*>(tokens.row(r));
-      for (int64_t i = 0; i < n; ++i) out[i] = p[i];
-    } else {
-      const auto* p = reinterpret_cast<const uint32_t*>(tokens.row(r));
-      for (int64_t i = 0; i < n; ++i) out[i] = p[i];
-    }
+  // Token ids of a row as int64; an id outside the vocabulary must not reach an embedding.
+  void widen(const Array& tokens, uint64_t r, int64_t n, int64_t* out) const {
+    int64_t largest = -1;
+    const auto copy_from = [&](const auto* p) {
+      for (int64_t i = 0; i < n; ++i) {
+        out[i] = p[i];
+        largest = std::max(largest, out[i]);
+      }
+    };
+    if (tokens.item() == 2)
+      copy_from(reinterpret_cast<const uint16_t*>(tokens.row(r)));
+    else
+      copy_from(reinterpret_cast<const uint32_t*>(tokens.row(r)));
+    if (largest >= vocab_size_)
+      throw std::runtime_error("token id " + std::to_string(largest) + " is outside the vocabulary of " +
+                               std::to_string(vocab_size_));
   }
 
   std::vector<std::unique_ptr<Shard>> shards_;
   uint64_t num_rows_ = 0;
   uint64_t chunk_size_;
+  int64_t vocab_size_;
 };
 
 }  // namespace
@@ -258,8 +270,8 @@ class Loader {
 PYBIND11_MODULE(_loader, m) {
   m.doc() = "Memory-mapped neighbor loader";
   py::class_<Loader>(m, "Loader")
-      .def(py::init<const std::vector<std::array<std::string, 3>>&, uint64_t>(), py::arg("shards"),
-           py::arg("chunk_size"))
+      .def(py::init<const std::vector<std::array<std::string, 3>>&, uint64_t, int64_t>(), py::arg("shards"),
+           py::arg("chunk_size"), py::arg("vocab_size"))
       .def_property_readonly("num_rows", &Loader::num_rows)
       .def("gather", &Loader::gather, py::arg("ids"), py::arg("retrieved_length"), py::arg("pad_id"));
 }

@@ -57,11 +57,11 @@ class Reader:
                 yield from self._json_lines(path)
 
     def _text_file(self, path: Path) -> Document | SetAside:
-        if path.stat().st_size > self.max_document_bytes:
-            return SetAside(str(path), f"larger than {self.max_document_bytes:,} bytes")
         try:
+            if path.stat().st_size > self.max_document_bytes:
+                return SetAside(str(path), f"larger than {self.max_document_bytes:,} bytes")
             text = self._usable(self._decode(path.read_bytes()))
-        except _Unusable as error:
+        except (_Unusable, OSError) as error:
             return SetAside(str(path), str(error))
         heading = text.lstrip().split("\n", 1)[0]
         is_heading = path.suffix == ".md" and heading.startswith("#")
@@ -83,7 +83,7 @@ class Reader:
                             yield self._json_document(line, source)
                         except _Unusable as error:
                             yield SetAside(source, str(error))
-        except (EOFError, OSError, _zstd_error()) as error:  # a truncated or damaged stream
+        except _stream_errors() as error:  # a truncated or damaged stream
             yield SetAside(f"{path}:{number + 1}", f"the file cannot be read further: {error}")
 
     def _json_document(self, line: bytes, source: str) -> Document:
@@ -148,8 +148,9 @@ def find_files(inputs: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
             for folder, folders, names in os.walk(path):
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
                 for name in sorted(names):
+                    found = Path(folder) / name
                     if not name.startswith("."):
-                        (files if name.endswith(SUFFIXES) else passed_over).append(Path(folder) / name)
+                        (files if name.endswith(SUFFIXES) and found.is_file() else passed_over).append(found)
         elif not path.exists():
             raise MissingInputError(f"{path} does not exist", "", "name a file or a folder that does")
         elif not path.name.endswith(SUFFIXES):
@@ -177,16 +178,56 @@ def _open(path: Path) -> IO[bytes]:
     if path.name.endswith(".gz"):
         return io.BufferedReader(gzip.open(path, "rb"))  # type: ignore[arg-type,return-value]
     if path.name.endswith(".zst"):
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True), 1 << 20)
+        return io.BufferedReader(_ZstdStream(path), 1 << 20)
     return open(path, "rb")
 
 
-def _zstd_error() -> type[Exception]:
+class _ZstdStream(io.RawIOBase):
+    """Decompressed frames of a .zst file; EOFError where the last one is cut short."""
+
+    def __init__(self, path: Path):
+        import zstandard
+
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new_frame()
+        self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
+        self._ready = b""
+        self._has_begun = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if self._frame.eof:
+                rest = self._frame.unused_data
+                self._frame, self._has_begun = self._new_frame(), False
+            else:
+                rest = b""
+            rest = rest or self._file.read(1 << 17)
+            if not rest:
+                if self._has_begun:
+                    raise EOFError("the compressed data is cut short")
+                return 0
+            self._has_begun = True
+            self._ready = self._frame.decompress(rest)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _stream_errors() -> tuple[type[Exception], ...]:
+    """What a damaged or truncated file raises while it is read."""
+    import zlib
+
     import zstandard
 
-    return zstandard.ZstdError
+    return (EOFError, OSError, zlib.error, zstandard.ZstdError)
 
 
 def _refuse_constant(name: str) -> Any:

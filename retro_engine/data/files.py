@@ -90,7 +90,13 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UsageError(f"{folder} is in use", "another process is writing there", "wait for it to end") from error
-        yield
+        try:
+            yield
+        except BaseException:
+            if os.listdir(folder) == [".lock"]:  # nothing came of it: leave nothing
+                (folder / ".lock").unlink()
+                folder.rmdir()
+            raise
 
 
 def write_array(path: Path, kind: str, values: np.ndarray, parent: str) -> str:
@@ -159,7 +165,7 @@ class ArrayFile:
         if order != BYTE_ORDER or name != kind or dtype is None:
             raise StoreError(f"{path} holds {name!r}", f"expected {kind!r}", "build it again")
         expected = rows * columns * np.dtype(dtype).itemsize
-        if num_bytes != expected or block != BLOCK or blocks != -(-num_bytes // BLOCK):
+        if max(rows, columns) >= 1 << 48 or num_bytes != expected or block != BLOCK or blocks != -(-num_bytes // BLOCK):
             raise StoreError(
                 f"{path} contradicts itself", f"{rows} x {columns} values in {num_bytes} bytes", "build it again"
             )

@@ -47,7 +47,7 @@ class NeighborLoader:
                 [str(s.arrays[part].path) for part in ("tokens", "lengths", "rows")] for t in stores for s in t.shards
             ]
             try:
-                self._loader = Loader(paths, first.chunk_size)
+                self._loader = Loader(paths, first.chunk_size, first.vocab_size)
             except RuntimeError as error:
                 raise StoreError(str(error), "", "build it again") from error
         else:
@@ -65,7 +65,7 @@ class NeighborLoader:
         except ValueError as error:
             raise UsageError(str(error)) from error
         except RuntimeError as error:
-            raise StoreError(str(error), "its checksum does not match", "build it again") from error
+            raise StoreError(str(error), "what was written is not what is there", "build it again") from error
         return tokens.reshape(*ids.shape, retrieved_length), lengths.reshape(ids.shape)
 
 
@@ -74,7 +74,7 @@ class NumpyLoader:
 
     def __init__(self, stores: Sequence[Store]):
         self.shards = [shard for store in stores for shard in store.shards]
-        self.chunk_size = stores[0].chunk_size
+        self.chunk_size, self.vocab_size = stores[0].chunk_size, stores[0].vocab_size
         self.starts = np.cumsum([0] + [shard.arrays["tokens"].values.shape[0] for shard in self.shards])
         self.num_rows = int(self.starts[-1])
 
@@ -103,12 +103,17 @@ class NumpyLoader:
         for part in ("rows", "lengths", "tokens"):
             for row in np.unique(rows):
                 arrays[part].check_rows(int(row), int(row) + 1)
+        in_row = arrays["lengths"].values[:, 0][rows].astype(np.int64)
+        if ((in_row < 1) | (in_row > M)).any():
+            raise RuntimeError("a row has an impossible length")
         documents = arrays["rows"].values[:, 0][rows]
         inside &= documents == documents[:, :1]
-        lengths = np.where(inside, arrays["lengths"].values[:, 0][rows], 0).astype(np.int64)
+        lengths = np.where(inside, in_row, 0)
         whole_before = np.cumprod(lengths[:, :-1] == M, axis=1)
         lengths[:, 1:] *= whole_before
         total = np.minimum(lengths.sum(1), R)
         tokens = arrays["tokens"].values[rows].reshape(len(ids), span * M)[:, :R].astype(np.int64)
         tokens[np.arange(R) >= total[:, None]] = pad_id
+        if tokens.size and tokens.max() >= self.vocab_size:
+            raise RuntimeError(f"token id {tokens.max()} is outside the vocabulary of {self.vocab_size}")
         return tokens, total

@@ -34,6 +34,7 @@ class NeighborTableWriter:
                 "a published table never changes",
                 f"choose another --name, or rm -r {folder}",
             )
+        check_databases(databases)
         files.make_folder(folder)
         self.folder, self.query, self.databases = folder, query, list(databases)
         self.num_neighbors, self.retriever = num_neighbors, retriever
@@ -60,7 +61,11 @@ class NeighborTableWriter:
             "rows": self._rows,
             "query": self.query.fingerprint,
             "databases": [
-                {"fingerprint": s.fingerprint, "rows": s.num_rows, "path": os.path.relpath(s.folder, self.folder)}
+                {
+                    "fingerprint": s.fingerprint,
+                    "rows": s.num_rows,
+                    "path": os.path.relpath(s.folder.resolve(), self.folder.resolve()),
+                }
                 for s in self.databases
             ],
             "retriever": self.retriever,
@@ -153,6 +158,16 @@ class NeighborTable:
             "kind": "neighbors",
             **{key: m[key] for key in ("rows", "num_neighbors", "query", "databases", "retriever", "fingerprint")},
         }
+
+
+def check_databases(databases: Sequence[Store]) -> None:
+    """Raise UsageError when a store is named twice: its chunks would be two neighbors."""
+    marks = [store.fingerprint for store in databases]
+    for number, store in enumerate(databases):
+        if store.fingerprint in marks[:number]:
+            raise UsageError(
+                f"{store.folder} is named twice", "the same store is among the databases already", "name it once"
+            )
 
 
 def find_table(store: Store, name: str | None) -> Path:

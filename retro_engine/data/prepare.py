@@ -34,22 +34,25 @@ def prepare(
     Raises MissingInputError, UsageError or StoreError; with `is_strict` also for the first row set aside.
     """
     reader = reader or Reader()
+    paths: list[Path] = []
+    has_stdin = "-" in map(str, inputs)
+    for given in inputs:
+        if str(given) == "-":
+            continue
+        found, passed_over = corpus.find_files([given])
+        paths += found
+        if passed_over:
+            say(f"{len(passed_over)} files of other kinds passed over, the first {passed_over[0]}")
+    if not paths and not has_stdin:
+        names = ", ".join(map(str, inputs))
+        raise MissingInputError(f"no input in {names}", f"known kinds: {', '.join(corpus.SUFFIXES)}")
+    trained = None if tokenizer == "auto" else Tokenizer.load(tokenizer)
     with files.locked(out):
-        paths: list[Path] = []
-        spooled = corpus.spool_standard_input(out) if "-" in map(str, inputs) else None
+        spooled = corpus.spool_standard_input(out) if has_stdin else None
         try:
-            for given in inputs:
-                found, passed_over = ([spooled], []) if spooled and str(given) == "-" else corpus.find_files([given])
-                paths += found
-                if passed_over:
-                    say(f"{len(passed_over)} files of other kinds passed over, the first {passed_over[0]}")
-            if not paths:
-                names = ", ".join(map(str, inputs))
-                raise MissingInputError(f"no input in {names}", f"known kinds: {', '.join(corpus.SUFFIXES)}")
-            if tokenizer == "auto":
-                chosen = _train_tokenizer(reader, paths, vocab_size, say)
-            else:
-                chosen = Tokenizer.load(tokenizer)
+            if spooled is not None:
+                paths.append(spooled)
+            chosen = trained or _train_tokenizer(reader, paths, vocab_size, is_strict, say)
             writer = StoreWriter(out, chosen, chunk_size)
             _fill(writer, reader.read(paths), is_strict)
             store = writer.close()
@@ -91,8 +94,7 @@ def _batches(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict
     size = 0
     for row in rows:
         if isinstance(row, SetAside):
-            if is_strict:
-                raise StoreError(f"{row.source}: {row.reason}", "--strict stops at the first row that cannot be used")
+            _refuse_if_strict(row, is_strict)
             writer.set_aside(row)
             continue
         batch.append(row)
@@ -105,13 +107,16 @@ def _batches(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict
 
 
 def _train_tokenizer(
-    reader: Reader, paths: list[Path], vocab_size: int | None, say: Callable[[str], None]
+    reader: Reader, paths: list[Path], vocab_size: int | None, is_strict: bool, say: Callable[[str], None]
 ) -> Tokenizer:
     """Train on an even sample of the documents: every 2^i-th, so that at most SAMPLE_BYTES are held."""
     sample: list[str] = []
+    first_bad: SetAside | None = None
     stride, held, total, number = 1, 0, 0, 0
     for row in reader.read(paths):
         if isinstance(row, SetAside):
+            _refuse_if_strict(row, is_strict)
+            first_bad = first_bad or row
             continue
         total += len(row.text)
         if number % stride == 0:
@@ -123,7 +128,13 @@ def _train_tokenizer(
                 held = sum(map(len, sample))
         number += 1
     if not sample:
-        raise StoreError("there is no document", "nothing usable was found in the input", "name other files")
+        why = f"{first_bad.source}: {first_bad.reason}" if first_bad else "the input is empty"
+        raise StoreError("there is no document", why, "name other files")
     size = vocab_size or auto_vocab_size(total)
     say(f"training a tokenizer: at most {size:,} entries, on {held / 1e6:.1f} of {total / 1e6:.1f} MB")
     return Tokenizer.train(sample, size)
+
+
+def _refuse_if_strict(row: SetAside, is_strict: bool) -> None:
+    if is_strict:
+        raise StoreError(f"{row.source}: {row.reason}", "--strict stops at the first row that cannot be used")

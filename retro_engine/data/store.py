@@ -6,6 +6,7 @@ tokenizer.json and, for each shard, tokens-, lengths-, rows-, documents- and nam
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,7 @@ class StoreWriter:
                 f"{folder} holds a store", "a published store never changes", f"choose another --out, or rm -r {folder}"
             )
         files.make_folder(folder)
-        for path in folder.glob("*-*.bin"):  # of a run that was interrupted before it published anything
-            path.unlink()
+        _remove_unpublished(folder)
         self.folder, self.tokenizer, self.chunk_size, self.shard_rows = folder, tokenizer, chunk_size, shard_rows
         self.counts = {"documents": 0, "rows": 0, "tokens": 0, "bytes": 0, "set_aside": 0}
         self._files: dict[str, str] = {}
@@ -82,14 +82,8 @@ class StoreWriter:
     def close(self) -> "Store":
         """Publish the store. Raises StoreError when it holds no document."""
         if self.counts["documents"] == 0:
-            first = (
-                f"; the first of {len(self._set_aside)} set aside: {self._set_aside[0].strip()}"
-                if self._set_aside
-                else ""
-            )
-            raise StoreError(
-                "there is no document", f"nothing usable was found in the input{first}", "name other files"
-            )
+            first = self._set_aside[0].strip() if self._set_aside else "the input is empty"
+            raise StoreError("there is no document", first, "name other files")
         self._flush()
         files.publish(self.folder / TOKENIZER_FILE, [self.tokenizer.json.encode()])
         if self._set_aside:
@@ -136,6 +130,20 @@ class StoreWriter:
         self._documents: list[tuple[int, int, int, int]] = []
         self._names = bytearray()
         self._num_rows = 0
+
+
+def _remove_unpublished(folder: Path) -> None:
+    """Remove what a run that was interrupted before its manifest left behind, and nothing else."""
+    for path in folder.iterdir():
+        is_ours = re.fullmatch(rf"({'|'.join(PARTS)})-\d{{5}}\.bin", path.name) is not None
+        if is_ours and _first_bytes(path) == files.MAGIC:
+            path.unlink()
+    (folder / SET_ASIDE_FILE).unlink(missing_ok=True)
+
+
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(len(files.MAGIC))
 
 
 @dataclass

@@ -146,7 +146,7 @@ class Tokenizer:
             elif token.startswith("<0x") and token.endswith(">"):
                 lengths[index] = 1
             else:
-                lengths[index] = len(token.replace("\u2581", " ").encode())
+                lengths[index] = len(token.replace("\u2581", " ").removeprefix("##").encode())
         return lengths
 
 

@@ -56,6 +56,10 @@ class Generator:
 
     def __init__(self, model: RetroModel, tokenizer: Tokenizer, retriever: Retriever | None = None):
         """Raises StoreError when the retriever's stores were made with another tokenizer."""
+        if model.config.partial_chunk != "last":
+            raise UsageError(
+                f"model.partial_chunk={model.config.partial_chunk}", "such a model cannot be decoded with a cache"
+            )
         self.model, self.tokenizer, self.retriever = model, tokenizer, retriever
         if retriever is not None:
             other = retriever.stores[0].manifest["tokenizer"]
@@ -116,8 +120,9 @@ class Generator:
     ) -> StepStream:
         """Yields the logits of the next token; is sent the token that was chosen."""
         config = self.model.config
-        M, R = config.chunk_size, retrieved_length or config.r
-        K = num_neighbors or config.num_neighbors
+        M = config.chunk_size
+        R = config.r if retrieved_length is None else retrieved_length
+        K = config.num_neighbors if num_neighbors is None else num_neighbors
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens={max_new_tokens} cannot be used", "at least one token is generated")
         if config.r < R or R < 1:
@@ -127,6 +132,8 @@ class Generator:
         prompt_ids = self.tokenizer.encode(prompt)
         if not prompt_ids:
             raise UsageError("the prompt is empty", "there is nothing to continue")
+        if neighbors and self.model.encoder is None:
+            raise UsageError("neighbors were given", "this model is a plain decoder (model.retrieval=false)")
         is_reading = self.model.encoder is not None and (
             bool(neighbors) if neighbors is not None else self.retriever is not None
         )

@@ -120,6 +120,8 @@ class RetroModel(nn.Module):
         c, M = self.config, self.config.chunk_size
         if c.partial_chunk != "last":
             raise ValueError("model.partial_chunk=first cannot be decoded with a cache: use forward")
+        if c.eod_id is not None and c.reset_attention and bool((tokens[:, :-1] == c.eod_id).any()):
+            raise ValueError(f"tokens hold the end-of-document id {c.eod_id}: a cache decodes one document")
         B, T = tokens.shape
         start, stop = cache.length, cache.length + T
         if stop > cache.capacity:
@@ -285,10 +287,10 @@ class RetroModel(nn.Module):
         K, R = neighbors.shape[2:]
         first = (start // M) * M
         is_token = cache.is_token_BS[:, first : first + completed * M].reshape(B, completed, M)
-        if lengths is None:
+        if lengths is None or not self.config.mask_neighbors:
             lengths = torch.full((B, completed, K), R, device=z_BTD.device)
         hidden_mask = None
-        if cache.has_padding:
+        if cache.has_padding and self.config.mask_neighbors:
             lengths = torch.where(is_token[:, :, -1:], lengths, 0)
             hidden_mask = is_token | ~is_token.any(-1, keepdim=True)
         hidden = state[:, : completed * M].reshape(B, completed, M, D)

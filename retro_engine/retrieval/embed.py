@@ -25,7 +25,7 @@ def embed(tokens_UM: np.ndarray, lengths_U: np.ndarray, width: int = WIDTH) -> n
         row, column = np.nonzero(use)
         chosen = hashes[row, column]
         for part in range(4):  # four signed features a gram
-            bits = _mix(chosen + np.uint64(part + 1) * np.uint64(SEED))
+            bits = _mix(chosen + np.uint64((part + 1) * SEED % 2**64))
             sign = np.where(bits >> np.uint64(63), np.float32(1), np.float32(-1))
             np.add.at(out, (row, (bits % np.uint64(width)).astype(np.int64)), sign)
     norms = np.linalg.norm(out, axis=1, keepdims=True)

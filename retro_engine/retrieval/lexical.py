@@ -45,14 +45,35 @@ class Bm25Index:
                 f"retro index {store.folder}",
             )
         files.verify_files(folder, self.manifest["files"])
-        load = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+        try:
+            load = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+            self.vocabulary: dict[str, int] = json.loads((folder / "vocabulary.json").read_text())
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{folder} cannot be read", str(error), f"retro index {store.folder}") from error
         self.scores, self.chunks = load["scores"], load["chunks"]
         self.starts, self.frequencies = np.array(load["starts"]), np.array(load["frequencies"])
-        self.vocabulary: dict[str, int] = json.loads((folder / "vocabulary.json").read_text())
-        self.num_chunks: int = self.manifest["chunks"]
-        sizes = (len(self.scores), len(self.starts), len(self.frequencies))
-        if sizes != (len(self.chunks), len(self.vocabulary) + 1, len(self.vocabulary)):
-            raise StoreError(f"{folder} contradicts itself", f"array sizes {sizes}", f"retro index {store.folder}")
+        self.num_chunks: int = store.num_rows
+        self._check()
+
+    def _check(self) -> None:
+        """Everything that the search loop takes for granted: numba checks no bounds."""
+        terms = len(self.vocabulary)
+        types = [(a.dtype, a.ndim) for a in (self.scores, self.chunks, self.starts, self.frequencies)]
+        wanted = [(np.dtype(t), 1) for t in (np.float32, np.int32, np.int64, np.int64)]
+        holds = (
+            types == wanted
+            and len(self.scores) == len(self.chunks)
+            and (len(self.starts), len(self.frequencies)) == (terms + 1, terms)
+            and self.starts[0] == 0
+            and self.starts[-1] == len(self.scores)
+            and bool((np.diff(self.starts) >= 0).all())
+            and (not len(self.chunks) or (int(self.chunks.min()) >= 0 and int(self.chunks.max()) < self.num_chunks))
+            and sorted(self.vocabulary.values()) == list(range(terms))
+        )
+        if not holds:
+            raise StoreError(
+                f"{self.folder} contradicts itself", "its arrays do not fit", f"retro index {self.store.folder}"
+            )
 
     @property
     def fingerprint(self) -> str:

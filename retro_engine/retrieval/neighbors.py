@@ -10,7 +10,9 @@ from retro_engine.data.neighbor_table import NeighborTable, NeighborTableWriter
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
 from retro_engine.progress import Reporter
-from retro_engine.retrieval.search import Retriever
+from retro_engine.retrieval.embed import embed
+from retro_engine.retrieval.lexical import terms_of
+from retro_engine.retrieval.search import Retriever, check_retriever, index_folder
 
 BATCH_ROWS = 8192
 SAMPLE_ROWS = 256
@@ -23,10 +25,12 @@ def build_neighbors(
     num_neighbors: int = 20,
     name: str | None = None,
     reporter: Reporter | None = None,
+    merge_overlaps: bool = True,
 ) -> NeighborTable:
     """Publish QUERY/neighbors/NAME: the `num_neighbors` best chunks of `databases` for every chunk of `query`.
 
-    Neighbors from the chunk's own document are never kept. Prints what the search will cost, measured on a
+    Neighbors from the chunk's own document are never kept; `merge_overlaps` (for r > m) keeps no two that overlap.
+    Prints what the search will cost, measured on a
     sample, before it starts. Raises UsageError for a table that exists, StoreError for stores that do not fit.
     """
     reporter = reporter or Reporter("quiet")
@@ -39,10 +43,17 @@ def build_neighbors(
             "a published table never changes",
             f"choose another --name, or rm -r {folder}",
         )
+    check_retriever(retriever)
     with files.locked(folder):
-        search = Retriever(databases, retriever)
+        for database in databases:
+            say_index_cost(database, retriever, reporter)
+        search = Retriever(databases, retriever, merge_overlaps)
         writer = NeighborTableWriter(
-            folder, query, databases, num_neighbors, {"name": retriever, "fingerprint": search.fingerprint}
+            folder,
+            query,
+            databases,
+            num_neighbors,
+            {"name": retriever, "fingerprint": search.fingerprint, "merge_overlaps": merge_overlaps},
         )
         own_rows = _own_document_rows(query)
 
@@ -85,6 +96,24 @@ def share_without_neighbors(table: NeighborTable) -> float:
         rows = np.arange(first, min(first + BATCH_ROWS, table.query.num_rows))
         count += int((table.ids(rows, 1) < 0).sum())
     return count / table.query.num_rows
+
+
+def say_index_cost(store: Store, retriever: str, reporter: Reporter) -> None:
+    """Say what indexing will take when the index is not there, measured on a sample of the chunks."""
+    if (index_folder(store, retriever) / files.MANIFEST).exists():
+        return
+    sample = min(SAMPLE_ROWS, store.num_rows)
+    start = time.monotonic()
+    if retriever == "bm25":
+        terms_of([text for batch in store.texts(0, sample) for text in batch])
+        start = time.monotonic()  # the first call loads the libraries
+        terms_of([text for batch in store.texts(0, sample) for text in batch])
+    else:
+        embed(*store.rows(0, sample))
+    seconds = 1.5 * (time.monotonic() - start) / sample * store.num_rows  # reading terms is two thirds of indexing
+    reporter.confirm(
+        f"indexing {store.num_rows:,} chunks of {store.folder} for {retriever}: about {_duration(seconds)}", seconds
+    )
 
 
 def _own_document_rows(store: Store) -> np.ndarray:

@@ -8,6 +8,7 @@ import numba
 import numpy as np
 
 from retro_engine.data.loader import NeighborLoader
+from retro_engine.data.neighbor_table import check_databases
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError, nearest
 from retro_engine.retrieval.index import HashIndex
@@ -58,22 +59,27 @@ def build_index(store: Store, retriever: str) -> Bm25Index | HashIndex:
 class Retriever:
     """Searches several stores as one collection; chunk ids count through them in order."""
 
-    def __init__(self, stores: Sequence[Store], retriever: str = "bm25"):
-        """Opens (and where missing builds) the index of every store. Raises StoreError for stores that do not fit."""
-        self.stores, self.kind = list(stores), retriever
+    def __init__(self, stores: Sequence[Store], retriever: str = "bm25", merge_overlaps: bool = True):
+        """Opens (and where missing builds) the index of every store.
+
+        `merge_overlaps` leaves out hits that overlap better ones, as neighbors of more than one chunk do (r > m).
+        Raises StoreError for stores that do not fit, UsageError for one that is named twice.
+        """
+        check_databases(stores)
+        self.stores, self.kind, self.merge_overlaps = list(stores), retriever, merge_overlaps
         self.loader = NeighborLoader(stores)
         self.indexes = [build_index(store, retriever) for store in stores]
         self.starts = np.cumsum([0] + [store.num_rows for store in stores])
         first_documents = np.cumsum([0] + [store.num_documents for store in stores])
         self._row_documents = np.concatenate([s.row_documents() + first for s, first in zip(stores, first_documents)])
-        self._span = 2  # results asked for per neighbor kept: a chunk and its continuation collapse into one
+        self._span = 3 if merge_overlaps else 1  # results asked for per neighbor kept: its own chunk and both beside it
 
     @property
     def fingerprint(self) -> str:
         return "+".join(index.fingerprint[:12] for index in self.indexes)
 
     def search(self, texts: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [q, k] (-1 = fewer were found) and scores [q, k], best first; no two overlap."""
+        """Ids [q, k] (-1 = fewer were found) and scores [q, k], best first."""
         if self.kind == "bm25":
             found = self._search_bm25(texts, k * self._span, [None] * len(self.stores))
         else:
@@ -99,7 +105,8 @@ class Retriever:
 
     def _best(self, found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
         ids, scores = merge(found, self.starts, k * self._span)
-        collapse_overlaps(ids, scores, self._row_documents)
+        if self.merge_overlaps:
+            drop_overlaps(ids, scores, self._row_documents)
         return ids[:, :k], scores[:, :k]
 
     def _search_bm25(
@@ -137,9 +144,11 @@ def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], starts: np.ndarray, k:
 
 
 @numba.njit(cache=True)
-def collapse_overlaps(ids, scores, row_documents):  # type: ignore[no-untyped-def]
-    """Where chunk c and c + 1 of one document were both found, keep c alone, at the better's place: as a neighbor
-    it brings its continuation. Works in place; what is dropped leaves -1 at the end.
+def drop_overlaps(ids, scores, row_documents):  # type: ignore[no-untyped-def]
+    """Of hits beside each other in one document keep the better: as a neighbor it brings its continuation.
+
+    Where the better one is its document's last chunk, nothing follows it: it moves one back, so that both are shown.
+    Works in place; what is dropped leaves -1 at the end.
     """
     for query in range(ids.shape[0]):
         kept = 0
@@ -147,15 +156,24 @@ def collapse_overlaps(ids, scores, row_documents):  # type: ignore[no-untyped-de
             chunk, score = ids[query, place], scores[query, place]
             if chunk < 0:
                 break
-            is_new = True
+            beside = -1
             for other in range(kept):
                 better = ids[query, other]
                 if abs(better - chunk) <= 1 and row_documents[better] == row_documents[chunk]:
-                    ids[query, other] = min(better, chunk)
-                    is_new = False
+                    beside = other
                     break
-            if is_new:
+            if beside < 0:
                 ids[query, kept], scores[query, kept] = chunk, score
                 kept += 1
+                continue
+            better = ids[query, beside]
+            is_last = better + 1 == len(row_documents) or row_documents[better + 1] != row_documents[better]
+            if chunk == better - 1 and is_last:
+                is_free = True
+                for other in range(kept):
+                    if ids[query, other] == chunk - 1 and row_documents[chunk - 1] == row_documents[chunk]:
+                        is_free = False
+                if is_free:
+                    ids[query, beside] = chunk
         ids[query, kept:] = -1
         scores[query, kept:] = 0

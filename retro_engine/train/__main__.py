@@ -3,12 +3,15 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from retro_engine.config import load_config, to_yaml
-from retro_engine.errors import RetroError, UsageError
+from retro_engine.errors import UsageError, typed
 from retro_engine.progress import Reporter
+
+OVERRIDE = re.compile(r"~[\w.]+|\+{0,2}[A-Za-z_][\w.]*=.*", re.S)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
     parser.add_argument("--json", action="store_true", help="events as JSON lines")
     parser.add_argument("--quiet", action="store_true")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings: retro config keys lists them")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,13 +38,8 @@ def run(args: argparse.Namespace) -> int:
             "this version trains in one process",
             "torchrun --nproc-per-node 1",
         )
-    settings = list(args.overrides)
-    if args.out is not None:
-        settings.append(f"exp_manager.exp_dir='{args.out}'")
-    if args.seed is not None:
-        settings.append(f"seed={args.seed}")
-    if args.device is not None:
-        settings.append(f"trainer.accelerator={args.device}")
+    flags = {"exp_manager.exp_dir": args.out, "seed": args.seed, "trainer.accelerator": args.device}
+    settings = [*args.overrides, *((key, value) for key, value in flags.items() if value is not None)]
     config = load_config(settings, args.preset, args.config)
     if args.print_config:
         print(to_yaml(config), end="")
@@ -57,14 +54,29 @@ def run(args: argparse.Namespace) -> int:
     return result.exit_code
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse flags anywhere and settings anywhere; `overrides` gets every key=value, +key=value, ++key=value, ~key."""
+    args, extra = parser.parse_known_args(argv)
+    args.overrides = [text for text in extra if OVERRIDE.fullmatch(text)]
+    rest = [text for text in extra if not OVERRIDE.fullmatch(text)]
+    if rest and getattr(args, "prompt", "") is None:  # a prompt that stands behind a flag
+        args.prompt = rest.pop(0)
+    if rest:
+        parser.error(f"{' '.join(rest)} is not known; settings are key=value")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="retro_engine.train", description=__doc__)
     add_arguments(parser)
     try:
-        return run(parser.parse_args(argv))
-    except RetroError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return run(parse(parser, argv))
+    except Exception as error:
+        known = typed(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        return known.exit_code
 
 
 if __name__ == "__main__":

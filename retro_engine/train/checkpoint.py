@@ -23,6 +23,7 @@ from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json
 COMPLETE = "COMPLETE"
 OPTIMIZER_FILE = "optimizer.safetensors"
 TRAINER_FILE = "trainer.json"
+GENERATION_FILE = "generation_config.json"
 
 
 def save(
@@ -43,11 +44,15 @@ def save(
     base = run / "checkpoints"
     files.make_folder(base)
     final = base / f"step-{step:06d}"
+    if (final / COMPLETE).is_file():  # a run that was resumed at its end has nothing new to say
+        return final
     aside = base / f".step-{step:06d}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     files.make_folder(aside)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {"random_state": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda_random_state"] = torch.cuda.get_rng_state()
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
             tensors[f"{key}.{names[id(parameter)]}"] = value.detach().cpu().contiguous()
@@ -55,7 +60,7 @@ def save(
         CONFIG_FILE: config_to_json(model.config).encode(),
         WEIGHTS_FILE: to_bytes({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}),
         TOKENIZER_FILE: tokenizer.json.encode(),
-        "generation_config.json": (json.dumps(generation, indent=1) + "\n").encode(),
+        GENERATION_FILE: (json.dumps(generation, indent=1) + "\n").encode(),
         "README.md": _readme(model, step).encode(),
         OPTIMIZER_FILE: to_bytes(tensors),
         TRAINER_FILE: (json.dumps({"step": step, **trainer}, indent=1) + "\n").encode(),
@@ -65,8 +70,7 @@ def save(
             files.publish(aside / name, [content])
         hashes = {name: files.sha256_file(aside / name) for name in contents}
         files.publish(aside / COMPLETE, [(json.dumps(hashes, indent=1) + "\n").encode()])
-        if final.exists():
-            shutil.rmtree(final)
+        shutil.rmtree(final, ignore_errors=True)  # never complete: see above
         os.rename(aside, final)
         files.sync_folder(base)
     except Exception:
@@ -79,7 +83,7 @@ def save(
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = (run / "checkpoints").glob("step-*")
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
     return sorted((path for path in found if (path / COMPLETE).is_file()), key=lambda path: int(path.name[5:]))
 
 
@@ -102,6 +106,20 @@ def verify(checkpoint: Path) -> None:
         entries = {str(name): str(value) for name, value in hashes.items()}
     except (ValueError, AttributeError) as error:
         raise StoreError(f"{checkpoint / COMPLETE} is damaged", str(error), "resume from another checkpoint") from error
+    missing = {
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        TOKENIZER_FILE,
+        GENERATION_FILE,
+        OPTIMIZER_FILE,
+        TRAINER_FILE,
+    } - entries.keys()
+    if missing:
+        raise StoreError(
+            f"{checkpoint / COMPLETE} is damaged",
+            f"it does not name {', '.join(sorted(missing))}",
+            "resume from another checkpoint",
+        )
     files.verify_files(checkpoint, entries)
 
 
@@ -115,12 +133,34 @@ def load_training_state(checkpoint: Path, model: RetroModel, optimizer: torch.op
     load_state(model, load_file(checkpoint / WEIGHTS_FILE), str(checkpoint / WEIGHTS_FILE))
     tensors = load_file(checkpoint / OPTIMIZER_FILE)
     torch.set_rng_state(tensors.pop("random_state"))
+    if "cuda_random_state" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors.pop("cuda_random_state"))
     for name, parameter in model.named_parameters():
         entries = {key.split(".", 1)[0]: value for key, value in tensors.items() if key.split(".", 1)[1] == name}
         if entries:
             device = parameter.device
             optimizer.state[parameter] = {key: value.to(device) for key, value in entries.items()}
-    return json.loads((checkpoint / TRAINER_FILE).read_text())
+    return read_trainer(checkpoint)
+
+
+def read_trainer(checkpoint: Path) -> dict[str, Any]:
+    """trainer.json of a checkpoint. Raises StoreError when it is missing or damaged."""
+    try:
+        state = json.loads((checkpoint / TRAINER_FILE).read_text())
+        return {"step": int(state["step"]), **state}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{checkpoint / TRAINER_FILE} is damaged", str(error), "resume from another checkpoint"
+        ) from error
+
+
+def read_generation(checkpoint: Path) -> dict[str, Any]:
+    """How the model samples when nothing is said: greedy, temperature, top_k, top_p."""
+    try:
+        values = json.loads((checkpoint / GENERATION_FILE).read_text())
+        return {key: values[key] for key in ("greedy", "temperature", "top_k", "top_p")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{checkpoint / GENERATION_FILE} is damaged", str(error)) from error
 
 
 def _readme(model: RetroModel, step: int) -> str:

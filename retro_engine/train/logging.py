@@ -6,6 +6,7 @@ are dropped, so that the file tells of one run.
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -47,7 +48,8 @@ class RunLog:
         self._writer = self._tensorboard(config.exp_manager.create_tensorboard_logger)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         if self._writer is not None:
             for name, value in values.items():

@@ -6,12 +6,13 @@ bit-identical on the same machine with the same threads. Letters: B sequences, N
 """
 
 import contextlib
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +27,7 @@ from retro_engine.data import files
 from retro_engine.data.batches import Batch, Sequences, split_documents
 from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.store import Store
-from retro_engine.errors import OutOfResourceError, RetroError, StoreError, UsageError
+from retro_engine.errors import GateError, OutOfResourceError, RetroError, StoreError, UsageError
 from retro_engine.evaluate.perplexity import autocast, evaluate, to_tensors
 from retro_engine.model.flops import training_flops
 from retro_engine.model.loss import linear_cross_entropy
@@ -37,7 +38,8 @@ from retro_engine.train import checkpoint
 from retro_engine.train.logging import RunLog
 from retro_engine.train.optimizer import build_optimizer, learning_rate
 
-H100_BF16_FLOPS = 989e12  # datasheet: what MFU is a share of on a GPU
+H100_BF16_FLOPS = 989e12  # datasheet
+MAX_SKIPPED = 10  # steps in a row without a finite loss or gradient
 
 
 @dataclass
@@ -116,15 +118,19 @@ def open_evaluation(checkpoint_folder: Path, model: ModelConfig, overrides: list
     if share == "valid" and data.valid is not None:
         return data.valid
     store, m = data.store, config.model
-    documents = split_documents(store, m.data.splits_string) | {"all": np.arange(store.num_documents)}
+    everything = np.arange(store.num_documents)
+    shares = split_documents(store, m.data.splits_string)
+    if m.data.valid_store is not None:  # then the whole store was trained on
+        shares = {"train": everything}
+    if share != "all" and share not in shares:
+        raise UsageError(
+            f"--share {share}: this run has none",
+            f"it was trained on all of {store.folder} and validated on {m.data.valid_store}",
+            "--share valid, or train",
+        )
+    documents = everything if share == "all" else shares[share]
     return Sequences(
-        store,
-        documents[share],
-        model.encoder_seq_length,
-        data.train.table,
-        model.num_neighbors,
-        model.r,
-        documents["train"],
+        store, documents, model.encoder_seq_length, data.train.table, model.num_neighbors, model.r, shares["train"]
     )
 
 
@@ -191,29 +197,57 @@ def pick_precision(config: Config, device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device) -> float:
-    """What MFU is a share of: the datasheet's bf16 rate of a GPU, a measured 2048^3 fp32 matmul on a CPU."""
-    if device.type == "cuda":
+    """What MFU is a share of: the datasheet's bf16 rate on an H100, a measured matmul elsewhere (bf16 on another
+    GPU, fp32 of 2048^3 on a CPU: a bf16 run there can pass 1).
+    """
+    is_gpu = device.type == "cuda"
+    if is_gpu and "H100" in torch.cuda.get_device_name(device):
         return H100_BF16_FLOPS
-    a = torch.rand(2048, 2048)
+    size = 8192 if is_gpu else 2048
+    a = torch.rand(size, size, device=device, dtype=torch.bfloat16 if is_gpu else torch.float32)
     times = []
     for _ in range(4):
         start = time.perf_counter()
         a @ a
+        if is_gpu:
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(times)
+    return 2 * size**3 / min(times)
 
 
 def describe(config: Config, data: TrainingData) -> str:
     """What a run with these settings would be: one line."""
-    m = config.model
-    m.vocab_size = data.store.vocab_size
+    model = replace(config.model, vocab_size=data.store.vocab_size)
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in RetroModel(m).parameters())
+        count = sum(parameter.numel() for parameter in RetroModel(model).parameters())
     valid = len(data.valid.documents) if data.valid is not None else 0
     return (
         f"{count / 1e6:.2f} M parameters, {config.trainer.max_steps:,} steps; {len(data.train.documents):,} documents in "
-        f"{len(data.train.epoch(config.seed, 0)):,} sequences of {m.encoder_seq_length} tokens an epoch, {valid:,} held out"
+        f"{len(data.train.epoch(config.seed, 0)):,} sequences of {model.encoder_seq_length} tokens an epoch, {valid:,} held out"
     )
+
+
+def _stream_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide which batch a step sees: a resumed run must have the same."""
+    m = config.model
+    return {
+        "seed": config.seed,
+        "micro_batch_size": m.micro_batch_size,
+        "sequences_per_step": _sequences_per_step(config),
+        "splits_string": m.data.splits_string,
+        "dataloader_type": m.data.dataloader_type,
+        "shuffle_documents": m.data.shuffle_documents,
+        "neighbor_dropout": m.data.neighbor_dropout,
+    }
+
+
+def _sequences_per_step(config: Config) -> int:
+    m = config.model
+    return m.global_batch_size or m.micro_batch_size * config.trainer.accumulate_grad_batches
+
+
+class _StoppedError(Exception):
+    """A validation that a signal cut short."""
 
 
 class _Signals:
@@ -265,23 +299,25 @@ class _Training:
         self.model = RetroModel(config.model).to(self.device)
         self.optimizer = build_optimizer(self.model, config.model.optim)
         self.step, self.tokens_seen, self.train_s = 0, 0, 0.0
-        self.precision = ""
+        self.precision, self.skipped = "", 0
         if start is not None:
             state = checkpoint.load_training_state(start, self.model, self.optimizer)
             self.step, self.tokens_seen, self.train_s = state["step"], state["tokens_seen"], state["train_s"]
             self.precision = state["precision"]
-            if state["fingerprints"] != data.fingerprints:
-                raise StoreError(
-                    f"{start} was trained on {_difference(state['fingerprints'], data.fingerprints)}",
-                    "these are other data than the run began with",
-                    "--resume never --out ANOTHER starts a new run",
-                )
+            for saved, now in (
+                (state["fingerprints"], data.fingerprints),
+                (state["stream"], _stream_settings(config)),
+            ):
+                if saved != now:
+                    raise StoreError(
+                        f"{start} was trained with {_difference(saved, now)}",
+                        "a run goes on with the data and the order it began with",
+                        "--resume never --out ANOTHER starts a new run",
+                    )
             reporter.say(f"resuming at step {self.step} from {start}")
-        self.precision = self.precision or pick_precision(config, self.device)
-        m = config.model
-        self.accumulate = (
-            m.global_batch_size or m.micro_batch_size * config.trainer.accumulate_grad_batches
-        ) // m.micro_batch_size
+        with torch.random.fork_rng(devices=[]):
+            self.precision = self.precision or pick_precision(config, self.device)
+        self.accumulate = _sequences_per_step(config) // config.model.micro_batch_size
         self.metrics: dict[str, Any] = {}
         self._hidden: Callable[..., Tensor] = self.model.hidden
         if config.trainer.compile:
@@ -291,6 +327,12 @@ class _Training:
         existing = checkpoint.complete_checkpoints(self.run)
         if resume not in ("auto", "never"):
             start: Path | None = checkpoint.find_checkpoint(resume)
+            if existing and start is not None and start.resolve() != existing[-1].resolve():
+                raise UsageError(
+                    f"{self.run} has checkpoint {existing[-1].name}",
+                    f"going on from {start} would leave two histories in one folder",
+                    "choose another --out, or remove the later checkpoints",
+                )
         elif existing and (resume == "never" or not self.config.exp_manager.resume_if_exists):
             raise UsageError(
                 f"{self.run} holds a run", "it is not overwritten", f"choose another --out, or rm -r {self.run}"
@@ -309,14 +351,14 @@ class _Training:
 
     def run_all(self) -> TrainingResult:
         m, trainer = self.config.model, self.config.trainer
-        peak = peak_flops(self.device)
+        with torch.random.fork_rng(devices=[]):  # measuring takes nothing from the run's random numbers
+            peak = peak_flops(self.device)
         self.reporter.say(describe(self.config, self.data))
         self.reporter.say(
             f"on {self.device.type} in {self.precision}, kernels: {backend()}, {torch.get_num_threads()} threads"
         )
         log = RunLog(self.run, self.config, self.data.fingerprints, self.step, self.reporter)
-        saved: Path | None = None
-        exit_code = 0
+        saved_step, received = -1, None
         window = _Window()
         self.model.train()
         try:
@@ -326,47 +368,47 @@ class _Training:
                 self.reporter.progress("training", trainer.max_steps, "steps") as meter,
             ):
                 meter.advance(self.step)
-                while self.step < trainer.max_steps:
+                while self.step < trainer.max_steps and signals.received is None and not self._is_out_of_time():
                     start = time.perf_counter()
-                    try:
-                        micro_batches = next(batches)
-                    except StopIteration:
+                    micro_batches = next(batches, None)
+                    if micro_batches is None:
                         self.reporter.say("the data is used up (model.data.dataloader_type=single)")
                         break
-                    window.add(self._train_step(micro_batches), m, micro_batches)
+                    result = self._train_step(micro_batches)
                     elapsed = time.perf_counter() - start
                     self.train_s += elapsed
-                    window.seconds += elapsed
                     self.step += 1
+                    self.tokens_seen += window.add(result, elapsed, m, micro_batches)
                     meter.advance(1)
-                    is_out_of_time = trainer.max_time_s is not None and self.train_s >= trainer.max_time_s
-                    is_last = self.step == trainer.max_steps or is_out_of_time or signals.received is not None
-                    if self.step % trainer.log_every_n_steps == 0 or is_last:
-                        values = window.values(peak)
-                        self.tokens_seen += window.tokens
-                        self.metrics |= values
-                        log.log(self.step, {**values, "tokens_seen": self.tokens_seen, "train_s": self.train_s})
-                        window = _Window()
-                    if self.step % trainer.val_check_interval == 0 and signals.received is None:
-                        self._validate(log)
-                    if is_last or self.step % self.config.exp_manager.checkpoint_every_n_steps == 0:
-                        self.tokens_seen += window.tokens
-                        window.tokens = 0
-                        saved = self._save()
-                    if signals.received is not None:
-                        exit_code = 128 + signals.received
-                        self.reporter.say(f"stopped by signal {signals.received} at step {self.step}, checkpoint saved")
-                        break
-                    if is_out_of_time:
-                        self.reporter.say(f"trainer.max_time_s reached at step {self.step}")
-                        break
+                    if self.step % trainer.log_every_n_steps == 0:
+                        window = self._log(log, window, peak)
+                    if self.step % trainer.val_check_interval == 0:
+                        with contextlib.suppress(_StoppedError):
+                            self._validate(log, signals)
+                    if self.step % self.config.exp_manager.checkpoint_every_n_steps == 0:
+                        self._save()
+                        saved_step = self.step
+                received = signals.received
+                if window.losses:
+                    self._log(log, window, peak)
+                if saved_step != self.step:
+                    self._save()
         finally:
             log.close()
-        if saved is None:  # nothing was left to do, or the data ended between two checkpoints
-            existing = checkpoint.complete_checkpoints(self.run)
-            is_saved = bool(existing) and existing[-1].name == f"step-{self.step:06d}"
-            saved = existing[-1] if is_saved else self._save()
-        return TrainingResult(self.run, saved, self.step, self.metrics, exit_code)
+        if received is not None:
+            self.reporter.say(f"stopped by signal {received} at step {self.step}, checkpoint saved")
+        saved = self.run / "checkpoints" / f"step-{self.step:06d}"
+        return TrainingResult(self.run, saved, self.step, self.metrics, 0 if received is None else 128 + received)
+
+    def _is_out_of_time(self) -> bool:
+        limit = self.config.trainer.max_time_s
+        return limit is not None and self.train_s >= limit
+
+    def _log(self, log: RunLog, window: "_Window", peak: float) -> "_Window":
+        values = window.values(peak)
+        self.metrics |= values
+        log.log(self.step, {**values, "tokens_seen": self.tokens_seen, "train_s": self.train_s})
+        return _Window()
 
     @contextlib.contextmanager
     def _prefetched(self) -> Iterator[Iterator[list[Batch]]]:
@@ -419,13 +461,30 @@ class _Training:
                 loss = linear_cross_entropy(hidden, weight, self.model.output_bias, labels) / num_labels
             loss.backward()
             total += float(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip or float("inf"))
-        self.optimizer.step()
-        return total, float(norm), rate
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip or float("inf")))
+        if math.isfinite(total) and math.isfinite(norm):
+            self.optimizer.step()
+            self.skipped = 0
+            return total, norm, rate
+        self.skipped += 1
+        self.reporter.say(f"step {self.step + 1}: loss {total}, gradient norm {norm}: skipped")
+        if self.skipped >= MAX_SKIPPED:
+            raise GateError(
+                f"{MAX_SKIPPED} steps in a row had no finite loss or gradient",
+                f"at step {self.step + 1}; the last checkpoint is whole",
+                "lower model.optim.lr, or trainer.precision=32",
+            )
+        return total, norm, rate
 
-    def _validate(self, log: RunLog) -> None:
+    def _validate(self, log: RunLog, signals: "_Signals") -> None:
+        """Raises _StoppedError between two batches when a signal has come."""
         if self.data.valid is None:
             return
+
+        def advance(_: int) -> None:
+            if signals.received is not None:
+                raise _StoppedError
+
         modes = ("on", "off") if self.config.model.retrieval else ("off",)
         results = evaluate(
             self.model,
@@ -435,6 +494,7 @@ class _Training:
             self.config.model.micro_batch_size,
             self.config.trainer.limit_val_batches,
             self.precision == "bf16-mixed",
+            advance,
         )
         values = {f"valid_bits_per_byte_{mode}": result.bits_per_byte for mode, result in results.items()}
         values |= {f"valid_loss_{mode}": result.loss for mode, result in results.items()}
@@ -458,7 +518,7 @@ class _Training:
             "train_s": self.train_s,
             "precision": self.precision,
             "fingerprints": self.data.fingerprints,
-            "splits_string": self.config.model.data.splits_string,
+            "stream": _stream_settings(self.config),
         }
         try:
             return checkpoint.save(
@@ -484,15 +544,20 @@ class _Window:
         self.norms: list[float] = []
         self.rate, self.tokens, self.flops, self.seconds = 0.0, 0, 0.0, 0.0
 
-    def add(self, result: tuple[float, float, float], config: Any, micro_batches: list[Batch]) -> None:
+    def add(self, result: tuple[float, float, float], seconds: float, config: ModelConfig, batches: list[Batch]) -> int:
+        """Count one step; its decoder tokens."""
         loss, norm, self.rate = result
         self.losses.append(loss)
         self.norms.append(norm)
-        for batch in micro_batches:
+        self.seconds += seconds
+        step_tokens = 0
+        for batch in batches:
             tokens = int((batch.document_ids >= 0).sum())
             neighbor_tokens = 0 if batch.lengths is None else int(batch.lengths.sum())
-            self.tokens += tokens
+            step_tokens += tokens
             self.flops += training_flops(config, tokens, neighbor_tokens)
+        self.tokens += step_tokens
+        return step_tokens
 
     def values(self, peak: float) -> dict[str, float]:
         seconds = max(1e-9, self.seconds)

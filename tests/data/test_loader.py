@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -111,11 +112,30 @@ def test_wide_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert tokens.tolist() == [[69_999, 3, 65_536]]
 
 
+@pytest.mark.parametrize("is_native", [False, pytest.param(True, marks=needs_native)])
+@pytest.mark.parametrize(("part", "value", "message"), [
+    ("tokens", 60_000, "token id 60000 is outside the vocabulary"), ("lengths", 9, "impossible length"), ("lengths", 0, "impossible length"),
+])  # fmt: skip
+def test_values_that_checksums_cannot_catch(
+    store: Store, tmp_path: Path, is_native: bool, part: str, value: int, message: str
+) -> None:
+    """A store whose checksums are right and whose values are not: refused before any model sees them."""
+    from retro_engine.data import files
+
+    folder = tmp_path / "copy"
+    shutil.copytree(store.folder, folder)
+    path = folder / f"{part}-00000.bin"
+    values = np.array(files.ArrayFile(path, part).checked())
+    values[3, 0] = value
+    path.unlink()
+    files.write_array(path, part, values, store.manifest["tokenizer"])
+    with pytest.raises(StoreError, match=message):
+        NeighborLoader([Store(folder)], is_native).gather(np.arange(6), 16)
+
+
 @needs_native
 def test_damaged_files_give_errors_never_crashes(store: Store, tmp_path: Path) -> None:
     """Random damage to the files the loader maps, half of it with the header's checksum repaired."""
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(store.folder, folder)
     reference, _ = NeighborLoader([store], True).gather(np.arange(store.num_rows), 16)
@@ -139,7 +159,7 @@ def test_damaged_files_give_errors_never_crashes(store: Store, tmp_path: Path) -
         path.unlink()
         path.write_bytes(raw)
         try:
-            tokens, _ = Loader(paths, 8).gather(np.arange(store.num_rows), 16, 0)
+            tokens, _ = Loader(paths, 8, TOKENIZER.vocab_size).gather(np.arange(store.num_rows), 16, 0)
             if raw[128:] != whole[128:]:
                 pytest.fail(f"damage {number} of {path.name} was read")
             same = np.array_equal(tokens, np.where(reference == TOKENIZER.pad_id, 0, reference))

@@ -75,6 +75,13 @@ def test_an_unfinished_store_is_not_there(tmp_path: Path) -> None:
     assert whole.text(0) == "othe"
 
 
+def test_other_files_in_the_folder_are_not_touched(tmp_path: Path) -> None:
+    for name in ("pytorch_model-00001-of-00002.bin", "tokens-00000.bin", "notes-00001.bin"):
+        (tmp_path / name).write_bytes(b"mine")
+    StoreWriter(tmp_path, TOKENIZER, 4)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_no_document_and_ids_outside_the_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no document"):
         StoreWriter(tmp_path / "a", TOKENIZER, 8).close()

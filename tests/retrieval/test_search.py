@@ -9,7 +9,7 @@ from helpers import write_corpus
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
-from retro_engine.retrieval.search import Retriever, check_retriever, collapse_overlaps
+from retro_engine.retrieval.search import Retriever, check_retriever, drop_overlaps
 
 
 def test_two_stores_score_as_one(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_two_stores_score_as_one(tmp_path: Path) -> None:
     tokenizer = str(tmp_path / "all")
     parts = [prepare([tmp_path / f"{n}.jsonl"], tmp_path / n, tokenizer) for n in ("a", "b")]
     together, apart = Retriever([whole]), Retriever(parts)
-    query = "Document 29. " + " ".join(together.hits("river", 1)[0].text.split()[:6])
+    query = whole.text(whole.document_rows(29)[0])
     one, two = together.hits(query, 5), apart.hits(query, 5)
     assert one[0].document == two[0].document == "d29"
     assert {hit.document for hit in one[:3]} == {hit.document for hit in two[:3]}
@@ -31,20 +31,28 @@ def test_two_stores_score_as_one(tmp_path: Path) -> None:
 
 
 def test_hits_name_their_documents(small_store: Store) -> None:
-    hits = Retriever([small_store]).hits("Document 7.", 4)
+    hits = Retriever([small_store]).hits("Document doc7.", 4)
     assert hits[0].document == "d7"
     assert hits[0].title == "Title 7"
-    assert "Document 7." in hits[0].text
+    assert "Document doc7." in hits[0].text
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 
-def test_overlaps_collapse() -> None:
+def test_overlaps_are_dropped() -> None:
     document = np.array([0, 0, 0, 0, 1, 1, 2])
-    ids = np.array([[2, 1, 4, 5, 3], [3, 4, 6, -1, -1], [0, 2, 1, 6, 5]])
-    scores = np.arange(15, 0, -1, dtype=np.float32).reshape(3, 5)
-    collapse_overlaps(ids, scores, document)
-    assert ids.tolist() == [[1, 4, 3, -1, -1], [3, 4, 6, -1, -1], [0, 2, 6, 5, -1]]
-    assert scores[0].tolist() == [15, 13, 11, 0, 0]
+    cases = {
+        (2, 1, 4, 5, 3): [2, 4, -1, -1, -1],  # the better one stays: its continuation is shown
+        (3, 4, 6, -1, -1): [3, 4, 6, -1, -1],  # other documents do not overlap
+        (5, 4, 0, -1, -1): [4, 0, -1, -1, -1],  # nothing follows a document's last chunk: it moves one back
+        (3, 1, 2, -1, -1): [3, 1, -1, -1, -1],  # but not onto another neighbor
+        (6, 3, 0, 2, 1): [6, 2, 0, -1, -1],
+    }
+    for before, after in cases.items():
+        ids, scores = np.array([before]), np.arange(5, 0, -1, dtype=np.float32)[None]
+        drop_overlaps(ids, scores, document)
+        assert ids[0].tolist() == after, before
+        assert (np.diff(scores[0]) <= 0).all()
+        assert (scores[0][ids[0] < 0] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["bm25", "hash"])

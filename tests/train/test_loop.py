@@ -16,7 +16,7 @@ import torch
 
 from retro_engine.config import Config, load_config
 from retro_engine.data.store import Store
-from retro_engine.errors import MissingExtraError, OutOfResourceError, RetroError, StoreError, UsageError
+from retro_engine.errors import GateError, MissingExtraError, OutOfResourceError, RetroError, StoreError, UsageError
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint
 from retro_engine.train.loop import train
@@ -215,8 +215,72 @@ def test_another_model_other_data_or_a_used_folder(small_store: Store, whole: Pa
     hashes = json.loads(complete.read_text()) | {"trainer.json": hashlib.sha256(changed.encode()).hexdigest()}
     complete.unlink()
     complete.write_text(json.dumps(hashes))
-    with pytest.raises(StoreError, match="other data"):
+    with pytest.raises(StoreError, match="was trained with store 0000"):
         train(config(small_store, run, "trainer.max_steps=13"), Reporter("quiet"))
+
+
+def test_other_order_or_splits_are_refused(small_store: Store, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for change, named in (("model.data.splits_string='50,50,0'", "splits_string 80,20,0 -> 50,50,0"), ("seed=5", "seed 1234 -> 5"),
+                          ("model.micro_batch_size=4", "micro_batch_size 2 -> 4")):  # fmt: skip
+        with pytest.raises(StoreError, match=named):
+            train(config(small_store, run, "trainer.max_steps=13", change), Reporter("quiet"))
+
+
+def test_going_on_from_an_older_checkpoint(small_store: Store, tmp_path: Path) -> None:
+    """In the same folder it is refused, because two histories would mix; in another folder it works."""
+    run = tmp_path / "run"
+    train(config(small_store, run, "trainer.max_steps=4", "exp_manager.checkpoint_every_n_steps=2"), Reporter("quiet"))
+    older = run / "checkpoints" / "step-000002"
+    with pytest.raises(UsageError, match="two histories"):
+        train(config(small_store, run), Reporter("quiet"), resume=str(older))
+    result = train(config(small_store, tmp_path / "other", "trainer.max_steps=3"), Reporter("quiet"), resume=str(older))
+    assert result.step == 3
+    assert result.checkpoint.is_dir()
+
+
+def test_the_last_steps_of_a_single_pass_are_saved_and_logged(small_store: Store, tmp_path: Path) -> None:
+    once = ["model.data.dataloader_type=single", "exp_manager.checkpoint_every_n_steps=4", "trainer.max_steps=1000",
+            "trainer.log_every_n_steps=7", "model.micro_batch_size=4"]  # fmt: skip
+    result = train(config(small_store, tmp_path / "r", *once), Reporter("quiet"))
+    assert 4 < result.step < 1000
+    assert result.checkpoint == checkpoint.find_checkpoint(tmp_path / "r")
+    assert max(losses(tmp_path / "r")) == result.step
+    again = train(config(small_store, tmp_path / "r", *once), Reporter("quiet"))
+    assert (again.step, again.checkpoint) == (result.step, result.checkpoint)
+
+
+def test_steps_without_a_finite_loss_are_skipped_and_never_saved(small_store: Store, tmp_path: Path) -> None:
+    """A learning rate that overflows: the steps are skipped, and ten in a row end the run with a typed error."""
+    with pytest.raises(GateError, match="10 steps in a row"):
+        train(
+            config(small_store, tmp_path / "r", "model.optim.lr=1e38", "trainer.max_steps=40", "model.optim.clip=null"),
+            Reporter("quiet"),
+        )
+    assert not checkpoint.complete_checkpoints(tmp_path / "r")
+    assert all(json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_signal_during_validation(small_store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    slow = [
+        "trainer.max_steps=100000",
+        "trainer.val_check_interval=2",
+        "trainer.limit_val_batches=null",
+        "trainer.log_every_n_steps=1",
+    ]
+    command = [sys.executable, "-m", "retro_engine.train", *settings(small_store, out, *slow)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (out / "metrics.jsonl").exists() or '"step": 2' not in (out / "metrics.jsonl").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+    assert process.returncode == 143
+    step = int(checkpoint.find_checkpoint(out).name[5:])
+    assert f"at step {step}, checkpoint saved" in said
 
 
 def test_an_incomplete_or_damaged_checkpoint(whole: Path, tmp_path: Path) -> None:
