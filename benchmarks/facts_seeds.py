@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from retro_engine.demo import run_facts
+from retro_engine.demo.facts import run_facts
 from retro_engine.progress import Reporter
 
 RESULTS = Path(__file__).parent / "results" / "facts_seeds.json"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from retro_engine.data.store import Store
     from retro_engine.progress import Reporter
 
-TAKES_SETTINGS = ("train", "eval", "generate", "config")
+TAKES_SETTINGS = ("demo", "train", "eval", "generate", "config")
 CEILING_CHUNKS = 8  # of the sequences in which the copy ceiling is measured
 
 # Every heavy import is inside the command that needs it: `retro --help` answers at once.
@@ -85,10 +85,16 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--quiet", action="store_true")
         return sub
 
-    sub = command("demo", _demo, "the whole pipeline on generated facts, ends with the proof that neighbors are read")
-    sub.add_argument("what", nargs="?", default="facts", choices=["facts"])
+    sub = command("demo", _demo, "the whole pipeline on a small corpus, ends with what retrieval gives")
+    sub.add_argument(
+        "what",
+        nargs="?",
+        default="facts",
+        metavar="facts|python-docs|PATH",
+        help="facts, python-docs, or files of yours",
+    )
     sub.add_argument("--out", "-o", default="runs/demo", metavar="DIR")
-    sub.add_argument("--steps", type=int, help="training steps (default 1,000); fewer for a trial run")
+    sub.add_argument("--steps", type=int, help="training steps (facts 1,000, text 800); fewer for a trial run")
     sub.add_argument("--init", default="retrieval_ready", choices=["retrieval_ready", "standard"])
     sub.add_argument("--seed", type=int, default=1234)
     sub.add_argument("--no-gate", action="store_true", help="exit 0 also when the proof fails")
@@ -132,6 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--modes", help="of on,off,random,given (default on,off,random)")
     sub.add_argument("--neighbors", action="append", metavar="TEXT", help="a given neighbor; may be repeated")
     sub.add_argument("--limit", type=int, help="batches a mode")
+    sub.add_argument(
+        "--leak-limit", type=float, metavar="SHARE", help="neighbors that state more of the next chunk are missing"
+    )
     sub.add_argument("--fail-if", metavar="EXPR", help="exit 6 when true, like 'bpb_on>bpb_off'")
 
     sub = command("generate", _generate, "continue a prompt, reading neighbors")
@@ -144,6 +153,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-retrieval", action="store_true")
     sub.add_argument("--show-neighbors", action="store_true")
     sub.add_argument("--seed", type=int, default=0)
+
+    sub = command("report", _report, "one HTML page on a run: what retrieval gave, how it trained, what it read")
+    sub.add_argument("path", metavar="RUN")
+    sub.add_argument("--share", default="valid", choices=["train", "valid", "test", "all"], help="which documents")
+    sub.add_argument(
+        "--against", action="append", default=[], metavar="NAME=RUN", help="a plain decoder to compare with"
+    )
+    sub.add_argument("--limit", type=int, default=32, help="batches a mode")
+    sub.add_argument("--all", action="store_true", help="every batch")
 
     sub = command("inspect", _inspect, "what a store, table, index or checkpoint is")
     sub.add_argument("path")
@@ -168,16 +186,28 @@ def _reporter(args: argparse.Namespace) -> "Reporter":
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from retro_engine.demo import run_facts
-
     reporter = _reporter(args)
-    figures = run_facts(Path(args.out), args.steps, args.init, args.seed, not args.no_gate, reporter)
+    out = Path(args.out)
+    if args.what == "facts":
+        from retro_engine.demo.facts import run_facts
+
+        figures = run_facts(out, args.steps, args.init, args.seed, not args.no_gate, reporter)
+        run, index, prompt = out / "run", out / "store" / "notes", "These lines are about"
+    else:
+        from retro_engine.demo.text import figures_verdict, run_text
+
+        if args.what != "python-docs" and not Path(args.what).exists():
+            raise MissingInputError(f"{args.what} does not exist", "", "retro demo facts, python-docs or PATH")
+        figures = run_text(args.what, out, args.steps, args.seed, args.overrides, reporter)
+        run, index, prompt = out / "retro", out / "store", "The"
+        reporter.say(f"\n{figures_verdict(figures)}")
     if args.json:
         print(json.dumps(figures))
-    reporter.say(
-        f"\nnext:\n  retro generate {args.out}/run 'These lines are about' --index {args.out}/store/notes --show-neighbors\n"
-        f"  retro eval {args.out}/run\n  retro prepare YOUR/FILES --out store/mine && retro build store/mine"
-    )
+    if run.exists():
+        reporter.say(
+            f"\nnext:\n  retro generate {run} '{prompt}' --index {index} --show-neighbors\n  retro eval {run}\n"
+            "  retro prepare YOUR/FILES --out store/mine && retro build store/mine"
+        )
     return 0
 
 
@@ -293,6 +323,7 @@ def _eval(args: argparse.Namespace) -> int:
             limit=args.limit,
             advance=meter.advance,
             given=given,
+            leak_limit=args.leak_limit,
         )
     summary = {mode: result.summary() for mode, result in results.items()}
     if args.json:
@@ -381,6 +412,21 @@ def _generate(args: argparse.Namespace) -> int:
             for hit in segment.neighbors:
                 shown = " ".join(hit.text.split())
                 print(f"   {hit.score:8.2f}  {hit.store}/{hit.document} {hit.title}: {shown[:160]}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from retro_engine.report import write_report
+
+    decoders = {}
+    for text in args.against:
+        name, separator, path = text.partition("=")
+        if not separator or not name or name in ("on", "off", "random"):
+            raise UsageError(
+                f"--against {text} cannot be read", "a name of your choice and a run", "--against plain=runs/plain"
+            )
+        decoders[name] = Path(path)
+    print(write_report(Path(args.path), decoders, args.share, None if args.all else args.limit, _reporter(args)))
     return 0
 
 

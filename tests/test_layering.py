@@ -18,6 +18,7 @@ ORDER = [
     ["train"],
     ["generate"],
     ["api"],
+    ["report"],
     ["demo"],
     ["cli"],
 ]

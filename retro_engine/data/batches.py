@@ -194,13 +194,17 @@ class Sequences:
             self._lengths[seed, number] = len(self.epoch(seed, number, is_shuffled))
         return self._lengths[seed, number]
 
-    def batches(self, size: int, mode: str = "on", limit: int | None = None) -> Iterator[Batch]:
-        """The documents once, in order; at most `limit` batches."""
+    def batch_rows(self, size: int, limit: int | None = None) -> list[np.ndarray]:
+        """The sequences in order, `size` at a time; with `limit`, that many batches spread evenly over them."""
         sequences = self.in_order()
-        for number, start in enumerate(range(0, len(sequences), size)):
-            if limit is not None and number >= limit:
-                return
-            yield self.batch(sequences[start : start + size], mode)
+        if limit is not None and limit * size < len(sequences):
+            sequences = sequences[np.linspace(0, len(sequences) - 1, limit * size).astype(np.int64)]
+        return [sequences[start : start + size] for start in range(0, len(sequences), size)]
+
+    def batches(self, size: int, mode: str = "on", limit: int | None = None) -> Iterator[Batch]:
+        """The batches of `batch_rows`."""
+        for rows in self.batch_rows(size, limit):
+            yield self.batch(rows, mode)
 
     def batch(self, rows_BL: np.ndarray, mode: str = "on") -> Batch:
         """Tokens, labels and neighbors of sequences of rows. `mode`: on | off | random | one_wrong."""

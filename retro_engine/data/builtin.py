@@ -1,12 +1,15 @@
-"""Corpora every machine has: `facts`, generated notes about invented people.
+"""Corpora every machine has: `facts`, generated notes about invented people, and the installed Python's documentation.
 
 Each entity has ten attributes with random values. Its document states six of them; two notes in another store
 state the same six, three each, in other words and another order. Whoever predicts a value it has never seen must
 read it in the notes. The generator is a pure function of its seed.
 """
 
+import ast
 import json
 import random
+import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +119,7 @@ _OPENINGS = ("These lines are about {n}.", "A few words on {n}.", "What follows 
 ATTRIBUTES = tuple(_WORDINGS)
 FACTS_PER_DOCUMENT = 6
 FACTS_PER_NOTE = 3
+MIN_DOC_CHARACTERS = 200  # a module with less is left out
 
 
 @dataclass(frozen=True)
@@ -197,3 +201,32 @@ def _entity(rng: random.Random) -> Entity:
 def _word(rng: random.Random, syllables: int) -> str:
     body = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables))
     return (body + rng.choice(_CODAS)).capitalize()
+
+
+def python_docs() -> Iterator[Document]:
+    """The topics of `pydoc` and, one document a module, the docstrings of the standard library, read with `ast`."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield Document(f"topic:{name}", name, topics[name].strip(), f"pydoc_data.topics:{name}")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*.py")):
+        relative = path.relative_to(library)
+        if {"site-packages", "test", "tests", "idle_test", "__pycache__"} & set(relative.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # lib2to3 keeps files of other versions
+            continue
+        text = "\n\n".join(_docstrings(tree))
+        module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+        if len(text) >= MIN_DOC_CHARACTERS:
+            yield Document(f"module:{module}", module, text, str(relative))
+
+
+def _docstrings(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text if isinstance(node, ast.Module) else f"{node.name}: {text}"

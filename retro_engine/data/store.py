@@ -133,10 +133,13 @@ class StoreWriter:
 
 
 def _remove_unpublished(folder: Path) -> None:
-    """Remove what a run that was interrupted before its manifest left behind, and nothing else."""
+    """Remove what a run that was killed before its manifest left behind, and nothing else."""
+    name = rf"({'|'.join(PARTS)})-\d{{5}}\.bin"
     for path in folder.iterdir():
-        is_ours = re.fullmatch(rf"({'|'.join(PARTS)})-\d{{5}}\.bin", path.name) is not None
-        if is_ours and _first_bytes(path) == files.MAGIC:
+        is_shard = re.fullmatch(name, path.name) is not None and _first_bytes(path) == files.MAGIC
+        if is_shard or re.fullmatch(
+            rf"\.({name}|{TOKENIZER_FILE}|{SET_ASIDE_FILE}|{files.MANIFEST})\.\d+\.tmp", path.name
+        ):
             path.unlink()
     (folder / SET_ASIDE_FILE).unlink(missing_ok=True)
 

@@ -59,14 +59,12 @@ def evaluate_facts(
     value_of = _value_numbers(rows_of_text, sequences)
     token_bytes = store.tokenizer.token_bytes()
     device = model.embedding.weight.device
-    all_rows = sequences.in_order()
     results = {}
     for mode in MODES:
         count = store.num_documents
         tokens, right, values, right_values, nats, num_bytes, num_tokens = (np.zeros(count) for _ in range(7))
         is_right_value: dict[tuple[int, int], bool] = {}
-        for start in range(0, len(all_rows), batch_size):
-            rows = all_rows[start : start + batch_size]
+        for rows in sequences.batch_rows(batch_size):
             batch = sequences.batch(rows, mode)
             losses, best = token_losses(model, batch, device, is_bf16)
             document, has_label = batch.document_ids, batch.labels >= 0

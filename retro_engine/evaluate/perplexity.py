@@ -17,6 +17,7 @@ from torch import Tensor
 
 from retro_engine.data.batches import Batch, Sequences
 from retro_engine.model.retro import RetroModel
+from retro_engine.retrieval.overlap import drop_leaks
 
 BOOTSTRAP_DRAWS = 1000
 CONFIDENCE = 0.95
@@ -124,10 +125,11 @@ def evaluate(
     is_bf16: bool = False,
     advance: Callable[[int], None] = lambda count: None,
     given: Given | None = None,
+    leak_limit: float | None = None,
 ) -> dict[str, DocumentLosses]:
     """Losses per document for each mode (on, off, random, one_wrong, given); `limit` batches at most a mode.
 
-    The model is left in the mode it was in.
+    `leak_limit`: neighbors that state more than this share of what follows word for word become missing. The model is left in the mode it was in.
     """
     device = model.embedding.weight.device
     was_training = model.training
@@ -142,6 +144,8 @@ def evaluate(
             if mode == "given":
                 assert given is not None, "mode given needs neighbors"
                 batch = given.attach(batch, sequences.store.chunk_size)
+            if leak_limit is not None and batch.lengths is not None:
+                drop_leaks(batch, sequences.store.chunk_size, leak_limit)
             losses, _ = token_losses(model, batch, device, is_bf16)
             has_label = batch.labels >= 0
             document = numbers[batch.document_ids[has_label]]

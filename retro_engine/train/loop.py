@@ -8,6 +8,7 @@ bit-identical on the same machine with the same threads. Letters: B sequences, N
 import contextlib
 import math
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -406,6 +407,7 @@ class _Training:
 
     def _log(self, log: RunLog, window: "_Window", peak: float) -> "_Window":
         values = window.values(peak)
+        values["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self.metrics |= values
         log.log(self.step, {**values, "tokens_seen": self.tokens_seen, "train_s": self.train_s})
         return _Window()

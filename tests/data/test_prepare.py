@@ -88,3 +88,37 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
     assert peaks[1] < peaks[0] * 1.35, peaks
+
+
+def test_kill_9_and_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Killed anywhere, a store is not there; run again, it is the one that an undisturbed run writes."""
+    import os
+    import subprocess
+    import time
+
+    source = write_corpus(tmp_path / "c.jsonl", 4000)
+    command = [
+        sys.executable,
+        "-m",
+        "retro_engine.cli",
+        "prepare",
+        str(source),
+        "--vocab-size",
+        "400",
+        "--chunk-size",
+        "8",
+        "--quiet",
+    ]
+    start = time.monotonic()
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    duration = time.monotonic() - start
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    for number in range(200 if os.environ.get("RETRO_CAMPAIGN") else 4):
+        out = tmp_path / f"killed{number}"
+        with subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL) as process:
+            time.sleep(duration * (0.5 + 0.12 * (number % 5)))
+            process.kill()
+        if not (out / "manifest.json").exists():
+            subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
+        found = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert found == expected

@@ -62,6 +62,9 @@ def test_loading(tokenizer: Tokenizer, tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
         with pytest.raises(StoreError, match="not a tokenizer.json"):
             Tokenizer.load(tmp_path / name)
+    (tmp_path / "newer").write_text(tokenizer.json.replace('"version":"1.0"', '"version":"9.0"'))
+    with pytest.raises(StoreError, match="not a tokenizer.json"):
+        Tokenizer.load(tmp_path / "newer")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(StoreError, match="not UTF-8"):
         Tokenizer.load(tmp_path / "binary")

@@ -8,7 +8,7 @@ import torch
 
 from retro_engine.data.batches import MODES, Sequences
 from retro_engine.data.neighbor_table import NeighborTable
-from retro_engine.demo import facts_data
+from retro_engine.demo.facts import facts_data
 from retro_engine.evaluate.facts import evaluate_facts
 from retro_engine.progress import Reporter
 

@@ -1,0 +1,165 @@
+"""`retro demo python-docs` and `retro demo PATH`: what retrieval gives on text, against decoders without it.
+
+Writes OUT/text, OUT/store and OUT/{retro,plain,plain-flops}; prints the copy ceiling first, then bits per byte on
+held-out documents: RETRO on, off and random, a plain decoder trained on the same tokens, one trained with the same
+FLOPs, and the gain by how much of the text the neighbors state already.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from retro_engine.api import Retro
+from retro_engine.config import load_config
+from retro_engine.data.batches import Sequences, split_documents
+from retro_engine.data.builtin import python_docs
+from retro_engine.data.neighbor_table import NeighborTable
+from retro_engine.data.prepare import prepare
+from retro_engine.data.store import Store
+from retro_engine.errors import StoppedError, UsageError
+from retro_engine.evaluate.compare import Comparison, compare
+from retro_engine.model.flops import training_flops
+from retro_engine.progress import Reporter
+from retro_engine.retrieval.ceiling import copy_ceiling, describe_ceiling
+from retro_engine.retrieval.neighbors import build_neighbors
+from retro_engine.train.loop import train
+
+CHUNK_SIZE, LENGTH = 32, 256  # tokens of a chunk and of a sequence
+SPLITS = "80,5,15"
+STEPS = 800
+MIN_DOCUMENTS = 8
+_ROWS = {
+    "on": "RETRO, reading its neighbors",
+    "off": "the same, retrieval off",
+    "random": "the same, neighbors of other text",
+    "plain": "decoder without retrieval, equal tokens",
+    "plain-flops": "decoder without retrieval, equal FLOPs",
+}
+
+
+def run_text(
+    what: str,
+    out: Path,
+    steps: int | None = None,
+    seed: int = 1234,
+    overrides: list[str] | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Run the demo on "python-docs" or a path and return its figures. Raises UsageError for too little text."""
+    reporter = reporter or Reporter()
+    if (out / "retro").exists():
+        raise UsageError(f"{out} holds a demo", "it is not overwritten", f"choose another --out, or rm -r {out}")
+    store = prepare([_source(what, out)], out / "store", chunk_size=CHUNK_SIZE, say=reporter.say)
+    if store.num_documents < MIN_DOCUMENTS:
+        raise UsageError(
+            f"{what} has {store.num_documents} documents",
+            f"holding some out takes {MIN_DOCUMENTS}",
+            "name more text, or split it",
+        )
+    table = build_neighbors(store, [store], "bm25", reporter=reporter)
+    shares = split_documents(store, SPLITS)
+    heldout = Sequences(store, shares["test"], LENGTH, table, 2, database_documents=shares["train"])
+    ceiling, count = copy_ceiling(heldout)
+    reporter.say(describe_ceiling(ceiling, count))
+    figures: dict[str, Any] = {
+        "what": what,
+        "ceiling": ceiling,
+        "documents": store.num_documents,
+        "tokens": store.counts["tokens"],
+    }
+    if ceiling > 0:
+        figures |= _measure(store, table, heldout, out, steps or STEPS, seed, overrides or [], reporter)
+    (out / "text.json").write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def _source(what: str, out: Path) -> Path:
+    if what != "python-docs":
+        return Path(what)
+    path = out / "text" / "python-docs.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(document)) + "\n" for document in python_docs()))
+    return path
+
+
+def _measure(
+    store: Store,
+    table: NeighborTable,
+    heldout: Sequences,
+    out: Path,
+    steps: int,
+    seed: int,
+    overrides: list[str],
+    reporter: Reporter,
+) -> dict[str, Any]:
+    runs = {"retro": steps, "plain": steps, "plain-flops": round(steps * _flops_ratio(store, heldout, seed, overrides))}
+    models = {}
+    for name, count in runs.items():
+        reporter.say(f"\n{name}: {count:,} steps")
+        settings = _settings(store, out / name, count, seed, is_plain=name != "retro")
+        result = train(load_config([*settings, *overrides], "tiny"), reporter)
+        if result.exit_code:
+            raise StoppedError(result.exit_code)
+        models[name] = Retro.from_pretrained(result.checkpoint)
+    decoders = {name: retro.model for name, retro in models.items() if name != "retro"}
+    comparison = compare(models["retro"].model, heldout, store.tokenizer.token_bytes(), decoders)
+    reporter.say(table_of(comparison))
+    return {"steps": runs, **comparison.summary()}
+
+
+def _settings(store: Store, run: Path, steps: int, seed: int, is_plain: bool) -> list[str | tuple[str, Any]]:
+    return [
+        ("model.data.store", str(store.folder)), ("model.data.splits_string", SPLITS), ("model.retrieval", not is_plain),
+        ("model.chunk_size", CHUNK_SIZE), ("model.encoder_seq_length", LENGTH), ("model.data.neighbor_dropout", 0.0),
+        ("model.optim.sched.min_lr", 1e-4), ("trainer.max_steps", steps), ("trainer.val_check_interval", max(1, steps // 2)),
+        ("trainer.limit_val_batches", 8), ("exp_manager.checkpoint_every_n_steps", steps), ("exp_manager.exp_dir", str(run)),
+        ("seed", seed),
+    ]  # fmt: skip
+
+
+def _flops_ratio(store: Store, heldout: Sequences, seed: int, overrides: list[str]) -> float:
+    """FLOPs of a RETRO step over those of a plain decoder's, by the neighbors that there are."""
+    config = load_config([*_settings(store, Path("-"), 1, seed, is_plain=False), *overrides], "tiny").model
+    config.vocab_size = store.vocab_size
+    tokens = neighbor_tokens = 0
+    for batch in heldout.batches(8, limit=20):
+        assert batch.lengths is not None
+        tokens += int((batch.document_ids >= 0).sum())
+        neighbor_tokens += int(batch.lengths.sum())
+    return training_flops(config, tokens, neighbor_tokens) / training_flops(config, tokens, 0)
+
+
+def table_of(comparison: Comparison) -> str:
+    """The demo's tables: bits per byte with intervals and gains, then the gain by overlap."""
+    documents = len(comparison.losses["on"].nats)
+    lines = ["", f"{documents} held-out documents, {int(comparison.losses['on'].tokens.sum()):,} tokens"]
+    lines.append(f"{'':42}{'bits per byte':>24}{'RETRO saves':>26}")
+    for name, label in _ROWS.items():
+        losses = comparison.losses[name]
+        low, high = losses.interval()
+        saved = ""
+        if name != "on":
+            gain = comparison.gain(name)
+            saved = f"{gain['gain']:.1%} [{gain['low']:.1%}, {gain['high']:.1%}]"
+        lines.append(f"{label:42}{f'{losses.bits_per_byte:.3f} [{low:.3f}, {high:.3f}]':>24}{saved:>26}")
+    lines.append("\nby how much of the next chunk the neighbors state word for word (runs of 8 tokens):")
+    for row in comparison.chunks.groups():
+        on, plain = float(row["on"]), float(row["plain"])
+        saved = f"{1 - on / plain:.1%}" if plain else "-"
+        lines.append(
+            f"{row['overlap']!s:>14}: {row['chunks']:>7,} chunks, RETRO {on:.3f}, plain decoder {plain:.3f}, saves {saved}"
+        )
+    return "\n".join(lines)
+
+
+def figures_verdict(figures: dict[str, Any]) -> str:
+    """One sentence that is true whatever came out."""
+    if not figures["ceiling"]:
+        return "nothing to gain here: no held-out token can be copied from neighbors"
+    parts = []
+    for name, words in (("plain", "equal tokens"), ("plain-flops", "equal FLOPs")):
+        gain = figures["gains"][name]
+        word = "fewer" if gain["low"] > 0 else "more" if gain["high"] < 0 else "not measurably fewer"
+        parts.append(f"{abs(gain['gain']):.1%} {word} bits per byte than a decoder at {words}")
+    return f"RETRO needs {' and '.join(parts)}; {figures['ceiling']:.1%} of the tokens could be copied"

@@ -1,0 +1,59 @@
+"""What retrieval gives on one share of a corpus: RETRO on, off and random beside decoders trained without retrieval.
+
+"Own off" flatters (a model that learned to lean on neighbors is bad without them), so the decoder that never had
+any is the one to beat. Gains are paired over documents: both models are drawn together.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from retro_engine.data.batches import Sequences
+from retro_engine.evaluate.leakage import ChunkLosses, chunk_losses
+from retro_engine.evaluate.perplexity import DocumentLosses, bootstrap, evaluate
+from retro_engine.model.retro import RetroModel
+
+
+@dataclass
+class Comparison:
+    """Losses per document and per chunk; the plain decoders are under the names they were given."""
+
+    losses: dict[str, DocumentLosses]
+    chunks: ChunkLosses
+
+    def gain(self, name: str) -> dict[str, float]:
+        """Share of bits per byte that "on" saves against `name`, with its 95 % interval."""
+        on, other = self.losses["on"].nats, self.losses[name].nats
+        low, high = bootstrap(lambda draw: 1 - on[draw].sum() / other[draw].sum(), len(on))
+        return {"gain": float(1 - on.sum() / other.sum()), "low": low, "high": high}
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "losses": {name: losses.summary() for name, losses in self.losses.items()},
+            "gains": {name: self.gain(name) for name in self.losses if name != "on"},
+            "by_overlap": self.chunks.groups(),
+            "overlap_curve": self.chunks.curve(),
+        }
+
+
+def compare(
+    model: RetroModel,
+    sequences: Sequences,
+    token_bytes: np.ndarray,
+    decoders: dict[str, RetroModel] | None = None,
+    limit: int | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Comparison:
+    """Evaluate `model` on, off and random, and plain `decoders`, on the same tokens."""
+    decoders = decoders or {}
+    losses = evaluate(model, sequences, token_bytes, ("on", "off", "random"), limit=limit, advance=advance)
+    for name, decoder in decoders.items():
+        losses[name] = evaluate(decoder, sequences, token_bytes, ("off",), limit=limit, advance=advance)["off"]
+    models = {
+        "on": (model, "on"),
+        "off": (model, "off"),
+        **{name: (decoder, "off") for name, decoder in decoders.items()},
+    }
+    return Comparison(losses, chunk_losses(models, sequences, token_bytes, limit=limit))

@@ -1,0 +1,95 @@
+"""Gain by overlap: where retrieval helps, is it because the text stands in the neighbors already?
+
+Chunks are sorted by how much of what they predict their neighbors state word for word (retrieval/overlap.py), and
+losses are compared within each group; the cumulative curve is that of RETRO (arXiv 2112.04426 section 2.6).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from retro_engine.data.batches import Sequences
+from retro_engine.evaluate.perplexity import token_losses
+from retro_engine.model.retro import RetroModel
+from retro_engine.retrieval.overlap import chunk_overlaps
+
+GROUPS = (("none", 0.0, 0.0), ("under .3", 0.0, 0.3), (".3 and more", 0.3, 1.0))  # name, above, up to
+LIMITS = (0.0, 0.125, 0.25, 0.5, 1.0)  # of the cumulative curve
+
+
+@dataclass
+class ChunkLosses:
+    """Per chunk that has neighbors: overlap, UTF-8 bytes of what is predicted, and nats for each model."""
+
+    overlap: np.ndarray
+    bytes: np.ndarray
+    nats: dict[str, np.ndarray]
+
+    def bits_per_byte(self, name: str, chosen: np.ndarray) -> float:
+        return float(self.nats[name][chosen].sum() / np.log(2) / max(1, self.bytes[chosen].sum()))
+
+    def groups(self) -> list[dict[str, float | str | int]]:
+        """One row a group of GROUPS: chunks, and bits per byte of each model."""
+        rows: list[dict[str, float | str | int]] = []
+        for name, above, up_to in GROUPS:
+            chosen = (self.overlap <= up_to) & ((self.overlap > above) | (up_to == 0))
+            rows.append(
+                {"overlap": name, "chunks": int(chosen.sum()), **{n: self.bits_per_byte(n, chosen) for n in self.nats}}
+            )
+        return rows
+
+    def curve(self) -> list[dict[str, float]]:
+        """Bits per byte over the chunks whose overlap is at most each of LIMITS."""
+        return [
+            {"up_to": limit, **{name: self.bits_per_byte(name, self.overlap <= limit) for name in self.nats}}
+            for limit in LIMITS
+        ]
+
+
+def chunk_losses(
+    models: dict[str, tuple[RetroModel, str]],
+    sequences: Sequences,
+    token_bytes: np.ndarray,
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> ChunkLosses:
+    """Losses of several (model, mode) pairs over the tokens that each chunk's neighbors can condition."""
+    m = sequences.store.chunk_size
+    overlap: list[np.ndarray] = []
+    num_bytes: list[np.ndarray] = []
+    nats: dict[str, list[np.ndarray]] = {name: [] for name in models}
+    for rows in sequences.batch_rows(batch_size, limit):
+        batch = sequences.batch(rows)
+        assert batch.lengths is not None
+        has_neighbors = (batch.lengths > 0).any(-1) & (batch.document_ids[:, m - 1 :: m] >= 0)
+        chosen = _tokens_of_chunks(batch.labels, batch.document_ids, m)
+        overlap.append(chunk_overlaps(batch, m)[has_neighbors])
+        num_bytes.append(_sum(np.where(chosen, token_bytes[batch.labels], 0), m)[has_neighbors])
+        for name, (model, mode) in models.items():
+            losses, _ = token_losses(
+                model, batch if mode == "on" else sequences.batch(rows, mode), model.embedding.weight.device
+            )
+            nats[name].append(_sum(np.where(chosen, losses.double().cpu().numpy(), 0), m)[has_neighbors])
+    return ChunkLosses(
+        np.concatenate(overlap), np.concatenate(num_bytes), {n: np.concatenate(v) for n, v in nats.items()}
+    )
+
+
+def _tokens_of_chunks(labels: np.ndarray, documents: np.ndarray, m: int) -> np.ndarray:
+    """[B, N] whether the token's label is predicted with the neighbors of the chunk that it attends."""
+    position = np.arange(labels.shape[1])
+    chunk = (position + 1) // m - 1
+    last = documents[:, np.maximum(chunk, 0) * m + m - 1]
+    return (labels >= 0) & (chunk >= 0) & (documents == last)
+
+
+def _sum(values: np.ndarray, m: int) -> np.ndarray:
+    """[B, N] per token -> [B, L] per chunk: tokens um + m - 1 ... um + 2m - 2 belong to chunk u."""
+    shifted = np.pad(values[:, m - 1 :], ((0, 0), (0, m - 1)))
+    return shifted.reshape(len(values), -1, m).sum(-1)
+
+
+def gain(with_retrieval: Sequence[float] | np.ndarray, without: Sequence[float] | np.ndarray) -> float:
+    """Share of the bits that retrieval saves: 1 - sum(with) / sum(without)."""
+    return float(1 - np.sum(with_retrieval) / np.sum(without))

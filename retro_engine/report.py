@@ -1,0 +1,292 @@
+"""`retro report`: one self-contained HTML page on a run: what retrieval gave, how it trained, what it read.
+
+Reads RUN/{run.json,config.yaml,metrics.jsonl} and the newest checkpoint, evaluates a share of the run's documents,
+and writes RUN/report.html: no script, no other file, no other host. Letters: M chunk length, K neighbors.
+"""
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_engine.api import Retro
+from retro_engine.data import files
+from retro_engine.data.batches import Sequences
+from retro_engine.errors import MissingInputError
+from retro_engine.evaluate.compare import Comparison, compare
+from retro_engine.progress import Reporter
+from retro_engine.retrieval.overlap import chunk_overlaps
+from retro_engine.train.checkpoint import find_checkpoint
+from retro_engine.train.loop import open_evaluation
+
+NUM_SAMPLES = 5
+COPIED = 3  # tokens in a row that also follow the chunk are marked
+WIDTH, HEIGHT = 640, 220  # of a curve
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #6a737d; --line: #d8dee4; --a: #0969da;
+  --b: #bc4c00; --c: #1a7f37; --mark: #ffe28a; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117; --faint: #8d96a0; --line: #30363d;
+  --a: #58a6ff; --b: #f0883e; --c: #3fb950; --mark: #5c4a00; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; } th { color: var(--faint); font-weight: 600; }
+.verdict { font-size: 1.1rem; border-left: 4px solid var(--a); padding: .4rem 1rem; }
+.note, figcaption { color: var(--faint); font-size: .9rem; } figure { margin: 1rem 0; }
+svg { width: 100%; height: auto; } svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
+.chunk { border-top: 1px solid var(--line); padding: .6rem 0; } .neighbor { margin-left: 1.5rem; font-size: .9rem; }
+mark { background: var(--mark); color: inherit; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
+.scroll { overflow-x: auto; }
+"""
+
+
+def write_report(
+    run: Path,
+    decoders: dict[str, Path] | None = None,
+    share: str = "valid",
+    limit: int | None = 32,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Evaluate the run's newest checkpoint on a share of its documents (at most `limit` batches) and write the page.
+
+    `decoders`: runs of plain decoders to compare with, by name. Raises MissingInputError for a run that is not there.
+    """
+    reporter = reporter or Reporter("quiet")
+    checkpoint = find_checkpoint(run)
+    folder = checkpoint.parent.parent
+    metrics = _read_lines(folder / "metrics.jsonl")
+    facts = json.loads((folder / "run.json").read_text())
+    retro = Retro.from_pretrained(checkpoint)
+    sequences = open_evaluation(checkpoint, retro.model.config, [], share)
+    others = {name: Retro.from_pretrained(path).model for name, path in (decoders or {}).items()}
+    comparison = None
+    if retro.model.config.retrieval:
+        comparison = compare(retro.model, sequences, retro.tokenizer.token_bytes(), others, limit)
+    parts = [
+        f"<h1>{html.escape(folder.name)}</h1>",
+        f'<p class="verdict">{html.escape(verdict(comparison, list(others)))}</p>',
+        *(_comparison(comparison, share) if comparison is not None else []),
+        _curves(metrics),
+        *(_neighbor_quality(sequences) if comparison is not None else []),
+        *(_samples(sequences) if comparison is not None else []),
+        _throughput(metrics),
+        _environment(facts, checkpoint, run, decoders or {}, share, limit),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(folder.name)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+    files.publish(folder / "report.html", [page.encode()])
+    reporter.say(f"wrote {folder / 'report.html'}")
+    return folder / "report.html"
+
+
+def verdict(comparison: Comparison | None, decoders: Sequence[str]) -> str:
+    """One sentence that is true whatever came out."""
+    if comparison is None:
+        return "A plain decoder: it reads no neighbors, so there is nothing to compare."
+    name = decoders[0] if decoders else "off"
+    against = (
+        f"the plain decoder {name}"
+        if decoders
+        else "itself with retrieval off (a decoder trained without is the fair rival)"
+    )
+    gain = comparison.gain(name)
+    interval = f"{gain['gain']:.1%} (95 % interval {gain['low']:.1%} to {gain['high']:.1%})"
+    if gain["low"] > 0:
+        return f"Retrieval pays: {interval} fewer bits per byte than {against}."
+    if gain["high"] < 0:
+        return f"Retrieval costs: the change against {against} is {interval} of its bits per byte."
+    return f"Retrieval makes no measurable difference against {against}: {interval}."
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _comparison(comparison: Comparison, share: str) -> list[str]:
+    rows = []
+    for name, losses in comparison.losses.items():
+        low, high = losses.interval()
+        saved = "" if name == "on" else "{gain:.1%} [{low:.1%}, {high:.1%}]".format(**comparison.gain(name))
+        rows.append((name, f"{losses.bits_per_byte:.4f}", f"{low:.4f} - {high:.4f}", f"{losses.perplexity:.2f}", saved))
+    groups = [
+        (row["overlap"], f"{row['chunks']:,}", *(f"{float(row[name]):.4f}" for name in comparison.chunks.nats))
+        for row in comparison.chunks.groups()
+    ]
+    documents, tokens = len(comparison.losses["on"].nats), int(comparison.losses["on"].tokens.sum())
+    return [
+        "<h2>What retrieval gives</h2>",
+        _table(("retrieval", "bits per byte", "95 % interval", "perplexity", "on saves"), rows),
+        f'<p class="note">{documents} documents of the {html.escape(share)} share, {tokens:,} tokens; intervals over documents.</p>',
+        "<h2>Gain by overlap</h2>",
+        _table(("overlap with neighbors", "chunks", *comparison.chunks.nats), groups),
+        '<p class="note">Bits per byte of what a chunk\'s neighbors can condition, by the share of it that they state in '
+        "runs of 8 tokens.</p>",
+    ]
+
+
+def _curves(metrics: list[dict[str, Any]]) -> str:
+    loss = [(row["step"], row["loss"]) for row in metrics if row.get("loss") is not None]
+    curves = [("training loss", "--a", loss)] if loss else []
+    bits = []
+    for mode, color in (("on", "--c"), ("off", "--b")):
+        key = f"valid_bits_per_byte_{mode}"
+        points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
+        if points:
+            bits.append((f"retrieval {mode}", color, points))
+    figures = [_figure("Nats per token", curves), _figure("Validation, bits per byte", bits)]
+    return "<h2>Training</h2>" + "".join(figures)
+
+
+def _figure(title: str, curves: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]) -> str:
+    """A line chart as SVG; empty without points."""
+    points = [point for _, _, curve in curves for point in curve]
+    if not points:
+        return ""
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
+    left, top = 48, 12
+    plot_width, plot_height = WIDTH - left - 8, HEIGHT - top - 28
+    place = lambda x, y: (  # noqa: E731
+        left + plot_width * (x - x0) / max(1e-9, x1 - x0),
+        top + plot_height * (1 - (y - y0) / max(1e-9, y1 - y0)),
+    )
+    parts = []
+    for value in np.linspace(y0, y1, 4):
+        _, y = place(x0, value)
+        parts.append(
+            f'<path d="M{left} {y:.1f}H{WIDTH - 8}" stroke="var(--line)"/><text x="4" y="{y + 4:.1f}">{value:.2f}</text>'
+        )
+    parts.append(f'<text x="{left}" y="{HEIGHT - 6}">step {x0:,.0f}</text>')
+    parts.append(f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {x1:,.0f}</text>')
+    for number, (name, color, curve) in enumerate(curves):
+        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve)
+        parts.append(f'<polyline fill="none" stroke="var({color})" stroke-width="2" points="{path}"/>')
+        if len(curve) == 1:
+            x, y = place(*curve[0])
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var({color})"/>')
+        parts.append(
+            f'<text x="{WIDTH - 12}" y="{top + 14 + 14 * number}" text-anchor="end" style="fill:var({color})">{name}</text>'
+        )
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+        f"<figcaption>{html.escape(title)}</figcaption></figure>"
+    )
+
+
+def _neighbor_quality(sequences: Sequences) -> list[str]:
+    assert sequences.table is not None
+    rows = sequences.in_order()
+    rows = rows[rows >= 0]
+    shown = sequences.neighbor_ids(rows[:, None])[:, 0]
+    first = sequences.table.ids(rows, sequences.num_neighbors)
+    passed_over = (shown != first).any(-1)
+    cells = [
+        ("chunks", f"{len(rows):,}"),
+        ("chunks without a neighbor", f"{(shown[:, 0] < 0).mean():.1%}"),
+        ("neighbors missing", f"{(shown < 0).mean():.1%}"),
+        ("chunks whose best neighbors were passed over (held-out or own document)", f"{passed_over.mean():.1%}"),
+        ("neighbors kept a chunk", f"{sequences.table.num_neighbors}"),
+        ("retriever", sequences.table.manifest["retriever"].get("name", "")),
+    ]
+    return ["<h2>Neighbors</h2>", _table(("", ""), cells)]
+
+
+def _samples(sequences: Sequences) -> list[str]:
+    """Chunks whose neighbors state most of what follows, spread over the best fifth."""
+    store, m = sequences.store, sequences.store.chunk_size
+    all_rows = sequences.in_order()[:400]
+    batch = sequences.batch(all_rows, "on")
+    assert batch.neighbors is not None
+    assert batch.lengths is not None
+    overlap = chunk_overlaps(batch, m, COPIED)
+    order = np.argsort(-overlap.reshape(-1), kind="stable")
+    best = order[: max(NUM_SAMPLES, len(order) // 5)]
+    chosen = best[np.linspace(0, len(best) - 1, min(NUM_SAMPLES, len(best))).astype(int)]
+    out = [
+        "<h2>What it read</h2>",
+        f'<p class="note">Marked: runs of {COPIED} tokens or more that also follow the chunk.</p>',
+    ]
+    for flat in chosen:
+        s, u = divmod(int(flat), overlap.shape[1])
+        row = int(all_rows[s, u])
+        if row < 0:
+            continue
+        first = u * m + m - 1
+        follows = [int(t) for t in batch.labels[s, first : first + m] if t >= 0]
+        identifier, title = store.name(store.document_of(row))
+        out.append(
+            f'<div class="chunk"><p class="note">{html.escape(f"{identifier} {title}")}</p><pre>{html.escape(store.text(row))}</pre>'
+        )
+        out.append(f'<p class="note">what follows</p><pre>{html.escape(store.tokenizer.decode(follows))}</pre>')
+        for k, chunk in enumerate(sequences.neighbor_ids(all_rows[s : s + 1])[0, u]):
+            if chunk >= 0:
+                assert sequences.table is not None
+                database, local = sequences.table.locate(int(chunk))
+                identifier, title = database.name(database.document_of(local))
+                text = batch.neighbors[s, u, k, : batch.lengths[s, u, k]].tolist()
+                out.append(
+                    f'<div class="neighbor"><p class="note">neighbor {k + 1}: {html.escape(f"{identifier} {title}")}</p>'
+                )
+                out.append(f"<pre>{_marked(text, follows, store.tokenizer)}</pre></div>")
+        out.append("</div>")
+    return out
+
+
+def _marked(text: list[int], follows: list[int], tokenizer: Any) -> str:
+    """The neighbor as HTML, with what also stands in `follows` marked."""
+    grams = {tuple(follows[i : i + COPIED]) for i in range(len(follows) - COPIED + 1)}
+    is_copied = [False] * len(text)
+    for i in range(len(text) - COPIED + 1):
+        if tuple(text[i : i + COPIED]) in grams:
+            is_copied[i : i + COPIED] = [True] * COPIED
+    out, start = [], 0
+    for i in range(1, len(text) + 1):
+        if i == len(text) or is_copied[i] != is_copied[start]:
+            piece = html.escape(tokenizer.decode(text[start:i]))
+            out.append(f"<mark>{piece}</mark>" if is_copied[start] else piece)
+            start = i
+    return "".join(out)
+
+
+def _throughput(metrics: list[dict[str, Any]]) -> str:
+    rates = [row["tokens_per_s"] for row in metrics if row.get("tokens_per_s")]
+    if not rates:
+        return ""
+    last = [row for row in metrics if "train_s" in row][-1]
+    cells = [
+        ("tokens a second (median)", f"{np.median(rates):,.0f}"),
+        ("share of the matmul rate (median)", f"{np.median([row['mfu'] for row in metrics if row.get('mfu')]):.1%}"),
+        ("tokens seen", f"{last['tokens_seen']:,}"),
+        ("seconds of training", f"{last['train_s']:,.0f}"),
+        ("peak memory, MiB", f"{last.get('peak_mib', 0):,.0f}"),
+    ]
+    return "<h2>Throughput and memory</h2>" + _table(("", ""), cells)
+
+
+def _environment(
+    facts: dict[str, Any], checkpoint: Path, run: Path, decoders: dict[str, Path], share: str, limit: int | None
+) -> str:
+    keys = ("version", "git", "seed", "python", "torch", "machine", "threads")
+    cells = [(key, facts.get(key)) for key in keys] + [("checkpoint", checkpoint.name)]
+    command = f"retro report {run} --share {share}" + (f" --limit {limit}" if limit is not None else " --all")
+    command += "".join(f" --against {name}={path}" for name, path in decoders.items())
+    trained = " ".join(str(word) for word in facts.get("command", []))
+    return (
+        "<h2>Environment</h2>"
+        + _table(("", ""), cells)
+        + f"<p class=note>trained by</p><pre>{html.escape(trained)}</pre><p class=note>this page by</p><pre>{html.escape(command)}</pre>"
+    )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise MissingInputError(f"{path} does not exist", "a run's folder has one", "name the run's folder")
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

@@ -1,0 +1,65 @@
+"""How much of the text to be predicted stands in the neighbors already: the leakage measure, and a filter.
+
+A chunk's neighbors help to predict the m tokens after it. The overlap of a neighbor is the share of those tokens
+that are covered by n-grams which the neighbor holds too. Letters: B sequences, N tokens, L chunks, K neighbors,
+R tokens per neighbor, M chunk length.
+"""
+
+import numba
+import numpy as np
+
+from retro_engine.data.batches import Batch
+
+NGRAM = 8  # tokens
+
+
+def overlaps(batch: Batch, chunk_size: int, n: int = NGRAM) -> np.ndarray:
+    """[B, L, K] share in 0 ... 1 of each chunk's predicted tokens that its neighbor states in runs of n or more."""
+    assert batch.neighbors is not None
+    assert batch.lengths is not None
+    return _overlaps(batch.labels, batch.document_ids, batch.neighbors, batch.lengths, chunk_size, n)
+
+
+def chunk_overlaps(batch: Batch, chunk_size: int, n: int = NGRAM) -> np.ndarray:
+    """[B, L] the largest overlap of a chunk's neighbors."""
+    found = overlaps(batch, chunk_size, n)
+    return found.max(-1) if found.shape[-1] else np.zeros(found.shape[:2])
+
+
+def drop_leaks(batch: Batch, chunk_size: int, limit: float, n: int = NGRAM) -> int:
+    """Make neighbors missing whose overlap is above `limit`; how many there were. Changes the batch's lengths."""
+    assert batch.lengths is not None
+    leaks = (overlaps(batch, chunk_size, n) > limit) & (batch.lengths > 0)
+    batch.lengths[leaks] = 0
+    return int(leaks.sum())
+
+
+@numba.njit(cache=True)
+def _overlaps(labels, documents, neighbors, lengths, m, n):  # type: ignore[no-untyped-def]
+    B, L, K = lengths.shape
+    out = np.zeros((B, L, K))
+    covered = np.zeros(m, np.bool_)
+    for b in range(B):
+        for u in range(L):
+            first = u * m + m - 1  # the labels of tokens first ... first + m - 1 are what is predicted
+            last = min(first + m, labels.shape[1])
+            count = 0
+            while (
+                first + count < last
+                and labels[b, first + count] >= 0
+                and documents[b, first + count] == documents[b, first]
+            ):
+                count += 1
+            for k in range(K):
+                covered[:] = False
+                for i in range(count - n + 1):
+                    for p in range(lengths[b, u, k] - n + 1):
+                        length = 0
+                        while length < n and neighbors[b, u, k, p + length] == labels[b, first + i + length]:
+                            length += 1
+                        if length == n:
+                            covered[i : i + n] = True
+                            break
+                if count:
+                    out[b, u, k] = covered.sum() / count
+    return out

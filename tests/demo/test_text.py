@@ -1,0 +1,61 @@
+"""The demo on text: too little of it, nothing to gain, and a small corpus all the way."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import write_corpus
+
+from retro_engine import cli
+from retro_engine.data.builtin import python_docs
+
+SMALL = [
+    "model.hidden_size=48",
+    "model.ffn_hidden_size=64",
+    "model.num_attention_heads=2",
+    "trainer.precision=32",
+    "model.micro_batch_size=2",
+]
+
+
+def test_a_small_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(tmp_path / "c.jsonl", 40, words=120)
+    out = tmp_path / "demo"
+    assert cli.main(["demo", str(tmp_path / "c.jsonl"), "--out", str(out), "--steps", "4", *SMALL]) == 0
+    said = capsys.readouterr().err
+    assert said.index("copy ceiling:") < said.index("retro: 4 steps"), "the ceiling is printed before anyone trains"
+    assert "decoder without retrieval, equal FLOPs" in said
+    assert "RETRO needs" in said
+    figures = json.loads((out / "text.json").read_text())
+    assert figures["ceiling"] > 0
+    assert figures["steps"]["plain-flops"] > figures["steps"]["plain"] == figures["steps"]["retro"]
+    assert set(figures["losses"]) == {"on", "off", "random", "plain", "plain-flops"}
+    assert len({losses["tokens"] for losses in figures["losses"].values()}) == 1, "all on the same tokens"
+    assert sum(row["chunks"] for row in figures["by_overlap"]) > 0
+    assert cli.main(["demo", str(tmp_path / "c.jsonl"), "--out", str(out)]) == 2
+
+
+def test_nothing_to_gain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Documents that share no run of tokens: the ceiling says so, nothing is trained, exit 0."""
+    rows = [json.dumps({"text": " ".join(chr(0x4E00 + 700 * d + i) for i in range(40))}) + "\n" for d in range(12)]
+    (tmp_path / "c.jsonl").write_text("".join(rows))
+    assert cli.main(["demo", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "demo")]) == 0
+    said = capsys.readouterr().err
+    assert "nothing to gain here" in said
+    assert not (tmp_path / "demo" / "retro").exists()
+
+
+def test_too_little_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(tmp_path / "c.jsonl", 3)
+    assert cli.main(["demo", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "demo")]) == 2
+    assert "has 3 documents" in capsys.readouterr().err
+    assert cli.main(["demo", str(tmp_path / "no"), "--out", str(tmp_path / "demo")]) == 3
+
+
+def test_the_installed_documentation() -> None:
+    documents = list(python_docs())
+    names = {document.id for document in documents}
+    assert len(documents) > 200
+    assert len(names) == len(documents)
+    assert {"topic:with", "module:json", "module:collections"} <= names
+    assert sum(len(document.text) for document in documents) > 1_000_000

@@ -1,0 +1,81 @@
+"""The report: complete, self-contained, escaped."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from helpers import write_corpus
+
+from retro_engine import cli
+
+TINY = ["model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_attention_heads=2", "model.init=standard",
+        "model.encoder_seq_length=64", "trainer.max_steps=4", "trainer.precision=32", "model.chunk_size=16",
+        "model.data.splits_string='70,30,0'", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1"]  # fmt: skip
+
+
+class Parsed(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("report")
+    source = write_corpus(folder / "c.jsonl", 30)
+    source.write_text(source.read_text().replace("Title", "<script>alert(1)</script>"))
+    store = f"model.data.store={folder}/s"
+    assert cli.main(["prepare", str(source), "--out", f"{folder}/s", "--vocab-size", "300", "--chunk-size", "16"]) == 0
+    assert cli.main(["build", f"{folder}/s"]) == 0
+    for name, more in (("retro", []), ("plain", ["model.retrieval=false"])):
+        assert cli.main(["train", "--preset", "tiny", "--out", f"{folder}/{name}", store, *TINY, *more]) == 0
+    assert cli.main(["report", f"{folder}/retro", "--against", f"plain={folder}/plain"]) == 0
+    assert cli.main(["report", f"{folder}/plain"]) == 0
+    assert "A plain decoder" in (folder / "plain" / "report.html").read_text()
+    assert cli.main(["report", f"{folder}/no"]) == 3
+    assert cli.main(["report", f"{folder}/retro", "--against", "plain"]) == 2
+    return (folder / "retro" / "report.html").read_text()
+
+
+def test_it_is_whole(page: str) -> None:
+    parsed = Parsed()
+    parsed.feed(page)
+    assert parsed.open == []
+    for heading in (
+        "What retrieval gives",
+        "Gain by overlap",
+        "Training",
+        "Neighbors",
+        "What it read",
+        "Throughput and memory",
+        "Environment",
+    ):
+        assert heading in parsed.text
+    assert re.search(r"Retrieval (pays|costs|makes no measurable difference)", parsed.text)
+    assert "the plain decoder plain" in parsed.text
+    assert page.count("<polyline") == 3
+    assert page.count('class="chunk"') == 5
+    assert "<mark>" in page
+    assert "retro report" in parsed.text
+
+
+def test_it_needs_nothing_else_and_runs_nothing(page: str) -> None:
+    parsed = Parsed()
+    parsed.feed(page)
+    assert not [value for name, value in parsed.attributes if name in ("src", "href", "onload", "onclick")]
+    assert "<script" not in page.replace("&lt;script", "")
+    assert "&lt;script&gt;" in page, "titles are text"
+    assert "http" not in page
