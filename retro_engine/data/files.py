@@ -185,22 +185,38 @@ class ArrayFile:
         self._is_checked = np.zeros(blocks, bool)
         self.values: np.ndarray = self._bytes.view(np.dtype(dtype).newbyteorder("<")).reshape(rows, columns)
 
-    def check_rows(self, first: int, last: int) -> None:
+    def check_rows(self, rows: np.ndarray) -> None:
+        """Check the blocks that these rows lie in. Raises StoreError at a wrong checksum."""
+        width = self.values.shape[1] * self.values.itemsize
+        if not rows.size or width == 0:
+            return
+        rows = rows.astype(np.int64).reshape(-1)
+        ends = np.concatenate((rows * width // BLOCK, ((rows + 1) * width - 1) // BLOCK))
+        for block in np.unique(ends):
+            self._check_blocks(int(block), int(block) + 1)
+        if width > BLOCK:  # a row longer than two blocks has some inside
+            for first, last in zip(ends[: len(rows)], ends[len(rows) :]):
+                self._check_blocks(int(first), int(last) + 1)
+
+    def check_range(self, first: int, last: int) -> None:
         """Check the blocks of rows first ... last - 1. Raises StoreError at a wrong checksum."""
         width = self.values.shape[1] * self.values.itemsize
-        if first >= last or width == 0:
-            return
-        for block in range(first * width // BLOCK, (last * width - 1) // BLOCK + 1):
-            if not self._is_checked[block]:
-                if zlib.crc32(self._bytes[block * BLOCK : (block + 1) * BLOCK].data) != self._checksums[block]:
-                    raise StoreError(
-                        f"{self.path} is damaged in block {block}", "its checksum does not match", "build it again"
-                    )
-                self._is_checked[block] = True
+        if first < last and width:
+            self._check_blocks(first * width // BLOCK, (last * width - 1) // BLOCK + 1)
+
+    def _check_blocks(self, first: int, last: int) -> None:
+        for block in range(first, last):
+            if self._is_checked[block]:
+                continue
+            if zlib.crc32(self._bytes[block * BLOCK : (block + 1) * BLOCK].data) != self._checksums[block]:
+                raise StoreError(
+                    f"{self.path} is damaged in block {block}", "its checksum does not match", "build it again"
+                )
+            self._is_checked[block] = True
 
     def checked(self) -> np.ndarray:
         """All values, after checking every block."""
-        self.check_rows(0, self.values.shape[0])
+        self.check_range(0, self.values.shape[0])
         return self.values
 
 

@@ -128,10 +128,7 @@ class NeighborTable:
             chosen = shard_of == number
             local = flat[chosen] - self._starts[number]
             shard = self._shards[number]
-            width = self.num_neighbors * shard.values.itemsize
-            for block in np.unique(local * width // files.BLOCK):
-                first = int(block) * files.BLOCK // width
-                shard.check_rows(first, min(first + files.BLOCK // width + 2, shard.values.shape[0]))
+            shard.check_rows(local)
             out[chosen] = shard.values[local, :k]
         if out.size and (out.min() < -1 or out.max() >= self.num_rows):
             raise StoreError(

@@ -253,7 +253,7 @@ class Store:
             end = min(last - shard.first_row, shard.arrays["tokens"].values.shape[0])
             if begin < end:
                 for part, out in (("tokens", tokens), ("lengths", lengths)):
-                    shard.arrays[part].check_rows(begin, end)
+                    shard.arrays[part].check_range(begin, end)
                     out.append(shard.arrays[part].values[begin:end])
         if not tokens:
             return np.empty((0, self.chunk_size), np.uint16), np.empty(0, np.uint16)

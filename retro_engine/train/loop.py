@@ -8,7 +8,6 @@ bit-identical on the same machine with the same threads. Letters: B sequences, N
 import contextlib
 import math
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -407,7 +406,7 @@ class _Training:
 
     def _log(self, log: RunLog, window: "_Window", peak: float) -> "_Window":
         values = window.values(peak)
-        values["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        values["peak_mib"] = peak_mib()
         self.metrics |= values
         log.log(self.step, {**values, "tokens_seen": self.tokens_seen, "train_s": self.train_s})
         return _Window()
@@ -536,6 +535,12 @@ class _Training:
         except RetroError:
             self.reporter.say(f"the checkpoint of step {self.step} was not saved; earlier ones are untouched")
             raise
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process so far."""
+    with open("/proc/self/status") as file:
+        return next((int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM")), 0.0)
 
 
 class _Window:

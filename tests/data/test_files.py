@@ -96,7 +96,20 @@ def test_a_damaged_block_is_found_when_it_is_touched(array: tuple[Path, np.ndarr
     path.write_bytes(raw)
     opened = ArrayFile(path, "tokens", PARENT)
     with pytest.raises(StoreError, match="damaged in block 0"):
-        opened.check_rows(4999, 5000)
+        opened.check_rows(np.array([4999]))
+
+
+def test_rows_longer_than_blocks(tmp_path: Path) -> None:
+    values = np.zeros((2, 4 * files.BLOCK), np.uint8)
+    files.write_array(tmp_path / "a.bin", "names", values, PARENT)
+    raw = bytearray((tmp_path / "a.bin").read_bytes())
+    raw[128 + 6 * files.BLOCK] = 1  # inside the second row
+    (tmp_path / "a.bin").unlink()
+    (tmp_path / "a.bin").write_bytes(raw)
+    opened = ArrayFile(tmp_path / "a.bin", "names", PARENT)
+    opened.check_rows(np.array([0]))
+    with pytest.raises(StoreError, match="damaged in block 6"):
+        opened.check_rows(np.array([1]))
 
 
 def test_foreign_newer_and_mixed_up(array: tuple[Path, np.ndarray], tmp_path: Path) -> None:
