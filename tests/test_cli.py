@@ -1,7 +1,6 @@
 """The command line: three-line errors, exit codes, nothing written or lost; and the commands one after another."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import write_corpus
+from helpers import small_disk, write_corpus
 
 from retro_engine import cli
 from retro_engine.data.store import Store
@@ -121,6 +120,26 @@ def test_inspect_config_and_doctor(work: Path, capsys: pytest.CaptureFixture[str
     assert run("embed", work / "store") == 0
     assert run("index", work / "store", "--retriever", "hash") == 0
     assert run("neighbors", work / "store", "--retriever", "hash", "--k", 2) == 0
+
+
+def test_a_dry_run_writes_nothing(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [f"model.data.store={work}/store", "model.data.neighbors=bm25", *TINY]
+    assert run("train", "--preset", "tiny", "--dry-run", "--out", tmp_path / "r", *settings) == 0
+    assert "4 steps; 21 documents" in capsys.readouterr().out
+    assert run("train", "--print-config", "--device", "cpu", "--seed", 7, *settings) == 0
+    shown = capsys.readouterr().out
+    assert "accelerator: cpu" in shown
+    assert "seed: 7" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_and_flags_in_any_order(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", work / "run", "--seed", 3, "inference.tokens_to_generate=2", "a = b", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "a = b"
+    assert run("inspect", work / "store", "model.hidden_size=3") == 2
+    assert "takes no settings" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("eval", work / "run", "something")
 
 
 def test_torchrun_of_one_process(work: Path, tmp_path: Path) -> None:
@@ -268,19 +287,11 @@ def test_small_corpora_go_all_the_way(tmp_path: Path, documents: int) -> None:
 
 
 def test_no_disk_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    try:
+    with small_disk(tmp_path, "64k") as disk:
         write_corpus(tmp_path / "c.jsonl", 400)
         assert run("prepare", tmp_path / "c.jsonl", "--out", disk / "s", "--vocab-size", 300) == 5
         assert "no space left" in capsys.readouterr().err
         assert not (disk / "s" / "manifest.json").exists()
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_bug_leaves_its_trace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

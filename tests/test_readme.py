@@ -18,6 +18,7 @@ MODEL = (
     "trainer.max_steps=3 trainer.precision=32 trainer.limit_val_batches=1"
 )
 SIZES = {  # appended to a command, so that it ends in seconds; the last value of a setting counts
+    "retro demo docs": "--steps 2 model.hidden_size=48 model.ffn_hidden_size=64 model.num_attention_heads=2",
     "retro demo": "--steps 8 --no-gate",
     "retro prepare": "--vocab-size 400",
     "retro train": MODEL,

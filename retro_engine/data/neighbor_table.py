@@ -28,12 +28,7 @@ class NeighborTableWriter:
     ):
         if num_neighbors < 1:
             raise UsageError(f"K={num_neighbors} cannot be used", "a table holds at least one neighbor a chunk")
-        if (folder / files.MANIFEST).exists():
-            raise UsageError(
-                f"{folder} holds a neighbor table",
-                "a published table never changes",
-                f"choose another --name, or rm -r {folder}",
-            )
+        refuse_existing(folder)
         check_databases(databases)
         files.make_folder(folder)
         self.folder, self.query, self.databases = folder, query, list(databases)
@@ -155,6 +150,16 @@ class NeighborTable:
             "kind": "neighbors",
             **{key: m[key] for key in ("rows", "num_neighbors", "query", "databases", "retriever", "fingerprint")},
         }
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise UsageError when `folder` holds a published table."""
+    if (folder / files.MANIFEST).exists():
+        raise UsageError(
+            f"{folder} holds a neighbor table",
+            "a published table never changes",
+            f"choose another --name, or rm -r {folder}",
+        )
 
 
 def check_databases(databases: Sequence[Store]) -> None:

@@ -6,6 +6,7 @@ neighbor, D width, C encoder width, V vocabulary, S cached tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,25 @@ from retro_engine.model.cache import Cache, new_cache
 from retro_engine.model.decoder import DecoderLayer
 from retro_engine.model.encoder import Encoder
 from retro_engine.model.initialization import initialize
+
+
+@dataclass
+class _Neighbors:
+    """The neighbors of a full pass and who may see what of them."""
+
+    tokens_BLKR: Tensor
+    lengths_BLK: Tensor | None  # None = all full
+    hidden_mask_BLM: Tensor | None  # the chunk's tokens that the encoder may read; None = all
+    attends_BN: Tensor  # the tokens that get anything from CCA
+    front: int  # padding before the first chunk that makes it whole
+
+
+@dataclass
+class _FreshNeighbors:
+    """What a cached step encoded for the chunks that it completes."""
+
+    encoded: Tensor | None  # [b, c, k, r, c_enc]; None = no neighbors
+    mask_BCS: Tensor  # [b, c, k*r] True = valid
 
 
 class RetroModel(nn.Module):
@@ -85,7 +105,7 @@ class RetroModel(nn.Module):
             if layer.is_crossing and retrieved is not None:
                 z = layer.cross_norm(x)
                 if encoded is None:
-                    encoded = retrieved.encode(self, z)
+                    encoded = self._encode(retrieved, z)
                 x = layer.cross_attend(
                     x, z, encoded, retrieved.lengths_BLK, retrieved.attends_BN, cross_rotary, retrieved.front
                 )
@@ -219,7 +239,7 @@ class RetroModel(nn.Module):
 
     def _neighbor_view(
         self, tokens: Tensor, neighbors: Tensor | None, lengths: Tensor | None, documents: Tensor | None
-    ) -> "_Neighbors | None":
+    ) -> _Neighbors | None:
         """The neighbors with what each token and each chunk may see of them; None = retrieval off."""
         if neighbors is None or neighbors.shape[1] == 0 or self.encoder is None:
             return None
@@ -254,6 +274,19 @@ class RetroModel(nn.Module):
         attends = attends & (lengths > 0).any(-1)[:, chunk]
         return _Neighbors(neighbors, lengths, hidden_mask, attends, front)
 
+    def _encode(self, retrieved: _Neighbors, z_BND: Tensor) -> Tensor:
+        """[b, l, k, r, c_enc], conditioned on the chunks of the normed state z."""
+        M, L = self.config.chunk_size, retrieved.tokens_BLKR.shape[1]
+        hidden = F.pad(z_BND, (0, 0, retrieved.front, 0))[:, : L * M].unflatten(1, (L, M))
+        assert self.encoder is not None
+        return self.encoder(
+            self._embed_neighbors(retrieved.tokens_BLKR),
+            retrieved.lengths_BLK,
+            hidden,
+            retrieved.hidden_mask_BLM,
+            self._encoder_rotary(z_BND.device),
+        )
+
     def _cached_mask(self, cache: Cache, start: int, stop: int) -> Tensor | None:
         if not cache.has_padding:
             if start == 0 or stop - start == 1:
@@ -272,7 +305,7 @@ class RetroModel(nn.Module):
         completed: int,
         neighbors: Tensor | None,
         lengths: Tensor | None,
-    ) -> "_FreshNeighbors":
+    ) -> _FreshNeighbors:
         """Encode the neighbors of the chunks that end in this block, and keep the state of the open chunk."""
         M = self.config.chunk_size
         B, T, D = z_BTD.shape
@@ -301,7 +334,7 @@ class RetroModel(nn.Module):
         return _FreshNeighbors(encoded, valid.reshape(B, completed, K * R))
 
     def _cached_cross(
-        self, index: int, z_BTD: Tensor, cache: Cache, fresh: "_FreshNeighbors", start: int, rotary: Rotary
+        self, index: int, z_BTD: Tensor, cache: Cache, fresh: _FreshNeighbors, start: int, rotary: Rotary
     ) -> Tensor:
         """CCA of a block whose tokens attend the last cached chunk first, then each chunk the block completes."""
         c, M = self.config, self.config.chunk_size
@@ -360,38 +393,3 @@ class RetroModel(nn.Module):
             raise ValueError(
                 f"neighbor_lengths has shape {tuple(lengths.shape)}; expected {tuple(neighbors.shape[:3])}"
             )
-
-
-class _Neighbors:
-    """The neighbors of a full pass and who may see what of them."""
-
-    def __init__(
-        self,
-        tokens_BLKR: Tensor,
-        lengths_BLK: Tensor | None,
-        hidden_mask_BLM: Tensor | None,
-        attends_BN: Tensor,
-        front: int,
-    ):
-        self.tokens_BLKR, self.lengths_BLK, self.hidden_mask_BLM = tokens_BLKR, lengths_BLK, hidden_mask_BLM
-        self.attends_BN, self.front = attends_BN, front
-
-    def encode(self, model: RetroModel, z_BND: Tensor) -> Tensor:
-        """[b, l, k, r, c], conditioned on the chunks of the normed state z."""
-        M, L = model.config.chunk_size, self.tokens_BLKR.shape[1]
-        hidden = F.pad(z_BND, (0, 0, self.front, 0))[:, : L * M].unflatten(1, (L, M))
-        assert model.encoder is not None
-        return model.encoder(
-            model._embed_neighbors(self.tokens_BLKR),
-            self.lengths_BLK,
-            hidden,
-            self.hidden_mask_BLM,
-            model._encoder_rotary(z_BND.device),
-        )
-
-
-class _FreshNeighbors:
-    """What a cached step encoded: [b, c, k, r, c_enc] or None, and [b, c, k*r] True = valid."""
-
-    def __init__(self, encoded: Tensor | None, mask_BCS: Tensor):
-        self.encoded, self.mask_BCS = encoded, mask_BCS

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retro_engine.data import files
-from retro_engine.data.neighbor_table import NeighborTable, NeighborTableWriter
+from retro_engine.data.neighbor_table import NeighborTable, NeighborTableWriter, refuse_existing
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
 from retro_engine.progress import Reporter
@@ -37,12 +37,7 @@ def build_neighbors(
     if num_neighbors < 1:
         raise UsageError(f"--k {num_neighbors} cannot be used", "a table holds at least one neighbor a chunk")
     folder = query.folder / "neighbors" / (name or retriever)
-    if (folder / files.MANIFEST).exists():
-        raise UsageError(
-            f"{folder} holds a neighbor table",
-            "a published table never changes",
-            f"choose another --name, or rm -r {folder}",
-        )
+    refuse_existing(folder)
     check_retriever(retriever)
     with files.locked(folder):
         for database in databases:

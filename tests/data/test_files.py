@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import small_disk
 
 from retro_engine.data import files
 from retro_engine.data.files import ArrayFile
@@ -175,20 +176,12 @@ def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_full_disk(tmp_path: Path) -> None:
     """On a small tmpfs: the error names the path and the bytes, and earlier files are untouched."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)], capture_output=True).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    try:
-        files.publish(mount / "a", [b"x" * 1000])
+    with small_disk(tmp_path, "256k") as disk:
+        files.publish(disk / "a", [b"x" * 1000])
         with pytest.raises(OutOfResourceError, match="1,000,000 bytes were needed"):
-            files.publish(mount / "b", [b"y" * 1_000_000])
-        assert os.listdir(mount) == ["a"]
-        assert (mount / "a").read_bytes() == b"x" * 1000
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
+            files.publish(disk / "b", [b"y" * 1_000_000])
+        assert os.listdir(disk) == ["a"]
+        assert (disk / "a").read_bytes() == b"x" * 1000
 
 
 def test_the_lock_dies_with_its_holder(tmp_path: Path) -> None:

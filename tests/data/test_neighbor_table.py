@@ -123,3 +123,14 @@ def test_which_table(stores: tuple[Store, Store]) -> None:
     shutil.copytree(table.folder, table.folder.with_name("other"))
     with pytest.raises(UsageError, match="has 2 neighbor tables: other, t"):
         find_table(a, None)
+
+
+def test_a_store_named_twice_and_a_linked_store(stores: tuple[Store, Store], tmp_path: Path) -> None:
+    a, b = stores
+    with pytest.raises(UsageError, match="named twice"):
+        NeighborTableWriter(a.folder / "neighbors" / "w", a, [b, a, b], 1, {})
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(b.folder)
+    linked = Store(tmp_path / "elsewhere" / "link")
+    table, _ = write_table(a, [linked])
+    assert NeighborTable(table.folder, a).databases[0].fingerprint == b.fingerprint

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import small_disk
 
 from retro_engine.config import Config, load_config
 from retro_engine.data.store import Store
@@ -302,19 +303,11 @@ def test_an_incomplete_or_damaged_checkpoint(whole: Path, tmp_path: Path) -> Non
 
 
 def test_a_full_disk_keeps_earlier_checkpoints(small_store: Store, tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    try:
+    with small_disk(tmp_path, "1m") as disk:
         out = disk / "run"
         every = [
-            "exp_manager.checkpoint_every_n_steps=1",
-            "exp_manager.keep_last_n=0",
-            "exp_manager.create_tensorboard_logger=false",
-        ]
+            "exp_manager.checkpoint_every_n_steps=1", "exp_manager.keep_last_n=0", "exp_manager.create_tensorboard_logger=false",
+        ]  # fmt: skip
         with pytest.raises(OutOfResourceError, match="no space left"):
             train(config(small_store, out, *every), Reporter("quiet"))
         found = checkpoint.complete_checkpoints(out)
@@ -322,8 +315,6 @@ def test_a_full_disk_keeps_earlier_checkpoints(small_store: Store, tmp_path: Pat
         for folder in found:
             checkpoint.verify(folder)
         assert not list((out / "checkpoints").glob(".*")), "nothing half-written is left"
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_an_extra_that_is_not_installed(small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
