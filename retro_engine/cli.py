@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         help="facts, python-docs, or files of yours",
     )
     sub.add_argument("--out", "-o", default="runs/demo", metavar="DIR")
-    sub.add_argument("--steps", type=int, help="training steps (facts 1,000, text 800); fewer for a trial run")
+    sub.add_argument("--steps", type=int, help="training steps (facts 1,500, text 800); fewer for a trial run")
     sub.add_argument("--init", default="retrieval_ready", choices=["retrieval_ready", "standard"])
     sub.add_argument("--seed", type=int, default=1234)
     sub.add_argument("--no-gate", action="store_true", help="exit 0 also when the proof fails")

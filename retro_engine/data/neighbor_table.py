@@ -194,3 +194,9 @@ def find_table(store: Store, name: str | None) -> Path:
             f"{store.folder} has {len(found)} neighbor tables: {names}", "", "name one: model.data.neighbors=NAME"
         )
     return found[0]
+
+
+def table_name(table: NeighborTable) -> str:
+    """What `find_table` finds the table by: its name under its store, or its folder."""
+    is_own = table.folder.resolve().parent == (table.query.folder / "neighbors").resolve()
+    return table.folder.name if is_own else str(table.folder.resolve())

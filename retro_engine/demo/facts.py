@@ -31,7 +31,7 @@ from retro_engine.train.loop import train
 
 CHUNK_SIZE, VOCABULARY = 32, 1024
 NUM_HELDOUT = 512
-STEPS, WARMUP_STEPS, CONSTANT_SHARE = 1000, 50, 0.6
+STEPS, WARMUP_STEPS, CONSTANT_SHARE = 1500, 50, 0.6
 ENTITIES_PER_STEP = 9  # a batch has 8 sequences of about one document each: every entity is seen once at most
 GATE_ON, GATE_OFF = 0.90, 0.15
 ANSWER_TOKENS = 16

@@ -25,7 +25,7 @@ from torch import Tensor
 from retro_engine.config import Config, ModelConfig, architecture, load_config
 from retro_engine.data import files
 from retro_engine.data.batches import Batch, Sequences, split_documents
-from retro_engine.data.neighbor_table import NeighborTable, find_table
+from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, OutOfResourceError, RetroError, StoreError, UsageError
 from retro_engine.evaluate.perplexity import autocast, evaluate, to_tensors
@@ -62,7 +62,10 @@ class TrainingData:
 
 
 def open_data(config: Config) -> TrainingData:
-    """The sequences to train and to validate on. Raises UsageError or StoreError for data that do not fit."""
+    """The sequences to train and to validate on; which tables were found is written into `config`.
+
+    Raises UsageError or StoreError for data that do not fit.
+    """
     m, data = config.model, config.model.data
     if data.store is None:
         raise UsageError(
@@ -73,6 +76,8 @@ def open_data(config: Config) -> TrainingData:
     store = Store(data.store)
     _check_store(config, store)
     table = NeighborTable(find_table(store, data.neighbors), store) if m.retrieval else None
+    if table is not None:  # so that the run keeps it when there are more tables later
+        data.neighbors = table_name(table)
     shares = split_documents(store, data.splits_string)
     has_own_valid = data.valid_store is not None
     trained = np.arange(store.num_documents) if has_own_valid else shares["train"]
@@ -97,6 +102,8 @@ def open_data(config: Config) -> TrainingData:
                 f"retro prepare --tokenizer {store.folder}",
             )
         other_table = NeighborTable(find_table(other, data.valid_neighbors), other) if m.retrieval else None
+        if other_table is not None:
+            data.valid_neighbors = table_name(other_table)
         valid = sequences(other, np.arange(other.num_documents), other_table, None)
     elif len(shares["valid"]):
         valid = sequences(store, shares["valid"], table, trained)

@@ -70,7 +70,9 @@ def test_it_learns_and_writes_everything_down(whole: Path) -> None:
     facts = json.loads((whole / "run.json").read_text())
     assert {"store", "tokenizer", "neighbors"} == set(facts["fingerprints"])
     assert list((whole / "tb").iterdir())
-    assert load_config(file=str(whole / "config.yaml")).trainer.max_steps == 12
+    saved = load_config(file=str(whole / "config.yaml"))
+    assert saved.trainer.max_steps == 12
+    assert saved.model.data.neighbors == "bm25"
     folder = checkpoint.find_checkpoint(whole)
     names = {path.name for path in folder.iterdir()}
     assert {"COMPLETE", "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
