@@ -91,18 +91,19 @@ def verdict(comparison: Comparison | None, decoders: Sequence[str]) -> str:
     if comparison is None:
         return "A plain decoder: it reads no neighbors, so there is nothing to compare."
     name = decoders[0] if decoders else "off"
-    against = (
-        f"the plain decoder {name}"
-        if decoders
-        else "itself with retrieval off (a decoder trained without is the fair rival)"
-    )
     gain = comparison.gain(name)
-    interval = f"{gain['gain']:.1%} (95 % interval {gain['low']:.1%} to {gain['high']:.1%})"
+    interval = f"{abs(gain['gain']):.1%} (95 % interval {gain['low']:.1%} to {gain['high']:.1%})"
+    if not decoders:
+        word = "fewer" if gain["gain"] >= 0 else "more"
+        return (
+            f"With its neighbors the model needs {interval} {word} bits per byte than with retrieval off. Whether retrieval "
+            "pays, only a decoder trained without it can say: --against NAME=RUN."
+        )
     if gain["low"] > 0:
-        return f"Retrieval pays: {interval} fewer bits per byte than {against}."
+        return f"Retrieval pays: {interval} fewer bits per byte than the plain decoder {name}."
     if gain["high"] < 0:
-        return f"Retrieval costs: the change against {against} is {interval} of its bits per byte."
-    return f"Retrieval makes no measurable difference against {against}: {interval}."
+        return f"Retrieval costs: {interval} more bits per byte than the plain decoder {name}."
+    return f"Retrieval makes no measurable difference against the plain decoder {name}: {interval}."
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
