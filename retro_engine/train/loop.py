@@ -25,6 +25,7 @@ from torch import Tensor
 from retro_engine.config import Config, ModelConfig, architecture, load_config
 from retro_engine.data import files
 from retro_engine.data.batches import Batch, Sequences, split_documents
+from retro_engine.data.loader import has_native_loader
 from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, OutOfResourceError, RetroError, StoreError, UsageError
@@ -362,7 +363,8 @@ class _Training:
             peak = peak_flops(self.device)
         self.reporter.say(describe(self.config, self.data))
         self.reporter.say(
-            f"on {self.device.type} in {self.precision}, kernels: {backend()}, {torch.get_num_threads()} threads"
+            f"on {self.device.type} in {self.precision}, kernels: {backend()}, "
+            f"loader: {'C++' if has_native_loader() else 'NumPy (no compiler at installation)'}, {torch.get_num_threads()} threads"
         )
         log = RunLog(self.run, self.config, self.data.fingerprints, self.step, self.reporter)
         saved_step, received = -1, None
