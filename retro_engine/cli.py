@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return args.run(args)
     except KeyboardInterrupt:
-        return _fail(args, StoppedError(130))
+        return _fail(args, StoppedError(130, "what was published before is whole", "run the same command again"))
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -95,9 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", "-o", default="runs/demo", metavar="DIR")
     sub.add_argument("--steps", type=int, help="training steps (facts 1,500, text 800); fewer for a trial run")
-    sub.add_argument("--init", default="retrieval_ready", choices=["retrieval_ready", "standard"])
+    sub.add_argument("--init", default="retrieval_ready", choices=["retrieval_ready", "standard"], help="facts only")
     sub.add_argument("--seed", type=int, default=1234)
-    sub.add_argument("--no-gate", action="store_true", help="exit 0 also when the proof fails")
+    sub.add_argument("--no-gate", action="store_true", help="facts: exit 0 also when the proof fails")
 
     sub = command("prepare", _prepare, "files -> tokens and chunks")
     sub.add_argument("inputs", nargs="+", metavar="IN", help=".txt .md .jsonl[.gz|.zst], folders, - for standard input")
@@ -188,10 +188,12 @@ def _reporter(args: argparse.Namespace) -> "Reporter":
 def _demo(args: argparse.Namespace) -> int:
     reporter = _reporter(args)
     out = Path(args.out)
+    if args.steps is not None and args.steps < 1:
+        raise UsageError(f"--steps {args.steps} cannot be used", "at least one step is trained")
     if args.what == "facts":
         from retro_engine.demo.facts import run_facts
 
-        figures = run_facts(out, args.steps, args.init, args.seed, not args.no_gate, reporter)
+        figures = run_facts(out, args.steps, args.init, args.seed, not args.no_gate, reporter, args.overrides)
         run, index, prompt = out / "run", out / "store" / "notes", "These lines are about"
     else:
         from retro_engine.demo.text import figures_verdict, run_text
@@ -285,7 +287,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from retro_engine.api import Retro
-    from retro_engine.evaluate.perplexity import Given, evaluate
+    from retro_engine.evaluate.perplexity import Given, evaluate, show_interval
     from retro_engine.generate.generator import encode_neighbors
     from retro_engine.train.checkpoint import find_checkpoint
     from retro_engine.train.loop import open_evaluation
@@ -299,8 +301,7 @@ def _eval(args: argparse.Namespace) -> int:
         raise UsageError(
             "this model is a plain decoder (model.retrieval=false)", "it reads no neighbors", "--modes off"
         )
-    if args.limit is not None and args.limit < 1:
-        raise UsageError(f"--limit {args.limit} cannot be used", "at least one batch is evaluated")
+    _check_limit(args.limit)
     given = None
     if args.neighbors:
         given = Given(*encode_neighbors(retro.tokenizer, args.neighbors, retro.model.config.r))
@@ -335,12 +336,16 @@ def _eval(args: argparse.Namespace) -> int:
         )
         print(f"{'retrieval':12}{'bits per byte':>15}{'95 % interval':>20}{'perplexity':>12}{'loss':>9}")
         for mode, s in summary.items():
-            print(
-                f"{mode:12}{s['bits_per_byte']:>15.4f}{s['interval'][0]:>11.4f} - {s['interval'][1]:.4f}{s['perplexity']:>12.2f}{s['loss']:>9.4f}"
-            )
+            interval = show_interval(*results[mode].interval(), ".4f")
+            print(f"{mode:12}{s['bits_per_byte']:>15.4f}{interval:>20}{s['perplexity']:>12.2f}{s['loss']:>9.4f}")
     if args.fail_if and _holds(args.fail_if, summary):
         raise GateError(f"--fail-if {args.fail_if} is true", "", "see the figures above")
     return 0
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit} cannot be used", "at least one batch is evaluated")
 
 
 def _holds(expression: str, summary: dict[str, dict[str, Any]]) -> bool:
@@ -418,6 +423,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from retro_engine.report import write_report
 
+    _check_limit(args.limit)
     decoders = {}
     for text in args.against:
         name, separator, path = text.partition("=")

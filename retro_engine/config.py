@@ -321,8 +321,11 @@ def load_config(
             settings.append(_parse_override(f"{key}={os.environ[name]}"))
     settings += [_parse_override(item) if isinstance(item, str) else item for item in overrides or []]
     known = flat_keys(Config())
-    for key, value in settings:
-        if key not in known and not any(name.startswith(f"{key}.") for name in known):
+    leaves = [leaf for key, value in settings for leaf in (flat_keys({key: value}) if value else {key: value}).items()]
+    for key, value in leaves:
+        if key not in known and any(name.startswith(f"{key}.") for name in known):
+            raise UsageError(f"{key}={value!r} does not fit", f"{key} is a section", f"retro config keys {key}")
+        if key not in known:
             section = key.rsplit(".", 1)[0] if "." in key else ""
             raise UsageError(
                 f"{key} is not a setting", nearest_key(key, known), f"all keys: retro config keys {section}".rstrip()
@@ -436,22 +439,23 @@ MODEL_BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("max_position_embeddings", 0, _MANY),
     ("layernorm_epsilon", 0, 1),
     ("rotary_percentage", 0, 1),
-    ("rotary_base", 1, math.inf),
+    ("rotary_base", 1, 1e12),
     ("hidden_dropout", 0, 0.999),
     ("attention_dropout", 0, 0.999),
     ("ffn_dropout", 0, 0.999),
-    ("init_method_std", 0, math.inf),
+    ("init_method_std", 0, 1e3),
+    ("embedding_scale", 1e-12, 1e6),
 )
 BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, 2**63 - 1),
     ("model.micro_batch_size", 1, _MANY),
     ("model.global_batch_size", 1, _MANY),
-    ("model.optim.lr", 1e-12, math.inf),
-    ("model.optim.weight_decay", 0, math.inf),
+    ("model.optim.lr", 1e-12, 1e38),
+    ("model.optim.weight_decay", 0, 1e6),
     ("model.optim.clip", 1e-12, math.inf),
     ("model.optim.sched.warmup_steps", 0, _MANY),
     ("model.optim.sched.constant_steps", 0, _MANY),
-    ("model.optim.sched.min_lr", 0, math.inf),
+    ("model.optim.sched.min_lr", 0, 1e38),
     ("model.optim.sched.max_steps", 1, _MANY),
     ("model.data.neighbor_dropout", 0, 1),
     ("trainer.max_steps", 1, _MANY),
@@ -555,6 +559,14 @@ def check(config: Config) -> None:
         m.encoder_seq_length,
         f"training sequences are whole chunks of model.chunk_size={m.chunk_size} tokens",
         f"use {max(1, m.encoder_seq_length // m.chunk_size) * m.chunk_size}",
+    )
+    rows = m.max_position_embeddings
+    _require(
+        m.position_embedding != "learned" or not rows or rows >= m.encoder_seq_length,
+        "model.max_position_embeddings",
+        rows,
+        f"sequences have model.encoder_seq_length={m.encoder_seq_length} tokens",
+        f"model.max_position_embeddings={m.encoder_seq_length}",
     )
     values = flat_keys(config)
     for key, low, high in BOUNDS:

@@ -55,10 +55,10 @@ class OutOfResourceError(RetroError, OSError):
 
 
 class StoppedError(RetroError):
-    """A signal ended the work; what was done is saved."""
+    """A signal ended the work."""
 
-    def __init__(self, exit_code: int):
-        super().__init__("stopped", "the checkpoint is saved", "run the same command again")
+    def __init__(self, exit_code: int, why: str, do: str):
+        super().__init__("stopped", why, do)
         self.exit_code = exit_code
 
 

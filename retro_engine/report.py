@@ -4,6 +4,7 @@ Reads RUN/{run.json,config.yaml,metrics.jsonl} and the newest checkpoint, evalua
 and writes RUN/report.html: no script, no other file, no other host. Letters: M chunk length, K neighbors.
 """
 
+import contextlib
 import html
 import json
 from collections.abc import Sequence
@@ -15,11 +16,13 @@ import numpy as np
 from retro_engine.api import Retro
 from retro_engine.data import files
 from retro_engine.data.batches import Sequences
-from retro_engine.errors import MissingInputError
+from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.evaluate.compare import Comparison, compare
+from retro_engine.evaluate.perplexity import show_interval
+from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.overlap import chunk_overlaps
-from retro_engine.train.checkpoint import find_checkpoint
+from retro_engine.train.checkpoint import find_checkpoint, read_trainer
 from retro_engine.train.loop import open_evaluation
 
 NUM_SAMPLES = 5
@@ -60,10 +63,10 @@ def write_report(
     checkpoint = find_checkpoint(run)
     folder = checkpoint.parent.parent
     metrics = _read_lines(folder / "metrics.jsonl")
-    facts = json.loads((folder / "run.json").read_text())
+    facts = _read_facts(folder / "run.json")
     retro = Retro.from_pretrained(checkpoint)
     sequences = open_evaluation(checkpoint, retro.model.config, [], share)
-    others = {name: Retro.from_pretrained(path).model for name, path in (decoders or {}).items()}
+    others = {name: _decoder(name, path, checkpoint) for name, path in (decoders or {}).items()}
     comparison = None
     if retro.model.config.retrieval:
         comparison = compare(retro.model, sequences, retro.tokenizer.token_bytes(), others, limit)
@@ -92,7 +95,7 @@ def verdict(comparison: Comparison | None, decoders: Sequence[str]) -> str:
         return "A plain decoder: it reads no neighbors, so there is nothing to compare."
     name = decoders[0] if decoders else "off"
     gain = comparison.gain(name)
-    interval = f"{abs(gain['gain']):.1%} (95 % interval {gain['low']:.1%} to {gain['high']:.1%})"
+    interval = f"{abs(gain['gain']):.1%} (95 % interval {show_interval(gain['low'], gain['high'], '.1%')})"
     if not decoders:
         word = "fewer" if gain["gain"] >= 0 else "more"
         return (
@@ -116,8 +119,13 @@ def _comparison(comparison: Comparison, share: str) -> list[str]:
     rows = []
     for name, losses in comparison.losses.items():
         low, high = losses.interval()
-        saved = "" if name == "on" else "{gain:.1%} [{low:.1%}, {high:.1%}]".format(**comparison.gain(name))
-        rows.append((name, f"{losses.bits_per_byte:.4f}", f"{low:.4f} - {high:.4f}", f"{losses.perplexity:.2f}", saved))
+        saved = ""
+        if name != "on":
+            gain = comparison.gain(name)
+            saved = f"{gain['gain']:.1%} {show_interval(gain['low'], gain['high'], '.1%')}"
+        rows.append(
+            (name, f"{losses.bits_per_byte:.4f}", show_interval(low, high, ".4f"), f"{losses.perplexity:.2f}", saved)
+        )
     groups = [
         (row["overlap"], f"{row['chunks']:,}", *(f"{float(row[name]):.4f}" for name in comparison.chunks.nats))
         for row in comparison.chunks.groups()
@@ -287,7 +295,38 @@ def _environment(
     )
 
 
+def _decoder(name: str, path: Path, against: Path) -> RetroModel:
+    """The plain decoder of another run, trained on the same store and the same share of it."""
+    folder = find_checkpoint(path)
+    mine, theirs = read_trainer(against), read_trainer(folder)
+    for what, here, there in (
+        ("store", mine["fingerprints"]["store"][:12], theirs["fingerprints"]["store"][:12]),
+        ("splits_string", mine["stream"]["splits_string"], theirs["stream"]["splits_string"]),
+    ):
+        if here != there:
+            raise StoreError(
+                f"{name} was trained on {what} {there}", f"this run on {here}", "compare runs of the same data"
+            )
+    decoder = Retro.from_pretrained(folder).model
+    if decoder.config.retrieval:
+        raise UsageError(
+            f"{name} reads neighbors", "a decoder trained without retrieval is the rival", "model.retrieval=false"
+        )
+    return decoder
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise MissingInputError(f"{path} cannot be read", str(error), "name a whole run's folder") from error
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist", "a run's folder has one", "name the run's folder")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a run that was killed
+            rows.append(json.loads(line))
+    return rows

@@ -136,6 +136,12 @@ def test_a_dry_run_writes_nothing(work: Path, tmp_path: Path, capsys: pytest.Cap
 def test_settings_and_flags_in_any_order(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", work / "run", "--seed", 3, "inference.tokens_to_generate=2", "a = b", "--json") == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == "a = b"
+    for words in (["inference.tokens_to_generate=2", "river"], ["inference.tokens_to_generate=2", "--seed", 1, "river"],
+                  ["--neighbors", "a=b", "river", "inference.tokens_to_generate=2"], ["inference.tokens_to_generate=2", "--", "x=3"]):  # fmt: skip
+        assert run("generate", work / "run", "--json", *words) == 0
+        assert json.loads(capsys.readouterr().out)["prompt"] in ("river", "x=3")
+    assert run("prepare", "x", "trainer.max_steps=3") == 2
+    assert "takes no settings" in capsys.readouterr().err
     assert run("inspect", work / "store", "model.hidden_size=3") == 2
     assert "takes no settings" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -46,6 +46,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     assert cli.main(["report", f"{folder}/plain"]) == 0
     assert "A plain decoder" in (folder / "plain" / "report.html").read_text()
     assert cli.main(["report", f"{folder}/no"]) == 3
+    assert cli.main(["report", f"{folder}/retro", "--limit", "0"]) == 2
+    assert cli.main(["report", f"{folder}/retro", "--against", f"x={folder}/retro"]) == 2, "no plain decoder"
+    other = "model.data.splits_string='60,40,0'"
+    assert (
+        cli.main(
+            ["train", "--preset", "tiny", "--out", f"{folder}/other", store, *TINY, "model.retrieval=false", other]
+        )
+        == 0
+    )
+    assert cli.main(["report", f"{folder}/retro", "--against", f"x={folder}/other"]) == 3, "trained on other documents"
     assert cli.main(["report", f"{folder}/retro", "--against", "plain"]) == 2
     return (folder / "retro" / "report.html").read_text()
 

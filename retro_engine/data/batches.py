@@ -6,6 +6,7 @@ which neighbors is a pure function of the arguments: nothing but a step number i
 Letters: B sequences, N tokens, M tokens per row, L rows per sequence, K neighbors, R tokens per neighbor.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,6 +50,17 @@ def split_documents(store: Store, shares: str) -> dict[str, np.ndarray]:
         "valid": np.sort(order[ends[0] : ends[1]]),
         "test": np.sort(order[ends[1] :]),
     }
+
+
+def copies_of(store: Store, documents: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Those of `documents` whose text is also that of one of `others`, token by token."""
+
+    def mark(document: int) -> bytes:
+        tokens, lengths = store.rows(*store.document_rows(document))
+        return hashlib.sha256(tokens.tobytes() + lengths.tobytes()).digest()
+
+    known = {mark(int(document)) for document in others}
+    return np.array([document for document in documents if mark(int(document)) in known], np.int64)
 
 
 def pack(first_rows: np.ndarray, num_rows: np.ndarray, rows_per_sequence: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from retro_engine.errors import MissingInputError, UsageError
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_DOCUMENT_BYTES = 64 << 20
+ZSTD_STEP = 1 << 10  # compressed bytes decompressed at once
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ class _ZstdStream(io.RawIOBase):
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame = self._new_frame()
         self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
-        self._ready = b""
+        self._input = b""
+        self._ready = memoryview(b"")
         self._has_begun = False
 
     def readable(self) -> bool:
@@ -200,17 +202,17 @@ class _ZstdStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
             if self._frame.eof:
-                rest = self._frame.unused_data
+                self._input = self._frame.unused_data + self._input
                 self._frame, self._has_begun = self._new_frame(), False
-            else:
-                rest = b""
-            rest = rest or self._file.read(1 << 17)
-            if not rest:
+            self._input = self._input or self._file.read(1 << 17)
+            if not self._input:
                 if self._has_begun:
                     raise EOFError("the compressed data is cut short")
                 return 0
             self._has_begun = True
-            self._ready = self._frame.decompress(rest)
+            # a little at a time: a few bytes can stand for very many
+            self._ready = memoryview(self._frame.decompress(self._input[:ZSTD_STEP]))
+            self._input = self._input[ZSTD_STEP:]
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]

@@ -80,6 +80,7 @@ def make_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; it dies with its holder. Raises UsageError when another process has it."""
+    is_new = not folder.is_dir()
     make_folder(folder)
     try:
         file = open(folder / ".lock", "a")  # noqa: SIM115 (held until the block ends)
@@ -93,9 +94,10 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if os.listdir(folder) == [".lock"]:  # nothing came of it: leave nothing
-                (folder / ".lock").unlink()
-                folder.rmdir()
+            with contextlib.suppress(OSError):
+                if is_new and os.listdir(folder) == [".lock"]:  # nothing came of it: leave nothing
+                    (folder / ".lock").unlink()
+                    folder.rmdir()
             raise
 
 

@@ -7,6 +7,7 @@ a brand-new entity to a second store and asks for its facts. Exit code 6 when th
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import GateError, StoppedError, UsageError
 from retro_engine.evaluate.facts import FactsResult, evaluate_facts
+from retro_engine.evaluate.perplexity import show_interval
 from retro_engine.generate.generator import Generator
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.neighbors import build_neighbors
@@ -68,7 +70,7 @@ def facts_data(out: Path, num_train: int, num_heldout: int, seed: int, reporter:
     return FactsData(train_store, heldout, notes, paths["heldout"])
 
 
-def facts_settings(out: Path, steps: int, init: str) -> list[str | tuple[str, str]]:
+def facts_settings(out: Path, steps: int, init: str) -> list[str | tuple[str, Any]]:
     """The recipe of docs/retrieval-ready.md as overrides of the tiny preset."""
     return [
         ("model.data.store", f"{out}/store/train"),
@@ -95,24 +97,26 @@ def run_facts(
     seed: int = 1234,
     is_gated: bool = True,
     reporter: Reporter | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the demo in folder `out` and return its figures. Raises GateError when the proof fails."""
     reporter = reporter or Reporter()
     steps = STEPS if steps is None else steps
-    if (out / "run").exists():
+    if (out / "text").exists():
         raise UsageError(f"{out} holds a demo", "it is not overwritten", f"choose another --out, or rm -r {out}")
     start = time.monotonic()
     num_train = max(64, steps * ENTITIES_PER_STEP)
     data = facts_data(out, num_train, min(NUM_HELDOUT, num_train), 1, reporter)
     prepared_s = time.monotonic() - start
-    config = load_config(
-        [*facts_settings(out, steps, init), f"seed={seed}", ("exp_manager.exp_dir", f"{out}/run")], "tiny"
-    )
+    settings = [*facts_settings(out, steps, init), ("seed", seed), ("exp_manager.exp_dir", f"{out}/run"), *overrides]
+    config = load_config(settings, "tiny")
     start = time.monotonic()
     result = train(config, reporter)
     trained_s = time.monotonic() - start
     if result.exit_code:
-        raise StoppedError(result.exit_code)
+        raise StoppedError(
+            result.exit_code, f"the checkpoint of step {result.step} is saved", f"rm -r {out}, and run it again"
+        )
     retro = Retro.from_pretrained(result.checkpoint)
     results = evaluate_facts(retro.model, _heldout_sequences(retro, data), data.heldout_path)
     figures: dict[str, Any] = {mode: value.summary() for mode, value in results.items()}
@@ -136,7 +140,7 @@ def table(results: dict[str, FactsResult]) -> str:
     for mode, label in _ROWS.items():
         s = results[mode].summary()
         cells = [
-            f"{s[key]:.3f} [{s[key + '_interval'][0]:.3f}, {s[key + '_interval'][1]:.3f}]"
+            f"{s[key]:.3f} {show_interval(*s[key + '_interval'])}"
             for key in ("value_accuracy", "whole_values", "bits_per_byte")
         ]
         lines.append(f"{label:28}{cells[0]:>24}{cells[1]:>24}{cells[2]:>22}")

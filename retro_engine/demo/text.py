@@ -10,15 +10,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from retro_engine.api import Retro
 from retro_engine.config import load_config
-from retro_engine.data.batches import Sequences, split_documents
+from retro_engine.data.batches import Sequences, copies_of, split_documents
 from retro_engine.data.builtin import python_docs
 from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import StoppedError, UsageError
 from retro_engine.evaluate.compare import Comparison, compare
+from retro_engine.evaluate.perplexity import show_interval
 from retro_engine.model.flops import training_flops
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.ceiling import copy_ceiling, describe_ceiling
@@ -48,8 +51,15 @@ def run_text(
 ) -> dict[str, Any]:
     """Run the demo on "python-docs" or a path and return its figures. Raises UsageError for too little text."""
     reporter = reporter or Reporter()
-    if (out / "retro").exists():
+    if (out / "store").exists():
         raise UsageError(f"{out} holds a demo", "it is not overwritten", f"choose another --out, or rm -r {out}")
+    own = {setting[0] for setting in _settings(out, out, 1, seed, is_plain=True)}
+    for text in overrides or []:
+        key = text.split("=", 1)[0].lstrip("+~")
+        if key in own:
+            raise UsageError(
+                f"{key} is the demo's own", "it keeps the comparison fair", "--steps and --seed can be chosen"
+            )
     store = prepare([_source(what, out)], out / "store", chunk_size=CHUNK_SIZE, say=reporter.say)
     if store.num_documents < MIN_DOCUMENTS:
         raise UsageError(
@@ -59,7 +69,15 @@ def run_text(
         )
     table = build_neighbors(store, [store], "bm25", reporter=reporter)
     shares = split_documents(store, SPLITS)
-    heldout = Sequences(store, shares["test"], LENGTH, table, 2, database_documents=shares["train"])
+    copies = copies_of(store, shares["test"], shares["train"])
+    for document in copies:
+        reporter.say(f"held-out document {' '.join(store.name(int(document)))} is also among the others: left out")
+    tested = np.setdiff1d(shares["test"], copies)
+    if not len(tested):
+        raise UsageError(
+            f"{what} has no document to test on", "every held-out one is also among the others", "name more text"
+        )
+    heldout = Sequences(store, tested, LENGTH, table, 2, database_documents=shares["train"])
     ceiling, count = copy_ceiling(heldout)
     reporter.say(describe_ceiling(ceiling, count))
     figures: dict[str, Any] = {
@@ -69,7 +87,9 @@ def run_text(
         "tokens": store.counts["tokens"],
     }
     if ceiling > 0:
-        figures |= _measure(store, table, heldout, out, steps or STEPS, seed, overrides or [], reporter)
+        figures |= _measure(
+            store, table, heldout, out, STEPS if steps is None else steps, seed, overrides or [], reporter
+        )
     (out / "text.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
@@ -93,14 +113,20 @@ def _measure(
     overrides: list[str],
     reporter: Reporter,
 ) -> dict[str, Any]:
-    runs = {"retro": steps, "plain": steps, "plain-flops": round(steps * _flops_ratio(store, heldout, seed, overrides))}
+    runs = {
+        "retro": steps,
+        "plain": steps,
+        "plain-flops": round(steps * _flops_ratio(store, out, heldout, seed, overrides)),
+    }
     models = {}
     for name, count in runs.items():
         reporter.say(f"\n{name}: {count:,} steps")
-        settings = _settings(store, out / name, count, seed, is_plain=name != "retro")
+        settings = _settings(store.folder, out / name, count, seed, is_plain=name != "retro")
         result = train(load_config([*settings, *overrides], "tiny"), reporter)
         if result.exit_code:
-            raise StoppedError(result.exit_code)
+            raise StoppedError(
+                result.exit_code, f"the checkpoint of step {result.step} is saved", f"rm -r {out}, and run it again"
+            )
         models[name] = Retro.from_pretrained(result.checkpoint)
     decoders = {name: retro.model for name, retro in models.items() if name != "retro"}
     comparison = compare(models["retro"].model, heldout, store.tokenizer.token_bytes(), decoders)
@@ -108,9 +134,9 @@ def _measure(
     return {"steps": runs, **comparison.summary()}
 
 
-def _settings(store: Store, run: Path, steps: int, seed: int, is_plain: bool) -> list[str | tuple[str, Any]]:
+def _settings(store: Path, run: Path, steps: int, seed: int, is_plain: bool) -> list[tuple[str, Any]]:
     return [
-        ("model.data.store", str(store.folder)), ("model.data.splits_string", SPLITS), ("model.retrieval", not is_plain),
+        ("model.data.store", str(store)), ("model.data.splits_string", SPLITS), ("model.retrieval", not is_plain),
         ("model.chunk_size", CHUNK_SIZE), ("model.encoder_seq_length", LENGTH), ("model.data.neighbor_dropout", 0.0),
         ("model.optim.sched.min_lr", 1e-4), ("trainer.max_steps", steps), ("trainer.val_check_interval", max(1, steps // 2)),
         ("trainer.limit_val_batches", 8), ("exp_manager.checkpoint_every_n_steps", steps), ("exp_manager.exp_dir", str(run)),
@@ -118,9 +144,9 @@ def _settings(store: Store, run: Path, steps: int, seed: int, is_plain: bool) ->
     ]  # fmt: skip
 
 
-def _flops_ratio(store: Store, heldout: Sequences, seed: int, overrides: list[str]) -> float:
+def _flops_ratio(store: Store, out: Path, heldout: Sequences, seed: int, overrides: list[str]) -> float:
     """FLOPs of a RETRO step over those of a plain decoder's, by the neighbors that there are."""
-    config = load_config([*_settings(store, Path("-"), 1, seed, is_plain=False), *overrides], "tiny").model
+    config = load_config([*_settings(store.folder, out, 1, seed, is_plain=False), *overrides], "tiny").model
     config.vocab_size = store.vocab_size
     tokens = neighbor_tokens = 0
     for batch in heldout.batches(8, limit=20):
@@ -141,8 +167,8 @@ def table_of(comparison: Comparison) -> str:
         saved = ""
         if name != "on":
             gain = comparison.gain(name)
-            saved = f"{gain['gain']:.1%} [{gain['low']:.1%}, {gain['high']:.1%}]"
-        lines.append(f"{label:42}{f'{losses.bits_per_byte:.3f} [{low:.3f}, {high:.3f}]':>24}{saved:>26}")
+            saved = f"{gain['gain']:.1%} {show_interval(gain['low'], gain['high'], '.1%')}"
+        lines.append(f"{label:42}{f'{losses.bits_per_byte:.3f} {show_interval(low, high)}':>24}{saved:>26}")
     lines.append("\nby how much of the next chunk the neighbors state word for word (runs of 8 tokens):")
     for row in comparison.chunks.groups():
         on, plain = float(row["on"]), float(row["plain"])
@@ -160,6 +186,8 @@ def figures_verdict(figures: dict[str, Any]) -> str:
     parts = []
     for name, words in (("plain", "equal tokens"), ("plain-flops", "equal FLOPs")):
         gain = figures["gains"][name]
-        word = "fewer" if gain["low"] > 0 else "more" if gain["high"] < 0 else "not measurably fewer"
+        word = "fewer" if gain["gain"] >= 0 else "more"
+        if not (gain["low"] > 0 or gain["high"] < 0):
+            word += " (not measurable)"
         parts.append(f"{abs(gain['gain']):.1%} {word} bits per byte than a decoder at {words}")
     return f"RETRO needs {' and '.join(parts)}; {figures['ceiling']:.1%} of the tokens could be copied"

@@ -4,7 +4,6 @@ Chunks are sorted by how much of what they predict their neighbors state word fo
 losses are compared within each group; the cumulative curve is that of RETRO (arXiv 2112.04426 section 2.6).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ from retro_engine.evaluate.perplexity import token_losses
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.overlap import chunk_overlaps
 
-GROUPS = (("none", 0.0, 0.0), ("under .3", 0.0, 0.3), (".3 and more", 0.3, 1.0))  # name, above, up to
+GROUPS = (("none", 0.0, 0.0), ("up to .3", 0.0, 0.3), ("above .3", 0.3, 1.0))  # name, above, up to
 LIMITS = (0.0, 0.125, 0.25, 0.5, 1.0)  # of the cumulative curve
 
 
@@ -88,8 +87,3 @@ def _sum(values: np.ndarray, m: int) -> np.ndarray:
     """[B, N] per token -> [B, L] per chunk: tokens um + m - 1 ... um + 2m - 2 belong to chunk u."""
     shifted = np.pad(values[:, m - 1 :], ((0, 0), (0, m - 1)))
     return shifted.reshape(len(values), -1, m).sum(-1)
-
-
-def gain(with_retrieval: Sequence[float] | np.ndarray, without: Sequence[float] | np.ndarray) -> float:
-    """Share of the bits that retrieval saves: 1 - sum(with) / sum(without)."""
-    return float(1 - np.sum(with_retrieval) / np.sum(without))

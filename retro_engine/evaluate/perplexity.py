@@ -20,6 +20,7 @@ from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.overlap import drop_leaks
 
 BOOTSTRAP_DRAWS = 1000
+MIN_UNITS = 5  # fewer documents or entities make no interval
 CONFIDENCE = 0.95
 
 
@@ -56,7 +57,7 @@ class DocumentLosses:
             "loss": self.loss,
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
-            "interval": [low, high],
+            "interval": [low, high] if math.isfinite(low) else None,
             "tokens": int(self.tokens.sum()),
             "bytes": int(self.bytes.sum()),
             "documents": int((self.tokens > 0).sum()),
@@ -79,11 +80,18 @@ class Given:
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], count: int, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of `statistic` of draws with replacement from `count` units."""
+    """95 % interval of `statistic` of draws with replacement from `count` units; (nan, nan) below MIN_UNITS."""
+    if count < MIN_UNITS:
+        return math.nan, math.nan
     rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(0, count, count)) for _ in range(BOOTSTRAP_DRAWS)] if count else [math.nan]
+    values = [statistic(rng.integers(0, count, count)) for _ in range(BOOTSTRAP_DRAWS)]
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
+
+
+def show_interval(low: float, high: float, form: str = ".3f") -> str:
+    """`[low, high]`, or that there were too few units for one."""
+    return f"[{low:{form}}, {high:{form}}]" if math.isfinite(low) else "[too few]"
 
 
 def to_tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -55,15 +55,39 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse flags anywhere and settings anywhere; `overrides` gets every key=value, +key=value, ++key=value, ~key."""
-    args, extra = parser.parse_known_args(argv)
-    args.overrides = [text for text in extra if OVERRIDE.fullmatch(text)]
-    rest = [text for text in extra if not OVERRIDE.fullmatch(text)]
-    if rest and getattr(args, "prompt", "") is None:  # a prompt that stands behind a flag
-        args.prompt = rest.pop(0)
-    if rest:
-        parser.error(f"{' '.join(rest)} is not known; settings are key=value")
+    """Parse flags anywhere and settings anywhere: `overrides` gets every key=value, +key=value, ++key=value, ~key
+    that is not the value of a flag. After `--` nothing is a setting.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    takes_value = _flags_with_a_value(parser)
+    overrides: list[str] = []
+    rest: list[str] = []
+    for place, word in enumerate(words):
+        if word == "--":
+            rest += words[place:]
+            break
+        is_value = place > 0 and words[place - 1] in takes_value
+        (overrides if OVERRIDE.fullmatch(word) and not is_value else rest).append(word)
+    args, extra = parser.parse_known_args(rest)
+    extra = [word for word in extra if word != "--"]
+    if extra and getattr(args, "prompt", "") is None:  # a prompt that stands behind a flag
+        args.prompt = extra.pop(0)
+    if extra:
+        parser.error(f"{' '.join(extra)} is not known; settings are key=value")
+    args.overrides = overrides
     return args
+
+
+def _flags_with_a_value(parser: argparse.ArgumentParser) -> set[str]:
+    """The flags of a parser and of its sub-commands whose next word is their value."""
+    found: set[str] = set()
+    for action in parser._actions:  # argparse has no public way to list them
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                found |= _flags_with_a_value(sub)
+        elif action.nargs != 0:
+            found |= set(action.option_strings)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -133,8 +133,9 @@ def load_training_state(checkpoint: Path, model: RetroModel, optimizer: torch.op
     load_state(model, load_file(checkpoint / WEIGHTS_FILE), str(checkpoint / WEIGHTS_FILE))
     tensors = load_file(checkpoint / OPTIMIZER_FILE)
     torch.set_rng_state(tensors.pop("random_state"))
-    if "cuda_random_state" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors.pop("cuda_random_state"))
+    cuda_random_state = tensors.pop("cuda_random_state", None)
+    if cuda_random_state is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda_random_state)
     for name, parameter in model.named_parameters():
         entries = {key.split(".", 1)[0]: value for key, value in tensors.items() if key.split(".", 1)[1] == name}
         if entries:
@@ -147,7 +148,7 @@ def read_trainer(checkpoint: Path) -> dict[str, Any]:
     """trainer.json of a checkpoint. Raises StoreError when it is missing or damaged."""
     try:
         state = json.loads((checkpoint / TRAINER_FILE).read_text())
-        return {"step": int(state["step"]), **state}
+        return {**state, "step": int(state["step"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"{checkpoint / TRAINER_FILE} is damaged", str(error), "resume from another checkpoint"

@@ -481,7 +481,7 @@ class _Training:
         if self.skipped >= MAX_SKIPPED:
             raise GateError(
                 f"{MAX_SKIPPED} steps in a row had no finite loss or gradient",
-                f"at step {self.step + 1}; the last checkpoint is whole",
+                f"at step {self.step + 1}; no checkpoint was written since",
                 "lower model.optim.lr, or trainer.precision=32",
             )
         return total, norm, rate

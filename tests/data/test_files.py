@@ -184,6 +184,14 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert (disk / "a").read_bytes() == b"x" * 1000
 
 
+def test_a_failure_leaves_no_folder_of_its_own_and_keeps_the_users(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "new"):
+        with pytest.raises(ZeroDivisionError), files.locked(tmp_path / name):
+            raise ZeroDivisionError
+    assert os.listdir(tmp_path) == ["mine"]
+
+
 def test_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
     code = f"import os, sys; from retro_engine.data.files import locked\nfrom pathlib import Path\nwith locked(Path({str(tmp_path)!r})):\n print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

@@ -35,6 +35,32 @@ def test_a_small_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["demo", str(tmp_path / "c.jsonl"), "--out", str(out)]) == 2
 
 
+def test_what_would_make_the_comparison_false_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(tmp_path / "c.jsonl", 40)
+    for setting in (
+        "model.data.splits_string='98,2,0'",
+        "trainer.max_steps=3",
+        "model.retrieval=true",
+        "exp_manager.exp_dir=x",
+    ):
+        assert cli.main(["demo", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "d"), setting]) == 2
+        assert "is the demo's own" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
+def test_held_out_copies_of_other_documents_are_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_corpus(tmp_path / "c.jsonl", 20, words=120)
+    lines = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(lines + [line.replace('"id": "d', '"id": "copy') for line in lines[:12]]))
+    assert cli.main(["demo", str(source), "--out", str(tmp_path / "d"), "--steps", "2", *SMALL]) == 0
+    said = capsys.readouterr().err
+    assert said.count("is also among the others: left out") >= 1
+    figures = json.loads((tmp_path / "d" / "text.json").read_text())
+    assert figures["losses"]["on"]["documents"] == round(0.15 * 32) - said.count("left out")
+
+
 def test_nothing_to_gain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Documents that share no run of tokens: the ceiling says so, nothing is trained, exit 0."""
     rows = [json.dumps({"text": " ".join(chr(0x4E00 + 700 * d + i) for i in range(40))}) + "\n" for d in range(12)]

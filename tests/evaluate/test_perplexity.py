@@ -10,7 +10,7 @@ from helpers import small_config
 from retro_engine.data.batches import Sequences
 from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.store import Store
-from retro_engine.evaluate.perplexity import DocumentLosses, Given, bootstrap, evaluate
+from retro_engine.evaluate.perplexity import DocumentLosses, Given, bootstrap, evaluate, show_interval
 from retro_engine.generate.generator import encode_neighbors
 from retro_engine.model.retro import RetroModel
 
@@ -80,6 +80,9 @@ def test_intervals() -> None:
     error = 1.96 * 0.5 / 20
     assert low == pytest.approx(values.mean() - error, abs=error / 3)
     assert high == pytest.approx(values.mean() + error, abs=error / 3)
-    losses = DocumentLosses(np.array([10.0, 20.0]), np.array([5, 5]), np.array([20, 20]))
+    few = DocumentLosses(np.array([10.0, 20.0]), np.array([5, 5]), np.array([20, 20]))
+    assert few.summary()["interval"] is None, "two documents make no interval"
+    assert show_interval(*few.interval()) == "[too few]"
+    losses = DocumentLosses(np.arange(8.0), np.full(8, 5), np.full(8, 20))
     summary = losses.summary()
     assert summary["interval"][0] <= summary["bits_per_byte"] <= summary["interval"][1]

@@ -286,6 +286,22 @@ def test_a_signal_during_validation(small_store: Store, tmp_path: Path) -> None:
     assert f"at step {step}, checkpoint saved" in said
 
 
+def test_a_checkpoint_of_a_gpu_resumes_without_one(small_store: Store, tmp_path: Path) -> None:
+    """It holds the GPU's random state as well, which a CPU has no use for."""
+    from safetensors.torch import load_file, save_file
+
+    train(config(small_store, tmp_path / "r", "trainer.max_steps=2"), Reporter("quiet"))
+    folder = checkpoint.find_checkpoint(tmp_path / "r")
+    path = folder / "optimizer.safetensors"
+    tensors = load_file(path) | {"cuda_random_state": torch.zeros(16, dtype=torch.uint8)}
+    path.unlink()
+    save_file(tensors, path)
+    hashes = json.loads((folder / "COMPLETE").read_text()) | {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    (folder / "COMPLETE").unlink()
+    (folder / "COMPLETE").write_text(json.dumps(hashes))
+    assert train(config(small_store, tmp_path / "r", "trainer.max_steps=3"), Reporter("quiet")).step == 3
+
+
 def test_an_incomplete_or_damaged_checkpoint(whole: Path, tmp_path: Path) -> None:
     from retro_engine.api import Retro
 
