@@ -6,7 +6,7 @@ data = corpus.with_neighbors(index, k=2)
 fit(data, preset="tiny", out="runs/mine", steps=400)
 model = Retro.from_pretrained("runs/mine")
 print(model.evaluate(data.valid))
-print(model.generate("The garbage collector", index=index).text)
+print(model.generate("The neighbor table", index=index).text)
 """
 
 import glob

@@ -18,7 +18,7 @@ MODEL = (
     "trainer.max_steps=3 trainer.precision=32 trainer.limit_val_batches=1"
 )
 SIZES = {  # appended to a command, so that it ends in seconds; the last value of a setting counts
-    "retro demo docs": "--steps 2 model.hidden_size=48 model.ffn_hidden_size=64 model.num_attention_heads=2",
+    "retro demo python-docs": "--steps 2 model.hidden_size=48 model.ffn_hidden_size=64 model.num_attention_heads=2",
     "retro demo": "--steps 8 --no-gate",
     "retro prepare": "--vocab-size 400",
     "retro train": MODEL,
@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "docs").mkdir(parents=True)
     for number in range(12):
         (place / "docs" / f"{number}.md").write_text(
-            f"# Page {number}\n\nThe garbage collector of page {number} frees what nobody holds. " * 6
+            f"# Page {number}\n\nThe neighbor table of page {number} names what nobody else holds. " * 6
         )
     data = base / "shared" / "data"
     data.mkdir(parents=True)

@@ -73,7 +73,7 @@ def save(
         shutil.rmtree(final, ignore_errors=True)  # never complete: see above
         os.rename(aside, final)
         files.sync_folder(base)
-    except Exception:
+    except BaseException:  # a signal too: nothing half-written is left
         shutil.rmtree(aside, ignore_errors=True)
         raise
     for old in complete_checkpoints(run)[:-keep_last_n] if keep_last_n > 0 else []:
