@@ -7,6 +7,7 @@ Letters: B sequences, N tokens, M tokens per row, L rows per sequence, K neighbo
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
 
 SPLIT_SEED = 20260101  # of the order in which documents are dealt to train, validation and test
-MODES = ("on", "off", "random", "one_wrong")
+MODES = ("on", "off", "random", "one_right")
 
 
 @dataclass
@@ -219,7 +220,7 @@ class Sequences:
             yield self.batch(rows, mode)
 
     def batch(self, rows_BL: np.ndarray, mode: str = "on") -> Batch:
-        """Tokens, labels and neighbors of sequences of rows. `mode`: on | off | random | one_wrong."""
+        """Tokens, labels and neighbors of sequences of rows. `mode`: on | off | random | one_right."""
         assert mode in MODES, mode
         B, L = rows_BL.shape
         m = self.store.chunk_size
@@ -244,15 +245,16 @@ class Sequences:
         """[B, L, k] neighbor ids of each row, -1 = missing.
 
         Neighbors of the row's own document and of documents held out are passed over for the next best. random:
-        those of another row; one_wrong: the second is one of another row's.
+        those of another row; one_right: all but the first are other rows' first ones.
         """
         rows = np.where(rows_BL < 0, 0, rows_BL)
         if mode == "random":
             chosen = self._allowed_ids(self._other_rows(rows), rows)
         else:
             chosen = self._allowed_ids(rows, rows)
-            if mode == "one_wrong" and self.num_neighbors > 1:
-                chosen[..., 1] = self._allowed_ids(self._other_rows(rows), rows)[..., 0]
+            if mode == "one_right":
+                for place in range(1, chosen.shape[-1]):
+                    chosen[..., place] = self._allowed_ids(self._other_rows(rows, place), rows)[..., 0]
         return np.where(rows_BL[..., None] < 0, -1, chosen)
 
     def _allowed_ids(self, rows: np.ndarray, readers: np.ndarray) -> np.ndarray:
@@ -269,8 +271,9 @@ class Sequences:
         order = np.argsort(~is_good, axis=-1, kind="stable")[..., : self.num_neighbors]
         return np.take_along_axis(np.where(is_good, ids, -1), order, -1)
 
-    def _other_rows(self, rows: np.ndarray) -> np.ndarray:
-        """A fixed other row of these documents for each row: one half of them further on, within their order."""
-        place = np.searchsorted(self._evaluation_rows, rows)
-        half = max(1, len(self._evaluation_rows) // 2)
-        return self._evaluation_rows[(place + half) % len(self._evaluation_rows)]
+    def _other_rows(self, rows: np.ndarray, number: int = 1) -> np.ndarray:
+        """Fixed other rows of these documents for each row: 1/2, 1/3, 2/3, 1/4 ... of them further on, in their order."""
+        place, total = np.searchsorted(self._evaluation_rows, rows), len(self._evaluation_rows)
+        parts = [(i, n) for n in range(2, number + 2) for i in range(1, n) if math.gcd(i, n) == 1]
+        part, of = parts[number - 1]
+        return self._evaluation_rows[(place + max(1, total * part // of)) % total]

@@ -116,6 +116,50 @@ _WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 _OPENINGS = ("These lines are about {n}.", "A few words on {n}.", "What follows concerns {n}.", "Here you read of {n}.")
+# Wordings that no training text has: what is left of the skill when the sentences are new.
+_UNSEEN_WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "home": (
+        ("Ask for {n} in the streets of {v}.", "Letters reach {n} at {v}."),
+        ("You will meet {n} in {v}.", "{n} owns a garden near {v}."),
+    ),
+    "founded": (
+        ("{n} signed the first contract in {v}.", "The books of {n} open with the year {v}."),
+        ("The sign of {n} says {v}.", "Customers came to {n} from {v} on."),
+    ),
+    "partner": (
+        ("{n} splits the profit with {v}.", "At the bench beside {n} sits {v}."),
+        ("{n} hired {v}.", "Half of the shop of {n} belongs to {v}."),
+    ),
+    "cloak": (
+        ("{n} bought a coat made of {v}.", "People know {n} from afar by the {v}."),
+        ("The tailor cut {v} for {n}.", "{n} loves {v} cloth."),
+    ),
+    "mentor": (
+        ("{n} was once the pupil of {v}.", "All that {n} can do was shown by {v}."),
+        ("The teacher of {n} is called {v}.", "{n} still thanks {v}."),
+    ),
+    "craft": (
+        ("Buyers come to {n} for a {v}.", "In the window of {n} stands a {v}."),
+        ("{n} builds one {v} a week.", "Nobody makes a {v} like {n}."),
+    ),
+    "valley": (
+        ("{n} drives the cart along the valley of {v}.", "Each spring {n} visits the valley of {v}."),
+        ("{n} fishes in {v} valley.", "The inns of {v} valley know {n}."),
+    ),
+    "medal": (
+        ("The judges gave {n} the medal of {v}.", "{n} won the medal of {v}."),
+        ("{n} was given the {v} medal.", "A {v} medal hangs at the door of {n}."),
+    ),
+    "licence": (
+        ("The paper that {n} carries says {v}.", "{n} signs with the number {v}."),
+        ("{n} is filed under {v}.", "The clerk wrote {v} for {n}."),
+    ),
+    "supper": (
+        ("When guests come {n} makes {v}.", "{n} orders a plate of {v}."),
+        ("The dish of {n} is {v}.", "{n} never tires of {v}."),
+    ),
+}
+_UNSEEN_OPENINGS = ("Let us turn to {n}.", "This page is for {n}.")
 ATTRIBUTES = tuple(_WORDINGS)
 FACTS_PER_DOCUMENT = 6
 FACTS_PER_NOTE = 3
@@ -133,10 +177,10 @@ class Entity:
     notes: tuple[str, ...]
 
 
-def make_entities(count: int, seed: int) -> list[Entity]:
-    """`count` entities; the same for the same seed."""
+def make_entities(count: int, seed: int, is_unseen: bool = False) -> list[Entity]:
+    """`count` entities; the same for the same arguments. `is_unseen`: in wordings that are never used otherwise."""
     rng = random.Random(seed)
-    return [_entity(rng) for _ in range(count)]
+    return [_entity(rng, is_unseen) for _ in range(count)]
 
 
 def ask(name: str, attribute: str) -> str:
@@ -144,10 +188,15 @@ def ask(name: str, attribute: str) -> str:
     return _WORDINGS[attribute][0][0].format(n=name, v="\0").split("\0")[0].rstrip()
 
 
-def write_facts(folder: Path, num_train: int, num_heldout: int, seed: int = 1) -> dict[str, Path]:
-    """Write train.jsonl, heldout.jsonl (with "spans") and notes.jsonl (of both) to `folder`; return their paths."""
+def write_facts(
+    folder: Path, num_train: int, num_heldout: int, seed: int = 1, is_unseen: bool = False
+) -> dict[str, Path]:
+    """Write train.jsonl, heldout.jsonl (with "spans") and notes.jsonl (of both) to `folder`; return their paths.
+
+    `is_unseen`: the held-out entities are told of in wordings that training never has.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    train, heldout = make_entities(num_train, seed), make_entities(num_heldout, seed + 1_000_003)
+    train, heldout = make_entities(num_train, seed), make_entities(num_heldout, seed + 1_000_003, is_unseen)
     paths = {name: folder / f"{name}.jsonl" for name in ("train", "heldout", "notes")}
     for name, entities in (("train", train), ("heldout", heldout)):
         rows = [
@@ -168,7 +217,8 @@ def entity_notes(entity: Entity, prefix: str) -> list[Document]:
     return [Document(f"{prefix}-{j}", entity.name, text, f"{prefix}-{j}") for j, text in enumerate(entity.notes)]
 
 
-def _entity(rng: random.Random) -> Entity:
+def _entity(rng: random.Random, is_unseen: bool) -> Entity:
+    wordings, openings = (_UNSEEN_WORDINGS, _UNSEEN_OPENINGS) if is_unseen else (_WORDINGS, _OPENINGS)
     name = f"{_word(rng, 2)} {_word(rng, 2)}"
     values = {
         "home": _word(rng, 3),
@@ -183,10 +233,10 @@ def _entity(rng: random.Random) -> Entity:
         "supper": f"{_word(rng, 2).lower()} {_word(rng, 2).lower()}",
     }
     stated = rng.sample(ATTRIBUTES, FACTS_PER_DOCUMENT)
-    document = rng.choice(_OPENINGS).format(n=name)
+    document = rng.choice(openings).format(n=name)
     spans = []
     for attribute in stated:
-        before, after = rng.choice(_WORDINGS[attribute][0]).format(n=name, v="\0").split("\0")
+        before, after = rng.choice(wordings[attribute][0]).format(n=name, v="\0").split("\0")
         start = len(document) + 1 + len(before)
         document += f" {before}{values[attribute]}{after}"
         spans.append((start, start + len(values[attribute])))
@@ -194,7 +244,7 @@ def _entity(rng: random.Random) -> Entity:
     notes = []
     for first in range(0, len(told), FACTS_PER_NOTE):
         part = told[first : first + FACTS_PER_NOTE]
-        notes.append(" ".join(rng.choice(_WORDINGS[a][1]).format(n=name, v=values[a]) for a in part))
+        notes.append(" ".join(rng.choice(wordings[a][1]).format(n=name, v=values[a]) for a in part))
     return Entity(name, values, document, tuple(spans), tuple(notes))
 
 

@@ -31,7 +31,7 @@ from retro_engine.retrieval.neighbors import build_neighbors
 from retro_engine.retrieval.search import Retriever
 from retro_engine.train.loop import train
 
-CHUNK_SIZE, VOCABULARY = 32, 1024
+CHUNK_SIZE, LENGTH, VOCABULARY = 32, 128, 1024  # tokens of a chunk, tokens of a sequence, entries
 NUM_HELDOUT = 512
 STEPS, WARMUP_STEPS, CONSTANT_SHARE = 1500, 50, 0.6
 ENTITIES_PER_STEP = 9  # a batch has 8 sequences of about one document each: every entity is seen once at most
@@ -41,7 +41,7 @@ _ROWS = {
     "on": "its two notes",
     "off": "nothing (retrieval off)",
     "random": "notes about somebody else",
-    "one_wrong": "one right, one wrong note",
+    "one_right": "one right, one wrong note",
 }
 
 
@@ -53,7 +53,9 @@ class FactsData:
     heldout_path: Path
 
 
-def facts_data(out: Path, num_train: int, num_heldout: int, seed: int, reporter: Reporter) -> FactsData:
+def facts_data(
+    out: Path, num_train: int, num_heldout: int, seed: int, reporter: Reporter, chunk_size: int = CHUNK_SIZE
+) -> FactsData:
     """Generate the corpus and take it through prepare, index and neighbors."""
     paths = write_facts(out / "text", num_train, num_heldout, seed)
     stores = out / "store"
@@ -62,22 +64,22 @@ def facts_data(out: Path, num_train: int, num_heldout: int, seed: int, reporter:
     tokenizer_path = out / "text" / "tokenizer.json"
     tokenizer_path.write_text(tokenizer.json)
     train_store, heldout, notes = (
-        prepare([paths[name]], stores / name, str(tokenizer_path), chunk_size=CHUNK_SIZE)
+        prepare([paths[name]], stores / name, str(tokenizer_path), chunk_size=chunk_size)
         for name in ("train", "heldout", "notes")
     )
     for query in (train_store, heldout):
-        build_neighbors(query, [notes], "bm25", num_neighbors=4, reporter=reporter)
+        build_neighbors(query, [notes], "bm25", num_neighbors=8, reporter=reporter)
     return FactsData(train_store, heldout, notes, paths["heldout"])
 
 
-def facts_settings(out: Path, steps: int, init: str) -> list[str | tuple[str, Any]]:
+def facts_settings(out: Path, steps: int, init: str, chunk_size: int = CHUNK_SIZE) -> list[str | tuple[str, Any]]:
     """The recipe of docs/retrieval-ready.md as overrides of the tiny preset."""
     return [
         ("model.data.store", f"{out}/store/train"),
         ("model.data.valid_store", f"{out}/store/heldout"),
         f"model.init={init}",
-        f"model.chunk_size={CHUNK_SIZE}",
-        f"model.encoder_seq_length={4 * CHUNK_SIZE}",
+        f"model.chunk_size={chunk_size}",
+        f"model.encoder_seq_length={LENGTH}",
         f"trainer.max_steps={steps}",
         f"trainer.val_check_interval={max(1, steps // 4)}",
         "trainer.limit_val_batches=8",
@@ -98,6 +100,7 @@ def run_facts(
     is_gated: bool = True,
     reporter: Reporter | None = None,
     overrides: Sequence[str] = (),
+    chunk_size: int = CHUNK_SIZE,
 ) -> dict[str, Any]:
     """Run the demo in folder `out` and return its figures. Raises GateError when the proof fails."""
     reporter = reporter or Reporter()
@@ -106,9 +109,14 @@ def run_facts(
         raise UsageError(f"{out} holds a demo", "it is not overwritten", f"choose another --out, or rm -r {out}")
     start = time.monotonic()
     num_train = max(64, steps * ENTITIES_PER_STEP)
-    data = facts_data(out, num_train, min(NUM_HELDOUT, num_train), 1, reporter)
+    data = facts_data(out, num_train, min(NUM_HELDOUT, num_train), 1, reporter, chunk_size)
     prepared_s = time.monotonic() - start
-    settings = [*facts_settings(out, steps, init), ("seed", seed), ("exp_manager.exp_dir", f"{out}/run"), *overrides]
+    settings = [
+        *facts_settings(out, steps, init, chunk_size),
+        ("seed", seed),
+        ("exp_manager.exp_dir", f"{out}/run"),
+        *overrides,
+    ]
     config = load_config(settings, "tiny")
     start = time.monotonic()
     result = train(config, reporter)
@@ -118,7 +126,7 @@ def run_facts(
             result.exit_code, f"the checkpoint of step {result.step} is saved", f"rm -r {out}, and run it again"
         )
     retro = Retro.from_pretrained(result.checkpoint)
-    results = evaluate_facts(retro.model, _heldout_sequences(retro, data), data.heldout_path)
+    results = evaluate_facts(retro.model, heldout_sequences(retro, data.heldout), data.heldout_path)
     figures: dict[str, Any] = {mode: value.summary() for mode, value in results.items()}
     figures |= {"steps": result.step, "prepared_s": prepared_s, "trained_s": trained_s, "seed": seed, "init": init}
     reporter.say(table(results))
@@ -147,18 +155,20 @@ def table(results: dict[str, FactsResult]) -> str:
     return "\n".join(lines)
 
 
-def _heldout_sequences(retro: Retro, data: FactsData) -> Sequences:
+def heldout_sequences(retro: Retro, store: Store, num_neighbors: int | None = None) -> Sequences:
+    """All documents of a store with their BM25 neighbors, for `retro`; `num_neighbors` None = as it was trained."""
     c = retro.model.config
-    neighbors = NeighborTable(data.heldout.folder / "neighbors" / "bm25", data.heldout)
-    return Sequences(
-        data.heldout, np.arange(data.heldout.num_documents), c.encoder_seq_length, neighbors, c.num_neighbors, c.r
-    )
+    table = NeighborTable(store.folder / "neighbors" / "bm25", store)
+    documents = np.arange(store.num_documents)
+    return Sequences(store, documents, c.encoder_seq_length, table, num_neighbors or c.num_neighbors, c.r)
 
 
 def _new_entity(retro: Retro, data: FactsData, out: Path, seed: int, reporter: Reporter) -> list[dict[str, Any]]:
     """Put notes about an entity nobody has seen into a second store and ask for its facts by free generation."""
     entity = make_entities(1, seed + 77_000_000)[0]
-    news = store_from_documents(entity_notes(entity, "news"), out / "store" / "news", retro.tokenizer, CHUNK_SIZE)
+    news = store_from_documents(
+        entity_notes(entity, "news"), out / "store" / "news", retro.tokenizer, data.notes.chunk_size
+    )
     generator = Generator(retro.model, retro.tokenizer, Retriever([data.notes, news]))
     reporter.say(
         f"\nNew: {len(entity.notes)} notes about {entity.name} in a second store, searched together with the first."

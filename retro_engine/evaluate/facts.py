@@ -6,6 +6,7 @@ the right one does not state. Intervals over entities.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,14 @@ class FactsResult:
 
 
 def evaluate_facts(
-    model: RetroModel, sequences: Sequences, documents_path: Path, batch_size: int = 32, is_bf16: bool = False
+    model: RetroModel,
+    sequences: Sequences,
+    documents_path: Path,
+    modes: Sequence[str] = MODES,
+    batch_size: int = 32,
+    is_bf16: bool = False,
 ) -> dict[str, FactsResult]:
-    """Results per mode (on, off, random, one_wrong) over the store's documents, whose value spans are in
+    """Results per mode (on, off, random, one_right) over the store's documents, whose value spans are in
     `documents_path` (heldout.jsonl of `builtin.write_facts`, in the store's order).
     """
     store = sequences.store
@@ -60,7 +66,7 @@ def evaluate_facts(
     token_bytes = store.tokenizer.token_bytes()
     device = model.embedding.weight.device
     results = {}
-    for mode in MODES:
+    for mode in modes:
         count = store.num_documents
         tokens, right, values, right_values, nats, num_bytes, num_tokens = (np.zeros(count) for _ in range(7))
         is_right_value: dict[tuple[int, int], bool] = {}
@@ -73,7 +79,7 @@ def evaluate_facts(
             np.add.at(num_tokens, document[has_label], 1)
             value = _values_of_labels(value_of, rows, store.chunk_size)
             is_value = (value > 0) & has_label
-            if mode == "one_wrong":
+            if mode == "one_right":
                 is_value &= _is_stated(rows_of_text, batch, value, is_value, sequences)
             is_right = best.cpu().numpy() == batch.labels
             np.add.at(tokens, document[is_value], 1)

@@ -135,7 +135,7 @@ def evaluate(
     given: Given | None = None,
     leak_limit: float | None = None,
 ) -> dict[str, DocumentLosses]:
-    """Losses per document for each mode (on, off, random, one_wrong, given); `limit` batches at most a mode.
+    """Losses per document for each mode (on, off, random, one_right, given); `limit` batches at most a mode.
 
     `leak_limit`: neighbors that state more than this share of what follows word for word become missing. The model is left in the mode it was in.
     """

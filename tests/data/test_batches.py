@@ -78,7 +78,7 @@ def test_no_neighbor_is_of_the_own_document_or_held_out(small_store: Store, tabl
     for share in ("train", "valid"):
         data = Sequences(small_store, shares[share], 64, table, 2, database_documents=shares["train"])
         seen = 0
-        for mode in ("on", "random", "one_wrong"):
+        for mode in ("on", "random", "one_right"):
             rows = data.in_order()
             ids = data.neighbor_ids(rows, mode)
             for row, chosen in zip(rows.reshape(-1), ids.reshape(-1, 2)):

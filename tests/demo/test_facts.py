@@ -15,7 +15,7 @@ def test_the_gate_closes_on_a_model_that_has_not_learned(tmp_path: Path, capsys:
     assert "error: value accuracy on 0.0" in said
     assert "one right, one wrong note" in said
     figures = json.loads((out / "demo.json").read_text())
-    assert {"on", "off", "random", "one_wrong", "new_entity", "seed"} <= set(figures)
+    assert {"on", "off", "random", "one_right", "new_entity", "seed"} <= set(figures)
     assert figures["on"]["entities"] == 72
     assert len(figures["new_entity"]) == 6
     assert all(answer["sources"][0].startswith("news-") for answer in figures["new_entity"])

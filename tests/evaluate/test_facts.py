@@ -43,8 +43,8 @@ def test_a_perfect_reader(tmp_path: Path) -> None:
     assert results["on"].value_accuracy > 0.9, "the notes state the values"
     assert results["off"].value_accuracy < 0.05
     assert results["random"].value_accuracy < 0.7
-    assert results["one_wrong"].value_accuracy > 0.9, "values that the right note does not state are left out"
-    assert 0 < results["one_wrong"].tokens.sum() < results["on"].tokens.sum()
+    assert results["one_right"].value_accuracy > 0.9, "values that the right note does not state are left out"
+    assert 0 < results["one_right"].tokens.sum() < results["on"].tokens.sum()
     assert 4 < results["on"].values.sum() / 24 <= 6
     summary = results["on"].summary()
     assert summary["value_accuracy_interval"][0] <= summary["value_accuracy"] <= summary["value_accuracy_interval"][1]
