@@ -2,11 +2,15 @@
 
 Tokens um+m-1 ... um+2m-2 attend, under one softmax, all valid tokens of chunk u's neighbors. With cos and sin
 the query at offset i is rotated at position i + m - 1 and the key i' of each neighbor at i'.
-Reads q, k, v once and writes o once: bytes(q + k + v + o) is the roofline.
+Reads q, k, v once and writes o once: bytes(q + k + v + o) is the roofline; padding is not read.
 """
 
-from retro_kernels import reference
-from retro_kernels.backend import backend
+import math
+
+import torch
+from retro_kernels import cpp, reference
+from retro_kernels.attention import check_heads, check_range, check_tables
+from retro_kernels.backend import choose
 from torch import Tensor
 
 
@@ -21,34 +25,125 @@ def chunked_cross_attention(
     scale: float | None = None,
     query_offset: int | None = None,
     dropout: float = 0.0,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """q [b, n, h, e]; k, v [b, l, K, r, h_kv, e]; neighbor_lengths [b, l, K] -> [b, n, h, e].
 
     Exactly 0 before token m-1 and where a chunk has no valid neighbor; `neighbor_lengths` None = all full,
     0 = missing. l is floor(n / chunk_length). `scale` None = 1/sqrt(e). `query_offset` None = chunk_length - 1.
+    `dropout` is of the attention weights (plain PyTorch only). `return_lse` adds the natural log-sum-exp of the
+    scores [b, h, n] in fp32, +inf where nothing is attended; it has no gradient.
     Raises ValueError naming the argument, its shape and the rule.
     """
+    offset = chunk_length - 1 if query_offset is None else query_offset
+    _check(q, k, v, neighbor_lengths, chunk_length, cos, sin, offset)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    is_fast = not dropout and choose("chunked_cross_attention", q, k, v) == "cpp"
+    if is_fast:
+        o, lse = _chunked_cross_attention(q, k, v, neighbor_lengths, cos, sin, chunk_length, offset, scale)
+        return (o, lse.detach() * math.log(2)) if return_lse else o
+    o = reference.chunked_cross_attention(q, k, v, neighbor_lengths, chunk_length, cos, sin, scale, offset, dropout)
+    if not return_lse:
+        return o
+    return o, reference.chunked_log_sum_exp(q, k, neighbor_lengths, chunk_length, cos, sin, scale, offset)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    chunk_length: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    query_offset: int,
+) -> None:
     if q.dim() != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [b, n, h, e]")
     if k.dim() != 6 or k.shape != v.shape:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)}: expected the same [b, l, K, r, h_kv, e]")
     if (k.shape[0], k.shape[5]) != (q.shape[0], q.shape[3]):
         raise ValueError(f"k {tuple(k.shape)} and q {tuple(q.shape)}: batch and head width must agree")
-    if k.shape[4] == 0 or q.shape[2] % k.shape[4]:
-        raise ValueError(f"q has {q.shape[2]} heads, k has {k.shape[4]}: the first must be a multiple of the second")
+    check_heads(q, k, v)
     if chunk_length < 1 or k.shape[1] != q.shape[1] // chunk_length:
         raise ValueError(
             f"k has {k.shape[1]} chunks; n={q.shape[1]} tokens in chunks of {chunk_length} make "
             f"{q.shape[1] // max(1, chunk_length)}"
         )
-    if neighbor_lengths is not None and neighbor_lengths.shape != k.shape[:3]:
+    if lengths is not None and lengths.shape != k.shape[:3]:
         raise ValueError(
-            f"neighbor_lengths has shape {tuple(neighbor_lengths.shape)}; expected [b, l, K] = {tuple(k.shape[:3])}"
+            f"neighbor_lengths has shape {tuple(lengths.shape)}; expected [b, l, K] = {tuple(k.shape[:3])}"
         )
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin must be given together")
-    offset = chunk_length - 1 if query_offset is None else query_offset
-    if cos is not None and cos.shape[0] < max(offset + chunk_length, k.shape[3]):
-        raise ValueError(f"cos has {cos.shape[0]} positions; {max(offset + chunk_length, k.shape[3])} are needed")
-    assert backend() == "reference"
-    return reference.chunked_cross_attention(q, k, v, neighbor_lengths, chunk_length, cos, sin, scale, offset, dropout)
+    check_range("neighbor_lengths", lengths, k.shape[3])
+    if query_offset < 0:
+        raise ValueError(f"query_offset={query_offset}: must not be negative")
+    check_tables(cos, sin, max(query_offset + chunk_length, k.shape[3]), q.shape[3])
+
+
+@torch.library.custom_op("retro_kernels::chunked_cross_attention", mutates_args=(), device_types="cpu")
+def _chunked_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    neighbor_lengths: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    chunk_length: int,
+    query_offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return cpp.attention_forward(q, k, v, _problem(neighbor_lengths, cos, sin, chunk_length, query_offset, scale))
+
+
+def _problem(
+    lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None, chunk_length: int, query_offset: int, scale: float
+) -> cpp.Problem:
+    return cpp.Problem(
+        chunk_length=chunk_length, lengths=lengths, cos=cos, sin=sin, query_offset=query_offset, scale=scale
+    )
+
+
+@_chunked_cross_attention.register_fake
+def _(q, k, v, neighbor_lengths, cos, sin, chunk_length, query_offset, scale):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("retro_kernels::chunked_cross_attention_backward", mutates_args=(), device_types="cpu")
+def _chunked_cross_attention_backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    neighbor_lengths: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    chunk_length: int,
+    query_offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = _problem(neighbor_lengths, cos, sin, chunk_length, query_offset, scale)
+    return cpp.attention_backward(grad_o, q, k, v, o, lse, problem)
+
+
+@_chunked_cross_attention_backward.register_fake
+def _(grad_o, q, k, v, o, lse, *rest):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, lengths, cos, sin, *ctx.numbers = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, lengths, cos, sin)
+
+
+def _gradients(ctx, grad_o, grad_lse):  # type: ignore[no-untyped-def]
+    none = (None,) * 6
+    if grad_o is None:
+        return None, None, None, *none
+    return *_chunked_cross_attention_backward(grad_o, *ctx.saved_tensors, *ctx.numbers), *none
+
+
+_chunked_cross_attention.register_autograd(_gradients, setup_context=_keep)

@@ -5,7 +5,7 @@ missing neighbor of length 0. Reads ceil(r/m) rows and writes r tokens per id: t
 """
 
 from retro_kernels import reference
-from retro_kernels.backend import backend
+from retro_kernels.backend import choose
 from torch import Tensor
 
 
@@ -32,5 +32,5 @@ def gather_neighbors(
         raise ValueError(
             f"ids span {int(ids.min())} ... {int(ids.max())}; expected -1 (missing) to {table.shape[0] - 1}"
         )
-    assert backend() == "reference"
+    choose("gather_neighbors", table)
     return reference.gather_neighbors(table, document, row_lengths, ids, retrieved_length, pad_id)

@@ -32,6 +32,57 @@ def rope(
     return torch.cat((out, rest), -1) if rest.shape[-1] else out
 
 
+def attention(
+    q_BNHE: Tensor,
+    k_BSGE: Tensor,
+    v_BSGE: Tensor,
+    is_causal: bool,
+    first_keys: Tensor | None,
+    key_begins: Tensor | None,
+    key_ends: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    query_offset: int,
+    query_period: int,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax attention over each query's range of keys; exactly 0 where it is empty."""
+    N, S = q_BNHE.shape[1], k_BSGE.shape[1]
+    query, key = torch.arange(N, device=q_BNHE.device), torch.arange(S, device=q_BNHE.device)
+    if cos is not None and sin is not None:
+        q_BNHE = rope(q_BNHE, cos, sin, query_offset + query % query_period)
+        k_BSGE = rope(k_BSGE, cos, sin)
+    seen = None
+    if first_keys is not None:
+        seen = key >= first_keys[:, :, None]
+    for bound, is_begin in ((key_begins, True), (key_ends, False)):
+        if bound is not None:
+            inside = key >= bound[:, None, None] if is_begin else key < bound[:, None, None]
+            seen = inside if seen is None else seen & inside
+    if is_causal and seen is not None:
+        seen = seen & (key <= query[:, None] + S - N)
+    elif is_causal and N != S:
+        seen = (key <= query[:, None] + S - N)[None]
+    any_seen = None
+    if key_begins is not None or key_ends is not None or first_keys is not None:
+        assert seen is not None
+        any_seen = seen.any(-1, keepdim=True)
+        k_BSGE, v_BSGE = (x.masked_fill(~seen.any(1)[:, :, None, None], 0) for x in (k_BSGE, v_BSGE))
+        seen = seen | ~any_seen
+    out = F.scaled_dot_product_attention(
+        q_BNHE.transpose(1, 2),
+        k_BSGE.transpose(1, 2),
+        v_BSGE.transpose(1, 2),
+        attn_mask=None if seen is None else seen[:, None],
+        dropout_p=dropout,
+        is_causal=is_causal and seen is None,
+        scale=scale,
+        enable_gqa=q_BNHE.shape[2] != k_BSGE.shape[2],
+    ).transpose(1, 2)
+    return out if any_seen is None else out * any_seen[..., None].to(out.dtype)
+
+
 def chunked_cross_attention(
     q_BNHE: Tensor,
     k_BLKRGE: Tensor,
@@ -80,6 +131,37 @@ def chunked_cross_attention(
         out = out * any_valid[:, None, None, None].to(out.dtype)
     out = out.reshape(B, L * M, H, E)[:, : L * M - tail]
     return F.pad(out, (0, 0, 0, 0, M - 1, N - (M - 1) - (L * M - tail)))
+
+
+def chunked_log_sum_exp(
+    q_BNHE: Tensor,
+    k_BLKRGE: Tensor,
+    neighbor_lengths: Tensor | None,
+    chunk_length: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    scale: float,
+    query_offset: int,
+) -> Tensor:
+    """log sum exp of each token's scores [b, h, n] in fp32; +inf where nothing is attended."""
+    B, N, H, _ = q_BNHE.shape
+    _, L, K, R, G, _ = k_BLKRGE.shape
+    M = chunk_length
+    out = torch.full((B, H, N), float("inf"), device=q_BNHE.device)
+    for u in range(L):
+        tokens = torch.arange(u * M + M - 1, min(u * M + 2 * M - 1, N), device=q_BNHE.device)
+        q, k = q_BNHE[:, tokens], k_BLKRGE[:, u].reshape(B * K, R, G, -1)
+        if cos is not None and sin is not None:
+            q = rope(q, cos, sin, query_offset + tokens - tokens[0])
+            k = rope(k, cos, sin)
+        k = k.reshape(B, K * R, G, -1).repeat_interleave(H // G, 2)
+        scores = torch.einsum("bnhe,bshe->bhns", q.float(), k.float()) * scale
+        if neighbor_lengths is not None:
+            valid = torch.arange(R, device=q.device) < neighbor_lengths[:, u, :, None]
+            scores = scores.masked_fill(~valid.reshape(B, 1, 1, K * R), -float("inf"))
+        lse = scores.logsumexp(-1)
+        out[:, :, tokens] = torch.where(lse == -float("inf"), float("inf"), lse)
+    return out
 
 
 def gather_neighbors(

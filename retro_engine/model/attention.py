@@ -57,10 +57,21 @@ class SelfAttention(nn.Module):
             q, k = ops.rope_qk(q, k, *rotary, positions=positions, interleaved=self.interleaved)
         return q, k, v
 
-    def forward(self, x_BND: Tensor, rotary: Rotary, mask: Tensor | None, is_causal: bool) -> Tensor:
-        q, k, v = self.project(x_BND, rotary)
+    def forward(
+        self,
+        x_BND: Tensor,
+        rotary: Rotary,
+        is_causal: bool,
+        first_keys: Tensor | None = None,
+        key_ends: Tensor | None = None,
+    ) -> Tensor:
+        """[b, n, d] -> [b, n, d]; the ranges are `ops.attention`'s."""
+        inside = None if self.interleaved else rotary  # the fused rotation is half-split
+        q, k, v = self.project(x_BND, rotary if self.interleaved else None)
         dropout = self.dropout if self.training else 0.0
-        return self.out(ops.attention(q, k, v, mask, is_causal and mask is None, dropout).flatten(-2))
+        return self.out(
+            ops.attention(q, k, v, is_causal, first_keys, None, key_ends, inside, dropout=dropout).flatten(-2)
+        )
 
 
 class CrossAttention(nn.Module):

@@ -5,7 +5,6 @@ Shape letters: B batch, L chunks, K neighbors, R tokens per neighbor, M chunk le
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig
@@ -31,33 +30,32 @@ class EncoderLayer(nn.Module):
     def forward(
         self,
         y_BLKRC: Tensor,
-        key_mask: Tensor | None,
+        key_ends: Tensor | None,
         hidden_BLMD: Tensor,
-        hidden_mask_BLM: Tensor | None,
+        hidden_range: tuple[Tensor, Tensor] | None,
         rotary: Rotary,
     ) -> Tensor:
         B, L, K, R, C = y_BLKRC.shape
         y = y_BLKRC.reshape(B * L * K, R, C)
-        y = y + self.dropout(self.attention(self.attention_norm(y), rotary, key_mask, is_causal=False))
+        y = y + self.dropout(self.attention(self.attention_norm(y), rotary, is_causal=False, key_ends=key_ends))
         if self.is_crossing:
             z = self.cross_norm(y)
             y = (z if self.residual_is_norm else y) + self.dropout(
-                self._cross(z.reshape(B * L, K * R, C), hidden_BLMD, hidden_mask_BLM, R, rotary).reshape(y.shape)
+                self._cross(z.reshape(B * L, K * R, C), hidden_BLMD, hidden_range, R, rotary).reshape(y.shape)
             )
         y = y + self.dropout(self.ffn(self.ffn_norm(y)))
         return y.reshape(B, L, K, R, C)
 
-    def _cross(self, z: Tensor, hidden_BLMD: Tensor, mask_BLM: Tensor | None, R: int, rotary: Rotary) -> Tensor:
+    def _cross(
+        self, z: Tensor, hidden_BLMD: Tensor, hidden_range: tuple[Tensor, Tensor] | None, R: int, rotary: Rotary
+    ) -> Tensor:
         """Query position i' in 0 ... r-1 of each neighbor, key position i in 0 ... m-1 of the chunk."""
-        hidden = hidden_BLMD.flatten(0, 1)
         q = self.cross.queries(z)
-        k, v = self.cross.keys_values(hidden)
-        if rotary is not None:
-            q = ops.rope(q, *rotary, positions=torch.arange(z.shape[1], device=z.device) % R)
-            k = ops.rope(k, *rotary)
-        mask = None if mask_BLM is None else mask_BLM.flatten(0, 1)[:, None, None, :]
+        k, v = self.cross.keys_values(hidden_BLMD.flatten(0, 1))
+        begins, ends = (None, None) if hidden_range is None else (x.flatten() for x in hidden_range)
         dropout = self.cross.dropout if self.training else 0.0
-        return self.cross.out(ops.attention(q, k, v, mask, dropout=dropout).flatten(-2))
+        attended = ops.attention(q, k, v, False, None, begins, ends, rotary, query_period=R, dropout=dropout)
+        return self.cross.out(attended.flatten(-2))
 
 
 class Encoder(nn.Module):
@@ -75,20 +73,19 @@ class Encoder(nn.Module):
         neighbors_BLKRC: Tensor,
         lengths_BLK: Tensor | None,
         hidden_BLMD: Tensor,
-        hidden_mask_BLM: Tensor | None,
+        hidden_range: tuple[Tensor, Tensor] | None,
         rotary: Rotary,
     ) -> Tensor:
         """Embedded neighbors -> encoded [b, l, k, r, c].
 
         `lengths_BLK` None = full; the output at padding is finite and means nothing. `hidden_BLMD` is the normed
-        state of the chunk at the first cross-attending decoder layer; `hidden_mask_BLM` True = may be read, at
-        least one a chunk.
+        state of the chunk at the first cross-attending decoder layer; `hidden_range` [b, l] the begin and the end of
+        its tokens that may be read, at least one a chunk.
         """
-        y, R = neighbors_BLKRC, neighbors_BLKRC.shape[3]
-        key_mask = None
+        y = neighbors_BLKRC
+        key_ends = None
         if lengths_BLK is not None:
-            shown = lengths_BLK.reshape(-1, 1, 1, 1).clamp(min=1)  # a missing neighbor reads itself: finite, unused
-            key_mask = torch.arange(R, device=y.device) < shown
+            key_ends = lengths_BLK.reshape(-1).clamp(min=1)  # a missing neighbor reads itself: finite, unused
         for layer in self.layers:
-            y = layer(y, key_mask, hidden_BLMD, hidden_mask_BLM, rotary)
+            y = layer(y, key_ends, hidden_BLMD, hidden_range, rotary)
         return self.final_norm(y)

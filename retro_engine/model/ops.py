@@ -5,28 +5,56 @@ Shape letters: B batch, N queries, S keys, H query heads, G key/value heads, E h
 
 import torch
 import torch.nn.functional as F
+from retro_kernels import reference
+from retro_kernels.attention import attention as kernels_attention
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
 from retro_kernels.rope import rope, rope_qk
 from torch import Tensor
 
-__all__ = ["attention", "chunked_cross_attention", "rope", "rope_qk", "rotary_tables"]
+__all__ = ["attention", "chunked_cross_attention", "masked_attention", "rope", "rope_qk", "rotary_tables"]
 
 
 def attention(
     q_BNHE: Tensor,
     k_BSGE: Tensor,
     v_BSGE: Tensor,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
+    is_causal: bool,
+    first_keys: Tensor | None = None,
+    key_begins: Tensor | None = None,
+    key_ends: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    query_period: int | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(q k' / sqrt(e)) v; `mask` is boolean, True = attend, broadcastable to [b, h, n, s]."""
+    """`retro_kernels.attention`, or plain PyTorch where attention weights are dropped out."""
+    cos, sin = rotary if rotary is not None else (None, None)
+    if dropout:
+        scale, period = q_BNHE.shape[3] ** -0.5, query_period or q_BNHE.shape[1]
+        arguments = (is_causal, first_keys, key_begins, key_ends, cos, sin, 0, period, scale, dropout)
+        return reference.attention(q_BNHE, k_BSGE, v_BSGE, *arguments)
+    return kernels_attention(
+        q_BNHE,
+        k_BSGE,
+        v_BSGE,
+        is_causal=is_causal,
+        first_keys=first_keys,
+        key_begins=key_begins,
+        key_ends=key_ends,
+        cos=cos,
+        sin=sin,
+        query_period=query_period,
+    )
+
+
+def masked_attention(
+    q_BNHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """softmax(q k' / sqrt(e)) v for decoding; `mask` True = attend, broadcastable to [b, h, n, s]."""
     return F.scaled_dot_product_attention(
         q_BNHE.transpose(1, 2),
         k_BSGE.transpose(1, 2),
         v_BSGE.transpose(1, 2),
         attn_mask=mask,
-        dropout_p=dropout,
         is_causal=is_causal,
         enable_gqa=q_BNHE.shape[2] != k_BSGE.shape[2],
     ).transpose(1, 2)

@@ -27,7 +27,7 @@ class _Neighbors:
 
     tokens_BLKR: Tensor
     lengths_BLK: Tensor | None  # None = all full
-    hidden_mask_BLM: Tensor | None  # the chunk's tokens that the encoder may read; None = all
+    hidden_range: tuple[Tensor, Tensor] | None  # [b, l] begin and end of a chunk's tokens that the encoder reads
     attends_BN: Tensor  # the tokens that get anything from CCA
     front: int  # padding before the first chunk that makes it whole
 
@@ -78,7 +78,8 @@ class RetroModel(nn.Module):
         """tokens [b, n], neighbors [b, l, k, r], neighbor_lengths [b, l, k], document_ids [b, n] -> logits [b, n, V].
 
         neighbors None = retrieval off; neighbor_lengths None = all full, 0 = missing; document_ids None = one
-        document (or derived from the tokens when the config has eod_id and pad_id), -1 = padding.
+        document (or derived from the tokens when the config has eod_id and pad_id), -1 = padding. A document is a run
+        of equal ids.
         Raises ValueError naming the argument, its shape and the rule.
         """
         return self.logits(self.hidden(tokens, neighbors, neighbor_lengths, document_ids))
@@ -94,14 +95,14 @@ class RetroModel(nn.Module):
         self._check_shapes(tokens, neighbors, neighbor_lengths, document_ids)
         B, N = tokens.shape
         documents = self._documents(tokens, document_ids)
-        mask = self._self_attention_mask(documents, N)
+        first_keys = None if documents is None else _first_of_run(documents)
         retrieved = self._neighbor_view(tokens, neighbors, neighbor_lengths, documents)
         x = self._embed(tokens, 0)
         rotary = self._decoder_rotary(N, tokens.device)
         cross_rotary = self._cross_rotary(tokens.device)
         encoded = None
         for layer in self.layers:
-            x = layer.self_attend(x, rotary, mask)
+            x = layer.self_attend(x, rotary, first_keys)
             if layer.is_crossing and retrieved is not None:
                 z = layer.cross_norm(x)
                 if encoded is None:
@@ -163,7 +164,7 @@ class RetroModel(nn.Module):
             cache.keys_BSGE[index][:, start:stop] = k
             cache.values_BSGE[index][:, start:stop] = v
             keys, values = cache.keys_BSGE[index][:, :stop], cache.values_BSGE[index][:, :stop]
-            attended = ops.attention(q, keys, values, mask, is_causal=mask is None and T > 1)
+            attended = ops.masked_attention(q, keys, values, mask, is_causal=mask is None and T > 1)
             x = x + layer.attention.out(attended.flatten(-2))
             if layer.is_crossing:
                 z = layer.cross_norm(x)
@@ -229,14 +230,6 @@ class RetroModel(nn.Module):
                 document_ids = torch.where(tokens == c.pad_id, -1, document_ids)
         return document_ids if c.reset_attention else document_ids.clamp(max=0)
 
-    def _self_attention_mask(self, documents_BN: Tensor | None, N: int) -> Tensor | None:
-        if documents_BN is None:
-            return None
-        causal = torch.ones(N, N, dtype=torch.bool, device=documents_BN.device).tril()
-        same = (documents_BN[:, :, None] == documents_BN[:, None, :]) & (documents_BN >= 0)[:, None, :]
-        itself = torch.eye(N, dtype=torch.bool, device=documents_BN.device)  # padding reads itself: finite, unused
-        return (causal & (same | itself))[:, None]
-
     def _neighbor_view(
         self, tokens: Tensor, neighbors: Tensor | None, lengths: Tensor | None, documents: Tensor | None
     ) -> _Neighbors | None:
@@ -261,18 +254,18 @@ class RetroModel(nn.Module):
         if lengths is None:
             lengths = torch.full((B, L, K), R, device=tokens.device)
         chunk = chunk.clamp(min=0)
-        hidden_mask = None
+        hidden_range = None
         if documents is not None:
             whole = F.pad(documents, (front, 0), value=-1)[:, : L * M].reshape(B, L, M)
             last = whole[:, :, -1]  # the document a chunk's neighbors were retrieved for
             lengths = torch.where((last >= 0)[..., None], lengths, 0)  # a chunk that ends in padding has none
-            hidden_mask = whole >= 0
+            is_read = whole == last[..., None] if c.cca_reset else whole >= 0
+            hidden_range = _range_of(is_read)
             if c.cca_reset:
-                hidden_mask = hidden_mask & (whole == last[..., None])
+                hidden_range = (_first_of_run(whole)[..., -1], hidden_range[1])
                 attends = attends & (documents == last[:, chunk])
-            hidden_mask = hidden_mask | ~hidden_mask.any(-1, keepdim=True)  # an empty chunk: finite, unused
         attends = attends & (lengths > 0).any(-1)[:, chunk]
-        return _Neighbors(neighbors, lengths, hidden_mask, attends, front)
+        return _Neighbors(neighbors, lengths, hidden_range, attends, front)
 
     def _encode(self, retrieved: _Neighbors, z_BND: Tensor) -> Tensor:
         """[b, l, k, r, c_enc], conditioned on the chunks of the normed state z."""
@@ -283,7 +276,7 @@ class RetroModel(nn.Module):
             self._embed_neighbors(retrieved.tokens_BLKR),
             retrieved.lengths_BLK,
             hidden,
-            retrieved.hidden_mask_BLM,
+            retrieved.hidden_range,
             self._encoder_rotary(z_BND.device),
         )
 
@@ -322,14 +315,14 @@ class RetroModel(nn.Module):
         is_token = cache.is_token_BS[:, first : first + completed * M].reshape(B, completed, M)
         if lengths is None or not self.config.mask_neighbors:
             lengths = torch.full((B, completed, K), R, device=z_BTD.device)
-        hidden_mask = None
+        hidden_range = None
         if cache.has_padding and self.config.mask_neighbors:
             lengths = torch.where(is_token[:, :, -1:], lengths, 0)
-            hidden_mask = is_token | ~is_token.any(-1, keepdim=True)
+            hidden_range = _range_of(is_token)
         hidden = state[:, : completed * M].reshape(B, completed, M, D)
         assert self.encoder is not None
         embedded = self._embed_neighbors(neighbors)
-        encoded = self.encoder(embedded, lengths, hidden, hidden_mask, self._encoder_rotary(z_BTD.device))
+        encoded = self.encoder(embedded, lengths, hidden, hidden_range, self._encoder_rotary(z_BTD.device))
         valid = torch.arange(R, device=z_BTD.device) < lengths[..., None]
         return _FreshNeighbors(encoded, valid.reshape(B, completed, K * R))
 
@@ -361,7 +354,7 @@ class RetroModel(nn.Module):
                 q = ops.rope(q, *rotary, positions=torch.arange(first, first + end - begin, device=q.device))
             has_any = mask.any(-1)[:, None, None]
             allowed = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]
-            attended = ops.attention(q, cache.cross_keys[index], cache.cross_values[index], allowed)
+            attended = ops.masked_attention(q, cache.cross_keys[index], cache.cross_values[index], allowed)
             if not c.cca_bias_everywhere:
                 out[:, begin:end] = torch.where(has_any, cross.out(attended.flatten(-2)), 0)
             else:
@@ -393,3 +386,18 @@ class RetroModel(nn.Module):
             raise ValueError(
                 f"neighbor_lengths has shape {tuple(lengths.shape)}; expected {tuple(neighbors.shape[:3])}"
             )
+
+
+def _first_of_run(documents: Tensor) -> Tensor:
+    """[..., n]: where the run of equal values that each place belongs to begins."""
+    place = torch.arange(documents.shape[-1], device=documents.device)
+    is_first = F.pad(documents[..., 1:] != documents[..., :-1], (1, 0), value=True)
+    return torch.where(is_first, place, 0).cummax(-1).values
+
+
+def _range_of(is_read: Tensor) -> tuple[Tensor, Tensor]:
+    """First and one past the last True of [..., m]; all of it where there is none (finite, and never used)."""
+    M = is_read.shape[-1]
+    is_read = is_read | ~is_read.any(-1, keepdim=True)
+    begins = (~is_read).long().cumprod(-1).sum(-1)
+    return begins, M - (~is_read).flip(-1).long().cumprod(-1).sum(-1)

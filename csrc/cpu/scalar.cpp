@@ -1,0 +1,16 @@
+// Attention and RoPE for any processor.
+#include "kernels.h"
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstring>
+#include <vector>
+#define RETRO_ROWS 2
+#define RETRO_VECTORS 1
+#define RETRO_BF16 0
+namespace retro {
+namespace scalar {
+#include "kernels.inc"
+}  // namespace scalar
+extern const Build scalar_build = {"scalar", scalar::attention_forward, scalar::attention_backward, scalar::rope};
+}  // namespace retro

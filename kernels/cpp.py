@@ -1,0 +1,137 @@
+"""The C++ kernels on CPU tensors (csrc/cpu): checks types, hands over addresses, strides and sizes.
+
+The instruction set is the best that the processor has; RETRO_CPU (scalar, avx2, avx512, avx512_bf16) forces one.
+Shape letters: B batch, N tokens, H query heads, G key/value heads, E head width, L chunks, K neighbors, R keys.
+"""
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    from retro_kernels import _cpu
+except ImportError:  # no compiler at installation
+    _cpu = None
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def is_available() -> bool:
+    """Whether the extension was built."""
+    return _cpu is not None
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these tensors: on the CPU, float32 or bfloat16, all of one type."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return all(t.device.type == "cpu" and t.dtype in _TYPES and t.dtype == given[0].dtype for t in given)
+
+
+@functools.cache
+def instruction_set() -> str:
+    """The build in use. Raises ValueError when RETRO_CPU names one that this processor has not."""
+    assert _cpu is not None
+    library = next(Path(torch.__file__).parent.glob("lib/*torch_cpu.*"), None)
+    if library is not None:
+        function = getattr(ctypes.CDLL(str(library)), "torch_parallel_for", None)
+        if function is not None:
+            _cpu.set_parallel_for(ctypes.cast(function, ctypes.c_void_p).value)
+    builds = _cpu.builds()
+    forced = os.environ.get("RETRO_CPU")
+    if forced is not None and forced not in builds:
+        raise ValueError(f"RETRO_CPU={forced}: this processor has {', '.join(builds)}\n  unset RETRO_CPU")
+    return forced or builds[0]
+
+
+@dataclass
+class Problem:
+    """Everything of an attention but the tensors with gradients. chunk_length 0 = every query sees all keys."""
+
+    chunk_length: int = 0
+    lengths: Tensor | None = None  # [b, l, K] or [b]: keys that are valid
+    begins: Tensor | None = None  # the same shape: keys before it are masked
+    first_keys: Tensor | None = None  # [b, n]: keys before it are masked for that query
+    is_causal: bool = False
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    query_offset: int = 0
+    query_period: int = 0  # 0 = one period
+    scale: float = 1.0
+
+
+def rope(
+    x_BNHE: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> Tensor:
+    """`reference.rope`, or its inverse rotation."""
+    B, N, H, E = x_BNHE.shape
+    y = torch.empty((B, N, H, E), dtype=x_BNHE.dtype)
+    cos, sin, place = cos.detach().float().contiguous(), sin.detach().float().contiguous(), _integers(positions)
+    stride = N if positions is not None and positions.dim() == 2 else 0
+    sizes = (B, N, H, E, cos.shape[1], cos.shape[0], stride, int(interleaved), int(inverse))
+    if y.numel():
+        addresses = (x_BNHE.data_ptr(), y.data_ptr(), cos.data_ptr(), sin.data_ptr(), _address(place))
+        _cpu.rope(instruction_set(), _TYPES[y.dtype], sizes, (*x_BNHE.stride()[:3], *y.stride()[:3]), addresses)
+    return y
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """q [b, n, h, e], k and v [b, l, K, r, g, e] -> o like q and the log-sum-exp [b, h, n] in log2 units.
+
+    What no query writes is 0 in o and +inf in the log-sum-exp.
+    """
+    o = torch.zeros(q.shape, dtype=q.dtype)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("inf"))
+    if o.numel() and k.numel():
+        _call(q, k, v, o, lse, problem, ())
+    return o, lse
+
+
+def attention_backward(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, problem: Problem
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; deterministic."""
+    grad_q = torch.zeros(q.shape, dtype=q.dtype)
+    grad_k, grad_v = torch.empty(k.shape, dtype=k.dtype), torch.empty(k.shape, dtype=k.dtype)
+    if o.numel() and k.numel():
+        _call(q, k, v, o, lse, problem, (grad_o.contiguous(), grad_q, grad_k, grad_v))
+    else:
+        grad_k.zero_()
+        grad_v.zero_()
+    return grad_q, grad_k, grad_v
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, problem: Problem, gradients: tuple[Tensor, ...]
+) -> None:
+    B, N, H, E = q.shape
+    _, L, K, R, G, _ = k.shape
+    M, num_queries = problem.chunk_length, problem.chunk_length or N
+    cos, sin = _table(problem.cos), _table(problem.sin)
+    sizes = (
+        *(B, L, G, H // G, E, N, num_queries, M, max(0, M - 1), K, R),
+        *(0 if cos is None else cos.shape[1], problem.query_offset, problem.query_period or num_queries),
+        int(problem.is_causal),
+    )
+    grad_kv = gradients[2] if gradients else k
+    strides = (*q.stride()[:3], *o.stride()[:3], *k.stride()[:5], *v.stride()[:5], *grad_kv.stride()[:5])
+    integers = [_integers(x) for x in (problem.lengths, problem.begins, problem.first_keys)]
+    tensors = (q, k, v, o, lse, *integers, cos, sin)
+    addresses = [_address(tensor) for tensor in (*tensors, *gradients)]
+    _cpu.attention(instruction_set(), _TYPES[q.dtype], sizes, problem.scale, strides, addresses)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _table(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().to("cpu", torch.float32).contiguous()
+
+
+def _integers(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().to(torch.int64).contiguous()
