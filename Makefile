@@ -10,7 +10,7 @@ DEMO_FLAGS ?=
 setup: $(VENV)/.ready
 
 # A CPU build of torch where there is no NVIDIA GPU: from a wheelhouse that pip knows of, else PyTorch's index.
-$(VENV)/.ready: pyproject.toml setup.py csrc/loader/loader.cpp
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q 'torch>=2.10'; else \
 	  $(BIN)/python -c 'import torch' 2>/dev/null \

@@ -1,7 +1,17 @@
-"""Builds the C++ neighbor loader and the CPU kernels when a compiler is there; without one their twins serve."""
+"""Builds the C++ neighbor loader and CPU kernels where there is a compiler, and the CUDA kernels where there is nvcc.
+
+Each is optional: without it the twin in Python serves.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+CUDA_KERNELS = "retro_kernels._cuda"
+CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
 
 
 class OptionalBuildExt(build_ext):
@@ -9,9 +19,20 @@ class OptionalBuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            super().build_extension(ext)
+            if ext.name == CUDA_KERNELS:
+                self.build_cuda(ext)
+            else:
+                super().build_extension(ext)
         except Exception as error:  # distutils' errors have no common base across setuptools versions
             print(f"retro-engine: {ext.name} was not built ({error}); its Python twin will be used")
+
+    def build_cuda(self, ext: Extension) -> None:
+        """A shared library with a C interface: no Python, no torch in it."""
+        path = Path(self.get_ext_fullpath(ext.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        targets = [f"-gencode={target}" for target in CUDA_TARGETS]
+        options = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", *targets]
+        subprocess.run(["nvcc", *options, "-o", str(path), *ext.sources], check=True)
 
 
 def extensions() -> list[Extension]:
@@ -21,7 +42,9 @@ def extensions() -> list[Extension]:
         return []
     kernels = [f"csrc/cpu/{name}.cpp" for name in ("module", "scalar", "avx2", "avx512", "avx512_bf16")]
     options = {"cxx_std": 17, "extra_compile_args": ["-O3", "-Wno-psabi"]}
+    cuda = [Extension(CUDA_KERNELS, ["csrc/cuda/kernels.cu"])] if shutil.which("nvcc") else []
     return [
+        *cuda,
         Pybind11Extension("retro_engine.data._loader", ["csrc/loader/loader.cpp"], **options),
         Pybind11Extension(
             "retro_kernels._cpu", kernels, depends=["csrc/cpu/kernels.h", "csrc/cpu/kernels.inc"], **options

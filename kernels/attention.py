@@ -8,7 +8,7 @@ Letters: B batch, N queries, S keys, H query heads, G key/value heads, E head wi
 
 import torch
 from retro_kernels import cpp, reference
-from retro_kernels.backend import choose
+from retro_kernels.backend import attention_kernels, choose
 from torch import Tensor
 
 MAX_HEAD_WIDTH = 256
@@ -39,7 +39,7 @@ def attention(
     period = query_period or max(1, q.shape[1])
     check_tables(cos, sin, max(k.shape[1], query_offset + min(period, q.shape[1])), q.shape[3])
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    if choose("attention", q, k, v) == "cpp":
+    if choose("attention", q, k, v) != "reference":
         arguments = (first_keys, key_begins, key_ends, cos, sin, is_causal, query_offset, period, scale)
         return _attention(q, k, v, *arguments)[0]
     return reference.attention(
@@ -111,16 +111,16 @@ def _check(
         check_range(name, tensor, k.shape[1])
 
 
-def check_range(name: str, values: Tensor | None, top: int) -> None:
-    """Values in 0 ... top; on a GPU, and while compiling, they are data and stay unread. Raises ValueError."""
+def check_range(name: str, values: Tensor | None, top: int, low: int = 0) -> None:
+    """Values in low ... top; on a GPU, and while compiling, they are data and stay unread. Raises ValueError."""
     if values is None or not values.numel() or values.is_cuda or torch.compiler.is_compiling():
         return
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > top:
-        raise ValueError(f"{name} {tuple(values.shape)} spans {low} ... {high}; expected 0 ... {top}")
+    least, most = int(values.min()), int(values.max())
+    if least < low or most > top:
+        raise ValueError(f"{name} {tuple(values.shape)} spans {least} ... {most}; expected {low} ... {top}")
 
 
-@torch.library.custom_op("retro_kernels::attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("retro_kernels::attention", mutates_args=())
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -136,7 +136,7 @@ def _attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     problem = _problem(first_keys, key_begins, key_ends, cos, sin, is_causal, query_offset, query_period, scale)
-    return cpp.attention_forward(q, k[:, None, None], v[:, None, None], problem)
+    return attention_kernels(q, k, v).attention_forward(q, k[:, None, None], v[:, None, None], problem)
 
 
 def _problem(
@@ -168,7 +168,7 @@ def _(q, k, v, first_keys, key_begins, key_ends, cos, sin, is_causal, query_offs
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("retro_kernels::attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("retro_kernels::attention_backward", mutates_args=())
 def _attention_backward(
     grad_o: Tensor,
     q: Tensor,
@@ -187,7 +187,8 @@ def _attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(first_keys, key_begins, key_ends, cos, sin, is_causal, query_offset, query_period, scale)
-    grad_q, grad_k, grad_v = cpp.attention_backward(grad_o, q, k[:, None, None], v[:, None, None], o, lse, problem)
+    backward = attention_kernels(q, k, v).attention_backward
+    grad_q, grad_k, grad_v = backward(grad_o, q, k[:, None, None], v[:, None, None], o, lse, problem)
     return grad_q, grad_k[:, 0, 0], grad_v[:, 0, 0]
 
 

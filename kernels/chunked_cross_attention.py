@@ -10,7 +10,7 @@ import math
 import torch
 from retro_kernels import cpp, reference
 from retro_kernels.attention import check_heads, check_range, check_tables
-from retro_kernels.backend import choose
+from retro_kernels.backend import attention_kernels, choose
 from torch import Tensor
 
 
@@ -38,7 +38,7 @@ def chunked_cross_attention(
     offset = chunk_length - 1 if query_offset is None else query_offset
     _check(q, k, v, neighbor_lengths, chunk_length, cos, sin, offset)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    is_fast = not dropout and choose("chunked_cross_attention", q, k, v) == "cpp"
+    is_fast = not dropout and choose("chunked_cross_attention", q, k, v) != "reference"
     if is_fast:
         o, lse = _chunked_cross_attention(q, k, v, neighbor_lengths, cos, sin, chunk_length, offset, scale)
         return (o, lse.detach() * math.log(2)) if return_lse else o
@@ -80,7 +80,7 @@ def _check(
     check_tables(cos, sin, max(query_offset + chunk_length, k.shape[3]), q.shape[3])
 
 
-@torch.library.custom_op("retro_kernels::chunked_cross_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("retro_kernels::chunked_cross_attention", mutates_args=())
 def _chunked_cross_attention(
     q: Tensor,
     k: Tensor,
@@ -92,7 +92,8 @@ def _chunked_cross_attention(
     query_offset: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return cpp.attention_forward(q, k, v, _problem(neighbor_lengths, cos, sin, chunk_length, query_offset, scale))
+    problem = _problem(neighbor_lengths, cos, sin, chunk_length, query_offset, scale)
+    return attention_kernels(q, k, v).attention_forward(q, k, v, problem)
 
 
 def _problem(
@@ -108,7 +109,7 @@ def _(q, k, v, neighbor_lengths, cos, sin, chunk_length, query_offset, scale):  
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("retro_kernels::chunked_cross_attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("retro_kernels::chunked_cross_attention_backward", mutates_args=())
 def _chunked_cross_attention_backward(
     grad_o: Tensor,
     q: Tensor,
@@ -124,7 +125,7 @@ def _chunked_cross_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(neighbor_lengths, cos, sin, chunk_length, query_offset, scale)
-    return cpp.attention_backward(grad_o, q, k, v, o, lse, problem)
+    return attention_kernels(q, k, v).attention_backward(grad_o, q, k, v, o, lse, problem)
 
 
 @_chunked_cross_attention_backward.register_fake

@@ -26,10 +26,9 @@ def is_available() -> bool:
     return _cpu is not None
 
 
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these tensors: on the CPU, float32 or bfloat16, all of one type."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return all(t.device.type == "cpu" and t.dtype in _TYPES and t.dtype == given[0].dtype for t in given)
+def instruction_sets() -> list[str]:
+    """The builds that this processor can run, best first; none where the extension was not built."""
+    return _cpu.builds() if _cpu is not None else []
 
 
 @functools.cache
@@ -41,7 +40,7 @@ def instruction_set() -> str:
         function = getattr(ctypes.CDLL(str(library)), "torch_parallel_for", None)
         if function is not None:
             _cpu.set_parallel_for(ctypes.cast(function, ctypes.c_void_p).value)
-    builds = _cpu.builds()
+    builds = instruction_sets()
     forced = os.environ.get("RETRO_CPU")
     if forced is not None and forced not in builds:
         raise ValueError(f"RETRO_CPU={forced}: this processor has {', '.join(builds)}\n  unset RETRO_CPU")
@@ -64,10 +63,17 @@ class Problem:
     scale: float = 1.0
 
 
-def rope(
+def rope_qk(
+    q_BNHE: Tensor, k_BNGE: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """q and k rotated, or rotated back; k may have no heads."""
+    q_out = _rope(q_BNHE, cos, sin, positions, interleaved, inverse)
+    return q_out, _rope(k_BNGE, cos, sin, positions, interleaved, inverse)
+
+
+def _rope(
     x_BNHE: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> Tensor:
-    """`reference.rope`, or its inverse rotation."""
     B, N, H, E = x_BNHE.shape
     y = torch.empty((B, N, H, E), dtype=x_BNHE.dtype)
     cos, sin, place = cos.detach().float().contiguous(), sin.detach().float().contiguous(), _integers(positions)
@@ -77,6 +83,20 @@ def rope(
         addresses = (x_BNHE.data_ptr(), y.data_ptr(), cos.data_ptr(), sin.data_ptr(), _address(place))
         _cpu.rope(instruction_set(), _TYPES[y.dtype], sizes, (*x_BNHE.stride()[:3], *y.stride()[:3]), addresses)
     return y
+
+
+def gather_neighbors(
+    table: Tensor, document: Tensor, row_lengths: Tensor, ids: Tensor, retrieved_length: int, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """As `reference.gather_neighbors`; an id outside the table gives length 0."""
+    dtype = torch.int64 if table.dtype == torch.uint16 else table.dtype
+    tokens = torch.empty((*ids.shape, retrieved_length), dtype=dtype)
+    lengths = torch.empty(ids.shape, dtype=torch.int64)
+    tensors = (table.contiguous(), document.int().contiguous(), row_lengths.int().contiguous(), ids.long().contiguous())
+    addresses = [tensor.data_ptr() for tensor in (*tensors, tokens, lengths)]
+    sizes = (table.element_size(), ids.numel(), *table.shape, retrieved_length, pad_id)
+    _cpu.gather_neighbors(instruction_set(), sizes, addresses)
+    return tokens, lengths
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,16 @@
 """Chunk ids -> the tokens of each chunk and of its continuation, with the number that is valid.
 
-A neighbor is row c and the rows after it while they belong to the same document, r tokens in all; id -1 is a
+A neighbor is row c and the rows after it while they are full and of the same document, r tokens in all; id -1 is a
 missing neighbor of length 0. Reads ceil(r/m) rows and writes r tokens per id: that copy is the roofline.
 """
 
+import torch
 from retro_kernels import reference
-from retro_kernels.backend import choose
+from retro_kernels.attention import check_range
+from retro_kernels.backend import choose, gather_kernels
 from torch import Tensor
+
+TABLE_TYPES = (torch.uint16, torch.int32, torch.int64)
 
 
 def gather_neighbors(
@@ -19,18 +23,39 @@ def gather_neighbors(
 ) -> tuple[Tensor, Tensor]:
     """table [rows, m] tokens, document [rows], row_lengths [rows], ids [...] -> tokens [..., r], lengths [...].
 
-    Raises ValueError for shapes that disagree and for ids below -1 or at or above the number of rows.
+    The table is uint16, int32 or int64; tokens have its type, int64 for uint16. On a GPU it may stay in host memory
+    that `cuda.register_host` was given. Raises ValueError for shapes and types that disagree and for ids below -1 or at
+    or above the number of rows; on a GPU ids are data: one outside the table has length 0.
     """
     if table.dim() != 2 or table.shape[1] == 0:
         raise ValueError(f"table has shape {tuple(table.shape)}; expected [rows, m] with m >= 1")
+    if table.dtype not in TABLE_TYPES:
+        raise ValueError(f"table is {table.dtype}; expected one of {', '.join(map(str, TABLE_TYPES))}")
     for name, tensor in (("document", document), ("row_lengths", row_lengths)):
         if tensor.shape != table.shape[:1]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected [rows] = [{table.shape[0]}]")
+        if tensor.device != ids.device:
+            raise ValueError(f"{name} is on {tensor.device}, ids are on {ids.device}: expected one device")
+    if table.device != ids.device and not ids.is_cuda:
+        raise ValueError(f"table is on {table.device}, ids are on {ids.device}: expected one device")
     if retrieved_length < 1:
         raise ValueError(f"retrieved_length={retrieved_length}: must be at least 1")
-    if not ids.is_cuda and ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= table.shape[0]):
-        raise ValueError(
-            f"ids span {int(ids.min())} ... {int(ids.max())}; expected -1 (missing) to {table.shape[0] - 1}"
-        )
-    choose("gather_neighbors", table)
-    return reference.gather_neighbors(table, document, row_lengths, ids, retrieved_length, pad_id)
+    check_range("row_lengths", row_lengths, table.shape[1])
+    check_range("ids", ids, table.shape[0] - 1, low=-1)
+    if choose("gather_neighbors", ids) == "reference":
+        return reference.gather_neighbors(table, document, row_lengths, ids, retrieved_length, pad_id)
+    return _gather_neighbors(table, document, row_lengths, ids, retrieved_length, pad_id)
+
+
+@torch.library.custom_op("retro_kernels::gather_neighbors", mutates_args=())
+def _gather_neighbors(
+    table: Tensor, document: Tensor, row_lengths: Tensor, ids: Tensor, retrieved_length: int, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    kernels = gather_kernels(ids)
+    return kernels.gather_neighbors(table, document, row_lengths, ids, retrieved_length, pad_id)
+
+
+@_gather_neighbors.register_fake
+def _(table, document, row_lengths, ids, retrieved_length, pad_id):  # type: ignore[no-untyped-def]
+    dtype = torch.int64 if table.dtype == torch.uint16 else table.dtype
+    return ids.new_empty((*ids.shape, retrieved_length), dtype=dtype), ids.new_empty(ids.shape, dtype=torch.int64)

@@ -169,6 +169,9 @@ def gather_neighbors(
 ) -> tuple[Tensor, Tensor]:
     """Rows `ids` and the rows that follow in the same document, r tokens each; -1 gives length 0."""
     rows, M = table.shape
+    is_unsigned = table.dtype == torch.uint16
+    if is_unsigned:  # torch indexes signed types only
+        table = table.view(torch.int16)
     span = -(-retrieved_length // M)
     row = ids.unsqueeze(-1) + torch.arange(span, device=ids.device)  # [..., span]
     is_missing = ids.unsqueeze(-1) < 0
@@ -176,13 +179,16 @@ def gather_neighbors(
     row = torch.where(inside, row, 0)
     if rows == 0:
         shape = (*ids.shape, retrieved_length)
-        return table.new_full(shape, pad_id), ids.new_zeros(ids.shape)
+        dtype = torch.int64 if is_unsigned else table.dtype
+        return table.new_full(shape, pad_id, dtype=dtype), ids.new_zeros(ids.shape)
     inside = inside & (document[row] == document[row[..., :1]])
     lengths = torch.where(inside, row_lengths[row].to(ids.dtype), 0)
     # a continuation counts only while every row before it is full
     is_full = (lengths == M).to(ids.dtype).cumprod(-1)
     lengths = torch.where(F.pad(is_full[..., :-1], (1, 0), value=1) > 0, lengths, 0)
-    tokens = table[row].reshape(*ids.shape, span * M)[..., :retrieved_length]
+    tokens = (table[row].long() & 0xFFFF if is_unsigned else table[row]).reshape(*ids.shape, span * M)[
+        ..., :retrieved_length
+    ]
     total = lengths.sum(-1).clamp(max=retrieved_length)
     is_token = torch.arange(retrieved_length, device=ids.device) < total.unsqueeze(-1)
     return torch.where(is_token, tokens, pad_id), total

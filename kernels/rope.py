@@ -6,9 +6,9 @@ rotated in fp32; the gradient is the inverse rotation.
 """
 
 import torch
-from retro_kernels import cpp, reference
+from retro_kernels import reference
 from retro_kernels.attention import check_range, check_tables
-from retro_kernels.backend import choose
+from retro_kernels.backend import choose, rope_kernels
 from torch import Tensor
 
 
@@ -18,7 +18,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, i
     The features past `rotary` pass through. Raises ValueError naming the argument, its shape and the rule.
     """
     _check("x", x, cos, sin, positions)
-    if choose("rope", x) == "cpp":
+    if choose("rope", x) != "reference":
         return _rope(x, cos, sin, positions, interleaved, False)
     return reference.rope(x, cos, sin, positions, interleaved)
 
@@ -34,7 +34,7 @@ def rope_qk(
             f"q {tuple(q.shape)} {q.dtype} on {q.device} and k {tuple(k.shape)} {k.dtype} on {k.device}: "
             "expected the same b, n, type and device"
         )
-    if choose("rope", q, k) == "cpp":
+    if choose("rope", q, k) != "reference":
         return _rope_qk(q, k, cos, sin, positions, interleaved, False)
     return reference.rope(q, cos, sin, positions, interleaved), reference.rope(k, cos, sin, positions, interleaved)
 
@@ -57,18 +57,16 @@ def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | N
     check_range("positions", positions, cos.shape[0] - 1)
 
 
-@torch.library.custom_op("retro_kernels::rope", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("retro_kernels::rope", mutates_args=())
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool) -> Tensor:
-    return cpp.rope(x, cos, sin, positions, interleaved, inverse)
+    return rope_kernels(x).rope_qk(x, x[:, :, :0], cos, sin, positions, interleaved, inverse)[0]
 
 
-@torch.library.custom_op("retro_kernels::rope_qk", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("retro_kernels::rope_qk", mutates_args=())
 def _rope_qk(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    return cpp.rope(q, cos, sin, positions, interleaved, inverse), cpp.rope(
-        k, cos, sin, positions, interleaved, inverse
-    )
+    return rope_kernels(q, k).rope_qk(q, k, cos, sin, positions, interleaved, inverse)
 
 
 @_rope.register_fake

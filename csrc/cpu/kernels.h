@@ -41,6 +41,15 @@ struct Rope {
   bool is_interleaved, is_inverse;
 };
 
+struct Gather {
+  int64_t item, count, rows, M, R, pad;   // item: bytes of a token: 2 (uint16 -> int64), 4, 8 (as they are)
+  const void* table;                      // [rows, M]
+  const int32_t *document, *row_lengths;  // [rows]
+  const int64_t* ids;                     // [count]
+  void* tokens;                           // [count, R]
+  int64_t* lengths;                       // [count]
+};
+
 enum Type : int { FLOAT32 = 0, BFLOAT16 = 1 };
 
 // One instruction set's build. Each function handles problems [begin, end) of its kernel.
@@ -49,6 +58,7 @@ struct Build {
   void (*attention_forward)(const Attention&, Type, int64_t begin, int64_t end);
   void (*attention_backward)(const Attention&, Type, int64_t begin, int64_t end);
   void (*rope)(const Rope&, Type, int64_t begin, int64_t end);  // items are b * N + n
+  void (*gather_neighbors)(const Gather&, int64_t begin, int64_t end);
 };
 
 extern const Build scalar_build;

@@ -1,4 +1,4 @@
-// retro_kernels._cpu: attention and RoPE on CPU tensors, given as addresses, sizes and strides (kernels/cpp.py checks
+// retro_kernels._cpu: attention, RoPE and gathering on CPU tensors, given as addresses, sizes and strides (kernels/cpp.py checks
 // them). No torch header: the module builds anywhere and works with any torch. Threads are torch's own: the address
 // of libtorch's torch_parallel_for is handed over at import; without it everything runs on the calling thread.
 #include <pybind11/pybind11.h>
@@ -119,6 +119,21 @@ void rope(const std::string& build, int type, const std::array<int64_t, 9>& size
   parallel_for(a.B * a.N, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, a.H * a.E)), [&](int64_t begin, int64_t end) { run(a, Type(type), begin, end); });
 }
 
+// sizes: item count rows M R pad; addresses: table document row_lengths ids tokens lengths.
+void gather_neighbors(const std::string& build, const std::array<int64_t, 6>& sizes, const std::array<uintptr_t, 6>& addresses) {
+  Gather a{};
+  a.item = sizes[0], a.count = sizes[1], a.rows = sizes[2], a.M = sizes[3], a.R = sizes[4], a.pad = sizes[5];
+  a.table = pointer<void>(addresses[0]);
+  a.document = pointer<int32_t>(addresses[1]);
+  a.row_lengths = pointer<int32_t>(addresses[2]);
+  a.ids = pointer<int64_t>(addresses[3]);
+  a.tokens = pointer<void>(addresses[4]);
+  a.lengths = pointer<int64_t>(addresses[5]);
+  const auto run = find_build(build).gather_neighbors;
+  const py::gil_scoped_release release;
+  parallel_for(a.count, 512, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -130,4 +145,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_parallel_for", [](uintptr_t address) { parallel_for_address = reinterpret_cast<ParallelFor>(address); });
   m.def("attention", &attention);
   m.def("rope", &rope);
+  m.def("gather_neighbors", &gather_neighbors);
 }

@@ -67,6 +67,26 @@ T read_at(const uint8_t* p, uint64_t offset) {
   return value;
 }
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RETRO_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define RETRO_CLONES
+#endif
+
+// n values as int64; the largest of them, -1 for none.
+RETRO_CLONES int64_t widen16(const uint16_t* __restrict in, int64_t n, int64_t* __restrict out) {
+  uint16_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, in[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+  return n ? largest : -1;
+}
+RETRO_CLONES int64_t widen32(const uint32_t* __restrict in, int64_t n, int64_t* __restrict out) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, in[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+  return n ? largest : -1;
+}
+
 // One array file, mapped. Throws std::runtime_error naming the file and what is wrong with it.
 class Array {
  public:
@@ -191,7 +211,7 @@ class Loader {
           throw py::value_error("chunk id " + std::to_string(in[i]) + " is outside 0 ... " +
                                 std::to_string(static_cast<int64_t>(num_rows_) - 1) + " (-1 = missing)");
       for (int64_t i = 0; i < n; ++i) {
-        if (i + kAhead < n && in[i + kAhead] >= 0) prefetch(in[i + kAhead]);
+        if (i + kAhead < n && in[i + kAhead] >= 0) prefetch(static_cast<uint64_t>(in[i + kAhead]), length);
         int64_t got = in[i] < 0 ? 0 : copy(static_cast<uint64_t>(in[i]), length, out + i * length);
         valid[i] = got;
         std::fill(out + i * length + got, out + (i + 1) * length, pad_id);
@@ -210,11 +230,14 @@ class Loader {
     return *shards_[low];
   }
 
-  void prefetch(uint64_t row) {
+  // The cache lines of a row and its continuation; past the end of the file a prefetch does nothing.
+  void prefetch(uint64_t row, int64_t length) {
     const Shard& s = shard_of(row);
-    const uint8_t* p = s.tokens.row(row - s.first_row);
-    __builtin_prefetch(p);
-    __builtin_prefetch(p + 64);
+    const uint64_t r = row - s.first_row;
+    const uint8_t* p = s.tokens.row(r);
+    for (int64_t byte = 0; byte < length * s.tokens.item(); byte += 64) __builtin_prefetch(p + byte);
+    __builtin_prefetch(s.lengths.row(r));
+    __builtin_prefetch(s.rows.row(r));
   }
 
   // Copy row r and its continuation, at most `length` tokens; return how many are valid.
@@ -243,17 +266,8 @@ class Loader {
 
   // Token ids of a row as int64; an id outside the vocabulary must not reach an embedding.
   void widen(const Array& tokens, uint64_t r, int64_t n, int64_t* out) const {
-    int64_t largest = -1;
-    const auto copy_from = [&](const auto* p) {
-      for (int64_t i = 0; i < n; ++i) {
-        out[i] = p[i];
-        largest = std::max(largest, out[i]);
-      }
-    };
-    if (tokens.item() == 2)
-      copy_from(reinterpret_cast<const uint16_t*>(tokens.row(r)));
-    else
-      copy_from(reinterpret_cast<const uint32_t*>(tokens.row(r)));
+    const int64_t largest = tokens.item() == 2 ? widen16(reinterpret_cast<const uint16_t*>(tokens.row(r)), n, out)
+                                               : widen32(reinterpret_cast<const uint32_t*>(tokens.row(r)), n, out);
     if (largest >= vocab_size_)
       throw std::runtime_error("token id " + std::to_string(largest) + " is outside the vocabulary of " +
                                std::to_string(vocab_size_));

@@ -1,0 +1,374 @@
+"""Attention on NVIDIA GPUs in Triton: chunked cross-attention, the encoder's attentions and packed causal attention.
+
+One problem is (batch b, chunk u, key/value head g): its queries are G heads of `num_queries` tokens
+u * query_step + query_first + i, its keys the valid tokens of K segments of R. Padding is never loaded; no valid key
+gives output 0 and log-sum-exp +inf, from which the backward pass gets exact zeros without a branch. Softmax in exp2,
+accumulation in fp32. The backward kernel is one launch without atomics: some programs own a tile of queries (dQ), the
+others a tile of keys (dK, dV), each walks the other side, so that every run gives the same bits.
+Queries and keys are held as the two halves that RoPE turns into each other: feature pairs (e, e + P) for the P rotated
+ones, then pairs of the rest, whose angle is 0. Letters: H = half the head width, E its power of two, B tiles.
+"""
+
+# mypy: allow-untyped-defs
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _pair(half, P: tl.constexpr, HALF: tl.constexpr):
+    """Features of each pair's first and second member."""
+    if P == HALF:
+        return half, half + HALF
+    return tl.where(half < P, half, half + P), tl.where(half < P, half + P, half + HALF)
+
+
+@triton.jit
+def _angles(COS, SIN, position, mask, half, P: tl.constexpr):
+    """cos and sin [rows, pairs] at `position`; 1 and 0 for pairs that are not rotated."""
+    rotates = mask[:, None] & (half < P)[None, :]
+    at = position[:, None] * P + half[None, :]
+    return tl.load(COS + at, mask=rotates, other=1.0), tl.load(SIN + at, mask=rotates, other=0.0)
+
+
+@triton.jit
+def _load_rotated(X, rows, mask, COS, SIN, position, half, P: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr):
+    """Two halves [rows, pairs] of X at row offsets `rows`, rotated in fp32, in X's type."""
+    first, second = _pair(half, P, HALF)
+    inside = mask[:, None] & (half < HALF)[None, :]
+    a = tl.load(X + rows[:, None] + first[None, :], mask=inside, other=0.0)
+    b = tl.load(X + rows[:, None] + second[None, :], mask=inside, other=0.0)
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    if P > 0:
+        cos, sin = _angles(COS, SIN, position, mask, half, P)
+        x, y = a.to(tl.float32), b.to(tl.float32)
+        a, b = (x * cos - y * sin).to(a.dtype), (y * cos + x * sin).to(b.dtype)
+    return a, b
+
+
+@triton.jit
+def _store_rotated_back(X, rows, mask, a, b, COS, SIN, position, half, P: tl.constexpr, HALF: tl.constexpr):
+    """Store the fp32 gradients of two rotated halves, rotated back."""
+    if P > 0:
+        cos, sin = _angles(COS, SIN, position, mask, half, P)
+        a, b = a * cos + b * sin, b * cos - a * sin
+    first, second = _pair(half, P, HALF)
+    inside = mask[:, None] & (half < HALF)[None, :]
+    tl.store(X + rows[:, None] + first[None, :], a.to(X.dtype.element_ty), mask=inside)
+    tl.store(X + rows[:, None] + second[None, :], b.to(X.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _queries(tile, u, N, num_queries, query_step, query_first, G: tl.constexpr, BM: tl.constexpr):
+    """Rows of a tile of queries: number within the problem, token, head within the group, whether it exists."""
+    row = tile * BM + tl.arange(0, BM)
+    i, head = row % num_queries, row // num_queries
+    token = u * query_step + query_first + i
+    return i, token, head, (head < G) & (token < N)
+
+
+@triton.jit
+def _seen(i, key, low, end, begin, R, num_queries, CAUSAL: tl.constexpr):
+    """Whether each query (rows) sees each key (columns)."""
+    sees = (key[None, :] >= tl.maximum(low, begin)[:, None]) & (key[None, :] < end)
+    if CAUSAL:
+        sees = sees & (key[None, :] <= (i + R - num_queries)[:, None])
+    return sees
+
+
+@triton.jit
+def _range(BEGINS, ENDS, at, R, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr):
+    begin, end = 0, R
+    if HAS_BEGINS:
+        begin = tl.load(BEGINS + at).to(tl.int32)
+    if HAS_ENDS:
+        end = tl.load(ENDS + at).to(tl.int32)
+    return begin, end
+
+
+@triton.jit
+def _attention_forward(
+    Q, K, V, O, LSE, BEGINS, ENDS, FIRST, COS, SIN, scale_log2,
+    q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h,
+    N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period,
+    NUM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, EH: tl.constexpr, E: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    tile, g = tl.program_id(0), tl.program_id(1)
+    b, u = (tl.program_id(2) // L).to(tl.int64), tl.program_id(2) % L
+    half, e = tl.arange(0, EH), tl.arange(0, E)
+    i, token, head, exists = _queries(tile, u, N, num_queries, query_step, query_first, G, BM)
+    head = g * G + head
+    rows = b * q_b + token.to(tl.int64) * q_n + head * q_h
+    q1, q2 = _load_rotated(Q, rows, exists, COS, SIN, query_offset + i % query_period, half, P, HALF, UPCAST)
+    low = tl.zeros([BM], tl.int32)
+    if HAS_FIRST:
+        low = tl.load(FIRST + b * N + token, mask=exists, other=0).to(tl.int32)
+    peak = tl.full([BM], -1.0e30, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    out = tl.zeros([BM, E], tl.float32)
+    for j in tl.static_range(NUM):
+        begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
+        start = begin
+        if HAS_FIRST:
+            start = tl.maximum(begin, tl.min(tl.where(exists, low, R), 0))
+        if CAUSAL:
+            end = tl.minimum(end, tl.max(tl.where(exists, i, -1), 0) + R - num_queries + 1)
+        for s0 in range(start // BN * BN, end, BN):
+            key = s0 + tl.arange(0, BN)
+            inside = key < end
+            at = b * k_b + u.to(tl.int64) * k_l + j * k_j + key.to(tl.int64) * k_s + g * k_h
+            k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
+            score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+            score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
+            sees = _seen(i, key, low, end, begin, R, num_queries, CAUSAL)
+            score = tl.where(sees, score * scale_log2, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(score, 1))
+            factor = tl.exp2(peak - new_peak)
+            weight = tl.exp2(score - new_peak[:, None])
+            total = total * factor + tl.sum(weight, 1)
+            at = b * v_b + u.to(tl.int64) * v_l + j * v_j + key.to(tl.int64) * v_s + g * v_h
+            value = tl.load(V + at[:, None] + e[None, :], mask=inside[:, None] & (e < 2 * HALF)[None, :], other=0.0)
+            if UPCAST:
+                value = value.to(tl.float32)
+            out = tl.dot(weight.to(value.dtype), value, out * factor[:, None], input_precision="ieee")
+            peak = new_peak
+    attends = total > 0
+    out = out / tl.where(attends, total, 1.0)[:, None]
+    rows = b * o_b + token.to(tl.int64) * o_n + head * o_h
+    tl.store(O + rows[:, None] + e[None, :], out.to(O.dtype.element_ty), mask=exists[:, None] & (e < 2 * HALF)[None, :])
+    lse = tl.where(attends, peak + tl.log2(tl.where(attends, total, 1.0)), float("inf"))
+    tl.store(LSE + (b * HEADS + head) * N + token, lse, mask=exists)
+
+
+@triton.jit
+def _load_gradient(O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """grad_o [rows, E], delta = sum o grad_o and the log-sum-exp of a tile of queries."""
+    at = (b * o_b + token.to(tl.int64) * o_n + head * o_h)[:, None] + e[None, :]
+    inside = exists[:, None] & (e < 2 * HALF)[None, :]
+    grad = tl.load(DO + at, mask=inside, other=0.0)
+    delta = tl.sum(grad.to(tl.float32) * tl.load(O + at, mask=inside, other=0.0).to(tl.float32), 1)
+    if UPCAST:
+        grad = grad.to(tl.float32)
+    return grad, delta, tl.load(LSE + (b * HEADS + head) * N + token, mask=exists, other=float("inf"))
+
+
+@triton.jit
+def _attention_backward(
+    Q, K, V, O, DO, LSE, DQ, DK, DV, BEGINS, ENDS, FIRST, COS, SIN, scale_log2, scale,
+    q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h, g_b, g_l, g_j, g_s, g_h,
+    N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period, query_tiles, segment_tiles,
+    NUM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, EH: tl.constexpr, E: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    program, g = tl.program_id(0), tl.program_id(1)
+    b, u = (tl.program_id(2) // L).to(tl.int64), tl.program_id(2) % L
+    half, e = tl.arange(0, EH), tl.arange(0, E)
+    if program < query_tiles:  # dQ of one tile of queries
+        i, token, head, exists = _queries(program, u, N, num_queries, query_step, query_first, G, BM)
+        head = g * G + head
+        position = query_offset + i % query_period
+        rows = b * q_b + token.to(tl.int64) * q_n + head * q_h
+        q1, q2 = _load_rotated(Q, rows, exists, COS, SIN, position, half, P, HALF, UPCAST)
+        grad, delta, lse = _load_gradient(O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, UPCAST)
+        low = tl.zeros([BM], tl.int32)
+        if HAS_FIRST:
+            low = tl.load(FIRST + b * N + token, mask=exists, other=0).to(tl.int32)
+        dq1 = tl.zeros([BM, EH], tl.float32)
+        dq2 = tl.zeros([BM, EH], tl.float32)
+        for j in tl.static_range(NUM):
+            begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
+            start = begin
+            if HAS_FIRST:
+                start = tl.maximum(begin, tl.min(tl.where(exists, low, R), 0))
+            if CAUSAL:
+                end = tl.minimum(end, tl.max(tl.where(exists, i, -1), 0) + R - num_queries + 1)
+            for s0 in range(start // BN * BN, end, BN):
+                key = s0 + tl.arange(0, BN)
+                inside = key < end
+                at = b * k_b + u.to(tl.int64) * k_l + j * k_j + key.to(tl.int64) * k_s + g * k_h
+                k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
+                score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+                score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
+                sees = _seen(i, key, low, end, begin, R, num_queries, CAUSAL)
+                weight = tl.exp2(tl.where(sees, score * scale_log2, float("-inf")) - lse[:, None])
+                at = b * v_b + u.to(tl.int64) * v_l + j * v_j + key.to(tl.int64) * v_s + g * v_h
+                value = tl.load(V + at[:, None] + e[None, :], mask=inside[:, None] & (e < 2 * HALF)[None, :], other=0.0)
+                if UPCAST:
+                    value = value.to(tl.float32)
+                slope = tl.dot(grad, tl.trans(value), input_precision="ieee")
+                slope = (weight * (slope - delta[:, None]) * scale).to(k1.dtype)
+                dq1 = tl.dot(slope, k1, dq1, input_precision="ieee")
+                dq2 = tl.dot(slope, k2, dq2, input_precision="ieee")
+        rows = b * o_b + token.to(tl.int64) * o_n + head * o_h  # grad_q is laid out as o
+        _store_rotated_back(DQ, rows, exists, dq1, dq2, COS, SIN, position, half, P, HALF)
+    else:  # dK and dV of one tile of keys
+        number = program - query_tiles
+        j, key = number // segment_tiles, number % segment_tiles * BN + tl.arange(0, BN)
+        begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
+        inside = (key < end) & (key >= begin)
+        at = b * k_b + u.to(tl.int64) * k_l + j * k_j + key.to(tl.int64) * k_s + g * k_h
+        k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
+        at = b * v_b + u.to(tl.int64) * v_l + j * v_j + key.to(tl.int64) * v_s + g * v_h
+        value = tl.load(V + at[:, None] + e[None, :], mask=inside[:, None] & (e < 2 * HALF)[None, :], other=0.0)
+        if UPCAST:
+            value = value.to(tl.float32)
+        dk1 = tl.zeros([BN, EH], tl.float32)
+        dk2 = tl.zeros([BN, EH], tl.float32)
+        dv = tl.zeros([BN, E], tl.float32)
+        lowest = number % segment_tiles * BN
+        stop = tl.where((lowest < end) & (lowest + BN > begin), query_tiles, 0)  # a tile of padding: zeros
+        for tile in range(0, stop):
+            i, token, head, exists = _queries(tile, u, N, num_queries, query_step, query_first, G, BM)
+            is_needed = True
+            if CAUSAL:
+                is_needed = tl.max(tl.where(exists, i, -1), 0) + R - num_queries >= lowest
+            if is_needed:
+                head = g * G + head
+                rows = b * q_b + token.to(tl.int64) * q_n + head * q_h
+                q1, q2 = _load_rotated(
+                    Q, rows, exists, COS, SIN, query_offset + i % query_period, half, P, HALF, UPCAST
+                )
+                grad, delta, lse = _load_gradient(
+                    O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, UPCAST
+                )
+                low = tl.zeros([BM], tl.int32)
+                if HAS_FIRST:
+                    low = tl.load(FIRST + b * N + token, mask=exists, other=0).to(tl.int32)
+                score = tl.dot(k1, tl.trans(q1), input_precision="ieee")
+                score = tl.dot(k2, tl.trans(q2), score, input_precision="ieee")
+                sees = tl.trans(_seen(i, key, low, end, begin, R, num_queries, CAUSAL))
+                weight = tl.exp2(tl.where(sees, score * scale_log2, float("-inf")) - lse[None, :])
+                dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision="ieee")
+                slope = tl.dot(value, tl.trans(grad), input_precision="ieee")
+                slope = (weight * (slope - delta[None, :]) * scale).to(q1.dtype)
+                dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
+                dk2 = tl.dot(slope, q2, dk2, input_precision="ieee")
+        in_segment = key < R
+        at = b * g_b + u.to(tl.int64) * g_l + j * g_j + key.to(tl.int64) * g_s + g * g_h
+        tl.store(
+            DV + at[:, None] + e[None, :],
+            dv.to(DV.dtype.element_ty),
+            mask=in_segment[:, None] & (e < 2 * HALF)[None, :],
+        )
+        _store_rotated_back(DK, at, in_segment, dk1, dk2, COS, SIN, key, half, P, HALF)
+
+
+def tile_of(capability: int, head_width: int, rows: int, is_fp32: bool, is_backward: bool) -> dict[str, int]:
+    """Query rows and keys of a tile, warps and stages: a static table, no tuning at run time.
+
+    `capability` is 80, 89, 90, 100 ...; `rows` the queries times heads of a problem. tests/gates compiles the entries
+    and reads registers, spills and shared memory: backward fits wgmma's layout in 192 registers, mma.sync's only in
+    smaller tiles.
+    """
+    has_wgmma = capability >= 90
+    if is_backward:
+        if is_fp32:
+            tile = (32, 32, 8) if head_width <= 64 else (16, 16, 4)
+        elif head_width <= 64:
+            tile = (64, 64, 8) if has_wgmma else (32, 16, 4)
+        elif head_width <= 128:
+            tile = (64, 32, 8) if has_wgmma else (32, 32, 8)
+        else:
+            tile = (32, 32, 8)
+        stages = 1
+    else:
+        if is_fp32 or head_width > 128:
+            tile, stages = (32, 32, 4), 1
+        else:
+            tile = (64, 64, 4) if head_width <= 64 else (64, 64, 8)
+            stages = 2 if capability == 89 else 3
+    BM = max(16, min(tile[0], triton.next_power_of_2(rows)))
+    return {"BM": BM, "BN": tile[1], "num_warps": tile[2], "num_stages": stages}
+
+
+def constants(
+    head_width: int,
+    rotated: int,
+    num_segments: int,
+    group: int,
+    is_causal: bool,
+    flags: tuple[bool, bool, bool],
+    upcast: bool,
+) -> dict[str, Any]:
+    """The kernels' constexpr arguments beside the tile: `flags` = key_begins, key_ends, first_keys are given."""
+    half = head_width // 2
+    names = ("HAS_BEGINS", "HAS_ENDS", "HAS_FIRST")
+    return {
+        "NUM": num_segments,
+        "G": group,
+        "P": rotated,
+        "HALF": half,
+        "EH": max(16, triton.next_power_of_2(half)),
+        "E": max(16, triton.next_power_of_2(head_width)),
+        "CAUSAL": is_causal,
+        **dict(zip(names, flags)),
+        "UPCAST": upcast,
+    }
+
+
+def _launch_arguments(
+    q: Tensor, k: Tensor, problem: Any, is_backward: bool
+) -> tuple[dict[str, Any], tuple[int, ...], tuple[int, int], int]:
+    """constexprs and options, the scalar sizes, (query tiles, segment tiles) and the number of (b, u) pairs."""
+    B, N, H, E = q.shape
+    _, L, K, R, G, _ = k.shape
+    M, num_queries = problem.chunk_length, problem.chunk_length or N
+    flags = (problem.begins is not None, problem.lengths is not None, problem.first_keys is not None)
+    rotated = 0 if problem.cos is None else problem.cos.shape[1]
+    is_interpreted = not q.is_cuda
+    capability = 80 if is_interpreted else 10 * torch.cuda.get_device_capability(q.device)[0]
+    tile = tile_of(capability, E, num_queries * (H // G), q.dtype == torch.float32, is_backward)
+    options = (
+        constants(E, rotated, K, H // G, problem.is_causal, flags, is_interpreted and q.dtype == torch.bfloat16) | tile
+    )
+    sizes = (N, L, H, R, num_queries, M, max(0, M - 1), problem.query_offset, problem.query_period or num_queries)
+    tiles = (-(-num_queries * (H // G) // tile["BM"]), -(-R // tile["BN"]))
+    return options, sizes, tiles, B * L
+
+
+def _data(problem: Any, like: Tensor) -> tuple[Tensor, ...]:
+    """begins, ends, first_keys, cos and sin; any tensor stands for one that is not given."""
+    return tuple(
+        like if x is None else x.contiguous()
+        for x in (problem.begins, problem.lengths, problem.first_keys, problem.cos, problem.sin)
+    )
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: Any) -> tuple[Tensor, Tensor]:
+    """As `cpp.attention_forward`."""
+    o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), math.inf, device=q.device)
+    if not o.numel() or not k.numel():
+        return o, lse
+    options, sizes, (query_tiles, _), pairs = _launch_arguments(q, k, problem, False)
+    strides = (*q.stride()[:3], *k.stride()[:5], *v.stride()[:5], *o.stride()[:3])
+    _attention_forward[(query_tiles, k.shape[4], pairs)](
+        q, k, v, o, lse, *_data(problem, lse), problem.scale * math.log2(math.e), *strides, *sizes, **options
+    )
+    return o, lse
+
+
+def attention_backward(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, problem: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `cpp.attention_backward`."""
+    grad_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    grad_k, grad_v = (torch.zeros(k.shape, dtype=k.dtype, device=q.device) for _ in range(2))
+    if not o.numel() or not k.numel():
+        return grad_q, grad_k, grad_v
+    options, sizes, (query_tiles, segment_tiles), pairs = _launch_arguments(q, k, problem, True)
+    strides = (*q.stride()[:3], *k.stride()[:5], *v.stride()[:5], *o.stride()[:3], *grad_k.stride()[:5])
+    _attention_backward[(query_tiles + k.shape[2] * segment_tiles, k.shape[4], pairs)](
+        *(q, k, v, o, grad_o.contiguous(), lse, grad_q, grad_k, grad_v, *_data(problem, lse)),
+        *(problem.scale * math.log2(math.e), problem.scale, *strides, *sizes, query_tiles, segment_tiles),
+        **options,
+    )
+    return grad_q, grad_k, grad_v
