@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/retro demo facts --out $(DEMO_OUT) $(DEMO_FLAGS)
 
 test: setup
-	$(BIN)/pytest -n 2 --dist worksteal tests
+	$(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/gates
 
 lint: setup
 	$(BIN)/ruff check .
@@ -33,8 +33,10 @@ lint: setup
 bench: setup
 	$(BIN)/pytest benchmarks --benchmark-only -s -o addopts=--import-mode=importlib
 
+# The kernels without a GPU: interpreted, compiled for four generations, and under AddressSanitizer.
 gates: setup
-	$(BIN)/pytest -n 2 tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/gates/test_interpreter.py
+	$(BIN)/pytest -n 2 tests/gates --ignore tests/gates/test_interpreter.py
 
 # Slow: the same tests with thousands of damaged files, documents and kills.
 campaign: setup

@@ -281,7 +281,7 @@ def tile_of(capability: int, head_width: int, rows: int, is_fp32: bool, is_backw
         stages = 1
     else:
         if is_fp32 or head_width > 128:
-            tile, stages = (32, 32, 4), 1
+            tile, stages = (32, 32, 8 if is_fp32 and head_width > 64 else 4), 1
         else:
             tile = (64, 64, 4) if head_width <= 64 else (64, 64, 8)
             stages = 2 if capability == 89 else 3

@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", "-o", default="runs/demo", metavar="DIR")
     sub.add_argument("--steps", type=int, help="training steps (facts 1,500, text 800); fewer for a trial run")
     sub.add_argument("--init", default="retrieval_ready", choices=["retrieval_ready", "standard"], help="facts only")
+    sub.add_argument("--preset", default="tiny", help="text: tiny, or small for a run of an hour")
     sub.add_argument("--seed", type=int, default=1234)
     sub.add_argument("--no-gate", action="store_true", help="facts: exit 0 also when the proof fails")
 
@@ -200,7 +201,7 @@ def _demo(args: argparse.Namespace) -> int:
 
         if args.what != "python-docs" and not Path(args.what).exists():
             raise MissingInputError(f"{args.what} does not exist", "", "retro demo facts, python-docs or PATH")
-        figures = run_text(args.what, out, args.steps, args.seed, args.overrides, reporter)
+        figures = run_text(args.what, out, args.steps, args.seed, args.overrides, reporter, args.preset)
         run, index, prompt = out / "retro", out / "store", "The"
         reporter.say(f"\n{figures_verdict(figures)}")
     if args.json:

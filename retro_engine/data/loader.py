@@ -23,8 +23,10 @@ def has_native_loader() -> bool:
 class NeighborLoader:
     """`gather` on the concatenation of `stores`, which must share tokenizer and chunk size."""
 
-    def __init__(self, stores: Sequence[Store], is_native: bool | None = None):
-        """`is_native` None = C++ where it was built. Raises StoreError when the stores do not go together."""
+    def __init__(self, stores: Sequence[Store], is_native: bool | None = None, checks_blocks: bool = True):
+        """`is_native` None = C++ where it was built; `checks_blocks` False leaves out the checksums (C++ only), for
+        stores that were verified before. Raises StoreError when the stores do not go together.
+        """
         first = stores[0]
         for store in stores[1:]:
             for what, here, there in (
@@ -47,7 +49,7 @@ class NeighborLoader:
                 [str(s.arrays[part].path) for part in ("tokens", "lengths", "rows")] for t in stores for s in t.shards
             ]
             try:
-                self._loader = Loader(paths, first.chunk_size, first.vocab_size)
+                self._loader = Loader(paths, first.chunk_size, first.vocab_size, checks_blocks)
             except RuntimeError as error:
                 raise StoreError(str(error), "", "build it again") from error
         else:

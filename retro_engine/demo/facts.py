@@ -83,7 +83,6 @@ def facts_settings(out: Path, steps: int, init: str, chunk_size: int = CHUNK_SIZ
         f"trainer.max_steps={steps}",
         f"trainer.val_check_interval={max(1, steps // 4)}",
         "trainer.limit_val_batches=8",
-        "trainer.precision=32",
         "model.optim.sched.name=WSD",
         f"model.optim.sched.warmup_steps={WARMUP_STEPS}",
         f"model.optim.sched.constant_steps={max(0, int((steps - WARMUP_STEPS) * CONSTANT_SHARE))}",

@@ -16,7 +16,6 @@ from retro_engine.api import Retro
 from retro_engine.config import load_config
 from retro_engine.data.batches import Sequences, copies_of, split_documents
 from retro_engine.data.builtin import python_docs
-from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import StoppedError, UsageError
@@ -28,7 +27,8 @@ from retro_engine.retrieval.ceiling import copy_ceiling, describe_ceiling
 from retro_engine.retrieval.neighbors import build_neighbors
 from retro_engine.train.loop import train
 
-CHUNK_SIZE, LENGTH = 32, 256  # tokens of a chunk and of a sequence
+CHUNK_SIZE, LENGTH, VOCABULARY = 32, 256, 4096  # tokens of a chunk and of a sequence, entries
+TESTED_TOKENS = 300_000  # at most, spread over all held-out documents
 SPLITS = "80,5,15"
 STEPS = 800
 MIN_DOCUMENTS = 8
@@ -48,6 +48,7 @@ def run_text(
     seed: int = 1234,
     overrides: list[str] | None = None,
     reporter: Reporter | None = None,
+    preset: str = "tiny",
 ) -> dict[str, Any]:
     """Run the demo on "python-docs" or a path and return its figures. Raises UsageError for too little text."""
     reporter = reporter or Reporter()
@@ -60,7 +61,7 @@ def run_text(
             raise UsageError(
                 f"{key} is the demo's own", "it keeps the comparison fair", "--steps and --seed can be chosen"
             )
-    store = prepare([_source(what, out)], out / "store", chunk_size=CHUNK_SIZE, say=reporter.say)
+    store = prepare([_source(what, out)], out / "store", chunk_size=CHUNK_SIZE, vocab_size=VOCABULARY, say=reporter.say)
     if store.num_documents < MIN_DOCUMENTS:
         raise UsageError(
             f"{what} has {store.num_documents} documents",
@@ -77,7 +78,8 @@ def run_text(
         raise UsageError(
             f"{what} has no document to test on", "every held-out one is also among the others", "name more text"
         )
-    heldout = Sequences(store, tested, LENGTH, table, 2, database_documents=shares["train"])
+    model = load_config(overrides, preset).model
+    heldout = Sequences(store, tested, LENGTH, table, model.num_neighbors, database_documents=shares["train"])
     ceiling, count = copy_ceiling(heldout)
     reporter.say(describe_ceiling(ceiling, count))
     figures: dict[str, Any] = {
@@ -88,7 +90,7 @@ def run_text(
     }
     if ceiling > 0:
         figures |= _measure(
-            store, table, heldout, out, STEPS if steps is None else steps, seed, overrides or [], reporter
+            store, heldout, out, STEPS if steps is None else steps, seed, overrides or [], preset, reporter
         )
     (out / "text.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
@@ -105,31 +107,32 @@ def _source(what: str, out: Path) -> Path:
 
 def _measure(
     store: Store,
-    table: NeighborTable,
     heldout: Sequences,
     out: Path,
     steps: int,
     seed: int,
     overrides: list[str],
+    preset: str,
     reporter: Reporter,
 ) -> dict[str, Any]:
     runs = {
         "retro": steps,
         "plain": steps,
-        "plain-flops": round(steps * _flops_ratio(store, out, heldout, seed, overrides)),
+        "plain-flops": round(steps * _flops_ratio(store, out, heldout, seed, overrides, preset)),
     }
     models = {}
     for name, count in runs.items():
         reporter.say(f"\n{name}: {count:,} steps")
         settings = _settings(store.folder, out / name, count, seed, is_plain=name != "retro")
-        result = train(load_config([*settings, *overrides], "tiny"), reporter)
+        result = train(load_config([*settings, *overrides], preset), reporter)
         if result.exit_code:
             raise StoppedError(
                 result.exit_code, f"the checkpoint of step {result.step} is saved", f"rm -r {out}, and run it again"
             )
         models[name] = Retro.from_pretrained(result.checkpoint)
     decoders = {name: retro.model for name, retro in models.items() if name != "retro"}
-    comparison = compare(models["retro"].model, heldout, store.tokenizer.token_bytes(), decoders)
+    limit = max(1, TESTED_TOKENS // (8 * LENGTH))
+    comparison = compare(models["retro"].model, heldout, store.tokenizer.token_bytes(), decoders, limit)
     reporter.say(table_of(comparison))
     return {"steps": runs, **comparison.summary()}
 
@@ -144,9 +147,9 @@ def _settings(store: Path, run: Path, steps: int, seed: int, is_plain: bool) -> 
     ]  # fmt: skip
 
 
-def _flops_ratio(store: Store, out: Path, heldout: Sequences, seed: int, overrides: list[str]) -> float:
+def _flops_ratio(store: Store, out: Path, heldout: Sequences, seed: int, overrides: list[str], preset: str) -> float:
     """FLOPs of a RETRO step over those of a plain decoder's, by the neighbors that there are."""
-    config = load_config([*_settings(store.folder, out, 1, seed, is_plain=False), *overrides], "tiny").model
+    config = load_config([*_settings(store.folder, out, 1, seed, is_plain=False), *overrides], preset).model
     config.vocab_size = store.vocab_size
     tokens = neighbor_tokens = 0
     for batch in heldout.batches(8, limit=20):
@@ -169,7 +172,11 @@ def table_of(comparison: Comparison) -> str:
             gain = comparison.gain(name)
             saved = f"{gain['gain']:.1%} {show_interval(gain['low'], gain['high'], '.1%')}"
         lines.append(f"{label:42}{f'{losses.bits_per_byte:.3f} {show_interval(low, high)}':>24}{saved:>26}")
-    lines.append("\nby how much of the next chunk the neighbors state word for word (runs of 8 tokens):")
+    realized = comparison.chunks.realized()
+    lines.append(
+        f"\nof the tokens under the copy ceiling RETRO predicts {realized['on']:.1%}, the decoder at equal tokens {realized['plain']:.1%}"
+    )
+    lines.append("by how much of the next chunk the neighbors state word for word (runs of 8 tokens):")
     for row in comparison.chunks.groups():
         on, plain = float(row["on"]), float(row["plain"])
         saved = f"{1 - on / plain:.1%}" if plain else "-"

@@ -33,6 +33,7 @@ class Comparison:
         return {
             "losses": {name: losses.summary() for name, losses in self.losses.items()},
             "gains": {name: self.gain(name) for name in self.losses if name != "on"},
+            "ceiling_realized": self.chunks.realized(),
             "by_overlap": self.chunks.groups(),
             "overlap_curve": self.chunks.curve(),
         }

@@ -11,6 +11,7 @@ import numpy as np
 from retro_engine.data.batches import Sequences
 from retro_engine.evaluate.perplexity import token_losses
 from retro_engine.model.retro import RetroModel
+from retro_engine.retrieval.ceiling import copyable
 from retro_engine.retrieval.overlap import chunk_overlaps
 
 GROUPS = (("none", 0.0, 0.0), ("up to .3", 0.0, 0.3), ("above .3", 0.3, 1.0))  # name, above, up to
@@ -19,11 +20,20 @@ LIMITS = (0.0, 0.125, 0.25, 0.5, 1.0)  # of the cumulative curve
 
 @dataclass
 class ChunkLosses:
-    """Per chunk that has neighbors: overlap, UTF-8 bytes of what is predicted, and nats for each model."""
+    """Per chunk that has neighbors: overlap, UTF-8 bytes of what is predicted, and nats for each model.
+
+    `copyable` counts the tokens under the copy ceiling, `copied` those of them that each model's most likely token is.
+    """
 
     overlap: np.ndarray
     bytes: np.ndarray
     nats: dict[str, np.ndarray]
+    copyable: int
+    copied: dict[str, int]
+
+    def realized(self) -> dict[str, float]:
+        """The share of the copy ceiling's tokens that each model predicts."""
+        return {name: count / max(1, self.copyable) for name, count in self.copied.items()}
 
     def bits_per_byte(self, name: str, chosen: np.ndarray) -> float:
         return float(self.nats[name][chosen].sum() / np.log(2) / max(1, self.bytes[chosen].sum()))
@@ -58,21 +68,24 @@ def chunk_losses(
     overlap: list[np.ndarray] = []
     num_bytes: list[np.ndarray] = []
     nats: dict[str, list[np.ndarray]] = {name: [] for name in models}
+    copied, count = dict.fromkeys(models, 0), 0
     for rows in sequences.batch_rows(batch_size, limit):
         batch = sequences.batch(rows)
         assert batch.lengths is not None
         has_neighbors = (batch.lengths > 0).any(-1) & (batch.document_ids[:, m - 1 :: m] >= 0)
+        can_copy = copyable(batch, m)
+        count += int(can_copy.sum())
         chosen = _tokens_of_chunks(batch.labels, batch.document_ids, m)
         overlap.append(chunk_overlaps(batch, m)[has_neighbors])
         num_bytes.append(_sum(np.where(chosen, token_bytes[batch.labels], 0), m)[has_neighbors])
         for name, (model, mode) in models.items():
-            losses, _ = token_losses(
+            losses, best = token_losses(
                 model, batch if mode == "on" else sequences.batch(rows, mode), model.embedding.weight.device
             )
             nats[name].append(_sum(np.where(chosen, losses.double().cpu().numpy(), 0), m)[has_neighbors])
-    return ChunkLosses(
-        np.concatenate(overlap), np.concatenate(num_bytes), {n: np.concatenate(v) for n, v in nats.items()}
-    )
+            copied[name] += int((best.cpu().numpy() == batch.labels)[can_copy].sum())
+    joined = {name: np.concatenate(values) for name, values in nats.items()}
+    return ChunkLosses(np.concatenate(overlap), np.concatenate(num_bytes), joined, count, copied)
 
 
 def _tokens_of_chunks(labels: np.ndarray, documents: np.ndarray, m: int) -> np.ndarray:

@@ -5,8 +5,9 @@ before it does. Letters: S sequences, N tokens, L chunks, K neighbors, R tokens 
 """
 
 import numba
+import numpy as np
 
-from retro_engine.data.batches import Sequences
+from retro_engine.data.batches import Batch, Sequences
 
 CONTEXT = 128  # tokens of the own text that are looked at
 REALIZED = 0.5  # the share of the ceiling that small models reach at best (docs/retrieval-ready.md)
@@ -17,15 +18,18 @@ def copy_ceiling(sequences: Sequences, max_tokens: int = MAX_TOKENS) -> tuple[fl
     """The ceiling over at most `max_tokens` labelled tokens of `sequences`, and how many there were."""
     copied = total = 0
     for batch in sequences.batches(64):
-        assert batch.neighbors is not None
-        assert batch.lengths is not None
-        found, seen = _count(
-            batch.tokens, batch.labels, batch.document_ids, batch.neighbors, batch.lengths, sequences.store.chunk_size
-        )
-        copied, total = copied + found, total + seen
+        copied += int(copyable(batch, sequences.store.chunk_size).sum())
+        total += int((batch.labels >= 0).sum())
         if total >= max_tokens:
             break
     return copied / max(1, total), total
+
+
+def copyable(batch: Batch, chunk_size: int) -> np.ndarray:
+    """[S, N] whether a token's label can be copied from the neighbors it attends, and not from the text before it."""
+    assert batch.neighbors is not None
+    assert batch.lengths is not None
+    return _copyable(batch.tokens, batch.labels, batch.document_ids, batch.neighbors, batch.lengths, chunk_size)
 
 
 def describe_ceiling(share: float, count: int) -> str:
@@ -38,14 +42,13 @@ def describe_ceiling(share: float, count: int) -> str:
 
 
 @numba.njit(cache=True)
-def _count(tokens, labels, documents, neighbors, lengths, chunk_size):  # type: ignore[no-untyped-def]
-    copied = total = 0
+def _copyable(tokens, labels, documents, neighbors, lengths, chunk_size):  # type: ignore[no-untyped-def]
+    out = np.zeros(tokens.shape, np.bool_)
     for s in range(tokens.shape[0]):
         for t in range(tokens.shape[1]):
             label = labels[s, t]
             if label < 0:
                 continue
-            total += 1
             chunk = (t + 1) // chunk_size - 1
             if t == 0 or documents[s, t - 1] != documents[s, t] or chunk < 0:
                 continue
@@ -69,6 +72,6 @@ def _count(tokens, labels, documents, neighbors, lengths, chunk_size):  # type: 
                         is_found = True
                         break
                 if is_found:
-                    copied += 1
+                    out[s, t] = True
                     break
-    return copied, total
+    return out

@@ -4,10 +4,10 @@ import time
 
 import numpy as np
 
-from retro_engine.data.batches import Sequences, split_documents
+from retro_engine.data.batches import Batch, Sequences, split_documents
 from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.store import Store
-from retro_engine.retrieval.ceiling import CONTEXT, copy_ceiling, describe_ceiling
+from retro_engine.retrieval.ceiling import CONTEXT, copy_ceiling, copyable, describe_ceiling
 
 
 def test_equals_the_definition(small_store: Store) -> None:
@@ -43,15 +43,13 @@ def test_equals_the_definition(small_store: Store) -> None:
 
 def test_its_rate(small_store: Store) -> None:
     """At least a million tokens a second is the aim; a busy machine is given a tenth."""
-    from retro_engine.retrieval import ceiling
-
     tokens = np.random.default_rng(0).integers(0, 8000, (64, 2048))
     labels = np.roll(tokens, -1, 1)
     neighbors = np.random.default_rng(1).integers(0, 8000, (64, 32, 2, 128))
-    args = (tokens, labels, np.zeros_like(tokens), neighbors, np.full((64, 32, 2), 128), 64)
-    ceiling._count(*args)
+    batch = Batch(tokens, labels, np.zeros_like(tokens), neighbors, np.full((64, 32, 2), 128))
+    copyable(batch, 64)
     start = time.perf_counter()
-    ceiling._count(*args)
+    copyable(batch, 64)
     assert tokens.size / (time.perf_counter() - start) > 1e5
 
 

@@ -1,0 +1,1 @@
+"""`python -m retro_engine.bench`: what the project promises, measured on the reader's machine."""

@@ -1,0 +1,160 @@
+"""`bench loader`: chunk ids to token arrays on one thread, warm and cold, against NumPy, memmap and HDF5.
+
+Writes a store of random tokens to a temporary folder. Cold: the file's pages are dropped from the page cache first
+(Linux), the reader is new. Rows are of 64 uint16 tokens, neighbors of 128.
+"""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from retro_engine.bench.frame import Row, Work, time_in_turns
+from retro_engine.data.corpus import Document
+from retro_engine.data.loader import NeighborLoader, has_native_loader
+from retro_engine.data.store import Store, StoreWriter
+from retro_engine.data.tokenizer import Tokenizer
+
+ROWS, M, R, IDS = 400_000, 64, 128, 20_000
+COLD_IDS = 1_000
+CPU = torch.device("cpu")
+
+
+def run() -> list[Row]:
+    if not has_native_loader():
+        raise RuntimeError("the C++ loader is not built: nothing to measure")
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk that the user works on, not in memory
+        store = _store(Path(folder) / "store")
+        return [*_raw(store), *_whole(store, Path(folder)), *_cold(store)]
+
+
+def _store(folder: Path) -> Store:
+    writer = StoreWriter(folder, Tokenizer.train(["x"], 300), M)
+    rng = np.random.default_rng(0)
+    while writer.counts["rows"] < ROWS:
+        writer.add(Document("d", "", "x", "f"), rng.integers(2, 250, int(rng.integers(100, 6000))).tolist())
+    return writer.close()
+
+
+def _ids(num_rows: int, count: int, low: int, sets: int = 8) -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(low, num_rows, count) for _ in range(sets)]
+
+
+def _turns(function: Callable[[np.ndarray], object], sets: list[np.ndarray]) -> Work:
+    state = {"next": 0}
+
+    def work() -> None:
+        state["next"] = (state["next"] + 1) % len(sets)
+        function(sets[state["next"]])
+
+    return work
+
+
+def _rows(case: str, works: dict[str, Work], num_bytes: float, rounds: int = 15, note: str = "") -> list[Row]:
+    times = time_in_turns(works, CPU, rounds)
+    rows = []
+    for name, (median, low, high) in times.items():
+        row = Row("loader", case, name, median, low, high, 1e-9 * num_bytes / median, note=note)
+        if name == "ours (C++)":
+            row.ratios = {other: t[0] / median for other, t in times.items() if other != name}
+        rows.append(row)
+    return rows
+
+
+def _raw(store: Store) -> list[Row]:
+    from retro_engine.data._loader import copy_rows
+
+    values = np.ascontiguousarray(store.shards[0].arrays["tokens"].values)
+    sets = _ids(len(values), IDS, 0)
+    out = np.empty((IDS, M), values.dtype)
+    works = {
+        "ours (C++)": _turns(lambda ids: copy_rows(values, ids), sets),
+        "NumPy fancy": _turns(lambda ids: values[ids], sets),
+        "np.take(out=)": _turns(lambda ids: np.take(values, ids, 0, out=out, mode="clip"), sets),
+    }
+    return _rows(f"raw gather of {IDS} rows", works, 4 * IDS * M)
+
+
+def _whole(store: Store, folder: Path) -> list[Row]:
+    from retro_engine.data._loader import copy_rows
+
+    native, twin = NeighborLoader([store], True), NeighborLoader([store], False)
+    for loader in (native, twin):
+        loader.gather(np.arange(store.num_rows), R)  # touches and checks every block
+    sets = _ids(store.num_rows, IDS, -1)
+    values = np.ascontiguousarray(store.shards[0].arrays["tokens"].values)
+    pairs = np.lib.stride_tricks.sliding_window_view(values.reshape(-1), R)[::M]
+    pairs = np.ascontiguousarray(pairs)
+    bare_sets = [np.clip(ids, 0, len(pairs) - 1) for ids in sets]
+    works: dict[str, Work] = {
+        "ours (C++)": _turns(lambda ids: native.gather(ids, R), sets),
+        "NumPy": _turns(lambda ids: twin.gather(ids, R), sets),
+        "bare copy of the same rows": _turns(lambda ids: copy_rows(pairs, ids), bare_sets),
+    }
+    rows = _rows(f"ids to tokens and lengths, {IDS} ids", works, 10 * IDS * R)
+    try:
+        import h5py
+    except ImportError:
+        return rows
+    path = folder / "chunks.h5"
+    with h5py.File(path, "w") as file:
+        file["chunks"] = values[:100_000]
+
+    def hdf5(ids: np.ndarray) -> None:
+        for row in ids:
+            with h5py.File(path, "r") as file:
+                file["chunks"][row]
+
+    few = [ids % 100_000 for ids in _ids(100_000, 200, 0)]
+    works = {"ours (C++)": _turns(lambda ids: native.gather(ids, M), sets), "HDF5 opened per chunk": _turns(hdf5, few)}
+    found = _rows("one chunk, HDF5 opened per chunk", works, 10 * IDS * M, 3)
+    per_chunk = found[1].median_s / 200 / (found[0].median_s / IDS)
+    found[0].ratios = {"HDF5 opened per chunk": per_chunk}
+    return rows + found
+
+
+def _cold(store: Store) -> list[Row]:
+    """Random ids of a file that is not in memory. Checksums are off: they read whole blocks at first touch."""
+    if not hasattr(os, "posix_fadvise"):
+        return []
+    path = Path(store.shards[0].arrays["tokens"].path)
+    num_rows = store.shards[0].arrays["tokens"].values.shape[0]
+    state = {"seed": 0}
+
+    def drop() -> np.ndarray:
+        for file in sorted(store.folder.glob("*-*.bin")):
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+        state["seed"] += 1
+        return np.random.default_rng(state["seed"]).integers(0, num_rows - 2, COLD_IDS)
+
+    def ours() -> None:
+        ids = drop()
+        NeighborLoader([store], True, checks_blocks=False).gather(ids, R)
+
+    def memmap(advice: int | None) -> Work:
+        def work() -> None:
+            ids = drop()
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            if advice is not None:
+                mapped.madvise(advice)
+            values = np.frombuffer(mapped, np.uint16, num_rows * M, 128).reshape(num_rows, M)
+            values[np.stack((ids, ids + 1), 1)]
+
+        return work
+
+    works: dict[str, Work] = {
+        "ours (C++)": ours,
+        "memmap": memmap(None),
+        "memmap + MADV_RANDOM": memmap(mmap.MADV_RANDOM),
+        "dropping the cache alone": drop,
+    }
+    return _rows(f"cold, {COLD_IDS} ids", works, 10 * COLD_IDS * R, 3, "opening the reader included")

@@ -1,0 +1,122 @@
+"""Gate: every shipped configuration compiles for sm_80, 89, 90 and 100 without a GPU, within the limits of each.
+
+Registers and stack come from the cuobjdump in Triton's own package. Stack stands for spills: none where a kernel is
+meant to have none, a bound elsewhere. The CUDA files go through nvcc where it is installed.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("an interpreting process cannot compile (make gates)", allow_module_level=True)
+triton = pytest.importorskip("triton")
+
+from retro_kernels import triton_attention, triton_gather_neighbors, triton_rope
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB a block may have
+# head width, group, m, rotated pairs, type, causal: what presets and the design's tables use, and the widest.
+ATTENTIONS = [
+    (64, 1, 64, 32, "bf16", False),
+    (64, 4, 64, 32, "bf16", False),
+    (128, 1, 64, 64, "bf16", False),
+    (128, 1, 64, 32, "fp16", False),
+    (96, 1, 32, 24, "fp16", False),
+    (256, 1, 64, 128, "bf16", False),
+    (32, 1, 32, 16, "fp32", False),
+    (64, 1, 64, 32, "fp32", False),
+    (128, 1, 64, 64, "fp32", False),
+    (64, 1, 64, 0, "bf16", True),
+    (64, 1, 64, 0, "fp32", True),
+]
+MAX_STACK = 512  # bytes, where there may be any: backward with heads above 64, and fp32, which no tensor core runs
+
+
+def compiled(function, constants, types, capability: int, options, path: Path):  # type: ignore[no-untyped-def]
+    """(PTX, registers, stack bytes, shared bytes) of one kernel."""
+    signature = {name: "constexpr" if name in constants else types(name) for name in function.arg_names}
+    is_aligned = lambda name: signature[name][0] == "*" or re.fullmatch(r"[qkvog]o?_[bnhljs]", name)  # noqa: E731
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if is_aligned(name)}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    path.write_bytes(kernel.asm["cubin"])
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return kernel.asm["ptx"], int(found[1]), int(found[2]), kernel.metadata.shared
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
+def test_attention(tmp_path: Path, case: tuple, direction: str, capability: int) -> None:  # type: ignore[type-arg]
+    width, group, m, pairs, dtype, is_causal = case
+    is_backward = direction == "backward"
+    tile = triton_attention.tile_of(capability, width, m * group, dtype == "fp32", is_backward)
+    constants = triton_attention.constants(
+        width, pairs, 1 if is_causal else 2, group, is_causal, (False, not is_causal, is_causal), False
+    )
+    constants |= {name: tile[name] for name in ("BM", "BN")}
+
+    def types(name: str) -> str:
+        if name in ("Q", "K", "V", "O", "DO", "DQ", "DK", "DV"):
+            return f"*{dtype}"
+        if name in ("LSE", "COS", "SIN", "BEGINS", "ENDS", "FIRST"):
+            return "*i64" if name in ("BEGINS", "ENDS", "FIRST") else "*fp32"
+        return "fp32" if name.startswith("scale") else "i32"
+
+    function = triton_attention._attention_backward if is_backward else triton_attention._attention_forward
+    options = {name: tile[name] for name in ("num_warps", "num_stages")}
+    ptx, registers, stack, shared = compiled(function, constants, types, capability, options, tmp_path / "kernel")
+    assert registers <= 255
+    limit = MAX_STACK if dtype == "fp32" or is_backward and width > 64 else 0
+    assert stack <= limit, f"{stack} bytes of stack"
+    assert shared <= SHARED_MEMORY[capability] * 1024
+    if capability == 90 and dtype != "fp32" and m * group >= 64 and width <= 128:
+        assert "wgmma" in ptx
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_rope_and_gather(tmp_path: Path, dtype: str, capability: int) -> None:
+    def types(name: str) -> str:
+        if name in ("Q", "K", "Q_OUT", "K_OUT"):
+            return f"*{dtype}"
+        if name in ("COS", "SIN", "POSITIONS"):
+            return "*i64" if name == "POSITIONS" else "*fp32"
+        if name in ("DOCUMENT", "IDS", "LENGTHS"):
+            return "*i64"
+        if name in ("TABLE", "TOKENS", "ROW_LENGTHS"):
+            return "*i32"
+        return "fp32" if name == "sign" else "i32"
+
+    for width, rotated, is_interleaved in ((64, 32, False), (128, 32, True), (96, 48, False)):
+        constants = triton_rope.constants(width, rotated, is_interleaved, True) | {"TOKENS": 16}
+        _, _, stack, _ = compiled(
+            triton_rope._rope, constants, types, capability, {"num_warps": 4}, tmp_path / "kernel"
+        )
+        assert stack == 0
+    constants = triton_gather_neighbors.constants(64, 128)
+    function = triton_gather_neighbors._gather_neighbors
+    _, _, stack, _ = compiled(function, constants, types, capability, {"num_warps": 1}, tmp_path / "kernel")
+    assert stack == 0
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", ["80", "90a", "100a"])
+def test_cuda_files(tmp_path: Path, architecture: str) -> None:
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+        command = ["nvcc", "-std=c++17", "-O3", "-c", "-Xptxas", "-v", target, source, "-o", tmp_path / "kernel.o"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        spills = re.findall(r"(\d+) bytes spill stores", run.stderr)
+        assert spills and not any(map(int, spills)), run.stderr
