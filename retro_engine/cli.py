@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from retro_engine.errors import GateError, MissingInputError, RetroError, StoppedError, UsageError, nearest, typed
 
 if TYPE_CHECKING:
+    from retro_engine.api import Retro
     from retro_engine.data.store import Store
+    from retro_engine.model.retro import RetroModel
     from retro_engine.progress import Reporter
 
 TAKES_SETTINGS = ("demo", "train", "eval", "generate", "config")
@@ -142,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--leak-limit", type=float, metavar="SHARE", help="neighbors that state more of the next chunk are missing"
     )
+    sub.add_argument("--against", nargs="+", metavar="RUN", default=[], help="plain decoders to compare with, paired")
     sub.add_argument("--fail-if", metavar="EXPR", help="exit 6 when true, like 'bpb_on>bpb_off'")
 
     sub = command("generate", _generate, "continue a prompt, reading neighbors")
@@ -288,6 +291,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from retro_engine.api import Retro
+    from retro_engine.evaluate.compare import gain_of
     from retro_engine.evaluate.perplexity import Given, evaluate, show_interval
     from retro_engine.generate.generator import encode_neighbors
     from retro_engine.train.checkpoint import find_checkpoint
@@ -327,9 +331,17 @@ def _eval(args: argparse.Namespace) -> int:
             given=given,
             leak_limit=args.leak_limit,
         )
-    summary = {mode: result.summary() for mode, result in results.items()}
+    summary: dict[str, Any] = {mode: result.summary() for mode, result in results.items()}
+    gains = {}
+    for path in args.against:
+        other = _plain_decoder(path, retro)
+        with reporter.progress(f"evaluating {path}", batches, "sequences") as meter:
+            losses = evaluate(other, sequences, retro.tokenizer.token_bytes(), ["off"], limit=args.limit, advance=meter.advance)  # fmt: skip
+        gains[path] = gain_of(results[modes[0]], losses["off"])
+        summary[path] = losses["off"].summary()
+        results[path] = losses["off"]
     if args.json:
-        print(json.dumps({"checkpoint": str(checkpoint), "share": args.share, **summary}))
+        print(json.dumps({"checkpoint": str(checkpoint), "share": args.share, **summary, "gains": gains}))
     else:
         first = next(iter(summary.values()))
         print(
@@ -339,9 +351,29 @@ def _eval(args: argparse.Namespace) -> int:
         for mode, s in summary.items():
             interval = show_interval(*results[mode].interval(), ".4f")
             print(f"{mode:12}{s['bits_per_byte']:>15.4f}{interval:>20}{s['perplexity']:>12.2f}{s['loss']:>9.4f}")
+        for path, gain in gains.items():
+            interval = show_interval(gain["low"], gain["high"], ".1%")
+            print(f"{modes[0]} saves {gain['gain']:.1%} {interval} against {path}")
     if args.fail_if and _holds(args.fail_if, summary):
         raise GateError(f"--fail-if {args.fail_if} is true", "", "see the figures above")
     return 0
+
+
+def _plain_decoder(path: str, retro: "Retro") -> "RetroModel":
+    """The model of a run that reads no neighbors, with the tokenizer of `retro`."""
+    from retro_engine.api import Retro
+    from retro_engine.train.checkpoint import find_checkpoint
+
+    other = Retro.from_pretrained(find_checkpoint(path))
+    if other.model.config.retrieval:
+        raise UsageError(
+            f"{path} is a RETRO", "--against takes plain decoders (model.retrieval=false)", "retro eval it"
+        )
+    if other.tokenizer.json != retro.tokenizer.json:
+        raise UsageError(
+            f"{path} has another tokenizer", "losses are compared token by token", "train it on the same store"
+        )
+    return other.model
 
 
 def _check_limit(limit: int | None) -> None:

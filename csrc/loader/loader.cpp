@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -230,12 +231,15 @@ class Loader {
 
   uint64_t num_rows() const { return num_rows_; }
 
-  // ids [n] int64 -> (tokens [n, R] int64, lengths [n] int64)
-  py::tuple gather(py::array_t<int64_t, py::array::c_style | py::array::forcecast> ids, int64_t length,
-                   int64_t pad_id) {
+  // ids [n] int64 -> (tokens [n, R] int64, lengths [n] int64), into `into` where it is given.
+  py::tuple gather(py::array_t<int64_t, py::array::c_style | py::array::forcecast> ids, int64_t length, int64_t pad_id,
+                   std::optional<py::array_t<int64_t, py::array::c_style>> into) {
     if (length < 1) throw py::value_error("retrieved_length=" + std::to_string(length) + ": must be at least 1");
     const int64_t n = ids.size();
-    py::array_t<int64_t> tokens({n, length}), lengths(n);
+    if (into && (into->ndim() != 2 || into->shape(0) != n || into->shape(1) != length))
+      throw py::value_error("out has another shape than [ids, retrieved_length]");
+    py::array_t<int64_t> lengths(n);
+    py::array_t<int64_t, py::array::c_style> tokens = into ? *into : py::array_t<int64_t, py::array::c_style>({n, length});
     const int64_t* in = ids.data();
     int64_t* out = tokens.mutable_data();
     int64_t* valid = lengths.mutable_data();
@@ -339,14 +343,16 @@ class Loader {
   int64_t vocab_size_;
 };
 
-// Rows `ids` of a 2-D uint16 array, copied with prefetching and nothing else: what the loader is measured against.
-py::array_t<uint16_t> copy_rows(const py::array_t<uint16_t, py::array::c_style>& values,
-                                const py::array_t<int64_t, py::array::c_style>& ids) {
+// Rows `ids` of a 2-D uint16 array copied into `out`, as uint16 or widened to int64, with prefetching and nothing else:
+// the raw gather, and the limit that the loader is measured against.
+template <typename T>
+void copy_rows(const py::array_t<uint16_t, py::array::c_style>& values,
+               const py::array_t<int64_t, py::array::c_style>& ids, py::array_t<T, py::array::c_style>& out) {
   const int64_t n = ids.size(), width = values.shape(1), rows = values.shape(0);
-  py::array_t<uint16_t> out({n, width});
+  if (out.ndim() != 2 || out.shape(0) != n || out.shape(1) != width) throw py::value_error("out has another shape");
   const uint16_t* from = values.data();
   const int64_t* in = ids.data();
-  uint16_t* to = out.mutable_data();
+  T* to = out.mutable_data();
   for (int64_t i = 0; i < n; ++i)
     if (in[i] < 0 || in[i] >= rows) throw py::value_error("row " + std::to_string(in[i]) + " does not exist");
   const py::gil_scoped_release release;
@@ -354,19 +360,27 @@ py::array_t<uint16_t> copy_rows(const py::array_t<uint16_t, py::array::c_style>&
     if (i + kAhead < n)
       for (int64_t byte = 0; byte < 2 * width; byte += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(from + in[i + kAhead] * width) + byte);
-    std::memcpy(to + i * width, from + in[i] * width, static_cast<size_t>(2 * width));
+    if constexpr (sizeof(T) == 2) {
+      const char* source = reinterpret_cast<const char*>(from + in[i] * width);
+      char* target = reinterpret_cast<char*>(to + i * width);
+      int64_t byte = 0;
+      for (; byte + 64 <= 2 * width; byte += 64) std::memcpy(target + byte, source + byte, 64);  // inlined: no call a row
+      std::memcpy(target + byte, source + byte, static_cast<size_t>(2 * width - byte));
+    } else
+      widen16(from + in[i] * width, width, to + i * width);
   }
-  return out;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_loader, m) {
   m.doc() = "Memory-mapped neighbor loader";
-  m.def("copy_rows", &copy_rows, py::arg("values"), py::arg("ids"));
+  m.def("copy_rows", &copy_rows<uint16_t>, py::arg("values"), py::arg("ids"), py::arg("out").noconvert());
+  m.def("copy_rows", &copy_rows<int64_t>, py::arg("values"), py::arg("ids"), py::arg("out").noconvert());
   py::class_<Loader>(m, "Loader")
       .def(py::init<const std::vector<std::array<std::string, 3>>&, uint64_t, int64_t, bool>(), py::arg("shards"),
            py::arg("chunk_size"), py::arg("vocab_size"), py::arg("checks_blocks") = true)
       .def_property_readonly("num_rows", &Loader::num_rows)
-      .def("gather", &Loader::gather, py::arg("ids"), py::arg("retrieved_length"), py::arg("pad_id"));
+      .def("gather", &Loader::gather, py::arg("ids"), py::arg("retrieved_length"), py::arg("pad_id"),
+           py::arg("out").noconvert() = py::none());
 }

@@ -110,6 +110,7 @@ def _rope(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], ceil
     ours = lambda q, k: rope_qk(q, k, cos, sin)  # noqa: E731
     eager = lambda q, k: (reference.rope(q, cos, sin), reference.rope(k, cos, sin))  # noqa: E731
     works = {"ours": _forward(ours, sets), "eager": _forward(eager, sets)}
+    works["clone"] = _forward(lambda q, k: (q.clone(), k.clone()), sets)  # the limit: the same bytes, only copied
     if device.type == "cuda":
         works["torch.compile"] = _forward(torch.compile(eager), sets)
     num_bytes = 4 * B * N * H * E * sets[0][0].element_size()

@@ -4,6 +4,7 @@ Writes a store of random tokens to a temporary folder. Cold: the file's pages ar
 (Linux), the reader is new. Rows are of 64 uint16 tokens, neighbors of 128.
 """
 
+import gc
 import mmap
 import os
 import tempfile
@@ -28,16 +29,19 @@ def run() -> list[Row]:
     if not has_native_loader():
         raise RuntimeError("the C++ loader is not built: nothing to measure")
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk that the user works on, not in memory
-        store = _store(Path(folder) / "store")
-        return [*_raw(store), *_whole(store, Path(folder)), *_cold(store)]
+        path = _store(Path(folder) / "store")
+        rows = _warm(Store(path), Path(folder))
+        gc.collect()  # pages that are mapped cannot be dropped
+        return rows + _cold(path)
 
 
-def _store(folder: Path) -> Store:
+def _store(folder: Path) -> Path:
     writer = StoreWriter(folder, Tokenizer.train(["x"], 300), M)
     rng = np.random.default_rng(0)
     while writer.counts["rows"] < ROWS:
         writer.add(Document("d", "", "x", "f"), rng.integers(2, 250, int(rng.integers(100, 6000))).tolist())
-    return writer.close()
+    writer.close()
+    return folder
 
 
 def _ids(num_rows: int, count: int, low: int, sets: int = 8) -> list[np.ndarray]:
@@ -66,37 +70,31 @@ def _rows(case: str, works: dict[str, Work], num_bytes: float, rounds: int = 15,
     return rows
 
 
-def _raw(store: Store) -> list[Row]:
+def _warm(store: Store, folder: Path) -> list[Row]:
     from retro_engine.data._loader import copy_rows
 
     values = np.ascontiguousarray(store.shards[0].arrays["tokens"].values)
     sets = _ids(len(values), IDS, 0)
     out = np.empty((IDS, M), values.dtype)
-    works = {
-        "ours (C++)": _turns(lambda ids: copy_rows(values, ids), sets),
+    works: dict[str, Work] = {
+        "ours (C++)": _turns(lambda ids: copy_rows(values, ids, out), sets),
         "NumPy fancy": _turns(lambda ids: values[ids], sets),
         "np.take(out=)": _turns(lambda ids: np.take(values, ids, 0, out=out, mode="clip"), sets),
     }
-    return _rows(f"raw gather of {IDS} rows", works, 4 * IDS * M)
-
-
-def _whole(store: Store, folder: Path) -> list[Row]:
-    from retro_engine.data._loader import copy_rows
-
+    rows = _rows(f"raw gather of {IDS} rows", works, 4 * IDS * M)
     native, twin = NeighborLoader([store], True), NeighborLoader([store], False)
     for loader in (native, twin):
         loader.gather(np.arange(store.num_rows), R)  # touches and checks every block
     sets = _ids(store.num_rows, IDS, -1)
-    values = np.ascontiguousarray(store.shards[0].arrays["tokens"].values)
-    pairs = np.lib.stride_tricks.sliding_window_view(values.reshape(-1), R)[::M]
-    pairs = np.ascontiguousarray(pairs)
-    bare_sets = [np.clip(ids, 0, len(pairs) - 1) for ids in sets]
-    works: dict[str, Work] = {
-        "ours (C++)": _turns(lambda ids: native.gather(ids, R), sets),
-        "NumPy": _turns(lambda ids: twin.gather(ids, R), sets),
-        "bare copy of the same rows": _turns(lambda ids: copy_rows(pairs, ids), bare_sets),
+    pairs = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(values.reshape(-1), R)[::M])
+    limited = [np.clip(ids, 0, len(pairs) - 1) for ids in sets]
+    wide = np.empty((IDS, R), np.int64)
+    works = {
+        "ours (C++)": _turns(lambda ids: native.gather(ids, R, wide), sets),
+        "NumPy": _turns(lambda ids: twin.gather(ids, R, wide), sets),
+        "bare C++ loop": _turns(lambda ids: copy_rows(pairs, ids, wide), limited),
     }
-    rows = _rows(f"ids to tokens and lengths, {IDS} ids", works, 10 * IDS * R)
+    rows += _rows(f"ids to tokens and lengths, {IDS} ids", works, 10 * IDS * R)
     try:
         import h5py
     except ImportError:
@@ -118,16 +116,17 @@ def _whole(store: Store, folder: Path) -> list[Row]:
     return rows + found
 
 
-def _cold(store: Store) -> list[Row]:
+def _cold(folder: Path) -> list[Row]:
     """Random ids of a file that is not in memory. Checksums are off: they read whole blocks at first touch."""
     if not hasattr(os, "posix_fadvise"):
         return []
-    path = Path(store.shards[0].arrays["tokens"].path)
-    num_rows = store.shards[0].arrays["tokens"].values.shape[0]
+    tokens = Store(folder).shards[0].arrays["tokens"]
+    path, num_rows = Path(tokens.path), tokens.values.shape[0]
+    del tokens
     state = {"seed": 0}
 
     def drop() -> np.ndarray:
-        for file in sorted(store.folder.glob("*-*.bin")):
+        for file in sorted(folder.glob("*-*.bin")):
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -137,7 +136,7 @@ def _cold(store: Store) -> list[Row]:
 
     def ours() -> None:
         ids = drop()
-        NeighborLoader([store], True, checks_blocks=False).gather(ids, R)
+        NeighborLoader([Store(folder)], True, checks_blocks=False).gather(ids, R)
 
     def memmap(advice: int | None) -> Work:
         def work() -> None:

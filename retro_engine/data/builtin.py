@@ -264,14 +264,19 @@ def python_docs() -> Iterator[Document]:
         relative = path.relative_to(library)
         if {"site-packages", "test", "tests", "idle_test", "__pycache__"} & set(relative.parts):
             continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # lib2to3 keeps files of other versions
-            continue
-        text = "\n\n".join(_docstrings(tree))
+        text = module_docstrings(path)
         module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         if len(text) >= MIN_DOC_CHARACTERS:
             yield Document(f"module:{module}", module, text, str(relative))
+
+
+def module_docstrings(path: Path) -> str:
+    """Every docstring of a Python file, functions' and classes' under their names; empty where it does not parse."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # the standard library keeps files of other versions
+        return ""
+    return "\n\n".join(_docstrings(tree))
 
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:

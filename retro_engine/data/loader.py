@@ -55,15 +55,17 @@ class NeighborLoader:
         else:
             self._loader = NumpyLoader(stores)
 
-    def gather(self, ids: np.ndarray, retrieved_length: int) -> tuple[np.ndarray, np.ndarray]:
+    def gather(
+        self, ids: np.ndarray, retrieved_length: int, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """ids [...] -> tokens [..., R] and valid lengths [...], i64; -1 = missing, length 0.
 
-        A neighbor is its row and the rows that follow in the same document. Raises UsageError for an id outside
-        the stores, StoreError for a damaged block.
+        A neighbor is its row and the rows that follow in the same document. `out` [ids, R] i64 receives the tokens
+        instead of a new array. Raises UsageError for an id outside the stores, StoreError for a damaged block.
         """
         ids = np.asarray(ids, np.int64)
         try:
-            tokens, lengths = self._loader.gather(ids.reshape(-1), retrieved_length, self.pad_id)
+            tokens, lengths = self._loader.gather(ids.reshape(-1), retrieved_length, self.pad_id, out)
         except ValueError as error:
             raise UsageError(str(error)) from error
         except RuntimeError as error:
@@ -80,13 +82,18 @@ class NumpyLoader:
         self.starts = np.cumsum([0] + [shard.arrays["tokens"].values.shape[0] for shard in self.shards])
         self.num_rows = int(self.starts[-1])
 
-    def gather(self, ids: np.ndarray, retrieved_length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    def gather(
+        self, ids: np.ndarray, retrieved_length: int, pad_id: int, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         if retrieved_length < 1:
             raise ValueError(f"retrieved_length={retrieved_length}: must be at least 1")
         wrong = (ids < -1) | (ids >= self.num_rows)
         if wrong.any():
             raise ValueError(f"chunk id {ids[wrong][0]} is outside 0 ... {self.num_rows - 1} (-1 = missing)")
-        tokens = np.full((len(ids), retrieved_length), pad_id, np.int64)
+        if out is not None and out.shape != (len(ids), retrieved_length):
+            raise ValueError(f"out has shape {out.shape}; expected {(len(ids), retrieved_length)}")
+        tokens = np.empty((len(ids), retrieved_length), np.int64) if out is None else out
+        tokens.fill(pad_id)
         lengths = np.zeros(len(ids), np.int64)
         shard_of = np.searchsorted(self.starts, ids, "right") - 1
         for number in np.unique(shard_of[ids >= 0]):

@@ -4,10 +4,10 @@ The share of held-out tokens that some 2-gram match in the neighbors predicts an
 before it does. Letters: S sequences, N tokens, L chunks, K neighbors, R tokens per neighbor.
 """
 
-import numba
 import numpy as np
 
 from retro_engine.data.batches import Batch, Sequences
+from retro_engine.jit import numba
 
 CONTEXT = 128  # tokens of the own text that are looked at
 REALIZED = 0.5  # the share of the ceiling that small models reach at best (docs/retrieval-ready.md)

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 
 from retro_engine.data import files
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
+from retro_engine.jit import numba
 
 ARRAYS = ("scores", "chunks", "starts", "frequencies")
 K1, B = 1.5, 0.75

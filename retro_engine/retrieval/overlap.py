@@ -5,10 +5,10 @@ that are covered by n-grams which the neighbor holds too. Letters: B sequences, 
 R tokens per neighbor, M chunk length.
 """
 
-import numba
 import numpy as np
 
 from retro_engine.data.batches import Batch
+from retro_engine.jit import numba
 
 NGRAM = 8  # tokens
 

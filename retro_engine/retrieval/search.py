@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numba
 import numpy as np
 
 from retro_engine.data.loader import NeighborLoader
 from retro_engine.data.neighbor_table import check_databases
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError, nearest
+from retro_engine.jit import numba
 from retro_engine.retrieval.index import HashIndex
 from retro_engine.retrieval.lexical import Bm25Index
 

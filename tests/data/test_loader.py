@@ -94,6 +94,37 @@ def test_ids_and_lengths_outside(store: Store, is_native: bool) -> None:
     assert lengths.shape == (2, 0, 3)
 
 
+@pytest.mark.parametrize("is_native", [False, pytest.param(True, marks=needs_native)])
+def test_tokens_go_into_a_given_array(store: Store, is_native: bool) -> None:
+    loader, ids = NeighborLoader([store], is_native), np.array([3, -1, 40])
+    out = np.empty((3, 12), np.int64)
+    tokens, lengths = loader.gather(ids, 12, out)
+    assert np.shares_memory(tokens, out)
+    fresh, fresh_lengths = loader.gather(ids, 12)
+    assert np.array_equal(out, fresh) and np.array_equal(lengths, fresh_lengths)
+    for wrong in (np.empty((3, 11), np.int64), np.empty((2, 12), np.int64)):
+        with pytest.raises(UsageError, match="out has"):
+            loader.gather(ids, 12, wrong)
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="Linux only")
+@pytest.mark.parametrize("count", [50, 10_000])
+def test_files_that_are_not_in_memory(tmp_path: Path, count: int) -> None:
+    """What is read ahead changes the pace only: the same tokens cold and warm, checksums on and off."""
+    folder = write(tmp_path / "store", [500] * 400, 16, 3_000).folder
+    ids = np.random.default_rng(0).integers(-1, Store(folder).num_rows, count)
+    expected_tokens, _ = NeighborLoader([Store(folder)], False).gather(ids, 40)
+    for checks in (True, False):
+        for file in folder.glob("*-*.bin"):
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+        tokens, _ = NeighborLoader([Store(folder)], True, checks_blocks=checks).gather(ids, 40)
+        assert np.array_equal(tokens, expected_tokens)
+
+
 def test_stores_that_do_not_go_together(store: Store, tmp_path: Path) -> None:
     other = write(tmp_path / "other", [5], 4, 50)
     with pytest.raises(StoreError, match="chunk_size 8"):

@@ -32,7 +32,14 @@ def test_a_small_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert set(figures["losses"]) == {"on", "off", "random", "plain", "plain-flops"}
     assert len({losses["tokens"] for losses in figures["losses"].values()}) == 1, "all on the same tokens"
     assert sum(row["chunks"] for row in figures["by_overlap"]) > 0
+    assert set(figures["ceiling_realized"]) == {"on", "off", "plain", "plain-flops"}
     assert cli.main(["demo", str(tmp_path / "c.jsonl"), "--out", str(out)]) == 2
+    capsys.readouterr()
+    compared = ["--share", "test", "--limit", "1", "--json", "--quiet", "--against", str(out / "plain")]
+    assert cli.main(["eval", str(out / "retro"), *compared]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["gains"]) == {str(out / "plain")} <= set(result)
+    assert result[str(out / "plain")]["tokens"] == result["on"]["tokens"]
 
 
 def test_what_would_make_the_comparison_false_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
