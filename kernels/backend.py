@@ -28,6 +28,11 @@ def backend(device: str = "cpu") -> str:
     return "cpp" if cpp.is_available() else "reference"
 
 
+def is_forced() -> bool:
+    """Whether RETRO_BACKEND names a backend."""
+    return bool(_forced())
+
+
 def choose(op: str, *tensors: Tensor | None) -> str:
     """The backend of one call of `op` on `tensors`. Raises ValueError when a forced backend cannot take them."""
     forced = _forced()

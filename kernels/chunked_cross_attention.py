@@ -9,8 +9,8 @@ import math
 
 import torch
 from retro_kernels import cpp, reference
-from retro_kernels.attention import check_heads, check_range, check_tables
 from retro_kernels.backend import attention_kernels, choose
+from retro_kernels.checks import check_heads, check_range, check_tables
 from torch import Tensor
 
 

@@ -6,8 +6,8 @@ missing neighbor of length 0. Reads ceil(r/m) rows and writes r tokens per id: t
 
 import torch
 from retro_kernels import reference
-from retro_kernels.attention import check_range
 from retro_kernels.backend import choose, gather_kernels
+from retro_kernels.checks import check_range
 from torch import Tensor
 
 TABLE_TYPES = (torch.uint16, torch.int32, torch.int64)

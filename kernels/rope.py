@@ -7,8 +7,8 @@ rotated in fp32; the gradient is the inverse rotation.
 
 import torch
 from retro_kernels import reference
-from retro_kernels.attention import check_range, check_tables
 from retro_kernels.backend import choose, rope_kernels
+from retro_kernels.checks import check_range, check_tables
 from torch import Tensor
 
 

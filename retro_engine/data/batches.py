@@ -32,6 +32,7 @@ class Batch:
     document_ids: np.ndarray  # [B, N] document of the store
     neighbors: np.ndarray | None  # [B, L, K, R]
     lengths: np.ndarray | None  # [B, L, K]
+    neighbor_ids: np.ndarray | None = None  # [B, L, K] instead of the two above: the device gathers them
 
 
 def split_documents(store: Store, shares: str) -> dict[str, np.ndarray]:
@@ -140,6 +141,7 @@ class Sequences:
         self._first_rows, self._num_rows = first[self.documents], counts[self.documents]
         self._row_documents = store.row_documents()
         self._loader = NeighborLoader([store])
+        self.gathers_neighbors = True  # False: batches bring neighbor ids instead of tokens
         if table is not None:
             table.ids(np.zeros(0, np.int64), num_neighbors)  # refuses k > K
             self._neighbor_loader = NeighborLoader(table.databases)
@@ -229,16 +231,19 @@ class Sequences:
         labels = np.where(place + 1 < lengths[..., None], tokens[..., 1:], -100)
         documents = np.where(rows_BL < 0, -1, self._row_documents[rows_BL])
         document_ids = np.where(place < lengths[..., None], documents[..., None], -1)
-        neighbors = neighbor_lengths = None
+        neighbors = neighbor_lengths = ids = None
         if mode != "off" and self.table is not None:
             ids = self.neighbor_ids(rows_BL, mode)
-            neighbors, neighbor_lengths = self._neighbor_loader.gather(ids, self.retrieved_length)
+            if self.gathers_neighbors:
+                neighbors, neighbor_lengths = self._neighbor_loader.gather(ids, self.retrieved_length)
+                ids = None
         return Batch(
             tokens[..., :m].reshape(B, L * m),
             labels.reshape(B, L * m),
             document_ids.reshape(B, L * m),
             neighbors,
             neighbor_lengths,
+            ids,
         )
 
     def neighbor_ids(self, rows_BL: np.ndarray, mode: str = "on") -> np.ndarray:

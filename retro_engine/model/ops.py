@@ -8,10 +8,21 @@ import torch.nn.functional as F
 from retro_kernels import reference
 from retro_kernels.attention import attention as kernels_attention
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
+from retro_kernels.cuda import register_host
+from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.rope import rope, rope_qk
 from torch import Tensor
 
-__all__ = ["attention", "chunked_cross_attention", "masked_attention", "rope", "rope_qk", "rotary_tables"]
+__all__ = [
+    "attention",
+    "chunked_cross_attention",
+    "gather_neighbors",
+    "masked_attention",
+    "register_host",
+    "rope",
+    "rope_qk",
+    "rotary_tables",
+]
 
 
 def attention(

@@ -36,6 +36,7 @@ from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint
+from retro_engine.train.device_table import DeviceTable
 from retro_engine.train.logging import RunLog
 from retro_engine.train.optimizer import build_optimizer, learning_rate
 
@@ -173,6 +174,11 @@ def pick_device(accelerator: str) -> torch.device:
             "trainer.accelerator=cpu",
         )
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def gathers_on_device(device: torch.device) -> bool:
+    """Whether training batches bring neighbor ids and the device gathers the tokens; on a CPU the loader does."""
+    return device.type == "cuda"
 
 
 def pick_precision(config: Config, device: torch.device) -> str:
@@ -325,6 +331,10 @@ class _Training:
             reporter.say(f"resuming at step {self.step} from {start}")
         with torch.random.fork_rng(devices=[]):
             self.precision = self.precision or pick_precision(config, self.device)
+        self.table: DeviceTable | None = None
+        if data.train.table is not None and gathers_on_device(self.device):
+            self.table = DeviceTable(data.train.table.databases, self.device)
+            data.train.gathers_neighbors = False
         self.accumulate = _sequences_per_step(config) // config.model.micro_batch_size
         self.metrics: dict[str, Any] = {}
         self._hidden: Callable[..., Tensor] = self.model.hidden
@@ -467,6 +477,9 @@ class _Training:
         for batch in micro_batches:
             with autocast(self.device, self.precision == "bf16-mixed"):
                 tokens, labels, documents, neighbors, lengths = to_tensors(batch, self.device)
+                if batch.neighbor_ids is not None and self.table is not None:
+                    neighbors, lengths = self.table.gather(batch.neighbor_ids, self.config.model.r)
+                    batch.lengths = lengths.cpu().numpy()  # for the count of FLOPs
                 hidden = self._hidden(tokens, neighbors, lengths, documents)
                 loss = linear_cross_entropy(hidden, weight, self.model.output_bias, labels) / num_labels
             loss.backward()

@@ -1,0 +1,50 @@
+"""The rules that the ops share; each raises a ValueError that names the argument, its shape and the rule."""
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_WIDTH = 256
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """The rules that every attention shares. Raises ValueError."""
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: expected one type")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: expected one device")
+    if not q.dtype.is_floating_point:
+        raise ValueError(f"q is {q.dtype}: expected a floating-point type")
+    if q.shape[-1] > MAX_HEAD_WIDTH or q.shape[-1] % 2:
+        raise ValueError(
+            f"q {tuple(q.shape)} has head width {q.shape[-1]}: expected an even one up to {MAX_HEAD_WIDTH}"
+        )
+    if k.shape[-2] == 0 or q.shape[2] % k.shape[-2]:
+        raise ValueError(f"q has {q.shape[2]} heads, k has {k.shape[-2]}: the first must be a multiple of the second")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.numel() and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}: the last dimension must be contiguous"
+            )
+
+
+def check_tables(cos: Tensor | None, sin: Tensor | None, num_positions: int, head_width: int) -> None:
+    """cos and sin [positions, rotary/2], together or not at all. Raises ValueError."""
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin must be given together")
+    if cos is None or sin is None:
+        return
+    if cos.shape != sin.shape or cos.dim() != 2:
+        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)}: expected the same [positions, rotary/2]")
+    if 2 * cos.shape[1] > head_width:
+        raise ValueError(f"cos {tuple(cos.shape)} rotates {2 * cos.shape[1]} features; the head width is {head_width}")
+    if cos.shape[0] < num_positions:
+        raise ValueError(f"cos has {cos.shape[0]} positions; {num_positions} are needed")
+
+
+def check_range(name: str, values: Tensor | None, top: int, low: int = 0) -> None:
+    """Values in low ... top; on a GPU, and while compiling, they are data and stay unread. Raises ValueError."""
+    if values is None or not values.numel() or values.is_cuda or torch.compiler.is_compiling():
+        return
+    least, most = int(values.min()), int(values.max())
+    if least < low or most > top:
+        raise ValueError(f"{name} {tuple(values.shape)} spans {least} ... {most}; expected {low} ... {top}")
