@@ -319,12 +319,11 @@ class Loader {
       const int64_t in_row = read_at<uint16_t>(s.lengths.row(r), 0);
       if (in_row < 1 || in_row > static_cast<int64_t>(chunk_size_))
         throw std::runtime_error("row " + std::to_string(s.first_row + r) + " has an impossible length");
-      const int64_t take = std::min(in_row, length - done);
-      widen(s.tokens, r, take, out + done);
-      done += take;
+      done += std::min(in_row, length - done);
       if (in_row < static_cast<int64_t>(chunk_size_)) break;
       ++r;
     }
+    widen(s.tokens, row - s.first_row, done, out);  // every row before the last is full: the tokens are contiguous
     return done;
   }
 
@@ -365,7 +364,7 @@ void copy_rows(const py::array_t<uint16_t, py::array::c_style>& values,
       char* target = reinterpret_cast<char*>(to + i * width);
       int64_t byte = 0;
       for (; byte + 64 <= 2 * width; byte += 64) std::memcpy(target + byte, source + byte, 64);  // inlined: no call a row
-      std::memcpy(target + byte, source + byte, static_cast<size_t>(2 * width - byte));
+      if (byte < 2 * width) std::memcpy(target + byte, source + byte, static_cast<size_t>(2 * width - byte));
     } else
       widen16(from + in[i] * width, width, to + i * width);
   }

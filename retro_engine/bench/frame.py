@@ -76,6 +76,23 @@ def time_in_turns(
     return out
 
 
+class Rotation:
+    """Calls `function` on sets of inputs that take turns; every rotation begins elsewhere, so that no alternative finds
+    in the cache what the one before it has just read.
+    """
+
+    _begun = 0
+
+    def __init__(self, function: Callable[..., Any], sets: Sequence[Any]):
+        self.function, self.sets = function, sets
+        Rotation._begun += 1
+        self.next = Rotation._begun * 3
+
+    def __call__(self) -> Any:
+        self.next += 1
+        return self.function(self.sets[self.next % len(self.sets)])
+
+
 def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> Ceilings:
     size = 1 << (30 if device.type == "cuda" else 26)
     source = torch.ones(size // 4, device=device)

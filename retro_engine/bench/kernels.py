@@ -18,9 +18,9 @@ from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.rope import rope_qk
 from torch import Tensor
 
-from retro_engine.bench.frame import Ceilings, Row, Work, name_of, peak_of, time_in_turns
+from retro_engine.bench.frame import Ceilings, Rotation, Row, Work, name_of, peak_of, time_in_turns
 
-ROTATED = 2  # sets of inputs that take turns
+ROTATED = 4  # sets of inputs that take turns
 
 
 def run(device: torch.device, ceilings: Ceilings, dtypes: list[torch.dtype]) -> list[Row]:
@@ -77,26 +77,15 @@ def _error(function: Callable[..., Any], *tensors: Tensor) -> float:
 
 def _both(function: Callable[..., Any], sets: list[list[Tensor]], slope: Tensor) -> Work:
     """Forward and backward on inputs that take turns."""
-    state = {"next": 0}
-
-    def work() -> None:
-        state["next"] = (state["next"] + 1) % len(sets)
-        inputs = sets[state["next"]]
-        out = function(*inputs)
-        torch.autograd.grad(out, inputs, slope)
-
-    return work
+    return Rotation(lambda inputs: torch.autograd.grad(function(*inputs), inputs, slope), sets)
 
 
 def _forward(function: Callable[..., Any], sets: list[list[Tensor]]) -> Work:
-    state = {"next": 0}
-
-    def work() -> None:
-        state["next"] = (state["next"] + 1) % len(sets)
+    def forward(inputs: list[Tensor]) -> Any:
         with torch.no_grad():
-            function(*sets[state["next"]])
+            return function(*inputs)
 
-    return work
+    return Rotation(forward, sets)
 
 
 def _sets(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[list[Tensor]]:

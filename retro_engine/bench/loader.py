@@ -8,13 +8,12 @@ import gc
 import mmap
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from retro_engine.bench.frame import Row, Work, time_in_turns
+from retro_engine.bench.frame import Rotation, Row, Work, time_in_turns
 from retro_engine.data.corpus import Document
 from retro_engine.data.loader import NeighborLoader, has_native_loader
 from retro_engine.data.store import Store, StoreWriter
@@ -49,16 +48,6 @@ def _ids(num_rows: int, count: int, low: int, sets: int = 8) -> list[np.ndarray]
     return [rng.integers(low, num_rows, count) for _ in range(sets)]
 
 
-def _turns(function: Callable[[np.ndarray], object], sets: list[np.ndarray]) -> Work:
-    state = {"next": 0}
-
-    def work() -> None:
-        state["next"] = (state["next"] + 1) % len(sets)
-        function(sets[state["next"]])
-
-    return work
-
-
 def _rows(case: str, works: dict[str, Work], num_bytes: float, rounds: int = 15, note: str = "") -> list[Row]:
     times = time_in_turns(works, CPU, rounds)
     rows = []
@@ -77,9 +66,9 @@ def _warm(store: Store, folder: Path) -> list[Row]:
     sets = _ids(len(values), IDS, 0)
     out = np.empty((IDS, M), values.dtype)
     works: dict[str, Work] = {
-        "ours (C++)": _turns(lambda ids: copy_rows(values, ids, out), sets),
-        "NumPy fancy": _turns(lambda ids: values[ids], sets),
-        "np.take(out=)": _turns(lambda ids: np.take(values, ids, 0, out=out, mode="clip"), sets),
+        "ours (C++)": Rotation(lambda ids: copy_rows(values, ids, out), sets),
+        "NumPy fancy": Rotation(lambda ids: values[ids], sets),
+        "np.take(out=)": Rotation(lambda ids: np.take(values, ids, 0, out=out, mode="clip"), sets),
     }
     rows = _rows(f"raw gather of {IDS} rows", works, 4 * IDS * M)
     native, twin = NeighborLoader([store], True), NeighborLoader([store], False)
@@ -90,9 +79,9 @@ def _warm(store: Store, folder: Path) -> list[Row]:
     limited = [np.clip(ids, 0, len(pairs) - 1) for ids in sets]
     wide = np.empty((IDS, R), np.int64)
     works = {
-        "ours (C++)": _turns(lambda ids: native.gather(ids, R, wide), sets),
-        "NumPy": _turns(lambda ids: twin.gather(ids, R, wide), sets),
-        "bare C++ loop": _turns(lambda ids: copy_rows(pairs, ids, wide), limited),
+        "ours (C++)": Rotation(lambda ids: native.gather(ids, R, wide), sets),
+        "NumPy": Rotation(lambda ids: twin.gather(ids, R, wide), sets),
+        "bare C++ loop": Rotation(lambda ids: copy_rows(pairs, ids, wide), limited),
     }
     rows += _rows(f"ids to tokens and lengths, {IDS} ids", works, 10 * IDS * R)
     try:
@@ -109,7 +98,10 @@ def _warm(store: Store, folder: Path) -> list[Row]:
                 file["chunks"][row]
 
     few = [ids % 100_000 for ids in _ids(100_000, 200, 0)]
-    works = {"ours (C++)": _turns(lambda ids: native.gather(ids, M), sets), "HDF5 opened per chunk": _turns(hdf5, few)}
+    works = {
+        "ours (C++)": Rotation(lambda ids: native.gather(ids, M), sets),
+        "HDF5 opened per chunk": Rotation(hdf5, few),
+    }
     found = _rows("one chunk, HDF5 opened per chunk", works, 10 * IDS * M, 3)
     per_chunk = found[1].median_s / 200 / (found[0].median_s / IDS)
     found[0].ratios = {"HDF5 opened per chunk": per_chunk}
