@@ -572,7 +572,7 @@ def _doctor(args: argparse.Namespace) -> int:
             "device": "cuda" if torch.cuda.is_available() else "cpu",
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
-            "kernels": backend(),
+            "kernels": backend("cuda" if torch.cuda.is_available() else "cpu"),
             "loader": "C++" if has_native_loader() else "NumPy (no compiler when it was installed)",
             **{package: version(package) for package in packages},
         },

@@ -373,7 +373,7 @@ class _Training:
             peak = peak_flops(self.device)
         self.reporter.say(describe(self.config, self.data))
         self.reporter.say(
-            f"on {self.device.type} in {self.precision}, kernels: {backend()}, "
+            f"on {self.device.type} in {self.precision}, kernels: {backend(self.device.type)}, "
             f"loader: {'C++' if has_native_loader() else 'NumPy (no compiler at installation)'}, {torch.get_num_threads()} threads"
         )
         log = RunLog(self.run, self.config, self.data.fingerprints, self.step, self.reporter)
