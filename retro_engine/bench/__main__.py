@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16", "fp16"], help="default fp32 and bf16")
     parser.add_argument("--threads", type=int, help="of the processor (default torch's)")
+    parser.add_argument("--compile", action="store_true", help="also compiled alternatives (always on a GPU)")
     parser.add_argument("--plot", action="store_true", help="also PNG (needs matplotlib: the extra `train`)")
     args = parser.parse_args(argv)
     if args.threads:
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
             about["ceilings"] = asdict(ceilings)
             rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in ceilings.matmul_gflop_s.items())
             print(f"ceilings: copy {ceilings.copy_gb_s:.1f} GB/s, matmul {rates}")
-            rows = kernels.run(device, ceilings, dtypes)
+            rows = kernels.run(device, ceilings, dtypes, args.compile or device.type == "cuda")
         else:
             from retro_engine.bench import loader
 

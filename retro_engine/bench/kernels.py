@@ -1,10 +1,11 @@
 """`bench kernels`: every op against the ways one would write it otherwise, forward and forward + backward.
 
-Reference implementations: eager math, scaled_dot_product_attention (SDPA), batched products (bmm), and on a GPU compiled
-FlexAttention and flash-attn where they are there. Data are random; inputs rotate, so that caches do not lie. Errors are
+Reference implementations: eager math, scaled_dot_product_attention (SDPA), batched products (bmm), compiled FlexAttention
+(on a CPU with --compile), and on a GPU flash-attn and xformers where they are installed, each with this project's RoPE. Data are random; inputs rotate, so that caches do not lie. Errors are
 relative to float64. Letters as in kernels/reference.py.
 """
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from retro_kernels.attention import attention
 from retro_kernels.backend import choose
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
 from retro_kernels.gather_neighbors import gather_neighbors
-from retro_kernels.rope import rope_qk
+from retro_kernels.rope import rope, rope_qk
 from torch import Tensor
 
 from retro_engine.bench.frame import Ceilings, Rotation, Row, Work, name_of, peak_of, time_in_turns
@@ -23,14 +24,15 @@ from retro_engine.bench.frame import Ceilings, Rotation, Row, Work, name_of, pea
 ROTATED = 4  # sets of inputs that take turns
 
 
-def run(device: torch.device, ceilings: Ceilings, dtypes: list[torch.dtype]) -> list[Row]:
+def run(device: torch.device, ceilings: Ceilings, dtypes: list[torch.dtype], compiles: bool) -> list[Row]:
+    """`compiles`: also alternatives that torch.compile makes, half a minute each."""
     is_gpu = device.type == "cuda"
     rows = []
     for dtype in dtypes:
-        rows += _rope(device, dtype, (16, 2048, 12, 64) if is_gpu else (8, 512, 8, 64), ceilings)
+        rows += _rope(device, dtype, (16, 2048, 12, 64) if is_gpu else (8, 512, 8, 64), ceilings, compiles)
         shapes = [(16, 2048, 12, 64), (8, 2048, 16, 128)] if is_gpu else [(2, 1024, 8, 64)]
         for B, N, H, E in shapes:
-            rows += _cross(device, dtype, (B, N, H, E, 64, 2, 128), ceilings)
+            rows += _cross(device, dtype, (B, N, H, E, 64, 2, 128), ceilings, compiles)
         for B, N in [(8, 2048)] if is_gpu else [(8, 256), (2, 512), (1, 2048)]:
             rows += _causal(device, dtype, (B, N, 8, 64), ceilings)
         rows += _short(device, dtype, (512 if is_gpu else 64, 128, 8, 64), ceilings)
@@ -83,7 +85,7 @@ def _both(function: Callable[..., Any], sets: list[list[Tensor]], slope: Tensor)
 def _forward(function: Callable[..., Any], sets: list[list[Tensor]]) -> Work:
     def forward(inputs: list[Tensor]) -> Any:
         with torch.no_grad():
-            return function(*inputs)
+            return function(*(x.detach() for x in inputs))  # FlexAttention on a CPU refuses what could take gradients
 
     return Rotation(forward, sets)
 
@@ -92,7 +94,9 @@ def _sets(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) ->
     return [[torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes] for _ in range(ROTATED)]
 
 
-def _rope(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], ceilings: Ceilings) -> list[Row]:
+def _rope(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], ceilings: Ceilings, compiles: bool
+) -> list[Row]:
     B, N, H, E = shape
     sets = _sets(device, dtype, shape, shape)
     cos, sin = _tables(N, E, device)
@@ -100,7 +104,7 @@ def _rope(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], ceil
     eager = lambda q, k: (reference.rope(q, cos, sin), reference.rope(k, cos, sin))  # noqa: E731
     works = {"ours": _forward(ours, sets), "eager": _forward(eager, sets)}
     works["clone"] = _forward(lambda q, k: (q.clone(), k.clone()), sets)  # the limit: the same bytes, only copied
-    if device.type == "cuda":
+    if compiles:
         works["torch.compile"] = _forward(torch.compile(eager), sets)
     num_bytes = 4 * B * N * H * E * sets[0][0].element_size()
     error = _error(lambda q, k: rope_qk(q, k, cos, sin), *(x[:1, :64] for x in sets[0]))
@@ -108,7 +112,28 @@ def _rope(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], ceil
     return _rows(case, choose("rope", *sets[0]), works, device, ceilings, dtype, num_bytes, 0, "copy", error)
 
 
-def _cross(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], ceilings: Ceilings) -> list[Row]:
+def libraries(device: torch.device, dtype: torch.dtype, compiles: bool) -> dict[str, Callable[..., Tensor]]:
+    """Other libraries' attention of [b, n, h, e] and [b, s, h, e], of those that are installed and run here."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    if compiles:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        flex = torch.compile(flex_attention)
+        found["FlexAttention"] = lambda *qkv: flex(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+    if device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_func
+
+        found["flash-attn"] = flash_attn_func
+    if device.type == "cuda" and importlib.util.find_spec("xformers"):
+        from xformers.ops import memory_efficient_attention
+
+        found["xformers"] = memory_efficient_attention
+    return found
+
+
+def _cross(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], ceilings: Ceilings, compiles: bool
+) -> list[Row]:
     B, N, H, E, M, K, R = shape
     L = N // M
     sets = _sets(device, dtype, (B, N, H, E), (B, L, K, R, H, E), (B, L, K, R, H, E))
@@ -133,6 +158,20 @@ def _cross(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], cei
         out = (weight @ v.reshape(B * L, K * R, H, E).transpose(1, 2)).transpose(1, 2).reshape(B, L * M, H, E)
         return F.pad(out[:, : L * M - tail], (0, 0, 0, 0, M - 1, 0))
 
+    def blocks(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated [b l, m, h, e] and twice [b l, K r, h, e]: what a library of attention kernels is given."""
+        q = F.pad(q[:, M - 1 :], (0, 0, 0, 0, 0, M - 1)).reshape(B * L, M, H, E)
+        q = rope(q, cos, sin, torch.arange(M - 1, 2 * M - 1, device=device))
+        k = rope(k.reshape(B * L * K, R, H, E), cos, sin)
+        return q, k.reshape(B * L, K * R, H, E), v.reshape(B * L, K * R, H, E)
+
+    def whole(out: Tensor) -> Tensor:
+        return F.pad(out.reshape(B, L * M, H, E)[:, : N - M + 1], (0, 0, 0, 0, M - 1, 0))
+
+    others = {
+        name: lambda q, k, v, f=function: whole(f(*blocks(q, k, v)))
+        for name, function in libraries(device, dtype, compiles).items()
+    }
     small = [x[:1, : 4 * M] if x.dim() == 4 else x[:1, :4] for x in sets[0]]
     error = _error(lambda q, k, v: chunked_cross_attention(q, k, v, half[:1, :4], M, cos, sin), *small)
     name = choose("chunked_cross_attention", *sets[0])
@@ -142,6 +181,9 @@ def _cross(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], cei
     text = f"chunked cross-attention {name_of(dtype)} {B}x{N}x{H}x{E}"
     forward = {"ours": _forward(ours(full), sets), "SDPA": _forward(sdpa, sets), "bmm": _forward(bmm, sets)}
     both = {"ours": _both(ours(full), sets, slope), "SDPA": _both(sdpa, sets, slope), "bmm": _both(bmm, sets, slope)}
+    forward |= {name: _forward(function, sets) for name, function in others.items()}
+    if device.type == "cuda":  # FlexAttention has no backward pass on a CPU
+        both |= {name: _both(function, sets, slope) for name, function in others.items()}
     both["ours, half padded"] = _both(ours(half), sets, slope)
     rows = _rows(f"{text} fwd", name, forward, device, ceilings, dtype, num_bytes, flops, bound, error)
     return rows + _rows(
