@@ -41,8 +41,8 @@ def extensions() -> list[Extension]:
     except ImportError:
         return []
     kernels = [f"csrc/cpu/{name}.cpp" for name in ("module", "scalar", "avx2", "avx512", "avx512_bf16")]
-    options = {"cxx_std": 17, "extra_compile_args": ["-O3", "-Wno-psabi"]}
-    cuda = [Extension(CUDA_KERNELS, ["csrc/cuda/kernels.cu"])] if shutil.which("nvcc") else []
+    options = {"cxx_std": 17, "extra_compile_args": ["-O3", "-Wno-psabi"], "optional": True}
+    cuda = [Extension(CUDA_KERNELS, ["csrc/cuda/kernels.cu"], optional=True)] if shutil.which("nvcc") else []
     return [
         *cuda,
         Pybind11Extension("retro_engine.data._loader", ["csrc/loader/loader.cpp"], **options),

@@ -21,7 +21,7 @@ mkdir -p benchmarks/results
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv
   "$VENV/bin/python" -c 'import sys, torch, triton; print(sys.version.split()[0], torch.__version__, triton.__version__)'
   git rev-parse HEAD 2>/dev/null || true
-  "$VENV/bin/pytest" -q tests/gpu
+  "$VENV/bin/python" -m pytest -q tests/gpu
   if command -v compute-sanitizer >/dev/null; then
     compute-sanitizer --tool memcheck --error-exitcode 9 "$VENV/bin/python" -m pytest -q tests/gpu -k "(test_gathering or test_rope) and not float32" 2>&1 | tail -5
   else

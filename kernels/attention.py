@@ -28,20 +28,24 @@ def attention(
     query_offset: int = 0,
     query_period: int | None = None,
     scale: float | None = None,
+    is_packed: bool = False,
 ) -> Tensor:
     """q [b, n, h, e]; k, v [b, s, h_kv, e] -> [b, n, h, e].
 
     is_causal: query i sees keys up to i + s - n. first_keys [b, n]: the first key that each query sees. key_begins,
-    key_ends [b]: the range of keys that count. cos, sin [positions, rotary/2] rotate inside. `scale` None = 1/sqrt(e),
-    `query_period` None = n. Raises ValueError naming the argument, its shape and the rule.
+    key_ends [b]: the range of keys that count. cos, sin [positions, rotary/2] rotate inside and get no gradient. `scale`
+    None = 1/sqrt(e), `query_period` None = n. `is_packed` states that first_keys are where the query's document begins,
+    documents side by side: then flash-attn's ragged batches may compute it. Raises ValueError naming the argument, its shape and the rule.
     """
     _check(q, k, v, is_causal, first_keys, key_begins, key_ends)
+    if query_offset < 0 or query_period is not None and query_period < 1:
+        raise ValueError(f"query_offset={query_offset}, query_period={query_period}: expected at least 0 and 1")
     period = query_period or max(1, q.shape[1])
     check_tables(cos, sin, max(k.shape[1], query_offset + min(period, q.shape[1])), q.shape[3])
     scale = q.shape[3] ** -0.5 if scale is None else scale
     is_plain = is_causal and key_begins is None and key_ends is None and q.shape[1] == k.shape[1]
     backend = choose("attention", q, k, v)
-    if backend == "triton" and is_plain and not is_forced() and flash.takes(q, first_keys):
+    if backend == "triton" and is_plain and not is_forced() and flash.takes(q, first_keys, is_packed):
         if cos is not None and sin is not None:
             place = torch.arange(q.shape[1], device=q.device)
             q, k = rope(q, cos, sin, query_offset + place % period), rope(k, cos, sin, place)

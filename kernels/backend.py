@@ -5,6 +5,7 @@ GPUs: float32, float16, bfloat16). The environment variable RETRO_BACKEND forces
 take the tensors, raises.
 """
 
+import functools
 import importlib.util
 import os
 from types import ModuleType
@@ -24,8 +25,8 @@ def backend(device: str = "cpu") -> str:
     if forced:
         return forced
     if device == "cuda":
-        return "triton" if _HAS_TRITON else "reference"
-    return "cpp" if cpp.is_available() else "reference"
+        return "triton" if _HAS_TRITON and _is_recent() else "reference"
+    return "cpp" if device == "cpu" and cpp.is_available() else "reference"
 
 
 def is_forced() -> bool:
@@ -39,13 +40,14 @@ def choose(op: str, *tensors: Tensor | None) -> str:
     if forced == "cuda" and op not in _CUDA_OPS:
         forced = "triton"
     given = [tensor for tensor in tensors if tensor is not None]
-    is_gpu = any(tensor.is_cuda for tensor in given)
-    name = forced or backend("cuda" if is_gpu else "cpu")
-    if name == "triton" and not forced and op in _CUDA_OPS and cuda.LIBRARY is not None:
+    device = next((tensor.device.type for tensor in given if tensor.device.type != "cpu"), "cpu")
+    name = forced or backend(device)
+    if name == "triton" and not forced and op in _CUDA_OPS and cuda.is_usable():
         name = "cuda"  # RoPE and gathering: one pass without a compilation at the first call
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     types = (torch.float32, torch.bfloat16) + (() if name == "cpp" else (torch.float16,))
-    fits = all(tensor.is_cuda == (name in ("triton", "cuda")) or is_interpreted for tensor in given)
+    expected = "cpu" if name == "cpp" else "cuda"
+    fits = all(tensor.device.type == expected or is_interpreted for tensor in given)
     if op != "gather_neighbors":
         fits = fits and all(tensor.dtype in types and tensor.dtype == given[0].dtype for tensor in given)
     if name != "reference" and not fits:
@@ -60,23 +62,34 @@ def choose(op: str, *tensors: Tensor | None) -> str:
 
 def attention_kernels(*tensors: Tensor) -> ModuleType:
     """The module whose attention_forward and attention_backward take these tensors."""
-    if choose("attention", *tensors) == "cpp":
-        return cpp
-    return importlib.import_module("retro_kernels.triton_attention")
+    return cpp if _is_for_cpu(*tensors) else importlib.import_module("retro_kernels.triton_attention")
 
 
 def rope_kernels(*tensors: Tensor) -> ModuleType:
     """The module whose rope_qk takes these tensors."""
-    return {"cpp": cpp, "cuda": cuda}.get(choose("rope", *tensors)) or importlib.import_module(
-        "retro_kernels.triton_rope"
-    )
+    if _is_for_cpu(*tensors):
+        return cpp
+    return cuda if choose("rope", *tensors) == "cuda" else importlib.import_module("retro_kernels.triton_rope")
 
 
 def gather_kernels(ids: Tensor) -> ModuleType:
     """The module whose gather_neighbors takes these ids."""
-    return {"cpp": cpp, "cuda": cuda}.get(choose("gather_neighbors", ids)) or importlib.import_module(
-        "retro_kernels.triton_gather_neighbors"
-    )
+    if _is_for_cpu(ids):
+        return cpp
+    is_cuda = choose("gather_neighbors", ids) == "cuda"
+    return cuda if is_cuda else importlib.import_module("retro_kernels.triton_gather_neighbors")
+
+
+def _is_for_cpu(*tensors: Tensor) -> bool:
+    """Whether a registered op runs in C++: always for CPU tensors, but where Triton interprets."""
+    is_interpreted = os.environ.get("RETRO_BACKEND") == "triton"
+    return all(tensor.device.type == "cpu" for tensor in tensors) and not is_interpreted
+
+
+@functools.cache
+def _is_recent() -> bool:
+    """Whether the GPU is of the generations that the kernels are compiled for."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _forced() -> str:
@@ -88,8 +101,8 @@ def _forced() -> str:
         missing = "the C++ extension was not built (no compiler at installation)"
     if forced == "triton" and not _HAS_TRITON:
         missing = "triton is not installed"
-    if forced == "cuda" and (cuda.LIBRARY is None or not torch.cuda.is_available()):
-        missing = "there is no GPU" if cuda.LIBRARY else "the CUDA library was not built (nvcc is needed)"
+    if forced == "cuda" and not (torch.cuda.is_available() and cuda.is_usable()):
+        missing = "there is no GPU it can use" if cuda.LIBRARY else "the CUDA library was not built (nvcc is needed)"
     if missing:
         raise ValueError(f"RETRO_BACKEND={forced} is not available\n  {missing}\n  unset RETRO_BACKEND")
     return forced

@@ -14,9 +14,9 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: expected one device")
     if not q.dtype.is_floating_point:
         raise ValueError(f"q is {q.dtype}: expected a floating-point type")
-    if q.shape[-1] > MAX_HEAD_WIDTH or q.shape[-1] % 2:
+    if not 2 <= q.shape[-1] <= MAX_HEAD_WIDTH or q.shape[-1] % 2:
         raise ValueError(
-            f"q {tuple(q.shape)} has head width {q.shape[-1]}: expected an even one up to {MAX_HEAD_WIDTH}"
+            f"q {tuple(q.shape)} has head width {q.shape[-1]}: expected an even one from 2 to {MAX_HEAD_WIDTH}"
         )
     if k.shape[-2] == 0 or q.shape[2] % k.shape[-2]:
         raise ValueError(f"q has {q.shape[2]} heads, k has {k.shape[-2]}: the first must be a multiple of the second")

@@ -32,7 +32,7 @@ def chunked_cross_attention(
     Exactly 0 before token m-1 and where a chunk has no valid neighbor; `neighbor_lengths` None = all full,
     0 = missing. l is floor(n / chunk_length). `scale` None = 1/sqrt(e). `query_offset` None = chunk_length - 1.
     `dropout` is of the attention weights (plain PyTorch only). `return_lse` adds the natural log-sum-exp of the
-    scores [b, h, n] in fp32, +inf where nothing is attended; it has no gradient.
+    scores [b, h, n] in fp32, +inf where nothing is attended; it has no gradient, nor have cos and sin.
     Raises ValueError naming the argument, its shape and the rule.
     """
     offset = chunk_length - 1 if query_offset is None else query_offset
@@ -45,7 +45,8 @@ def chunked_cross_attention(
     o = reference.chunked_cross_attention(q, k, v, neighbor_lengths, chunk_length, cos, sin, scale, offset, dropout)
     if not return_lse:
         return o
-    return o, reference.chunked_log_sum_exp(q, k, neighbor_lengths, chunk_length, cos, sin, scale, offset)
+    with torch.no_grad():
+        return o, reference.chunked_log_sum_exp(q, k, neighbor_lengths, chunk_length, cos, sin, scale, offset)
 
 
 def _check(

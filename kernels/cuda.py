@@ -17,10 +17,17 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    assert LIBRARY is not None
+    if LIBRARY is None:
+        raise RuntimeError("the CUDA library was not built: nvcc is needed at installation")
     library = ctypes.CDLL(str(LIBRARY))
     library.retro_error_name.restype = ctypes.c_char_p
     return library
+
+
+@functools.cache
+def is_usable() -> bool:
+    """Whether the library was built and its CUDA runtime works with the driver."""
+    return LIBRARY is not None and _library().retro_probe() == 0
 
 
 def rope_qk(
@@ -33,16 +40,16 @@ def rope_qk(
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
     place = None if positions is None else positions.long().contiguous()
     strides = [s for t in (q_BNHE, q_out, k_BNGE, k_out) for s in t.stride()[:3]]
-    _check(
-        _library().retro_rope(
+    with torch.cuda.device(q_BNHE.device):
+        error = _library().retro_rope(
             *(_TYPES[q_BNHE.dtype], _address(q_BNHE), _address(q_out), _address(k_BNGE), _address(k_out)),
             *(_address(cos), _address(sin), _address(place)),
-            ctypes.c_int64(N if place is not None and place.dim() == 2 else 0),
+            *(ctypes.c_int64(N if place is not None and place.dim() == 2 else 0), ctypes.c_int64(cos.shape[0])),
             (ctypes.c_int64 * 12)(*strides),
             *(ctypes.c_int64(x) for x in (B, N, H, k_BNGE.shape[2], E, cos.shape[1])),
             *(int(interleaved), int(inverse), _stream(q_BNHE)),
         )
-    )
+    _check(error)
     return q_out, k_out
 
 
@@ -54,14 +61,14 @@ def gather_neighbors(
     tokens = torch.empty((*ids.shape, retrieved_length), dtype=dtype, device=ids.device)
     lengths = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
     document, row_lengths, ids = document.int().contiguous(), row_lengths.int().contiguous(), ids.long().contiguous()
-    _check(
-        _library().retro_gather_neighbors(
+    with torch.cuda.device(ids.device):
+        error = _library().retro_gather_neighbors(
             *(table.element_size(), _address(table.contiguous()), int(not table.is_cuda)),
             *(_address(document), _address(row_lengths), _address(ids), _address(tokens), _address(lengths)),
             *(ctypes.c_int64(x) for x in (ids.numel(), table.shape[0], table.shape[1], retrieved_length, pad_id)),
             _stream(ids),
         )
-    )
+    _check(error)
     return tokens, lengths
 
 

@@ -14,14 +14,16 @@ from torch import Tensor
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
-def takes(q: Tensor, first_keys: Tensor | None) -> bool:
-    """Whether one of the two is better here than this library's own kernel."""
+def takes(q: Tensor, first_keys: Tensor | None, is_packed: bool) -> bool:
+    """Whether one of the two is to be used instead of this library's own kernel."""
     if not q.is_cuda:
         return False
     if first_keys is None:
         return True
     is_half = q.dtype in (torch.float16, torch.bfloat16)
-    return HAS_FLASH_ATTN and is_half and not torch.compiler.is_compiling()  # the ragged batch's sizes are data
+    if not (is_packed and HAS_FLASH_ATTN and is_half) or torch.compiler.is_compiling():
+        return False  # the ragged batch's sizes are data: neither a compiled nor a captured graph can hold them
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scale: float) -> Tensor:
@@ -46,7 +48,11 @@ def packed(
 ) -> Tensor:
     """One ragged batch of all documents of all sequences: a document begins where a token's first key is itself."""
     B, N = first_keys.shape
-    begins = (first_keys == torch.arange(N, device=q.device)).flatten().nonzero().squeeze(1)
+    is_first = first_keys == torch.arange(N, device=q.device)
+    is_first[:, 0] = True  # no document goes on in the next sequence
+    begins = is_first.flatten().nonzero().squeeze(1)
     ends = torch.cat((begins, begins.new_full((1,), B * N))).int()
     flat = (x.flatten(0, 1) for x in (q, k, v))
-    return varlen_function(*flat, ends, ends, N, N, softmax_scale=scale, causal=True).unflatten(0, (B, N))
+    return varlen_function(*flat, ends, ends, N, N, softmax_scale=scale, causal=True, deterministic=True).unflatten(
+        0, (B, N)
+    )

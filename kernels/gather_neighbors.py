@@ -23,8 +23,9 @@ def gather_neighbors(
 ) -> tuple[Tensor, Tensor]:
     """table [rows, m] tokens, document [rows], row_lengths [rows], ids [...] -> tokens [..., r], lengths [...].
 
-    The table is uint16, int32 or int64; tokens have its type, int64 for uint16. On a GPU it may stay in host memory
-    that `cuda.register_host` was given. Raises ValueError for shapes and types that disagree and for ids below -1 or at
+    The table is uint16, int32 or int64; tokens have its type, int64 for uint16. document and row_lengths are used in
+    place as int32 and copied at every call otherwise; a row length counts as 0 ... m, whatever it is. On a GPU the table
+    may stay in host memory that `cuda.register_host` was given. Raises ValueError for shapes and types that disagree and for ids below -1 or at
     or above the number of rows; on a GPU ids are data: one outside the table has length 0.
     """
     if table.dim() != 2 or table.shape[1] == 0:
@@ -40,7 +41,6 @@ def gather_neighbors(
         raise ValueError(f"table is on {table.device}, ids are on {ids.device}: expected one device")
     if retrieved_length < 1:
         raise ValueError(f"retrieved_length={retrieved_length}: must be at least 1")
-    check_range("row_lengths", row_lengths, table.shape[1])
     check_range("ids", ids, table.shape[0] - 1, low=-1)
     if choose("gather_neighbors", ids) == "reference":
         return reference.gather_neighbors(table, document, row_lengths, ids, retrieved_length, pad_id)

@@ -17,7 +17,7 @@ def rope(
         cos, sin = cos[: x_BNHE.shape[1]], sin[: x_BNHE.shape[1]]
     else:
         cos, sin = cos[positions], sin[positions]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [n, 1, P] or [b, n, 1, P]
+    cos, sin = cos.detach().unsqueeze(-2), sin.detach().unsqueeze(-2)  # [n, 1, P] or [b, n, 1, P]
     compute = torch.float32 if x_BNHE.dtype in (torch.float16, torch.bfloat16) else x_BNHE.dtype
     cos, sin = cos.to(compute), sin.to(compute)
     P = cos.shape[-1]
@@ -168,6 +168,7 @@ def gather_neighbors(
     table: Tensor, document: Tensor, row_lengths: Tensor, ids: Tensor, retrieved_length: int, pad_id: int
 ) -> tuple[Tensor, Tensor]:
     """Rows `ids` and the rows that follow in the same document, r tokens each; -1 gives length 0."""
+    ids = ids.long()
     rows, M = table.shape
     is_unsigned = table.dtype == torch.uint16
     if is_unsigned:  # torch indexes signed types only
@@ -182,7 +183,7 @@ def gather_neighbors(
         dtype = torch.int64 if is_unsigned else table.dtype
         return table.new_full(shape, pad_id, dtype=dtype), ids.new_zeros(ids.shape)
     inside = inside & (document[row] == document[row[..., :1]])
-    lengths = torch.where(inside, row_lengths[row].to(ids.dtype), 0)
+    lengths = torch.where(inside, row_lengths[row].to(ids.dtype).clamp(0, M), 0)
     # a continuation counts only while every row before it is full
     is_full = (lengths == M).to(ids.dtype).cumprod(-1)
     lengths = torch.where(F.pad(is_full[..., :-1], (1, 0), value=1) > 0, lengths, 0)

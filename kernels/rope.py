@@ -15,7 +15,7 @@ from torch import Tensor
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False) -> Tensor:
     """Rotate x [b, n, h, e] by cos and sin [positions, rotary/2]; positions [n] or [b, n], None = 0 ... n-1.
 
-    The features past `rotary` pass through. Raises ValueError naming the argument, its shape and the rule.
+    The features past `rotary` pass through; cos and sin get no gradient. Raises ValueError naming the argument, its shape and the rule.
     """
     _check("x", x, cos, sin, positions)
     if choose("rope", x) != "reference":

@@ -85,9 +85,9 @@ def _seen(i, key, low, end, begin, R, num_queries, CAUSAL: tl.constexpr):
 def _range(BEGINS, ENDS, at, R, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr):
     begin, end = 0, R
     if HAS_BEGINS:
-        begin = tl.load(BEGINS + at).to(tl.int32)
+        begin = tl.maximum(tl.load(BEGINS + at), 0).to(tl.int32)
     if HAS_ENDS:
-        end = tl.load(ENDS + at).to(tl.int32)
+        end = tl.minimum(tl.load(ENDS + at), R).to(tl.int32)  # whatever the data say, nothing outside is read
     return begin, end
 
 
@@ -95,13 +95,13 @@ def _range(BEGINS, ENDS, at, R, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr
 def _attention_forward(
     Q, K, V, O, LSE, BEGINS, ENDS, FIRST, COS, SIN, scale_log2,
     q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h,
-    N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period,
+    N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period, query_tiles,
     NUM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, EH: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr,
     HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    tile, g = tl.program_id(0), tl.program_id(1)
-    b, u = (tl.program_id(2) // L).to(tl.int64), tl.program_id(2) % L
+    tile, g, pair = tl.program_id(0) % query_tiles, tl.program_id(1), tl.program_id(0) // query_tiles
+    b, u = (pair // L).to(tl.int64), pair % L
     half, e = tl.arange(0, EH), tl.arange(0, E)
     i, token, head, exists = _queries(tile, u, N, num_queries, query_step, query_first, G, BM)
     head = g * G + head
@@ -113,7 +113,7 @@ def _attention_forward(
     peak = tl.full([BM], -1.0e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, E], tl.float32)
-    for j in tl.static_range(NUM):
+    for j in range(NUM):
         begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
         start = begin
         if HAS_FIRST:
@@ -122,7 +122,7 @@ def _attention_forward(
             end = tl.minimum(end, tl.max(tl.where(exists, i, -1), 0) + R - num_queries + 1)
         for s0 in range(start // BN * BN, end, BN):
             key = s0 + tl.arange(0, BN)
-            inside = key < end
+            inside = (key >= begin) & (key < end)
             at = b * k_b + u.to(tl.int64) * k_l + j * k_j + key.to(tl.int64) * k_s + g * k_h
             k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
             score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
@@ -168,8 +168,9 @@ def _attention_backward(
     BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr,
     HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    program, g = tl.program_id(0), tl.program_id(1)
-    b, u = (tl.program_id(2) // L).to(tl.int64), tl.program_id(2) % L
+    programs = query_tiles + NUM * segment_tiles  # of one (b, u, g)
+    program, g, pair = tl.program_id(0) % programs, tl.program_id(1), tl.program_id(0) // programs
+    b, u = (pair // L).to(tl.int64), pair % L
     half, e = tl.arange(0, EH), tl.arange(0, E)
     if program < query_tiles:  # dQ of one tile of queries
         i, token, head, exists = _queries(program, u, N, num_queries, query_step, query_first, G, BM)
@@ -183,7 +184,7 @@ def _attention_backward(
             low = tl.load(FIRST + b * N + token, mask=exists, other=0).to(tl.int32)
         dq1 = tl.zeros([BM, EH], tl.float32)
         dq2 = tl.zeros([BM, EH], tl.float32)
-        for j in tl.static_range(NUM):
+        for j in range(NUM):
             begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
             start = begin
             if HAS_FIRST:
@@ -192,7 +193,7 @@ def _attention_backward(
                 end = tl.minimum(end, tl.max(tl.where(exists, i, -1), 0) + R - num_queries + 1)
             for s0 in range(start // BN * BN, end, BN):
                 key = s0 + tl.arange(0, BN)
-                inside = key < end
+                inside = (key >= begin) & (key < end)
                 at = b * k_b + u.to(tl.int64) * k_l + j * k_j + key.to(tl.int64) * k_s + g * k_h
                 k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
                 score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
@@ -264,11 +265,11 @@ def _attention_backward(
 def tile_of(capability: int, head_width: int, rows: int, is_fp32: bool, is_backward: bool) -> dict[str, int]:
     """Query rows and keys of a tile, warps and stages: a static table, no tuning at run time.
 
-    `capability` is 80, 89, 90, 100 ...; `rows` the queries times heads of a problem. tests/gates compiles the entries
+    `capability` is 10 x major + minor; `rows` the queries times heads of a problem. tests/gates compiles the entries
     and reads registers, spills and shared memory: backward fits wgmma's layout in 192 registers, mma.sync's only in
     smaller tiles.
     """
-    has_wgmma = capability >= 90
+    has_wgmma = 90 <= capability < 120  # or tcgen05; 12x are consumer parts without either
     if is_backward:
         if is_fp32:
             tile = (32, 32, 8) if head_width <= 64 else (16, 16, 4)
@@ -284,7 +285,7 @@ def tile_of(capability: int, head_width: int, rows: int, is_fp32: bool, is_backw
             tile, stages = (32, 32, 8 if is_fp32 and head_width > 64 else 4), 1
         else:
             tile = (64, 64, 4) if head_width <= 64 else (64, 64, 8)
-            stages = 2 if capability == 89 else 3
+            stages = 3 if capability in (80, 87) or has_wgmma else 2  # the others have 99 KiB of shared memory
     BM = max(16, min(tile[0], triton.next_power_of_2(rows)))
     return {"BM": BM, "BN": tile[1], "num_warps": tile[2], "num_stages": stages}
 
@@ -324,7 +325,10 @@ def _launch_arguments(
     flags = (problem.begins is not None, problem.lengths is not None, problem.first_keys is not None)
     rotated = 0 if problem.cos is None else problem.cos.shape[1]
     is_interpreted = not q.is_cuda
-    capability = 80 if is_interpreted else 10 * torch.cuda.get_device_capability(q.device)[0]
+    capability = 80
+    if not is_interpreted:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        capability = 10 * major + minor
     tile = tile_of(capability, E, num_queries * (H // G), q.dtype == torch.float32, is_backward)
     options = (
         constants(E, rotated, K, H // G, problem.is_causal, flags, is_interpreted and q.dtype == torch.bfloat16) | tile
@@ -350,9 +354,11 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: Any) -> tuple[Te
         return o, lse
     options, sizes, (query_tiles, _), pairs = _launch_arguments(q, k, problem, False)
     strides = (*q.stride()[:3], *k.stride()[:5], *v.stride()[:5], *o.stride()[:3])
-    _attention_forward[(query_tiles, k.shape[4], pairs)](
-        q, k, v, o, lse, *_data(problem, lse), problem.scale * math.log2(math.e), *strides, *sizes, **options
-    )
+    with torch.cuda.device_of(q):
+        _attention_forward[(query_tiles * pairs, k.shape[4])](
+            *(q, k, v, o, lse, *_data(problem, lse), problem.scale * math.log2(math.e), *strides, *sizes, query_tiles),
+            **options,
+        )
     return o, lse
 
 
@@ -366,9 +372,10 @@ def attention_backward(
         return grad_q, grad_k, grad_v
     options, sizes, (query_tiles, segment_tiles), pairs = _launch_arguments(q, k, problem, True)
     strides = (*q.stride()[:3], *k.stride()[:5], *v.stride()[:5], *o.stride()[:3], *grad_k.stride()[:5])
-    _attention_backward[(query_tiles + k.shape[2] * segment_tiles, k.shape[4], pairs)](
-        *(q, k, v, o, grad_o.contiguous(), lse, grad_q, grad_k, grad_v, *_data(problem, lse)),
-        *(problem.scale * math.log2(math.e), problem.scale, *strides, *sizes, query_tiles, segment_tiles),
-        **options,
-    )
+    with torch.cuda.device_of(q):
+        _attention_backward[((query_tiles + k.shape[2] * segment_tiles) * pairs, k.shape[4])](
+            *(q, k, v, o, grad_o.contiguous(), lse, grad_q, grad_k, grad_v, *_data(problem, lse)),
+            *(problem.scale * math.log2(math.e), problem.scale, *strides, *sizes, query_tiles, segment_tiles),
+            **options,
+        )
     return grad_q, grad_k, grad_v

@@ -36,17 +36,18 @@ def _rotate_heads(
 @triton.jit
 def _rope(
     Q, K, Q_OUT, K_OUT, COS, SIN, POSITIONS, sign,
-    q_b, q_n, q_h, k_b, k_n, k_h, qo_b, qo_n, qo_h, ko_b, ko_n, ko_h, position_b, N, Q_HEADS, K_HEADS,
+    q_b, q_n, q_h, k_b, k_n, k_h, qo_b, qo_n, qo_h, ko_b, ko_n, ko_h, position_b, num_positions, token_tiles, N, Q_HEADS, K_HEADS,
     P: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    b = (tl.program_id(0) // token_tiles).to(tl.int64)
+    token = tl.program_id(0) % token_tiles * TOKENS + tl.arange(0, TOKENS)
     inside = token < N
     pair = tl.arange(0, PAIRS)
     position = token.to(tl.int64)
     if HAS_POSITIONS:
         position = tl.load(POSITIONS + b * position_b + token, mask=inside, other=0)
+        position = tl.minimum(tl.maximum(position, 0), num_positions - 1)  # nothing outside the table is read
     at = position[:, None] * P + pair[None, :]
     mask = inside[:, None] & (pair < P)[None, :]
     cos = tl.load(COS + at, mask=mask, other=1.0)
@@ -70,15 +71,17 @@ def rope_qk(
     P = cos.shape[1]
     tokens = 8 if E > 128 else 16
     place = None if positions is None else positions.contiguous()
-    _rope[(triton.cdiv(N, tokens), B)](
-        *(q_BNHE, k_BNGE, q_out, k_out, cos.float().contiguous(), sin.float().contiguous()),
-        *(q_BNHE if place is None else place, -1.0 if inverse else 1.0),
-        *(*q_BNHE.stride()[:3], *k_BNGE.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3]),
-        *(N if place is not None and place.dim() == 2 else 0, N, H, k_BNGE.shape[2]),
-        **constants(E, P, interleaved, place is not None),
-        TOKENS=tokens,
-        num_warps=4,
-    )
+    tiles = triton.cdiv(N, tokens)
+    with torch.cuda.device_of(q_BNHE):
+        _rope[(tiles * B,)](
+            *(q_BNHE, k_BNGE, q_out, k_out, cos.float().contiguous(), sin.float().contiguous()),
+            *(q_BNHE if place is None else place, -1.0 if inverse else 1.0),
+            *(*q_BNHE.stride()[:3], *k_BNGE.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3]),
+            *(N if place is not None and place.dim() == 2 else 0, cos.shape[0], tiles, N, H, k_BNGE.shape[2]),
+            **constants(E, P, interleaved, place is not None),
+            TOKENS=tokens,
+            num_warps=4,
+        )
     return q_out, k_out
 
 

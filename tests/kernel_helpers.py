@@ -50,7 +50,7 @@ def output_and_gradients(function, arguments: dict[str, object], names: tuple[st
     for name in names:
         arguments[name] = arguments[name].detach().clone().requires_grad_()  # type: ignore[attr-defined]
     out = function(**arguments)
-    slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out)
     return [out.detach(), *torch.autograd.grad(out, [arguments[name] for name in names], slope)]
 
 

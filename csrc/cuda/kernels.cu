@@ -27,7 +27,7 @@ struct RopeTensor {
 // A thread owns one slot of one head: V pairs, or V features that pass through.
 template <class T, int V>
 __global__ void rope_kernel(RopeTensor q, RopeTensor k, const float* __restrict__ cos, const float* __restrict__ sin, const int64_t* __restrict__ positions, int64_t position_b,
-                            int64_t B, int64_t N, int E, int P, bool is_interleaved, float sign) {
+                            int64_t num_positions, int64_t B, int64_t N, int E, int P, bool is_interleaved, float sign) {
   const int pair_slots = P / V, slots = pair_slots + (E - 2 * P) / V;
   const int64_t heads = q.heads + k.heads, total = B * N * heads * slots;
   for (int64_t item = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; item < total; item += int64_t(gridDim.x) * blockDim.x) {
@@ -42,7 +42,8 @@ __global__ void rope_kernel(RopeTensor q, RopeTensor k, const float* __restrict_
       *reinterpret_cast<Pack<T, V>*>(y + e) = *reinterpret_cast<const Pack<T, V>*>(x + e);
       continue;
     }
-    const int64_t position = positions ? positions[b * position_b + n] : n;
+    int64_t position = positions ? positions[b * position_b + n] : n;
+    position = position < 0 ? 0 : position < num_positions ? position : num_positions - 1;  // nothing outside the table is read
     const float *c = cos + position * P + slot * V, *s = sin + position * P + slot * V;
     if (is_interleaved) {  // V pairs are 2V consecutive features
       const Pack<T, 2 * V> in = *reinterpret_cast<const Pack<T, 2 * V>*>(x + 2 * slot * V);
@@ -68,7 +69,7 @@ __global__ void rope_kernel(RopeTensor q, RopeTensor k, const float* __restrict_
 }
 
 template <class T>
-cudaError_t launch_rope(const RopeTensor& q, const RopeTensor& k, const float* cos, const float* sin, const int64_t* positions, int64_t position_b, int64_t B, int64_t N, int E,
+cudaError_t launch_rope(const RopeTensor& q, const RopeTensor& k, const float* cos, const float* sin, const int64_t* positions, int64_t position_b, int64_t num_positions, int64_t B, int64_t N, int E,
                         int P, bool is_interleaved, bool is_inverse, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T) / 2;  // an interleaved slot moves 2V values
   uint64_t misaligned = uint64_t(P) % V | uint64_t(E - 2 * P) % V;
@@ -81,9 +82,9 @@ cudaError_t launch_rope(const RopeTensor& q, const RopeTensor& k, const float* c
   if (total == 0) return cudaSuccess;
   const int threads = 256, blocks = int(total / threads + 1 < 1 << 20 ? total / threads + 1 : 1 << 20);
   if (misaligned)
-    rope_kernel<T, 1><<<blocks, threads, 0, stream>>>(q, k, cos, sin, positions, position_b, B, N, E, P, is_interleaved, sign);
+    rope_kernel<T, 1><<<blocks, threads, 0, stream>>>(q, k, cos, sin, positions, position_b, num_positions, B, N, E, P, is_interleaved, sign);
   else
-    rope_kernel<T, V><<<blocks, threads, 0, stream>>>(q, k, cos, sin, positions, position_b, B, N, E, P, is_interleaved, sign);
+    rope_kernel<T, V><<<blocks, threads, 0, stream>>>(q, k, cos, sin, positions, position_b, num_positions, B, N, E, P, is_interleaved, sign);
   return cudaGetLastError();
 }
 
@@ -100,7 +101,7 @@ __global__ void gather_kernel(const T* __restrict__ table, const int32_t* __rest
   if (row >= 0 && row < rows) {
     const int32_t its_document = document[row];
     for (int64_t at = row; done < R && at < rows && document[at] == its_document; at++) {
-      const int valid = row_lengths[at], take = valid < R - done ? valid : R - done;
+      const int stated = row_lengths[at], valid = stated < 0 ? 0 : stated < M ? stated : M, take = valid < R - done ? valid : R - done;
       for (int i = lane; i < take; i += 32) out[done + i] = O(table[at * M + i]);
       done += take;
       if (valid < M) break;
@@ -124,16 +125,16 @@ cudaError_t launch_gather(const void* table, const int32_t* document, const int3
 extern "C" {
 
 // type: 0 float, 1 bfloat16, 2 half. strides: q x 3, q y 3, k x 3, k y 3.
-int retro_rope(int type, const void* q, void* q_out, const void* k, void* k_out, const float* cos, const float* sin, const int64_t* positions, int64_t position_b, const int64_t* strides,
+int retro_rope(int type, const void* q, void* q_out, const void* k, void* k_out, const float* cos, const float* sin, const int64_t* positions, int64_t position_b, int64_t num_positions, const int64_t* strides,
                int64_t B, int64_t N, int64_t q_heads, int64_t k_heads, int64_t E, int64_t P, int is_interleaved, int is_inverse, void* stream) {
   const int64_t* s = strides;
   const RopeTensor a{q, q_out, s[0], s[1], s[2], s[3], s[4], s[5], q_heads}, b{k, k_out, s[6], s[7], s[8], s[9], s[10], s[11], k_heads};
   const auto st = static_cast<cudaStream_t>(stream);
   const bool interleaved = is_interleaved != 0, inverse = is_inverse != 0;
   switch (type) {
-    case 0: return launch_rope<float>(a, b, cos, sin, positions, position_b, B, N, int(E), int(P), interleaved, inverse, st);
-    case 1: return launch_rope<__nv_bfloat16>(a, b, cos, sin, positions, position_b, B, N, int(E), int(P), interleaved, inverse, st);
-    case 2: return launch_rope<__half>(a, b, cos, sin, positions, position_b, B, N, int(E), int(P), interleaved, inverse, st);
+    case 0: return launch_rope<float>(a, b, cos, sin, positions, position_b, num_positions, B, N, int(E), int(P), interleaved, inverse, st);
+    case 1: return launch_rope<__nv_bfloat16>(a, b, cos, sin, positions, position_b, num_positions, B, N, int(E), int(P), interleaved, inverse, st);
+    case 2: return launch_rope<__half>(a, b, cos, sin, positions, position_b, num_positions, B, N, int(E), int(P), interleaved, inverse, st);
   }
   return cudaErrorInvalidValue;
 }
@@ -144,7 +145,7 @@ int retro_gather_neighbors(int item, const void* table, int is_host, const int32
   if (is_host) {
     void* mapped = nullptr;
     const cudaError_t error = cudaHostGetDevicePointer(&mapped, const_cast<void*>(table), 0);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return cudaGetLastError();  // and clear it
     table = mapped;
   }
   const auto st = static_cast<cudaStream_t>(stream);
@@ -157,8 +158,22 @@ int retro_gather_neighbors(int item, const void* table, int is_host, const int32
 }
 
 // Host memory that the GPU reads in place; the caller keeps it alive until it is unregistered.
-int retro_register_host(void* address, int64_t bytes) { return cudaHostRegister(address, size_t(bytes), cudaHostRegisterMapped | cudaHostRegisterReadOnly); }
-int retro_unregister_host(void* address) { return cudaHostUnregister(address); }
+int retro_register_host(void* address, int64_t bytes) {
+  if (cudaHostRegister(address, size_t(bytes), cudaHostRegisterMapped | cudaHostRegisterReadOnly) == cudaSuccess) return cudaSuccess;
+  cudaGetLastError();  // not every device takes the flag
+  cudaHostRegister(address, size_t(bytes), cudaHostRegisterMapped);
+  return cudaGetLastError();
+}
+int retro_unregister_host(void* address) {
+  cudaHostUnregister(address);
+  return cudaGetLastError();
+}
+// Whether this library's CUDA runtime works with the driver.
+int retro_probe() {
+  int count = 0;
+  cudaGetDeviceCount(&count);
+  return cudaGetLastError();
+}
 const char* retro_error_name(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
 
 }  // extern "C"

@@ -64,8 +64,13 @@ class SelfAttention(nn.Module):
         is_causal: bool,
         first_keys: Tensor | None = None,
         key_ends: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """[b, n, d] -> [b, n, d]; the ranges are `ops.attention`'s."""
+        """[b, n, d] -> [b, n, d]; the ranges are `ops.attention`'s, `mask` stands for what no range can say."""
+        if mask is not None:
+            q, k, v = self.project(x_BND, rotary)
+            attended = ops.masked_attention(q, k, v, mask, dropout=self.dropout if self.training else 0.0)
+            return self.out(attended.flatten(-2))
         inside = None if self.interleaved else rotary  # the fused rotation is half-split
         q, k, v = self.project(x_BND, rotary if self.interleaved else None)
         dropout = self.dropout if self.training else 0.0

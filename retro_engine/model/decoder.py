@@ -26,8 +26,10 @@ class DecoderLayer(nn.Module):
         self.ffn = FeedForward(config, width, config.ffn_hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def self_attend(self, x_BND: Tensor, rotary: Rotary, first_keys: Tensor | None) -> Tensor:
-        attended = self.attention(self.attention_norm(x_BND), rotary, is_causal=True, first_keys=first_keys)
+    def self_attend(
+        self, x_BND: Tensor, rotary: Rotary, first_keys: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:
+        attended = self.attention(self.attention_norm(x_BND), rotary, True, first_keys, mask=mask)
         return x_BND + self.dropout(attended)
 
     def cross_attend(

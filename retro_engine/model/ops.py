@@ -54,18 +54,25 @@ def attention(
         cos=cos,
         sin=sin,
         query_period=query_period,
+        is_packed=True,
     )
 
 
 def masked_attention(
-    q_BNHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, mask: Tensor | None = None, is_causal: bool = False
+    q_BNHE: Tensor,
+    k_BSGE: Tensor,
+    v_BSGE: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(q k' / sqrt(e)) v for decoding; `mask` True = attend, broadcastable to [b, h, n, s]."""
+    """softmax(q k' / sqrt(e)) v for masks that are no ranges; True = attend, broadcastable to [b, h, n, s]."""
     return F.scaled_dot_product_attention(
         q_BNHE.transpose(1, 2),
         k_BSGE.transpose(1, 2),
         v_BSGE.transpose(1, 2),
         attn_mask=mask,
+        dropout_p=dropout,
         is_causal=is_causal,
         enable_gqa=q_BNHE.shape[2] != k_BSGE.shape[2],
     ).transpose(1, 2)

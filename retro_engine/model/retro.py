@@ -17,7 +17,7 @@ from retro_engine.model import ops
 from retro_engine.model.attention import Rotary, norm
 from retro_engine.model.cache import Cache, new_cache
 from retro_engine.model.decoder import DecoderLayer
-from retro_engine.model.encoder import Encoder
+from retro_engine.model.encoder import Encoder, Seen
 from retro_engine.model.initialization import initialize
 
 
@@ -27,7 +27,7 @@ class _Neighbors:
 
     tokens_BLKR: Tensor
     lengths_BLK: Tensor | None  # None = all full
-    hidden_range: tuple[Tensor, Tensor] | None  # [b, l] begin and end of a chunk's tokens that the encoder reads
+    hidden_seen: Seen  # the chunk's tokens that the encoder may read
     attends_BN: Tensor  # the tokens that get anything from CCA
     front: int  # padding before the first chunk that makes it whole
 
@@ -95,14 +95,18 @@ class RetroModel(nn.Module):
         self._check_shapes(tokens, neighbors, neighbor_lengths, document_ids)
         B, N = tokens.shape
         documents = self._documents(tokens, document_ids)
-        first_keys = None if documents is None else _first_of_run(documents)
+        first_keys = mask = None
+        if documents is not None and self.config.reset_attention:
+            first_keys = _first_of_run(documents)
+        elif documents is not None:
+            mask = self._mask_of_padding(documents)
         retrieved = self._neighbor_view(tokens, neighbors, neighbor_lengths, documents)
         x = self._embed(tokens, 0)
         rotary = self._decoder_rotary(N, tokens.device)
         cross_rotary = self._cross_rotary(tokens.device)
         encoded = None
         for layer in self.layers:
-            x = layer.self_attend(x, rotary, first_keys)
+            x = layer.self_attend(x, rotary, first_keys, mask)
             if layer.is_crossing and retrieved is not None:
                 z = layer.cross_norm(x)
                 if encoded is None:
@@ -230,6 +234,13 @@ class RetroModel(nn.Module):
                 document_ids = torch.where(tokens == c.pad_id, -1, document_ids)
         return document_ids if c.reset_attention else document_ids.clamp(max=0)
 
+    def _mask_of_padding(self, documents_BN: Tensor) -> Tensor:
+        """[b, 1, n, n] causal attention across documents, without padding between them (reset_attention=false)."""
+        N = documents_BN.shape[1]
+        causal = torch.ones(N, N, dtype=torch.bool, device=documents_BN.device).tril()
+        itself = torch.eye(N, dtype=torch.bool, device=documents_BN.device)  # padding reads itself: finite, unused
+        return (causal & ((documents_BN >= 0)[:, None, :] | itself))[:, None]
+
     def _neighbor_view(
         self, tokens: Tensor, neighbors: Tensor | None, lengths: Tensor | None, documents: Tensor | None
     ) -> _Neighbors | None:
@@ -254,18 +265,18 @@ class RetroModel(nn.Module):
         if lengths is None:
             lengths = torch.full((B, L, K), R, device=tokens.device)
         chunk = chunk.clamp(min=0)
-        hidden_range = None
+        hidden_seen: Seen = None
         if documents is not None:
             whole = F.pad(documents, (front, 0), value=-1)[:, : L * M].reshape(B, L, M)
             last = whole[:, :, -1]  # the document a chunk's neighbors were retrieved for
             lengths = torch.where((last >= 0)[..., None], lengths, 0)  # a chunk that ends in padding has none
-            is_read = whole == last[..., None] if c.cca_reset else whole >= 0
-            hidden_range = _range_of(is_read)
             if c.cca_reset:
-                hidden_range = (_first_of_run(whole)[..., -1], hidden_range[1])
+                hidden_seen = (_first_of_run(whole)[..., -1], torch.full_like(last, M))
                 attends = attends & (documents == last[:, chunk])
+            else:
+                hidden_seen = _some(whole >= 0)
         attends = attends & (lengths > 0).any(-1)[:, chunk]
-        return _Neighbors(neighbors, lengths, hidden_range, attends, front)
+        return _Neighbors(neighbors, lengths, hidden_seen, attends, front)
 
     def _encode(self, retrieved: _Neighbors, z_BND: Tensor) -> Tensor:
         """[b, l, k, r, c_enc], conditioned on the chunks of the normed state z."""
@@ -276,7 +287,7 @@ class RetroModel(nn.Module):
             self._embed_neighbors(retrieved.tokens_BLKR),
             retrieved.lengths_BLK,
             hidden,
-            retrieved.hidden_range,
+            retrieved.hidden_seen,
             self._encoder_rotary(z_BND.device),
         )
 
@@ -315,14 +326,14 @@ class RetroModel(nn.Module):
         is_token = cache.is_token_BS[:, first : first + completed * M].reshape(B, completed, M)
         if lengths is None or not self.config.mask_neighbors:
             lengths = torch.full((B, completed, K), R, device=z_BTD.device)
-        hidden_range = None
+        hidden_seen: Seen = None
         if cache.has_padding and self.config.mask_neighbors:
             lengths = torch.where(is_token[:, :, -1:], lengths, 0)
-            hidden_range = _range_of(is_token)
+            hidden_seen = _some(is_token)
         hidden = state[:, : completed * M].reshape(B, completed, M, D)
         assert self.encoder is not None
         embedded = self._embed_neighbors(neighbors)
-        encoded = self.encoder(embedded, lengths, hidden, hidden_range, self._encoder_rotary(z_BTD.device))
+        encoded = self.encoder(embedded, lengths, hidden, hidden_seen, self._encoder_rotary(z_BTD.device))
         valid = torch.arange(R, device=z_BTD.device) < lengths[..., None]
         return _FreshNeighbors(encoded, valid.reshape(B, completed, K * R))
 
@@ -395,9 +406,6 @@ def _first_of_run(documents: Tensor) -> Tensor:
     return torch.where(is_first, place, 0).cummax(-1).values
 
 
-def _range_of(is_read: Tensor) -> tuple[Tensor, Tensor]:
-    """First and one past the last True of [..., m]; all of it where there is none (finite, and never used)."""
-    M = is_read.shape[-1]
-    is_read = is_read | ~is_read.any(-1, keepdim=True)
-    begins = (~is_read).long().cumprod(-1).sum(-1)
-    return begins, M - (~is_read).flip(-1).long().cumprod(-1).sum(-1)
+def _some(is_read: Tensor) -> Tensor:
+    """[..., m] as it is; all of it where nothing is True (finite, and never used)."""
+    return is_read | ~is_read.any(-1, keepdim=True)

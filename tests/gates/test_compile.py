@@ -1,4 +1,4 @@
-"""Gate: every shipped configuration compiles for sm_80, 89, 90 and 100 without a GPU, within the limits of each.
+"""Gate: every shipped configuration compiles for sm_80, 86, 89, 90, 100 and 120 without a GPU, within the limits of each.
 
 Registers and stack come from the cuobjdump in Triton's own package. Stack stands for spills: none where a kernel is
 meant to have none, a bound elsewhere. The CUDA files go through nvcc where it is installed.
@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ROOT = Path(__file__).parents[2]
-SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB a block may have
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 # head width, group, m, rotated pairs, type, causal: what presets and the design's tables use, and the widest.
 ATTENTIONS = [
     (64, 1, 64, 32, "bf16", False),
@@ -104,7 +104,7 @@ def test_rope_and_gather(tmp_path: Path, dtype: str, capability: int) -> None:
             triton_rope._rope, constants, types, capability, {"num_warps": 4}, tmp_path / "kernel"
         )
         assert stack == 0
-    constants = triton_gather_neighbors.constants(64, 128)
+    constants = triton_gather_neighbors.constants(64, 128) | {"UNSIGNED": False}
     function = triton_gather_neighbors._gather_neighbors
     _, _, stack, _ = compiled(function, constants, types, capability, {"num_warps": 1}, tmp_path / "kernel")
     assert stack == 0

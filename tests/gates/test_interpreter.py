@@ -86,7 +86,8 @@ def test_gather_neighbors() -> None:
     lengths = torch.where(torch.arange(40) % 3 == 2, 5, 12)
     ids = torch.randint(-1, 40, (3, 5, 2), generator=generator)
     for r in (5, 12, 24, 40):
-        found = gather_neighbors(table, document, lengths, ids, r, pad_id=7)
-        assert all(
-            torch.equal(a, b) for a, b in zip(found, reference.gather_neighbors(table, document, lengths, ids, r, 7))
-        )
+        for tokens in (table, table.long(), (table + 65_000).to(torch.uint16)):
+            for given in (ids, ids.int()):
+                found = gather_neighbors(tokens, document, lengths, given, r, pad_id=7)
+                exact = reference.gather_neighbors(tokens, document, lengths, given.long(), r, 7)
+                assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, exact))

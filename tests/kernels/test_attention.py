@@ -59,6 +59,17 @@ def test_an_empty_range_gives_exact_zeros() -> None:
     assert all((gradient[0] == 0).all() for gradient in gradients)
 
 
+def test_what_is_outside_the_range_does_not_matter() -> None:
+    arguments = case((2, 20, 150, 2, 1, 32), "plain", torch.float32)
+    arguments |= {"key_begins": torch.tensor([3, 140]), "key_ends": torch.tensor([9, 150])}
+    expected = output_and_gradients(attention, arguments, QKV)
+    for name in ("k", "v"):
+        spoiled = arguments[name].clone()  # type: ignore[attr-defined]
+        spoiled[0, :3], spoiled[0, 9:], spoiled[1, :140] = torch.nan, torch.nan, torch.nan
+        arguments[name] = spoiled
+    assert all(torch.equal(a, b) for a, b in zip(output_and_gradients(attention, arguments, QKV), expected))
+
+
 def test_zero_sizes() -> None:
     zeros = torch.zeros
     assert attention(zeros(0, 3, 2, 8), zeros(0, 3, 2, 8), zeros(0, 3, 2, 8)).shape == (0, 3, 2, 8)
@@ -95,6 +106,8 @@ WRONG = {
     "given together": {"sin": torch.ones(6, 4)},
     "cos has 4 positions; 6": {"cos": torch.ones(4, 4), "sin": torch.ones(4, 4)},
     "q is torch.bfloat16": {"q": X.bfloat16()},
+    "query_offset=-5": {"query_offset": -5, "cos": torch.ones(6, 4), "sin": torch.ones(6, 4)},
+    "query_period=0": {"query_period": 0},
 }
 
 

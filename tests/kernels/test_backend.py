@@ -17,6 +17,7 @@ def test_the_default() -> None:
         assert choose("rope", torch.zeros(1), torch.zeros(1)) == "cpp"
         assert choose("rope", torch.zeros(1, dtype=torch.bfloat16)) == "cpp"
     assert choose("rope", torch.zeros(1, dtype=torch.float64)) == "reference"
+    assert choose("rope", torch.zeros(1, device="meta")) == "reference", "any other device"
     assert choose("rope", torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)) == "reference"
 
 

@@ -80,6 +80,18 @@ def test_gradcheck_and_twin() -> None:
     assert torch.equal(twin, chunked_cross_attention(**case))
 
 
+@pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
+def test_lengths_that_nobody_checked_read_nothing_outside() -> None:
+    """While compiling, lengths are data: too large counts as r, negative as 0."""
+    case = cca_case(CCA_SHAPES[0], torch.float32)
+    case["k"], case["v"] = torch.nan_to_num(case["k"]), torch.nan_to_num(case["v"])  # type: ignore[arg-type]
+    wild = case["neighbor_lengths"].clone()  # type: ignore[attr-defined]
+    wild[0, 1], wild[1, 2] = 10**8, -(10**8)
+    compiled = torch.compile(chunked_cross_attention, backend="aot_eager", fullgraph=True)
+    found = compiled(**(case | {"neighbor_lengths": wild}))
+    assert torch.equal(found, chunked_cross_attention(**(case | {"neighbor_lengths": wild.clamp(0, 32)})))
+
+
 def inputs(n: int = 9, l: int = 2, heads: int = 2, groups: int = 2) -> dict[str, torch.Tensor]:  # noqa: E741
     return {
         "q": torch.randn(1, n, heads, 4),
@@ -119,6 +131,7 @@ WRONG = {
         "k": K.int(),
         "v": K.int(),
     },
+    "head width 0": {"q": torch.zeros(1, 9, 2, 0), "k": K[..., :0], "v": K[..., :0]},
     "head width 3": {"q": torch.zeros(1, 9, 2, 3), "k": K[..., :3].clone(), "v": K[..., :3].clone()},
     "head width 258": {
         "q": torch.zeros(1, 9, 2, 258),

@@ -30,8 +30,14 @@ def test_packed_documents() -> None:
     torch.testing.assert_close(found, attention(q, k, v, is_causal=True, first_keys=first_keys, scale=0.3))
 
 
+def test_a_document_never_goes_on_in_the_next_sequence() -> None:
+    x, everything = torch.randn(2, 10, 2, 8), torch.full((2, 10), -1)
+    expected = attention(x, x, x, is_causal=True, scale=0.3)
+    torch.testing.assert_close(flash.packed(varlen, x, x, x, everything, 0.3), expected)
+
+
 def test_nothing_changes_on_a_cpu() -> None:
-    assert not flash.takes(torch.zeros(1), None)
+    assert not flash.takes(torch.zeros(1), None, False)
     x = torch.randn(1, 12, 2, 8)
     torch.testing.assert_close(
         flash.causal_attention(x, x, x, None, 0.5), attention(x, x, x, is_causal=True, scale=0.5)

@@ -167,6 +167,22 @@ def test_gradients_are_finite_with_missing_neighbors_and_padding() -> None:
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("resets", [True, False])
+def test_padding_between_documents(resets: bool, dtype: torch.dtype) -> None:
+    """With reset_attention=false a document reads the one before it over the padding between them; never the padding."""
+    model = small_model(reset_attention=resets, cca_reset=resets).to(dtype)
+    tokens, neighbors = small_inputs(model)
+    documents = torch.tensor([0] * 6 + [-1] * 2 + [1] * 11).expand(2, 19)
+    expected = model(tokens, neighbors, None, documents)
+    other, padding = tokens.clone(), tokens.clone()
+    other[:, 2], padding[:, 6:8] = (tokens[:, 2] + 1) % 50, (tokens[:, 6:8] + 1) % 50
+    moved = (model(other, neighbors, None, documents) - expected)[:, 8:].abs().max()
+    assert moved == 0 if resets else moved > 1e-6
+    real = documents >= 0
+    assert torch.equal(model(padding, neighbors, None, documents)[real], expected[real])
+
+
 def test_plain_decoder_is_a_switch() -> None:
     model = small_model(retrieval=False)
     tokens, neighbors = small_inputs(small_model())
