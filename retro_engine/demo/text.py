@@ -28,7 +28,7 @@ from retro_engine.retrieval.neighbors import build_neighbors
 from retro_engine.train.loop import train
 
 CHUNK_SIZE, LENGTH, VOCABULARY = 32, 256, 4096  # tokens of a chunk and of a sequence, entries
-TESTED_TOKENS = 300_000  # at most, spread over all held-out documents
+TESTED_TOKENS = 150_000  # at most, spread over all held-out documents
 SPLITS = "80,5,15"
 STEPS = 800
 MIN_DOCUMENTS = 8
