@@ -140,7 +140,7 @@ def _measure(
 def _settings(store: Path, run: Path, steps: int, seed: int, is_plain: bool) -> list[tuple[str, Any]]:
     return [
         ("model.data.store", str(store)), ("model.data.splits_string", SPLITS), ("model.retrieval", not is_plain),
-        ("model.chunk_size", CHUNK_SIZE), ("model.encoder_seq_length", LENGTH), ("model.data.neighbor_dropout", 0.0),
+        ("model.chunk_size", CHUNK_SIZE), ("model.encoder_seq_length", LENGTH),
         ("model.optim.sched.min_lr", 1e-4), ("trainer.max_steps", steps), ("trainer.val_check_interval", max(1, steps // 2)),
         ("trainer.limit_val_batches", 8), ("exp_manager.checkpoint_every_n_steps", steps), ("exp_manager.exp_dir", str(run)),
         ("seed", seed),
@@ -148,7 +148,7 @@ def _settings(store: Path, run: Path, steps: int, seed: int, is_plain: bool) -> 
 
 
 def _flops_ratio(store: Store, out: Path, heldout: Sequences, seed: int, overrides: list[str], preset: str) -> float:
-    """FLOPs of a RETRO step over those of a plain decoder's, by the neighbors that there are."""
+    """FLOPs of a RETRO step over those of a plain decoder's, by the neighbors that there are and are not dropped."""
     config = load_config([*_settings(store.folder, out, 1, seed, is_plain=False), *overrides], preset).model
     config.vocab_size = store.vocab_size
     tokens = neighbor_tokens = 0
@@ -156,7 +156,8 @@ def _flops_ratio(store: Store, out: Path, heldout: Sequences, seed: int, overrid
         assert batch.lengths is not None
         tokens += int((batch.document_ids >= 0).sum())
         neighbor_tokens += int(batch.lengths.sum())
-    return training_flops(config, tokens, neighbor_tokens) / training_flops(config, tokens, 0)
+    kept = round((1 - config.data.neighbor_dropout) * neighbor_tokens)
+    return training_flops(config, tokens, kept) / training_flops(config, tokens, 0)
 
 
 def table_of(comparison: Comparison) -> str:
