@@ -7,8 +7,9 @@ Reads YAML files; writes nothing.
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ class ModelConfig:
     ffn_dropout: float = 0.0
     init: str = "standard"  # standard | retrieval_ready (docs/retrieval-ready.md)
     init_method_std: float = 0.02
+    mup: bool = False  # width scaling of arXiv 2203.03466 (docs/mup.md), relative to the base widths:
+    mup_base_hidden_size: int | None = None  # set where mup is
+    mup_base_ffn_hidden_size: int | None = None  # None = ffn_hidden_size, scaled with the width
+    mup_base_encoder_hidden_size: int | None = None  # None = encoder_hidden_size, scaled with the width
+    mup_base_num_attention_heads: int | None = None  # None = num_attention_heads
 
     @property
     def r(self) -> int:
@@ -118,6 +124,32 @@ class ModelConfig:
         return sorted(self.dec_cross_attention) if self.retrieval else []
 
 
+def base_config(c: ModelConfig) -> ModelConfig:
+    """The model whose hyperparameters a muP run of `c` transfers: the same at the base widths."""
+    base = c.mup_base_hidden_size or c.hidden_size
+    heads = c.mup_base_num_attention_heads or c.num_attention_heads
+
+    def scaled(width: int | None) -> int | None:
+        return None if width is None else max(1, width * base // c.hidden_size)
+
+    return replace(
+        c,
+        mup=False,
+        hidden_size=base,
+        ffn_hidden_size=c.mup_base_ffn_hidden_size or max(1, c.ffn_hidden_size * base // c.hidden_size),
+        encoder_hidden_size=c.mup_base_encoder_hidden_size or scaled(c.encoder_hidden_size),
+        encoder_ffn_hidden_size=scaled(c.encoder_ffn_hidden_size),
+        num_attention_heads=heads,
+        num_query_groups=c.num_query_groups and max(1, c.num_query_groups * heads // c.num_attention_heads),
+    )
+
+
+def base_head_width(c: ModelConfig, is_encoder: bool) -> int:
+    """Features of an attention head at the base widths."""
+    base = base_config(c)
+    return base.encoder_width // base.encoder_heads if is_encoder else base.head_width
+
+
 @dataclass
 class SchedConfig:
     """Learning-rate schedule, in optimizer steps."""
@@ -131,7 +163,7 @@ class SchedConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"
+    name: str = "adamw"  # adamw | distributed_fused_adam: parameters and optimizer state are sharded over processes
     lr: float = 6e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.1
@@ -149,6 +181,15 @@ class DataConfig:
     dataloader_type: str = "cyclic"  # cyclic (shuffled anew each epoch) | single (one pass, in order)
     shuffle_documents: bool = True
     neighbor_dropout: float = 0.0  # share of the training batches that see no neighbors
+    num_workers: int = 1  # steps whose batches are made ahead, in the background
+    data_prefix: list[str] | None = None  # NeMo's name of `store`; ["none"] = see model.retro
+
+
+@dataclass
+class RetroConfig:
+    """NeMo's `model.retro.` section."""
+
+    retro_project_dir: str | None = None  # NeMo's name of model.data.store
 
 
 @dataclass
@@ -157,14 +198,28 @@ class TrainedModelConfig(ModelConfig):
 
     micro_batch_size: int = 4  # sequences per forward
     global_batch_size: int | None = None  # sequences per optimizer step; None = micro_batch_size x accumulation
+    tensor_model_parallel_size: int = 1  # processes that share every matrix
+    sequence_parallel: bool = False  # with tensor parallelism: norms and residuals are cut along the sequence
+    pipeline_model_parallel_size: int = 1  # more is refused
+    megatron_amp_O2: bool = False  # bf16 weights, fp32 master weights in the optimizer
+    mcore_gpt: bool = True  # NeMo's: means nothing here
+    add_position_embedding: bool = False  # NeMo's name of position_embedding=learned
+    activations_checkpoint_granularity: str | None = None  # selective | full: recomputed in the backward pass
+    shape_file: str | None = None  # muP base widths that `retro mup base` wrote
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    retro: RetroConfig = field(default_factory=RetroConfig)
 
 
 @dataclass
 class TrainerConfig:
+    num_nodes: int = 1
+    devices: int | None = None  # processes a node; None = as many as torchrun started
+    strategy: str = "auto"  # auto | ddp | fsdp; auto = fsdp with distributed_fused_adam or tensor parallelism
     accelerator: str = "auto"  # auto | cpu | gpu
-    precision: str = "auto"  # auto | 32 | bf16-mixed; auto times both on this processor
+    precision: str = "auto"  # auto | 32 | bf16-mixed (bf16 is NeMo's name) | 16-mixed; auto times 32 and bf16 here
+    max_skipped_steps: int = 10  # stop after as many steps in a row without a usable loss
+    loss_spike: float | None = None  # skip a step whose loss is this many times the running mean; None = off
     max_steps: int = 1000
     max_time_s: float | None = None  # stop, with a checkpoint, after this many seconds of training
     val_check_interval: int = 100  # steps
@@ -175,18 +230,36 @@ class TrainerConfig:
 
 
 @dataclass
+class WandbConfig:
+    """Arguments of wandb.init."""
+
+    name: str | None = None  # None = the run folder's
+    project: str | None = None  # None = retro-engine
+    entity: str | None = None
+    group: str | None = None
+    id: str | None = None
+    mode: str | None = None  # online | offline | disabled
+    resume: Any = None
+
+
+@dataclass
 class ExpManagerConfig:
     exp_dir: str | None = None  # the run's folder; --out sets it
     create_tensorboard_logger: bool | None = None  # None = where TensorBoard is installed
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: WandbConfig = field(default_factory=WandbConfig)
     resume_if_exists: bool = True
     checkpoint_every_n_steps: int = 500
     keep_last_n: int = 2  # checkpoints
+    keep_best: bool = True  # and the one with the lowest validation loss
 
 
 @dataclass
 class RetroInferenceConfig:
     retro_gpt_retrieved_length: int | None = None  # tokens per neighbor; None = the model's r
     retro_num_neighbors: int | None = None  # None = the model's k
+    ft_neighbours: int = 0  # NeMo's neighbors for fine-tuned models: only 0
+    reuse_top: bool = False
 
 
 @dataclass
@@ -196,6 +269,12 @@ class InferenceConfig:
     top_k: int = 0  # 0 = all
     top_p: float = 1.0
     tokens_to_generate: int = 64
+    min_tokens_to_generate: int = 0
+    repetition_penalty: float = 1.0
+    add_BOS: bool = False
+    end_strings: list[str] = field(default_factory=list)
+    compute_logprob: bool = False
+    all_probs: bool = False
     pad_prompt: bool = True  # left-pad so that the prompt's last token ends a chunk
     retro_inference: RetroInferenceConfig = field(default_factory=RetroInferenceConfig)
 
@@ -207,6 +286,15 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+    # NeMo's names for what `retro generate` reads
+    checkpoint_dir: str | None = None
+    checkpoint_name: str | None = None
+    retro_model_file: str | None = None
+    prompt: str | None = None
+    neighbors: list[str] | None = None
+    tensor_model_parallel_size: int = -1  # -1 = from the checkpoint
+    pipeline_model_parallel_size: int = -1
+    megatron_amp_O2: bool = False
 
 
 _SMALL_RUN: dict[str, Any] = {  # what the small presets share: retrieval-ready, no dropout
@@ -301,8 +389,39 @@ def flat_keys(node: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+MEANINGLESS = {  # keys of NeMo's commands that name something this project does not have
+    "cluster_type": "jobs are started with torchrun",
+    "model.mcore_gpt": "there is one model",
+    "model.data.data_impl": "the store has one format",
+    "model.use_flash_attention": "the fastest attention that is installed is used",
+    "model.transformer_engine": "it is not used",
+    "exp_manager.create_checkpoint_callback": "checkpoints are always written",
+    "inference.retro_inference.ft_neighbours": "neighbors are given or retrieved alike for every model",
+    "inference.retro_inference.reuse_top": "neighbors are retrieved anew for every chunk",
+}
+# Accepted at their defaults alone.
+NOT_BUILT = {
+    "inference.repetition_penalty": 1.0,
+    "inference.min_tokens_to_generate": 0,
+    "inference.add_BOS": False,
+    "inference.end_strings": [],
+    "inference.compute_logprob": False,
+    "inference.all_probs": False,
+    "inference.retro_inference.ft_neighbours": 0,
+    "inference.retro_inference.reuse_top": False,
+    "retro_model_file": None,
+}
+
+
+def _say(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr)
+
+
 def load_config(
-    overrides: Sequence[str | tuple[str, Any]] | None = None, preset_name: str | None = None, file: str | None = None
+    overrides: Sequence[str | tuple[str, Any]] | None = None,
+    preset_name: str | None = None,
+    file: str | None = None,
+    say: Callable[[str], None] = _say,
 ) -> Config:
     """Defaults, preset, file, environment and overrides, merged, typed and checked.
 
@@ -323,6 +442,9 @@ def load_config(
     settings += [_parse_override(item) if isinstance(item, str) else item for item in overrides or []]
     known = flat_keys(Config())
     leaves = [leaf for key, value in settings for leaf in (flat_keys({key: value}) if value else {key: value}).items()]
+    for key in dict.fromkeys(key for key, _ in leaves if key in MEANINGLESS):
+        say(f"{key} means nothing here: {MEANINGLESS[key]}")
+    leaves = [(key, value) for key, value in leaves if key in known or key not in MEANINGLESS]
     for key, value in leaves:
         if key not in known and any(name.startswith(f"{key}.") for name in known):
             raise UsageError(f"{key}={value!r} does not fit", f"{key} is a section", f"retro config keys {key}")
@@ -341,8 +463,41 @@ def load_config(
     except OmegaConfBaseException as error:
         raise UsageError("the settings do not resolve", str(error).splitlines()[0], "retro config show") from error
     assert isinstance(config, Config), type(config)
+    _map_names(config, say)
     check(config)
     return config
+
+
+def _map_names(config: Config, say: Callable[[str], None]) -> None:
+    """NeMo's names for settings that have another here, each with one note."""
+    m, trainer = config.model, config.trainer
+    prefix = [path for path in m.data.data_prefix or [] if path != "none"]
+    for key, path in (("model.data.data_prefix", prefix), ("model.retro.retro_project_dir", m.retro.retro_project_dir)):
+        if not path or m.data.store is not None:
+            continue
+        if isinstance(path, list):
+            _require(len(path) == 1, key, path, "one store is trained on", "retro prepare takes many files")
+        m.data.store = path[0] if isinstance(path, list) else path
+        say(f"{key} is model.data.store={m.data.store} here")
+    m.data.data_prefix, m.retro.retro_project_dir = None, None
+    if m.add_position_embedding:
+        m.add_position_embedding, m.position_embedding = False, "learned"
+        say("model.add_position_embedding=true is model.position_embedding=learned here")
+    if trainer.precision == "bf16":
+        trainer.precision = "bf16-mixed"
+        is_o2 = m.megatron_amp_O2
+        say(
+            "trainer.precision=bf16 is bf16-mixed, as in NeMo"
+            + ("; megatron_amp_O2 keeps bf16 weights" if is_o2 else "")
+        )
+    if m.shape_file is not None:
+        for key, value in _read_yaml(m.shape_file).items():
+            name = key.removeprefix("model.")
+            _require(
+                name.startswith("mup_base_"), "model.shape_file", m.shape_file, f"it holds {key}", "retro mup base"
+            )
+            setattr(m, name, value)
+        m.shape_file = None  # what it said is in the settings now
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
@@ -419,7 +574,9 @@ CHOICES = {
     "model.optim.sched.name": ("CosineAnnealing", "WSD", "constant"),
     "model.data.dataloader_type": ("cyclic", "single"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
-    "trainer.precision": ("auto", "32", "bf16-mixed"),
+    "trainer.strategy": ("auto", "ddp", "fsdp"),
+    "trainer.precision": ("auto", "32", "bf16-mixed", "16-mixed"),
+    "model.activations_checkpoint_granularity": (None, "selective", "full"),
 }
 _MANY = 2**31
 MODEL_BOUNDS: tuple[tuple[str, float, float], ...] = (
@@ -446,6 +603,10 @@ MODEL_BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("ffn_dropout", 0, 0.999),
     ("init_method_std", 0, 1e3),
     ("embedding_scale", 1e-12, 1e6),
+    ("mup_base_hidden_size", 1, _MANY),
+    ("mup_base_ffn_hidden_size", 1, _MANY),
+    ("mup_base_encoder_hidden_size", 1, _MANY),
+    ("mup_base_num_attention_heads", 1, _MANY),
 )
 BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, 2**63 - 1),
@@ -459,6 +620,12 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("model.optim.sched.min_lr", 0, 1e38),
     ("model.optim.sched.max_steps", 1, _MANY),
     ("model.data.neighbor_dropout", 0, 1),
+    ("model.data.num_workers", 0, 1024),
+    ("model.tensor_model_parallel_size", 1, _MANY),
+    ("trainer.num_nodes", 1, _MANY),
+    ("trainer.devices", 1, _MANY),
+    ("trainer.max_skipped_steps", 1, _MANY),
+    ("trainer.loss_spike", 1, math.inf),
     ("trainer.max_steps", 1, _MANY),
     ("trainer.max_time_s", 1e-3, math.inf),
     ("trainer.val_check_interval", 1, _MANY),
@@ -529,6 +696,17 @@ def check_model(c: ModelConfig) -> None:
     )
     if c.init == "retrieval_ready" and c.retrieval:
         _check_retrieval_ready(c)
+    if c.mup:
+        _require(c.init == "standard", "model.mup", True, "retrieval_ready sets its own scales", "model.init=standard")
+        base = c.mup_base_hidden_size
+        _require(
+            base is not None,
+            "model.mup",
+            True,
+            "width scaling is relative to base widths",
+            "model.mup_base_hidden_size=64",
+        )
+        check_model(base_config(c))
 
 
 def _check_retrieval_ready(c: ModelConfig) -> None:
@@ -593,10 +771,49 @@ def check(config: Config) -> None:
             values[key] in allowed,
             key,
             values[key],
-            f"one of {', '.join(allowed)}",
-            nearest(values[key], list(allowed)),
+            f"one of {', '.join(str(value) for value in allowed)}",
+            nearest(str(values[key]), [str(value) for value in allowed]),
         )
+    for key, default in NOT_BUILT.items():
+        _require(values[key] == default, key, values[key], "this version has only the default", f"{key}={default}")
+    _check_parallel(config)
     splits(m.data.splits_string)
+
+
+def _check_parallel(config: Config) -> None:
+    m, size = config.model, config.model.tensor_model_parallel_size
+    for key, value in (
+        ("model.pipeline_model_parallel_size", m.pipeline_model_parallel_size),
+        ("pipeline_model_parallel_size", config.pipeline_model_parallel_size),
+    ):
+        _require(value <= 1, key, value, "the encoder reads a decoder state in the middle of the stack", "use 1")
+    key = "model.tensor_model_parallel_size"
+    counts = {"num_attention_heads": m.num_attention_heads, "num_query_groups": m.key_value_heads}
+    widths = {"ffn_hidden_size": m.ffn_hidden_size}
+    if m.retrieval:
+        counts |= {"encoder_num_attention_heads": m.encoder_heads, "encoder key/value heads": m.encoder_key_value_heads}
+        widths |= {"encoder_ffn_hidden_size": m.encoder_ffn_width}
+    for name, count in (counts | widths).items():
+        _require(count % size == 0, key, size, f"must divide {name}={count}")
+    _require(
+        not m.sequence_parallel or size > 1, "model.sequence_parallel", True, "needs tensor parallelism", f"{key}=2"
+    )
+    if m.sequence_parallel:
+        _require(m.encoder_seq_length % size == 0 and m.r % size == 0, key, size, "must divide sequences and neighbors")
+        rule = "sequence parallelism takes the residual before the norm"
+        _require(m.encoder_ca_residual == "input", "model.encoder_ca_residual", m.encoder_ca_residual, rule)
+    is_fsdp = config.trainer.strategy == "fsdp" or m.optim.name == "distributed_fused_adam"
+    _require(
+        config.trainer.strategy != "ddp" or not is_fsdp, "trainer.strategy", "ddp", "distributed_fused_adam shards"
+    )
+    is_16 = config.trainer.precision in ("32", "16-mixed")
+    _require(
+        not m.megatron_amp_O2 or not is_16,
+        "model.megatron_amp_O2",
+        True,
+        "keeps bf16 weights",
+        "trainer.precision=bf16",
+    )
 
 
 def splits(text: str) -> tuple[float, float, float]:

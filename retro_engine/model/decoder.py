@@ -1,73 +1,94 @@
 """One decoder layer: self-attention, chunked cross-attention in the layers that have it, FFN; all pre-norm.
 
-Shape letters: B batch, N tokens, D width, L chunks, K neighbors, R tokens per neighbor, C encoder width.
+Shape letters: B batch, N tokens, D width, L chunks, K neighbors, R tokens per neighbor, G key/value heads, E head width.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig
 from retro_engine.model import ops
-from retro_engine.model.attention import CrossAttention, FeedForward, Rotary, SelfAttention, norm
+from retro_engine.model.attention import ChunkedCrossAttention, FeedForward, Rotary, SelfAttention, norm
+from retro_engine.model.recompute import run
+
+
+@dataclass
+class Reading:
+    """What the chunked cross-attention of the layers reads, and who reads it."""
+
+    encode: Callable[[Tensor], None]  # neighbors, from the normed state at the first cross-attending layer
+    encoded: Callable[[int], tuple[Tensor, ...]]  # for a layer: keys and values, or what `keys_values` makes them of
+    keys_values: Callable[[int, Tensor], tuple[Tensor, Tensor]]  # [b, l, k, r, g, e] each
+    lengths_BLK: Tensor | None  # valid tokens of each neighbor; None = all full
+    attends_BN: Tensor  # the tokens that get anything
+    rotary: Rotary
+    front: int  # tokens of padding that make a short first chunk whole
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, is_crossing: bool):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        self.config = config
-        width, heads, groups = config.hidden_size, config.num_attention_heads, config.key_value_heads
+        self.config, self.index = config, index
+        width = config.hidden_size
         self.attention_norm = norm(config, width)
-        self.attention = SelfAttention(config, width, heads, groups)
-        self.is_crossing = is_crossing
-        if is_crossing:
+        self.attention = SelfAttention(config, is_encoder=False)
+        self.is_crossing = index in config.cross_layers
+        if self.is_crossing:
             self.cross_norm = norm(config, width)
-            self.cross = CrossAttention(config, width, heads, groups, config.encoder_width)
+            self.cross = ChunkedCrossAttention(config)
+            self.cross_dropout = nn.Dropout(config.hidden_dropout)
         self.ffn_norm = norm(config, width)
         self.ffn = FeedForward(config, width, config.ffn_hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.recompute: str | None = None
 
-    def self_attend(
-        self, x_BND: Tensor, rotary: Rotary, first_keys: Tensor | None, mask: Tensor | None = None
+    def forward(
+        self, x_BND: Tensor, rotary: Rotary, first_keys: Tensor | None, mask: Tensor | None, reading: Reading | None
     ) -> Tensor:
-        attended = self.attention(self.attention_norm(x_BND), rotary, True, first_keys, mask=mask)
-        return x_BND + self.dropout(attended)
+        """x [b, n, d] -> [b, n, d]; `reading` None = retrieval off."""
+        if not self.is_crossing or reading is None:
+            return run(self.recompute, self._plain, x_BND, rotary, first_keys, mask)
+        x = run(self.recompute, self._self_attend, x_BND, rotary, first_keys, mask)
+        if self.index == self.config.cross_layers[0]:
+            reading.encode(self.cross_norm(x))
+        return run(self.recompute, self._read, x, reading, *reading.encoded(self.index))
 
-    def cross_attend(
-        self,
-        x_BND: Tensor,
-        z_BND: Tensor,
-        encoded_BLKRC: Tensor,
-        lengths_BLK: Tensor | None,
-        attends_BN: Tensor,
-        rotary: Rotary,
-        front: int,
-    ) -> Tensor:
-        """x + CCA(z, encoded); exactly x at tokens where `attends_BN` is False (cca_bias_everywhere apart).
+    def _plain(self, x: Tensor, rotary: Rotary, first_keys: Tensor | None, mask: Tensor | None) -> Tensor:
+        return self.feed_forward(self._self_attend(x, rotary, first_keys, mask))
 
-        `front` tokens of padding go before z so that its short first chunk is whole.
-        """
+    def _self_attend(self, x: Tensor, rotary: Rotary, first_keys: Tensor | None, mask: Tensor | None) -> Tensor:
+        q, k, v = self.attention.project(self.attention_norm(x))
+        attended = self.attention.attend(q, k, v, rotary, True, first_keys, mask=mask)
+        return x + self.dropout(self.attention.out(attended))
+
+    def _read(self, x: Tensor, reading: Reading, *encoded: Tensor) -> Tensor:
+        """CCA and FFN; CCA is exactly 0 at tokens that attend nothing (cca_bias_everywhere apart)."""
         c = self.config
-        q = self.cross.queries(z_BND)
-        k, v = self.cross.keys_values(encoded_BLKRC)
-        if front:
-            q = nn.functional.pad(q, (0, 0, 0, 0, front, 0))
-        cos, sin = rotary if rotary is not None else (None, None)
+        k, v = encoded if len(encoded) == 2 else reading.keys_values(self.index, encoded[0])
+        q = self.cross.queries(self.cross_norm(x))
+        if reading.front:
+            q = nn.functional.pad(q, (0, 0, 0, 0, reading.front, 0))
+        cos, sin = reading.rotary if reading.rotary is not None else (None, None)
         out = ops.chunked_cross_attention(
             q,
             k,
             v,
-            lengths_BLK,
+            reading.lengths_BLK,
             c.chunk_size,
             cos,
             sin,
+            self.cross.scale,
             query_offset=c.chunk_size - 1 if c.cca_query_offset else 0,
             dropout=self.cross.dropout if self.training else 0.0,
-        )[:, front:].flatten(-2)
+        )[:, reading.front :].flatten(-2)
         if c.cca_bias_everywhere:
-            out = self.cross.out(torch.where(attends_BN[..., None], out, 0))
+            out = self.cross.out(torch.where(reading.attends_BN[..., None], out, 0))
         else:
-            out = torch.where(attends_BN[..., None], self.cross.out(out), 0)
-        return x_BND + self.dropout(out)
+            out = torch.where(reading.attends_BN[..., None], self.cross.out(out), 0)
+        return self.feed_forward(x + self.cross_dropout(out))
 
-    def feed_forward(self, x_BND: Tensor) -> Tensor:
-        return x_BND + self.dropout(self.ffn(self.ffn_norm(x_BND)))
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))

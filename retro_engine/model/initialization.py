@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from retro_engine.config import ModelConfig
-from retro_engine.model.attention import CrossAttention, FeedForward, SelfAttention
+from retro_engine.config import ModelConfig, base_config
+from retro_engine.model.attention import ChunkedCrossAttention, CrossAttention, FeedForward, SelfAttention
+from retro_engine.model.decoder import DecoderLayer
 
 if TYPE_CHECKING:
     from retro_engine.model.retro import RetroModel
@@ -34,13 +35,17 @@ def initialize(model: "RetroModel", generator: torch.Generator | None = None) ->
 
 
 def _normal(model: "RetroModel", config: ModelConfig, generator: torch.Generator | None) -> None:
-    """N(0, std) everywhere, residual outputs divided by sqrt(2 x layers); biases 0, norms 1.
+    """N(0, std) everywhere, residual outputs divided by sqrt(2 x layers); biases 0, norms 1. With muP hidden matrices
+    have std / sqrt(w).
 
     std is `init_method_std`, or 1/sqrt(fan_in) with `retrieval_ready`, whose circuit needs W_v W_v' near identity.
     """
 
+    multipliers = {id(model.get_parameter(name)): w for name, w in width_multipliers(model).items()}
+
     def fill(weight: Tensor, gain: float = 1.0) -> None:
         std = weight.shape[1] ** -0.5 if config.init == "retrieval_ready" else config.init_method_std
+        std /= math.sqrt(multipliers.get(id(weight), 1.0))
         nn.init.normal_(weight, std=std * gain, generator=generator)
 
     std = EMBEDDING_STD if config.init == "retrieval_ready" else config.init_method_std
@@ -57,16 +62,41 @@ def _normal(model: "RetroModel", config: ModelConfig, generator: torch.Generator
     for layer, depth in layers:
         residual_gain = 1 / math.sqrt(2 * (config.dec_num_layers if config.init == "retrieval_ready" else depth))
         for module in layer.modules():
-            if isinstance(module, SelfAttention):
-                fill(module.qkv.weight)
+            if isinstance(module, SelfAttention | CrossAttention):
+                for linear in (module.q, module.k, module.v):
+                    fill(linear.weight)
                 fill(module.out.weight, residual_gain)
-            elif isinstance(module, CrossAttention):
+            elif isinstance(module, ChunkedCrossAttention):
                 fill(module.q.weight)
-                fill(module.kv.weight)
+                assert isinstance(layer, DecoderLayer) and model.neighbor_projection is not None
+                place = config.cross_layers.index(layer.index)
+                fill(model.neighbor_projection.k[place].weight)
+                fill(model.neighbor_projection.v[place].weight)
                 fill(module.out.weight, residual_gain)
             elif isinstance(module, FeedForward):
+                if module.gate is not None:
+                    fill(module.gate.weight)
                 fill(module.up.weight)
                 fill(module.down.weight, residual_gain)
+
+
+def width_multipliers(model: "RetroModel") -> dict[str, float]:
+    """w = fan_in / fan_in_base of every hidden matrix, by its name; empty without muP.
+
+    Embeddings, norms, biases and the output head are not among them: their width-dependence is not of a matrix from one
+    hidden width to another (arXiv 2203.03466 table 8).
+    """
+    if not model.config.mup:
+        return {}
+    with torch.device("meta"):
+        base = dict(type(model)(base_config(model.config)).named_parameters())
+    hidden = {name: parameter for name, parameter in model.named_parameters() if is_hidden_matrix(name, parameter)}
+    return {name: parameter.shape[1] / base[name].shape[1] for name, parameter in hidden.items()}
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """A matrix between two hidden widths: neither an embedding nor the output head."""
+    return parameter.dim() == 2 and "embedding" not in name and not name.startswith("head.")
 
 
 def _retrieval_ready(model: "RetroModel", config: ModelConfig, generator: torch.Generator | None) -> None:
@@ -74,16 +104,16 @@ def _retrieval_ready(model: "RetroModel", config: ModelConfig, generator: torch.
     for layer in model.layers[: first + 1]:
         _positional_head(layer.attention, config, head=0, offset=-1)
     nn.init.normal_(model.layers[0].attention.out.weight, std=COPY_GAIN * config.hidden_size**-0.5, generator=generator)
-    for index in config.cross_layers:
-        cross = model.layers[index].cross
-        width = config.hidden_size
-        cross.kv.weight[:width] = cross.q.weight
-        cross.out.weight.copy_(COPY_GAIN * cross.kv.weight[width:].T)
+    for place, index in enumerate(config.cross_layers):
+        cross, read = model.layers[index].cross, model.neighbor_projection
+        assert read is not None
+        read.k[place].weight.copy_(cross.q.weight)
+        cross.out.weight.copy_(COPY_GAIN * read.v[place].weight.T)
     if model.encoder is not None:
         attention = model.encoder.layers[0].attention
         _positional_head(attention, config, head=0, offset=-1)
         _positional_head(attention, config, head=1, offset=1)
-        attention.out.weight.copy_(attention.qkv.weight[2 * config.encoder_width :].T)
+        attention.out.weight.copy_(attention.v.weight.T)
 
 
 def _positional_head(attention: SelfAttention, config: ModelConfig, head: int, offset: int) -> None:
@@ -97,11 +127,12 @@ def _positional_head(attention: SelfAttention, config: ModelConfig, head: int, o
     frequency = config.rotary_base ** (-torch.arange(pairs) / pairs)
     amplitude = torch.zeros(pairs)
     amplitude[:ROTARY_PAIRS] = math.sqrt(PEAK_LOGIT * math.sqrt(width) / ROTARY_PAIRS)
-    bias = attention.qkv.bias
-    assert bias is not None, "retrieval_ready needs q and k biases"
-    q_start, k_start = head * width, attention.num_heads * width + head * width
-    bias[q_start : q_start + pairs] = (amplitude * torch.cos(offset * frequency)).to(bias)
-    bias[q_start + pairs : q_start + 2 * pairs] = (amplitude * torch.sin(offset * frequency)).to(bias)
-    bias[k_start : k_start + pairs] = amplitude.to(bias)
-    attention.qkv.weight[q_start : q_start + width] *= 0.3
-    attention.qkv.weight[k_start : k_start + width] *= 0.3
+    assert attention.q.bias is not None and attention.k.bias is not None, "retrieval_ready needs q and k biases"
+    start = head * width
+    attention.q.bias[start : start + pairs] = (amplitude * torch.cos(offset * frequency)).to(attention.q.bias)
+    attention.q.bias[start + pairs : start + 2 * pairs] = (amplitude * torch.sin(offset * frequency)).to(
+        attention.q.bias
+    )
+    attention.k.bias[start : start + pairs] = amplitude.to(attention.k.bias)
+    for linear in (attention.q, attention.k):
+        linear.weight[start : start + width] *= 0.3

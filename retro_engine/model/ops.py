@@ -36,11 +36,13 @@ def attention(
     rotary: tuple[Tensor, Tensor] | None = None,
     query_period: int | None = None,
     dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """`retro_kernels.attention`, or plain PyTorch where attention weights are dropped out."""
     cos, sin = rotary if rotary is not None else (None, None)
     if dropout:
-        scale, period = q_BNHE.shape[3] ** -0.5, query_period or q_BNHE.shape[1]
+        period = query_period or q_BNHE.shape[1]
+        scale = q_BNHE.shape[3] ** -0.5 if scale is None else scale
         arguments = (is_causal, first_keys, key_begins, key_ends, cos, sin, 0, period, scale, dropout)
         return reference.attention(q_BNHE, k_BSGE, v_BSGE, *arguments)
     return kernels_attention(
@@ -54,6 +56,7 @@ def attention(
         cos=cos,
         sin=sin,
         query_period=query_period,
+        scale=scale,
         is_packed=True,
     )
 
@@ -65,8 +68,9 @@ def masked_attention(
     mask: Tensor | None = None,
     is_causal: bool = False,
     dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k' / sqrt(e)) v for masks that are no ranges; True = attend, broadcastable to [b, h, n, s]."""
+    """softmax(q k' scale) v, scale None = 1/sqrt(e), for masks that are no ranges; True = attend, broadcastable to [b, h, n, s]."""
     return F.scaled_dot_product_attention(
         q_BNHE.transpose(1, 2),
         k_BSGE.transpose(1, 2),
@@ -74,6 +78,7 @@ def masked_attention(
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=is_causal,
+        scale=scale,
         enable_gqa=q_BNHE.shape[2] != k_BSGE.shape[2],
     ).transpose(1, 2)
 

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retro_engine.config import ModelConfig, check_model
+from retro_engine.config import ModelConfig, base_config, check_model
 from retro_engine.model import ops
-from retro_engine.model.attention import Rotary, norm
+from retro_engine.model.attention import NeighborProjection, Rotary, is_sharded, norm
 from retro_engine.model.cache import Cache, new_cache
-from retro_engine.model.decoder import DecoderLayer
-from retro_engine.model.encoder import Encoder, Seen
+from retro_engine.model.decoder import DecoderLayer, Reading
+from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
 from retro_engine.model.initialization import initialize
+from retro_engine.model.loss import linear_cross_entropy
 
 
 @dataclass
@@ -36,7 +37,7 @@ class _Neighbors:
 class _FreshNeighbors:
     """What a cached step encoded for the chunks that it completes."""
 
-    encoded: Tensor | None  # [b, c, k, r, c_enc]; None = no neighbors
+    keys_values: list[tuple[Tensor, Tensor]]  # of each cross-attending layer [b, c, k, r, g, e]; empty = no neighbors
     mask_BCS: Tensor  # [b, c, k*r] True = valid
 
 
@@ -57,15 +58,18 @@ class RetroModel(nn.Module):
         rows = config.max_position_embeddings or config.encoder_seq_length
         self.position_embedding = nn.Embedding(rows, width) if is_learned else None
         self.dropout = nn.Dropout(config.hidden_dropout)
-        crossing = set(config.cross_layers)
-        layers = [DecoderLayer(config, i in crossing) for i in range(config.dec_num_layers)]
+        crossing = config.cross_layers
+        layers = [DecoderLayer(config, i) for i in range(config.dec_num_layers)]
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.encoder = Encoder(config) if crossing else None
+        self.neighbor_projection = NeighborProjection(config) if crossing else None
         is_wider = config.encoder_width != width
         self.encoder_input = nn.Linear(width, config.encoder_width, bias=False) if crossing and is_wider else None
         self.final_norm = norm(config, width) if config.decoder_final_norm else nn.Identity()
         self.head = None if config.share_embeddings else nn.Linear(width, config.vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
+        self.recompute: str | None = None  # None | selective | full: model/recompute.py
+        self.packs_neighbors = True  # the encoder computes valid neighbor tokens only (False: every shape is fixed)
         initialize(self, generator)
 
     def forward(
@@ -74,15 +78,24 @@ class RetroModel(nn.Module):
         neighbors: Tensor | None = None,
         neighbor_lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """tokens [b, n], neighbors [b, l, k, r], neighbor_lengths [b, l, k], document_ids [b, n] -> logits [b, n, V].
 
         neighbors None = retrieval off; neighbor_lengths None = all full, 0 = missing; document_ids None = one
         document (or derived from the tokens when the config has eod_id and pad_id), -1 = padding. A document is a run
-        of equal ids.
+        of equal ids. With labels [b, n] (-100 = none): the sum of their cross-entropies, without making the logits.
         Raises ValueError naming the argument, its shape and the rule.
         """
-        return self.logits(self.hidden(tokens, neighbors, neighbor_lengths, document_ids))
+        hidden = self.hidden(tokens, neighbors, neighbor_lengths, document_ids)
+        if labels is None:
+            return self.logits(hidden)
+        return linear_cross_entropy(hidden, self.head_weight, self.output_bias, labels)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix [V, d]."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def hidden(
         self,
@@ -103,24 +116,36 @@ class RetroModel(nn.Module):
         retrieved = self._neighbor_view(tokens, neighbors, neighbor_lengths, documents)
         x = self._embed(tokens, 0)
         rotary = self._decoder_rotary(N, tokens.device)
-        cross_rotary = self._cross_rotary(tokens.device)
-        encoded = None
+        reading = None if retrieved is None else self._reading(retrieved)
         for layer in self.layers:
-            x = layer.self_attend(x, rotary, first_keys, mask)
-            if layer.is_crossing and retrieved is not None:
-                z = layer.cross_norm(x)
-                if encoded is None:
-                    encoded = self._encode(retrieved, z)
-                x = layer.cross_attend(
-                    x, z, encoded, retrieved.lengths_BLK, retrieved.attends_BN, cross_rotary, retrieved.front
-                )
-            x = layer.feed_forward(x)
-        return self.final_norm(x)
+            x = layer(x, rotary, first_keys, mask, reading)
+        return self.final_norm(x) * self.output_scale if self.config.mup else self.final_norm(x)
+
+    @property
+    def output_scale(self) -> float:
+        """With muP the logits are divided by the width multiplier (arXiv 2203.03466 table 8)."""
+        return base_config(self.config).hidden_size / self.config.hidden_size
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V]"""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(hidden, weight, self.output_bias)
+        weight, bias = self.head_weight, self.output_bias
+        if not is_sharded(weight):
+            return F.linear(hidden, weight, bias)
+        from torch.distributed.tensor import DTensor, Replicate
+
+        assert isinstance(weight, DTensor)
+        whole = DTensor.from_local(hidden, weight.device_mesh, [Replicate()])
+        logits = F.linear(whole, weight, bias)
+        assert isinstance(logits, DTensor)
+        return logits.full_tensor()
+
+    def set_recompute(self, recompute: str | None) -> None:
+        """None, "selective" or "full": what the backward pass computes again."""
+        self.recompute = recompute
+        for layer in self.layers:
+            layer.recompute = recompute
+        if self.encoder is not None:
+            self.encoder.recompute = recompute
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache for `step`: at most `capacity` tokens a sequence."""
@@ -164,11 +189,14 @@ class RetroModel(nn.Module):
         cross_rotary = self._cross_rotary(device)
         fresh: _FreshNeighbors | None = None
         for index, layer in enumerate(self.layers):
-            q, k, v = layer.attention.project(layer.attention_norm(x), rotary, positions if rotary else None)
+            q, k, v = layer.attention.project(layer.attention_norm(x))
+            if rotary is not None:
+                q, k = ops.rope_qk(q, k, *rotary, positions=positions, interleaved=c.rotary_interleaved)
             cache.keys_BSGE[index][:, start:stop] = k
             cache.values_BSGE[index][:, start:stop] = v
             keys, values = cache.keys_BSGE[index][:, :stop], cache.values_BSGE[index][:, :stop]
-            attended = ops.masked_attention(q, keys, values, mask, is_causal=mask is None and T > 1)
+            is_causal = mask is None and T > 1
+            attended = ops.masked_attention(q, keys, values, mask, is_causal, scale=layer.attention.scale)
             x = x + layer.attention.out(attended.flatten(-2))
             if layer.is_crossing:
                 z = layer.cross_norm(x)
@@ -179,7 +207,8 @@ class RetroModel(nn.Module):
         if fresh is not None and completed:
             cache.cross_mask = fresh.mask_BCS[:, -1]
         cache.length = stop
-        return self.logits(self.final_norm(x[:, -1:] if last_only else x))
+        hidden = self.final_norm(x[:, -1:] if last_only else x)
+        return self.logits(hidden * self.output_scale if c.mup else hidden)
 
     def _embed(self, tokens: Tensor, start: int) -> Tensor:
         x = self.embedding(tokens) * self.config.input_scale
@@ -191,14 +220,16 @@ class RetroModel(nn.Module):
             x = x + self.position_embedding.weight[start : start + tokens.shape[1]]
         return self.dropout(x)
 
-    def _embed_neighbors(self, neighbors: Tensor) -> Tensor:
-        y = self.embedding(neighbors) * self.config.input_scale
+    def _embed_neighbors(self, tokens_WR: Tensor, layout: NeighborLayout) -> Tensor:
+        """Embedded as they lie in `layout`; the encoder's dropout comes after."""
+        R = tokens_WR.shape[1]
+        tokens = tokens_WR if layout.valid is None else tokens_WR.reshape(-1)[layout.valid]
+        y = self.embedding(tokens) * self.config.input_scale
         if self.config.encoder_position_embedding == "learned":
             assert self.position_embedding is not None
-            y = y + self.position_embedding.weight[: neighbors.shape[-1]]
-        if self.encoder_input is not None:
-            y = self.encoder_input(y)
-        return self.dropout(y)
+            rows = self.position_embedding.weight[:R]
+            y = y + (rows if layout.valid is None else rows[layout.valid % R])
+        return y if self.encoder_input is None else self.encoder_input(y)
 
     def _tables(self, num_positions: int, head_width: int, device: torch.device) -> Rotary:
         c = self.config
@@ -278,17 +309,48 @@ class RetroModel(nn.Module):
         attends = attends & (lengths > 0).any(-1)[:, chunk]
         return _Neighbors(neighbors, lengths, hidden_seen, attends, front)
 
-    def _encode(self, retrieved: _Neighbors, z_BND: Tensor) -> Tensor:
-        """[b, l, k, r, c_enc], conditioned on the chunks of the normed state z."""
-        M, L = self.config.chunk_size, retrieved.tokens_BLKR.shape[1]
-        hidden = F.pad(z_BND, (0, 0, retrieved.front, 0))[:, : L * M].unflatten(1, (L, M))
-        assert self.encoder is not None
-        return self.encoder(
-            self._embed_neighbors(retrieved.tokens_BLKR),
+    def _reading(self, retrieved: _Neighbors) -> Reading:
+        """Encodes at the first cross-attending layer, and then has keys and values for each: of all at once, or with
+        recompute "full" of one at a time, so that only the encoded neighbors are kept.
+        """
+        assert self.encoder is not None and self.neighbor_projection is not None
+        encoder, project_neighbors = self.encoder, self.neighbor_projection
+        place = {layer: number for number, layer in enumerate(self.config.cross_layers)}
+        M, (B, L, K, R) = self.config.chunk_size, retrieved.tokens_BLKR.shape
+        packs = self.packs_neighbors and not torch.compiler.is_compiling()
+        layout = layout_of(retrieved.tokens_BLKR, retrieved.lengths_BLK, packs)
+        made: list[tuple[Tensor, ...]] = []
+
+        def spread(*parts: Tensor) -> tuple[Tensor, ...]:
+            return tuple(layout.padded(part).reshape(B, L, K, R, *part.shape[-2:]) for part in parts)
+
+        def encode(z_BND: Tensor) -> None:
+            hidden = F.pad(z_BND, (0, 0, retrieved.front, 0))[:, : L * M].unflatten(1, (L, M))
+            tokens = retrieved.tokens_BLKR.reshape(B * L * K, R)
+            encoded = encoder(
+                self._embed_neighbors(tokens, layout),
+                layout,
+                hidden,
+                retrieved.hidden_seen,
+                self._encoder_rotary(z_BND.device),
+            )
+            if self.recompute == "full" and torch.is_grad_enabled():
+                made.extend([(encoded,)] * len(place))
+            else:
+                made.extend(spread(*pair) for pair in project_neighbors(encoded))
+
+        def keys_values(layer: int, encoded: Tensor) -> tuple[Tensor, Tensor]:
+            k, v = spread(*project_neighbors(encoded, place[layer])[0])
+            return k, v
+
+        return Reading(
+            encode,
+            lambda layer: made[place[layer]],
+            keys_values,
             retrieved.lengths_BLK,
-            hidden,
-            retrieved.hidden_seen,
-            self._encoder_rotary(z_BND.device),
+            retrieved.attends_BN,
+            self._cross_rotary(retrieved.tokens_BLKR.device),
+            retrieved.front,
         )
 
     def _cached_mask(self, cache: Cache, start: int, stop: int) -> Tensor | None:
@@ -318,9 +380,9 @@ class RetroModel(nn.Module):
         rest = (start + T) % M
         cache.hidden_BMD[:, :rest] = state[:, completed * M :]
         if completed == 0:
-            return _FreshNeighbors(None, z_BTD.new_zeros(B, 0, 0, dtype=torch.bool))
+            return _FreshNeighbors([], z_BTD.new_zeros(B, 0, 0, dtype=torch.bool))
         if neighbors is None or neighbors.shape[2] == 0:
-            return _FreshNeighbors(None, z_BTD.new_zeros(B, completed, 0, dtype=torch.bool))
+            return _FreshNeighbors([], z_BTD.new_zeros(B, completed, 0, dtype=torch.bool))
         K, R = neighbors.shape[2:]
         first = (start // M) * M
         is_token = cache.is_token_BS[:, first : first + completed * M].reshape(B, completed, M)
@@ -331,19 +393,21 @@ class RetroModel(nn.Module):
             lengths = torch.where(is_token[:, :, -1:], lengths, 0)
             hidden_seen = _some(is_token)
         hidden = state[:, : completed * M].reshape(B, completed, M, D)
-        assert self.encoder is not None
-        embedded = self._embed_neighbors(neighbors)
-        encoded = self.encoder(embedded, lengths, hidden, hidden_seen, self._encoder_rotary(z_BTD.device))
+        assert self.encoder is not None and self.neighbor_projection is not None
+        layout = layout_of(neighbors, lengths, packs=False)
+        embedded = self._embed_neighbors(neighbors.reshape(B * completed * K, R), layout)
+        encoded = self.encoder(embedded, layout, hidden, hidden_seen, self._encoder_rotary(z_BTD.device))
+        pairs = self.neighbor_projection(encoded.reshape(B, completed, K, R, -1))
         valid = torch.arange(R, device=z_BTD.device) < lengths[..., None]
-        return _FreshNeighbors(encoded, valid.reshape(B, completed, K * R))
+        return _FreshNeighbors(pairs, valid.reshape(B, completed, K * R))
 
     def _cached_cross(
         self, index: int, z_BTD: Tensor, cache: Cache, fresh: _FreshNeighbors, start: int, rotary: Rotary
     ) -> Tensor:
         """CCA of a block whose tokens attend the last cached chunk first, then each chunk the block completes."""
         c, M = self.config, self.config.chunk_size
-        cross = self.layers[index].cross
-        B, T, _ = z_BTD.shape
+        cross, place = self.layers[index].cross, c.cross_layers.index(index)
+        T = z_BTD.shape[1]
         out = torch.zeros_like(z_BTD)
         offset = M - 1 if c.cca_query_offset else 0
         first_chunk = start // M - 1  # the chunk cached before this block
@@ -352,8 +416,8 @@ class RetroModel(nn.Module):
             begin = max((chunk + 1) * M - 1, start) - start
             end = min((chunk + 2) * M - 1, start + T) - start
             mask = fresh.mask_BCS[:, number - 1] if number else cache.cross_mask
-            if number and fresh.encoded is not None:
-                k, v = cross.keys_values(fresh.encoded[:, number - 1])  # [b, k, r, g, e]
+            if number and fresh.keys_values:
+                k, v = (part[:, number - 1] for part in fresh.keys_values[place])  # [b, k, r, g, e]
                 if rotary is not None:
                     k = ops.rope(k.flatten(0, 1), *rotary).reshape(k.shape)
                 cache.cross_keys[index], cache.cross_values[index] = k.flatten(1, 2), v.flatten(1, 2)
@@ -365,7 +429,8 @@ class RetroModel(nn.Module):
                 q = ops.rope(q, *rotary, positions=torch.arange(first, first + end - begin, device=q.device))
             has_any = mask.any(-1)[:, None, None]
             allowed = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]
-            attended = ops.masked_attention(q, cache.cross_keys[index], cache.cross_values[index], allowed)
+            keys, values = cache.cross_keys[index], cache.cross_values[index]
+            attended = ops.masked_attention(q, keys, values, allowed, scale=cross.scale)
             if not c.cca_bias_everywhere:
                 out[:, begin:end] = torch.where(has_any, cross.out(attended.flatten(-2)), 0)
             else:

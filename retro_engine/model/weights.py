@@ -6,6 +6,7 @@ megatron-core and NeMo were read off their parameters; docs/model.md has the tab
 
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from retro_engine.model.retro import RetroModel
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+VERSION = 2  # 1 had q, k and v in one matrix
 
 
 def config_to_json(config: ModelConfig) -> str:
-    return json.dumps({"model_type": "retro_engine", "version": 1, **architecture(config)}, indent=1) + "\n"
+    return json.dumps({"model_type": "retro_engine", "version": VERSION, **architecture(config)}, indent=1) + "\n"
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -36,8 +38,9 @@ def read_config(folder: str | Path) -> ModelConfig:
     if not isinstance(values, dict) or values.pop("model_type", None) != "retro_engine":
         raise StoreError(f"{path} is not a retro-engine config", "model_type is not retro_engine")
     version = values.pop("version", None)
-    if version != 1:
-        raise StoreError(f"{path} has version {version}", "this program reads version 1", "update retro-engine")
+    if version != VERSION:
+        do = "update retro-engine" if isinstance(version, int) and version > VERSION else "train it again"
+        raise StoreError(f"{path} has version {version}", f"this program reads version {VERSION}", do)
     unknown = sorted(set(values) - {item.name for item in fields(ModelConfig)})
     if unknown:
         raise StoreError(f"{path} has unknown fields: {', '.join(unknown)}", "it was written by another version")
@@ -104,15 +107,20 @@ class _Taker:
     def __init__(self, state: dict[str, Tensor]):
         self.state, self.taken = state, dict[str, Tensor]()
 
-    def module(self, target: str, source: str, per_head: tuple[int, int] | None = None) -> None:
-        """Weight and bias of one module; `per_head` = (heads, parts): rows come per head as [part; part; ...]."""
+    def module(self, target: str, source: str) -> None:
+        """Weight and bias of one module."""
+        self.modules([target], source)
+
+    def modules(self, targets: list[str], source: str, heads: int = 1) -> None:
+        """Weight and bias of modules whose rows are stacked in one, per head as [first; second; ...]."""
         for kind in ("weight", "bias"):
             tensor = self.state.pop(f"{source}.{kind}")
-            if per_head is not None:
-                heads, parts = per_head
-                rows = tensor.reshape(heads, parts, -1, *tensor.shape[1:])
-                tensor = rows.transpose(0, 1).reshape(tensor.shape).contiguous()
-            self.taken[f"{target}.{kind}"] = tensor
+            rows = tensor.reshape(heads, len(targets), -1, *tensor.shape[1:])
+            for part, target in enumerate(targets):
+                self.taken[f"{target}.{kind}"] = rows[:, part].flatten(0, 1).contiguous()
+
+    def attention(self, target: str, source: str, heads: int) -> None:
+        self.modules([f"{target}.q", f"{target}.k", f"{target}.v"], source, heads)
 
     def tensor(self, target: str, source: str) -> None:
         self.taken[target] = self.state.pop(source)
@@ -120,6 +128,14 @@ class _Taker:
     def done(self) -> dict[str, Tensor]:
         """What was taken, and what was not under its own name: `load_state` reports that as extra."""
         return self.taken | self.state
+
+
+def _key_value_names(crossing: list[int], target: str) -> list[str]:
+    """Where the keys and values of a layer's cross-attention are: the decoder's lie together."""
+    if target.startswith("encoder."):
+        return [f"{target}.cross.k", f"{target}.cross.v"]
+    place = sorted(crossing).index(int(target.removeprefix("layers.")))
+    return [f"neighbor_projection.k.{place}", f"neighbor_projection.v.{place}"]
 
 
 def _from_mcore(state: dict[str, Tensor], meta: dict[str, str]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -157,14 +173,16 @@ def _from_mcore(state: dict[str, Tensor], meta: dict[str, str]) -> tuple[ModelCo
     if not config.share_embeddings:
         take.tensor("head.weight", "output_layer.weight")
 
+    names_kv = partial(_key_value_names, crossing)
+
     def layer(target: str, source: str, is_crossing: bool, ffn_norm: str) -> None:
         take.module(f"{target}.attention_norm", f"{source}.input_layernorm")
-        take.module(f"{target}.attention.qkv", f"{source}.self_attention.linear_qkv", (heads, 3))
+        take.attention(f"{target}.attention", f"{source}.self_attention.linear_qkv", heads)
         take.module(f"{target}.attention.out", f"{source}.self_attention.linear_proj")
         if is_crossing:
             take.module(f"{target}.cross_norm", f"{source}.pre_cross_attn_layernorm")
             take.module(f"{target}.cross.q", f"{source}.cross_attention.attn.linear_q")
-            take.module(f"{target}.cross.kv", f"{source}.cross_attention.attn.linear_kv", (heads, 2))
+            take.modules(names_kv(target), f"{source}.cross_attention.attn.linear_kv", heads)
             take.module(f"{target}.cross.out", f"{source}.cross_attention.attn.linear_proj")
         take.module(f"{target}.ffn_norm", f"{source}.{ffn_norm}")
         take.module(f"{target}.ffn.up", f"{source}.mlp.linear_fc1")
@@ -206,14 +224,16 @@ def _from_nemo(state: dict[str, Tensor], meta: dict[str, str]) -> tuple[ModelCon
     take.tensor("embedding.weight", "encoder_embedding.word_embeddings.weight")
     take.tensor("output_bias", "tokens_head.bias")
 
+    names_kv = partial(_key_value_names, crossing)
+
     def self_attention(target: str, source: str) -> None:
         take.module(f"{target}.attention_norm", f"{source}.input_layernorm")
-        take.module(f"{target}.attention.qkv", f"{source}.self_attention.query_key_value", (heads, 3))
+        take.attention(f"{target}.attention", f"{source}.self_attention.query_key_value", heads)
         take.module(f"{target}.attention.out", f"{source}.self_attention.dense")
 
     def cross_attention(target: str, source: str) -> None:
         take.module(f"{target}.cross.q", f"{source}.query")
-        take.module(f"{target}.cross.kv", f"{source}.key_value", (heads, 2))
+        take.modules(names_kv(target), f"{source}.key_value", heads)
         take.module(f"{target}.cross.out", f"{source}.dense")
 
     def feed_forward(target: str, source: str, is_crossing: bool) -> None:

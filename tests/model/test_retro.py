@@ -42,11 +42,12 @@ def restated(model: RetroModel, tokens: Tensor, neighbors: Tensor, lengths: Tens
     def attention(xq: list[Tensor], xk: list[Tensor], name: str, positions, allowed) -> list[Tensor]:
         """positions(i) of query i, and of key j as positions(None, j); allowed(i, j)."""
         d = c.hidden_size
-        if f"{name}.qkv.weight" in p:
-            wq, wk, wv = p[f"{name}.qkv.weight"].split(d)
+        wq, layer = p[f"{name}.q.weight"], int(name.split(".")[-2])
+        if name == f"layers.{layer}.cross":
+            place = c.cross_layers.index(layer)
+            wk, wv = p[f"neighbor_projection.k.{place}.weight"], p[f"neighbor_projection.v.{place}.weight"]
         else:
-            wq = p[f"{name}.q.weight"]
-            wk, wv = p[f"{name}.kv.weight"].split(d)
+            wk, wv = p[f"{name}.k.weight"], p[f"{name}.v.weight"]
         keys = [[rotate(h, positions(None, j)) for h in split(wk @ x)] for j, x in enumerate(xk)]
         values = [split(wv @ x) for x in xk]
         out = []
@@ -63,7 +64,7 @@ def restated(model: RetroModel, tokens: Tensor, neighbors: Tensor, lengths: Tens
         return out
 
     def ffn(x: Tensor, name: str) -> Tensor:
-        gate, up = (p[f"{name}.up.weight"] @ x).chunk(2)
+        gate, up = p[f"{name}.gate.weight"] @ x, p[f"{name}.up.weight"] @ x
         return p[f"{name}.down.weight"] @ (gate * torch.sigmoid(gate) * up)
 
     logits = []

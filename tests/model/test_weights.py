@@ -29,7 +29,7 @@ def test_round_trip(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"version": 2}, "version 2"),
+    ({"version": 3}, "version 3"),
     ({"model_type": "gpt2"}, "not a retro-engine config"),
     ({"num_experts": 8}, "unknown fields: num_experts"),
     ({"ffn_hidden_size": 48}, "does not fit the model"),
