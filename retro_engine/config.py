@@ -217,7 +217,7 @@ class TrainerConfig:
     devices: int | None = None  # processes a node; None = as many as torchrun started
     strategy: str = "auto"  # auto | ddp | fsdp; auto = fsdp with distributed_fused_adam or tensor parallelism
     accelerator: str = "auto"  # auto | cpu | gpu
-    precision: str = "auto"  # auto | 32 | bf16-mixed (bf16 is NeMo's name) | 16-mixed; auto times 32 and bf16 here
+    precision: str = "auto"  # auto | 32 | bf16-mixed (bf16 is NeMo's name) | 16-mixed | 64; auto times 32 and bf16 here
     max_skipped_steps: int = 10  # stop after as many steps in a row without a usable loss
     loss_spike: float | None = None  # skip a step whose loss is this many times the running mean; None = off
     max_steps: int = 1000
@@ -575,7 +575,7 @@ CHOICES = {
     "model.data.dataloader_type": ("cyclic", "single"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.strategy": ("auto", "ddp", "fsdp"),
-    "trainer.precision": ("auto", "32", "bf16-mixed", "16-mixed"),
+    "trainer.precision": ("auto", "32", "bf16-mixed", "16-mixed", "64"),
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
 }
 _MANY = 2**31

@@ -46,7 +46,7 @@ def publish(path: Path, parts: list[bytes | memoryview]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o444)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -61,9 +61,9 @@ def io_error(error: OSError, path: Path, size: int = 0) -> Exception:
     return UsageError(f"{path} cannot be written", error.strerror or str(error), "choose another folder with --out")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the renames in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -55,7 +55,7 @@ def evaluate_facts(
     documents_path: Path,
     modes: Sequence[str] = MODES,
     batch_size: int = 32,
-    is_bf16: bool = False,
+    precision: str = "32",
 ) -> dict[str, FactsResult]:
     """Results per mode (on, off, random, one_right) over the store's documents, whose value spans are in
     `documents_path` (heldout.jsonl of `builtin.write_facts`, in the store's order).
@@ -72,7 +72,7 @@ def evaluate_facts(
         is_right_value: dict[tuple[int, int], bool] = {}
         for rows in sequences.batch_rows(batch_size):
             batch = sequences.batch(rows, mode)
-            losses, best = token_losses(model, batch, device, is_bf16)
+            losses, best = token_losses(model, batch, device, precision)
             document, has_label = batch.document_ids, batch.labels >= 0
             np.add.at(nats, document[has_label], losses.double().cpu().numpy()[has_label])
             np.add.at(num_bytes, document[has_label], token_bytes[batch.labels[has_label]])

@@ -110,14 +110,16 @@ def to_tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def autocast(device: torch.device, is_bf16: bool) -> Any:
-    return torch.autocast(device.type, torch.bfloat16) if is_bf16 else nullcontext()
+def autocast(device: torch.device, precision: str) -> Any:
+    """Of the mixed precisions bf16-mixed and 16-mixed; nothing for the others."""
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    return torch.autocast(device.type, half) if half is not None else nullcontext()
 
 
-def token_losses(model: RetroModel, batch: Batch, device: torch.device, is_bf16: bool = False) -> tuple[Tensor, Tensor]:
+def token_losses(model: RetroModel, batch: Batch, device: torch.device, precision: str = "32") -> tuple[Tensor, Tensor]:
     """Nats of every label [b, n] (0 where there is none) and the most likely token [b, n]."""
     tokens, labels, documents, neighbors, lengths = to_tensors(batch, device)
-    with torch.no_grad(), autocast(device, is_bf16):
+    with torch.no_grad(), autocast(device, precision):
         logits = model(tokens, neighbors, lengths, documents).float()
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     return losses.reshape(labels.shape), logits.argmax(-1)
@@ -130,14 +132,17 @@ def evaluate(
     modes: Iterable[str] = ("on", "off", "random"),
     batch_size: int = 8,
     limit: int | None = None,
-    is_bf16: bool = False,
+    precision: str = "32",
     advance: Callable[[int], None] = lambda count: None,
     given: Given | None = None,
     leak_limit: float | None = None,
+    shard: tuple[int, int] = (0, 1),
+    reduce: Callable[[Iterable[np.ndarray]], None] = lambda arrays: None,
 ) -> dict[str, DocumentLosses]:
     """Losses per document for each mode (on, off, random, one_right, given); `limit` batches at most a mode.
 
-    `leak_limit`: neighbors that state more than this share of what follows word for word become missing. The model is left in the mode it was in.
+    `leak_limit`: neighbors that state more than this share of what follows word for word become missing. `shard` (i, n): every n-th batch
+    from the i-th on, with `reduce` to sum arrays over the n processes in place. The model is left in the mode it was in.
     """
     device = model.embedding.weight.device
     was_training = model.training
@@ -148,19 +153,24 @@ def evaluate(
     for mode in modes:
         count = len(sequences.documents)
         sums = DocumentLosses(np.zeros(count), np.zeros(count, np.int64), np.zeros(count, np.int64))
-        for batch in sequences.batches(batch_size, "off" if mode == "given" else mode, limit):
+        all_rows = sequences.batch_rows(batch_size, limit)
+        for turn in range(0, len(all_rows), shard[1]):
+            is_extra = turn + shard[0] >= len(all_rows)  # so that every process makes as many passes
+            rows = all_rows[min(turn + shard[0], len(all_rows) - 1)]
+            batch = sequences.batch(rows, "off" if mode == "given" else mode)
             if mode == "given":
                 assert given is not None, "mode given needs neighbors"
                 batch = given.attach(batch, sequences.store.chunk_size)
             if leak_limit is not None and batch.lengths is not None:
                 drop_leaks(batch, sequences.store.chunk_size, leak_limit)
-            losses, _ = token_losses(model, batch, device, is_bf16)
-            has_label = batch.labels >= 0
+            losses, _ = token_losses(model, batch, device, precision)
+            has_label = (batch.labels >= 0) & (not is_extra)
             document = numbers[batch.document_ids[has_label]]
             np.add.at(sums.nats, document, losses.double().cpu().numpy()[has_label])
             np.add.at(sums.tokens, document, 1)
             np.add.at(sums.bytes, document, token_bytes[batch.labels[has_label]])
             advance(len(batch.tokens))
+        reduce((sums.nats, sums.tokens, sums.bytes))
         seen = sums.tokens > 0
         results[mode] = DocumentLosses(sums.nats[seen], sums.tokens[seen], sums.bytes[seen])
     model.train(was_training)

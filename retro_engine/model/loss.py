@@ -8,8 +8,11 @@ Letters: T labelled tokens, D width, V vocabulary.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from retro_engine.model.attention import is_sharded
 
 TOKENS = 512  # of one slice
 
@@ -17,33 +20,46 @@ TOKENS = 512  # of one slice
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor, dtype: torch.dtype
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_T: Tensor,
+        dtype: torch.dtype,
+        group: Any,
+        first: int,
     ) -> Tensor:
         needs = any(ctx.needs_input_grad[:3])
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
         hidden, weight = hidden_TD.to(dtype), weight_VD.to(dtype)
-        total = hidden_TD.new_zeros((), dtype=torch.float32)
+        total = hidden_TD.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if needs else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs else None
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needs and bias_V is not None else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs else None
+        grad_bias = torch.zeros_like(bias_V, dtype=wide) if needs and bias_V is not None else None
         for start in range(0, hidden.shape[0], TOKENS):
             rows = slice(start, start + TOKENS)
-            logits = F.linear(hidden[rows], weight).float()
+            logits = F.linear(hidden[rows], weight).to(wide)
             if bias_V is not None:
                 logits += bias_V
-            labels = labels_T[rows, None]
-            peak = logits.amax(-1, keepdim=True)
-            right = logits.gather(-1, labels) - peak
+            labels = labels_T[rows, None] - first
+            is_here = (labels >= 0) & (labels < weight.shape[0])
+            labels = torch.where(is_here, labels, 0)
+            peak = _over(group, logits.amax(-1, keepdim=True), "max")
+            right = torch.where(is_here, logits.gather(-1, labels), 0)
+            right = _over(group, right, "sum") - peak
             probability = logits.sub_(peak).exp_()
-            normalizer = probability.sum(-1, keepdim=True)
+            normalizer = _over(group, probability.sum(-1, keepdim=True), "sum")
             total += (normalizer.log() - right).sum()
             if grad_hidden is not None and grad_weight is not None:
                 probability /= normalizer
-                probability.scatter_add_(-1, labels, probability.new_full(labels.shape, -1.0))
+                probability.scatter_add_(-1, labels, -is_here.to(wide))
                 if grad_bias is not None:
                     grad_bias += probability.sum(0)
                 grad_logits = probability.to(dtype)
                 grad_hidden[rows] = grad_logits @ weight
                 grad_weight += grad_logits.T @ hidden[rows]
+        if grad_hidden is not None:
+            _over(group, grad_hidden, "sum")
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden_TD.dtype, weight_VD.dtype)
         return total
@@ -53,17 +69,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (grad,) = grad_outputs
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         bias = None if grad_bias is None else grad_bias * grad
-        return (grad_hidden * grad).to(ctx.dtypes[0]), (grad_weight * grad).to(ctx.dtypes[1]), bias, None, None
+        return (
+            (grad_hidden * grad).to(ctx.dtypes[0]),
+            (grad_weight * grad).to(ctx.dtypes[1]),
+            bias,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _over(group: Any, values: Tensor, how: str) -> Tensor:
+    """The sum or maximum over the processes that share the vocabulary, in place."""
+    if group is not None:
+        dist.all_reduce(values, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group)
+    return values
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """Sum over tokens of -log softmax(hidden weight' + bias)[label], in fp32.
 
     hidden [..., d], weight [V, d], bias [V] or None, labels [...] with -100 = no label. The products run in
-    autocast's type where it is on, else in hidden's (float64 is summed in float32).
+    autocast's type where it is on, else in hidden's; float64 is summed in float64. A weight that is a DTensor has its
+    rows spread over the processes of its mesh, which all have the same hidden and labels.
     """
+    group, first = None, 0
+    if is_sharded(weight):
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(weight, DTensor)
+        group = weight.device_mesh.get_group()
+        first = -(-weight.shape[0] // weight.device_mesh.size()) * weight.device_mesh.get_local_rank()
+        weight = weight.to_local()
+        bias = bias.to_local() if isinstance(bias, DTensor) else bias
     has_label = labels >= 0
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden[has_label], weight, bias, labels[has_label], dtype)
+        return _LinearCrossEntropy.apply(hidden[has_label], weight, bias, labels[has_label], dtype, group, first)

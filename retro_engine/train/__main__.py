@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from retro_engine.config import load_config, to_yaml
-from retro_engine.errors import UsageError, typed
+from retro_engine.errors import MissingInputError, StoreError, UsageError, typed
 from retro_engine.progress import Reporter
 
 OVERRIDE = re.compile(r"~[\w.]+|\+{0,2}[A-Za-z_][\w.]*=.*", re.S)
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, help="seed of weights and order")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], help="trainer.accelerator")
+    parser.add_argument("--nproc", type=int, metavar="N", help="processes on this machine, started with torchrun")
     parser.add_argument("--dry-run", action="store_true", help="check settings and data, say what would run, and stop")
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
     parser.add_argument("--json", action="store_true", help="events as JSON lines")
@@ -32,17 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train as the parsed arguments say; the exit code (130, 143 after a signal)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(
-            "torchrun started more than one process",
-            "this version trains in one process",
-            "torchrun --nproc-per-node 1",
-        )
+    if args.nproc is not None and "WORLD_SIZE" not in os.environ:
+        return _start_processes(args.nproc)
+    is_main = os.environ.get("RANK", "0") == "0"
     flags = {"exp_manager.exp_dir": args.out, "seed": args.seed, "trainer.accelerator": args.device}
     settings = [*args.overrides, *((key, value) for key, value in flags.items() if value is not None)]
-    config = load_config(settings, args.preset, args.config)
+    if not is_main:
+        config = load_config(settings, args.preset, args.config, say=lambda note: None)
+    else:
+        config = load_config(settings, args.preset, args.config)
     if args.print_config:
-        print(to_yaml(config), end="")
+        if is_main:
+            print(to_yaml(config), end="")
         return 0
     from retro_engine.train.loop import describe, open_data, train
 
@@ -50,8 +52,22 @@ def run(args: argparse.Namespace) -> int:
         print(describe(config, open_data(config)))
         return 0
     result = train(config, Reporter("json" if args.json else "quiet" if args.quiet else "text"), args.resume)
-    print(json.dumps({"checkpoint": str(result.checkpoint), "step": result.step, **result.metrics}))
+    if is_main:
+        print(json.dumps({"checkpoint": str(result.checkpoint), "step": result.step, **result.metrics}))
     return result.exit_code
+
+
+def _start_processes(count: int) -> int:
+    """`--nproc N`: the same command under torchrun."""
+    words = sys.argv[1:]
+    words = words[words.index("train") + 1 :] if "train" in words else words
+    place = words.index("--nproc") if "--nproc" in words else None
+    if place is None:
+        words = [word for word in words if not word.startswith("--nproc=")]
+    else:
+        del words[place : place + 2]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", "retro_engine.train", *words])
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -99,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = typed(error)
         if known is None:
             raise
-        print(f"error: {known}", file=sys.stderr)
+        is_everywhere = isinstance(known, UsageError | StoreError | MissingInputError)  # each process meets it
+        if os.environ.get("RANK", "0") == "0" or not is_everywhere:
+            print(f"error: {known}", file=sys.stderr)
         return known.exit_code
 
 

@@ -1,84 +1,168 @@
 """Checkpoints: one folder a step, written aside and renamed; the training checkpoint is the inference checkpoint.
 
 Reads and writes RUN/checkpoints/step-NNNNNN/: config.json, model.safetensors, tokenizer.json,
-generation_config.json, README.md, optimizer.safetensors (with the random state), trainer.json and, last,
-COMPLETE, which has the SHA-256 of every other file. A checkpoint exists when COMPLETE does.
+generation_config.json, README.md, trainer.json, optimizer/*.safetensors (state and random numbers, each process writes
+its shards through torch.distributed.checkpoint; any number of processes reads them) and, last, COMPLETE, which has the
+SHA-256 of every other file. A checkpoint exists when COMPLETE does.
 """
 
 import json
 import os
 import shutil
+import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from retro_engine.data import files
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError
+from retro_engine.model.attention import is_sharded
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json
+from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, load_state
+from retro_engine.train.optimizer import Optimizer
+from retro_engine.train.parallel import Parallel
 
 COMPLETE = "COMPLETE"
-OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_FOLDER = "optimizer"
 TRAINER_FILE = "trainer.json"
 GENERATION_FILE = "generation_config.json"
 
 
-def save(
-    run: Path,
-    step: int,
-    model: RetroModel,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: Tokenizer,
-    trainer: dict[str, Any],
-    generation: dict[str, Any],
-    keep_last_n: int,
-) -> Path:
-    """Publish RUN/checkpoints/step-NNNNNN and remove the oldest ones. Raises OutOfResourceError for a full disk;
-    earlier checkpoints are then untouched.
-    """
-    from safetensors.torch import save as to_bytes
+class Saver:
+    """Saves in the background: a step waits only while the state is copied, and for the save before it."""
 
-    base = run / "checkpoints"
-    files.make_folder(base)
-    final = base / f"step-{step:06d}"
-    if (final / COMPLETE).is_file():  # a run that was resumed at its end has nothing new to say
-        return final
-    aside = base / f".step-{step:06d}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    files.make_folder(aside)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors = {"random_state": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda_random_state"] = torch.cuda.get_rng_state()
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            tensors[f"{key}.{names[id(parameter)]}"] = value.detach().cpu().contiguous()
-    contents = {
-        CONFIG_FILE: config_to_json(model.config).encode(),
-        WEIGHTS_FILE: to_bytes({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}),
-        TOKENIZER_FILE: tokenizer.json.encode(),
-        GENERATION_FILE: (json.dumps(generation, indent=1) + "\n").encode(),
-        "README.md": _readme(model, step).encode(),
-        OPTIMIZER_FILE: to_bytes(tensors),
-        TRAINER_FILE: (json.dumps({"step": step, **trainer}, indent=1) + "\n").encode(),
-    }
-    try:
-        for name, content in contents.items():
-            files.publish(aside / name, [content])
-        hashes = {name: files.sha256_file(aside / name) for name in contents}
-        files.publish(aside / COMPLETE, [(json.dumps(hashes, indent=1) + "\n").encode()])
-        shutil.rmtree(final, ignore_errors=True)  # never complete: see above
-        os.rename(aside, final)
-        files.sync_folder(base)
-    except BaseException:  # a signal too: nothing half-written is left
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    for old in complete_checkpoints(run)[:-keep_last_n] if keep_last_n > 0 else []:
-        shutil.rmtree(old)
-    return final
+    def __init__(self, run: Path, parallel: Parallel, keep_last_n: int, keeps_best: bool):
+        self.run, self.parallel, self.keep_last_n, self.keeps_best = run, parallel, keep_last_n, keeps_best
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        step: int,
+        model: RetroModel,
+        optimizer: Optimizer,
+        tokenizer: Tokenizer,
+        trainer: dict[str, Any],
+        generation: dict[str, Any],
+    ) -> None:
+        """Begin to write RUN/checkpoints/step-NNNNNN. Raises what the save before it met (`wait`)."""
+        self.wait()
+        final = self.run / "checkpoints" / f"step-{step:06d}"
+        aside = final.with_name(f".step-{step:06d}.tmp")
+        if self.parallel.from_main((final / COMPLETE).is_file()):  # a run that was resumed at its end
+            return
+        if self.parallel.is_main:
+            files.make_folder(final.parent)
+            shutil.rmtree(aside, ignore_errors=True)
+            files.make_folder(aside / OPTIMIZER_FOLDER)
+        self.parallel.from_main(None)  # nobody writes before the folder is there
+        weights = _whole(model, self.parallel.is_main)
+        contents = {
+            CONFIG_FILE: config_to_json(model.config).encode(),
+            TOKENIZER_FILE: tokenizer.json.encode(),
+            GENERATION_FILE: (json.dumps(generation, indent=1) + "\n").encode(),
+            "README.md": _readme(model, step).encode(),
+            TRAINER_FILE: (json.dumps({"step": step, **trainer}, indent=1) + "\n").encode(),
+        }
+        write_shards = _staged(optimizer, aside / OPTIMIZER_FOLDER, self.parallel)
+        self._thread = threading.Thread(target=self._write, args=(write_shards, aside, final, weights, contents))
+        self._thread.start()
+
+    def _write(
+        self,
+        write_shards: Callable[[], None],
+        aside: Path,
+        final: Path,
+        weights: dict[str, Tensor],
+        contents: dict[str, bytes],
+    ) -> None:
+        """In the background: shards of every process; then the first one adds the rest and publishes."""
+        from safetensors.torch import save as to_bytes
+
+        try:
+            write_shards()
+            if not self.parallel.is_main:
+                return
+            for name, content in {**contents, WEIGHTS_FILE: to_bytes(weights)}.items():
+                files.publish(aside / name, [content])
+            for shard in (aside / OPTIMIZER_FOLDER).iterdir():
+                files.sync(shard)
+            names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
+            hashes = {name: files.sha256_file(aside / name) for name in names}
+            files.publish(aside / COMPLETE, [(json.dumps(hashes, indent=1) + "\n").encode()])
+            shutil.rmtree(final, ignore_errors=True)  # never complete: see above
+            os.rename(aside, final)
+            files.sync(final.parent)
+            self._prune()
+        except BaseException as error:  # noqa: B036 (kept for `wait`, which raises it; nothing half-written is left)
+            self._error = error
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Until the last save is published. Raises OutOfResourceError for a full disk, in every process; earlier
+        checkpoints are then untouched.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if not self.parallel.any(int(error is not None)):
+            return
+        if error is None or "No space left" in str(error) or getattr(error, "errno", None) == 28:
+            what = f"no space left for a checkpoint in {self.run}"
+            if error is None:
+                what = "another process could not save its part of the checkpoint"
+            raise OutOfResourceError(what, "earlier checkpoints are untouched", "free some space and run it again")
+        raise error
+
+    def _prune(self) -> None:
+        """Remove all but the last ones and the one with the lowest validation loss."""
+        if self.keep_last_n == 0:
+            return
+        complete = complete_checkpoints(self.run)
+        best: Path | None = None
+        if self.keeps_best:
+            losses = {path: read_trainer(path).get("valid_loss") for path in complete}
+            measured = {path: loss for path, loss in losses.items() if loss is not None}
+            best = min(measured, key=lambda path: measured[path]) if measured else None
+        for path in complete[: -self.keep_last_n]:
+            if path != best:
+                shutil.rmtree(path)
+
+
+def _whole(model: RetroModel, is_main: bool) -> dict[str, Tensor]:
+    """The weights, gathered and copied to the first process's host memory."""
+    whole = {}
+    for name, value in model.state_dict().items():
+        tensor = value.full_tensor() if is_sharded(value) else value
+        if is_main:
+            whole[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return whole
+
+
+def _staged(optimizer: Optimizer, folder: Path, parallel: Parallel) -> Callable[[], None]:
+    """Copy this process's optimizer state and random numbers; what is returned writes them."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    state = {name: value.detach().to("cpu", copy=True) for name, value in optimizer.state().items()}
+    state[f"random_state.{parallel.rank}"] = torch.get_rng_state()
+    if parallel.device.type == "cuda":
+        state[f"cuda_random_state.{parallel.rank}"] = torch.cuda.get_rng_state()
+
+    def write() -> None:
+        writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "assuming the intent is to save in a single process": it is
+            dcp.save(state, storage_writer=writer, process_group=parallel.background, no_dist=parallel.world == 1)
+
+    return write
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -111,9 +195,10 @@ def verify(checkpoint: Path) -> None:
         WEIGHTS_FILE,
         TOKENIZER_FILE,
         GENERATION_FILE,
-        OPTIMIZER_FILE,
         TRAINER_FILE,
     } - entries.keys()
+    if not any(name.startswith(f"{OPTIMIZER_FOLDER}/") for name in entries):
+        missing.add(OPTIMIZER_FOLDER)
     if missing:
         raise StoreError(
             f"{checkpoint / COMPLETE} is damaged",
@@ -123,25 +208,40 @@ def verify(checkpoint: Path) -> None:
     files.verify_files(checkpoint, entries)
 
 
-def load_training_state(checkpoint: Path, model: RetroModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore weights, optimizer and random state in place; return trainer.json."""
+def load_weights(checkpoint: Path, model: RetroModel) -> None:
+    """Restore the weights of a model that is not spread yet."""
     from safetensors.torch import load_file
 
-    from retro_engine.model.weights import load_state
-
-    verify(checkpoint)
+    dtype = model.embedding.weight.dtype
     load_state(model, load_file(checkpoint / WEIGHTS_FILE), str(checkpoint / WEIGHTS_FILE))
-    tensors = load_file(checkpoint / OPTIMIZER_FILE)
-    torch.set_rng_state(tensors.pop("random_state"))
-    cuda_random_state = tensors.pop("cuda_random_state", None)
-    if cuda_random_state is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda_random_state)
-    for name, parameter in model.named_parameters():
-        entries = {key.split(".", 1)[0]: value for key, value in tensors.items() if key.split(".", 1)[1] == name}
-        if entries:
-            device = parameter.device
-            optimizer.state[parameter] = {key: value.to(device) for key, value in entries.items()}
-    return read_trainer(checkpoint)
+    model.to(dtype)
+
+
+def load_optimizer(checkpoint: Path, optimizer: Optimizer, parallel: Parallel) -> None:
+    """Restore the optimizer's state and, where this process had one, its random numbers."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    folder = str(checkpoint / OPTIMIZER_FOLDER)
+    names = set(HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata)
+    own = {f"random_state.{parallel.rank}": torch.get_rng_state()}
+    if parallel.device.type == "cuda":
+        own[f"cuda_random_state.{parallel.rank}"] = torch.cuda.get_rng_state()
+    own = {name: value for name, value in own.items() if name in names}
+    state = optimizer.template(sorted(name for name in names if "random_state." not in name)) | own
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "assuming the intent is to load in a single process": it is
+        dcp.load(
+            state,
+            storage_reader=HuggingFaceStorageReader(folder),
+            process_group=parallel.background,
+            no_dist=parallel.world == 1,
+        )
+    for name in own:
+        if name.startswith("cuda"):
+            torch.cuda.set_rng_state(state[name])
+        else:
+            torch.set_rng_state(state[name])
 
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:

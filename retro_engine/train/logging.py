@@ -1,4 +1,4 @@
-"""What a run writes down: run.json, config.yaml, metrics.jsonl, TensorBoard events.
+"""What a run writes down: run.json, config.yaml, metrics.jsonl, TensorBoard events, WandB.
 
 metrics.jsonl has one JSON object a line, each with its step; after a resume the lines past the resumed step
 are dropped, so that the file tells of one run.
@@ -11,22 +11,35 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from retro_engine import __version__
-from retro_engine.config import Config, to_yaml
+from retro_engine.config import Config, flat_keys, to_yaml
 from retro_engine.data import files
 from retro_engine.errors import MissingExtraError
 from retro_engine.progress import Reporter
 
 
 class RunLog:
-    def __init__(self, run: Path, config: Config, fingerprints: dict[str, str], step: int, reporter: Reporter):
-        """Raises MissingExtraError when TensorBoard is asked for and not installed."""
-        self.run, self.reporter = run, reporter
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        fingerprints: dict[str, str],
+        step: int,
+        reporter: Reporter,
+        is_main: bool = True,
+    ):
+        """Raises MissingExtraError when a tracker is asked for and not installed. `is_main` False: writes nothing."""
+        self.run, self.reporter, self.is_main = run, reporter, is_main
+        self._trackers: list[_Tracker] = []
+        if not is_main:
+            return
         files.make_folder(run)
         facts = {
             "command": sys.argv,
@@ -45,21 +58,32 @@ class RunLog:
         if self._metrics.exists():
             self._drop_after(step)
         self._file = open(self._metrics, "a")  # noqa: SIM115 (closed by close)
-        self._writer = self._tensorboard(config.exp_manager.create_tensorboard_logger)
+        self._trackers = [
+            tracker for tracker in (self._tensorboard(config), self._wandb(config)) if tracker is not None
+        ]
 
     def log(self, step: int, values: dict[str, Any]) -> None:
+        if not self.is_main:
+            return
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar(name, value, step)
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        self._tell(lambda tracker: tracker.log(numbers, step))
 
     def close(self) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self.is_main:
+            self._file.close()
+            self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, what: Callable[["_Tracker"], None]) -> None:
+        """A tracker that fails is said once and left out: training goes on."""
+        for tracker in list(self._trackers):
+            try:
+                what(tracker)
+            except Exception as error:  # noqa: BLE001 (whatever a tracker raises)
+                self.reporter.say(f"{tracker.name} failed and is left out: {type(error).__name__}: {error}")
+                self._trackers.remove(tracker)
 
     def _drop_after(self, step: int) -> None:
         kept = []
@@ -71,7 +95,8 @@ class RunLog:
         temporary.write_text("".join(kept))
         os.replace(temporary, self._metrics)
 
-    def _tensorboard(self, is_wanted: bool | None) -> Any:
+    def _tensorboard(self, config: Config) -> "_Tracker | None":
+        is_wanted = config.exp_manager.create_tensorboard_logger
         if is_wanted is False:
             return None
         try:
@@ -85,7 +110,40 @@ class RunLog:
                 ) from error
             self.reporter.say("note: no TensorBoard log (pip install 'retro-engine[train]' brings it)")
             return None
-        return SummaryWriter(str(self.run / "tb"))
+        writer = SummaryWriter(str(self.run / "tb"))
+
+        def add(values: dict[str, float], step: int) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        return _Tracker("TensorBoard", add, writer.close)
+
+    def _wandb(self, config: Config) -> "_Tracker | None":
+        if not config.exp_manager.create_wandb_logger:
+            return None
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingExtraError(
+                "wandb is not installed",
+                "exp_manager.create_wandb_logger=true needs it",
+                "pip install 'retro-engine[wandb]'",
+            ) from error
+        chosen = {key: v for key, v in vars(config.exp_manager.wandb_logger_kwargs).items() if v is not None}
+        arguments = {"name": self.run.name, "project": "retro-engine"} | chosen
+        try:
+            run = wandb.init(dir=str(self.run), config=flat_keys(config), **arguments)
+        except Exception as error:  # noqa: BLE001 (no network, no key: training goes on)
+            self.reporter.say(f"wandb failed and is left out: {type(error).__name__}: {error}")
+            return None
+        return _Tracker("wandb", lambda values, step: run.log(values, step=step), run.finish)
+
+
+@dataclass
+class _Tracker:
+    name: str
+    log: Callable[[dict[str, float], int], None]
+    close: Callable[[], None]
 
 
 def _commit() -> str | None:

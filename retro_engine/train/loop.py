@@ -1,4 +1,4 @@
-"""The training loop: one process, any device.
+"""The training loop: one process or many, any device.
 
 Reads a store and its neighbor table; writes a run's folder. Each step is a function of (settings, step number,
 state of the last checkpoint), so a run that is stopped anywhere goes on as the same run: losses are
@@ -10,7 +10,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from retro_kernels.backend import backend
-from torch import Tensor
 
 from retro_engine.config import Config, ModelConfig, architecture, load_config
 from retro_engine.data import files
@@ -28,20 +28,20 @@ from retro_engine.data.batches import Batch, Sequences, split_documents
 from retro_engine.data.loader import has_native_loader
 from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
 from retro_engine.data.store import Store
-from retro_engine.errors import GateError, OutOfResourceError, RetroError, StoreError, UsageError
+from retro_engine.errors import GateError, RetroError, StoreError, UsageError
 from retro_engine.evaluate.perplexity import autocast, evaluate, to_tensors
 from retro_engine.model.flops import training_flops
-from retro_engine.model.loss import linear_cross_entropy
+from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint
 from retro_engine.train.device_table import DeviceTable
 from retro_engine.train.logging import RunLog
-from retro_engine.train.optimizer import build_optimizer, learning_rate
+from retro_engine.train.optimizer import Optimizer, learning_rate
+from retro_engine.train.parallel import Parallel
 
 H100_BF16_FLOPS = 989e12  # datasheet
-MAX_SKIPPED = 10  # steps in a row without a finite loss or gradient
 
 
 @dataclass
@@ -166,16 +166,6 @@ def _check_store(config: Config, store: Store) -> None:
         )
 
 
-def pick_device(accelerator: str) -> torch.device:
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise OutOfResourceError(
-            "trainer.accelerator=gpu, and there is no GPU",
-            "torch.cuda.is_available() is false",
-            "trainer.accelerator=cpu",
-        )
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def gathers_on_device(device: torch.device) -> bool:
     """Whether training batches bring neighbor ids and the device gathers the tokens; on a CPU the loader does."""
     return device.type == "cuda"
@@ -185,6 +175,8 @@ def pick_precision(config: Config, device: torch.device) -> str:
     """ "32" or "bf16-mixed". auto times a layer's forward and backward in both and takes the faster."""
     if config.trainer.precision != "auto":
         return config.trainer.precision
+    if config.model.megatron_amp_O2:
+        return "bf16-mixed"
     if device.type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32"
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or not torch.cpu._is_avx512_bf16_supported():
@@ -201,7 +193,7 @@ def pick_precision(config: Config, device: torch.device) -> str:
         times = []
         for _ in range(5):
             start = time.perf_counter()
-            with autocast(device, is_bf16):
+            with autocast(device, "bf16-mixed" if is_bf16 else "32"):
                 out = layer(x)
             out.float().sum().backward()
             times.append(time.perf_counter() - start)
@@ -246,7 +238,6 @@ def _stream_settings(config: Config) -> dict[str, Any]:
     m = config.model
     return {
         "seed": config.seed,
-        "micro_batch_size": m.micro_batch_size,
         "sequences_per_step": _sequences_per_step(config),
         "splits_string": m.data.splits_string,
         "dataloader_type": m.data.dataloader_type,
@@ -257,7 +248,8 @@ def _stream_settings(config: Config) -> dict[str, Any]:
 
 def _sequences_per_step(config: Config) -> int:
     m = config.model
-    return m.global_batch_size or m.micro_batch_size * config.trainer.accumulate_grad_batches
+    world = int(os.environ.get("WORLD_SIZE", "1")) // m.tensor_model_parallel_size
+    return m.global_batch_size or m.micro_batch_size * config.trainer.accumulate_grad_batches * max(1, world)
 
 
 class _StoppedError(Exception):
@@ -296,50 +288,90 @@ def train(config: Config, reporter: Reporter | None = None, resume: str = "auto"
     if config.exp_manager.exp_dir is None:
         raise UsageError("exp_manager.exp_dir is not set", "a run needs a folder", "--out runs/NAME")
     run = Path(config.exp_manager.exp_dir)
-    data = open_data(config)
-    config.model.vocab_size = data.store.vocab_size
-    with files.locked(run):
-        return _Training(config, data, run, reporter, resume).run_all()
+    parallel = Parallel(config)
+    try:
+        data = open_data(config)
+        config.model.vocab_size = data.store.vocab_size
+        with files.locked(run) if parallel.is_main else contextlib.nullcontext():
+            return _Training(config, data, run, reporter, resume, parallel).run_all()
+    finally:
+        parallel.close()
 
 
 class _Training:
     """One run: the state that the steps share."""
 
-    def __init__(self, config: Config, data: TrainingData, run: Path, reporter: Reporter, resume: str):
-        self.config, self.data, self.run, self.reporter = config, data, run, reporter
+    def __init__(
+        self, config: Config, data: TrainingData, run: Path, reporter: Reporter, resume: str, parallel: Parallel
+    ):
+        self.config, self.data, self.run, self.parallel = config, data, run, parallel
+        self.reporter = reporter if parallel.is_main else Reporter("quiet")
+        m, self.device = config.model, parallel.device
+        per_round = m.micro_batch_size * parallel.data
+        if _sequences_per_step(config) % per_round:
+            raise UsageError(
+                f"model.global_batch_size={m.global_batch_size} does not fit",
+                f"{parallel.data} data-parallel processes take model.micro_batch_size={m.micro_batch_size} each",
+                f"use a multiple of {per_round}",
+            )
+        self.accumulate = _sequences_per_step(config) // per_round
         start = self._find_start(resume)
-        self.device = pick_device(config.trainer.accelerator)
         torch.manual_seed(config.seed)
-        self.model = RetroModel(config.model).to(self.device)
-        self.optimizer = build_optimizer(self.model, config.model.optim)
+        self.model = RetroModel(m)
+        widths = width_multipliers(self.model)
         self.step, self.tokens_seen, self.train_s = 0, 0, 0.0
-        self.precision, self.skipped = "", 0
+        self.precision, self.skipped, self.mean_loss = "", 0, None
+        scale: float | None = None
         if start is not None:
-            state = checkpoint.load_training_state(start, self.model, self.optimizer)
+            state = self._read_start(start)
             self.step, self.tokens_seen, self.train_s = state["step"], state["tokens_seen"], state["train_s"]
-            self.precision = state["precision"]
-            for saved, now in (
-                (state["fingerprints"], data.fingerprints),
-                (state["stream"], _stream_settings(config)),
-            ):
-                if saved != now:
-                    raise StoreError(
-                        f"{start} was trained with {_difference(saved, now)}",
-                        "a run goes on with the data and the order it began with",
-                        "--resume never --out ANOTHER starts a new run",
-                    )
-            reporter.say(f"resuming at step {self.step} from {start}")
+            self.precision, self.mean_loss, scale = state["precision"], state["mean_loss"], state["loss_scale"]
+            checkpoint.load_weights(start, self.model)
+            self.reporter.say(f"resuming at step {self.step} from {start}")
         with torch.random.fork_rng(devices=[]):
-            self.precision = self.precision or pick_precision(config, self.device)
+            self.precision = parallel.from_main(self.precision or pick_precision(config, self.device))
+        is_o2 = m.megatron_amp_O2
+        self.model.set_recompute(m.activations_checkpoint_granularity)
+        dtype = torch.float64 if self.precision == "64" else torch.float32
+        shards_master = is_o2 and parallel.strategy == "fsdp"  # fp32 shards, of which bf16 copies are gathered
+        has_master = is_o2 and not shards_master
+        self.model.to(self.device, torch.bfloat16 if has_master else dtype)
+        self.autocast = "32" if is_o2 else self.precision
+        finds_unused = m.retrieval and m.data.neighbor_dropout > 0
+        self.module = parallel.spread(self.model, shards_master, finds_unused)
+        self.optimizer = Optimizer(self.model, m.optim, widths, has_master, self.precision == "16-mixed")
+        torch.manual_seed(config.seed + parallel.data_rank)  # processes that share matrices drop the same features
+        if start is not None:
+            checkpoint.load_optimizer(start, self.optimizer, parallel)
+            self.optimizer.scale, self.optimizer.good_steps = scale or self.optimizer.scale, state["good_steps"]
+        self.saver = checkpoint.Saver(run, parallel, config.exp_manager.keep_last_n, config.exp_manager.keep_best)
         self.table: DeviceTable | None = None
         if data.train.table is not None and gathers_on_device(self.device):
             self.table = DeviceTable(data.train.table.databases, self.device)
             data.train.gathers_neighbors = False
-        self.accumulate = _sequences_per_step(config) // config.model.micro_batch_size
         self.metrics: dict[str, Any] = {}
-        self._hidden: Callable[..., Tensor] = self.model.hidden
         if config.trainer.compile:
-            self._hidden = torch.compile(self.model.hidden, fullgraph=True)
+            self.model.packs_neighbors = False  # a graph has fixed shapes
+            self.model.hidden = torch.compile(  # type: ignore[method-assign]
+                self.model.hidden, fullgraph=parallel.world == 1 and m.activations_checkpoint_granularity is None
+            )
+
+    def _read_start(self, start: Path) -> dict[str, Any]:
+        """trainer.json of the checkpoint to go on from; its data and order must be this run's."""
+        if self.parallel.is_main:
+            checkpoint.verify(start)
+        state = checkpoint.read_trainer(start)
+        for saved, now in (
+            (state["fingerprints"], self.data.fingerprints),
+            (state["stream"], _stream_settings(self.config)),
+        ):
+            if saved != now:
+                raise StoreError(
+                    f"{start} was trained with {_difference(saved, now)}",
+                    "a run goes on with the data and the order it began with",
+                    "--resume never --out ANOTHER starts a new run",
+                )
+        return state
 
     def _find_start(self, resume: str) -> Path | None:
         existing = checkpoint.complete_checkpoints(self.run)
@@ -376,7 +408,7 @@ class _Training:
             f"on {self.device.type} in {self.precision}, kernels: {backend(self.device.type)}, "
             f"loader: {'C++' if has_native_loader() else 'NumPy (no compiler at installation)'}, {torch.get_num_threads()} threads"
         )
-        log = RunLog(self.run, self.config, self.data.fingerprints, self.step, self.reporter)
+        log = RunLog(self.run, self.config, self.data.fingerprints, self.step, self.reporter, self.parallel.is_main)
         saved_step, received = -1, None
         window = _Window()
         self.model.train()
@@ -387,7 +419,9 @@ class _Training:
                 self.reporter.progress("training", trainer.max_steps, "steps") as meter,
             ):
                 meter.advance(self.step)
-                while self.step < trainer.max_steps and signals.received is None and not self._is_out_of_time():
+                while self.step < trainer.max_steps:
+                    if received := self._stop_code(signals):
+                        break
                     start = time.perf_counter()
                     micro_batches = next(batches, None)
                     if micro_batches is None:
@@ -397,7 +431,8 @@ class _Training:
                     elapsed = time.perf_counter() - start
                     self.train_s += elapsed
                     self.step += 1
-                    self.tokens_seen += window.add(result, elapsed, m, micro_batches)
+                    self.tokens_seen += result.tokens
+                    window.add(result, elapsed, m, micro_batches)
                     meter.advance(1)
                     if self.step % trainer.log_every_n_steps == 0:
                         window = self._log(log, window, peak)
@@ -407,24 +442,28 @@ class _Training:
                     if self.step % self.config.exp_manager.checkpoint_every_n_steps == 0:
                         self._save()
                         saved_step = self.step
-                received = signals.received
                 if window.losses:
                     self._log(log, window, peak)
                 if saved_step != self.step:
                     self._save()
+                self.saver.wait()
         finally:
             log.close()
+        received = received if received and received > 1 else None
         if received is not None:
             self.reporter.say(f"stopped by signal {received} at step {self.step}, checkpoint saved")
         saved = self.run / "checkpoints" / f"step-{self.step:06d}"
         return TrainingResult(self.run, saved, self.step, self.metrics, 0 if received is None else 128 + received)
 
-    def _is_out_of_time(self) -> bool:
+    def _stop_code(self, signals: "_Signals") -> int:
+        """The signal that any process got, 1 = out of time, 0 = go on: the same in every process."""
         limit = self.config.trainer.max_time_s
-        return limit is not None and self.train_s >= limit
+        is_late = limit is not None and self.train_s >= limit
+        return self.parallel.any(signals.received or int(is_late))
 
     def _log(self, log: RunLog, window: "_Window", peak: float) -> "_Window":
-        values = window.values(peak)
+        window.flops = self.parallel.sum([window.flops])[0]
+        values = window.values(peak * self.parallel.world)
         values["peak_mib"] = peak_mib()
         self.metrics |= values
         log.log(self.step, {**values, "tokens_seen": self.tokens_seen, "train_s": self.train_s})
@@ -440,9 +479,10 @@ class _Training:
             is_dropped = np.random.default_rng((self.config.seed, step, 1)).random() < data.neighbor_dropout
             mode = "on" if m.retrieval and not is_dropped else "off"
             with contextlib.suppress(StopIteration):
+                first = step * self.accumulate * self.parallel.data + self.parallel.data_rank
                 return [
                     self.data.train.training_batch(
-                        step * self.accumulate + i,
+                        first + i * self.parallel.data,
                         m.micro_batch_size,
                         self.config.seed,
                         is_shuffled,
@@ -454,50 +494,72 @@ class _Training:
             return None
 
         def stream(pool: ThreadPoolExecutor) -> Iterator[list[Batch]]:
-            step = self.step
-            waiting: Future[list[Batch] | None] = pool.submit(make, step)
-            while (batches := waiting.result()) is not None:
+            ahead = max(1, data.num_workers)
+            waiting: deque[Future[list[Batch] | None]] = deque(pool.submit(make, self.step + i) for i in range(ahead))
+            step = self.step + ahead
+            while (batches := waiting.popleft().result()) is not None:
+                waiting.append(pool.submit(make, step))
                 step += 1
-                waiting = pool.submit(make, step)
                 yield batches
 
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool:  # one: the batches of an epoch share its order
             yield stream(pool)
 
-    def _train_step(self, micro_batches: list[Batch]) -> tuple[float, float, float]:
-        """One optimizer step; mean loss, gradient norm, learning rate."""
-        optim = self.config.model.optim
+    def _train_step(self, micro_batches: list[Batch]) -> "_StepResult":
+        """One optimizer step, or none where the loss or the gradient is not finite or the loss leaps."""
+        optim, optimizer = self.config.model.optim, self.optimizer
         rate = learning_rate(optim, self.step, self.config.trainer.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        num_labels = max(1, sum(int((batch.labels >= 0).sum()) for batch in micro_batches))
-        self.optimizer.zero_grad(set_to_none=True)
+        labels_here = sum(int((batch.labels >= 0).sum()) for batch in micro_batches)
+        tokens_here = sum(int((batch.document_ids >= 0).sum()) for batch in micro_batches)
+        num_labels, num_tokens = self.parallel.sum([labels_here, tokens_here])
+        weight = self.parallel.data * optimizer.scale / max(1.0, num_labels)  # gradients are averaged over `data`
+        optimizer.zero_grad()
         total = 0.0
-        weight = self.model.embedding.weight if self.model.head is None else self.model.head.weight
-        for batch in micro_batches:
-            with autocast(self.device, self.precision == "bf16-mixed"):
-                tokens, labels, documents, neighbors, lengths = to_tensors(batch, self.device)
-                if batch.neighbor_ids is not None and self.table is not None:
-                    neighbors, lengths = self.table.gather(batch.neighbor_ids, self.config.model.r)
-                    batch.lengths = lengths.cpu().numpy()  # for the count of FLOPs
-                hidden = self._hidden(tokens, neighbors, lengths, documents)
-                loss = linear_cross_entropy(hidden, weight, self.model.output_bias, labels) / num_labels
-            loss.backward()
+        for number, batch in enumerate(micro_batches):
+            tokens, labels, documents, neighbors, lengths = to_tensors(batch, self.device)
+            if batch.neighbor_ids is not None and self.table is not None:
+                neighbors, lengths = self.table.gather(batch.neighbor_ids, self.config.model.r)
+                batch.lengths = lengths.cpu().numpy()  # for the count of FLOPs
+            is_last = self.optimizer.has_master or number == len(micro_batches) - 1
+            with self.parallel.accumulating(self.module, is_last):
+                with autocast(self.device, self.autocast):
+                    loss = self.module(tokens, neighbors, lengths, documents, labels) * weight
+                loss.backward()
+            optimizer.collect()
             total += float(loss.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip or float("inf")))
-        if math.isfinite(total) and math.isfinite(norm):
-            self.optimizer.step()
+        total = self.parallel.sum([total])[0] / self.parallel.data / optimizer.scale
+        norm = optimizer.norm()
+        problem = self._problem(total, norm)
+        if problem is None:
+            optimizer.step(rate, norm)
             self.skipped = 0
-            return total, norm, rate
+            self.mean_loss = total if self.mean_loss is None else 0.98 * self.mean_loss + 0.02 * total
+        else:
+            self._skip(problem)
+        return _StepResult(total, norm, rate, int(num_tokens))
+
+    def _problem(self, loss: float, norm: float) -> str | None:
+        """Why a step is not taken, the same in every process; None = it is."""
+        if self.parallel.any(int(not (math.isfinite(loss) and math.isfinite(norm)))):
+            return f"loss {loss}, gradient norm {norm}"
+        limit = self.config.trainer.loss_spike
+        if limit is not None and self.mean_loss is not None and loss > limit * self.mean_loss:
+            return f"loss {loss:.3f} is more than {limit:g} times the mean {self.mean_loss:.3f}"
+        return None
+
+    def _skip(self, problem: str) -> None:
+        self.optimizer.skip()
         self.skipped += 1
-        self.reporter.say(f"step {self.step + 1}: loss {total}, gradient norm {norm}: skipped")
-        if self.skipped >= MAX_SKIPPED:
-            raise GateError(
-                f"{MAX_SKIPPED} steps in a row had no finite loss or gradient",
-                f"at step {self.step + 1}; no checkpoint was written since",
-                "lower model.optim.lr, or trainer.precision=32",
-            )
-        return total, norm, rate
+        self.reporter.say(f"step {self.step + 1}: {problem}: skipped")
+        if self.skipped < self.config.trainer.max_skipped_steps:
+            return
+        self.saver.wait()
+        existing = checkpoint.complete_checkpoints(self.run)
+        raise GateError(
+            f"{self.skipped} steps in a row were skipped, the last for {problem}",
+            f"at step {self.step + 1}; the last good checkpoint is {existing[-1] if existing else 'none'}",
+            "lower model.optim.lr, or trainer.precision=32",
+        )
 
     def _validate(self, log: RunLog, signals: "_Signals") -> None:
         """Raises _StoppedError between two batches when a signal has come."""
@@ -505,7 +567,7 @@ class _Training:
             return
 
         def advance(_: int) -> None:
-            if signals.received is not None:
+            if self.parallel.any(signals.received or 0):
                 raise _StoppedError
 
         modes = ("on", "off") if self.config.model.retrieval else ("off",)
@@ -516,8 +578,10 @@ class _Training:
             modes,
             self.config.model.micro_batch_size,
             self.config.trainer.limit_val_batches,
-            self.precision == "bf16-mixed",
+            self.autocast,
             advance,
+            shard=(self.parallel.data_rank, self.parallel.data),
+            reduce=self.parallel.sum_arrays,
         )
         values = {f"valid_bits_per_byte_{mode}": result.bits_per_byte for mode, result in results.items()}
         values |= {f"valid_loss_{mode}": result.loss for mode, result in results.items()}
@@ -528,7 +592,7 @@ class _Training:
             f"step {self.step}: loss {self.metrics.get('loss', float('nan')):.3f}, validation bits per byte {shown}"
         )
 
-    def _save(self) -> Path:
+    def _save(self) -> None:
         inference = self.config.inference
         generation = {
             "greedy": inference.greedy,
@@ -540,23 +604,29 @@ class _Training:
             "tokens_seen": self.tokens_seen,
             "train_s": self.train_s,
             "precision": self.precision,
+            "mean_loss": self.mean_loss,
+            "loss_scale": self.optimizer.scale,
+            "good_steps": self.optimizer.good_steps,
+            "valid_loss": self.metrics.get("valid_loss_on", self.metrics.get("valid_loss_off")),
+            "processes": {"data": self.parallel.data, "tensor": self.parallel.tensor},
             "fingerprints": self.data.fingerprints,
             "stream": _stream_settings(self.config),
         }
         try:
-            return checkpoint.save(
-                self.run,
-                self.step,
-                self.model,
-                self.optimizer,
-                self.data.store.tokenizer,
-                trainer,
-                generation,
-                self.config.exp_manager.keep_last_n,
-            )
+            self.saver.save(self.step, self.model, self.optimizer, self.data.store.tokenizer, trainer, generation)
         except RetroError:
-            self.reporter.say(f"the checkpoint of step {self.step} was not saved; earlier ones are untouched")
+            self.reporter.say("the last checkpoint was not saved; earlier ones are untouched")
             raise
+
+
+@dataclass
+class _StepResult:
+    """Mean loss of a step's labels, gradient norm, learning rate, and its tokens in all processes."""
+
+    loss: float
+    norm: float
+    rate: float
+    tokens: int
 
 
 def peak_mib() -> float:
@@ -573,20 +643,15 @@ class _Window:
         self.norms: list[float] = []
         self.rate, self.tokens, self.flops, self.seconds = 0.0, 0, 0.0, 0.0
 
-    def add(self, result: tuple[float, float, float], seconds: float, config: ModelConfig, batches: list[Batch]) -> int:
-        """Count one step; its decoder tokens."""
-        loss, norm, self.rate = result
-        self.losses.append(loss)
-        self.norms.append(norm)
-        self.seconds += seconds
-        step_tokens = 0
+    def add(self, result: _StepResult, seconds: float, config: ModelConfig, batches: list[Batch]) -> None:
+        """Count one step."""
+        self.losses.append(result.loss)
+        self.norms.append(result.norm)
+        self.rate, self.seconds, self.tokens = result.rate, self.seconds + seconds, self.tokens + result.tokens
         for batch in batches:
             tokens = int((batch.document_ids >= 0).sum())
             neighbor_tokens = 0 if batch.lengths is None else int(batch.lengths.sum())
-            step_tokens += tokens
             self.flops += training_flops(config, tokens, neighbor_tokens)
-        self.tokens += step_tokens
-        return step_tokens
 
     def values(self, peak: float) -> dict[str, float]:
         seconds = max(1e-9, self.seconds)

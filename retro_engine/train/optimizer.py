@@ -1,23 +1,125 @@
-"""AdamW and its learning-rate schedules."""
+"""AdamW, its learning-rate schedules, and what mixed precision adds: fp32 master weights and a loss scale."""
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retro_engine.config import OptimConfig
+from retro_engine.train.parallel import gradient_norm
+
+FIRST_SCALE, SCALE_GROWS_AFTER = 2.0**16, 2000  # of fp16's loss (arXiv 1710.03740 section 3.2)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices, not on embeddings, norms and biases."""
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for parameter in model.parameters():
-        is_matrix = parameter.dim() == 2 and id(parameter) not in embeddings
-        (decayed if is_matrix else rest).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, widths: dict[str, float]
+) -> list[dict]:
+    """Groups of AdamW: weight decay on matrices, not on embeddings, norms and biases. With muP a hidden matrix of width
+    multiplier w = `widths`[name] has the learning rate / w and the weight decay x w (arXiv 2203.03466 table 8; their
+    product, the decay a step, does not depend on the width).
+    """
+    groups: dict[tuple, dict] = {}
+    for name, parameter in parameters:
+        w = widths.get(name, 1.0)
+        decay = config.weight_decay * w if parameter.dim() == 2 and "embedding" not in name else 0.0
+        mesh = getattr(parameter, "device_mesh", None)  # one kernel takes shards of one mesh
+        group = groups.setdefault((decay, w, mesh), {"params": [], "weight_decay": decay, "width": w})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+class Optimizer:
+    """Fused AdamW over a model's parameters, or over fp32 copies of bf16 ones (`has_master`)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        widths: dict[str, float],
+        has_master: bool = False,
+        is_scaled: bool = False,
+    ):
+        self.config, self.has_master = config, has_master
+        self.weights = dict(model.named_parameters())
+        self.parameters = self.weights
+        if has_master:
+            self.parameters = {name: nn.Parameter(p.detach().float()) for name, p in self.weights.items()}
+        groups = parameter_groups(self.parameters.items(), config, widths)
+        betas = (config.betas[0], config.betas[1])
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+        self.scale = FIRST_SCALE if is_scaled else 1.0
+        self.is_scaled, self.good_steps = is_scaled, 0
+
+    def zero_grad(self) -> None:
+        for parameter in (*self.weights.values(), *self.parameters.values()):
+            parameter.grad = None
+
+    def collect(self) -> None:
+        """After a micro-batch: with master weights, its gradients are added to theirs in fp32."""
+        if not self.has_master:
+            return
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                master = self.parameters[name]
+                gradient = weight.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                weight.grad = None
+
+    def norm(self) -> float:
+        """Of the gradients, the loss scale taken out; not finite where one of them is not."""
+        return float(gradient_norm(self.parameters.values())) / self.scale
+
+    def step(self, rate: float, norm: float) -> None:
+        """One update at learning rate `rate`; gradients above the clipping norm are scaled down to it."""
+        clip = self.config.clip
+        factor = (min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0) / self.scale
+        if factor != 1.0:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate / group["width"]
+        self.adamw.step()
+        if self.has_master:
+            with torch.no_grad():
+                for name, weight in self.weights.items():
+                    weight.copy_(self.parameters[name])
+        self.good_steps += 1
+        if self.is_scaled and self.good_steps == SCALE_GROWS_AFTER:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+    def skip(self) -> None:
+        """A step whose gradients were not finite: with a loss scale, half of it next time."""
+        self.good_steps = 0
+        if self.is_scaled:
+            self.scale = max(1.0, self.scale / 2)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by `kind.parameter`: step, exp_avg, exp_avg_sq of every parameter that was updated, and masters."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            for kind, value in self.adamw.state.get(parameter, {}).items():
+                tensors[f"{kind}.{name}"] = value
+            if self.has_master:
+                tensors[f"master.{name}"] = parameter.detach()
+        return tensors
+
+    def template(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Empty state of the kinds and parameters in `names`, to be filled in place; becomes this optimizer's state."""
+        tensors: dict[str, Tensor] = {}
+        for key in names:
+            kind, name = key.split(".", 1)
+            parameter = self.parameters[name]
+            if kind == "master":
+                if self.has_master:
+                    tensors[key] = parameter.detach()
+                continue
+            on_cpu = kind == "step" and parameter.device.type == "cpu"
+            value = torch.zeros((), device="cpu" if on_cpu else parameter.device) if kind == "step" else None
+            tensors[key] = torch.zeros_like(parameter.detach()) if value is None else value
+            self.adamw.state[parameter][kind] = tensors[key]
+        return tensors
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:

@@ -1,10 +1,14 @@
-"""Learning-rate schedules and what is decayed."""
+"""Learning-rate schedules, what is decayed, master weights, the loss scale, muP's rates."""
 
 import pytest
-from helpers import small_model
+import torch
+from helpers import small_config, small_model
+from torch import nn
 
 from retro_engine.config import OptimConfig, SchedConfig
-from retro_engine.train.optimizer import build_optimizer, learning_rate
+from retro_engine.model.initialization import width_multipliers
+from retro_engine.model.retro import RetroModel
+from retro_engine.train.optimizer import Optimizer, learning_rate, parameter_groups
 
 
 def rates(name: str, **sched: int) -> list[float]:
@@ -27,8 +31,47 @@ def test_schedules() -> None:
 
 
 def test_only_matrices_are_decayed() -> None:
-    model = small_model().float()
-    optimizer = build_optimizer(model, OptimConfig())
-    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    model = small_model(share_embeddings=False).float()
+    groups = parameter_groups(model.named_parameters(), OptimConfig(), {})
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (parameter.dim() == 2 and "embedding" not in name), name
+
+
+def test_master_weights_keep_what_bf16_loses() -> None:
+    """An update of a thousandth of a weight is below bf16's resolution; the fp32 master keeps it."""
+    linear = nn.Linear(4, 4, bias=False).bfloat16()
+    with torch.no_grad():
+        linear.weight.fill_(1.0)
+    config = OptimConfig(lr=1e-3, weight_decay=0.0, clip=None)
+    optimizer = Optimizer(linear, config, {}, has_master=True)
+    for _ in range(8):
+        optimizer.zero_grad()
+        linear(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        optimizer.collect()
+        optimizer.step(1e-3, optimizer.norm())
+    assert float(optimizer.parameters["weight"][0, 0].detach()) == pytest.approx(1 - 8e-3, rel=1e-4)
+    assert float(linear.weight[0, 0].detach()) == pytest.approx(1 - 8e-3, abs=4e-3)
+    assert set(optimizer.state()) == {"step.weight", "exp_avg.weight", "exp_avg_sq.weight", "master.weight"}
+
+
+def test_the_loss_scale_is_taken_out_and_halved_after_an_overflow() -> None:
+    linear = nn.Linear(3, 1, bias=False)
+    optimizer = Optimizer(linear, OptimConfig(clip=None), {}, is_scaled=True)
+    (linear(torch.ones(1, 3)).sum() * optimizer.scale).backward()
+    assert optimizer.norm() == pytest.approx(3**0.5)
+    scale = optimizer.scale
+    optimizer.skip()
+    assert optimizer.scale == scale / 2
+    optimizer.step(1e-3, optimizer.norm())
+
+
+def test_mup_divides_rates_and_keeps_the_decay_of_a_step() -> None:
+    config = small_config(mup=True, mup_base_hidden_size=12, hidden_size=48, ffn_hidden_size=96, num_attention_heads=3)
+    model = RetroModel(config)
+    groups = parameter_groups(model.named_parameters(), OptimConfig(weight_decay=0.1), width_multipliers(model))
+    for group in groups:
+        for parameter in group["params"]:
+            is_hidden = parameter.dim() == 2 and parameter is not model.embedding.weight
+            assert group["width"] == (4.0 if is_hidden else 1.0)
+            assert group["weight_decay"] == pytest.approx(0.4 if is_hidden else 0.0)
