@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import small_disk
-from training_helpers import SMALL, config, losses, settings
+from training_helpers import config, losses, settings
 
 from retro_engine.config import load_config
 from retro_engine.data.store import Store
@@ -53,7 +53,19 @@ def test_it_learns_and_writes_everything_down(whole: Path) -> None:
     checkpoint.verify(folder)
 
 
-@pytest.mark.parametrize("stops", [[5], [1, 2, 11], [7, 8]])
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, optimizer and random state of a checkpoint of one process."""
+    from safetensors.torch import load_file
+
+    files = [folder / "model.safetensors", *(folder / "optimizer").iterdir()]
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+# ten points of interruption here, a hundred in the campaign
+@pytest.mark.parametrize(
+    "stops",
+    [[5], [1, 2, 11], [7, 8], [3, 4, 6, 9]] + [[n % 11 + 1] for n in range(90) if os.environ.get("RETRO_CAMPAIGN")],
+)
 def test_resume_is_the_same_run(small_store: Store, whole: Path, tmp_path: Path, stops: list[int]) -> None:
     """Losses, weights, optimizer and random state bit-identical, also after the second and third resume; the
     random state matters here: dropout is on."""
@@ -64,9 +76,9 @@ def test_resume_is_the_same_run(small_store: Store, whole: Path, tmp_path: Path,
             Reporter("quiet"),
         )
     assert losses(tmp_path / "r") == losses(whole)
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        mine, theirs = (checkpoint.find_checkpoint(run) / name for run in (tmp_path / "r", whole))
-        assert mine.read_bytes() == theirs.read_bytes(), name
+    mine, theirs = (state_of(checkpoint.find_checkpoint(run)) for run in (tmp_path / "r", whole))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 def test_accumulation_equals_one_large_batch(small_store: Store, tmp_path: Path) -> None:
@@ -199,7 +211,7 @@ def test_other_order_or_splits_are_refused(small_store: Store, whole: Path, tmp_
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     for change, named in (("model.data.splits_string='50,50,0'", "splits_string 80,20,0 -> 50,50,0"), ("seed=5", "seed 1234 -> 5"),
-                          ("model.micro_batch_size=4", "micro_batch_size 2 -> 4")):  # fmt: skip
+                          ("model.micro_batch_size=4", "sequences_per_step 2 -> 4")):  # fmt: skip
         with pytest.raises(StoreError, match=named):
             train(config(small_store, run, "trainer.max_steps=13", change), Reporter("quiet"))
 
@@ -261,18 +273,92 @@ def test_a_signal_during_validation(small_store: Store, tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_a_gpu_resumes_without_one(small_store: Store, tmp_path: Path) -> None:
     """It holds the GPU's random state as well, which a CPU has no use for."""
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     train(config(small_store, tmp_path / "r", "trainer.max_steps=2"), Reporter("quiet"))
     folder = checkpoint.find_checkpoint(tmp_path / "r")
-    path = folder / "optimizer.safetensors"
-    tensors = load_file(path) | {"cuda_random_state": torch.zeros(16, dtype=torch.uint8)}
+    (path,) = (folder / "optimizer").iterdir()
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    where = json.loads(metadata["DCP_SHARDING_INFO"])
+    where["cuda_random_state.0"] = {"saved_offsets": [0]}
+    tensors = load_file(path) | {"cuda_random_state.0": torch.zeros(16, dtype=torch.uint8)}
     path.unlink()
-    save_file(tensors, path)
-    hashes = json.loads((folder / "COMPLETE").read_text()) | {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    save_file(tensors, path, metadata | {"DCP_SHARDING_INFO": json.dumps(where)})
+    name = f"optimizer/{path.name}"
+    hashes = json.loads((folder / "COMPLETE").read_text()) | {name: hashlib.sha256(path.read_bytes()).hexdigest()}
     (folder / "COMPLETE").unlink()
     (folder / "COMPLETE").write_text(json.dumps(hashes))
     assert train(config(small_store, tmp_path / "r", "trainer.max_steps=3"), Reporter("quiet")).step == 3
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["trainer.precision=16-mixed"],
+        ["trainer.precision=bf16-mixed"],
+        ["trainer.precision=bf16", "model.megatron_amp_O2=true"],
+        ["model.activations_checkpoint_granularity=selective"],
+        ["model.activations_checkpoint_granularity=full"],
+        ["model.mup=true", "model.mup_base_hidden_size=16"],
+    ],
+)
+def test_precisions_recomputation_and_mup_learn_and_resume(
+    small_store: Store, whole: Path, tmp_path: Path, more: list[str]
+) -> None:
+    for stop in (7, 12):
+        arguments = [*more, f"trainer.max_steps={stop}", "model.optim.sched.max_steps=12"]
+        train(config(small_store, tmp_path / "stopped", *arguments), Reporter("quiet"))
+    train(config(small_store, tmp_path / "whole", *more), Reporter("quiet"))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    found, plain = losses(tmp_path / "whole"), losses(whole)
+    assert found[12] < found[1] - 0.5
+    if "mup" not in more[0]:
+        assert found[12] == pytest.approx(plain[12], abs=0.02)
+    weights = state_of(checkpoint.find_checkpoint(tmp_path / "whole"))
+    expected = torch.bfloat16 if "model.megatron_amp_O2=true" in more else torch.float32
+    assert weights["embedding.weight"].dtype == expected
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(small_store: Store, tmp_path: Path) -> None:
+    more = ["trainer.val_check_interval=2", "exp_manager.checkpoint_every_n_steps=2", "exp_manager.keep_last_n=1"]
+    train(config(small_store, tmp_path / "r", *more), Reporter("quiet"))
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    measured = {row["step"]: row["valid_loss_on"] for row in rows if "valid_loss_on" in row}
+    best = min(measured, key=lambda step: measured[step])
+    kept = [int(path.name[5:]) for path in checkpoint.complete_checkpoints(tmp_path / "r")]
+    assert kept == sorted({best, 12})
+
+
+def test_a_loss_that_leaps_is_skipped_and_logged(
+    small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a bound below the mean every step leaps, so the run stops after N in a row and names the last checkpoint."""
+    run = tmp_path / "r"
+    train(config(small_store, run, "trainer.max_steps=3", "model.optim.sched.max_steps=12"), Reporter("quiet"))
+    more = ["model.optim.lr=100", "model.optim.clip=null", "trainer.loss_spike=1.0", "trainer.max_skipped_steps=3"]
+    with pytest.raises(GateError, match="3 steps in a row were skipped") as error:
+        train(config(small_store, run, "model.optim.sched.max_steps=12", *more), Reporter())
+    assert "step-000003" in str(error.value)
+    assert "times the mean" in capsys.readouterr().err
+
+
+def test_wandb_offline_and_a_tracker_that_fails(
+    small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [
+        "exp_manager.create_wandb_logger=true",
+        "trainer.max_steps=2",
+        "exp_manager.wandb_logger_kwargs.mode=offline",
+    ]
+    pytest.importorskip("wandb")
+    train(config(small_store, tmp_path / "r", *more), Reporter("quiet"))
+    assert list((tmp_path / "r" / "wandb").glob("offline-run-*"))
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", lambda *_, **__: 1 / 0)
+    train(config(small_store, tmp_path / "s", "trainer.max_steps=2"), Reporter())
+    assert "TensorBoard failed and is left out: ZeroDivisionError" in capsys.readouterr().err
+    assert sorted(losses(tmp_path / "s")) == [1, 2]
 
 
 def test_an_incomplete_or_damaged_checkpoint(whole: Path, tmp_path: Path) -> None:

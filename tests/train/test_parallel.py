@@ -1,6 +1,5 @@
 """Several processes train the same run as one: data parallel, sharded, tensor and sequence parallel, and their mixes."""
 
-import json
 import os
 import signal
 import subprocess
@@ -35,10 +34,9 @@ LAYOUTS = {
 def torchrun(
     processes: int, arguments: list[str], *flags: str, wait: bool = True, **environment: str
 ) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
-    command = [part for part in command if part not in ("--master-port", "0")] + ["--standalone", *flags]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     process = subprocess.Popen(
-        [*command, "-m", "retro_engine.train", *arguments, "--quiet"],
+        [*launcher, *flags, "-m", "retro_engine.train", *arguments, "--quiet"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment,
     )  # fmt: skip
     if wait:
@@ -62,3 +60,83 @@ def test_losses_are_those_of_one_process(layout: str, small_store: Store, single
     found, expected = losses(out), losses(single)
     assert sorted(found) == list(range(1, 21))
     assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-9
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_four(
+    small_store: Store, single: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    more = ["trainer.max_steps=6", "model.optim.sched.max_steps=20"]
+    layouts = [
+        (2, ["model.tensor_model_parallel_size=2", *more]),
+        (1, ["trainer.max_steps=12", "model.optim.sched.max_steps=20"]),
+        (4, ["model.tensor_model_parallel_size=2"]),
+    ]
+    for processes, arguments in layouts:
+        run = torchrun(processes, settings(small_store, out, *EXACT, *arguments))
+        assert run.returncode == 0, run.output[-3000:]
+    found, expected = losses(out), losses(single)
+    assert sorted(found) == sorted(expected)
+    assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-9
+
+
+def test_a_killed_process_is_restarted_and_the_run_goes_on(small_store: Store, single: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = settings(small_store, out, *EXACT, "exp_manager.checkpoint_every_n_steps=2")
+    run = torchrun(2, arguments, "--max-restarts", "1", wait=False)
+    assert run.stdout is not None
+    wait_for(lambda: len(checkpoint.complete_checkpoints(out)) >= 2 or run.poll() is not None)
+    os.kill(workers(run.pid)[1], signal.SIGKILL)
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, output[-3000:]
+    found, expected = losses(out), losses(single)
+    assert sorted(found) == list(range(1, 21))
+    assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-9
+
+
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(small_store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = settings(small_store, out, *EXACT, "trainer.max_steps=4000")
+    run = torchrun(2, arguments, wait=False)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) > 2 or run.poll() is not None)
+    os.kill(workers(run.pid)[1], signal.SIGTERM)
+    output, _ = run.communicate(timeout=120)
+    saved = checkpoint.complete_checkpoints(out)
+    assert saved, output[-3000:]
+    assert checkpoint.read_trainer(saved[-1])["processes"] == {"data": 2, "tensor": 1}
+    assert "exitcode  : 143" in output
+
+
+@pytest.mark.parametrize(
+    ("processes", "more", "message"),
+    [
+        (2, ["model.tensor_model_parallel_size=3", "model.num_attention_heads=3", "model.hidden_size=48",
+             "model.ffn_hidden_size=96"], "must divide the 2 processes"),
+        (2, ["trainer.devices=4"], "2 processes were started"),
+        (2, ["model.global_batch_size=3", "model.micro_batch_size=1"], "use a multiple of 2"),
+    ],
+)  # fmt: skip
+def test_layouts_that_do_not_fit(
+    small_store: Store, tmp_path: Path, processes: int, more: list[str], message: str
+) -> None:
+    run = torchrun(processes, settings(small_store, tmp_path / "run", *more))
+    assert run.returncode != 0
+    assert message in run.output
+    assert run.output.count("error: ") == 1, "said once, not by every process"
+
+
+def wait_for(is_true, timeout_s: float = 120) -> None:  # type: ignore[no-untyped-def]
+    end = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def workers(launcher: int) -> list[int]:
+    """Process ids of what a launcher started, in order."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with_parent = status.read_text().rsplit(")", 1)[1].split()
+        if int(with_parent[1]) == launcher:
+            found.append(int(status.parent.name))
+    return sorted(found)
