@@ -17,6 +17,7 @@ from retro_engine.errors import GateError, MissingInputError, RetroError, Stoppe
 
 if TYPE_CHECKING:
     from retro_engine.api import Retro
+    from retro_engine.config import Config
     from retro_engine.data.store import Store
     from retro_engine.model.retro import RetroModel
     from retro_engine.progress import Reporter
@@ -148,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--fail-if", metavar="EXPR", help="exit 6 when true, like 'bpb_on>bpb_off'")
 
     sub = command("generate", _generate, "continue a prompt, reading neighbors")
-    sub.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint")
+    sub.add_argument("path", nargs="?", metavar="RUN", help="a run's folder or a checkpoint (or checkpoint_dir=)")
     sub.add_argument("prompt", nargs="?")
     sub.add_argument("-i", "--interactive", action="store_true", help="one prompt a line from standard input")
     sub.add_argument("--index", nargs="+", metavar="STORE", help="stores to retrieve from (default: the run's)")
@@ -408,17 +409,22 @@ def _generate(args: argparse.Namespace) -> int:
     from retro_engine.retrieval.search import Retriever
     from retro_engine.train.checkpoint import find_checkpoint
     from retro_engine.train.loop import run_databases
+    from retro_engine.train.parallel import pick_device
 
-    if (args.prompt is None) != args.interactive:
+    asked = load_config(args.overrides)  # NeMo's commands name the checkpoint, the prompt and the neighbors here
+    pick_device(asked.trainer.accelerator)
+    prompt = args.prompt if args.prompt is not None else asked.prompt
+    args.neighbors = args.neighbors or asked.neighbors
+    if (prompt is None) != args.interactive:
         raise UsageError(
             "there is no prompt, or one too many", "", "retro generate RUN 'The prompt', or retro generate RUN -i"
         )
-    checkpoint = find_checkpoint(args.path)
+    checkpoint = find_checkpoint(args.path or _named_checkpoint(asked))
     retro = Retro.from_pretrained(checkpoint)
     defaults = [
         (f"inference.{key}", getattr(retro.sampling, key)) for key in ("greedy", "temperature", "top_k", "top_p")
     ]
-    settings = load_config([*defaults, *args.overrides]).inference
+    settings = load_config([*defaults, *args.overrides], say=lambda note: None).inference
     retriever = None
     if retro.model.config.retrieval and not args.no_retrieval and not args.neighbors:
         stores = _stores(args.index) if args.index else run_databases(checkpoint)
@@ -426,11 +432,11 @@ def _generate(args: argparse.Namespace) -> int:
     generator = Generator(retro.model, retro.tokenizer, retriever)
     inference = settings.retro_inference
     sampling = Sampling(settings.greedy, settings.temperature, settings.top_k, settings.top_p, args.seed)
-    for prompt in [args.prompt] if args.prompt is not None else map(str.rstrip, sys.stdin):
-        if args.interactive and not prompt:
+    for text in [prompt] if prompt is not None else map(str.rstrip, sys.stdin):
+        if args.interactive and not text:
             continue
         out = generator.generate(
-            prompt,
+            text,
             settings.tokens_to_generate,
             sampling,
             [] if args.no_retrieval else args.neighbors,
@@ -442,15 +448,24 @@ def _generate(args: argparse.Namespace) -> int:
             _reporter(args).say(f"note: {note}")
         if args.json:
             segments = [{"text": s.text, "neighbors": [vars(hit) for hit in s.neighbors]} for s in out.segments]
-            print(json.dumps({"prompt": prompt, "text": out.text, "segments": segments}))
+            print(json.dumps({"prompt": text, "text": out.text, "segments": segments}))
             continue
-        print(prompt + out.text)
+        print(text + out.text)
         for segment in out.segments if args.show_neighbors else []:
             print(f"\n-- {segment.text!r} could read:")
             for hit in segment.neighbors:
                 shown = " ".join(hit.text.split())
                 print(f"   {hit.score:8.2f}  {hit.store}/{hit.document} {hit.title}: {shown[:160]}")
     return 0
+
+
+def _named_checkpoint(config: "Config") -> Path:
+    """NeMo's checkpoint_dir and checkpoint_name: a run's folder, and the name of one of its checkpoints or of none."""
+    if config.checkpoint_dir is None:
+        raise UsageError("there is no model", "RUN or checkpoint_dir= names one", "retro generate RUN 'The prompt'")
+    folder = Path(config.checkpoint_dir)
+    named = [folder / part / str(config.checkpoint_name) for part in ("", "checkpoints")]
+    return next((path for path in named if config.checkpoint_name and path.is_dir()), folder)
 
 
 def _report(args: argparse.Namespace) -> int:

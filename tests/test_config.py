@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from training_helpers import NEMO_TRAINING
 
 from retro_engine.config import PRESETS, Config, check_model, flat_keys, load_config, preset_model, splits
 from retro_engine.errors import MissingInputError, UsageError
@@ -91,3 +92,33 @@ def test_defaults_are_nemos() -> None:
     assert (m.hidden_size, m.ffn_hidden_size, m.num_attention_heads, m.init_method_std) == (768, 3072, 12, 0.02)
     assert (m.hidden_dropout, m.attention_dropout, m.ffn_dropout) == (0.1, 0.1, 0.0)
     check_model(m)
+
+
+def test_nemos_training_command_parses_with_one_note_for_each_key_that_is_mapped_or_means_nothing() -> None:
+    notes: list[str] = []
+    config = load_config(NEMO_TRAINING, say=notes.append)
+    assert config.model.data.store == "STORE"
+    assert config.trainer.precision == "bf16-mixed"
+    assert config.model.megatron_amp_O2
+    assert config.exp_manager.wandb_logger_kwargs.project == "PROJECT"
+    assert config.exp_manager.wandb_logger_kwargs.resume is False
+    assert config.model.optim.sched.max_steps == 650000
+    for named in ("cluster_type", "model.mcore_gpt", "model.retro.retro_project_dir", "trainer.precision=bf16"):
+        assert sum(note.startswith(named) for note in notes) == 1, named
+    assert len(notes) == 4
+
+
+@pytest.mark.parametrize(("override", "found"), [
+    ("model.pipeline_model_parallel_size=2", "middle of the stack"),
+    ("model.tensor_model_parallel_size=5", "must divide num_attention_heads=12"),
+    ("model.sequence_parallel=true", "needs tensor parallelism"),
+    ("trainer.strategy=zero", "one of auto"),
+    ("model.activations_checkpoint_granularity=all", "one of None"),
+    ("model.mup=true", "relative to base widths"),
+    ("inference.repetition_penalty=1.2", "this version has only the default"),
+    ("model.data.data_prefix=[a,b]", "one store is trained on"),
+    ("model.shape_file=/nowhere.yaml", "does not exist"),
+])  # fmt: skip
+def test_settings_of_many_processes_that_cannot_be_used(override: str, found: str) -> None:
+    with pytest.raises((UsageError, MissingInputError), match=found):
+        load_config([override])

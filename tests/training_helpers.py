@@ -1,6 +1,7 @@
 """Settings of runs that take seconds, and what they logged."""
 
 import json
+import shlex
 from pathlib import Path
 
 from retro_engine.config import Config, load_config
@@ -14,6 +15,29 @@ SMALL = [
     "trainer.log_every_n_steps=1", "trainer.precision=32", "model.hidden_dropout=0.1", "model.attention_dropout=0.1",
     "model.data.neighbor_dropout=0.2", "exp_manager.checkpoint_every_n_steps=100",
 ]  # fmt: skip
+
+# NeMo's two documented commands as they are typed; paths, devices and accelerator apart.
+NEMO_TRAINING = shlex.split(
+    r"""trainer.num_nodes=1 trainer.devices=1 trainer.precision=bf16 trainer.accelerator=cpu
+    model.data.data_prefix=["none"] exp_manager.exp_dir=DIR exp_manager.create_wandb_logger=True
+    exp_manager.wandb_logger_kwargs.name=NAME exp_manager.wandb_logger_kwargs.project=PROJECT
+    +exp_manager.wandb_logger_kwargs.resume=False model.mcore_gpt=True model.tensor_model_parallel_size=1
+    model.pipeline_model_parallel_size=1 model.optim.name=distributed_fused_adam model.retro.retro_project_dir=STORE
+    model.data.num_workers=4 ++cluster_type=BCP model.micro_batch_size=4 model.data.shuffle_documents=False
+    trainer.val_check_interval=10 model.init_method_std=0.023 model.optim.lr=6.0e-4 model.optim.weight_decay=0.1
+    model.optim.sched.name=CosineAnnealing model.optim.sched.min_lr=6.0e-5 model.optim.sched.max_steps=650000
+    model.megatron_amp_O2=True model.data.dataloader_type=cyclic model.data.splits_string=\'98,2,0\'
+    trainer.max_steps=750000"""
+)
+NEMO_INFERENCE = shlex.split(
+    r"""checkpoint_dir=DIR checkpoint_name=\'NAME\' inference.greedy=False inference.add_BOS=False
+    inference.tokens_to_generate=10 inference.temperature=1.0 trainer.devices=1 trainer.num_nodes=1
+    trainer.accelerator=cpu trainer.precision=32 megatron_amp_O2=False ++cluster_type=BCP
+    tensor_model_parallel_size=-1 pipeline_model_parallel_size=-1
+    inference.retro_inference.retro_gpt_retrieved_length=128 inference.retro_inference.retro_num_neighbors=3
+    inference.retro_inference.ft_neighbours=0 inference.retro_inference.reuse_top=False
+    prompt='"Question: Who wrote it? Answer:"' neighbors='["text one","text two","text three"]'"""
+)
 
 
 def settings(store: Store, out: Path, *more: str) -> list[str]:

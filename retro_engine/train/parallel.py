@@ -50,7 +50,7 @@ class Parallel:
         is_fsdp = trainer.strategy == "fsdp" or m.optim.name == "distributed_fused_adam" or self.tensor > 1
         self.strategy = "none" if self.data == 1 else "fsdp" if is_fsdp else "ddp"
         self.is_sequence_parallel = m.sequence_parallel
-        self.device = _pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", "0")))
+        self.device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", "0")))
         self.background: Any = None  # a group of its own for checkpoints, beside the training's communication
         if self.world > 1:
             if not dist.is_initialized():
@@ -123,7 +123,7 @@ class Parallel:
             dist.destroy_process_group()
 
 
-def _pick_device(accelerator: str, local_rank: int) -> torch.device:
+def pick_device(accelerator: str, local_rank: int = 0) -> torch.device:
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise OutOfResourceError(
             "trainer.accelerator=gpu, and there is no GPU",

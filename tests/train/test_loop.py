@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import small_disk
-from training_helpers import config, losses, settings
+from training_helpers import NEMO_INFERENCE, NEMO_TRAINING, SMALL, config, losses, settings
 
+from retro_engine.cli import main
 from retro_engine.config import load_config
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, MissingExtraError, OutOfResourceError, RetroError, StoreError, UsageError
@@ -319,6 +320,25 @@ def test_precisions_recomputation_and_mup_learn_and_resume(
     weights = state_of(checkpoint.find_checkpoint(tmp_path / "whole"))
     expected = torch.bfloat16 if "model.megatron_amp_O2=true" in more else torch.float32
     assert weights["embedding.weight"].dtype == expected
+
+
+def test_nemos_documented_commands_run(
+    small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training at the small sizes of these tests for two steps, then generation from what it saved."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    paths = {"exp_manager.exp_dir=DIR": f"exp_manager.exp_dir='{run}'",
+             "model.retro.retro_project_dir=STORE": f"model.retro.retro_project_dir='{small_store.folder}'",
+             "checkpoint_dir=DIR": f"checkpoint_dir='{run}'", "checkpoint_name='NAME'": "checkpoint_name='step-000002'"}  # fmt: skip
+    sizes = [part for part in SMALL if "_size=" in part or "layers" in part or "cross" in part or "heads" in part]
+    sizes += ["model.encoder_seq_length=64", "model.max_position_embeddings=128", "model.retrieved_length=128"]
+    command = [paths.get(part, part) for part in NEMO_TRAINING]
+    assert main(["train", *command, *sizes, "trainer.max_steps=2", "--quiet"]) == 0
+    assert sorted(losses(run)) == [2]
+    generation = [paths.get(part, part) for part in NEMO_INFERENCE]
+    assert main(["generate", *generation]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Question: Who wrote it? Answer:")
 
 
 def test_the_best_checkpoint_is_kept_beside_the_last(small_store: Store, tmp_path: Path) -> None:
