@@ -209,12 +209,10 @@ def verify(checkpoint: Path) -> None:
 
 
 def load_weights(checkpoint: Path, model: RetroModel) -> None:
-    """Restore the weights of a model that is not spread yet."""
+    """Restore the weights of a model that is not spread yet, in the type they were saved in."""
     from safetensors.torch import load_file
 
-    dtype = model.embedding.weight.dtype
     load_state(model, load_file(checkpoint / WEIGHTS_FILE), str(checkpoint / WEIGHTS_FILE))
-    model.to(dtype)
 
 
 def load_optimizer(checkpoint: Path, optimizer: Optimizer, parallel: Parallel) -> None:
