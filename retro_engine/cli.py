@@ -499,7 +499,9 @@ def _inspect(args: argparse.Namespace) -> int:
     if given:
         raise UsageError(f"{given[0]} is a flag of --plan", "", "retro inspect --plan")
     if args.path is None:
-        raise UsageError("nothing to inspect was given", "", "retro inspect PATH, or retro inspect --plan key=value ...")
+        raise UsageError(
+            "nothing to inspect was given", "", "retro inspect PATH, or retro inspect --plan key=value ..."
+        )
     from retro_engine.data import files
     from retro_engine.data.neighbor_table import NeighborTable
     from retro_engine.data.store import Store
@@ -576,10 +578,10 @@ def _doctor(args: argparse.Namespace) -> int:
     import platform
 
     import torch
-    from retro_kernels.backend import backend
 
     from retro_engine import __version__
     from retro_engine.data.loader import has_native_loader
+    from retro_kernels.backend import backend
 
     def version(package: str) -> str:
         try:

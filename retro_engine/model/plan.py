@@ -10,16 +10,18 @@ from typing import Any
 
 from retro_engine.config import Config, ModelConfig
 from retro_engine.errors import UsageError
-from retro_engine.model.flops import forward_flops
+from retro_engine.model.flops import attention_flops, forward_flops
 
 DATASHEET_FLOPS = 989e12  # H100 SXM, dense bf16: what MFU is a share of (NVIDIA H100 datasheet)
 MATMUL_FLOPS = 800e12  # what large bf16 products on random data reach there (the power limit keeps them below)
+ATTENTION_FLOPS = 350e12  # the cores: FlashAttention-2 reaches 35 % on an H100 (arXiv 2407.08608)
 HBM_BYTES = 3.0e12  # a second, copy; the datasheet says 3.35
 NVLINK_BYTES = 450e9  # a second and direction, each GPU to the others of its node (NVLink 4: 900 both ways)
 NETWORK_BYTES = 50e9  # a second, direction and GPU, to other nodes (one 400 Gb/s port a GPU, as in a DGX H100)
 NODE = 8  # GPUs
 GPU_BYTES = 80e9
 LAYER_PASSES = 3  # over what a layer keeps: written, read in the forward pass, read in the backward pass
+AGAIN_PASSES = 2  # more with recomputation: written and read once more
 OPTIMIZER_PASSES = 11  # over fp32 parameters: norm 1, clipping 2, AdamW reads 4 and writes 3, zeroing 1
 LOSS_TOKENS = 512  # of one slice of the head: model/loss.py
 
@@ -234,9 +236,8 @@ def activations(c: ModelConfig, x: Layout) -> Activations:
     layer = T * (attend.plain + ffn.plain + (read.plain if crossing else 0))
     inputs = T * x.wide * d / cut * (c.dec_num_layers + crossing)  # with the last layer's output; not the first input
     ends = T * x.wide * d / cut  # the first layer's input
-    ends += T * (_norm_kept(c, x, d) if c.decoder_final_norm else 0)
+    ends += T * (_norm_kept(c, x, d) if c.decoder_final_norm else -x.wide * d / cut)  # the norm keeps the last output
     ends += T * x.narrow * d + (8 if x.wide == 8 else 4) * c.vocab_size * d / x.tensor  # the loss's gradients
-    copies = 0.0
     if crossing:
         encoder = _encoder_kept(c, x)
         plain, selective, inputs = plain + encoder.plain, selective + encoder.selective, inputs + encoder.inputs
@@ -245,8 +246,7 @@ def activations(c: ModelConfig, x: Layout) -> Activations:
         kept = plain + ends
     else:
         kept = inputs + ends + (selective if x.recompute == "selective" else 0)
-    copies = _weight_copies(c, x)
-    return Activations(kept + copies, layer, plain)
+    return Activations(kept + _weight_copies(c, x), layer, plain)
 
 
 @dataclass(frozen=True)
@@ -390,12 +390,14 @@ def _memory(c: ModelConfig, x: Layout, p: Parameters, kept: Activations) -> dict
 def plan(config: Config, processes: int) -> dict[str, Any]:
     """Figures of one step of `config` on so many H100s, JSON-ready: counts, bytes, FLOPs, seconds, MFU.
 
-    Time is products at MATMUL_FLOPS + memory traffic + tensor-parallel communication + what of the data-parallel
+    Time is products at MATMUL_FLOPS and attention at ATTENTION_FLOPS + memory traffic + tensor-parallel communication + what of the data-parallel
     communication the backward pass (DDP) or the whole pass (FSDP) of the micro-batches that have it does not hide.
     """
     c = config.model
     if c.vocab_size < 1:
-        raise UsageError("model.vocab_size=0 cannot be planned", "there is no tokenizer to ask", "model.vocab_size=50257")
+        raise UsageError(
+            "model.vocab_size=0 cannot be planned", "there is no tokenizer to ask", "model.vocab_size=50257"
+        )
     x, p = layout_of(config, processes), parameters(c)
     kept = activations(c, x)
     T = x.micro_batch * c.encoder_seq_length
@@ -406,8 +408,11 @@ def plan(config: Config, processes: int) -> dict[str, Any]:
     memory = _memory(c, x, p, kept)
     is_sharded = x.strategy == "fsdp"
     updated = p.total.here(x.tensor) / (x.data if is_sharded else 1)
-    traffic = LAYER_PASSES * kept.traffic * steps + 4 * OPTIMIZER_PASSES * updated
-    products_s, traffic_s = (useful + again) / MATMUL_FLOPS, traffic / HBM_BYTES
+    passes = LAYER_PASSES + (AGAIN_PASSES if x.recompute is not None else 0)
+    traffic = passes * kept.traffic * steps + 4 * OPTIMIZER_PASSES * updated
+    cores = attention_flops(c, T, W) * (4 if again else 3) * steps / x.tensor
+    products_s = (useful + again - cores) / MATMUL_FLOPS + cores / ATTENTION_FLOPS
+    traffic_s = traffic / HBM_BYTES
     tensor_bytes, data_bytes = _tensor_bytes(c, x) * steps, _data_bytes(p, x)
     tensor_s = tensor_bytes / (NVLINK_BYTES if x.tensor <= NODE else NETWORK_BYTES)
     data_s = data_bytes / _data_rate(x)
