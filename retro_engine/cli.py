@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        if args.overrides and args.command not in TAKES_SETTINGS:
+        if args.overrides and args.command not in TAKES_SETTINGS and not getattr(args, "plan", False):
             raise UsageError(
                 f"{args.overrides[0]}: retro {args.command} takes no settings", "", f"retro {args.command} --help"
             )
@@ -168,8 +168,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, default=32, help="batches a mode")
     sub.add_argument("--all", action="store_true", help="every batch")
 
-    sub = command("inspect", _inspect, "what a store, table, index or checkpoint is")
-    sub.add_argument("path")
+    sub = command("inspect", _inspect, "what a store, table, index or checkpoint is; --plan: what training would take")
+    sub.add_argument("path", nargs="?")
+    sub.add_argument("--plan", action="store_true", help="memory, FLOPs and communication of a step on H100s, on paper")
+    sub.add_argument("--preset", help="--plan: tiny, small, base, mcore or nemo")
+    sub.add_argument("--config", "-c", metavar="FILE", help="--plan: YAML settings")
+    sub.add_argument("--processes", type=int, metavar="N", help="--plan: GPUs (default: one per shared matrix)")
     sub.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     sub.add_argument("--samples", type=int, default=0, metavar="N", help="chunks to print, with their neighbors")
 
@@ -490,7 +494,29 @@ def _stores(paths: Sequence[str]) -> "list[Store]":
     return [Store(path) for path in paths]
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from retro_engine.config import load_config
+    from retro_engine.model.plan import plan, table
+
+    config = load_config(args.overrides, args.preset, args.config)
+    processes = args.processes if args.processes is not None else config.model.tensor_model_parallel_size
+    figures = plan(config, processes)
+    print(json.dumps(figures) if args.json else table(figures))
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
+    if args.plan and args.path is not None:
+        raise UsageError(f"{args.path}: --plan takes settings, no path", "", "retro inspect --plan key=value ...")
+    if args.plan:
+        return _plan(args)
+    given = [f"--{flag}" for flag in ("preset", "config", "processes") if getattr(args, flag) is not None]
+    if given:
+        raise UsageError(f"{given[0]} is a flag of --plan", "", "retro inspect --plan")
+    if args.path is None:
+        raise UsageError(
+            "nothing to inspect was given", "", "retro inspect PATH, or retro inspect --plan key=value ..."
+        )
     from retro_engine.data import files
     from retro_engine.data.neighbor_table import NeighborTable
     from retro_engine.data.store import Store

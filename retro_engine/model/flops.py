@@ -18,13 +18,25 @@ def forward_flops(config: ModelConfig, num_tokens: int, num_neighbor_tokens: int
     if num_neighbor_tokens == 0:
         return num_tokens * per_token
     crossing, encoder_crossing = len(config.cross_layers), len(config.enc_cross_attention)
-    per_token += crossing * 4 * d * d + encoder_crossing * 4 * d * c
-    encoder_layer = 8 * c * c + 2 * ffn_matrices * c * config.encoder_ffn_width + 4 * config.r * c
+    per_token += crossing * 4 * d * d
+    share = config.encoder_key_value_heads / config.encoder_heads
+    per_token += encoder_crossing * 4 * d * c * share
+    encoder_layer = 4 * c * c * (1 + share) + 2 * ffn_matrices * c * config.encoder_ffn_width + 4 * config.r * c
     per_neighbor_token = (
         config.enc_num_layers * encoder_layer
         + encoder_crossing * (4 * c * c + 4 * m * c)
         + crossing * (4 * c * d * groups / heads + 4 * m * d)  # K and V, and m queries over each key
+        + (2 * d * c if c != d else 0)
     )
+    return num_tokens * per_token + num_neighbor_tokens * per_neighbor_token
+
+
+def attention_flops(config: ModelConfig, num_tokens: int, num_neighbor_tokens: int) -> float:
+    """The share of `forward_flops` that is scores and weighted values."""
+    d, c, m = config.hidden_size, config.encoder_width, config.chunk_size
+    per_neighbor_token = config.enc_num_layers * 4 * config.r * c + len(config.enc_cross_attention) * 4 * m * c
+    per_neighbor_token += len(config.cross_layers) * 4 * m * d
+    per_token = config.dec_num_layers * 2 * config.encoder_seq_length * d
     return num_tokens * per_token + num_neighbor_tokens * per_neighbor_token
 
 
