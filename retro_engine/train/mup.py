@@ -82,13 +82,14 @@ def at_width(m: ModelConfig, width: int, is_mup: bool, keeps_head_width: bool = 
         return None if value is None else value * width // m.hidden_size
 
     grow: Callable[[int | None], int | None] = scaled if keeps_head_width else lambda value: value
+    heads = grow(m.num_attention_heads) or 1
     model = replace(
         m,
         hidden_size=width,
         ffn_hidden_size=m.ffn_hidden_size * width // m.hidden_size,
         encoder_hidden_size=scaled(m.encoder_hidden_size),
         encoder_ffn_hidden_size=scaled(m.encoder_ffn_hidden_size),
-        num_attention_heads=grow(m.num_attention_heads),
+        num_attention_heads=heads,
         num_query_groups=grow(m.num_query_groups),
         encoder_num_attention_heads=grow(m.encoder_num_attention_heads),
         mup=is_mup,
@@ -148,11 +149,11 @@ def _train_step(model: RetroModel, optimizer: Optimizer, batch: Batch, rate: flo
     optimizer.zero_grad()
     loss = model(tokens, neighbors, lengths, documents, labels) / max(1, int((labels >= 0).sum()))
     loss.backward()
-    norm = optimizer.norm()
-    if not (math.isfinite(float(loss)) and math.isfinite(norm)):
+    value, norm = float(loss.detach()), optimizer.norm()
+    if not (math.isfinite(value) and math.isfinite(norm)):
         return math.nan
     optimizer.step(rate, norm)
-    return float(loss.detach())
+    return value
 
 
 def random_batch(m: ModelConfig, size: int, seed: int) -> Batch:
@@ -329,7 +330,9 @@ class Sweep:
             for width, curve in curves.items():
                 cells = "".join(f"{curve[rate]:>9.4f}" if rate in curve else f"{'-':>9}" for rate in rates)
                 is_edge = best.get(width) in (rates[0], rates[-1])
-                note = f"{best[width]:.2g}" + (" (at the edge of the grid)" if is_edge else "") if width in best else "-"
+                note = (
+                    f"{best[width]:.2g}" + (" (at the edge of the grid)" if is_edge else "") if width in best else "-"
+                )
                 lines.append(f"width {width:<4}{cells}  best {note}")
             moved = self.moved(is_mup)
             lines.append("  the best rate moved " + ("?" if moved is None else f"{moved:+.1f} factors of 2"))
