@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--keep-head-width", action="store_true", help="more heads with the width, not wider ones")
     sub.add_argument("--rates", help="sweep: learning rates (default 2^-13 ... 2^-5)")
     sub.add_argument("--seeds", type=int, default=3)
-    sub.add_argument("--steps", type=int, help="check: 10, sweep: 300")
+    sub.add_argument("--steps", type=int, help="check: 5, sweep: 300")
 
     sub = command("eval", _eval, "bits per byte with retrieval on, off, random or given")
     sub.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint")
@@ -322,7 +322,7 @@ def _mup(args: argparse.Namespace) -> int:
     out, reporter = Path(args.out or "runs/mup"), _reporter(args)
     config = mup.open_config(args.overrides, args.preset, args.store)
     if args.what == "check":
-        steps = args.steps or 10
+        steps = args.steps or 5
         check = mup.coordinate_check(config, widths, steps, args.seeds, args.keep_head_width, reporter)
         mup.save_check(check, config, steps, out)
         print(

