@@ -491,11 +491,12 @@ def _map_names(config: Config, say: Callable[[str], None]) -> None:
             + ("; megatron_amp_O2 keeps bf16 weights" if is_o2 else "")
         )
     if m.shape_file is not None:
-        for key, value in _read_yaml(m.shape_file).items():
+        for key, value in flat_keys(_read_yaml(m.shape_file)).items():
             name = key.removeprefix("model.")
-            _require(
-                name.startswith("mup_base_"), "model.shape_file", m.shape_file, f"it holds {key}", "retro mup base"
-            )
+            is_width = name in [key for key, *_ in MODEL_BOUNDS if key.startswith("mup_base_")]
+            is_whole = value is None or (isinstance(value, int) and not isinstance(value, bool))
+            rule = f"it holds {key}: {value}; expected base widths"
+            _require(is_width and is_whole, "model.shape_file", m.shape_file, rule, "retro mup base writes one")
             setattr(m, name, value)
         m.shape_file = None  # what it said is in the settings now
 

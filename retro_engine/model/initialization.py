@@ -88,10 +88,12 @@ def width_multipliers(model: "RetroModel") -> dict[str, float]:
     """
     if not model.config.mup:
         return {}
+    config = base_config(model.config)
     with torch.device("meta"):
-        base = dict(type(model)(base_config(model.config)).named_parameters())
+        fan_in = {name: parameter.shape[-1] for name, parameter in type(model)(config).named_parameters()}
+    fan_in.setdefault("encoder_input.weight", config.hidden_size)  # not there where both base widths are the same
     hidden = {name: parameter for name, parameter in model.named_parameters() if is_hidden_matrix(name, parameter)}
-    return {name: parameter.shape[1] / base[name].shape[1] for name, parameter in hidden.items()}
+    return {name: parameter.shape[1] / fan_in[name] for name, parameter in hidden.items()}
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
