@@ -55,7 +55,10 @@ class Parallel:
         if self.world > 1:
             if not dist.is_initialized():
                 kind = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-                dist.init_process_group(kind, timeout=TIMEOUT)
+                # torchrun may keep its store over a restart: addresses of the processes before must not be found there
+                store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+                store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+                dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
             self.background = dist.new_group(backend="gloo", timeout=TIMEOUT)
             self.mesh = dist.init_device_mesh(
                 self.device.type, (self.data, self.tensor), mesh_dim_names=("data", "tensor")
