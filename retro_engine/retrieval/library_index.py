@@ -1,0 +1,330 @@
+"""What a live library searches: immutable segments and a delta that grows, seen through snapshots.
+
+A part (segment or delta) holds documents in the order of their keys: `keys` [documents], `starts` [documents + 1]
+(first chunk of each), `lengths` [chunks] (terms in each), and for every term, by its 64-bit hash, the chunks that
+have it and how often. A view is a part with the chunks that are still alive; a snapshot is a tuple of views that
+never changes, the delta last. BM25's statistics are counted over a snapshot, so a library that has lived scores as a
+fresh one of the same documents does.
+
+Reads and writes LIBRARY/segments/NNNNNNNN/: manifest.json and one .npy file per array (ivf.faiss instead of
+vectors.npy from 16,384 chunks on). Letters: U chunks, T terms, Z embedding width.
+"""
+
+import errno
+import io
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_engine.data import files
+from retro_engine.errors import StoreError
+from retro_engine.jit import numba
+from retro_engine.retrieval import library_ivf
+from retro_engine.retrieval.library_ivf import IvfVectors
+
+DTYPES = {
+    "keys": np.int64,
+    "starts": np.int32,
+    "lengths": np.int32,
+    "terms": np.uint64,
+    "term_starts": np.int64,
+    "chunks": np.int32,
+    "counts": np.uint16,
+}
+VECTORS, IVF = "vectors.npy", "ivf.faiss"
+# The chunks and counts of each of T terms: entries firsts[t] ... lasts[t] - 1 of two flat arrays.
+Postings = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part that never changes."""
+
+    keys: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    terms: np.ndarray  # [T] u8, ascending
+    term_starts: np.ndarray  # [T + 1]
+    chunks: np.ndarray
+    counts: np.ndarray
+    vectors: np.ndarray | None = None  # [U, Z]
+    ivf: IvfVectors | None = None  # instead of vectors
+    folder: Path | None = None
+
+    def postings(self, hashes: np.ndarray) -> Postings:
+        places = np.searchsorted(self.terms, hashes)
+        known = places < len(self.terms)
+        places = np.where(known, places, 0)
+        known &= self.terms[places] == hashes if len(self.terms) else False
+        firsts = np.where(known, self.term_starts[places], 0)
+        lasts = np.where(known, self.term_starts[np.minimum(places + 1, len(self.terms))], 0)
+        return firsts, lasts, self.chunks, self.counts
+
+    def chunk_lengths(self, count: int) -> np.ndarray:
+        return self.lengths
+
+    def all_vectors(self, count: int) -> np.ndarray | None:
+        return self.ivf.vectors() if self.ivf is not None else self.vectors
+
+
+class Delta:
+    """The newest documents. One writer appends; readers look at the first chunks only, up to their view's count."""
+
+    def __init__(self, width: int | None):
+        self.keys, self.starts, self.lengths = array("q"), array("i", [0]), array("i")
+        self._postings: dict[int, array[int]] = {}  # hash -> chunk, count, chunk, count, ...
+        self._vectors = None if width is None else np.empty((64, width), np.float32)
+        self.ivf = None
+
+    def append(self, key: int, terms: Sequence[Counter[int]], vectors: np.ndarray | None) -> None:
+        first = self.starts[-1]
+        if self._vectors is not None and vectors is not None:
+            if first + len(terms) > len(self._vectors):  # readers keep the old array
+                grown = np.empty((2 * (first + len(terms)), self._vectors.shape[1]), np.float32)
+                grown[:first] = self._vectors[:first]
+                self._vectors = grown
+            self._vectors[first : first + len(terms)] = vectors
+        for chunk, counts in enumerate(terms, first):
+            for term, count in counts.items():
+                self._postings.setdefault(term, array("i")).extend((chunk, count))
+            self.lengths.append(counts.total())
+        self.keys.append(key)
+        self.starts.append(first + len(terms))
+
+    def postings(self, hashes: np.ndarray) -> Postings:
+        found = [self._postings[h][:] if h in self._postings else array("i") for h in hashes.tolist()]
+        ends = np.cumsum([0] + [len(entries) // 2 for entries in found])
+        flat = np.frombuffer(b"".join(found), np.int32).reshape(-1, 2)
+        return ends[:-1], ends[1:], _frozen(flat[:, 0]), _frozen(flat[:, 1].astype(np.uint16))
+
+    def chunk_lengths(self, count: int) -> np.ndarray:
+        return np.frombuffer(self.lengths[:count].tobytes(), np.int32)
+
+    def all_vectors(self, count: int) -> np.ndarray | None:
+        return None if self._vectors is None else self._vectors[:count]
+
+    def segment(self) -> Segment:
+        """The delta as a segment, once nothing is appended any more."""
+        hashes = np.array(sorted(self._postings), np.uint64)
+        firsts, lasts, chunks, counts = self.postings(hashes)
+        return Segment(
+            np.array(self.keys, np.int64),
+            np.array(self.starts, np.int32),
+            np.array(self.lengths, np.int32),
+            hashes,
+            np.concatenate((firsts[:1], lasts)) if len(hashes) else np.zeros(1, np.int64),
+            chunks,
+            counts,
+            self.all_vectors(len(self.lengths)),
+        )
+
+
+def _frozen(values: np.ndarray) -> np.ndarray:
+    """Contiguous and read-only, as a memory-mapped segment's arrays are: numba compiles its loops once."""
+    values = np.ascontiguousarray(values)
+    values.setflags(write=False)
+    return values
+
+
+@dataclass(frozen=True)
+class View:
+    """The chunks of a part that a snapshot sees."""
+
+    part: Segment | Delta
+    alive: np.ndarray  # [U] bool
+    num_alive: int
+    num_terms: int  # in the chunks that are alive
+
+    @classmethod
+    def whole(cls, part: Segment | Delta) -> "View":
+        count = int(part.starts[-1])
+        return cls(part, _frozen(np.ones(count, bool)), count, int(part.chunk_lengths(count).sum(dtype=np.int64)))
+
+    def document(self, chunk: int) -> tuple[int, int]:
+        """Key of a chunk's document, and the chunk's number in it."""
+        place = bisect_right(self.part.starts, chunk) - 1
+        return int(self.part.keys[place]), chunk - int(self.part.starts[place])
+
+    def without(self, keys: Sequence[int]) -> "View":
+        """The view after some documents died, wherever they were."""
+        ranges = []
+        for key in keys:
+            place = bisect_left(self.part.keys, key)
+            if place < len(self.part.keys) and self.part.keys[place] == key:
+                ranges.append((int(self.part.starts[place]), int(self.part.starts[place + 1])))
+        if not ranges:
+            return self
+        alive = self.alive.copy()
+        for first, last in ranges:
+            alive[first:last] = False
+        lengths = self.part.chunk_lengths(len(alive))
+        num_dead_terms = int(lengths[self.alive & ~alive].sum(dtype=np.int64))
+        return replace(self, alive=_frozen(alive), num_alive=int(alive.sum()), num_terms=self.num_terms - num_dead_terms)
+
+    def grown(self) -> "View":
+        """The view of a delta after documents were appended."""
+        old, count = len(self.alive), int(self.part.starts[-1])
+        alive = np.ones(count, bool)
+        alive[:old] = self.alive
+        num_terms = self.num_terms + int(self.part.chunk_lengths(count)[old:].sum(dtype=np.int64))
+        return View(self.part, _frozen(alive), self.num_alive + count - old, num_terms)
+
+    def alive_keys(self) -> np.ndarray:
+        starts = np.array(self.part.starts, np.int64)
+        return np.array(self.part.keys, np.int64)[self.alive[starts[:-1]]]
+
+
+Snapshot = tuple[View, ...]
+
+
+def tail_to_merge(snapshot: Snapshot, is_all: bool = False) -> int:
+    """The first of the views that become one segment.
+
+    Deltas do always (of a merge that failed there are several); a segment when those after it together are more than
+    half as large, or when it is mostly dead.
+    """
+    first, size = len(snapshot) - 1, snapshot[-1].num_alive
+    for place in reversed(range(len(snapshot) - 1)):
+        view = snapshot[place]
+        is_mostly_dead = 2 * view.num_alive < len(view.alive)
+        if is_all or isinstance(view.part, Delta) or view.num_alive < 2 * size or is_mostly_dead:
+            first, size = place, sum(other.num_alive for other in snapshot[place:])
+    return first
+
+
+def merge(views: Sequence[View]) -> Segment:
+    """One segment of the chunks that are alive: byte for byte what their documents alone would make."""
+    parts = [view.part.segment() if isinstance(view.part, Delta) else view.part for view in views]
+    keys, starts, lengths, renumbered, vectors = [], [], [], [], []
+    num_chunks = 0
+    for view, part in zip(views, parts):
+        is_alive = view.alive[part.starts[:-1]]
+        numbers = np.cumsum(view.alive, dtype=np.int64) - 1 + num_chunks
+        keys.append(part.keys[is_alive])
+        starts.append(numbers[part.starts[:-1][is_alive]])
+        lengths.append(part.lengths[view.alive])
+        renumbered.append(np.where(view.alive, numbers, -1).astype(np.int32))
+        rows = part.all_vectors(len(view.alive))
+        if rows is not None:
+            vectors.append(rows[view.alive])
+        num_chunks += view.num_alive
+    terms = np.unique(np.concatenate([part.terms for part in parts]))
+    sizes = np.zeros(len(terms), np.int64)
+    places = [np.searchsorted(terms, part.terms) for part in parts]
+    for part, place, numbers in zip(parts, places, renumbered):
+        _count_entries(part.term_starts, part.chunks, numbers, place, sizes)
+    ends = np.cumsum(sizes)
+    cursors = ends - sizes
+    chunks, counts = np.empty(ends[-1] if len(ends) else 0, np.int32), np.empty(ends[-1] if len(ends) else 0, np.uint16)
+    for part, place, numbers in zip(parts, places, renumbered):
+        _copy_entries(part.term_starts, part.chunks, part.counts, numbers, place, cursors, chunks, counts)
+    used = sizes > 0
+    return Segment(
+        np.concatenate(keys),
+        np.concatenate([*starts, [num_chunks]]).astype(np.int32),
+        np.concatenate(lengths),
+        terms[used],
+        np.concatenate(([0], ends[used])),
+        chunks,
+        counts,
+        np.concatenate(vectors) if vectors else None,
+    )
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_entries(term_starts, chunks, numbers, places, sizes):  # type: ignore[no-untyped-def]
+    for term in range(len(places)):
+        for entry in range(term_starts[term], term_starts[term + 1]):
+            if numbers[chunks[entry]] >= 0:
+                sizes[places[term]] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _copy_entries(term_starts, chunks, counts, numbers, places, cursors, to_chunks, to_counts):  # type: ignore[no-untyped-def]
+    for term in range(len(places)):
+        cursor = cursors[places[term]]
+        for entry in range(term_starts[term], term_starts[term + 1]):
+            number = numbers[chunks[entry]]
+            if number >= 0:
+                to_chunks[cursor] = number
+                to_counts[cursor] = counts[entry]
+                cursor += 1
+        cursors[places[term]] = cursor
+
+
+def publish_segment(segment: Segment, folder: Path, parent: str) -> str:
+    """Write a segment of the library with settings `parent`; return its fingerprint."""
+    files.make_folder(folder)
+    hashes = {}
+    for name in DTYPES:
+        hashes[f"{name}.npy"] = _publish_array(folder / f"{name}.npy", getattr(segment, name))
+    content: dict[str, Any] = {"library": parent, "documents": len(segment.keys), "chunks": len(segment.lengths)}
+    if segment.vectors is not None:
+        content["width"] = segment.vectors.shape[1]
+        if len(segment.vectors) >= library_ivf.MIN_CHUNKS:
+            temporary = folder / f".{IVF}.tmp"
+            try:
+                probes, recall = IvfVectors.build(segment.vectors, temporary)
+            except RuntimeError as error:  # Faiss raises nothing narrower for a failed write
+                raise files.io_error(OSError(errno.ENOSPC, str(error)), folder / IVF) from error
+            files.publish_file(temporary, folder / IVF)
+            content |= {"probes": probes, f"recall_at_{library_ivf.RECALL_AT}": recall}
+            hashes[IVF] = files.sha256_file(folder / IVF)
+        else:
+            hashes[VECTORS] = _publish_array(folder / VECTORS, segment.vectors)
+    return files.write_manifest(folder, "segment", {**content, "files": hashes})
+
+
+def _publish_array(path: Path, values: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    files.publish(path, [buffer.getbuffer()])
+    return files.sha256_file(path)
+
+
+def open_segment(folder: Path, parent: str, fingerprint: str) -> Segment:
+    """A published segment, memory-mapped. Raises MissingInputError or StoreError when it is not whole, or another's."""
+    manifest = files.read_manifest(folder, "segment")
+    if (manifest["library"], manifest["fingerprint"]) != (parent, fingerprint):
+        raise StoreError(f"{folder} is another segment", "the library names its fingerprint", "it is built again")
+    files.verify_files(folder, manifest["files"])
+    try:
+        load = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in DTYPES}
+        if any(values.dtype != DTYPES[name] or values.ndim != 1 for name, values in load.items()):
+            raise ValueError("an array has another type")
+        vectors = ivf = None
+        if IVF in manifest["files"]:
+            ivf = IvfVectors.open(folder / IVF, manifest["chunks"], manifest["width"], manifest["probes"])
+        elif VECTORS in manifest["files"]:
+            vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{folder} cannot be read", str(error), "it is built again") from error
+    segment = Segment(**{n: v.view(np.ndarray) for n, v in load.items()}, vectors=vectors, ivf=ivf, folder=folder)
+    _check(segment, manifest)
+    return segment
+
+
+def _check(segment: Segment, manifest: dict[str, Any]) -> None:
+    """Everything that the search loops take for granted: numba checks no bounds."""
+    s, count = segment, manifest["chunks"]
+    holds = (
+        len(s.keys) == manifest["documents"] >= 1
+        and len(s.starts) == len(s.keys) + 1
+        and len(s.lengths) == count
+        and (int(s.starts[0]), int(s.starts[-1])) == (0, count)
+        and bool((np.diff(s.starts) > 0).all() and (np.diff(s.keys) > 0).all())
+        and len(s.term_starts) == len(s.terms) + 1
+        and bool((s.terms[1:] > s.terms[:-1]).all() and (np.diff(s.term_starts) >= 0).all())
+        and (int(s.term_starts[0]), int(s.term_starts[-1])) == (0, len(s.chunks))
+        and len(s.counts) == len(s.chunks)
+        and (not len(s.chunks) or (int(s.chunks.min()) >= 0 and int(s.chunks.max()) < count))
+        and (s.vectors is None or (s.vectors.dtype == np.float32 and s.vectors.shape == (count, manifest["width"])))
+    )
+    if not holds:
+        raise StoreError(f"{s.folder} contradicts itself", "its arrays do not fit", "it is built again")
