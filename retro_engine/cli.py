@@ -158,6 +158,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--show-neighbors", action="store_true")
     sub.add_argument("--seed", type=int, default=0)
 
+    from retro_engine.cli_docs import add_docs
+
+    add_docs(command("docs", _doctor, "a live library: add, list, get, rm, reset, query, import"))
+
     sub = command("report", _report, "one HTML page on a run: what retrieval gave, how it trained, what it read")
     sub.add_argument("path", metavar="RUN")
     sub.add_argument("--share", default="valid", choices=["train", "valid", "test", "all"], help="which documents")
@@ -167,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, default=32, help="batches a mode")
     sub.add_argument("--all", action="store_true", help="every batch")
 
-    sub = command("inspect", _inspect, "what a store, table, index or checkpoint is")
+    sub = command("inspect", _inspect, "what a store, table, index, library or checkpoint is")
     sub.add_argument("path")
     sub.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     sub.add_argument("--samples", type=int, default=0, metavar="N", help="chunks to print, with their neighbors")
@@ -479,6 +483,8 @@ def _inspect(args: argparse.Namespace) -> int:
     from retro_engine.data import files
     from retro_engine.data.neighbor_table import NeighborTable
     from retro_engine.data.store import Store
+    from retro_engine.retrieval.library import Library
+    from retro_engine.retrieval.library_file import FILE
     from retro_engine.retrieval.search import open_index
     from retro_engine.train import checkpoint
 
@@ -489,8 +495,16 @@ def _inspect(args: argparse.Namespace) -> int:
             checkpoint.verify(folder)
         _print(args, {"kind": "checkpoint", "path": str(folder), **checkpoint.read_trainer(folder)})
         return 0
+    if (path / FILE).is_file():
+        with Library(path) as library:
+            if args.verify:
+                library.verify()
+            _print(args, {**library.statistics(), **({"verified": True} if args.verify else {})})
+        return 0
     if not (path / files.MANIFEST).is_file():
-        raise MissingInputError(f"{path} is not a store, table, index, run or checkpoint", "it has no manifest.json")
+        raise MissingInputError(
+            f"{path} is not a store, table, index, library, run or checkpoint", "it has no manifest.json"
+        )
     try:
         kind = json.loads((path / files.MANIFEST).read_text()).get("kind")
     except (ValueError, AttributeError):
@@ -563,7 +577,7 @@ def _doctor(args: argparse.Namespace) -> int:
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
-    packages = ("torch", "numpy", "tokenizers", "safetensors", "faiss-cpu", "bm25s", "numba", "tensorboard")
+    packages = ("torch", "numpy", "tokenizers", "safetensors", "faiss-cpu", "bm25s", "apsw", "numba", "tensorboard")
     _print(
         args,
         {

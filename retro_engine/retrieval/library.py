@@ -6,7 +6,6 @@ they read a snapshot. One process has a library open; in it any number of thread
 """
 
 import contextlib
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,20 +23,19 @@ from retro_engine.retrieval import library_file
 from retro_engine.retrieval.library_documents import (
     Chunker,
     Embedder,
+    HashEmbedder,
     Prepared,
     check_id,
     check_namespace,
     check_query,
-    chunk_terms,
-    num_chunks,
 )
 from retro_engine.retrieval.library_file import LibraryFile
-from retro_engine.retrieval.library_index import Delta, Segment, Snapshot, View, merge, open_segment, publish_segment, tail_to_merge
-from retro_engine.retrieval.library_search import Hit, Ranking, check_mode, drop_overlaps, rank
+from retro_engine.retrieval.library_index import Segment, Snapshot
+from retro_engine.retrieval.library_merge import LibraryIndex
+from retro_engine.retrieval.library_search import Hit, Ranking, Source, check_mode, drop_overlaps, rank
 
 DEFAULT = "default"  # the namespace
 DELTA_CHUNKS = 4096  # from then on the delta becomes a segment
-SEGMENTS = "segments"
 MAX_LIST = 1000
 TRIES = 5  # of a search whose hits were deleted while it ran
 
@@ -57,12 +55,14 @@ class Library:
     """An open library. Close it, or use it as a context manager: its lock goes with it."""
 
     def __init__(self, folder: str | Path, embedder: Embedder | None = None, delta_chunks: int = DELTA_CHUNKS):
-        """Open a library that `create` made, with the embedder it was made with (None: lexical search only).
+        """Open a library that `create` made, with the embedder it was made with.
+
+        Without one, a library of `hash` takes its own, and another library can be searched but not added to.
 
         Raises MissingInputError where there is none; UsageError when another process has it open; StoreError for a
         damaged, foreign or newer one, or another embedder.
         """
-        self.folder, self.delta_chunks = Path(folder), delta_chunks
+        self.folder = Path(folder)
         if not (self.folder / library_file.FILE).is_file():
             raise MissingInputError(
                 f"{self.folder} is not a library", f"it has no {library_file.FILE}", "retro docs add makes one"
@@ -71,22 +71,19 @@ class Library:
             stack.enter_context(files.locked(self.folder))
             self.file = LibraryFile(self.folder)
             stack.callback(self.file.close)
+            if embedder is None and self.file.settings["embedder"] == HashEmbedder.name:
+                embedder = HashEmbedder(self.file.tokenizer)
             self.chunker = Chunker(
                 self.file.tokenizer, self.file.chunk_size, self.file.stride, embedder, self.file.settings["width"]
             )
             self._check_embedder(embedder)
             self._lock = threading.RLock()  # writers, and whoever publishes a snapshot
-            self._merge_lock = threading.Lock()
-            self._wake = threading.Event()
             self._is_closed = False
-            self.notes: list[str] = []  # what was mended while opening, and merges that failed
             with library_file.typed_errors(self.file.path):
                 self._version = self.file.version()
-                self._snapshots = self._load()
+                self._index = LibraryIndex(self.file, self.chunker, delta_chunks, self._lock)
             self._resources = stack.pop_all()
-        self._merger = threading.Thread(target=self._merge_loop, name="library-merger", daemon=True)
-        self._merger.start()
-        self._wake.set()
+        self._index.start()
 
     @classmethod
     def create(
@@ -127,8 +124,7 @@ class Library:
             if self._is_closed:
                 return
             self._is_closed = True
-        self._wake.set()
-        self._merger.join()
+        self._index.stop()
         with self._lock:
             self._resources.close()
 
@@ -179,26 +175,22 @@ class Library:
                     if also is not None:
                         also(connection)
                 self._version = self.file.version()
-                self._show(namespace, gone + replaced, list(zip(keys, documents)))
+                self._index.show(namespace, gone + replaced, list(zip(keys, documents)))
             except RetroError:  # rolled back: what is seen is what there is
                 raise
             except BaseException:  # stopped between disk and snapshot
-                self._version, self._snapshots = self.file.version(), self._load()
+                self._version = self.file.version()
+                self._index.load()
                 raise
         return len(gone)
 
-    def _show(self, namespace: str, dead: list[int], new: list[tuple[int, Prepared]]) -> None:
-        """Publish a snapshot without the dead and with the new."""
-        old = self._snapshots.get(namespace) or (View.whole(Delta(self.chunker.width)),)
-        views = [view.without(dead) for view in old] if dead else list(old)
-        delta = views[-1].part
-        assert isinstance(delta, Delta), "a snapshot ends with its delta"
-        for key, document in new:
-            delta.append(key, document.terms, document.vectors)
-        views[-1] = views[-1].grown()
-        self._snapshots = {**self._snapshots, namespace: tuple(views)}
-        if len(views[-1].alive) >= self.delta_chunks:
-            self._wake.set()
+    @contextlib.contextmanager
+    def locked_transaction(self) -> Iterator[apsw.Connection]:
+        """A transaction beside the documents: jobs."""
+        with self._lock:
+            self._check_open()
+            with self.file.transaction(is_write=False) as connection:
+                yield connection
 
     def reset(self, namespace: str | None = None) -> int:
         """Delete every document of a namespace, or of all (None); return how many there were."""
@@ -206,18 +198,16 @@ class Library:
             check_namespace(namespace)
         with self._lock:
             self._check_open()
-            names = list(self._snapshots) if namespace is None else [namespace]
+            names = list(self._index.snapshots) if namespace is None else [namespace]
+            count = 0
             with self.file.transaction() as connection:
-                count = 0
                 for name in names:
-                    for table in ("documents", "segments"):
-                        connection.execute(f"DELETE FROM {table} WHERE namespace = ?", (name,))
-                        count += connection.changes() if table == "documents" else 0
+                    connection.execute("DELETE FROM documents WHERE namespace = ?", (name,))
+                    count += connection.changes()
+                    connection.execute("DELETE FROM segments WHERE namespace = ?", (name,))
                     connection.execute("DELETE FROM namespaces WHERE name = ?", (name,))
             self._version = self.file.version()
-            gone = [view.part for name in names for view in self._snapshots.get(name, ())]
-            self._snapshots = {name: views for name, views in self._snapshots.items() if name not in names}
-            self._remove_folders(gone)
+            self._index.forget(names)
         return count
 
     # Reading
@@ -226,15 +216,15 @@ class Library:
         """A document, or None."""
         check_namespace(namespace)
         check_id(identifier)
-        rows = self._read("SELECT id, title, text FROM documents WHERE namespace = ? AND id = ?", namespace, identifier)
+        rows = self.read("SELECT id, title, text FROM documents WHERE namespace = ? AND id = ?", namespace, identifier)
         return Document(*rows[0]) if rows else None
 
-    def list(self, namespace: str = DEFAULT, after: str = "", limit: int = 100) -> "list[Entry]":
+    def entries(self, namespace: str = DEFAULT, after: str = "", limit: int = 100) -> list[Entry]:
         """Documents in the order of their ids' UTF-8, those after the id `after`; the last id begins the next page."""
         check_namespace(namespace)
         if not 1 <= limit <= MAX_LIST:
             raise UsageError(f"limit={limit} cannot be used", f"a page has 1 to {MAX_LIST:,} documents")
-        rows = self._read(
+        rows = self.read(
             "SELECT id, title, chunks, num_tokens, bytes FROM documents WHERE namespace = ? AND id > ? ORDER BY id LIMIT ?",
             namespace,
             after,
@@ -245,15 +235,7 @@ class Library:
     def statistics(self) -> dict[str, Any]:
         """Counts of each namespace, the index's parts, the version."""
         names = ("documents", "chunks", "tokens", "bytes")
-        rows = self._read("SELECT name, documents, chunks, tokens, bytes FROM namespaces ORDER BY name")
-        parts = {
-            name: {
-                "segments": [view.num_alive for view in views[:-1]],
-                "delta": views[-1].num_alive,
-                "dead": sum(len(view.alive) - view.num_alive for view in views),
-            }
-            for name, views in self._snapshots.items()
-        }
+        rows = self.read("SELECT name, documents, chunks, tokens, bytes FROM namespaces ORDER BY name")
         counts = {name: dict(zip(names, numbers)) for name, *numbers in rows}
         return {
             "kind": "library",
@@ -261,8 +243,8 @@ class Library:
             "chunk_size": self.file.chunk_size,
             "stride": self.file.stride,
             "embedder": self.file.settings["embedder"],
-            "namespaces": {name: count | parts.get(name, {}) for name, count in counts.items()},
-            "notes": list(self.notes),
+            "namespaces": {name: count | self._index.parts(name) for name, count in counts.items()},
+            "notes": list(self._index.notes),
         }
 
     def search(
@@ -272,7 +254,7 @@ class Library:
         mode: str = "lexical",
         namespace: str = DEFAULT,
         weights: Sequence[float] = (1.0, 1.0),
-    ) -> "list[Hit]":
+    ) -> list[Hit]:
         """The k best chunks for a text, best first; fewer where there are no more.
 
         Modes: lexical, dense, hybrid (both rankings fused with `weights`). Chunks that overlap better ones (stride <
@@ -288,7 +270,7 @@ class Library:
         hits: list[Hit] = []
         for _ in range(TRIES):
             self._check_open()
-            snapshot = self._snapshots.get(namespace, ())
+            snapshot = self._index.snapshots.get(namespace, ())
             ranking = rank(snapshot, mode, text, vector, weights, k * (2 * reach - 1))
             ranking = drop_overlaps(snapshot, ranking, reach)[:k] if reach > 1 else ranking
             hits = self._hits(snapshot, ranking)
@@ -296,14 +278,15 @@ class Library:
                 break
         return hits
 
-    def source(self, mode: str = "lexical", namespace: str = DEFAULT) -> "Callable[[str, int], list[Hit]]":
+    def source(self, mode: str = "lexical", namespace: str = DEFAULT, weights: Sequence[float] = (1.0, 1.0)) -> Source:
         """This library as a source of `combined`."""
-        return lambda text, k: self.search(text, k, mode, namespace)
+        return lambda text, k: self.search(text, k, mode, namespace, weights)
 
-    def _hits(self, snapshot: Snapshot, ranking: Ranking) -> "list[Hit]":
+    def _hits(self, snapshot: Snapshot, ranking: Ranking) -> list[Hit]:
         """The texts of a ranking, but for documents that were deleted since."""
         m, size = self.file.chunk_size, np.dtype(self.file.tokenizer.dtype).itemsize
-        found, rows = [], []
+        found: list[tuple[str, str, int, float]] = []
+        rows: list[list[int]] = []
         with self.file.reader() as connection:
             for view, chunk, score in ranking:
                 key, number = snapshot[view].document(chunk)
@@ -317,147 +300,43 @@ class Library:
                     rows += [tokens[:m], tokens[m:]]
                     found.append((row[0], row[1], number, score))
         texts = self.file.tokenizer.decode_batch(rows)
-        return [Hit(*head, *texts[2 * i : 2 * i + 2], self.folder.name) for i, head in enumerate(found)]
+        pairs = zip(found, texts[::2], texts[1::2])
+        return [Hit(*head, text, continuation, self.folder.name) for head, text, continuation in pairs]
 
-    def _read(self, statement: str, *values: Any) -> "list[Any]":
+    def read(self, statement: str, *values: Any) -> list[Any]:
+        """Rows of the library's tables."""
         self._check_open()
         with self.file.reader() as connection:
             return connection.execute(statement, values).fetchall()
 
-    # The index
-
     def merge(self, is_all: bool = False) -> None:
         """Make segments of the deltas now (`is_all`: one of each namespace), as the background thread does."""
-        for namespace in list(self._snapshots):
-            self._merge(namespace, is_all, min_chunks=1)
-
-    def _merge_loop(self) -> None:
-        while not self._is_closed:
-            self._wake.wait()
-            self._wake.clear()
-            try:
-                for namespace in list(self._snapshots):
-                    if self._is_closed:
-                        return
-                    self._merge(namespace, False, self.delta_chunks)
-            except RetroError as error:  # a full disk, say: the delta serves, and the next write tries again
-                note = f"merge failed: {error.what}"
-                if self.notes[-1:] != [note]:
-                    self.notes.append(note)
-
-    def _merge(self, namespace: str, is_all: bool, min_chunks: int) -> None:
-        with self._merge_lock:
-            with self._lock:
-                views = self._snapshots.get(namespace, ())
-                is_due = bool(views) and (len(views[-1].alive) >= min_chunks or (is_all and len(views) > 2))
-                if self._is_closed or not is_due:
-                    return
-                first = tail_to_merge(views, is_all)
-                inputs = views[first:]
-                fresh = View.whole(Delta(self.chunker.width))  # what is written from now on
-                self._snapshots = {**self._snapshots, namespace: (*views, fresh)}
-            merged = None
-            if any(view.num_alive for view in inputs):
-                folder = self.folder / SEGMENTS / f"{self._next_segment():08d}"
-                mark = publish_segment(merge(inputs), folder, self.file.fingerprint)
-                merged = View.whole(open_segment(folder, self.file.fingerprint, mark))
-                merged_row = (folder.name, namespace, int(merged.part.keys[0]), int(merged.part.keys[-1]), mark)
-            with self._lock:
-                current = self._snapshots.get(namespace, ())
-                parts = [view.part for view in current]
-                if [id(view.part) for view in inputs] != [id(p) for p in parts[first : first + len(inputs)]]:  # a reset came between
-                    self._remove_folders([merged.part] if merged else [])
-                    return
-                replaced = current[first : first + len(inputs)]
-                with self.file.transaction(is_write=False) as connection:
-                    names = [(v.part.folder.name,) for v in replaced if not isinstance(v.part, Delta)]
-                    connection.executemany("DELETE FROM segments WHERE name = ?", names)
-                    if merged is not None:
-                        connection.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?)", merged_row)
-                        alive = np.concatenate([view.alive_keys() for view in replaced])
-                        died = np.setdiff1d(merged.part.keys, alive, assume_unique=True)
-                        merged = merged.without(died.tolist())
-                new = (*current[:first], *([merged] if merged else []), *current[first + len(inputs) :])
-                self._snapshots = {**self._snapshots, namespace: new}
-                self._remove_folders([view.part for view in replaced])
-
-    def _next_segment(self) -> int:
-        root = self.folder / SEGMENTS
-        return 1 + max((int(path.name) for path in root.iterdir() if path.name.isdigit()), default=0) if root.is_dir() else 1
-
-    def _remove_folders(self, parts: "Sequence[Any]") -> None:
-        """Remove segments that nothing names any more; searches that still read them keep them mapped."""
-        for part in parts:
-            if not isinstance(part, Delta) and part.folder is not None:
-                shutil.rmtree(part.folder, ignore_errors=True)  # what stays is removed when the library is opened
-
-    def _load(self) -> dict[str, Snapshot]:
-        """Every namespace's snapshot, from the segments there are and the documents that are in none."""
-        rows = self.file.writer.execute("SELECT namespace, name, first_key, last_key, fingerprint FROM segments")
-        segments: dict[str, list[tuple[Any, ...]]] = {}
-        for namespace, *rest in sorted(rows.fetchall(), key=lambda row: row[2]):
-            segments.setdefault(namespace, []).append(tuple(rest))
-        named = {row[0] for each in segments.values() for row in each}
-        root = self.folder / SEGMENTS
-        for path in root.iterdir() if root.is_dir() else ():
-            if path.name not in named:  # a merge that was killed
-                shutil.rmtree(path, ignore_errors=True)
-        names = [name for (name,) in self.file.writer.execute("SELECT name FROM namespaces").fetchall()]
-        return {name: self._load_namespace(name, segments.get(name, [])) for name in names}
-
-    def _load_namespace(self, namespace: str, segments: "list[tuple[Any, ...]]") -> Snapshot:
-        alive = self.file.keys(namespace)
-        views: list[View] = []
-        last = 0
-        for name, first_key, last_key, mark in segments:
-            try:
-                view = View.whole(open_segment(self.folder / SEGMENTS / name, self.file.fingerprint, mark))
-                views.append(view.without(np.setdiff1d(view.part.keys, alive, assume_unique=True).tolist()))
-            except (StoreError, MissingInputError) as error:
-                self.notes.append(f"segment {name} was built again: {error.what}")
-                views += self._built_again(namespace, name, first_key, last_key)
-            last = last_key
-        return (*views, View.whole(self._filled(namespace, last, None)))
-
-    def _built_again(self, namespace: str, name: str, first_key: int, last_key: int) -> "list[View]":
-        """The segment that takes the place of a damaged one, made from the documents; none when they are all gone."""
-        segment = self._filled(namespace, first_key - 1, last_key).segment()
-        folder = self.folder / SEGMENTS / f"{self._next_segment():08d}"
-        mark = publish_segment(segment, folder, self.file.fingerprint) if len(segment.keys) else ""
-        with self.file.transaction(is_write=False) as connection:
-            connection.execute("DELETE FROM segments WHERE name = ?", (name,))
-            if mark:
-                row = (folder.name, namespace, first_key, last_key, mark)
-                connection.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?)", row)
-        shutil.rmtree(self.folder / SEGMENTS / name, ignore_errors=True)
-        return [View.whole(open_segment(folder, self.file.fingerprint, mark))] if mark else []
-
-    def _filled(self, namespace: str, after: int, last: int | None) -> Delta:
-        """A delta of the documents with keys after < key <= last."""
-        delta = Delta(self.chunker.width)
-        for key, tokens, vectors in self.file.contents(namespace, after, last):
-            delta.append(key, chunk_terms(self.chunker.texts(tokens)), vectors)
-        return delta
+        self._check_open()
+        self._index.merge_all(is_all)
 
     def verify(self) -> None:
         """Compare everything with everything. Raises StoreError for the first thing that does not fit."""
         with self._lock:
             self._verify_file()
-            for namespace, views in self._snapshots.items():
+            for namespace, views in self._index.snapshots.items():
                 indexed = np.concatenate([view.alive_keys() for view in views])
                 if not np.array_equal(indexed, self.file.keys(namespace)):
-                    root = self.folder / SEGMENTS
-                    raise StoreError(f"{root} does not fit the documents of {namespace}", "", f"rm -r {root}")
-            folders = [v.part.folder for views in self._snapshots.values() for v in views if isinstance(v.part, Segment)]
+                    where = self._index.folder
+                    raise StoreError(f"{where} does not fit the documents of {namespace}", "", f"rm -r {where}")
+            folders = [
+                v.part.folder for views in self._index.snapshots.values() for v in views if isinstance(v.part, Segment)
+            ]
         for folder in folders:
             if folder is not None and folder.is_dir():  # not merged away since
                 files.verify_files(folder, files.read_manifest(folder, "segment")["files"])
 
     def _verify_file(self) -> None:
-        for (problem,) in self._read("PRAGMA integrity_check"):
+        for (problem,) in self.read("PRAGMA integrity_check"):
             if problem != "ok":
                 raise StoreError(f"{self.file.path} is damaged", problem, "restore it from a copy")
-        sums = "SELECT namespace, count(*), sum(chunks), sum(num_tokens), sum(bytes) FROM documents GROUP BY 1 ORDER BY 1"
+        sums = (
+            "SELECT namespace, count(*), sum(chunks), sum(num_tokens), sum(bytes) FROM documents GROUP BY 1 ORDER BY 1"
+        )
         counted = "SELECT * FROM namespaces WHERE documents > 0 ORDER BY name"
-        if self._read(sums) != self._read(counted):
+        if self.read(sums) != self.read(counted):
             raise StoreError(f"{self.file.path} contradicts itself", "its counts do not fit", "restore it from a copy")

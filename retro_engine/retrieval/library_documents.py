@@ -173,7 +173,9 @@ def check_id(identifier: str) -> None:
 def check_namespace(namespace: str) -> None:
     if not isinstance(namespace, str) or NAMESPACE.fullmatch(namespace) is None:
         raise UsageError(
-            f"namespace {str(namespace)[:80]!r} is not allowed", "it is 1 to 64 letters, digits, _ . and -", "name another"
+            f"namespace {str(namespace)[:80]!r} is not allowed",
+            "it is 1 to 64 letters, digits, _ . and -",
+            "name another",
         )
 
 
@@ -185,7 +187,9 @@ def check_query(text: str, k: int) -> None:
         raise UsageError("the query is empty", "it holds no text", "ask for something")
     if len(text) > MAX_QUERY_CHARACTERS:
         raise UsageError(
-            f"the query has {len(text):,} characters", f"at most {MAX_QUERY_CHARACTERS:,} are read", "ask with less text"
+            f"the query has {len(text):,} characters",
+            f"at most {MAX_QUERY_CHARACTERS:,} are read",
+            "ask with less text",
         )
 
 

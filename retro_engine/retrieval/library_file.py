@@ -77,7 +77,9 @@ def create(folder: Path, tokenizer: Tokenizer, chunk_size: int, stride: int, emb
         connection = _connect(path)
         try:
             if connection.pragma("application_id") or connection.pragma("user_version"):
-                raise UsageError(f"{folder} holds a library", "it is not made anew", "open it, or choose another folder")
+                raise UsageError(
+                    f"{folder} holds a library", "it is not made anew", "open it, or choose another folder"
+                )
             with connection:  # one transaction: a library is there whole or not at all
                 connection.execute(SCHEMA)
                 connection.execute("INSERT INTO counter VALUES (0)")
@@ -112,12 +114,12 @@ class LibraryFile:
             self.writer = _connect(self.path)
             try:
                 self._check(folder)
-                rows = dict(self.writer.execute("SELECT name, value FROM settings").fetchall())
+                found: list[Any] = self.writer.execute("SELECT name, value FROM settings").fetchall()
             except (apsw.Error, StoreError, MissingInputError):
                 self.writer.close()
                 raise
         try:
-            self.settings: dict[str, Any] = {name: json.loads(value) for name, value in rows.items()}
+            self.settings: dict[str, Any] = {name: json.loads(value) for name, value in found}
             self.chunk_size: int = self.settings["chunk_size"]
             self.stride: int = self.settings["stride"]
             self.tokenizer = Tokenizer(self.settings["tokenizer"], str(self.path))
@@ -136,7 +138,9 @@ class LibraryFile:
         if mark != APPLICATION_ID:
             raise StoreError(f"{self.path} is not a library of retro-engine", f"its application id is {mark:#x}")
         if version != VERSION:
-            raise StoreError(f"{self.path} has version {version}", f"this program reads {VERSION}", "update retro-engine")
+            raise StoreError(
+                f"{self.path} has version {version}", f"this program reads {VERSION}", "update retro-engine"
+            )
 
     def close(self) -> None:
         self.close_readers()
@@ -176,7 +180,8 @@ class LibraryFile:
                 raise
 
     def version(self) -> int:
-        return self.writer.execute("SELECT version FROM counter").fetchall()[0][0]
+        rows: list[Any] = self.writer.execute("SELECT version FROM counter").fetchall()
+        return rows[0][0]
 
     def insert(self, namespace: str, documents: list[Prepared]) -> list[int]:
         """Write documents, inside a transaction; return their keys."""

@@ -165,7 +165,9 @@ class View:
             alive[first:last] = False
         lengths = self.part.chunk_lengths(len(alive))
         num_dead_terms = int(lengths[self.alive & ~alive].sum(dtype=np.int64))
-        return replace(self, alive=_frozen(alive), num_alive=int(alive.sum()), num_terms=self.num_terms - num_dead_terms)
+        return replace(
+            self, alive=_frozen(alive), num_alive=int(alive.sum()), num_terms=self.num_terms - num_dead_terms
+        )
 
     def grown(self) -> "View":
         """The view of a delta after documents were appended."""
@@ -201,7 +203,11 @@ def tail_to_merge(snapshot: Snapshot, is_all: bool = False) -> int:
 def merge(views: Sequence[View]) -> Segment:
     """One segment of the chunks that are alive: byte for byte what their documents alone would make."""
     parts = [view.part.segment() if isinstance(view.part, Delta) else view.part for view in views]
-    keys, starts, lengths, renumbered, vectors = [], [], [], [], []
+    keys: list[np.ndarray] = []
+    starts: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    renumbered: list[np.ndarray] = []
+    vectors: list[np.ndarray] = []
     num_chunks = 0
     for view, part in zip(views, parts):
         is_alive = view.alive[part.starts[:-1]]

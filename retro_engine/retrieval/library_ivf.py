@@ -6,6 +6,7 @@ noted. Letters: U vectors, Z their width, K results.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ SEED = 1
 class IvfVectors:
     """An opened index."""
 
-    def __init__(self, index: object, probes: int):
+    def __init__(self, index: Any, probes: int):
         self._index, self.probes = index, probes
 
     @classmethod
@@ -29,7 +30,7 @@ class IvfVectors:
         import faiss
 
         try:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+            index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
         except RuntimeError as error:
             raise StoreError(f"{path} does not load", str(error).splitlines()[0], "it is built again") from error
         is_ours = isinstance(index, faiss.IndexIVFFlat) and index.metric_type == faiss.METRIC_INNER_PRODUCT
@@ -45,7 +46,7 @@ class IvfVectors:
         U, Z = vectors_UZ.shape
         faiss.omp_set_num_threads(1)  # of the calling thread only: questions are answered at the same time
         num_lists = min(2 ** round(np.log2(4 * U**0.5)), U // 39)
-        index = faiss.index_factory(Z, f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT)
+        index: Any = faiss.index_factory(Z, f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT)
         index.cp.seed = SEED
         rng = np.random.default_rng(SEED)
         sample = np.sort(rng.choice(U, min(U, TRAIN_PER_LIST * num_lists), replace=False))
@@ -68,15 +69,15 @@ class IvfVectors:
         """Rows [<= k] and scores, best first; only rows that are alive (None = all are)."""
         import faiss
 
-        parameters = faiss.SearchParametersIVF(nprobe=self.probes)
+        settings: dict[str, Any] = {"nprobe": self.probes}
         if alive_U is not None:
             bits = np.packbits(alive_U, bitorder="little")
-            selector = faiss.IDSelectorBitmap(len(alive_U), faiss.swig_ptr(bits))
-            parameters = faiss.SearchParametersIVF(nprobe=self.probes, sel=selector)
-        scores, rows = self._index.search(query_Z[None], k, params=parameters)  # type: ignore[attr-defined]
+            settings["sel"] = faiss.IDSelectorBitmap(bits)  # type: ignore[arg-type,call-arg]
+        parameters = faiss.SearchParametersIVF(**settings)  # type: ignore[call-arg]  # faiss makes its __init__ late
+        scores, rows = self._index.search(query_Z[None], k, params=parameters)
         found = rows[0] >= 0
         return rows[0][found], scores[0][found]
 
     def vectors(self) -> np.ndarray:
         """The vectors [U, Z] that it was built from, bit by bit."""
-        return self._index.reconstruct_n(0, self._index.ntotal)  # type: ignore[attr-defined]
+        return self._index.reconstruct_n(0, self._index.ntotal)

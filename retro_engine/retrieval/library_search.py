@@ -85,7 +85,9 @@ def lexical(snapshot: Snapshot, text: str, k: int) -> Ranking:
     for place, (view, (firsts, lasts, chunks, counts)) in enumerate(zip(snapshot, found)):
         if view.num_alive:
             lengths = view.part.chunk_lengths(len(view.alive))
-            best, scores = _score(firsts, lasts, chunks, counts, lengths, view.alive, idf, average, min(k, len(lengths)))
+            best, scores = _score(
+                firsts, lasts, chunks, counts, lengths, view.alive, idf, average, min(k, len(lengths))
+            )
             out += [(place, chunk, score) for chunk, score in zip(best.tolist(), scores.tolist()) if chunk >= 0]
     return sorted(out, key=lambda hit: -hit[2])[:k]  # stable: ties keep the older chunk
 
@@ -155,7 +157,9 @@ def dense(snapshot: Snapshot, vector_Z: np.ndarray, k: int) -> Ranking:
     return sorted(out, key=lambda hit: -hit[2])[:k]
 
 
-def fuse(rankings: Sequence[Sequence[tuple[int, int]]], weights: Sequence[float]) -> list[tuple[tuple[int, int], float]]:
+def fuse(
+    rankings: Sequence[Sequence[tuple[int, int]]], weights: Sequence[float]
+) -> list[tuple[tuple[int, int], float]]:
     """Reciprocal rank fusion; what only a ranking of weight 0 has is not in it."""
     scores: dict[tuple[int, int], float] = {}
     for ranking, weight in zip(rankings, weights):
