@@ -216,8 +216,11 @@ class Library:
         """A document, or None."""
         check_namespace(namespace)
         check_id(identifier)
-        rows = self.read("SELECT id, title, text FROM documents WHERE namespace = ? AND id = ?", namespace, identifier)
-        return Document(*rows[0]) if rows else None
+        statement = "SELECT key, text_crc, id, title, text FROM documents WHERE namespace = ? AND id = ?"
+        for key, mark, *parts in self.read(statement, namespace, identifier):
+            self.file.check(key, mark, namespace, *parts)
+            return Document(*parts)
+        return None
 
     def entries(self, namespace: str = DEFAULT, after: str = "", limit: int = 100) -> list[Entry]:
         """Documents in the order of their ids' UTF-8, those after the id `after`; the last id begins the next page."""
@@ -276,6 +279,7 @@ class Library:
             hits = self._hits(snapshot, ranking)
             if len(hits) == len(ranking):
                 break
+        self._check_open()  # not closed while it searched
         return hits
 
     def source(self, mode: str = "lexical", namespace: str = DEFAULT, weights: Sequence[float] = (1.0, 1.0)) -> Source:
@@ -284,21 +288,21 @@ class Library:
 
     def _hits(self, snapshot: Snapshot, ranking: Ranking) -> list[Hit]:
         """The texts of a ranking, but for documents that were deleted since."""
-        m, size = self.file.chunk_size, np.dtype(self.file.tokenizer.dtype).itemsize
+        m, dtype = self.file.chunk_size, np.dtype(self.file.tokenizer.dtype).newbyteorder("<")
         found: list[tuple[str, str, int, float]] = []
         rows: list[list[int]] = []
         with self.file.reader() as connection:
             for view, chunk, score in ranking:
                 key, number = snapshot[view].document(chunk)
-                start = number * self.file.stride
-                row = connection.execute(
-                    "SELECT id, title, substr(tokens, ?, ?) FROM documents WHERE key = ?",
-                    (1 + start * size, 2 * m * size, key),
+                row: Any = connection.execute(
+                    "SELECT tokens_crc, namespace, id, title, tokens FROM documents WHERE key = ?", (key,)
                 ).fetchone()
                 if row is not None:
-                    tokens = np.frombuffer(row[2], np.dtype(self.file.tokenizer.dtype).newbyteorder("<")).tolist()
+                    self.file.check(key, *row)
+                    end = number * self.file.stride + m
+                    tokens = np.frombuffer(row[4], dtype)[end - m : end + m].tolist()
                     rows += [tokens[:m], tokens[m:]]
-                    found.append((row[0], row[1], number, score))
+                    found.append((row[2], row[3], number, score))
         texts = self.file.tokenizer.decode_batch(rows)
         pairs = zip(found, texts[::2], texts[1::2])
         return [Hit(*head, text, continuation, self.folder.name) for head, text, continuation in pairs]
@@ -317,7 +321,7 @@ class Library:
     def verify(self) -> None:
         """Compare everything with everything. Raises StoreError for the first thing that does not fit."""
         with self._lock:
-            self._verify_file()
+            self.file.verify()
             for namespace, views in self._index.snapshots.items():
                 indexed = np.concatenate([view.alive_keys() for view in views])
                 if not np.array_equal(indexed, self.file.keys(namespace)):
@@ -329,14 +333,3 @@ class Library:
         for folder in folders:
             if folder is not None and folder.is_dir():  # not merged away since
                 files.verify_files(folder, files.read_manifest(folder, "segment")["files"])
-
-    def _verify_file(self) -> None:
-        for (problem,) in self.read("PRAGMA integrity_check"):
-            if problem != "ok":
-                raise StoreError(f"{self.file.path} is damaged", problem, "restore it from a copy")
-        sums = (
-            "SELECT namespace, count(*), sum(chunks), sum(num_tokens), sum(bytes) FROM documents GROUP BY 1 ORDER BY 1"
-        )
-        counted = "SELECT * FROM namespaces WHERE documents > 0 ORDER BY name"
-        if self.read(sums) != self.read(counted):
-            raise StoreError(f"{self.file.path} contradicts itself", "its counts do not fit", "restore it from a copy")

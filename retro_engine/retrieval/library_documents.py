@@ -27,6 +27,7 @@ MAX_ID_BYTES = 512
 MAX_TITLE_BYTES = 4096
 MAX_QUERY_CHARACTERS = 1 << 16
 NAMESPACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+EDGE = 16  # tokens after a chunk in which the end of its last word is looked for
 CONTROL = ("Cc", "Cs", "Zl", "Zp")  # control characters, half surrogates, line and paragraph separators
 
 
@@ -88,9 +89,9 @@ class Chunker:
         rows = self.tokenizer.encode_batch([d.text for d in documents])
         tokens = [np.array([*row, self.tokenizer.eod_id], self.tokenizer.dtype) for row in rows]
         counts = [num_chunks(len(t), self.chunk_size, self.stride) for t in tokens]
-        texts = [text for t in tokens for text in self.texts(t)]
+        texts, words = self.texts(tokens)
         vectors = None if self.width is None else self.embed(texts)
-        terms = chunk_terms(texts)
+        terms = chunk_terms(words)
         ends = np.cumsum(counts).tolist()
         out = []
         for document, ids, count, end in zip(documents, tokens, counts, ends):
@@ -98,10 +99,21 @@ class Chunker:
             out.append(Prepared(document, ids, own, terms[end - count : end]))
         return out
 
-    def texts(self, tokens: np.ndarray) -> list[str]:
-        """The text of every chunk of a document."""
-        starts = range(0, self.stride * num_chunks(len(tokens), self.chunk_size, self.stride), self.stride)
-        return self.tokenizer.decode_batch([tokens[start : start + self.chunk_size].tolist() for start in starts])
+    def texts(self, documents: Sequence[np.ndarray]) -> tuple[list[str], list[str]]:
+        """The text of every chunk of documents of tokens, and what its terms are taken from.
+
+        That has, once more and whole, the word that the chunk's end cuts: every word can be found.
+        """
+        rows, edges = [], []
+        for tokens in documents:
+            ids = tokens.tolist()
+            for chunk in range(num_chunks(len(ids), self.chunk_size, self.stride)):
+                end = chunk * self.stride + self.chunk_size
+                rows.append(ids[end - self.chunk_size : end])
+                edges.append(ids[end : end + EDGE])
+        decoded = self.tokenizer.decode_batch(rows + edges)
+        texts, edges_read = decoded[: len(rows)], decoded[len(rows) :]
+        return texts, [text + _cut_word(text, edge) for text, edge in zip(texts, edges_read)]
 
     def embed(self, texts: list[str]) -> np.ndarray:
         """Unit vectors [U, Z] f32. Raises StoreError for NaN, infinity or another width."""
@@ -121,6 +133,14 @@ class Chunker:
 def num_chunks(num_tokens: int, chunk_size: int, stride: int) -> int:
     """Chunks that cover `num_tokens` tokens."""
     return 1 + max(0, -(-(num_tokens - chunk_size) // stride))
+
+
+def _cut_word(text: str, edge: str) -> str:
+    """The word that goes on after the end of `text`, with a space before it; or nothing."""
+    rest = re.match(r"\w+", edge)
+    if rest is None or not text[-1:].isalnum():
+        return ""
+    return " " + re.split(r"\W", text)[-1] + rest[0]
 
 
 def chunk_terms(texts: Sequence[str]) -> list[Counter[int]]:

@@ -7,6 +7,7 @@ the index, which knows keys, needs no record of what died since.
 
 import contextlib
 import json
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ CREATE TABLE namespaces (name TEXT PRIMARY KEY, documents INTEGER NOT NULL, chun
   tokens INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT;
 CREATE TABLE documents (key INTEGER PRIMARY KEY AUTOINCREMENT, namespace TEXT NOT NULL, id TEXT NOT NULL,
   title TEXT NOT NULL, chunks INTEGER NOT NULL, num_tokens INTEGER NOT NULL, bytes INTEGER NOT NULL,
+  tokens_crc INTEGER NOT NULL, vectors_crc INTEGER NOT NULL, text_crc INTEGER NOT NULL,
   tokens BLOB NOT NULL, vectors BLOB, text TEXT NOT NULL, UNIQUE (namespace, id)) STRICT;
 CREATE TABLE segments (name TEXT PRIMARY KEY, namespace TEXT NOT NULL, first_key INTEGER NOT NULL,
   last_key INTEGER NOT NULL, fingerprint TEXT NOT NULL) STRICT;
@@ -43,6 +45,20 @@ CREATE INDEX job_errors_job ON job_errors (job);
 """
 
 
+INSERT = """
+INSERT INTO documents (namespace, id, title, chunks, num_tokens, bytes, tokens_crc, vectors_crc, text_crc, tokens, vectors, text)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+
+def checksum(*parts: str | bytes | None) -> int:
+    """CRC-32 of a document's parts, each closed by a zero byte: SQLite itself does not see a flipped bit."""
+    value = 0
+    for part in parts:
+        value = zlib.crc32(b"\0", zlib.crc32(part.encode() if isinstance(part, str) else part or b"", value))
+    return value
+
+
 @contextlib.contextmanager
 def typed_errors(path: Path) -> Iterator[None]:
     """SQLite's errors as ours."""
@@ -52,7 +68,7 @@ def typed_errors(path: Path) -> Iterator[None]:
         raise OutOfResourceError(
             f"no space left for {path}", "nothing of the last write was kept", "free some space and run it again"
         ) from error
-    except (apsw.CorruptError, apsw.NotADBError) as error:
+    except (apsw.CorruptError, apsw.NotADBError, UnicodeDecodeError) as error:
         raise StoreError(f"{path} is damaged", str(error), "restore it from a copy") from error
     except apsw.ConnectionClosedError as error:
         raise UsageError(f"{path} is closed", "", "open it again") from error
@@ -67,7 +83,6 @@ def create(folder: Path, tokenizer: Tokenizer, chunk_size: int, stride: int, emb
     path = folder / FILE
     settings = {
         "tokenizer": tokenizer.json,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
         "chunk_size": chunk_size,
         "stride": stride,
         "embedder": embedder,
@@ -83,7 +98,8 @@ def create(folder: Path, tokenizer: Tokenizer, chunk_size: int, stride: int, emb
             with connection:  # one transaction: a library is there whole or not at all
                 connection.execute(SCHEMA)
                 connection.execute("INSERT INTO counter VALUES (0)")
-                rows = [(name, json.dumps(value)) for name, value in settings.items()]
+                marked = {**settings, "fingerprint": files.fingerprint(settings)}
+                rows = [(name, json.dumps(value)) for name, value in marked.items()]
                 connection.executemany("INSERT INTO settings VALUES (?, ?)", rows)
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {VERSION}")
@@ -123,12 +139,11 @@ class LibraryFile:
             self.chunk_size: int = self.settings["chunk_size"]
             self.stride: int = self.settings["stride"]
             self.tokenizer = Tokenizer(self.settings["tokenizer"], str(self.path))
-            mark = self.settings.pop("tokenizer_fingerprint")
+            self.fingerprint: str = self.settings.pop("fingerprint")  # what a segment of the index was made with
         except (ValueError, KeyError) as error:
             raise StoreError(f"{self.path} is damaged", f"its settings: {error}", "restore it from a copy") from error
-        if self.tokenizer.fingerprint != mark:
-            raise StoreError(f"{self.path} holds another tokenizer", f"it was made with {mark[:12]}", "restore it")
-        self.fingerprint = files.fingerprint(self.settings)  # what a segment of the index was made with
+        if files.fingerprint(self.settings) != self.fingerprint:
+            raise StoreError(f"{self.path} is damaged", "the checksum of its settings", "restore it from a copy")
         self._readers: deque[apsw.Connection] = deque()
 
     def _check(self, folder: Path) -> None:
@@ -189,15 +204,13 @@ class LibraryFile:
         for d in documents:
             vectors = None if d.vectors is None else d.vectors.astype("<f4").tobytes()
             tokens = d.tokens.astype(d.tokens.dtype.newbyteorder("<")).tobytes()
-            values = (namespace, d.document.id, d.document.title, len(d.terms), len(d.tokens), d.num_bytes)
-            self.writer.execute(
-                "INSERT INTO documents (namespace, id, title, chunks, num_tokens, bytes, tokens, vectors, text) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (*values, tokens, vectors, d.document.text),
-            )
+            names = (namespace, d.document.id, d.document.title)
+            sizes = (len(d.terms), len(d.tokens), d.num_bytes)
+            marks = (checksum(*names, tokens), checksum(vectors), checksum(*names, d.document.text))
+            self.writer.execute(INSERT, (*names, *sizes, *marks, tokens, vectors, d.document.text))
             keys.append(self.writer.last_insert_rowid())
-        sizes = (sum(len(d.terms) for d in documents), sum(len(d.tokens) for d in documents))
-        self._count(namespace, len(documents), *sizes, sum(d.num_bytes for d in documents))
+        num_chunks, num_tokens = sum(len(d.terms) for d in documents), sum(len(d.tokens) for d in documents)
+        self._count(namespace, len(documents), num_chunks, num_tokens, sum(d.num_bytes for d in documents))
         return keys
 
     def remove(self, namespace: str, ids: list[str]) -> list[int]:
@@ -227,15 +240,42 @@ class LibraryFile:
             rows = connection.execute("SELECT key FROM documents WHERE namespace = ?", (namespace,))
             return np.sort(np.fromiter((key for (key,) in rows), np.int64))
 
+    def check(self, key: int, expected: int, *parts: str | bytes | None) -> None:
+        """Raises StoreError when the parts of a document are not what was written."""
+        if checksum(*parts) != expected:
+            raise StoreError(
+                f"{self.path} is damaged", f"document {key} has another checksum", "restore it from a copy"
+            )
+
+    def verify(self) -> None:
+        """Read everything. Raises StoreError for the first thing that does not fit."""
+        with self.reader() as connection:
+            for (problem,) in connection.execute("PRAGMA integrity_check").fetchall():
+                if problem != "ok":
+                    raise StoreError(f"{self.path} is damaged", str(problem), "restore it from a copy")
+            sums = "SELECT namespace, count(*), sum(chunks), sum(num_tokens), sum(bytes) FROM documents GROUP BY 1 ORDER BY 1"
+            counted = connection.execute("SELECT * FROM namespaces WHERE documents > 0 ORDER BY name").fetchall()
+            if connection.execute(sums).fetchall() != counted:
+                raise StoreError(f"{self.path} contradicts itself", "its counts do not fit", "restore it from a copy")
+            statement = "SELECT key, tokens_crc, vectors_crc, text_crc, namespace, id, title, tokens, vectors, text FROM documents"
+            rows: Any = connection.execute(statement)
+            for key, tokens_crc, vectors_crc, text_crc, namespace, identifier, title, tokens, vectors, text in rows:
+                self.check(key, tokens_crc, namespace, identifier, title, tokens)
+                self.check(key, vectors_crc, vectors)
+                self.check(key, text_crc, namespace, identifier, title, text)
+
     def contents(
         self, namespace: str, after: int, last: int | None = None
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
         """Key, tokens and vectors of the documents with keys after < key <= last, ascending."""
         width, dtype = self.settings["width"], np.dtype(self.tokenizer.dtype).newbyteorder("<")
         with self.reader() as connection:
-            for key, tokens, vectors in connection.execute(
-                "SELECT key, tokens, vectors FROM documents WHERE namespace = ? AND key > ? AND key <= ? ORDER BY key",
+            for key, identifier, title, tokens_crc, vectors_crc, tokens, vectors in connection.execute(
+                "SELECT key, id, title, tokens_crc, vectors_crc, tokens, vectors FROM documents "
+                "WHERE namespace = ? AND key > ? AND key <= ? ORDER BY key",
                 (namespace, after, (1 << 62) if last is None else last),
             ):
+                self.check(key, tokens_crc, namespace, identifier, title, tokens)
+                self.check(key, vectors_crc, vectors)
                 rows = None if vectors is None else np.frombuffer(vectors, "<f4").reshape(-1, width)
                 yield key, np.frombuffer(tokens, dtype), rows

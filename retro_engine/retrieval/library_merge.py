@@ -8,12 +8,13 @@ keys that ascend, the delta all keys after them, so what is in the file says wha
 import shutil
 import threading
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from retro_engine.errors import MissingInputError, RetroError, StoreError
-from retro_engine.retrieval.library_documents import Chunker, Prepared, chunk_terms
+from retro_engine.retrieval.library_documents import Chunker, Prepared, chunk_terms, num_chunks
 from retro_engine.retrieval.library_file import LibraryFile
 from retro_engine.retrieval.library_index import (
     Delta,
@@ -27,6 +28,7 @@ from retro_engine.retrieval.library_index import (
 )
 
 SEGMENTS = "segments"
+READ_DOCUMENTS = 256  # read at once when the index is made from documents
 SegmentRow = tuple[str, str, int, int, str]  # name, namespace, first key, last key, fingerprint
 
 
@@ -50,10 +52,11 @@ class LibraryIndex:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the background merges. The caller does not hold the lock."""
+        """End the background merges, and let go of the segments' files. The caller does not hold the lock."""
         self._is_stopping = True
         self._wake.set()
         self._thread.join()
+        self.snapshots = {}
 
     def show(self, namespace: str, dead: Sequence[int], new: Sequence[tuple[int, Prepared]]) -> None:
         """Publish a snapshot without the dead keys and with the new documents."""
@@ -195,8 +198,12 @@ class LibraryIndex:
     def _filled(self, namespace: str, after: int, last: int | None) -> Delta:
         """A delta of the documents with keys after < key <= last."""
         delta = Delta(self.chunker.width)
-        for key, tokens, vectors in self.file.contents(namespace, after, last):
-            delta.append(key, chunk_terms(self.chunker.texts(tokens)), vectors)
+        rows = self.file.contents(namespace, after, last)
+        while batch := list(islice(rows, READ_DOCUMENTS)):
+            terms = iter(chunk_terms(self.chunker.texts([tokens for _, tokens, _ in batch])[1]))
+            for key, tokens, vectors in batch:
+                count = num_chunks(len(tokens), self.chunker.chunk_size, self.chunker.stride)
+                delta.append(key, list(islice(terms, count)), vectors)
         return delta
 
 
