@@ -14,9 +14,9 @@ from helpers import WORDS
 
 from retro_engine.data.corpus import Document
 from retro_engine.retrieval.library import Library
-from retro_engine.retrieval.library_documents import chunk_terms
 from retro_engine.retrieval.library_index import Delta, View, merge
 from retro_engine.retrieval.library_search import lexical
+from retro_engine.retrieval.library_terms import terms_of
 
 
 def say(**event: Any) -> None:
@@ -45,7 +45,7 @@ def warm_up() -> None:
     import faiss  # noqa: F401
 
     delta = Delta(None)
-    delta.append(1, chunk_terms(["a river of words"]), None)
+    delta.append([1], [1], terms_of(["a river of words"]), None)
     merge([View.whole(delta)])
     lexical((View.whole(delta),), "river", 1)
 

@@ -7,6 +7,7 @@ they read a snapshot. One process has a library open; in it any number of thread
 
 import contextlib
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,15 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, RetroError, StoreError, UsageError
 from retro_engine.retrieval import library_file
 from retro_engine.retrieval.library_documents import (
+    Batch,
     Chunker,
     Embedder,
     HashEmbedder,
-    Prepared,
     check_id,
     check_namespace,
     check_query,
 )
-from retro_engine.retrieval.library_file import LibraryFile
+from retro_engine.retrieval.library_file import LibraryFile, checksum
 from retro_engine.retrieval.library_index import Segment, Snapshot
 from retro_engine.retrieval.library_merge import LibraryIndex
 from retro_engine.retrieval.library_search import Hit, Ranking, Source, check_mode, drop_overlaps, rank
@@ -146,8 +147,7 @@ class Library:
         """
         check_namespace(namespace)
         latest = {document.id: document for document in documents}  # the last of those with the same id
-        prepared = self.chunker.prepare(list(latest.values()))
-        self.write(namespace, prepared, [])
+        self.write(namespace, self.chunker.prepare(list(latest.values())), [])
         return self._version
 
     def delete(self, ids: Sequence[str], namespace: str = DEFAULT) -> int:
@@ -155,12 +155,12 @@ class Library:
         check_namespace(namespace)
         for identifier in ids:
             check_id(identifier)
-        return self.write(namespace, [], list(ids))
+        return self.write(namespace, None, list(ids))
 
     def write(
         self,
         namespace: str,
-        documents: Sequence[Prepared],
+        batch: Batch | None,
         deleted: Sequence[str],
         also: Callable[[apsw.Connection], None] | None = None,
     ) -> int:
@@ -170,12 +170,16 @@ class Library:
             try:
                 with self.file.transaction() as connection:
                     gone = self.file.remove(namespace, list(deleted))
-                    replaced = self.file.remove(namespace, [d.document.id for d in documents])
-                    keys = self.file.insert(namespace, list(documents)) if documents else []
+                    replaced: list[int] = []
+                    keys: list[int] = []
+                    if batch is not None and batch.documents:
+                        gone_ids = [document.id for document in batch.documents]
+                        replaced = self.file.remove(namespace, gone_ids)
+                        keys = self.file.insert(namespace, batch)
                     if also is not None:
                         also(connection)
                 self._version = self.file.version()
-                self._index.show(namespace, gone + replaced, list(zip(keys, documents)))
+                self._index.show(namespace, gone + replaced, keys, batch)
             except RetroError:  # rolled back: what is seen is what there is
                 raise
             except BaseException:  # stopped between disk and snapshot
@@ -218,8 +222,10 @@ class Library:
         check_id(identifier)
         statement = "SELECT key, text_crc, id, title, text FROM documents WHERE namespace = ? AND id = ?"
         for key, mark, *parts in self.read(statement, namespace, identifier):
-            self.file.check(key, mark, namespace, *parts)
-            return Document(*parts)
+            document = Document(*parts)
+            names = checksum(namespace, document.id, document.title)
+            self.file.check(key, mark, zlib.crc32(document.text.encode(), names))
+            return document
         return None
 
     def entries(self, namespace: str = DEFAULT, after: str = "", limit: int = 100) -> list[Entry]:
@@ -298,7 +304,7 @@ class Library:
                     "SELECT tokens_crc, namespace, id, title, tokens FROM documents WHERE key = ?", (key,)
                 ).fetchone()
                 if row is not None:
-                    self.file.check(key, *row)
+                    self.file.check(key, row[0], zlib.crc32(row[4], checksum(*row[1:4])))
                     end = number * self.file.stride + m
                     tokens = np.frombuffer(row[4], dtype)[end - m : end + m].tolist()
                     rows += [tokens[:m], tokens[m:]]

@@ -5,11 +5,8 @@ stride = M the chunks are the rows of a store made from the same text. Letters: 
 Z embedding width.
 """
 
-import functools
-import hashlib
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +17,7 @@ from retro_engine.data.corpus import Document
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.retrieval.embed import embed
-from retro_engine.retrieval.lexical import terms_of
+from retro_engine.retrieval.library_terms import Terms, terms_of
 
 MAX_DOCUMENT_BYTES = 8 << 20
 MAX_ID_BYTES = 512
@@ -28,6 +25,8 @@ MAX_TITLE_BYTES = 4096
 MAX_QUERY_CHARACTERS = 1 << 16
 NAMESPACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 EDGE = 16  # tokens after a chunk in which the end of its last word is looked for
+MAX_WORD = 64  # characters of it before the cut
+HALF = "\ufffd"
 CONTROL = ("Cc", "Cs", "Zl", "Zp")  # control characters, half surrogates, line and paragraph separators
 
 
@@ -59,17 +58,14 @@ class HashEmbedder:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A document ready to be written: nothing about it can fail any more but the disk."""
+class Batch:
+    """Documents ready to be written: nothing about them can fail any more but the disk."""
 
-    document: Document
-    tokens: np.ndarray  # [n] of the tokenizer's type
+    documents: list[Document]
+    tokens: list[np.ndarray]  # of each document, of the tokenizer's type
+    num_chunks: list[int]  # of each document, U together
+    terms: Terms  # of the U chunks
     vectors: np.ndarray | None  # [U, Z] f32, unit length
-    terms: list[Counter[int]]  # of each chunk: hash of the term -> times it is there
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.document.text.encode())
 
 
 @dataclass(frozen=True)
@@ -82,38 +78,36 @@ class Chunker:
     embedder: Embedder | None
     width: int | None  # Z; None = the library has no vectors
 
-    def prepare(self, documents: Sequence[Document]) -> list[Prepared]:
+    def prepare(self, documents: Sequence[Document]) -> Batch:
         """Check, cut and embed. Raises UsageError for a document or an embedder that cannot be used."""
         for document in documents:
             check_document(document)
         rows = self.tokenizer.encode_batch([d.text for d in documents])
         tokens = [np.array([*row, self.tokenizer.eod_id], self.tokenizer.dtype) for row in rows]
-        counts = [num_chunks(len(t), self.chunk_size, self.stride) for t in tokens]
         texts, words = self.texts(tokens)
         vectors = None if self.width is None else self.embed(texts)
-        terms = chunk_terms(words)
-        ends = np.cumsum(counts).tolist()
-        out = []
-        for document, ids, count, end in zip(documents, tokens, counts, ends):
-            own = None if vectors is None else vectors[end - count : end]
-            out.append(Prepared(document, ids, own, terms[end - count : end]))
-        return out
+        counts = [num_chunks(len(t), self.chunk_size, self.stride) for t in tokens]
+        return Batch(list(documents), tokens, counts, terms_of(words), vectors)
 
     def texts(self, documents: Sequence[np.ndarray]) -> tuple[list[str], list[str]]:
         """The text of every chunk of documents of tokens, and what its terms are taken from.
 
         That has, once more and whole, the word that the chunk's end cuts: every word can be found.
         """
-        rows, edges = [], []
+        rows, longer, chunks = [], [], []
         for tokens in documents:
             ids = tokens.tolist()
-            for chunk in range(num_chunks(len(ids), self.chunk_size, self.stride)):
-                end = chunk * self.stride + self.chunk_size
-                rows.append(ids[end - self.chunk_size : end])
-                edges.append(ids[end : end + EDGE])
-        decoded = self.tokenizer.decode_batch(rows + edges)
-        texts, edges_read = decoded[: len(rows)], decoded[len(rows) :]
-        return texts, [text + _cut_word(text, edge) for text, edge in zip(texts, edges_read)]
+            for start in range(0, self.stride * num_chunks(len(ids), self.chunk_size, self.stride), self.stride):
+                end = start + self.chunk_size
+                rows.append(ids[start:end])
+                if end < len(ids):
+                    chunks.append(len(rows) - 1)
+                    longer.append(ids[start : end + EDGE])
+        decoded = self.tokenizer.decode_batch(rows + longer)
+        texts, words = decoded[: len(rows)], decoded[: len(rows)]
+        for chunk, more in zip(chunks, decoded[len(rows) :]):
+            words[chunk] += cut_word(texts[chunk], more)
+        return texts, words
 
     def embed(self, texts: list[str]) -> np.ndarray:
         """Unit vectors [U, Z] f32. Raises StoreError for NaN, infinity or another width."""
@@ -135,23 +129,16 @@ def num_chunks(num_tokens: int, chunk_size: int, stride: int) -> int:
     return 1 + max(0, -(-(num_tokens - chunk_size) // stride))
 
 
-def _cut_word(text: str, edge: str) -> str:
-    """The word that goes on after the end of `text`, with a space before it; or nothing."""
-    rest = re.match(r"\w+", edge)
-    if rest is None or not text[-1:].isalnum():
+def cut_word(text: str, more: str) -> str:
+    """With a space before it, the word that the end of `text` cuts; `more` is the same text and what follows it."""
+    known = text.rstrip(HALF)  # half of a character's bytes decode to this
+    if not more.startswith(known) or known == more:
         return ""
-    return " " + re.split(r"\W", text)[-1] + rest[0]
-
-
-def chunk_terms(texts: Sequence[str]) -> list[Counter[int]]:
-    """How often each term, by its hash, is in each text."""
-    return [Counter(map(term_hash, words)) for words in terms_of(texts)]
-
-
-@functools.lru_cache(1 << 16)
-def term_hash(term: str) -> int:
-    """64 bits that stand for a term in every file: two of 10^6 terms share theirs with a chance of 3e-8."""
-    return int.from_bytes(hashlib.blake2b(term.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+    rest = re.match(r"\w+", more[len(known) :])
+    before = re.search(r"\w*$", known[-MAX_WORD:])
+    if rest is None or before is None or (known == text and not before[0]):
+        return ""
+    return f" {before[0]}{rest[0]}"
 
 
 def check_document(document: Document) -> None:

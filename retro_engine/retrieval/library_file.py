@@ -19,7 +19,7 @@ import numpy as np
 from retro_engine.data import files
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
-from retro_engine.retrieval.library_documents import Prepared
+from retro_engine.retrieval.library_documents import Batch
 
 FILE = "documents.sqlite"
 APPLICATION_ID = 0x5245544C  # "RETL", SQLite's mark of whose file it is
@@ -51,12 +51,12 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
 
-def checksum(*parts: str | bytes | None) -> int:
-    """CRC-32 of a document's parts, each closed by a zero byte: SQLite itself does not see a flipped bit."""
-    value = 0
-    for part in parts:
-        value = zlib.crc32(b"\0", zlib.crc32(part.encode() if isinstance(part, str) else part or b"", value))
-    return value
+def checksum(namespace: str, identifier: str, title: str) -> int:
+    """CRC-32 of what a document is called; those of its tokens and its text go on from there.
+
+    SQLite itself does not see a flipped bit.
+    """
+    return zlib.crc32(f"{namespace}\0{identifier}\0{title}\0".encode())
 
 
 @contextlib.contextmanager
@@ -198,19 +198,22 @@ class LibraryFile:
         rows: list[Any] = self.writer.execute("SELECT version FROM counter").fetchall()
         return rows[0][0]
 
-    def insert(self, namespace: str, documents: list[Prepared]) -> list[int]:
+    def insert(self, namespace: str, batch: Batch) -> list[int]:
         """Write documents, inside a transaction; return their keys."""
         keys = []
-        for d in documents:
-            vectors = None if d.vectors is None else d.vectors.astype("<f4").tobytes()
-            tokens = d.tokens.astype(d.tokens.dtype.newbyteorder("<")).tobytes()
-            names = (namespace, d.document.id, d.document.title)
-            sizes = (len(d.terms), len(d.tokens), d.num_bytes)
-            marks = (checksum(*names, tokens), checksum(vectors), checksum(*names, d.document.text))
-            self.writer.execute(INSERT, (*names, *sizes, *marks, tokens, vectors, d.document.text))
+        total_bytes = row = 0
+        for d, ids, count in zip(batch.documents, batch.tokens, batch.num_chunks):
+            vectors = None if batch.vectors is None else batch.vectors[row : row + count].astype("<f4").tobytes()
+            tokens = ids.astype(ids.dtype.newbyteorder("<"), copy=False).tobytes()
+            text = d.text.encode()
+            names = checksum(namespace, d.id, d.title)
+            marks = (zlib.crc32(tokens, names), zlib.crc32(vectors or b""), zlib.crc32(text, names))
+            values = (namespace, d.id, d.title, count, len(ids), len(text), *marks, tokens, vectors, d.text)
+            self.writer.execute(INSERT, values)
             keys.append(self.writer.last_insert_rowid())
-        num_chunks, num_tokens = sum(len(d.terms) for d in documents), sum(len(d.tokens) for d in documents)
-        self._count(namespace, len(documents), num_chunks, num_tokens, sum(d.num_bytes for d in documents))
+            total_bytes += len(text)
+            row += count
+        self._count(namespace, len(keys), row, sum(map(len, batch.tokens)), total_bytes)
         return keys
 
     def remove(self, namespace: str, ids: list[str]) -> list[int]:
@@ -240,9 +243,9 @@ class LibraryFile:
             rows = connection.execute("SELECT key FROM documents WHERE namespace = ?", (namespace,))
             return np.sort(np.fromiter((key for (key,) in rows), np.int64))
 
-    def check(self, key: int, expected: int, *parts: str | bytes | None) -> None:
-        """Raises StoreError when the parts of a document are not what was written."""
-        if checksum(*parts) != expected:
+    def check(self, key: int, expected: int, found: int) -> None:
+        """Raises StoreError when a checksum of a document is not what was written."""
+        if found != expected:
             raise StoreError(
                 f"{self.path} is damaged", f"document {key} has another checksum", "restore it from a copy"
             )
@@ -260,9 +263,10 @@ class LibraryFile:
             statement = "SELECT key, tokens_crc, vectors_crc, text_crc, namespace, id, title, tokens, vectors, text FROM documents"
             rows: Any = connection.execute(statement)
             for key, tokens_crc, vectors_crc, text_crc, namespace, identifier, title, tokens, vectors, text in rows:
-                self.check(key, tokens_crc, namespace, identifier, title, tokens)
-                self.check(key, vectors_crc, vectors)
-                self.check(key, text_crc, namespace, identifier, title, text)
+                names = checksum(namespace, identifier, title)
+                self.check(key, tokens_crc, zlib.crc32(tokens, names))
+                self.check(key, vectors_crc, zlib.crc32(vectors or b""))
+                self.check(key, text_crc, zlib.crc32(text.encode(), names))
 
     def contents(
         self, namespace: str, after: int, last: int | None = None
@@ -275,7 +279,7 @@ class LibraryFile:
                 "WHERE namespace = ? AND key > ? AND key <= ? ORDER BY key",
                 (namespace, after, (1 << 62) if last is None else last),
             ):
-                self.check(key, tokens_crc, namespace, identifier, title, tokens)
-                self.check(key, vectors_crc, vectors)
+                self.check(key, tokens_crc, zlib.crc32(tokens, checksum(namespace, identifier, title)))
+                self.check(key, vectors_crc, zlib.crc32(vectors or b""))
                 rows = None if vectors is None else np.frombuffer(vectors, "<f4").reshape(-1, width)
                 yield key, np.frombuffer(tokens, dtype), rows

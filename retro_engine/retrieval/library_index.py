@@ -6,15 +6,14 @@ have it and how often. A view is a part with the chunks that are still alive; a 
 never changes, the delta last. BM25's statistics are counted over a snapshot, so a library that has lived scores as a
 fresh one of the same documents does.
 
-Reads and writes LIBRARY/segments/NNNNNNNN/: manifest.json and one .npy file per array (ivf.faiss instead of
-vectors.npy from 16,384 chunks on). Letters: U chunks, T terms, Z embedding width.
+Reads and writes LIBRARY/segments/NNNNNNNN/: manifest.json, one .npy file per array and, from 2,048 chunks on,
+codes.faiss. Letters: U chunks, T terms, Z embedding width.
 """
 
 import errno
 import io
 from array import array
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +24,9 @@ import numpy as np
 from retro_engine.data import files
 from retro_engine.errors import StoreError
 from retro_engine.jit import numba
-from retro_engine.retrieval import library_ivf
-from retro_engine.retrieval.library_ivf import IvfVectors
+from retro_engine.retrieval import library_codes
+from retro_engine.retrieval.library_codes import CodedVectors
+from retro_engine.retrieval.library_terms import Terms
 
 DTYPES = {
     "keys": np.int64,
@@ -37,7 +37,7 @@ DTYPES = {
     "chunks": np.int32,
     "counts": np.uint16,
 }
-VECTORS, IVF = "vectors.npy", "ivf.faiss"
+VECTORS, CODES = "vectors.npy", "codes.faiss"
 # The chunks and counts of each of T terms: entries firsts[t] ... lasts[t] - 1 of two flat arrays.
 Postings = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -54,10 +54,10 @@ class Segment:
     chunks: np.ndarray
     counts: np.ndarray
     vectors: np.ndarray | None = None  # [U, Z]
-    ivf: IvfVectors | None = None  # instead of vectors
+    codes: CodedVectors | None = None  # of the vectors, when there are many
     folder: Path | None = None
 
-    def postings(self, hashes: np.ndarray) -> Postings:
+    def postings(self, hashes: np.ndarray, count: int) -> Postings:
         places = np.searchsorted(self.terms, hashes)
         known = places < len(self.terms)
         places = np.where(known, places, 0)
@@ -70,59 +70,118 @@ class Segment:
         return self.lengths
 
     def all_vectors(self, count: int) -> np.ndarray | None:
-        return self.ivf.vectors() if self.ivf is not None else self.vectors
+        return self.vectors
 
 
 class Delta:
-    """The newest documents. One writer appends; readers look at the first chunks only, up to their view's count."""
+    """The newest documents, the terms of each chunk one after another. One writer appends; readers look no further
+    than their view's count of chunks, and keep the arrays they have when larger ones take their place."""
 
     def __init__(self, width: int | None):
-        self.keys, self.starts, self.lengths = array("q"), array("i", [0]), array("i")
-        self._postings: dict[int, array[int]] = {}  # hash -> chunk, count, chunk, count, ...
+        self.keys, self.starts = array("q"), array("i", [0])
+        self._hashes, self._counts = np.empty(1024, np.uint64), np.empty(1024, np.uint16)
+        self._ends, self._lengths = np.empty(64, np.int64), np.empty(64, np.int32)  # of chunks, as in Terms
         self._vectors = None if width is None else np.empty((64, width), np.float32)
-        self.ivf = None
+        self.codes = None
 
-    def append(self, key: int, terms: Sequence[Counter[int]], vectors: np.ndarray | None) -> None:
-        first = self.starts[-1]
+    def append(self, keys: Sequence[int], num_chunks: Sequence[int], terms: Terms, vectors: np.ndarray | None) -> None:
+        first, end = self.starts[-1], self.starts[-1] + len(terms.ends)
+        before = int(self._ends[first - 1]) if first else 0
+        self._hashes = _extended(self._hashes, before, terms.hashes)
+        self._counts = _extended(self._counts, before, terms.counts)
+        self._ends = _extended(self._ends, first, terms.ends + before)
+        self._lengths = _extended(self._lengths, first, terms.lengths)
         if self._vectors is not None and vectors is not None:
-            if first + len(terms) > len(self._vectors):  # readers keep the old array
-                grown = np.empty((2 * (first + len(terms)), self._vectors.shape[1]), np.float32)
-                grown[:first] = self._vectors[:first]
-                self._vectors = grown
-            self._vectors[first : first + len(terms)] = vectors
-        for chunk, counts in enumerate(terms, first):
-            for term, count in counts.items():
-                self._postings.setdefault(term, array("i")).extend((chunk, count))
-            self.lengths.append(counts.total())
-        self.keys.append(key)
-        self.starts.append(first + len(terms))
+            self._vectors = _extended(self._vectors, first, vectors)
+        for key, count in zip(keys, num_chunks):
+            self.keys.append(key)
+            self.starts.append(self.starts[-1] + count)
+        assert self.starts[-1] == end, (self.starts[-1], end)
 
-    def postings(self, hashes: np.ndarray) -> Postings:
-        found = [self._postings[h][:] if h in self._postings else array("i") for h in hashes.tolist()]
-        ends = np.cumsum([0] + [len(entries) // 2 for entries in found])
-        flat = np.frombuffer(b"".join(found), np.int32).reshape(-1, 2)
-        return ends[:-1], ends[1:], _frozen(flat[:, 0]), _frozen(flat[:, 1].astype(np.uint16))
+    def postings(self, hashes: np.ndarray, count: int) -> Postings:
+        table = _hash_table(hashes)
+        return _find(table, hashes, self._hashes, self._counts, self._ends, count)
 
     def chunk_lengths(self, count: int) -> np.ndarray:
-        return np.frombuffer(self.lengths[:count].tobytes(), np.int32)
+        return _frozen(self._lengths[:count])
 
     def all_vectors(self, count: int) -> np.ndarray | None:
         return None if self._vectors is None else self._vectors[:count]
 
     def segment(self) -> Segment:
         """The delta as a segment, once nothing is appended any more."""
-        hashes = np.array(sorted(self._postings), np.uint64)
-        firsts, lasts, chunks, counts = self.postings(hashes)
+        count = self.starts[-1]
+        num_terms = int(self._ends[count - 1]) if count else 0
+        hashes = self._hashes[:num_terms]
+        order = np.argsort(hashes, kind="stable")  # of one term, chunks stay ascending
+        terms, firsts = np.unique(hashes[order], return_index=True)
+        chunks = np.repeat(np.arange(count, dtype=np.int32), np.diff(self._ends[:count], prepend=0))
         return Segment(
             np.array(self.keys, np.int64),
             np.array(self.starts, np.int32),
-            np.array(self.lengths, np.int32),
-            hashes,
-            np.concatenate((firsts[:1], lasts)) if len(hashes) else np.zeros(1, np.int64),
-            chunks,
-            counts,
-            self.all_vectors(len(self.lengths)),
+            self._lengths[:count],
+            terms,
+            np.append(firsts, num_terms).astype(np.int64),
+            chunks[order],
+            self._counts[:num_terms][order],
+            self.all_vectors(count),
         )
+
+
+def _extended(old: np.ndarray, count: int, new: np.ndarray) -> np.ndarray:
+    """`old` with `new` after its first `count` rows: itself, or a larger copy."""
+    end = count + len(new)
+    out = old
+    if end > len(old):
+        out = np.empty((2 * end, *old.shape[1:]), old.dtype)
+        out[:count] = old[:count]
+    out[count:end] = new
+    return out
+
+
+@numba.njit(nogil=True, cache=True)
+def _hash_table(hashes):  # type: ignore[no-untyped-def]
+    """Where each of the hashes is, by its lowest bits; -1 = nowhere."""
+    size = 4
+    while size < 4 * len(hashes):
+        size *= 2
+    table = np.full(size, -1, np.int32)
+    for term in range(len(hashes)):
+        place = np.int64(hashes[term] & np.uint64(size - 1))
+        while table[place] >= 0:
+            place = (place + 1) & (size - 1)
+        table[place] = term
+    return table
+
+
+@numba.njit(nogil=True, cache=True)
+def _find(table, wanted, hashes, counts, ends, num_chunks):  # type: ignore[no-untyped-def]
+    """The postings of the wanted terms in the first chunks of a delta."""
+    last = ends[num_chunks - 1] if num_chunks else 0
+    mask = len(table) - 1
+    terms = np.empty(last, np.int32)  # of each entry
+    sizes = np.zeros(len(wanted) + 1, np.int64)
+    for entry in range(last):
+        place = np.int64(hashes[entry] & np.uint64(mask))
+        while table[place] >= 0 and wanted[table[place]] != hashes[entry]:
+            place = (place + 1) & mask
+        terms[entry] = table[place]
+        if table[place] >= 0:
+            sizes[table[place] + 1] += 1
+    starts = np.cumsum(sizes)
+    cursors = starts.copy()
+    found_chunks = np.empty(starts[-1], np.int32)
+    found_counts = np.empty(starts[-1], np.uint16)
+    entry = 0
+    for chunk in range(num_chunks):
+        while entry < ends[chunk]:
+            term = terms[entry]
+            if term >= 0:
+                found_chunks[cursors[term]] = chunk
+                found_counts[cursors[term]] = counts[entry]
+                cursors[term] += 1
+            entry += 1
+    return starts[:-1], starts[1:], found_chunks, found_counts
 
 
 def _frozen(values: np.ndarray) -> np.ndarray:
@@ -273,18 +332,26 @@ def publish_segment(segment: Segment, folder: Path, parent: str) -> str:
     content: dict[str, Any] = {"library": parent, "documents": len(segment.keys), "chunks": len(segment.lengths)}
     if segment.vectors is not None:
         content["width"] = segment.vectors.shape[1]
-        if len(segment.vectors) >= library_ivf.MIN_CHUNKS:
-            temporary = folder / f".{IVF}.tmp"
-            try:
-                probes, recall = IvfVectors.build(segment.vectors, temporary)
-            except RuntimeError as error:  # Faiss raises nothing narrower for a failed write
-                raise files.io_error(OSError(errno.ENOSPC, str(error)), folder / IVF) from error
-            files.publish_file(temporary, folder / IVF)
-            content |= {"probes": probes, f"recall_at_{library_ivf.RECALL_AT}": recall}
-            hashes[IVF] = files.sha256_file(folder / IVF)
-        else:
-            hashes[VECTORS] = _publish_array(folder / VECTORS, segment.vectors)
+        hashes[VECTORS] = _publish_array(folder / VECTORS, segment.vectors)
+        if len(segment.vectors) >= library_codes.MIN_CHUNKS:
+            content[f"recall_at_{library_codes.RECALL_AT}"] = _publish_codes(folder / CODES, segment.vectors)
+            hashes[CODES] = files.sha256_file(folder / CODES)
     return files.write_manifest(folder, "segment", {**content, "files": hashes})
+
+
+def _publish_codes(path: Path, vectors: np.ndarray) -> float:
+    """Write the codes of vectors; return the recall of searching them."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)  # of this thread only: questions are answered at the same time
+    codes = CodedVectors.make(vectors)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        codes.write(temporary)
+    except RuntimeError as error:  # Faiss raises nothing narrower for a failed write
+        raise files.io_error(OSError(errno.ENOSPC, str(error)), path) from error
+    files.publish_file(temporary, path)
+    return codes.recall()
 
 
 def _publish_array(path: Path, values: np.ndarray) -> str:
@@ -302,17 +369,16 @@ def open_segment(folder: Path, parent: str, fingerprint: str) -> Segment:
     files.verify_files(folder, manifest["files"])
     try:
         load = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in DTYPES}
-        if any(values.dtype != DTYPES[name] or values.ndim != 1 for name, values in load.items()):
+        if any(load[name].dtype != DTYPES[name] or load[name].ndim != 1 for name in DTYPES):
             raise ValueError("an array has another type")
-        vectors = ivf = None
-        if IVF in manifest["files"]:
-            ivf = IvfVectors.open(folder / IVF, manifest["chunks"], manifest["width"], manifest["probes"])
-        elif VECTORS in manifest["files"]:
-            vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+        if VECTORS in manifest["files"]:
+            load["vectors"] = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise StoreError(f"{folder} cannot be read", str(error), "it is built again") from error
-    segment = Segment(**{n: v.view(np.ndarray) for n, v in load.items()}, vectors=vectors, ivf=ivf, folder=folder)
+    segment = Segment(**{name: values.view(np.ndarray) for name, values in load.items()}, folder=folder)
     _check(segment, manifest)
+    if CODES in manifest["files"] and segment.vectors is not None:
+        segment = replace(segment, codes=CodedVectors.open(folder / CODES, segment.vectors))
     return segment
 
 

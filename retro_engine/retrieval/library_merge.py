@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from retro_engine.errors import MissingInputError, RetroError, StoreError
-from retro_engine.retrieval.library_documents import Chunker, Prepared, chunk_terms, num_chunks
+from retro_engine.retrieval.library_documents import Batch, Chunker, num_chunks
 from retro_engine.retrieval.library_file import LibraryFile
 from retro_engine.retrieval.library_index import (
     Delta,
@@ -26,6 +26,7 @@ from retro_engine.retrieval.library_index import (
     publish_segment,
     tail_to_merge,
 )
+from retro_engine.retrieval.library_terms import terms_of
 
 SEGMENTS = "segments"
 READ_DOCUMENTS = 256  # read at once when the index is made from documents
@@ -58,14 +59,14 @@ class LibraryIndex:
         self._thread.join()
         self.snapshots = {}
 
-    def show(self, namespace: str, dead: Sequence[int], new: Sequence[tuple[int, Prepared]]) -> None:
+    def show(self, namespace: str, dead: Sequence[int], keys: Sequence[int], batch: Batch | None) -> None:
         """Publish a snapshot without the dead keys and with the new documents."""
         old = self.snapshots.get(namespace) or (self._empty_delta(),)
         views = [view.without(dead) for view in old] if dead else list(old)
         delta = views[-1].part
         assert isinstance(delta, Delta), "a snapshot ends with its delta"
-        for key, document in new:
-            delta.append(key, document.terms, document.vectors)
+        if batch is not None:
+            delta.append(keys, batch.num_chunks, batch.terms, batch.vectors)
         views[-1] = views[-1].grown()
         self.snapshots = {**self.snapshots, namespace: tuple(views)}
         if len(views[-1].alive) >= self.delta_chunks:
@@ -200,10 +201,10 @@ class LibraryIndex:
         delta = Delta(self.chunker.width)
         rows = self.file.contents(namespace, after, last)
         while batch := list(islice(rows, READ_DOCUMENTS)):
-            terms = iter(chunk_terms(self.chunker.texts([tokens for _, tokens, _ in batch])[1]))
-            for key, tokens, vectors in batch:
-                count = num_chunks(len(tokens), self.chunker.chunk_size, self.chunker.stride)
-                delta.append(key, list(islice(terms, count)), vectors)
+            keys, tokens, vectors = zip(*batch)
+            counts = [num_chunks(len(ids), self.chunker.chunk_size, self.chunker.stride) for ids in tokens]
+            terms = terms_of(self.chunker.texts(tokens)[1])
+            delta.append(keys, counts, terms, None if vectors[0] is None else np.concatenate(vectors))
         return delta
 
 

@@ -13,9 +13,10 @@ import numpy as np
 
 from retro_engine.errors import UsageError, nearest
 from retro_engine.jit import numba
-from retro_engine.retrieval.lexical import K1, B, terms_of
-from retro_engine.retrieval.library_documents import check_query, term_hash
+from retro_engine.retrieval.lexical import K1, B
+from retro_engine.retrieval.library_documents import check_query
 from retro_engine.retrieval.library_index import Snapshot
+from retro_engine.retrieval.library_terms import query_terms
 from retro_engine.retrieval.search import Retriever
 
 MODES = ("lexical", "dense", "hybrid")
@@ -71,9 +72,9 @@ def rank(
 
 def lexical(snapshot: Snapshot, text: str, k: int) -> Ranking:
     """The k best chunks by BM25; fewer when fewer have a term of the query."""
-    hashes = np.unique(np.array([term_hash(term) for term in terms_of([text])[0]], np.uint64))
+    hashes = query_terms(text)
     num_chunks = sum(view.num_alive for view in snapshot)
-    found = [view.part.postings(hashes) for view in snapshot]
+    found = [view.part.postings(hashes, len(view.alive)) for view in snapshot]
     frequencies = np.zeros(len(hashes), np.int64)
     for view, (firsts, lasts, chunks, _) in zip(snapshot, found):
         _count_alive(firsts, lasts, chunks, view.alive, view.num_alive == len(view.alive), frequencies)
@@ -134,14 +135,14 @@ def _score(firsts, lasts, chunks, counts, lengths, alive, idf, average, k):  # t
 
 
 def dense(snapshot: Snapshot, vector_Z: np.ndarray, k: int) -> Ranking:
-    """The k nearest chunks by inner product: exact in the delta and small segments, IVF in large ones."""
+    """The k nearest chunks by inner product: in full, or in a large segment by its codes."""
     out: Ranking = []
     for place, view in enumerate(snapshot):
         if not view.num_alive:
             continue
         is_whole = view.num_alive == len(view.alive)
-        if view.part.ivf is not None:
-            rows, scores = view.part.ivf.search(vector_Z, min(k, view.num_alive), None if is_whole else view.alive)
+        if view.part.codes is not None:
+            rows, scores = view.part.codes.search(vector_Z, min(k, view.num_alive), None if is_whole else view.alive)
         else:
             vectors = view.part.all_vectors(len(view.alive))
             assert vectors is not None, "a library with vectors has them in every part"

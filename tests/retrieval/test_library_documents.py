@@ -9,7 +9,6 @@ from helpers import write_corpus
 from retro_engine.data.corpus import Document, Reader
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.retrieval.lexical import terms_of
 from retro_engine.retrieval.library_documents import (
     MAX_DOCUMENT_BYTES,
     MAX_QUERY_CHARACTERS,
@@ -19,9 +18,10 @@ from retro_engine.retrieval.library_documents import (
     check_id,
     check_namespace,
     check_query,
+    cut_word,
     num_chunks,
-    term_hash,
 )
+from retro_engine.retrieval.library_terms import query_terms
 
 BAD_IDS = ["", " ", " a", "a ", "a\nb", "a\0b", "\x7f", "a\u2028b", "\ud800", "x" * 513, "é" * 257, 7, None]
 
@@ -93,7 +93,7 @@ def test_without_overlap_chunks_are_the_rows_of_a_store(small_store: Store, tmp_
     path = write_corpus(tmp_path / "corpus.jsonl", 40)
     chunker = Chunker(small_store.tokenizer, 16, 16, None, None)
     documents = [row for row in Reader().read([path]) if isinstance(row, Document)]
-    texts, _ = chunker.texts([prepared.tokens for prepared in chunker.prepare(documents)])
+    texts, _ = chunker.texts(chunker.prepare(documents).tokens)
     assert texts == [text for batch in small_store.texts() for text in batch]
 
 
@@ -101,11 +101,24 @@ def test_every_word_is_whole_in_some_chunk(small_store: Store) -> None:
     text = " ".join(f"lighthouse{i} ünïcödé{i} snow-covered_{i}, x{i}" for i in range(30))
     for size, stride in ((5, 5), (8, 3), (16, 16)):
         chunker = Chunker(small_store.tokenizer, size, stride, None, None)
-        (prepared,) = chunker.prepare([Document("a", "", text)])
-        terms = set().union(*prepared.terms)
-        assert terms >= {term_hash(term) for term in terms_of([text])[0]}
-        texts, words = chunker.texts([prepared.tokens])
+        batch = chunker.prepare([Document("a", "", text)])
+        assert set(batch.terms.hashes) >= set(query_terms(text))
+        texts, words = chunker.texts(batch.tokens)
         assert all(word.startswith(own) for own, word in zip(texts, words))
+
+
+def test_cut_words() -> None:
+    for text, more, word in (
+        ("a riv", "a river bank", " river"),
+        ("a river", "a river bank", ""),
+        ("a river ", "a river bank", ""),
+        ("a \ufffd", "a über", " über"),
+        ("a f\ufffd", "a für", " für"),
+        ("a", "b", ""),  # a decoder that does not give the same text again
+        ("", "river", ""),
+        ("a river", "a river", ""),
+    ):
+        assert cut_word(text, more) == word, (text, more)
 
 
 class Broken:
@@ -125,7 +138,7 @@ def test_embedders_that_misbehave(small_store: Store) -> None:
             Chunker(small_store.tokenizer, 16, 16, embedder, 4).prepare(documents)
     with pytest.raises(UsageError, match="without its embedder"):
         Chunker(small_store.tokenizer, 16, 16, None, 4).prepare(documents)
-    (zero,) = Chunker(small_store.tokenizer, 16, 16, Broken(0, 4), 4).prepare(documents)
+    zero = Chunker(small_store.tokenizer, 16, 16, Broken(0, 4), 4).prepare(documents)
     assert zero.vectors is not None
     assert not zero.vectors.any(), "a vector of zeros stays one"
 
@@ -137,8 +150,3 @@ def test_the_hash_embedder_gives_what_a_store_gives(small_store: Store) -> None:
     ids = np.array([small_store.tokenizer.encode(text)])
     expected = embed(ids, np.array([ids.shape[1]]))
     np.testing.assert_array_equal(HashEmbedder(small_store.tokenizer).encode(["", text])[1:], expected)
-
-
-def test_hashes_of_terms_do_not_change() -> None:
-    """They are in files."""
-    assert [term_hash(term) for term in ("retro", "é")] == [0x931A2C73B56904CF, 0x2F19F3EF8BBF1ACB]
