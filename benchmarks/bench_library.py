@@ -1,9 +1,10 @@
 """The live library: acknowledged adds against bare apsw with FTS5, answers while it is written to, opening after a kill.
 
-RETRO_CHUNKS sets the size (100,000; a million takes a quarter of an hour). Documents are sentences of invented words
-whose frequencies follow Zipf's law, one chunk each on average.
+Documents are passages of 45 words (about one chunk) of Wikipedia, over and over where they do not suffice. RETRO_CHUNKS
+sets the size of the library (100,000), RETRO_LIBRARY a folder to keep it in, RETRO_TEXT another JSON lines file.
 """
 
+import functools
 import os
 import signal
 import subprocess
@@ -15,44 +16,52 @@ from pathlib import Path
 import apsw
 import numpy as np
 import pytest
+from helpers import shared
 
-from retro_engine.data.corpus import Document
+from retro_engine.data.corpus import Document, Reader
 from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.retrieval.lexical import terms_of
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import HashEmbedder
 
 NUM_CHUNKS = int(os.environ.get("RETRO_CHUNKS", "100000"))
-NUM_WORDS, WORDS_PER_DOCUMENT = 30_000, 45
+WORDS_PER_DOCUMENT = 45
 WRITES_PER_S = 50
 QUERIES = 300
 K = 10
 
 
+@functools.cache
+def passages() -> list[str]:
+    """Every passage of the corpus, in order."""
+    out = []
+    path = os.environ.get("RETRO_TEXT") or shared("data/wikipedia-featured-good.jsonl.zst")
+    for row in Reader().read([Path(path)]):
+        words = row.text.split() if isinstance(row, Document) else []
+        out += [" ".join(words[i : i + WORDS_PER_DOCUMENT]) for i in range(0, len(words), WORDS_PER_DOCUMENT)]
+    return out
+
+
 class Texts:
-    """Documents without end, the same ones each time."""
+    """Documents without end from the passage number `first` on."""
 
-    def __init__(self, seed: int = 0):
-        self.rng = np.random.default_rng(seed)
-        parts = [a + b for a in "bcdfglmnprstvz" for b in "aeiou"]
-        lengths = np.random.default_rng(1).integers(2, 5, NUM_WORDS)
-        draw = np.random.default_rng(2)
-        self.words = np.array(["".join(draw.choice(parts, n)) for n in lengths])
-        shares = 1 / np.arange(3, NUM_WORDS + 3)
-        self.ends = np.cumsum(shares / shares.sum())
-        self.count = 0
-
-    def words_of(self, count: int) -> str:
-        return " ".join(self.words[np.searchsorted(self.ends, self.rng.random(count))].tolist())
+    def __init__(self, first: int = 0):
+        self.next = first
 
     def documents(self, count: int) -> list[Document]:
-        self.count += count
-        names = range(self.count - count, self.count)
-        return [Document(f"d{name}", "A title", self.words_of(WORDS_PER_DOCUMENT)) for name in names]
+        self.next += count
+        numbers = range(self.next - count, self.next)
+        return [Document(f"d{n}", "A title", f"{passages()[n % len(passages())]} {n}") for n in numbers]
+
+    def question(self, num_terms: int) -> str:
+        """The first terms of the next passage, stop words left out; all of it for 0."""
+        (document,) = self.documents(1)
+        return " ".join(terms_of([document.text])[0][:num_terms]) if num_terms else document.text
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train([d.text for d in Texts(3).documents(3000)], 8192)
+    return Tokenizer.train([d.text for d in Texts(200_000).documents(20_000)], 16384)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +108,7 @@ class Bare:
 @pytest.mark.parametrize("batch", [1, 100])
 @pytest.mark.parametrize("kind", ["apsw with FTS5", "lexical", "lexical and hash vectors"])
 def test_adds(benchmark, tokenizer: Tokenizer, tmp_path: Path, kind: str, batch: int) -> None:
-    texts = Texts(4)
+    texts = Texts(100_000)
     rounds = 400 if batch == 1 else 40
     if kind == "apsw with FTS5":
         target: Bare | Library = Bare(tmp_path / "bare.sqlite")
@@ -118,10 +127,9 @@ def test_adds(benchmark, tokenizer: Tokenizer, tmp_path: Path, kind: str, batch:
 
 @pytest.mark.benchmark(group="answers while 50 documents/s are added")
 @pytest.mark.parametrize("mode", ["lexical", "dense", "hybrid"])
-@pytest.mark.parametrize("words", [8, WORDS_PER_DOCUMENT], ids=["8-term question", "64-token chunk"])
-def test_answers(benchmark, folder: Path, mode: str, words: int) -> None:
-    texts, more = Texts(5), Texts(6 + words)
-    more.count = 10_000_000 + 1_000_000 * words
+@pytest.mark.parametrize("num_terms", [8, 0], ids=["8-term question", "64-token chunk"])
+def test_answers(benchmark, folder: Path, mode: str, num_terms: int) -> None:
+    texts, more = Texts(230_000), Texts(10_000_000 * (1 + num_terms))
     is_over = threading.Event()
     written = [0]
     with Library(folder) as library:
@@ -134,12 +142,14 @@ def test_answers(benchmark, folder: Path, mode: str, words: int) -> None:
                 time.sleep(max(0.0, start + written[0] / WRITES_PER_S - time.perf_counter()))
 
         for _ in range(20):
-            library.search(texts.words_of(words), K, mode)
+            library.search(texts.question(num_terms), K, mode)
         writer = threading.Thread(target=write)
         writer.start()
         start = time.perf_counter()
         benchmark.pedantic(
-            library.search, setup=lambda: (time.sleep(0.01), ((texts.words_of(words), K, mode), {}))[1], rounds=QUERIES
+            library.search,
+            setup=lambda: (time.sleep(0.01), ((texts.question(num_terms), K, mode), {}))[1],
+            rounds=QUERIES,
         )
         seconds = time.perf_counter() - start
         is_over.set()
@@ -154,11 +164,10 @@ def test_answers(benchmark, folder: Path, mode: str, words: int) -> None:
 
 WRITER = """
 import sys
-sys.path.insert(0, sys.argv[2])
+sys.path += sys.argv[2:]
 from bench_library import Texts
 from retro_engine.retrieval.library import Library
-texts = Texts(9)
-texts.count = 50_000_000
+texts = Texts(50_000_000)
 with Library(sys.argv[1]) as library:
     print("open", flush=True)
     while True:
@@ -168,8 +177,10 @@ with Library(sys.argv[1]) as library:
 
 @pytest.mark.benchmark(group="open after a kill, and answer")
 def test_ready_after_a_kill(benchmark, folder: Path) -> None:
+    here = Path(__file__).parent
+
     def kill_a_writer() -> None:
-        command = [sys.executable, "-c", WRITER, str(folder), str(Path(__file__).parent)]
+        command = [sys.executable, "-c", WRITER, str(folder), str(here), str(here.parent / "tests")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "open\n"
@@ -178,6 +189,6 @@ def test_ready_after_a_kill(benchmark, folder: Path) -> None:
 
     def open_and_ask() -> None:
         with Library(folder) as library:
-            assert library.search(Texts(7).words_of(8), K)
+            assert library.search(Texts(230_000).question(8), K)
 
     benchmark.pedantic(open_and_ask, setup=kill_a_writer, rounds=3)
