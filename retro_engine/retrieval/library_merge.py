@@ -22,10 +22,9 @@ from retro_engine.retrieval.library_index import (
     Snapshot,
     View,
     merge,
-    open_segment,
-    publish_segment,
     tail_to_merge,
 )
+from retro_engine.retrieval.library_segments import open_segment, publish_segment
 from retro_engine.retrieval.library_terms import terms_of
 
 SEGMENTS = "segments"

@@ -1,25 +1,17 @@
 """Segments, deltas and views: a merge gives what the documents alone would, bytes included; damage is refused."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from helpers import WORDS
 
-from retro_engine.errors import MissingInputError, StoreError
-from retro_engine.retrieval import library_codes
 from retro_engine.retrieval.library_index import (
     Delta,
     Segment,
     View,
     merge,
-    open_segment,
-    publish_segment,
     tail_to_merge,
 )
 from retro_engine.retrieval.library_terms import query_terms, terms_of
-
-PARENT = "0" * 64
 
 
 def delta_of(documents: dict[int, list[str]], width: int | None = 3) -> Delta:
@@ -116,39 +108,3 @@ def test_which_views_are_merged() -> None:
     assert tail_to_merge((view(100, dead=60), view(30), delta)) == 0, "mostly dead"
     assert tail_to_merge((view(100), view(30), delta), is_all=True) == 0
     assert tail_to_merge((view(100), delta, View.whole(Delta(None)))) == 1, "deltas always"
-
-
-@pytest.fixture
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str, Segment]:
-    monkeypatch.setattr(library_codes, "MIN_CHUNKS", 50)
-    segment = delta_of(random_documents(3, range(1, 60))).segment()
-    return tmp_path / "segment", publish_segment(segment, tmp_path / "segment", PARENT), segment
-
-
-def test_what_is_published_is_read_again(published: tuple[Path, str, Segment], tmp_path: Path) -> None:
-    folder, mark, segment = published
-    opened = open_segment(folder, PARENT, mark)
-    assert arrays(opened) == arrays(segment)
-    assert opened.codes is not None
-    assert publish_segment(segment, tmp_path / "again", PARENT) == mark, "same input, same bytes"
-
-
-def test_segments_of_others_and_damaged_ones_are_refused(published: tuple[Path, str, Segment], tmp_path: Path) -> None:
-    folder, mark, _ = published
-    for parent, fingerprint in (("1" * 64, mark), (PARENT, "1" * 64)):
-        with pytest.raises(StoreError, match="another segment"):
-            open_segment(folder, parent, fingerprint)
-    with pytest.raises(MissingInputError):
-        open_segment(tmp_path / "nothing", PARENT, mark)
-    rng = np.random.default_rng(0)
-    for name in sorted(path.name for path in folder.iterdir()):
-        raw = (folder / name).read_bytes()
-        flipped = bytearray(raw)
-        flipped[int(rng.integers(len(raw)))] ^= 1 << int(rng.integers(8))
-        for damaged in (bytes(flipped), raw[:-2], raw + b"x", b""):
-            (folder / name).unlink()
-            (folder / name).write_bytes(damaged)
-            with pytest.raises(StoreError):
-                open_segment(folder, PARENT, mark)
-        (folder / name).write_bytes(raw)
-    open_segment(folder, PARENT, mark)
