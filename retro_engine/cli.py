@@ -170,6 +170,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--show-neighbors", action="store_true")
     sub.add_argument("--seed", type=int, default=0)
 
+    from retro_engine.cli_docs import add_docs
+
+    add_docs(command("docs", _doctor, "a live library: add, list, get, rm, reset, query, import"))
+
     sub = command("report", _report, "one HTML page on a run: what retrieval gave, how it trained, what it read")
     sub.add_argument("path", metavar="RUN")
     sub.add_argument("--share", default="valid", choices=["train", "valid", "test", "all"], help="which documents")
@@ -179,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, default=32, help="batches a mode")
     sub.add_argument("--all", action="store_true", help="every batch")
 
-    sub = command("inspect", _inspect, "what a store, table, index or checkpoint is; --plan: what training would take")
+    sub = command("inspect", _inspect, "what a store, table, index, library or checkpoint is; --plan: what training would take")
     sub.add_argument("path", nargs="?")
     sub.add_argument("--plan", action="store_true", help="memory, FLOPs and communication of a step on H100s, on paper")
     sub.add_argument("--preset", help="--plan: tiny, small, base, mcore or nemo")
@@ -578,6 +582,8 @@ def _inspect(args: argparse.Namespace) -> int:
     from retro_engine.data import files
     from retro_engine.data.neighbor_table import NeighborTable
     from retro_engine.data.store import Store
+    from retro_engine.retrieval.library import Library
+    from retro_engine.retrieval.library_file import FILE
     from retro_engine.retrieval.search import open_index
     from retro_engine.train import checkpoint
 
@@ -588,8 +594,16 @@ def _inspect(args: argparse.Namespace) -> int:
             checkpoint.verify(folder)
         _print(args, {"kind": "checkpoint", "path": str(folder), **checkpoint.read_trainer(folder)})
         return 0
+    if (path / FILE).is_file():
+        with Library(path) as library:
+            if args.verify:
+                library.verify()
+            _print(args, {**library.statistics(), **({"verified": True} if args.verify else {})})
+        return 0
     if not (path / files.MANIFEST).is_file():
-        raise MissingInputError(f"{path} is not a store, table, index, run or checkpoint", "it has no manifest.json")
+        raise MissingInputError(
+            f"{path} is not a store, table, index, library, run or checkpoint", "it has no manifest.json"
+        )
     try:
         kind = json.loads((path / files.MANIFEST).read_text()).get("kind")
     except (ValueError, AttributeError):
@@ -662,7 +676,7 @@ def _doctor(args: argparse.Namespace) -> int:
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
-    packages = ("torch", "numpy", "tokenizers", "safetensors", "faiss-cpu", "bm25s", "numba", "tensorboard")
+    packages = ("torch", "numpy", "tokenizers", "safetensors", "faiss-cpu", "bm25s", "apsw", "numba", "tensorboard")
     _print(
         args,
         {

@@ -20,6 +20,7 @@ ORDER = [
     ["api"],
     ["report"],
     ["demo", "bench"],
+    ["cli_docs"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -26,7 +26,7 @@ class Document:
     id: str
     title: str
     text: str
-    source: str  # file:line, or the file
+    source: str = ""  # file:line, or the file
 
 
 @dataclass(frozen=True)

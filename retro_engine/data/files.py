@@ -53,6 +53,20 @@ def publish(path: Path, parts: list[bytes | memoryview]) -> None:
         raise io_error(error, path, size) from error
 
 
+def publish_file(temporary: Path, path: Path) -> None:
+    """Publish a file of the same folder that a library has written."""
+    try:
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o444)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise io_error(error, path) from error
+
+
 def io_error(error: OSError, path: Path, size: int = 0) -> Exception:
     """The typed error for a failed write of `size` bytes to `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

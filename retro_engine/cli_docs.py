@@ -1,0 +1,201 @@
+"""The command `retro docs`: a live library from the command line."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retro_engine.errors import MissingInputError, UsageError
+
+if TYPE_CHECKING:
+    from retro_engine.progress import Reporter
+    from retro_engine.retrieval.library import Library
+    from retro_engine.retrieval.library_import import Importer, Job
+
+BATCH = 256  # documents added at once
+
+
+def add_docs(sub: argparse.ArgumentParser) -> None:
+    """The flags of every `retro docs WHAT`."""
+    commands = sub.add_subparsers(dest="what", metavar="WHAT", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+        what = commands.add_parser(name, help=about, description=about)
+        what.set_defaults(run=run)
+        what.add_argument("library", metavar="LIBRARY")
+        what.add_argument("--namespace", default="default")
+        what.add_argument("--json", action="store_true", help="results as JSON lines")
+        what.add_argument("--quiet", action="store_true")
+        return what
+
+    def makes(what: argparse.ArgumentParser) -> None:
+        what.add_argument("--store", metavar="STORE", help="make LIBRARY with its tokenizer and chunk size")
+        what.add_argument("--stride", type=int, metavar="TOKENS", help="between starts of chunks (default: no overlap)")
+        what.add_argument("--embedder", choices=["none", "hash"], default="none", help="vectors for dense and hybrid")
+
+    what = command("add", _add, "add files, or replace what has their names")
+    what.add_argument("inputs", nargs="+", metavar="IN", help=".txt .md .jsonl[.gz|.zst], folders; - for one text")
+    what.add_argument("--id", metavar="ID", help="of the text from standard input")
+    makes(what)
+    what = command("import", _import, "add a large file of JSON lines; goes on when it was interrupted")
+    what.add_argument("input", metavar="IN", help=".jsonl[.gz|.zst], or - for standard input")
+    makes(what)
+    what = command("list", _list, "documents by id, and the library's counts")
+    what.add_argument("--after", default="", metavar="ID", help="documents after this one")
+    what.add_argument("--limit", type=int, default=100, metavar="N")
+    what = command("get", _get, "print a document")
+    what.add_argument("id", metavar="ID")
+    what = command("rm", _rm, "delete documents")
+    what.add_argument("ids", nargs="+", metavar="ID")
+    what = command("reset", _reset, "delete every document of the namespace")
+    what.add_argument("--yes", action="store_true", required=True, help="there is no way back")
+    what = command("query", _query, "the best chunks for a text")
+    what.add_argument("text", metavar="TEXT")
+    what.add_argument("--k", type=int, default=5)
+    what.add_argument("--mode", default="lexical", help="lexical, dense or hybrid")
+    what.add_argument("--weights", nargs=2, type=float, default=[1.0, 1.0], metavar="W", help="hybrid: lexical, dense")
+    what.add_argument("--store", nargs="+", metavar="STORE", default=[], help="published stores to search as well")
+    what.add_argument("--store-weight", type=float, default=1.0, metavar="W", help="of the stores; the library has 1")
+
+
+def _open(args: argparse.Namespace) -> "Library":
+    """The library; made first where a store is named."""
+    from retro_engine.data.store import Store
+    from retro_engine.retrieval.library import Library
+    from retro_engine.retrieval.library_documents import HashEmbedder
+    from retro_engine.retrieval.library_file import FILE
+
+    folder = Path(args.library)
+    if hasattr(args, "embedder") and not (folder / FILE).exists():
+        if args.store is None:
+            raise MissingInputError(f"{folder} does not exist", "a new library needs a tokenizer", "--store STORE")
+        store = Store(args.store)
+        embedder = HashEmbedder(store.tokenizer) if args.embedder == "hash" else None
+        Library.create(folder, store.tokenizer, store.chunk_size, args.stride, embedder)
+    return Library(folder)
+
+
+def _add(args: argparse.Namespace) -> int:
+    from retro_engine.data.corpus import Document, Reader, SetAside, find_files
+    from retro_engine.retrieval.library_documents import MAX_DOCUMENT_BYTES, check_document
+
+    rows: Iterator[Document | SetAside]
+    if args.inputs == ["-"]:
+        if args.id is None:
+            raise UsageError("a text from standard input needs an id", "", "--id ID")
+        rows = iter([Document(args.id, "", sys.stdin.buffer.read().decode("utf-8", "replace"))])
+    else:
+        rows = Reader(max_document_bytes=MAX_DOCUMENT_BYTES).read(find_files(args.inputs)[0])
+    num_added = num_set_aside = 0
+    with _open(args) as library:
+        while batch := list(islice(rows, BATCH)):
+            good = []
+            for row in batch:
+                try:
+                    if isinstance(row, SetAside):
+                        raise UsageError(f"{row.source}: {row.reason}")
+                    check_document(row)
+                    good.append(row)
+                except UsageError as error:
+                    num_set_aside += 1
+                    _reporter(args).say(f"set aside: {error.what} {error.why}".rstrip())
+            if good:
+                library.add(good, args.namespace)
+            num_added += len(good)
+        _print(args, {"added": num_added, "set_aside": num_set_aside, "version": library.version})
+    if not num_added:
+        raise MissingInputError("nothing was added", "every document was set aside", "name other files")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from retro_engine.retrieval.library_import import Importer
+
+    with _open(args) as library, Importer(library) as importer:
+        number = importer.start(sys.stdin.buffer if args.input == "-" else args.input, args.namespace)
+        job = _follow(importer, number, _reporter(args))
+        for source, reason in job.errors:
+            _reporter(args).say(f"set aside: {source}: {reason}")
+        names = ("number", "state", "done", "added", "failed", "reason")
+        _print(args, {name: getattr(job, name) for name in names})
+    return 0 if job.state == "done" else 3
+
+
+def _follow(importer: "Importer", number: int, reporter: "Reporter") -> "Job":
+    """Wait for a job, and say now and then how far it is."""
+    from retro_engine.progress import LINE_EVERY_S
+
+    while (job := importer.wait(number, LINE_EVERY_S)).state == "running":
+        reporter.say(f"importing: {job.done:,} rows, {job.added:,} added, {job.failed:,} set aside")
+    return job
+
+
+def _list(args: argparse.Namespace) -> int:
+    with _open(args) as library:
+        for entry in library.entries(args.namespace, args.after, args.limit):
+            shown = vars(entry)
+            print(
+                json.dumps(shown)
+                if args.json
+                else f"{entry.id}\t{entry.chunks} chunks\t{entry.bytes} bytes\t{entry.title}"
+            )
+        if not args.json and not args.quiet:
+            _reporter(args).say(json.dumps(library.statistics()))
+    return 0
+
+
+def _get(args: argparse.Namespace) -> int:
+    with _open(args) as library:
+        document = library.get(args.id, args.namespace)
+    if document is None:
+        raise MissingInputError(
+            f"document {args.id} does not exist", f"in namespace {args.namespace}", "retro docs list"
+        )
+    print(
+        json.dumps({"id": document.id, "title": document.title, "text": document.text}) if args.json else document.text
+    )
+    return 0
+
+
+def _rm(args: argparse.Namespace) -> int:
+    with _open(args) as library:
+        _print(args, {"deleted": library.delete(args.ids, args.namespace), "version": library.version})
+    return 0
+
+
+def _reset(args: argparse.Namespace) -> int:
+    with _open(args) as library:
+        _print(args, {"deleted": library.reset(args.namespace), "version": library.version})
+    return 0
+
+
+def _query(args: argparse.Namespace) -> int:
+    from retro_engine.data.store import Store
+    from retro_engine.retrieval.library_search import combined, static_source
+    from retro_engine.retrieval.search import Retriever
+
+    with _open(args) as library:
+        if args.store:
+            static = static_source(Retriever([Store(path) for path in args.store]))
+            live = library.source(args.mode, args.namespace, args.weights)
+            hits = combined(args.text, args.k, [(live, 1.0), (static, args.store_weight)])
+        else:
+            hits = library.search(args.text, args.k, args.mode, args.namespace, args.weights)
+    for hit in hits:
+        text = " ".join(hit.text.split())
+        shown = f"{hit.score:8.3f}  {hit.source}/{hit.document} {hit.title} chunk {hit.chunk}: {text}"
+        print(json.dumps(vars(hit)) if args.json else shown)
+    return 0
+
+
+def _reporter(args: argparse.Namespace) -> "Reporter":
+    from retro_engine.progress import Reporter
+
+    return Reporter("json" if args.json else "quiet" if args.quiet else "text")
+
+
+def _print(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    print(json.dumps(result) if args.json else "\n".join(f"{key}: {value}" for key, value in result.items()))

@@ -1,0 +1,341 @@
+"""The live library: documents are added, replaced and deleted while it is searched, and nothing acknowledged is lost.
+
+LIBRARY/documents.sqlite is the truth; LIBRARY/segments/ is an index that is made from it and can be made again.
+A write is on the disk, and seen by every search that starts after it, when its call returns. Searches take no lock:
+they read a snapshot. One process has a library open; in it any number of threads may read, and writers take turns.
+"""
+
+import contextlib
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apsw
+import numpy as np
+
+from retro_engine.data import files
+from retro_engine.data.corpus import Document
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import MissingInputError, RetroError, StoreError, UsageError
+from retro_engine.retrieval import library_file
+from retro_engine.retrieval.library_documents import (
+    Batch,
+    Chunker,
+    Embedder,
+    HashEmbedder,
+    check_id,
+    check_namespace,
+    check_query,
+)
+from retro_engine.retrieval.library_file import LibraryFile, checksum
+from retro_engine.retrieval.library_index import Segment, Snapshot
+from retro_engine.retrieval.library_merge import LibraryIndex
+from retro_engine.retrieval.library_search import Hit, Ranking, Source, check_mode, drop_overlaps, rank
+
+DEFAULT = "default"  # the namespace
+DELTA_CHUNKS = 4096  # from then on the delta becomes a segment
+MAX_LIST = 1000
+TRIES = 5  # of a search whose hits were deleted while it ran
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a listing."""
+
+    id: str
+    title: str
+    chunks: int
+    tokens: int
+    bytes: int
+
+
+class Library:
+    """An open library. Close it, or use it as a context manager: its lock goes with it."""
+
+    def __init__(self, folder: str | Path, embedder: Embedder | None = None, delta_chunks: int = DELTA_CHUNKS):
+        """Open a library that `create` made, with the embedder it was made with.
+
+        Without one, a library of `hash` takes its own, and another library can be searched but not added to.
+
+        Raises MissingInputError where there is none; UsageError when another process has it open; StoreError for a
+        damaged, foreign or newer one, or another embedder.
+        """
+        self.folder = Path(folder)
+        if not (self.folder / library_file.FILE).is_file():
+            raise MissingInputError(
+                f"{self.folder} is not a library", f"it has no {library_file.FILE}", "retro docs add makes one"
+            )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(files.locked(self.folder))
+            self.file = LibraryFile(self.folder)
+            stack.callback(self.file.close)
+            if embedder is None and self.file.settings["embedder"] == HashEmbedder.name:
+                embedder = HashEmbedder(self.file.tokenizer)
+            self.chunker = Chunker(
+                self.file.tokenizer, self.file.chunk_size, self.file.stride, embedder, self.file.settings["width"]
+            )
+            self._check_embedder(embedder)
+            self._lock = threading.RLock()  # writers, and whoever publishes a snapshot
+            self._is_closed = False
+            with library_file.typed_errors(self.file.path):
+                self._version = self.file.version()
+                self._index = LibraryIndex(self.file, self.chunker, delta_chunks, self._lock)
+            self._resources = stack.pop_all()
+        self._index.start()
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        tokenizer: Tokenizer,
+        chunk_size: int = 64,
+        stride: int | None = None,
+        embedder: Embedder | None = None,
+    ) -> None:
+        """Make an empty library; `stride` tokens lie between the starts of chunks (None: chunk_size, no overlap)."""
+        stride = chunk_size if stride is None else stride
+        if not 1 <= chunk_size < 1 << 16 or not 1 <= stride <= chunk_size:
+            raise UsageError(
+                f"chunk_size={chunk_size}, stride={stride} cannot be used", "1 <= stride <= chunk_size <= 65,535"
+            )
+        width = 0 if embedder is None else int(np.asarray(embedder.encode(["width"])).shape[-1])
+        name = None if embedder is None else embedder.name
+        library_file.create(Path(folder), tokenizer, chunk_size, stride, name, width)
+
+    def _check_embedder(self, embedder: Embedder | None) -> None:
+        name = self.file.settings["embedder"]
+        if embedder is not None and embedder.name != name:
+            made = f"embedder {name}" if name else "no embedder"
+            raise StoreError(
+                f"{self.folder} was made with {made}", f"it was opened with {embedder.name}", "open it with its own"
+            )
+
+    def __enter__(self) -> "Library":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the background merge, and give the library's lock back."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self._index.stop()
+        with self._lock:
+            self._resources.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise UsageError(f"{self.folder} is closed", "", "open it again")
+
+    @property
+    def version(self) -> int:
+        """Counts up with every write that was acknowledged, across restarts."""
+        return self._version
+
+    # Writing
+
+    def add(self, documents: Sequence[Document], namespace: str = DEFAULT) -> int:
+        """Add documents, each replacing the one with its id; return the library's version with them in it.
+
+        All of them or none: raises UsageError for one that is not allowed, OutOfResourceError for a full disk.
+        """
+        check_namespace(namespace)
+        latest = {document.id: document for document in documents}  # the last of those with the same id
+        self.write(namespace, self.chunker.prepare(list(latest.values())), [])
+        return self._version
+
+    def delete(self, ids: Sequence[str], namespace: str = DEFAULT) -> int:
+        """Delete documents by id; return how many there were."""
+        check_namespace(namespace)
+        for identifier in ids:
+            check_id(identifier)
+        return self.write(namespace, None, list(ids))
+
+    def write(
+        self,
+        namespace: str,
+        batch: Batch | None,
+        deleted: Sequence[str],
+        also: Callable[[apsw.Connection], None] | None = None,
+    ) -> int:
+        """Documents, deletions and the changes that `also` makes in one transaction; return the number deleted."""
+        with self._lock:
+            self._check_open()
+            try:
+                with self.file.transaction() as connection:
+                    gone = self.file.remove(namespace, list(deleted))
+                    replaced: list[int] = []
+                    keys: list[int] = []
+                    if batch is not None and batch.documents:
+                        gone_ids = [document.id for document in batch.documents]
+                        replaced = self.file.remove(namespace, gone_ids)
+                        keys = self.file.insert(namespace, batch)
+                    if also is not None:
+                        also(connection)
+                self._version = self.file.version()
+                self._index.show(namespace, gone + replaced, keys, batch)
+            except RetroError:  # rolled back: what is seen is what there is
+                raise
+            except BaseException:  # stopped between disk and snapshot
+                self._version = self.file.version()
+                self._index.load()
+                raise
+        return len(gone)
+
+    @contextlib.contextmanager
+    def locked_transaction(self) -> Iterator[apsw.Connection]:
+        """A transaction beside the documents: jobs."""
+        with self._lock:
+            self._check_open()
+            with self.file.transaction(is_write=False) as connection:
+                yield connection
+
+    def reset(self, namespace: str | None = None) -> int:
+        """Delete every document of a namespace, or of all (None); return how many there were."""
+        if namespace is not None:
+            check_namespace(namespace)
+        with self._lock:
+            self._check_open()
+            names = list(self._index.snapshots) if namespace is None else [namespace]
+            count = 0
+            with self.file.transaction() as connection:
+                for name in names:
+                    connection.execute("DELETE FROM documents WHERE namespace = ?", (name,))
+                    count += connection.changes()
+                    connection.execute("DELETE FROM segments WHERE namespace = ?", (name,))
+                    connection.execute("DELETE FROM namespaces WHERE name = ?", (name,))
+            self._version = self.file.version()
+            self._index.forget(names)
+        return count
+
+    # Reading
+
+    def get(self, identifier: str, namespace: str = DEFAULT) -> Document | None:
+        """A document, or None."""
+        check_namespace(namespace)
+        check_id(identifier)
+        statement = "SELECT key, text_crc, id, title, text FROM documents WHERE namespace = ? AND id = ?"
+        for key, mark, *parts in self.read(statement, namespace, identifier):
+            document = Document(*parts)
+            names = checksum(namespace, document.id, document.title)
+            self.file.check(key, mark, zlib.crc32(document.text.encode(), names))
+            return document
+        return None
+
+    def entries(self, namespace: str = DEFAULT, after: str = "", limit: int = 100) -> list[Entry]:
+        """Documents in the order of their ids' UTF-8, those after the id `after`; the last id begins the next page."""
+        check_namespace(namespace)
+        if not 1 <= limit <= MAX_LIST:
+            raise UsageError(f"limit={limit} cannot be used", f"a page has 1 to {MAX_LIST:,} documents")
+        rows = self.read(
+            "SELECT id, title, chunks, num_tokens, bytes FROM documents WHERE namespace = ? AND id > ? ORDER BY id LIMIT ?",
+            namespace,
+            after,
+            limit,
+        )
+        return [Entry(*row) for row in rows]
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts of each namespace, the index's parts, the version."""
+        names = ("documents", "chunks", "tokens", "bytes")
+        rows = self.read("SELECT name, documents, chunks, tokens, bytes FROM namespaces ORDER BY name")
+        counts = {name: dict(zip(names, numbers)) for name, *numbers in rows}
+        return {
+            "kind": "library",
+            "version": self._version,
+            "chunk_size": self.file.chunk_size,
+            "stride": self.file.stride,
+            "embedder": self.file.settings["embedder"],
+            "namespaces": {name: count | self._index.parts(name) for name, count in counts.items()},
+            "notes": list(self._index.notes),
+        }
+
+    def search(
+        self,
+        text: str,
+        k: int = 10,
+        mode: str = "lexical",
+        namespace: str = DEFAULT,
+        weights: Sequence[float] = (1.0, 1.0),
+    ) -> list[Hit]:
+        """The k best chunks for a text, best first; fewer where there are no more.
+
+        Modes: lexical, dense, hybrid (both rankings fused with `weights`). Chunks that overlap better ones (stride <
+        chunk_size) are left out. Raises UsageError for an empty or huge text, k below 1, or dense without vectors.
+        """
+        check_namespace(namespace)
+        check_query(text, k)
+        check_mode(mode, weights)
+        if mode != "lexical" and self.chunker.width is None:
+            raise UsageError(f"mode {mode} needs vectors", f"{self.folder} was made without an embedder", "lexical")
+        vector = None if mode == "lexical" else self.chunker.embed([text])[0]
+        reach = -(-self.file.chunk_size // self.file.stride)
+        hits: list[Hit] = []
+        for _ in range(TRIES):
+            self._check_open()
+            snapshot = self._index.snapshots.get(namespace, ())
+            ranking = rank(snapshot, mode, text, vector, weights, k * (2 * reach - 1))
+            ranking = drop_overlaps(snapshot, ranking, reach)[:k] if reach > 1 else ranking
+            hits = self._hits(snapshot, ranking)
+            if len(hits) == len(ranking):
+                break
+        self._check_open()  # not closed while it searched
+        return hits
+
+    def source(self, mode: str = "lexical", namespace: str = DEFAULT, weights: Sequence[float] = (1.0, 1.0)) -> Source:
+        """This library as a source of `combined`."""
+        return lambda text, k: self.search(text, k, mode, namespace, weights)
+
+    def _hits(self, snapshot: Snapshot, ranking: Ranking) -> list[Hit]:
+        """The texts of a ranking, but for documents that were deleted since."""
+        m, dtype = self.file.chunk_size, np.dtype(self.file.tokenizer.dtype).newbyteorder("<")
+        found: list[tuple[str, str, int, float]] = []
+        rows: list[list[int]] = []
+        with self.file.reader() as connection:
+            for view, chunk, score in ranking:
+                key, number = snapshot[view].document(chunk)
+                row: Any = connection.execute(
+                    "SELECT tokens_crc, namespace, id, title, tokens FROM documents WHERE key = ?", (key,)
+                ).fetchone()
+                if row is not None:
+                    self.file.check(key, row[0], zlib.crc32(row[4], checksum(*row[1:4])))
+                    end = number * self.file.stride + m
+                    tokens = np.frombuffer(row[4], dtype)[end - m : end + m].tolist()
+                    rows += [tokens[:m], tokens[m:]]
+                    found.append((row[2], row[3], number, score))
+        texts = self.file.tokenizer.decode_batch(rows)
+        pairs = zip(found, texts[::2], texts[1::2])
+        return [Hit(*head, text, continuation, self.folder.name) for head, text, continuation in pairs]
+
+    def read(self, statement: str, *values: Any) -> list[Any]:
+        """Rows of the library's tables."""
+        self._check_open()
+        with self.file.reader() as connection:
+            return connection.execute(statement, values).fetchall()
+
+    def merge(self, is_all: bool = False) -> None:
+        """Make segments of the deltas now (`is_all`: one of each namespace), as the background thread does."""
+        self._check_open()
+        self._index.merge_all(is_all)
+
+    def verify(self) -> None:
+        """Compare everything with everything. Raises StoreError for the first thing that does not fit."""
+        with self._lock:
+            self.file.verify()
+            for namespace, views in self._index.snapshots.items():
+                indexed = np.concatenate([view.alive_keys() for view in views])
+                if not np.array_equal(indexed, self.file.keys(namespace)):
+                    where = self._index.folder
+                    raise StoreError(f"{where} does not fit the documents of {namespace}", "", f"rm -r {where}")
+            folders = [
+                v.part.folder for views in self._index.snapshots.values() for v in views if isinstance(v.part, Segment)
+            ]
+        for folder in folders:
+            if folder is not None and folder.is_dir():  # not merged away since
+                files.verify_files(folder, files.read_manifest(folder, "segment")["files"])

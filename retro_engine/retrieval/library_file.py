@@ -1,0 +1,285 @@
+"""The SQLite file that is the truth of a live library: LIBRARY/documents.sqlite (docs/library.md has the tables).
+
+WAL with synchronous=FULL, so what was acknowledged survives a kill and a power cut; one writing connection, any
+number of reading ones. A key counts up and is never used again: a replaced document gets a new one, so a segment of
+the index, which knows keys, needs no record of what died since.
+"""
+
+import contextlib
+import json
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import apsw
+import numpy as np
+
+from retro_engine.data import files
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
+from retro_engine.retrieval.library_documents import Batch
+
+FILE = "documents.sqlite"
+APPLICATION_ID = 0x5245544C  # "RETL", SQLite's mark of whose file it is
+VERSION = 1
+OLDEST_SQLITE = (3, 51, 3)  # older ones can corrupt a WAL file that two connections write to
+
+SCHEMA = """
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE counter (version INTEGER NOT NULL) STRICT;
+CREATE TABLE namespaces (name TEXT PRIMARY KEY, documents INTEGER NOT NULL, chunks INTEGER NOT NULL,
+  tokens INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT;
+CREATE TABLE documents (key INTEGER PRIMARY KEY AUTOINCREMENT, namespace TEXT NOT NULL, id TEXT NOT NULL,
+  title TEXT NOT NULL, chunks INTEGER NOT NULL, num_tokens INTEGER NOT NULL, bytes INTEGER NOT NULL,
+  tokens_crc INTEGER NOT NULL, vectors_crc INTEGER NOT NULL, text_crc INTEGER NOT NULL,
+  tokens BLOB NOT NULL, vectors BLOB, text TEXT NOT NULL, UNIQUE (namespace, id)) STRICT;
+CREATE TABLE segments (name TEXT PRIMARY KEY, namespace TEXT NOT NULL, first_key INTEGER NOT NULL,
+  last_key INTEGER NOT NULL, fingerprint TEXT NOT NULL) STRICT;
+CREATE TABLE jobs (number INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT NOT NULL, size INTEGER NOT NULL,
+  modified INTEGER NOT NULL, namespace TEXT NOT NULL, state TEXT NOT NULL, done INTEGER NOT NULL,
+  added INTEGER NOT NULL, failed INTEGER NOT NULL, reason TEXT NOT NULL) STRICT;
+CREATE TABLE job_errors (job INTEGER NOT NULL, source TEXT NOT NULL, reason TEXT NOT NULL) STRICT;
+CREATE INDEX job_errors_job ON job_errors (job);
+"""
+
+
+INSERT = """
+INSERT INTO documents (namespace, id, title, chunks, num_tokens, bytes, tokens_crc, vectors_crc, text_crc, tokens, vectors, text)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+
+def checksum(namespace: str, identifier: str, title: str) -> int:
+    """CRC-32 of what a document is called; those of its tokens and its text go on from there.
+
+    SQLite itself does not see a flipped bit.
+    """
+    return zlib.crc32(f"{namespace}\0{identifier}\0{title}\0".encode())
+
+
+@contextlib.contextmanager
+def typed_errors(path: Path) -> Iterator[None]:
+    """SQLite's errors as ours."""
+    try:
+        yield
+    except apsw.FullError as error:
+        raise OutOfResourceError(
+            f"no space left for {path}", "nothing of the last write was kept", "free some space and run it again"
+        ) from error
+    except (apsw.CorruptError, apsw.NotADBError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path} is damaged", str(error), "restore it from a copy") from error
+    except apsw.ConnectionClosedError as error:
+        raise UsageError(f"{path} is closed", "", "open it again") from error
+    except (apsw.BusyError, apsw.LockedError) as error:
+        raise UsageError(f"{path} is in use", "another program has it locked", "wait for it to end") from error
+    except (apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
+        raise MissingInputError(f"{path} cannot be read or written", str(error), "look at the disk") from error
+
+
+def create(folder: Path, tokenizer: Tokenizer, chunk_size: int, stride: int, embedder: str | None, width: int) -> None:
+    """Make an empty library. Raises UsageError where there is one."""
+    path = folder / FILE
+    settings = {
+        "tokenizer": tokenizer.json,
+        "chunk_size": chunk_size,
+        "stride": stride,
+        "embedder": embedder,
+        "width": width if embedder else None,
+    }
+    with files.locked(folder), typed_errors(path):
+        connection = _connect(path)
+        try:
+            if connection.pragma("application_id") or connection.pragma("user_version"):
+                raise UsageError(
+                    f"{folder} holds a library", "it is not made anew", "open it, or choose another folder"
+                )
+            with connection:  # one transaction: a library is there whole or not at all
+                connection.execute(SCHEMA)
+                connection.execute("INSERT INTO counter VALUES (0)")
+                marked = {**settings, "fingerprint": files.fingerprint(settings)}
+                rows = [(name, json.dumps(value)) for name, value in marked.items()]
+                connection.executemany("INSERT INTO settings VALUES (?, ?)", rows)
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {VERSION}")
+        finally:
+            connection.close()
+        files.sync_folder(folder)
+
+
+def _connect(path: Path) -> apsw.Connection:
+    connection = apsw.Connection(str(path))
+    connection.set_busy_timeout(10_000)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+class LibraryFile:
+    """An open documents.sqlite: one writer, whose caller holds a lock, and a pool of readers."""
+
+    def __init__(self, folder: Path):
+        """Raises MissingInputError where there is no library, StoreError for one that is damaged, foreign or newer."""
+        self.path = folder / FILE
+        if tuple(int(part) for part in apsw.sqlite_lib_version().split(".")) < OLDEST_SQLITE:
+            raise StoreError(f"SQLite {apsw.sqlite_lib_version()} can corrupt files", "", "pip install --upgrade apsw")
+        if not self.path.is_file():
+            raise MissingInputError(f"{folder} is not a library", f"it has no {FILE}", "retro docs add makes one")
+        with typed_errors(self.path):
+            self.writer = _connect(self.path)
+            try:
+                self._check(folder)
+                found: list[Any] = self.writer.execute("SELECT name, value FROM settings").fetchall()
+            except (apsw.Error, StoreError, MissingInputError):
+                self.writer.close()
+                raise
+        try:
+            self.settings: dict[str, Any] = {name: json.loads(value) for name, value in found}
+            self.chunk_size: int = self.settings["chunk_size"]
+            self.stride: int = self.settings["stride"]
+            self.tokenizer = Tokenizer(self.settings["tokenizer"], str(self.path))
+            self.fingerprint: str = self.settings.pop("fingerprint")  # what a segment of the index was made with
+        except (ValueError, KeyError) as error:
+            raise StoreError(f"{self.path} is damaged", f"its settings: {error}", "restore it from a copy") from error
+        if files.fingerprint(self.settings) != self.fingerprint:
+            raise StoreError(f"{self.path} is damaged", "the checksum of its settings", "restore it from a copy")
+        self._readers: deque[apsw.Connection] = deque()
+
+    def _check(self, folder: Path) -> None:
+        mark, version = self.writer.pragma("application_id"), self.writer.pragma("user_version")
+        if mark == version == 0 and not self.writer.execute("SELECT 1 FROM sqlite_schema").fetchall():
+            raise MissingInputError(f"{folder} is not a library", "making it was never finished", "make it again")
+        if mark != APPLICATION_ID:
+            raise StoreError(f"{self.path} is not a library of retro-engine", f"its application id is {mark:#x}")
+        if version != VERSION:
+            raise StoreError(
+                f"{self.path} has version {version}", f"this program reads {VERSION}", "update retro-engine"
+            )
+
+    def close(self) -> None:
+        self.close_readers()
+        self.writer.close()
+
+    def close_readers(self) -> None:
+        while self._readers:
+            self._readers.pop().close()
+
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[apsw.Connection]:
+        """A connection for reading that no other thread has."""
+        with typed_errors(self.path):
+            try:
+                connection = self._readers.pop()
+            except IndexError:
+                connection = apsw.Connection(str(self.path), flags=apsw.SQLITE_OPEN_READONLY)
+                connection.set_busy_timeout(10_000)
+            try:
+                yield connection
+            finally:
+                self._readers.append(connection)
+
+    @contextlib.contextmanager
+    def transaction(self, is_write: bool = True) -> Iterator[apsw.Connection]:
+        """All of the block's changes on the disk when it ends, or none. `is_write` counts the library's version up."""
+        with typed_errors(self.path):
+            self.writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.writer
+                if is_write:
+                    self.writer.execute("UPDATE counter SET version = version + 1")
+                self.writer.execute("COMMIT")
+            except BaseException:
+                if self.writer.in_transaction:  # a full disk has ended it already
+                    self.writer.execute("ROLLBACK")
+                raise
+
+    def version(self) -> int:
+        rows: list[Any] = self.writer.execute("SELECT version FROM counter").fetchall()
+        return rows[0][0]
+
+    def insert(self, namespace: str, batch: Batch) -> list[int]:
+        """Write documents, inside a transaction; return their keys."""
+        keys = []
+        total_bytes = row = 0
+        for d, ids, count in zip(batch.documents, batch.tokens, batch.num_chunks):
+            vectors = None if batch.vectors is None else batch.vectors[row : row + count].astype("<f4").tobytes()
+            tokens = ids.astype(ids.dtype.newbyteorder("<"), copy=False).tobytes()
+            text = d.text.encode()
+            names = checksum(namespace, d.id, d.title)
+            marks = (zlib.crc32(tokens, names), zlib.crc32(vectors or b""), zlib.crc32(text, names))
+            values = (namespace, d.id, d.title, count, len(ids), len(text), *marks, tokens, vectors, d.text)
+            self.writer.execute(INSERT, values)
+            keys.append(self.writer.last_insert_rowid())
+            total_bytes += len(text)
+            row += count
+        self._count(namespace, len(keys), row, sum(map(len, batch.tokens)), total_bytes)
+        return keys
+
+    def remove(self, namespace: str, ids: list[str]) -> list[int]:
+        """Delete documents, inside a transaction; return the keys of those that were there."""
+        gone: list[Any] = []
+        for identifier in ids:
+            gone += self.writer.execute(
+                "DELETE FROM documents WHERE namespace = ? AND id = ? RETURNING key, chunks, num_tokens, bytes",
+                (namespace, identifier),
+            ).fetchall()
+        if gone:
+            keys, *sizes = zip(*gone)
+            self._count(namespace, -len(keys), *(-sum(size) for size in sizes))
+            return list(keys)
+        return []
+
+    def _count(self, namespace: str, documents: int, chunks: int, tokens: int, num_bytes: int) -> None:
+        self.writer.execute(
+            "INSERT INTO namespaces VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (name) DO UPDATE SET "
+            "documents = documents + ?2, chunks = chunks + ?3, tokens = tokens + ?4, bytes = bytes + ?5",
+            (namespace, documents, chunks, tokens, num_bytes),
+        )
+
+    def keys(self, namespace: str) -> np.ndarray:
+        """The keys of a namespace's documents, ascending."""
+        with self.reader() as connection:
+            rows = connection.execute("SELECT key FROM documents WHERE namespace = ?", (namespace,))
+            return np.sort(np.fromiter((key for (key,) in rows), np.int64))
+
+    def check(self, key: int, expected: int, found: int) -> None:
+        """Raises StoreError when a checksum of a document is not what was written."""
+        if found != expected:
+            raise StoreError(
+                f"{self.path} is damaged", f"document {key} has another checksum", "restore it from a copy"
+            )
+
+    def verify(self) -> None:
+        """Read everything. Raises StoreError for the first thing that does not fit."""
+        with self.reader() as connection:
+            for (problem,) in connection.execute("PRAGMA integrity_check").fetchall():
+                if problem != "ok":
+                    raise StoreError(f"{self.path} is damaged", str(problem), "restore it from a copy")
+            sums = "SELECT namespace, count(*), sum(chunks), sum(num_tokens), sum(bytes) FROM documents GROUP BY 1 ORDER BY 1"
+            counted = connection.execute("SELECT * FROM namespaces WHERE documents > 0 ORDER BY name").fetchall()
+            if connection.execute(sums).fetchall() != counted:
+                raise StoreError(f"{self.path} contradicts itself", "its counts do not fit", "restore it from a copy")
+            statement = "SELECT key, tokens_crc, vectors_crc, text_crc, namespace, id, title, tokens, vectors, text FROM documents"
+            rows: Any = connection.execute(statement)
+            for key, tokens_crc, vectors_crc, text_crc, namespace, identifier, title, tokens, vectors, text in rows:
+                names = checksum(namespace, identifier, title)
+                self.check(key, tokens_crc, zlib.crc32(tokens, names))
+                self.check(key, vectors_crc, zlib.crc32(vectors or b""))
+                self.check(key, text_crc, zlib.crc32(text.encode(), names))
+
+    def contents(
+        self, namespace: str, after: int, last: int | None = None
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+        """Key, tokens and vectors of the documents with keys after < key <= last, ascending."""
+        width, dtype = self.settings["width"], np.dtype(self.tokenizer.dtype).newbyteorder("<")
+        with self.reader() as connection:
+            for key, identifier, title, tokens_crc, vectors_crc, tokens, vectors in connection.execute(
+                "SELECT key, id, title, tokens_crc, vectors_crc, tokens, vectors FROM documents "
+                "WHERE namespace = ? AND key > ? AND key <= ? ORDER BY key",
+                (namespace, after, (1 << 62) if last is None else last),
+            ):
+                self.check(key, tokens_crc, zlib.crc32(tokens, checksum(namespace, identifier, title)))
+                self.check(key, vectors_crc, zlib.crc32(vectors or b""))
+                rows = None if vectors is None else np.frombuffer(vectors, "<f4").reshape(-1, width)
+                yield key, np.frombuffer(tokens, dtype), rows

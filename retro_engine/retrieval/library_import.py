@@ -1,0 +1,223 @@
+"""Bulk import into a live library: JSON lines in the background, with progress and the reason of every row not used.
+
+A job is a row of the library. Each batch of documents is written in one transaction with the job's progress, so a job
+that was killed goes on where it was: no document half, none twice. A stream is first kept in LIBRARY/imports/.
+"""
+
+import contextlib
+import itertools
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import apsw
+
+from retro_engine.data import files
+from retro_engine.data.corpus import SUFFIXES, Document, Reader, SetAside
+from retro_engine.errors import MissingInputError, RetroError, UsageError
+from retro_engine.retrieval.library import DEFAULT, Library
+from retro_engine.retrieval.library_documents import MAX_DOCUMENT_BYTES, check_document, check_namespace
+
+IMPORTS = "imports"
+BATCH_DOCUMENTS = 256
+BATCH_CHARACTERS = 4 << 20
+MAX_LINE_BYTES = 2 * MAX_DOCUMENT_BYTES  # JSON escapes make a line longer than its text
+ERRORS_SHOWN = 100
+COLUMNS = "number, path, namespace, state, done, added, failed, reason"
+
+
+@dataclass(frozen=True)
+class Job:
+    """An import as it is now. States: running, done, failed (see reason; it can go on), interrupted (likewise)."""
+
+    number: int
+    path: str
+    namespace: str
+    state: str
+    done: int  # rows read
+    added: int
+    failed: int  # rows that were not used
+    reason: str
+    errors: list[tuple[str, str]]  # (file:line, reason), the first 100
+
+
+class Importer:
+    """Runs the import jobs of one open library, each in a thread."""
+
+    def __init__(self, library: Library):
+        self.library = library
+        self._threads: dict[int, threading.Thread] = {}
+        self._is_stopping = False
+        with library.locked_transaction() as connection:
+            connection.execute("UPDATE jobs SET state = 'interrupted' WHERE state = 'running'")
+
+    def __enter__(self) -> "Importer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End every job after its batch; they can go on later. To be called before the library is closed."""
+        self._is_stopping = True
+        for thread in self._threads.values():
+            thread.join()
+
+    def start(self, source: str | Path | IO[bytes], namespace: str = DEFAULT) -> int:
+        """Begin to import a file or a stream of JSON lines with `text` and perhaps `id` and `title`; return its number.
+
+        A file whose import was interrupted goes on. Raises MissingInputError or UsageError for one that cannot be read.
+        """
+        check_namespace(namespace)
+        path = Path(source).resolve() if isinstance(source, str | Path) else self._keep(source)
+        if not path.name.endswith(SUFFIXES[2:]):
+            raise UsageError(
+                f"{path} is of an unknown kind", f"known: {', '.join(SUFFIXES[2:])}", "rename or convert it"
+            )
+        size, modified = _state_of(path)
+        rows = self.library.read(
+            "SELECT number FROM jobs WHERE path = ? AND size = ? AND modified = ? AND namespace = ? AND state != 'done' "
+            "ORDER BY number DESC LIMIT 1",
+            *(str(path), size, modified, namespace),
+        )
+        if rows:
+            return self.resume(rows[0][0])
+        with self.library.locked_transaction() as connection:
+            connection.execute(
+                "INSERT INTO jobs (path, size, modified, namespace, state, done, added, failed, reason) "
+                "VALUES (?, ?, ?, ?, 'running', 0, 0, 0, '')",
+                (str(path), size, modified, namespace),
+            )
+            number = connection.last_insert_rowid()
+        return self._run_in_thread(number)
+
+    def resume(self, number: int) -> int:
+        """Let a job that was interrupted or failed go on. Raises UsageError when its file has changed."""
+        job = self.job(number)
+        if job.state == "done" or (number in self._threads and self._threads[number].is_alive()):
+            return number
+        (expected,) = self.library.read("SELECT size, modified FROM jobs WHERE number = ?", number)
+        if _state_of(Path(job.path)) != tuple(expected):
+            raise UsageError(
+                f"{job.path} has changed", f"import {number} read {job.done:,} rows of it", "import it anew"
+            )
+        with self.library.locked_transaction() as connection:
+            connection.execute("UPDATE jobs SET state = 'running', reason = '' WHERE number = ?", (number,))
+        return self._run_in_thread(number)
+
+    def wait(self, number: int, timeout_s: float | None = None) -> Job:
+        """The job once it has ended, or when the time is over."""
+        if number in self._threads:
+            self._threads[number].join(timeout_s)
+        return self.job(number)
+
+    def job(self, number: int) -> Job:
+        """Raises UsageError when there is none with this number."""
+        rows = self.library.read(f"SELECT {COLUMNS} FROM jobs WHERE number = ?", number)
+        if not rows:
+            raise UsageError(f"import {number} does not exist", "", "look at the list of imports")
+        errors: list[Any] = self.library.read(
+            "SELECT source, reason FROM job_errors WHERE job = ? ORDER BY rowid LIMIT ?", number, ERRORS_SHOWN
+        )
+        number, path, namespace, state, done, added, failed, reason = rows[0]
+        return Job(number, path, namespace, state, done, added, failed, reason, errors)
+
+    def jobs(self) -> list[Job]:
+        """Every job, the newest first."""
+        rows = self.library.read("SELECT number FROM jobs ORDER BY number DESC LIMIT 1000")
+        return [self.job(number) for (number,) in rows]
+
+    def _keep(self, stream: IO[bytes]) -> Path:
+        """The stream's bytes as a file of the library, published when it has ended."""
+        folder = self.library.folder / IMPORTS
+        files.make_folder(folder)
+        number = 1 + max((int(p.stem) for p in folder.iterdir() if p.stem.isdigit()), default=0)
+        path = folder / f"{number:08d}.jsonl"
+        temporary = folder / f".{path.name}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                shutil.copyfileobj(stream, file, 1 << 20)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise files.io_error(error, path) from error
+        files.publish_file(temporary, path)
+        return path
+
+    def _run_in_thread(self, number: int) -> int:
+        thread = threading.Thread(target=self._run, args=(number,), name=f"library-import-{number}", daemon=True)
+        self._threads[number] = thread
+        thread.start()
+        return number
+
+    def _run(self, number: int) -> None:
+        job = self.job(number)
+        try:
+            reader = Reader(max_document_bytes=MAX_LINE_BYTES)
+            rows = itertools.islice(reader.read([Path(job.path)]), job.done, None)
+            for batch in _batches(rows):
+                if self._is_stopping:
+                    return  # stays running in the file: the next to open it calls it interrupted
+                self._write(job, batch)
+            self._end(number, "done", "")
+            if Path(job.path).parent == self.library.folder.resolve() / IMPORTS:
+                Path(job.path).unlink(missing_ok=True)
+        except RetroError as error:  # a full disk, an embedder: nothing of the batch was kept
+            with contextlib.suppress(RetroError):
+                self._end(number, "failed", str(error))
+
+    def _write(self, job: Job, batch: list[Document | SetAside]) -> None:
+        """One batch and the job's progress, in one transaction."""
+        good: dict[str, Document] = {}
+        bad: list[tuple[int, str, str]] = []
+        num_good = 0
+        for row in batch:
+            try:
+                if isinstance(row, Document):
+                    check_document(row)
+                    good[row.id] = row  # the last of those with the same id
+                    num_good += 1
+                else:
+                    bad.append((job.number, row.source, row.reason))
+            except UsageError as error:
+                bad.append((job.number, row.source, f"{error.what}: {error.why}"))
+
+        def progress(connection: apsw.Connection) -> None:
+            connection.execute(
+                "UPDATE jobs SET done = done + ?, added = added + ?, failed = failed + ? WHERE number = ?",
+                (len(batch), num_good, len(bad), job.number),
+            )
+            connection.executemany("INSERT INTO job_errors VALUES (?, ?, ?)", bad)
+
+        self.library.write(job.namespace, self.library.chunker.prepare(list(good.values())), [], progress)
+
+    def _end(self, number: int, state: str, reason: str) -> None:
+        with self.library.locked_transaction() as connection:
+            connection.execute("UPDATE jobs SET state = ?, reason = ? WHERE number = ?", (state, reason, number))
+
+
+def _batches(rows: Iterator[Document | SetAside]) -> Iterator[list[Document | SetAside]]:
+    batch: list[Document | SetAside] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.text) if isinstance(row, Document) else 0
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    """Size and time of change: a file with the same is taken to be the same."""
+    try:
+        found = path.stat()
+        with open(path, "rb"):
+            return found.st_size, found.st_mtime_ns
+    except FileNotFoundError as error:
+        raise MissingInputError(f"{path} does not exist", "", "name a file that does") from error
+    except OSError as error:
+        raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error

@@ -1,0 +1,219 @@
+"""Searching a snapshot of a live library, and several collections together.
+
+BM25 as in `lexical` (Lucene's form, k1 = 1.5, b = 0.75), with the statistics of the chunks that are alive: for term t
+of a query, idf(t) tf / (tf + k1 (1 - b + b length / average)). Rankings are joined by reciprocal rank fusion:
+sum of weight / (60 + rank). Letters: T terms, K results.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from retro_engine.errors import UsageError, nearest
+from retro_engine.jit import numba
+from retro_engine.retrieval.lexical import K1, B
+from retro_engine.retrieval.library_documents import check_query
+from retro_engine.retrieval.library_index import Snapshot
+from retro_engine.retrieval.library_terms import query_terms
+from retro_engine.retrieval.search import Retriever
+
+MODES = ("lexical", "dense", "hybrid")
+RANK_OFFSET = 60  # of reciprocal rank fusion
+MIN_DEPTH = 100  # of the rankings that are fused
+
+Ranking = list[tuple[int, int, float]]  # view, chunk, score; best first
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One retrieved chunk: what a model reads is `text` and `continuation`."""
+
+    document: str
+    title: str
+    chunk: int  # number within its document
+    score: float
+    text: str
+    continuation: str  # the tokens of the document that follow, at most a chunk's length; may be empty
+    source: str  # name of the library's or the store's folder
+
+
+def check_mode(mode: str, weights: Sequence[float]) -> None:
+    if mode not in MODES:
+        raise UsageError(f"mode {mode!r} does not exist", nearest(mode, list(MODES)), f"one of {', '.join(MODES)}")
+    if len(weights) != 2:
+        raise UsageError(f"weights {list(weights)} cannot be used", "hybrid has two: lexical and dense")
+    check_weights(weights)
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    if any(not math.isfinite(weight) or weight < 0 for weight in weights) or not sum(weights) > 0:
+        raise UsageError(f"weights {list(weights)} cannot be used", "none is negative, one is above 0")
+
+
+def rank(
+    snapshot: Snapshot, mode: str, text: str, vector: np.ndarray | None, weights: Sequence[float], k: int
+) -> Ranking:
+    """The k best chunks of a snapshot; `vector` is the query's, for dense and hybrid."""
+    k = min(k, sum(view.num_alive for view in snapshot))
+    if k == 0:
+        return []
+    if mode == "lexical":
+        return lexical(snapshot, text, k)
+    assert vector is not None, mode
+    if mode == "dense":
+        return dense(snapshot, vector, k)
+    depth = max(MIN_DEPTH, k)
+    rankings = [lexical(snapshot, text, depth), dense(snapshot, vector, depth)]
+    places = [[(view, chunk) for view, chunk, _ in ranking] for ranking in rankings]
+    return [(view, chunk, score) for (view, chunk), score in fuse(places, weights)[:k]]
+
+
+def lexical(snapshot: Snapshot, text: str, k: int) -> Ranking:
+    """The k best chunks by BM25; fewer when fewer have a term of the query."""
+    hashes = query_terms(text)
+    num_chunks = sum(view.num_alive for view in snapshot)
+    found = [view.part.postings(hashes, len(view.alive)) for view in snapshot]
+    frequencies = np.zeros(len(hashes), np.int64)
+    for view, (firsts, lasts, chunks, _) in zip(snapshot, found):
+        _count_alive(firsts, lasts, chunks, view.alive, view.num_alive == len(view.alive), frequencies)
+    if not frequencies.any():
+        return []
+    idf = np.log(1 + (num_chunks - frequencies + 0.5) / (frequencies + 0.5)).astype(np.float32)
+    average = sum(view.num_terms for view in snapshot) / num_chunks
+    out: Ranking = []
+    for place, (view, (firsts, lasts, chunks, counts)) in enumerate(zip(snapshot, found)):
+        if view.num_alive:
+            lengths = view.part.chunk_lengths(len(view.alive))
+            best, scores = _score(
+                firsts, lasts, chunks, counts, lengths, view.alive, idf, average, min(k, len(lengths))
+            )
+            out += [(place, chunk, score) for chunk, score in zip(best.tolist(), scores.tolist()) if chunk >= 0]
+    return sorted(out, key=lambda hit: -hit[2])[:k]  # stable: ties keep the older chunk
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_alive(firsts, lasts, chunks, alive, is_whole, frequencies):  # type: ignore[no-untyped-def]
+    """Add the chunks that are alive and have each term. Entries past `alive` are newer than the view."""
+    for term in range(len(firsts)):
+        if is_whole and lasts[term] > firsts[term] and chunks[lasts[term] - 1] < len(alive):
+            frequencies[term] += lasts[term] - firsts[term]
+            continue
+        for entry in range(firsts[term], lasts[term]):
+            if chunks[entry] < len(alive) and alive[chunks[entry]]:
+                frequencies[term] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _score(firsts, lasts, chunks, counts, lengths, alive, idf, average, k):  # type: ignore[no-untyped-def]
+    total = np.zeros(len(alive), np.float32)
+    for term in range(len(firsts)):
+        for entry in range(firsts[term], lasts[term]):
+            chunk = chunks[entry]
+            if chunk < len(alive):
+                norm = K1 * (1 - B + B * lengths[chunk] / average)
+                total[chunk] += np.float32(idf[term] * counts[entry] / (counts[entry] + norm))
+    ids = np.full(k, -1, np.int64)
+    best = np.zeros(k, np.float32)
+    found = 0
+    floor = np.float32(0)  # the worst score kept, once k are kept
+    for chunk in range(len(alive)):
+        score = total[chunk]
+        if score > floor and alive[chunk]:
+            slot = found if found < k else k - 1
+            while slot > 0 and best[slot - 1] < score:
+                best[slot] = best[slot - 1]
+                ids[slot] = ids[slot - 1]
+                slot -= 1
+            best[slot] = score
+            ids[slot] = chunk
+            found = min(found + 1, k)
+            if found == k:
+                floor = best[k - 1]
+    return ids, best
+
+
+def dense(snapshot: Snapshot, vector_Z: np.ndarray, k: int) -> Ranking:
+    """The k nearest chunks by inner product: in full, or in a large segment by its codes."""
+    out: Ranking = []
+    for place, view in enumerate(snapshot):
+        if not view.num_alive:
+            continue
+        is_whole = view.num_alive == len(view.alive)
+        if view.part.codes is not None:
+            rows, scores = view.part.codes.search(vector_Z, min(k, view.num_alive), None if is_whole else view.alive)
+        else:
+            vectors = view.part.all_vectors(len(view.alive))
+            assert vectors is not None, "a library with vectors has them in every part"
+            all_scores = vectors @ vector_Z
+            if not is_whole:
+                all_scores[~view.alive] = -np.inf
+            rows = np.arange(len(all_scores))
+            if k < len(rows):
+                rows = np.sort(np.argpartition(-all_scores, k)[:k])
+            rows = rows[np.argsort(-all_scores[rows], kind="stable")][: view.num_alive]
+            scores = all_scores[rows]
+        out += [(place, row, score) for row, score in zip(rows.tolist(), scores.tolist())]
+    return sorted(out, key=lambda hit: -hit[2])[:k]
+
+
+def fuse(
+    rankings: Sequence[Sequence[tuple[int, int]]], weights: Sequence[float]
+) -> list[tuple[tuple[int, int], float]]:
+    """Reciprocal rank fusion; what only a ranking of weight 0 has is not in it."""
+    scores: dict[tuple[int, int], float] = {}
+    for ranking, weight in zip(rankings, weights):
+        if weight:
+            for place, item in enumerate(ranking, 1):
+                scores[item] = scores.get(item, 0.0) + weight / (RANK_OFFSET + place)
+    return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
+def drop_overlaps(snapshot: Snapshot, ranking: Ranking, reach: int) -> Ranking:
+    """Without chunks that share tokens with better ones: those fewer than `reach` chunks away in one document."""
+    kept: dict[int, list[int]] = {}
+    out = []
+    for view, chunk, score in ranking:
+        key, number = snapshot[view].document(chunk)
+        if all(abs(number - other) >= reach for other in kept.get(key, [])):
+            kept.setdefault(key, []).append(number)
+            out.append((view, chunk, score))
+    return out
+
+
+Source = Callable[[str, int], list[Hit]]  # text, k -> hits, best first
+
+
+def combined(text: str, k: int, sources: Sequence[tuple[Source, float]]) -> list[Hit]:
+    """Search several collections, static and live, as one: ranks are fused, each collection with its weight.
+
+    Scores of different collections and retrievers do not compare, ranks do. A tie goes to the source named first.
+    """
+    check_query(text, k)
+    weights = [weight for _, weight in sources]
+    check_weights(weights)
+    hits = [source(text, k) if weight else [] for source, weight in sources]
+    rankings = [[(number, place) for place in range(len(found))] for number, found in enumerate(hits)]
+    best = fuse(rankings, weights)[:k]
+    return [replace(hits[number][place], score=score) for (number, place), score in best]
+
+
+def static_source(retriever: Retriever) -> Source:
+    """Published stores as a source of `combined`."""
+
+    def search(text: str, k: int) -> list[Hit]:
+        ids, scores = retriever.search([text], k)
+        return [_static_hit(retriever, int(i), float(s)) for i, s in zip(ids[0], scores[0]) if i >= 0]
+
+    return search
+
+
+def _static_hit(retriever: Retriever, chunk: int, score: float) -> Hit:
+    number = int(np.searchsorted(retriever.starts, chunk, "right")) - 1
+    store, row = retriever.stores[number], chunk - int(retriever.starts[number])
+    document = store.document_of(row)
+    first, last = store.document_rows(document)
+    identifier, title = store.name(document)
+    continuation = store.text(row + 1) if row + 1 < last else ""
+    return Hit(identifier, title, row - first, score, store.text(row), continuation, store.folder.name)

@@ -1,0 +1,109 @@
+"""A segment of a live library on the disk: LIBRARY/segments/NNNNNNNN/.
+
+manifest.json, one .npy file per array and, from 2,048 chunks on, codes.faiss; docs/library.md has their types. Nothing
+is mapped before its SHA-256 is the manifest's, and nothing is searched before it fits together.
+"""
+
+import errno
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_engine.data import files
+from retro_engine.errors import StoreError
+from retro_engine.retrieval import library_codes
+from retro_engine.retrieval.library_codes import CodedVectors
+from retro_engine.retrieval.library_index import Segment
+
+DTYPES = {
+    "keys": np.int64,
+    "starts": np.int32,
+    "lengths": np.int32,
+    "terms": np.uint64,
+    "term_starts": np.int64,
+    "chunks": np.int32,
+    "counts": np.uint16,
+}
+VECTORS, CODES = "vectors.npy", "codes.faiss"
+
+
+def publish_segment(segment: Segment, folder: Path, parent: str) -> str:
+    """Write a segment of the library with settings `parent`; return its fingerprint."""
+    files.make_folder(folder)
+    hashes = {}
+    for name in DTYPES:
+        hashes[f"{name}.npy"] = _publish_array(folder / f"{name}.npy", getattr(segment, name))
+    content: dict[str, Any] = {"library": parent, "documents": len(segment.keys), "chunks": len(segment.lengths)}
+    if segment.vectors is not None:
+        content["width"] = segment.vectors.shape[1]
+        hashes[VECTORS] = _publish_array(folder / VECTORS, segment.vectors)
+        if len(segment.vectors) >= library_codes.MIN_CHUNKS:
+            content[f"recall_at_{library_codes.RECALL_AT}"] = _publish_codes(folder / CODES, segment.vectors)
+            hashes[CODES] = files.sha256_file(folder / CODES)
+    return files.write_manifest(folder, "segment", {**content, "files": hashes})
+
+
+def _publish_codes(path: Path, vectors: np.ndarray) -> float:
+    """Write the codes of vectors; return the recall of searching them."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)  # of this thread only: questions are answered at the same time
+    codes = CodedVectors.make(vectors)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        codes.write(temporary)
+    except RuntimeError as error:  # Faiss raises nothing narrower for a failed write
+        raise files.io_error(OSError(errno.ENOSPC, str(error)), path) from error
+    files.publish_file(temporary, path)
+    return codes.recall()
+
+
+def _publish_array(path: Path, values: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    files.publish(path, [buffer.getbuffer()])
+    return files.sha256_file(path)
+
+
+def open_segment(folder: Path, parent: str, fingerprint: str) -> Segment:
+    """A published segment, memory-mapped. Raises MissingInputError or StoreError when it is not whole, or another's."""
+    manifest = files.read_manifest(folder, "segment")
+    if (manifest["library"], manifest["fingerprint"]) != (parent, fingerprint):
+        raise StoreError(f"{folder} is another segment", "the library names its fingerprint", "it is built again")
+    files.verify_files(folder, manifest["files"])
+    try:
+        load = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in DTYPES}
+        if any(load[name].dtype != DTYPES[name] or load[name].ndim != 1 for name in DTYPES):
+            raise ValueError("an array has another type")
+        if VECTORS in manifest["files"]:
+            load["vectors"] = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{folder} cannot be read", str(error), "it is built again") from error
+    segment = Segment(**{name: values.view(np.ndarray) for name, values in load.items()}, folder=folder)
+    _check(segment, manifest)
+    if CODES in manifest["files"] and segment.vectors is not None:
+        segment = replace(segment, codes=CodedVectors.open(folder / CODES, segment.vectors))
+    return segment
+
+
+def _check(segment: Segment, manifest: dict[str, Any]) -> None:
+    """Everything that the search loops take for granted: numba checks no bounds."""
+    s, count = segment, manifest["chunks"]
+    holds = (
+        len(s.keys) == manifest["documents"] >= 1
+        and len(s.starts) == len(s.keys) + 1
+        and len(s.lengths) == count
+        and (int(s.starts[0]), int(s.starts[-1])) == (0, count)
+        and bool((np.diff(s.starts) > 0).all() and (np.diff(s.keys) > 0).all())
+        and len(s.term_starts) == len(s.terms) + 1
+        and bool((s.terms[1:] > s.terms[:-1]).all() and (np.diff(s.term_starts) >= 0).all())
+        and (int(s.term_starts[0]), int(s.term_starts[-1])) == (0, len(s.chunks))
+        and len(s.counts) == len(s.chunks)
+        and (not len(s.chunks) or (int(s.chunks.min()) >= 0 and int(s.chunks.max()) < count))
+        and (s.vectors is None or (s.vectors.dtype == np.float32 and s.vectors.shape == (count, manifest["width"])))
+    )
+    if not holds:
+        raise StoreError(f"{s.folder} contradicts itself", "its arrays do not fit", "it is built again")

@@ -1,0 +1,89 @@
+"""`retro docs`, as it is typed."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import write_corpus
+
+from retro_engine.cli import main
+from retro_engine.data.store import Store
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*words: str, code: int = 0) -> tuple[str, str]:
+        assert main(["docs", *words]) == code
+        return capsys.readouterr()
+
+    return call
+
+
+def test_from_nothing_to_an_answer_and_back(run: Any, small_store: Store, tmp_path: Path) -> None:
+    library, source = str(tmp_path / "library"), write_corpus(tmp_path / "c.jsonl", 12)
+    (tmp_path / "bad.jsonl").write_text('{"id": "ok", "text": "a heron"}\n{"text": ""}\n')
+    _, error = run("add", library, str(source), code=3)
+    assert "--store STORE" in error
+    made = ("--store", str(small_store.folder), "--embedder", "hash")
+    out, _ = run("add", library, str(source), "--json", *made)
+    assert json.loads(out) == {"added": 12, "set_aside": 0, "version": 1}
+    out, error = run("add", library, str(tmp_path / "bad.jsonl"))
+    assert "added: 1\nset_aside: 1" in out
+    assert "empty" in error
+    out, _ = run("query", library, "heron", "--json", "--k", "1")
+    hit = json.loads(out)
+    assert (hit["document"], hit["text"], hit["chunk"]) == ("ok", "a heron", 0)
+    for mode in ("dense", "hybrid"):
+        out, _ = run("query", library, "heron", "--mode", mode, "--weights", "1", "2")
+        assert len(out.splitlines()) == 5
+    out, _ = run("query", library, "river stone", "--store", str(small_store.folder), "--store-weight", "1", "--json")
+    assert {json.loads(line)["source"] for line in out.splitlines()} == {"library", "store"}
+    out, _ = run("list", library, "--limit", "3", "--after", "d1")
+    assert [line.split("\t")[0] for line in out.splitlines()] == ["d10", "d11", "d2"]
+    assert run("get", library, "ok")[0] == "a heron\n"
+    assert json.loads(run("rm", library, "ok", "unknown", "--json")[0]) == {"deleted": 1, "version": 3}
+    assert "does not exist" in run("get", library, "ok", code=3)[1]
+    assert json.loads(run("reset", library, "--yes", "--json")[0]) == {"deleted": 12, "version": 4}
+    assert run("list", library, "--json")[0] == ""
+
+
+def test_import(run: Any, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, source = str(tmp_path / "library"), write_corpus(tmp_path / "c.jsonl", 12)
+    out, _ = run("import", library, str(source), "--json", "--store", str(small_store.folder), "--stride", "8")
+    assert json.loads(out)["added"] == 12
+
+    class Stdin:
+        buffer = io.BytesIO(b'{"id": "piped", "text": "a heron"}\nnonsense\n')
+
+    monkeypatch.setattr("sys.stdin", Stdin)
+    out, error = run("import", library, "-", "--namespace", "other")
+    assert "added: 1\nfailed: 1" in out
+    assert "not JSON" in error
+    assert "heron" in run("query", library, "heron", "--namespace", "other")[0]
+    Stdin.buffer = io.BytesIO(b"the text of one document")
+    run("add", library, "-", "--id", "one")
+    assert run("get", library, "one")[0] == "the text of one document\n"
+
+
+def test_inspect(run: Any, small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    library = tmp_path / "library"
+    run("add", str(library), str(write_corpus(tmp_path / "c.jsonl", 12)), "--store", str(small_store.folder))
+    assert main(["inspect", str(library), "--verify", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["verified"], found["namespaces"]["default"]["documents"]) == ("library", True, 12)
+
+
+def test_refusals(run: Any, small_store: Store, tmp_path: Path) -> None:
+    library = str(tmp_path / "library")
+    assert "is not a library" in run("list", library, code=3)[1]
+    (tmp_path / "empty.txt").write_text(" ")
+    made = ("--store", str(small_store.folder))
+    assert "nothing was added" in run("add", library, str(tmp_path / "empty.txt"), *made, code=3)[1]
+    assert "needs an id" in run("add", library, "-", code=2)[1]
+    assert "k=0" in run("query", library, "river", "--k", "0", code=2)[1]
+    assert "1,000,000 characters" in run("query", library, "x" * 1_000_000, code=2)[1]
+    assert "needs vectors" in run("query", library, "river", "--mode", "dense", code=2)[1]
+    with pytest.raises(SystemExit):
+        main(["docs", "reset", library])
