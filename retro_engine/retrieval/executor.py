@@ -221,20 +221,25 @@ def _run_ray(stage: Stage, shards: Sequence[int], executor: Executor) -> Iterato
     task = ray.remote(build_shard).options(**share, max_retries=0)  # what is lost is given out again below
     builder = ray.remote(_Builder).options(**share)
     actors: dict[int, Any] = {}
-    waiting, free = list(reversed(shards)), list(range(workers))
-    running: dict[Any, tuple[int, int]] = {}
-    deaths = 0
+    waiting = list(reversed(shards))
+    free = [] if stage.is_stateful else list(range(workers))
+    running: dict[Any, tuple[int | None, int]] = {}  # shard and slot; None: an actor that is being started
+    missing, deaths = set(shards), 0
+
+    def start(slot: int) -> None:  # an actor gets its first shard when it is there: a lost node may leave no room
+        actors[slot] = builder.remote(stage)
+        running[actors[slot].ready.remote()] = None, slot
+
     try:
-        while waiting or running:
+        for slot in range(workers) if stage.is_stateful else ():
+            start(slot)
+        while missing:
             while waiting and free:
                 shard, slot = waiting.pop(), free.pop()
-                if stage.is_stateful and slot not in actors:
-                    actors[slot] = builder.remote(stage)
                 job = actors[slot].build.remote(shard) if stage.is_stateful else task.remote(stage, shard)
                 running[job] = shard, slot
             for job in ray.wait(list(running), num_returns=1)[0]:
-                shard, slot = running.pop(job)
-                free.append(slot)
+                done, slot = running.pop(job)
                 try:
                     digest = ray.get(job)
                 except ray.exceptions.RayTaskError as error:
@@ -243,10 +248,15 @@ def _run_ray(stage: Stage, shards: Sequence[int], executor: Executor) -> Iterato
                     deaths += 1
                     if deaths > RAY_DEATHS:
                         raise _ray_lost(stage, error) from error
-                    waiting.append(shard)
-                    actors.pop(slot, None)
+                    waiting += [done] if done is not None else []
+                    if stage.is_stateful:
+                        start(slot)
+                        continue
                 else:
-                    yield shard, digest
+                    if done is not None:
+                        missing.remove(done)
+                        yield done, digest
+                free.append(slot)
     finally:
         for job in running if not stage.is_stateful else ():
             ray.cancel(job, force=True)
@@ -267,6 +277,9 @@ class _Builder:
 
     def __init__(self, stage: Stage):
         self.stage = stage
+
+    def ready(self) -> None:
+        pass
 
     def build(self, shard: int) -> str:
         return build_shard(self.stage, shard)
