@@ -120,6 +120,11 @@ def build_shard(stage: Stage, shard: int) -> str:
     return digest.hexdigest()
 
 
+def is_finished(stage: Stage) -> bool:
+    """Whether every shard is there and whole."""
+    return all(_finished(stage, name)[0] is not None for name in stage.outputs)
+
+
 def remove_shards(stage: Stage) -> None:
     """Remove the files of a stage that nothing needs any more, each before its marker."""
     for name in stage.outputs:

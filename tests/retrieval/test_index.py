@@ -14,7 +14,7 @@ from retro_engine.retrieval.index import HashIndex
 
 
 def test_exact_search_with_exclusion(small_store: Store, tmp_path: Path) -> None:
-    index = HashIndex.build(small_store, tmp_path / "x" / "index" / "hash")
+    index = X
     tokens, lengths = small_store.rows(0, small_store.num_rows)
     vectors = embed(tokens, lengths)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
@@ -40,7 +40,7 @@ def test_similar_text_is_near(tmp_path: Path) -> None:
 
 
 def test_damaged_and_foreign(small_store: Store, tmp_path: Path) -> None:
-    index = HashIndex.build(small_store, tmp_path / "x" / "index" / "hash")
+    index = X
     other = prepare([write_corpus(tmp_path / "c.jsonl", 4)], tmp_path / "s", vocab_size=300)
     with pytest.raises(StoreError, match="indexes store"):
         HashIndex(index.folder, other)
