@@ -311,7 +311,7 @@ def connect_ray(workers: int | None = None) -> Any:
     if ray.is_initialized():
         return ray
     address = os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"num_cpus": workers, "include_dashboard": False}
+    local: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
     except (RuntimeError, ConnectionError, ValueError) as error:  # also another version of Ray or Python over there

@@ -222,7 +222,7 @@ def train_index(stage: Stage, shard: int) -> Sequence[Part]:
         index.train(sample)
     except RuntimeError as error:
         raise _cannot_build(spec, error) from error
-    return [memoryview(faiss.serialize_index(index))]
+    return [faiss.serialize_index(index).tobytes()]
 
 
 def _train_two_levels(ivf: Any, sample: np.ndarray, lists: int, metric: str) -> None:
@@ -278,7 +278,7 @@ def whole_index(stage: Stage, shard: int) -> Sequence[Part]:
             index.add(vectors.rows(start, min(start + spec["part_rows"], last)))
     except RuntimeError as error:
         raise _cannot_build(spec, error) from error
-    return [memoryview(faiss.serialize_index(index))]
+    return [faiss.serialize_index(index).tobytes()]
 
 
 def part_lists(stage: Stage, shard: int) -> Sequence[Part]:
@@ -293,7 +293,7 @@ def part_lists(stage: Stage, shard: int) -> Sequence[Part]:
     ivf = faiss.extract_index_ivf(index)
     index.reset()
     index.add_with_ids(vectors.rows(first, last), np.arange(first, last))
-    lists = ivf.invlists
+    lists: Any = ivf.invlists
     sizes = np.array([lists.list_size(number) for number in range(ivf.nlist)], np.int64)
     pieces: list[bytes] = []
     for number in np.flatnonzero(sizes).tolist():
@@ -338,7 +338,7 @@ def merge_lists(stage: Stage, shard: int) -> Stream:
     start = shard * spec["index_rows"]
     chosen = [n for n, (first, _) in enumerate(_parts_of(spec)) if start <= first < start + spec["index_rows"]]
     parts = [ListsFile(stage.folder / part_name(number), ivf.nlist, ivf.code_size) for number in chosen]
-    sizes = sum(part.sizes for part in parts)
+    sizes = np.sum([part.sizes for part in parts], axis=0)
 
     def pieces() -> Iterator[Part]:
         for number in range(ivf.nlist):
@@ -406,6 +406,7 @@ class VectorIndex:
         self.folder, self.store, self.vectors, self.manifest = folder, store, vectors, manifest
         self.factory, self.metric, self.nprobe = manifest["factory"], manifest["metric"], int(manifest["nprobe"])
         self.num_chunks = store.num_rows
+        self._mapped: list[Any] = []  # Faiss does not keep the lists that it is given
         self._indexes = [(start, self._read(start)) for start in range(0, self.num_chunks, manifest["index_rows"])]
 
     def _read(self, start: int) -> Any:
@@ -435,7 +436,7 @@ class VectorIndex:
             raise StoreError(
                 f"{lists.path} has {lists.sizes.sum()} vectors", f"expected {last - start}", "retro index again"
             )
-        index.own_lists = _map_lists(ivf, lists)
+        self._mapped.append(_map_lists(ivf, lists))
         ivf.ntotal = index.ntotal = last - start
         return index
 
@@ -515,9 +516,10 @@ class VectorIndex:
 
         if not num_lists(self.factory):
             return {}
-        parameters = faiss.SearchParametersIVF(nprobe=self.nprobe)
+        library: Any = faiss  # its stubs do not know keyword arguments
+        parameters = library.SearchParametersIVF(nprobe=self.nprobe)
         is_wrapped = isinstance(index, faiss.IndexPreTransform)
-        return {"params": faiss.SearchParametersPreTransform(index_params=parameters) if is_wrapped else parameters}
+        return {"params": library.SearchParametersPreTransform(index_params=parameters) if is_wrapped else parameters}
 
     def _compare(self, queries: np.ndarray, found: np.ndarray) -> np.ndarray:
         """The exact values of results, from the stored vectors."""
@@ -579,11 +581,12 @@ def _map_lists(ivf: Any, lists: ListsFile) -> Any:
     """Give a Faiss index its lists where they lie; Faiss maps the file read-only."""
     import faiss
 
-    mapped = faiss.OnDiskInvertedLists()
+    mapped: Any = faiss.OnDiskInvertedLists()
     mapped.nlist, mapped.code_size, mapped.read_only = ivf.nlist, ivf.code_size, True
     mapped.filename, mapped.totsize = str(lists.path), lists.path.stat().st_size
     mapped.lists.resize(ivf.nlist)
-    mapped.set_all_lists_sizes(faiss.swig_ptr(lists.sizes.astype(np.uint64)))
+    sizes = lists.sizes.astype(np.uint64)  # named: a pointer does not keep its array
+    mapped.set_all_lists_sizes(faiss.swig_ptr(sizes))
     mapped.prefetch_nthread = 0  # threads that are started for every query cost 1.2 ms
     mapped.do_mmap()
     ivf.replace_invlists(mapped, False)

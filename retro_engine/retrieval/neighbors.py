@@ -128,7 +128,7 @@ def _table_stage(
     count = -(-query.num_rows // SHARD_ROWS)
     outputs = tuple(ids_name(number) for number in range(count))
     text = json.dumps(spec, sort_keys=True)
-    return Stage(f"neighbors {folder.name}", find_shard, text, folder.resolve(), outputs, (*names, *stores))
+    return Stage("neighbors", find_shard, text, folder.resolve(), outputs, (*names, *stores))
 
 
 @lru_cache(1)

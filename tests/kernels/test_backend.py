@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from retro_kernels import cpp
 from retro_kernels.backend import backend, choose
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from retro_kernels import reference
 
 M = 4

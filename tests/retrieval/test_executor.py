@@ -170,15 +170,15 @@ def test_the_kth_io_call_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                         return real(*given)  # type: ignore[operator]
 
                     patch.setattr(os, call, failing)
+                    error = None
                     try:
                         run_stage(stage_in(folder, shards=3), Executor(), QUIET)
-                        is_past = True
-                    except RetroError as error:
-                        is_past = False
-                        assert str(folder) in str(error)
-                if is_past:
+                    except RetroError as found:
+                        error = found
+                if error is None:
                     assert k >= 6, "three files and three markers"
                     break
+                assert str(folder) in str(error)
                 assert not list(folder.glob(".*.tmp"))
                 assert run_stage(stage_in(folder, shards=3), Executor(), QUIET) == whole
                 assert content(folder) == content(tmp_path / "whole")
