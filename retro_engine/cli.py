@@ -202,7 +202,7 @@ def _add_building(sub: argparse.ArgumentParser, default: str) -> None:
     sub.add_argument("--embedder", default="minilm", metavar="MODEL", help="hybrid: its dense half (default minilm)")
     sub.add_argument("--fusion", nargs=2, type=float, default=[1.0, 1.0], metavar="W", help="hybrid: weights of both")
     sub.add_argument("--index", default="auto", metavar="FACTORY", help="auto, by size, or Faiss' factory string")
-    sub.add_argument("--metric", default="ip", choices=["ip", "l2"], help="inner product or distance")
+    sub.add_argument("--metric", default="auto", choices=["auto", "ip", "l2"], help="ip (auto) or distance")
     sub.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of a model; auto measures")
     sub.add_argument("--pooling", default="model", choices=["model", "mean"], help="the model's own, or mean of tokens")
     sub.add_argument("--query-prompt", metavar="TEXT", help="put before queries (default: the model's own)")

@@ -221,11 +221,12 @@ def open_embedder(text: str, model: str) -> Embedder:
 
 def load_model(folder: Path, pooling: str, precision: str) -> Any:
     import torch
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     try:
         model: Any = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"use_safetensors": True})
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StoreError(
             f"{folder} is not a SentenceTransformers model", first, "name another folder or hub id"
@@ -254,6 +255,7 @@ def choose_embedding(
     if model == "hash":
         return Embedding("hash"), ""
     folder = model_folder(model)
+    mark = model_fingerprint(folder)
     rates = {}
     for kind in ("fp32", "bf16") if precision == "auto" else (precision,):
         loaded = load_model(folder, pooling, kind)
@@ -263,8 +265,6 @@ def choose_embedding(
         rates[kind] = len(sample) / (time.monotonic() - start)
     chosen = "bf16" if rates.get("bf16", 0) > BF16_GAIN * rates.get("fp32", 0) else "fp32"
     width = int(loaded.get_embedding_dimension())
-    embedding = Embedding(
-        short_name(model), model_fingerprint(folder), width, chosen, pooling, query_prompt, document_prompt
-    )
+    embedding = Embedding(short_name(model), mark, width, chosen, pooling, query_prompt, document_prompt)
     measured = ", ".join(f"{kind} {rate:.0f} chunks/s" for kind, rate in rates.items())
     return embedding, f"{embedding.name}: {measured}; {chosen} is used"

@@ -8,6 +8,7 @@ that were being built are lost (inline: one), and a damaged one is built again. 
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -313,7 +314,7 @@ def connect_ray(workers: int | None = None) -> Any:
     address = os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except (RuntimeError, ConnectionError, ValueError) as error:  # also another version of Ray or Python over there
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(

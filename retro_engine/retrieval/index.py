@@ -69,7 +69,7 @@ def build_index(
     model: str,
     folder: Path,
     factory: str = "auto",
-    metric: str = "ip",
+    metric: str = "auto",
     executor: Executor | None = None,
     reporter: Reporter | None = None,
     index_rows: int = INDEX_ROWS,
@@ -77,18 +77,22 @@ def build_index(
 ) -> "VectorIndex":
     """The index of a store for an embedder, built where it is missing, unfinished or damaged.
 
-    `factory`: auto, or a Faiss factory string; `choices` are those of `choose_embedding`. Peak memory: the training
+    `factory`: auto, or a Faiss factory string; `metric`: ip, l2, or auto (ip); auto takes an index as it is. `choices` are those of `choose_embedding`. Peak memory: the training
     sample (40 vectors a list) or a part of 65,536 chunks, whichever is more. Raises StoreError when an index with
     another factory, metric or embedder lies there, UsageError for a factory that cannot be built.
     """
-    if metric not in METRICS:
-        raise UsageError(f"--metric {metric} cannot be used", f"one of {', '.join(METRICS)}")
+    if metric not in ("auto", *METRICS):
+        raise UsageError(f"--metric {metric} cannot be used", f"auto or one of {', '.join(METRICS)}")
     reporter, executor = reporter or Reporter("quiet"), executor or Executor()
     vectors = build_vectors(store, model, executor, reporter, **choices)
-    wanted = factory_for(vectors.num_rows, vectors.width) if factory == "auto" else factory
+    known = _known(folder) or {}
+    metric = known.get("metric", "ip") if metric == "auto" else metric
+    by_size = known.get("factory") or factory_for(vectors.num_rows, vectors.width)
+    wanted = by_size if factory == "auto" else factory
     chosen = clamp_lists(wanted, vectors.num_rows)
     if chosen != wanted:
         reporter.say(f"{wanted}: {vectors.num_rows:,} chunks are enough for {num_lists(chosen):,} lists only")
+    make_faiss(chosen, vectors.width, metric)  # refuses what Faiss does not know
     with files.locked(folder):
         _refuse_other(folder, chosen, metric, vectors, store)
         builder = _Build(store, vectors, folder, chosen, metric, index_rows, executor, reporter)
@@ -103,8 +107,7 @@ def build_index(
             "embedding": vectors.embedding.to_json(),
             "files": builder.files(),
         }
-        known = _known(folder)
-        if known is None or any(known.get(key) != value for key, value in content.items()):
+        if any(known.get(key) != value for key, value in content.items()):
             draft = VectorIndex.__new__(VectorIndex)
             draft._open(folder, store, vectors, {**content, "nprobe": 1, "recall": 1.0})
             nprobe, recall = measure(draft, vectors, metric)

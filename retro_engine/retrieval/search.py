@@ -34,7 +34,7 @@ class Building:
     executor: Executor = field(default_factory=Executor)
     reporter: Reporter = field(default_factory=lambda: Reporter("quiet"))
     factory: str = "auto"  # of the Faiss index
-    metric: str = "ip"
+    metric: str = "auto"  # ip, l2
     embedder: str = "minilm"  # the dense half of hybrid
     fusion: tuple[float, float] = (1.0, 1.0)  # weights of hybrid's lexical and dense half
     choices: dict[str, Any] = field(default_factory=dict)  # of embed.choose_embedding

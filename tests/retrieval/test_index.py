@@ -279,6 +279,7 @@ def test_another_store_embedder_metric_dimension_or_factory(store: Store, tmp_pa
     for change, match in (({"metric": "l2"}, "metric ip"), ({"factory": "IVF25,Flat"}, "factory IVF25,SQ8")):
         with pytest.raises(StoreError, match=match):
             build_index(store, "hash", index.folder, **{"factory": "IVF25,SQ8", **change})
+    assert build_index(store, "hash", index.folder).factory == "IVF25,SQ8", "auto takes it as it is"
     with pytest.raises(UsageError, match="width 32"):
         index.search_vectors(np.zeros((2, 31), np.float32), 3)
     shutil.rmtree(store.folder / "embeddings" / "hash")
