@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from retro_engine.data.store import Store
     from retro_engine.model.retro import RetroModel
     from retro_engine.progress import Reporter
+    from retro_engine.retrieval.search import Building
 
 TAKES_SETTINGS = ("demo", "train", "eval", "generate", "config", "mup")
+RETRIEVER_HELP = "bm25, hash, minilm, hybrid, or a SentenceTransformers model: a folder or a hub id"
 CEILING_CHUNKS = 8  # of the sequences in which the copy ceiling is measured
 
 # Every heavy import is inside the command that needs it: `retro --help` answers at once.
@@ -117,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, about in (("index", "index a store for a retriever"), ("embed", "vectors of a store's chunks")):
         sub = command(name, _index if name == "index" else _embed, about)
         sub.add_argument("store")
-        sub.add_argument("--retriever", default="bm25" if name == "index" else "hash", help="bm25 or hash")
+        _add_building(sub, default="bm25" if name == "index" else "hash")
 
     for name, about in (("neighbors", "fill a store's neighbor table"), ("build", "embed, index and neighbors")):
         sub = command(name, _neighbors, about)
@@ -125,11 +127,23 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--database", nargs="+", metavar="STORE", help="stores to retrieve from (default: the store itself)"
         )
-        sub.add_argument("--retriever", default="bm25", help="bm25 or hash")
+        sub.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each database, above 0")
+        _add_building(sub, default="bm25")
         sub.add_argument("--k", type=int, default=20, help="neighbors kept a chunk")
         sub.add_argument("--name", help="the table's name (default: the retriever's)")
         sub.add_argument("--keep-overlaps", action="store_true", help="keep neighbors that overlap (for r <= m)")
-        sub.add_argument("--yes", action="store_true", help="do not ask before long work")
+        sub.add_argument(
+            "--near-duplicates",
+            type=float,
+            metavar="SHARE",
+            help="leave out neighbors that hold more of the chunk, in runs of 13 tokens",
+        )
+        sub.add_argument(
+            "--leak-limit",
+            type=float,
+            metavar="SHARE",
+            help="for held-out documents leave out neighbors that state more of the next chunk, in runs of 8",
+        )
 
     from retro_engine.train.__main__ import add_arguments
 
@@ -164,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("prompt", nargs="?")
     sub.add_argument("-i", "--interactive", action="store_true", help="one prompt a line from standard input")
     sub.add_argument("--index", nargs="+", metavar="STORE", help="stores to retrieve from (default: the run's)")
-    sub.add_argument("--retriever", default="bm25", help="bm25 or hash")
+    sub.add_argument("--retriever", default="bm25", help=RETRIEVER_HELP)
     sub.add_argument("--neighbors", action="append", metavar="TEXT", help="a given neighbor; may be repeated")
     sub.add_argument("--no-retrieval", action="store_true")
     sub.add_argument("--show-neighbors", action="store_true")
@@ -183,7 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, default=32, help="batches a mode")
     sub.add_argument("--all", action="store_true", help="every batch")
 
-    sub = command("inspect", _inspect, "what a store, table, index, library or checkpoint is; --plan: what training would take")
+    sub = command(
+        "inspect", _inspect, "what a store, table, index, library or checkpoint is; --plan: what training would take"
+    )
     sub.add_argument("path", nargs="?")
     sub.add_argument("--plan", action="store_true", help="memory, FLOPs and communication of a step on H100s, on paper")
     sub.add_argument("--preset", help="--plan: tiny, small, base, mcore or nemo")
@@ -200,6 +216,40 @@ def _parser() -> argparse.ArgumentParser:
 
     command("doctor", _doctor, "what is installed and which implementations will be used")
     return parser
+
+
+def _add_building(sub: argparse.ArgumentParser, default: str) -> None:
+    """Flags of the commands that build vectors and indexes."""
+    sub.add_argument("--retriever", default=default, help=f"{RETRIEVER_HELP} (default {default})")
+    sub.add_argument("--embedder", default="minilm", metavar="MODEL", help="hybrid: its dense half (default minilm)")
+    sub.add_argument("--fusion", nargs=2, type=float, default=[1.0, 1.0], metavar="W", help="hybrid: weights of both")
+    sub.add_argument("--index", default="auto", metavar="FACTORY", help="auto, by size, or Faiss' factory string")
+    sub.add_argument("--metric", default="auto", choices=["auto", "ip", "l2"], help="ip (auto) or distance")
+    sub.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of a model; auto measures")
+    sub.add_argument("--pooling", default="model", choices=["model", "mean"], help="the model's own, or mean of tokens")
+    sub.add_argument("--query-prompt", metavar="TEXT", help="put before queries (default: the model's own)")
+    sub.add_argument("--document-prompt", metavar="TEXT", help="put before chunks (default: the model's own)")
+    sub.add_argument("--executor", default="inline", help="inline, processes or ray")
+    sub.add_argument("--workers", type=int, metavar="N", help="processes or Ray tasks at once (default: one a core)")
+    sub.add_argument("--yes", action="store_true", help="do not ask before long work")
+
+
+def _building(args: argparse.Namespace) -> "Building":
+    from retro_engine.retrieval.executor import Executor
+    from retro_engine.retrieval.search import Building
+
+    if min(args.fusion) < 0 or max(args.fusion) <= 0:
+        raise UsageError(f"--fusion {args.fusion} cannot be used", "two weights, none below 0, not both 0")
+    choices = {key: getattr(args, key) for key in ("precision", "pooling", "query_prompt", "document_prompt")}
+    return Building(
+        Executor(args.executor, args.workers),
+        _reporter(args),
+        args.index,
+        args.metric,
+        args.embedder,
+        tuple(args.fusion),
+        choices,
+    )
 
 
 def _reporter(args: argparse.Namespace) -> "Reporter":
@@ -258,26 +308,28 @@ def _prepare(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from retro_engine.data.store import Store
     from retro_engine.retrieval.neighbors import say_index_cost
-    from retro_engine.retrieval.search import build_index, check_retriever
+    from retro_engine.retrieval.search import halves, make_index
 
-    check_retriever(args.retriever)
-    store = Store(args.store)
-    say_index_cost(store, args.retriever, _reporter(args))
-    _print(args, build_index(store, args.retriever).summary())
+    store, building = Store(args.store), _building(args)
+    for half in halves(args.retriever, args.embedder):
+        say_index_cost(store, half, building.reporter)
+        _print(args, make_index(store, half, building).summary())
     return 0
 
 
 def _embed(args: argparse.Namespace) -> int:
     from retro_engine.data.store import Store
-    from retro_engine.retrieval.index import embed_store
+    from retro_engine.retrieval.search import check_retriever
+    from retro_engine.retrieval.vectors import build_vectors
 
-    store = Store(args.store)
-    if args.retriever != "hash":
+    check_retriever(args.retriever)
+    if args.retriever in ("bm25", "hybrid"):
         raise UsageError(
-            f"--retriever {args.retriever} has no vectors", "embed makes them for hash", "retro index, for bm25"
+            f"--retriever {args.retriever} has no vectors", "embed makes them for hash or a model", "retro index"
         )
-    manifest = embed_store(store, store.folder / "embeddings" / "hash")
-    _print(args, {key: manifest[key] for key in ("kind", "embedder", "width", "store", "fingerprint")})
+    store, building = Store(args.store), _building(args)
+    vectors = build_vectors(store, args.retriever, building.executor, building.reporter, **building.choices)
+    _print(args, vectors.summary())
     return 0
 
 
@@ -286,12 +338,24 @@ def _neighbors(args: argparse.Namespace) -> int:
     from retro_engine.data.batches import Sequences, split_documents
     from retro_engine.data.store import Store
     from retro_engine.retrieval.ceiling import copy_ceiling, describe_ceiling
-    from retro_engine.retrieval.neighbors import build_neighbors, share_without_neighbors
+    from retro_engine.retrieval.neighbors import Filters, build_neighbors, share_without_neighbors
 
     query = Store(args.query)
     databases = [Store(path) for path in args.database] if args.database else [query]
     reporter = _reporter(args)
-    table = build_neighbors(query, databases, args.retriever, args.k, args.name, reporter, not args.keep_overlaps)
+    filters = Filters(args.near_duplicates, args.leak_limit, DataConfig().splits_string)
+    table = build_neighbors(
+        query,
+        databases,
+        args.retriever,
+        args.k,
+        args.name,
+        reporter,
+        not args.keep_overlaps,
+        _building(args),
+        args.weights,
+        filters,
+    )
     shares = split_documents(query, DataConfig().splits_string)
     result = {"table": str(table.folder), **table.summary(), "share_without_neighbors": share_without_neighbors(table)}
     if len(shares["valid"]):
@@ -582,9 +646,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from retro_engine.data import files
     from retro_engine.data.neighbor_table import NeighborTable
     from retro_engine.data.store import Store
+    from retro_engine.retrieval.index import VectorIndex
+    from retro_engine.retrieval.lexical import Bm25Index
     from retro_engine.retrieval.library import Library
     from retro_engine.retrieval.library_file import FILE
-    from retro_engine.retrieval.search import open_index
+    from retro_engine.retrieval.quality import describe_quality, quality
+    from retro_engine.retrieval.vectors import Vectors
     from retro_engine.train import checkpoint
 
     path = Path(args.path)
@@ -608,19 +675,42 @@ def _inspect(args: argparse.Namespace) -> int:
         kind = json.loads((path / files.MANIFEST).read_text()).get("kind")
     except (ValueError, AttributeError):
         kind = "store"  # reading it as one says what is wrong
+    query = Store(path.parent.parent if kind in ("neighbors", "index", "embeddings") else path)
     if kind == "neighbors":
-        query = Store(path.parent.parent)
         found: Any = NeighborTable(path, query)
     elif kind == "index":
-        found = open_index(Store(path.parent.parent), path.name)
+        found = Bm25Index(path, query) if path.name == "bm25" else VectorIndex(path, query)
     else:
-        found = query = Store(path)
-    if args.verify and kind != "index":  # opening an index checks its files
+        found = Vectors(path, query) if kind == "embeddings" else query
+    if args.verify:
         found.verify()
     _print(args, {**found.summary(), **({"verified": True} if args.verify else {})})
+    if kind == "neighbors":
+        report = quality(found)
+        _print(args, report) if args.json else print("\n".join(describe_quality(report)))
     if args.samples and kind in ("neighbors", "store"):
         _print_samples(args.samples, query, found if kind == "neighbors" else None)
+    elif args.samples and kind != "checkpoint":
+        _print_search_samples(args.samples, query, found)
     return 0
+
+
+def _print_search_samples(count: int, store: "Store", found: Any) -> None:
+    """Some chunks, and what an index finds for them."""
+    import numpy as np
+
+    for row in np.linspace(0, store.num_rows - 1, min(count, store.num_rows)).astype(int).tolist():
+        print(f"\n{row} {' '.join(store.text(row).split())}")
+        if hasattr(found, "vectors"):
+            ids, scores = found.search_vectors(found.vectors.rows(row, row + 1), 4)
+        elif hasattr(found, "search"):
+            ids, scores = found.search([store.text(row)], 4)
+        else:
+            print(f"    {np.array2string(found.rows(row, row + 1)[0], precision=3, threshold=8)}")
+            continue
+        for chunk, score in zip(ids[0].tolist(), scores[0].tolist()):
+            if chunk >= 0 and chunk != row:
+                print(f"    {chunk} {score:.3f} {' '.join(store.text(chunk).split())}")
 
 
 def _print_samples(count: int, query: "Store", table: Any) -> None:

@@ -16,6 +16,12 @@ LINE_EVERY_S = 10.0
 ASK_ABOVE_S = 600.0
 
 
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 @dataclass
 class Reporter:
     """Where a command's words go: `mode` text, json or quiet; results go to standard output, the rest to stderr."""

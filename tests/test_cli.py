@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -315,3 +316,55 @@ def test_a_bug_leaves_its_trace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_errors_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", "/nowhere", "--json") == 3
     assert json.loads(capsys.readouterr().err)["exit_code"] == 3
+
+
+def test_inspect_says_what_everything_is_and_whether_it_is_whole(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stores, tables, embeddings and indexes: what, from what, whole, of their store; and samples."""
+    shutil.copytree(work / "store", tmp_path / "store")
+    store = tmp_path / "store"
+    assert run("build", store, "--retriever", "hybrid", "--embedder", "hash", "--k", 4, "--quiet") == 0
+    capsys.readouterr()
+    paths = ["neighbors/hybrid", "index/bm25", "index/hash", "embeddings/hash", ""]
+    for name in paths:
+        assert run("inspect", store / name, "--verify", "--samples", 2) == 0, name
+        out = capsys.readouterr().out
+        assert "verified: True" in out
+        assert len(out.splitlines()) > 8
+    assert run("inspect", store / "neighbors/hybrid") == 0
+    out = capsys.readouterr().out
+    assert "similarity: mean" in out
+    assert "of the neighbors missing" in out
+    assert run("inspect", store / "neighbors/hybrid", "--json") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    for name, victim in (("index/hash", "embeddings/hash/vectors-00000.npy"), ("index/bm25", "index/bm25/scores.npy")):
+        raw = bytearray((store / victim).read_bytes())
+        raw[-2] ^= 8
+        (store / victim).unlink()
+        (store / victim).write_bytes(raw)
+        assert run("inspect", store / name, "--verify") == 3
+        assert "is damaged" in capsys.readouterr().err
+    assert run("build", store, "--retriever", "hybrid", "--embedder", "hash", "--name", "again") == 0
+    said = capsys.readouterr().err
+    assert said.count("is damaged: it is built again") == 2
+    assert run("inspect", store / "index" / "hash", "--verify") == 0
+
+
+def test_flags_of_building_that_cannot_be_used(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {
+        ("--executor", "processes!"): 2,
+        ("--workers", "0"): 2,
+        ("--retriever", "bm52"): 2,
+        ("--retriever", "hash", "--index", "IVF!"): 2,
+        ("--retriever", "hybrid", "--embedder", "hash", "--fusion", "-1", "1"): 2,
+        ("--weights", "0"): 2,
+        ("--near-duplicates", "1.5"): 2,
+        ("--k", "0"): 2,
+        ("--k", "-3"): 2,
+    }
+    for number, (flags, code) in enumerate(wrong.items()):
+        assert run("neighbors", work / "store", "--name", f"no{number}", *flags) == code, flags
+        assert capsys.readouterr().err.startswith("error: ")
+    assert run("embed", work / "store", "--retriever", "bm25") == 2
+    assert run("neighbors", work / "store", "--name", "wide", "--k", "10000", "--quiet") == 0

@@ -1,4 +1,4 @@
-"""Files to documents: .txt, .md, .jsonl (plain, .gz, .zst), folders and standard input.
+"""Files to documents: .txt, .md, .jsonl (plain, .gz, .zst), .parquet, folders and standard input.
 
 A document that cannot be used (bad UTF-8, no text, not an object, over the size limit ...) is set aside with
 its file, line and reason; nothing of it reaches the store, and the other documents are not touched.
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.errors import MissingExtraError, MissingInputError, UsageError
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+PARQUET_ROWS = 256  # read at once
 MAX_DOCUMENT_BYTES = 64 << 20
 ZSTD_STEP = 1 << 10  # compressed bytes decompressed at once
 
@@ -54,6 +55,8 @@ class Reader:
         for path in paths:
             if path.name.endswith((".txt", ".md")):
                 yield self._text_file(path)
+            elif path.name.endswith(".parquet"):
+                yield from self._parquet(path)
             else:
                 yield from self._json_lines(path)
 
@@ -87,6 +90,32 @@ class Reader:
         except _stream_errors() as error:  # a truncated or damaged stream
             yield SetAside(f"{path}:{number + 1}", f"the file cannot be read further: {error}")
 
+    def _parquet(self, path: Path) -> Iterator[Document | SetAside]:
+        """Rows of a Parquet file: the columns text_key and, where they are there, id and title."""
+        parquet, arrow = _import_parquet()
+        number = 0
+        try:
+            with parquet.ParquetFile(path) as file:
+                names = file.schema_arrow.names
+                if self.text_key not in names:
+                    shown = ", ".join(names[:6])
+                    yield SetAside(str(path), f"no column {self.text_key!r} (it has {shown}); --text-key names another")
+                    return
+                columns = [name for name in (self.text_key, "id", "title") if name in names]
+                for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
+                    values = {name: batch.column(batch.schema.names.index(name)) for name in columns}
+                    for row in range(batch.num_rows):
+                        number += 1
+                        try:
+                            yield self._row({n: v[row].as_py() for n, v in values.items()}, f"{path}:{number}")
+                        except UnicodeDecodeError:  # a string column may hold any bytes
+                            yield SetAside(f"{path}:{number}", "not UTF-8")
+                        except _Unusable as error:
+                            yield SetAside(f"{path}:{number}", str(error))
+        except (arrow.ArrowException, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            yield SetAside(f"{path}:{number + 1}", f"the file cannot be read further: {reason}")
+
     def _json_document(self, line: bytes, source: str) -> Document:
         text = self._decode(line)
         try:
@@ -100,9 +129,15 @@ class Reader:
         if self.text_key not in row:
             keys = ", ".join(list(row)[:6])
             raise _Unusable(f"no key {self.text_key!r} (it has {keys}); --text-key names another")
+        return self._row(row, source)
+
+    def _row(self, row: dict[str, Any], source: str) -> Document:
+        """The document of a row that has the text key."""
         value = row[self.text_key]
         if not isinstance(value, str):
             raise _Unusable(f"{self.text_key!r} is {type(value).__name__}, not text")
+        if len(value) > self.max_document_bytes:
+            raise _Unusable(f"larger than {self.max_document_bytes:,} bytes")
         name = row.get("id")
         title = row.get("title")
         return Document(
@@ -230,6 +265,17 @@ def _stream_errors() -> tuple[type[Exception], ...]:
     import zstandard
 
     return (EOFError, OSError, zlib.error, zstandard.ZstdError)
+
+
+def _import_parquet() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtraError(
+            ".parquet files need pyarrow", "it is not installed", "pip install 'retro-engine[data]'"
+        ) from error
+    return pyarrow.parquet, pyarrow
 
 
 def _refuse_constant(name: str) -> Any:

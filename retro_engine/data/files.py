@@ -14,7 +14,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,14 @@ MANIFEST = "manifest.json"
 assert HEADER.size == 128
 
 
-def publish(path: Path, parts: list[bytes | memoryview]) -> None:
-    """Write `parts` to `path` so that it appears whole or not at all. Raises OutOfResourceError for a full disk."""
-    size = sum(len(part) for part in parts)
+def publish(path: Path, parts: Iterable[bytes | memoryview], size: int | None = None) -> None:
+    """Write `parts` to `path` so that it appears whole or not at all. Raises OutOfResourceError for a full disk.
+
+    `size` is their sum in bytes; it must be given for parts that are made one at a time.
+    """
+    if size is None:
+        parts = list(parts)
+        size = sum(memoryview(part).nbytes for part in parts)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -42,6 +47,7 @@ def publish(path: Path, parts: list[bytes | memoryview]) -> None:
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, before anything is written
             for part in parts:
                 file.write(part)
+            assert file.tell() == size, (path, file.tell(), size)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o444)
@@ -60,7 +66,7 @@ def publish_file(temporary: Path, path: Path) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o444)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -115,8 +121,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise
 
 
-def write_array(path: Path, kind: str, values: np.ndarray, parent: str) -> str:
-    """Publish a [rows, columns] array of `kind`, made from what has fingerprint `parent`; return its SHA-256."""
+def array_parts(kind: str, values: np.ndarray, parent: str) -> list[bytes | memoryview]:
+    """The array file of a [rows, columns] array of `kind`, made from what has fingerprint `parent`."""
     assert values.ndim == 2, values.shape
     code = next(code for code, dtype in DTYPES.items() if values.dtype == dtype)
     raw = values.astype(values.dtype.newbyteorder("<"), "C").reshape(-1).view(np.uint8)
@@ -137,11 +143,12 @@ def write_array(path: Path, kind: str, values: np.ndarray, parent: str) -> str:
         b"",
         0,
     )[:-4]
-    parts: list[bytes | memoryview] = [
-        head + struct.pack("<I", zlib.crc32(head)),
-        data,
-        struct.pack(f"<{len(checksums)}I", *checksums),
-    ]
+    return [head + struct.pack("<I", zlib.crc32(head)), data, struct.pack(f"<{len(checksums)}I", *checksums)]
+
+
+def write_array(path: Path, kind: str, values: np.ndarray, parent: str) -> str:
+    """Publish `array_parts` at `path`; return its SHA-256."""
+    parts = array_parts(kind, values, parent)
     publish(path, parts)
     digest = hashlib.sha256()
     for part in parts:

@@ -45,29 +45,45 @@ class NeighborTableWriter:
         dtype = np.int32 if self.num_rows < 1 << 31 else np.int64
         for start in range(0, len(ids), SHARD_ROWS):
             part = ids[start : start + SHARD_ROWS].astype(dtype)
-            name = f"ids-{len(self._files):05d}.bin"
+            name = ids_name(len(self._files))
             self._files[name] = files.write_array(self.folder / name, "neighbors", part, self.query.fingerprint)
             self._rows += len(part)
 
     def close(self) -> "NeighborTable":
         assert self._rows == self.query.num_rows, (self._rows, self.query.num_rows)
-        content = {
-            "num_neighbors": self.num_neighbors,
-            "rows": self._rows,
-            "query": self.query.fingerprint,
-            "databases": [
-                {
-                    "fingerprint": s.fingerprint,
-                    "rows": s.num_rows,
-                    "path": os.path.relpath(s.folder.resolve(), self.folder.resolve()),
-                }
-                for s in self.databases
-            ],
-            "retriever": self.retriever,
-            "files": self._files,
-        }
-        files.write_manifest(self.folder, "neighbors", content)
-        return NeighborTable(self.folder, self.query)
+        return publish_table(self.folder, self.query, self.databases, self.num_neighbors, self.retriever, self._files)
+
+
+def ids_name(number: int) -> str:
+    return f"ids-{number:05d}.bin"
+
+
+def publish_table(
+    folder: Path,
+    query: Store,
+    databases: Sequence[Store],
+    num_neighbors: int,
+    retriever: dict[str, Any],
+    hashes: dict[str, str],
+) -> "NeighborTable":
+    """Write the manifest over files of ids that are published (name -> SHA-256)."""
+    content = {
+        "num_neighbors": num_neighbors,
+        "rows": query.num_rows,
+        "query": query.fingerprint,
+        "databases": [
+            {
+                "fingerprint": store.fingerprint,
+                "rows": store.num_rows,
+                "path": os.path.relpath(store.folder.resolve(), folder.resolve()),
+            }
+            for store in databases
+        ],
+        "retriever": retriever,
+        "files": hashes,
+    }
+    files.write_manifest(folder, "neighbors", content)
+    return NeighborTable(folder, query)
 
 
 class NeighborTable:

@@ -1,15 +1,17 @@
-"""BM25 over the chunks of a store: bm25s makes the index, a numba loop searches it.
+"""BM25 over the chunks of a store: blocks of 65,536 chunks are counted apart, merged term by term, searched by numba.
 
-The loop adds what bm25s' own search has not: it leaves out the query's own document while it scores (asking
-for more and filtering afterwards would need hundreds), and weighs terms by the document frequencies of several
-stores together. Reads and writes INDEX/manifest.json, vocabulary.json and four .npy files whose hashes the
-manifest has. Letters: Q queries, U chunks, K neighbors.
+bm25s reads the terms. Its own index needs the whole corpus in memory and its search cannot leave out the query's
+own document while it scores (asking for more and filtering afterwards would need hundreds), nor weigh terms by the
+document frequencies of several stores together. Reads and writes INDEX/manifest.json, vocabulary.json and four
+.npy files whose hashes the manifest has, opened memory-mapped. Letters: Q queries, U chunks, K neighbors.
 """
 
 import io
+import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,17 @@ import numpy as np
 
 from retro_engine.data import files
 from retro_engine.data.store import Store
-from retro_engine.errors import StoreError, UsageError
+from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.jit import numba
+from retro_engine.progress import Reporter
+from retro_engine.retrieval.executor import Executor, Part, Stage, Stream, is_finished, remove_shards, run_stage
 
 ARRAYS = ("scores", "chunks", "starts", "frequencies")
+OUTPUTS = ("vocabulary.json", *(f"{name}.npy" for name in ARRAYS))
 K1, B = 1.5, 0.75
+BLOCK_ROWS = 1 << 16
+MERGE_POSTINGS = 1 << 22  # postings (a chunk that has a term) sorted at once
+BLOCK_HEADER = 4  # i8: terms, postings, chunks, bytes of terms
 
 
 def terms_of(texts: Sequence[str]) -> list[list[str]]:
@@ -80,40 +88,24 @@ class Bm25Index:
         return self.manifest["fingerprint"]
 
     @classmethod
-    def build(cls, store: Store, folder: Path) -> "Bm25Index":
-        """Index every chunk of `store` and publish the index in `folder`."""
-        import bm25s
+    def build(
+        cls, store: Store, folder: Path, executor: Executor | None = None, reporter: Reporter | None = None
+    ) -> "Bm25Index":
+        """Index every chunk of `store` and publish the index in `folder`; goes on where an earlier build ended.
 
-        texts: Iterable[str] = (text for batch in store.texts() for text in batch)
-        tokens = bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
-        vocabulary: dict[str, int] = dict(tokens.vocab)
-        vocabulary.pop("", None)
-        index = bm25s.BM25(k1=K1, b=B)
-        if vocabulary:
-            index.index(tokens, show_progress=False)
-            indptr = index.scores["indptr"]
-            order = sorted(vocabulary, key=lambda term: vocabulary[term])
-            columns = np.array([vocabulary[term] for term in order], np.int64)
-            counts = np.diff(indptr)[columns]
-            scores, chunks = index.scores["data"], index.scores["indices"].astype(np.int32)
-            if len(columns) != len(indptr) - 1:  # the empty term, when bm25s added one, is the last column
-                assert columns.tolist() == list(range(len(columns))), "bm25s numbers terms from 0"
-            starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-            scores, chunks = scores[: starts[-1]], chunks[: starts[-1]]
-        else:  # no chunk has a word: every query finds nothing
-            order, counts, starts = [], np.zeros(0, np.int64), np.zeros(1, np.int64)
-            scores, chunks = np.zeros(0, np.float32), np.zeros(0, np.int32)
-        arrays = {"scores": scores.astype(np.float32), "chunks": chunks, "starts": starts, "frequencies": counts}
+        Peak memory: the vocabulary, and a block or 2^22 postings, whichever is more.
+        """
+        executor, reporter = executor or Executor(), reporter or Reporter("quiet")
+        blocks = -(-store.num_rows // BLOCK_ROWS)
+        spec = {"store": store.fingerprint, "k1": K1, "b": B, "stopwords": "en", "block_rows": BLOCK_ROWS}
+        text, here = json.dumps(spec, sort_keys=True), folder.resolve()
+        paths = (str(store.folder.resolve()),)
+        count = Stage("bm25 terms", count_block, text, here, tuple(block_name(n) for n in range(blocks)), paths)
+        join = Stage("bm25 merge", merge_blocks, text, here, OUTPUTS, paths)
         with files.locked(folder):
-            hashes = {}
-            for name, values in arrays.items():
-                buffer = io.BytesIO()
-                np.save(buffer, values, allow_pickle=False)
-                files.publish(folder / f"{name}.npy", [buffer.getbuffer()])
-                hashes[f"{name}.npy"] = files.sha256_file(folder / f"{name}.npy")
-            words = {term: number for number, term in enumerate(order)}
-            files.publish(folder / "vocabulary.json", [json.dumps(words, ensure_ascii=False).encode()])
-            hashes["vocabulary.json"] = files.sha256_file(folder / "vocabulary.json")
+            if not is_finished(join):
+                run_stage(count, executor, reporter)
+            hashes = run_stage(join, executor, reporter)
             content = {
                 "retriever": "bm25",
                 "store": store.fingerprint,
@@ -123,7 +115,9 @@ class Bm25Index:
                 "stopwords": "en",
                 "files": hashes,
             }
-            files.write_manifest(folder, "index", content)
+            if not _is_published(folder, content):
+                files.write_manifest(folder, "index", content)
+            remove_shards(count)
         return cls(folder, store)
 
     def search(
@@ -172,8 +166,141 @@ class Bm25Index:
         words = {term for row in terms_of(texts) for term in row}
         return {t: int(self.frequencies[self.vocabulary[t]]) if t in self.vocabulary else 0 for t in words}
 
+    def verify(self) -> None:
+        """Compare every file with the manifest (opening has done so too)."""
+        files.verify_files(self.folder, self.manifest["files"])
+
     def summary(self) -> dict[str, Any]:
-        return {key: self.manifest[key] for key in ("kind", "retriever", "chunks", "store", "fingerprint")}
+        shown = {key: self.manifest[key] for key in ("kind", "retriever", "chunks", "store", "fingerprint")}
+        return {**shown, "terms": len(self.vocabulary), "postings": len(self.scores)}
+
+
+def _is_published(folder: Path, content: dict[str, Any]) -> bool:
+    try:
+        known = files.read_manifest(folder, "index")
+    except MissingInputError:
+        return False
+    return all(known.get(key) == value for key, value in content.items())
+
+
+def block_name(number: int) -> str:
+    return f"block-{number:05d}.bin"
+
+
+def count_block(stage: Stage, shard: int) -> Sequence[Part]:
+    """How often each term is in each chunk of one block; terms sorted, chunks in order within a term."""
+    import bm25s
+
+    spec = json.loads(stage.spec)
+    store = Store(stage.paths[0])
+    first = shard * spec["block_rows"]
+    texts = [text for batch in store.texts(first, min(first + spec["block_rows"], store.num_rows)) for text in batch]
+    tokens = bm25s.tokenize(texts, stopwords="en", show_progress=False)
+    terms = sorted(term for term in tokens.vocab if term)
+    place = np.full(max(tokens.vocab.values(), default=-1) + 1, -1, np.int64)
+    place[[tokens.vocab[term] for term in terms]] = np.arange(len(terms))
+    lengths = np.array([len(row) for row in tokens.ids], np.int64)
+    flat = place[np.fromiter((i for row in tokens.ids for i in row), np.int64, int(lengths.sum()))]
+    chunks = np.repeat(np.arange(len(texts)), lengths)
+    chunks, flat = chunks[flat >= 0], flat[flat >= 0]  # bm25s gives a text without terms the term ""
+    keys, counts = np.unique(flat * len(texts) + chunks, return_counts=True)
+    starts = np.searchsorted(keys, np.arange(len(terms) + 1) * len(texts))
+    raw = "\n".join(terms).encode()
+    return [
+        np.array([len(terms), len(keys), len(texts), len(raw)], "<i8").tobytes(),
+        starts.astype("<i8").tobytes(),
+        (first + keys % len(texts)).astype("<i4").tobytes(),
+        counts.astype("<i4").tobytes(),
+        np.bincount(chunks, minlength=len(texts)).astype("<i4").tobytes(),
+        raw,
+    ]
+
+
+class Block:
+    """A counted block, memory-mapped; `numbers` gives each of its terms the number in the whole vocabulary."""
+
+    def __init__(self, path: Path, first: int):
+        raw = np.memmap(path, np.uint8, "r")
+        num_terms, postings, rows, num_bytes = raw[: 8 * BLOCK_HEADER].view("<i8").tolist()
+        ends = np.cumsum([8 * BLOCK_HEADER, 8 * (num_terms + 1), 4 * postings, 4 * postings, 4 * rows, num_bytes])
+        parts = [raw[start:end] for start, end in zip(ends, ends[1:])]
+        self.first, self.starts = first, parts[0].view("<i8")
+        self.chunks, self.counts, self.lengths = (part.view("<i4") for part in parts[1:4])
+        self.terms = parts[4].tobytes().decode().split("\n") if num_bytes else []
+        self.numbers = np.zeros(0, np.int64)
+
+
+class Merger:
+    """The blocks of a store with one vocabulary; postings stream through in the order of its terms."""
+
+    def __init__(self, folder: Path, spec: dict[str, Any], num_rows: int):
+        starts = range(0, num_rows, spec["block_rows"])
+        self.k1, self.b, self.num_rows = spec["k1"], spec["b"], num_rows
+        self.blocks = [Block(folder / block_name(number), first) for number, first in enumerate(starts)]
+        self.vocabulary = sorted(set().union(*(block.terms for block in self.blocks)))
+        number_of = {term: number for number, term in enumerate(self.vocabulary)}
+        self.frequencies = np.zeros(len(self.vocabulary), np.int64)
+        total = 0
+        for block in self.blocks:
+            block.numbers = np.fromiter((number_of[term] for term in block.terms), np.int64, len(block.terms))
+            block.terms = []
+            self.frequencies[block.numbers] += np.diff(block.starts)
+            total += int(block.lengths.sum())
+        self.starts = np.concatenate(([0], np.cumsum(self.frequencies)))
+        self.mean_length = total / max(1, num_rows)
+
+    def postings(self, column: str) -> Iterator[Part]:
+        """The `chunks` or `scores` of all postings, some terms at a time."""
+        term = 0
+        while term < len(self.vocabulary):
+            end = int(np.searchsorted(self.starts, self.starts[term] + MERGE_POSTINGS, "right")) - 1
+            end = max(end, term + 1)
+            chunks, terms, counts, lengths = [], [], [], []
+            for block in self.blocks:
+                low, high = np.searchsorted(block.numbers, (term, end))
+                some = slice(int(block.starts[low]), int(block.starts[high]))
+                chunks.append(block.chunks[some])
+                terms.append(np.repeat(block.numbers[low:high], np.diff(block.starts[low : high + 1])))
+                counts.append(block.counts[some])
+                lengths.append(block.lengths[chunks[-1] - block.first])
+            number = np.concatenate(terms)
+            order = np.argsort(number, kind="stable")  # blocks come in order, so chunks do within a term
+            if column == "chunks":
+                yield np.concatenate(chunks)[order].astype("<i4").tobytes()
+            else:
+                tf, length = np.concatenate(counts)[order].astype(np.float64), np.concatenate(lengths)[order]
+                df = self.frequencies[number[order]]
+                idf = np.log(1 + (self.num_rows - df + 0.5) / (df + 0.5))
+                scores = idf * tf / (tf + self.k1 * (1 - self.b + self.b * length / self.mean_length))
+                yield scores.astype("<f4").tobytes()
+            term = end
+
+
+@lru_cache(1)
+def _open_merger(folder: Path, spec: str, num_rows: int) -> Merger:
+    return Merger(folder, json.loads(spec), num_rows)
+
+
+def merge_blocks(stage: Stage, shard: int) -> Sequence[Part] | Stream:
+    """One file of the index from all blocks."""
+    merger = _open_merger(stage.folder, stage.spec, Store(stage.paths[0]).num_rows)
+    name = stage.outputs[shard]
+    if name == "vocabulary.json":
+        words = {term: number for number, term in enumerate(merger.vocabulary)}
+        return [json.dumps(words, ensure_ascii=False).encode()]
+    if name in ("starts.npy", "frequencies.npy"):
+        values = merger.starts if name == "starts.npy" else merger.frequencies
+        return [_npy_header("<i8", len(values)), values.astype("<i8").tobytes()]
+    column = name.removesuffix(".npy")
+    count = int(merger.starts[-1])
+    header = _npy_header("<i4" if column == "chunks" else "<f4", count)
+    return Stream(len(header) + 4 * count, itertools.chain([header], merger.postings(column)))
+
+
+def _npy_header(descr: str, count: int) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": (count,)})
+    return buffer.getvalue()
 
 
 def _idf(frequency: int, num_chunks: int) -> float:

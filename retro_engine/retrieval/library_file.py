@@ -105,7 +105,7 @@ def create(folder: Path, tokenizer: Tokenizer, chunk_size: int, stride: int, emb
                 connection.execute(f"PRAGMA user_version = {VERSION}")
         finally:
             connection.close()
-        files.sync_folder(folder)
+        files.sync(folder)
 
 
 def _connect(path: Path) -> apsw.Connection:

@@ -1,21 +1,56 @@
-"""`retro neighbors`: fills a neighbor table, chunk by chunk, leaving out the chunk's own document."""
+"""`retro neighbors`: fills a neighbor table, shard by shard, leaving out the chunk's own document.
 
+Options: several databases with weights; near-duplicates of the chunk left out; for held-out documents neighbors
+left out that state what follows. Reads stores and indexes; writes TABLE/ids-NNNNN.bin (32,768 chunks each) with
+their markers, and manifest.json. Letters: Q queries, K neighbors, R tokens per neighbor, M chunk length.
+"""
+
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from retro_engine.data import files
-from retro_engine.data.neighbor_table import NeighborTable, NeighborTableWriter, refuse_existing
+from retro_engine.data.batches import split_documents
+from retro_engine.data.neighbor_table import NeighborTable, ids_name, publish_table, refuse_existing
 from retro_engine.data.store import Store
-from retro_engine.errors import UsageError
-from retro_engine.progress import Reporter
-from retro_engine.retrieval.embed import embed
+from retro_engine.errors import StoreError, UsageError
+from retro_engine.progress import Reporter, duration
+from retro_engine.retrieval.embed import short_name
+from retro_engine.retrieval.executor import Part, Stage, run_stage
 from retro_engine.retrieval.lexical import terms_of
-from retro_engine.retrieval.search import Retriever, check_retriever, index_folder
+from retro_engine.retrieval.overlap import NGRAM, stated_shares
+from retro_engine.retrieval.search import Building, Retriever, check_retriever, halves, index_folder, make_index
 
+SHARD_ROWS = 1 << 15
 BATCH_ROWS = 8192
 SAMPLE_ROWS = 256
+DUPLICATE_NGRAM = 13  # tokens
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What is left out besides the own document. Shares are of tokens in shared runs; None = off."""
+
+    near_duplicates: float | None = None  # of the chunk, in runs of 13: a neighbor that states more is left out
+    leak_limit: float | None = None  # of the next chunk of held-out documents, in runs of 8
+    splits: str = "98,2,0"  # which documents are held out: valid and test
+
+    def __post_init__(self) -> None:
+        for name in ("near_duplicates", "leak_limit"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} {value} cannot be used", "a share from 0 up to, but not, 1")
+
+    @property
+    def is_on(self) -> bool:
+        return self.near_duplicates is not None or self.leak_limit is not None
 
 
 def build_neighbors(
@@ -26,62 +61,157 @@ def build_neighbors(
     name: str | None = None,
     reporter: Reporter | None = None,
     merge_overlaps: bool = True,
+    building: Building | None = None,
+    weights: Sequence[float] | None = None,
+    filters: Filters | None = None,
 ) -> NeighborTable:
     """Publish QUERY/neighbors/NAME: the `num_neighbors` best chunks of `databases` for every chunk of `query`.
 
     Neighbors from the chunk's own document are never kept; `merge_overlaps` (for r > m) keeps no two that overlap.
-    Prints what the search will cost, measured on a
-    sample, before it starts. Raises UsageError for a table that exists, StoreError for stores that do not fit.
+    An interrupted build goes on where it ended. Prints what the search will cost, measured on a sample, before it
+    starts. Raises UsageError for a table that exists, StoreError for stores that do not fit.
     """
-    reporter = reporter or Reporter("quiet")
+    reporter = reporter or (building.reporter if building is not None else Reporter("quiet"))
+    building, filters = replace(building or Building(), reporter=reporter), filters or Filters()
     if num_neighbors < 1:
         raise UsageError(f"--k {num_neighbors} cannot be used", "a table holds at least one neighbor a chunk")
-    folder = query.folder / "neighbors" / (name or retriever)
-    refuse_existing(folder)
     check_retriever(retriever)
+    folder = query.folder / "neighbors" / (name or index_folder(query, retriever).name)
+    refuse_existing(folder)
     with files.locked(folder):
         for database in databases:
-            say_index_cost(database, retriever, reporter)
-        search = Retriever(databases, retriever, merge_overlaps)
-        writer = NeighborTableWriter(
-            folder,
-            query,
-            databases,
-            num_neighbors,
-            {"name": retriever, "fingerprint": search.fingerprint, "merge_overlaps": merge_overlaps},
-        )
-        own_rows = _own_document_rows(query)
-
-        def find(first: int, last: int) -> np.ndarray:
-            exclude = [own_rows[first:last] if db.fingerprint == query.fingerprint else None for db in databases]
-            return search.search_rows(query, first, last, num_neighbors, exclude)[0]
-
-        sample = min(SAMPLE_ROWS, query.num_rows)
-        middle = (query.num_rows - sample) // 2
-        find(middle, middle + min(4, sample))  # compiles the search loop
-        start = time.monotonic()
-        find(middle, middle + sample)
-        each_s = (time.monotonic() - start) / sample
-        seconds = each_s * query.num_rows
-        reporter.confirm(
-            f"searching {query.num_rows:,} chunks with {retriever} at {1 / max(each_s, 1e-9):,.0f}/s: about {_duration(seconds)}",
-            seconds,
-        )
-        pending: list[np.ndarray] = []
-        with reporter.progress("neighbors", query.num_rows, "chunks") as meter:
-            for first in range(0, query.num_rows, BATCH_ROWS):
-                last = min(first + BATCH_ROWS, query.num_rows)
-                pending.append(find(first, last))
-                meter.advance(last - first)
-                if len(pending) == 32:  # one shard of the table
-                    writer.write(np.concatenate(pending))
-                    pending = []
-        if pending:
-            writer.write(np.concatenate(pending))
-        table = writer.close()
+            for half in halves(retriever, building.embedder):
+                say_index_cost(database, half, reporter)
+                make_index(database, half, building)
+        search = Retriever(databases, retriever, merge_overlaps, building, weights)
+        for half in search.halves:
+            if half != "bm25":
+                search.query_vectors(query, half)
+        described: dict[str, Any] = {
+            "name": short_name(retriever),
+            "fingerprint": search.fingerprint,
+            "merge_overlaps": merge_overlaps,
+        }
+        if len(search.halves) > 1:
+            described["fusion"] = list(building.fusion)
+        if weights is not None:
+            described["weights"] = list(map(float, weights))
+        if filters.is_on:
+            described["filters"] = asdict(filters)
+        stage = _table_stage(folder, query, databases, retriever, num_neighbors, building, described)
+        _say_search_cost(stage, query, retriever, reporter)
+        hashes = run_stage(stage, building.executor, reporter)
+        table = publish_table(folder, query, databases, num_neighbors, described, hashes)
     missing = share_without_neighbors(table)
     reporter.say(f"{missing:.1%} of the chunks have no neighbor from another document")
     return table
+
+
+def _table_stage(
+    folder: Path,
+    query: Store,
+    databases: Sequence[Store],
+    retriever: str,
+    num_neighbors: int,
+    building: Building,
+    described: dict[str, Any],
+) -> Stage:
+    spec = {
+        "query": query.fingerprint,
+        "databases": [store.fingerprint for store in databases],
+        "num_neighbors": num_neighbors,
+        "shard_rows": SHARD_ROWS,
+        "described": described,
+    }
+    names = [str(Path(name).resolve()) if Path(name).is_dir() else name for name in (retriever, building.embedder)]
+    stores = [str(store.folder.resolve()) for store in (query, *databases)]
+    count = -(-query.num_rows // SHARD_ROWS)
+    outputs = tuple(ids_name(number) for number in range(count))
+    text = json.dumps(spec, sort_keys=True)
+    return Stage("neighbors", find_shard, text, folder.resolve(), outputs, (*names, *stores))
+
+
+@lru_cache(1)
+def _open_search(spec_text: str, paths: tuple[str, ...]) -> "_TableSearch":
+    return _TableSearch(json.loads(spec_text), paths)
+
+
+def find_shard(stage: Stage, shard: int) -> Sequence[Part]:
+    """The neighbors of one shard's chunks, as an array file."""
+    search = _open_search(stage.spec, stage.paths)
+    rows = json.loads(stage.spec)["shard_rows"]
+    first, last = shard * rows, min((shard + 1) * rows, search.query.num_rows)
+    found = [search.find(start, min(start + BATCH_ROWS, last)) for start in range(first, last, BATCH_ROWS)]
+    ids = np.concatenate(found)
+    if ids.min(initial=-1) < -1 or ids.max(initial=-1) >= search.retriever.starts[-1]:
+        raise StoreError(f"neighbor id {ids.max()} is outside the databases", "an index is damaged", "retro index")
+    dtype = np.int32 if search.retriever.starts[-1] < 1 << 31 else np.int64
+    return files.array_parts("neighbors", ids.astype(dtype), search.query.fingerprint)
+
+
+class _TableSearch:
+    """What a process keeps open while it searches shards."""
+
+    def __init__(self, spec: dict[str, Any], paths: tuple[str, ...]):
+        described = spec["described"]
+        retriever, embedder, query, *databases = paths
+        self.query, self.num_neighbors = Store(query), spec["num_neighbors"]
+        self.databases = [self.query if path == query else Store(path) for path in databases]
+        building = Building(embedder=embedder, fusion=tuple(described.get("fusion", (1.0, 1.0))))
+        weights, merge_overlaps = described.get("weights"), described["merge_overlaps"]
+        self.retriever = Retriever(self.databases, retriever, merge_overlaps, building, weights)
+        self.filters = Filters(**described.get("filters", {}))
+        self._own_rows = _own_document_rows(self.query)
+        self._is_heldout = np.zeros(self.query.num_rows, bool)
+        if self.filters.leak_limit is not None:
+            shares = split_documents(self.query, self.filters.splits)
+            heldout = np.concatenate((shares["valid"], shares["test"]))
+            self._is_heldout = np.isin(self.query.row_documents(), heldout)
+
+    def find(self, first: int, last: int) -> np.ndarray:
+        """[last - first, K] ids."""
+        own, mark = self._own_rows[first:last], self.query.fingerprint
+        exclude = [own if database.fingerprint == mark else None for database in self.databases]
+        k = self.num_neighbors * (2 if self.filters.is_on else 1)
+        ids = self.retriever.search_rows(self.query, first, last, k, exclude)[0]
+        if not self.filters.is_on:
+            return ids
+        dropped = (ids < 0) | self._filtered(ids, first, last)
+        order = np.argsort(dropped, axis=1, kind="stable")[:, : self.num_neighbors]
+        return np.take_along_axis(np.where(dropped, -1, ids), order, 1)
+
+    def _filtered(self, ids: np.ndarray, first: int, last: int) -> np.ndarray:
+        """[Q, K] whether a neighbor repeats its chunk, or for held-out documents states what follows."""
+        tokens, lengths = self.retriever.loader.gather(ids, 2 * self.query.chunk_size)
+        out = np.zeros(ids.shape, bool)
+        own, own_lengths = self.query.rows(first, min(last + 1, self.query.num_rows))
+        own_lengths = own_lengths.astype(np.int64)
+        count = last - first
+        if self.filters.near_duplicates is not None:
+            shares = stated_shares(own[:count], own_lengths[:count], tokens, lengths, DUPLICATE_NGRAM)
+            out |= shares > self.filters.near_duplicates
+        if self.filters.leak_limit is not None:
+            has_next = (np.arange(first, last) + 1 < self._own_rows[first:last, 1]) & self._is_heldout[first:last]
+            after = np.minimum(np.arange(count) + 1, len(own) - 1)
+            shares = stated_shares(own[after], own_lengths[after] * has_next, tokens, lengths, NGRAM)
+            out |= shares > self.filters.leak_limit
+        return out
+
+
+def _say_search_cost(stage: Stage, query: Store, retriever: str, reporter: Reporter) -> None:
+    search = _open_search(stage.spec, stage.paths)
+    sample = min(SAMPLE_ROWS, query.num_rows)
+    middle = (query.num_rows - sample) // 2
+    search.find(middle, middle + min(4, sample))  # compiles the search loop
+    start = time.monotonic()
+    search.find(middle, middle + sample)
+    each_s = (time.monotonic() - start) / sample
+    seconds = each_s * query.num_rows
+    reporter.confirm(
+        f"searching {query.num_rows:,} chunks with {retriever} at {1 / max(each_s, 1e-9):,.0f}/s: about "
+        f"{duration(seconds)}",
+        seconds,
+    )
 
 
 def share_without_neighbors(table: NeighborTable) -> float:
@@ -94,20 +224,16 @@ def share_without_neighbors(table: NeighborTable) -> float:
 
 
 def say_index_cost(store: Store, retriever: str, reporter: Reporter) -> None:
-    """Say what indexing will take when the index is not there, measured on a sample of the chunks."""
-    if (index_folder(store, retriever) / files.MANIFEST).exists():
+    """Say what BM25 indexing will take when the index is not there, measured on a sample; embedding says it itself."""
+    if retriever != "bm25" or (index_folder(store, retriever) / files.MANIFEST).exists():
         return
     sample = min(SAMPLE_ROWS, store.num_rows)
+    terms_of([text for batch in store.texts(0, sample) for text in batch])  # the first call loads the libraries
     start = time.monotonic()
-    if retriever == "bm25":
-        terms_of([text for batch in store.texts(0, sample) for text in batch])
-        start = time.monotonic()  # the first call loads the libraries
-        terms_of([text for batch in store.texts(0, sample) for text in batch])
-    else:
-        embed(*store.rows(0, sample))
-    seconds = 1.5 * (time.monotonic() - start) / sample * store.num_rows  # reading terms is two thirds of indexing
+    terms_of([text for batch in store.texts(0, sample) for text in batch])
+    seconds = 2 * (time.monotonic() - start) / sample * store.num_rows  # reading terms is half of indexing
     reporter.confirm(
-        f"indexing {store.num_rows:,} chunks of {store.folder} for {retriever}: about {_duration(seconds)}", seconds
+        f"indexing {store.num_rows:,} chunks of {store.folder} for {retriever}: about {duration(seconds)}", seconds
     )
 
 
@@ -116,13 +242,3 @@ def _own_document_rows(store: Store) -> np.ndarray:
     first = store.documents[:, 0]
     end = np.append(first[1:], store.num_rows)
     return np.repeat(np.stack((first, end), 1), end - first, 0)
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

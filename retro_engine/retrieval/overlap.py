@@ -34,6 +34,42 @@ def drop_leaks(batch: Batch, chunk_size: int, limit: float, n: int = NGRAM) -> i
     return int(leaks.sum())
 
 
+def stated_shares(
+    targets_QM: np.ndarray, target_lengths_Q: np.ndarray, neighbors_QKR: np.ndarray, lengths_QK: np.ndarray, n: int
+) -> np.ndarray:
+    """[Q, K] share of each target's tokens that lie in runs of n or more which the neighbor holds too.
+
+    A target shorter than n is one run of its own length.
+    """
+    return _stated_shares(
+        targets_QM.astype(np.int64), target_lengths_Q.astype(np.int64), neighbors_QKR, lengths_QK.astype(np.int64), n
+    )
+
+
+@numba.njit(cache=True)
+def _stated_shares(targets, target_lengths, neighbors, lengths, n):  # type: ignore[no-untyped-def]
+    Q, K = lengths.shape
+    out = np.zeros((Q, K))
+    covered = np.zeros(targets.shape[1], np.bool_)
+    for q in range(Q):
+        count = target_lengths[q]
+        run = min(n, count)
+        if run == 0:
+            continue
+        for k in range(K):
+            covered[:] = False
+            for i in range(count - run + 1):
+                for p in range(lengths[q, k] - run + 1):
+                    length = 0
+                    while length < run and neighbors[q, k, p + length] == targets[q, i + length]:
+                        length += 1
+                    if length == run:
+                        covered[i : i + run] = True
+                        break
+            out[q, k] = covered.sum() / count
+    return out
+
+
 @numba.njit(cache=True)
 def _overlaps(labels, documents, neighbors, lengths, m, n):  # type: ignore[no-untyped-def]
     B, L, K = lengths.shape

@@ -1,20 +1,43 @@
-"""One retriever over one or more stores: text in, the best chunks with their documents out."""
+"""One retriever over one or more stores: lexical, dense, or both by reciprocal rank fusion.
+
+Letters: Q queries, K neighbors.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from retro_engine.data.loader import NeighborLoader
 from retro_engine.data.neighbor_table import check_databases
 from retro_engine.data.store import Store
-from retro_engine.errors import UsageError, nearest
+from retro_engine.errors import MissingInputError, StoreError, UsageError, nearest
 from retro_engine.jit import numba
-from retro_engine.retrieval.index import HashIndex
+from retro_engine.progress import Reporter
+from retro_engine.retrieval.embed import short_name
+from retro_engine.retrieval.executor import Executor
+from retro_engine.retrieval.index import VectorIndex, build_index
 from retro_engine.retrieval.lexical import Bm25Index
+from retro_engine.retrieval.vectors import Vectors, build_vectors, vectors_folder
 
-RETRIEVERS = ("bm25", "hash")
+RETRIEVERS = ("bm25", "hash", "hybrid", "minilm")
+RANK_CONSTANT = 60  # of reciprocal rank fusion: weight / (60 + rank)
+FUSION_DEPTH = 100  # results of each retriever that are fused
+
+
+@dataclass(frozen=True)
+class Building:
+    """How what is missing gets built; all of it is optional."""
+
+    executor: Executor = field(default_factory=Executor)
+    reporter: Reporter = field(default_factory=lambda: Reporter("quiet"))
+    factory: str = "auto"  # of the Faiss index
+    metric: str = "auto"  # ip, l2
+    embedder: str = "minilm"  # the dense half of hybrid
+    fusion: tuple[float, float] = (1.0, 1.0)  # weights of hybrid's lexical and dense half
+    choices: dict[str, Any] = field(default_factory=dict)  # of embed.choose_embedding
 
 
 @dataclass(frozen=True)
@@ -30,49 +53,96 @@ class Hit:
 
 
 def index_folder(store: Store, retriever: str) -> Path:
-    return store.folder / "index" / retriever
+    return store.folder / "index" / short_name(retriever)
 
 
 def check_retriever(retriever: str) -> None:
-    if retriever not in RETRIEVERS:
+    """Raise UsageError for what is neither a retriever nor can be a model: a folder, or a hub id ORG/NAME."""
+    if retriever not in RETRIEVERS and not Path(retriever).is_dir() and "/" not in retriever:
         close = nearest(retriever, list(RETRIEVERS))
-        raise UsageError(f"retriever {retriever!r} does not exist", close, f"one of {', '.join(RETRIEVERS)}")
+        raise UsageError(
+            f"retriever {retriever!r} does not exist",
+            close,
+            f"one of {', '.join(RETRIEVERS)}, or a SentenceTransformers model: a folder or a hub id",
+        )
 
 
-def open_index(store: Store, retriever: str) -> Bm25Index | HashIndex:
+def halves(retriever: str, embedder: str) -> tuple[str, ...]:
+    """The retrievers that one consists of."""
+    check_retriever(retriever)
+    return ("bm25", embedder) if retriever == "hybrid" else (retriever,)
+
+
+def open_index(store: Store, retriever: str) -> Bm25Index | VectorIndex:
     """The published index of a store."""
     check_retriever(retriever)
     folder = index_folder(store, retriever)
-    return Bm25Index(folder, store) if retriever == "bm25" else HashIndex(folder, store)
+    return Bm25Index(folder, store) if retriever == "bm25" else VectorIndex(folder, store, retriever)
 
 
-def build_index(store: Store, retriever: str) -> Bm25Index | HashIndex:
-    """The index of a store, built when it is not there."""
+def make_index(store: Store, retriever: str, building: Building) -> Bm25Index | VectorIndex:
+    """Build the index of a store: what is there and whole is kept, what is missing or damaged is built."""
     check_retriever(retriever)
+    folder = index_folder(store, retriever)
+    if retriever == "bm25":
+        return Bm25Index.build(store, folder, building.executor, building.reporter)
+    return build_index(
+        store,
+        retriever,
+        folder,
+        building.factory,
+        building.metric,
+        building.executor,
+        building.reporter,
+        **building.choices,
+    )
+
+
+def find_index(store: Store, retriever: str, building: Building | None = None) -> Bm25Index | VectorIndex:
+    """The index of a store, built when it is not there."""
     try:
         return open_index(store, retriever)
     except FileNotFoundError:
-        kind = Bm25Index if retriever == "bm25" else HashIndex
-        return kind.build(store, index_folder(store, retriever))
+        return make_index(store, retriever, building or Building())
 
 
 class Retriever:
     """Searches several stores as one collection; chunk ids count through them in order."""
 
-    def __init__(self, stores: Sequence[Store], retriever: str = "bm25", merge_overlaps: bool = True):
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        retriever: str = "bm25",
+        merge_overlaps: bool = True,
+        building: Building | None = None,
+        weights: Sequence[float] | None = None,
+    ):
         """Opens (and where missing builds) the index of every store.
 
         `merge_overlaps` leaves out hits that overlap better ones, as neighbors of more than one chunk do (r > m).
-        Raises StoreError for stores that do not fit, UsageError for one that is named twice.
+        `weights`, one a store, multiply its scores. Raises StoreError for stores that do not fit, UsageError for
+        one that is named twice and for weights that are not above 0.
         """
         check_databases(stores)
         self.stores, self.kind, self.merge_overlaps = list(stores), retriever, merge_overlaps
+        self.building = building or Building()
+        self.weights = np.array([1.0] * len(stores) if weights is None else weights, np.float32)
+        if len(self.weights) != len(stores) or not (np.isfinite(self.weights) & (self.weights > 0)).all():
+            given = " ".join(map(str, weights or ()))
+            raise UsageError(f"--weights {given} cannot be used", "one number above 0 for each database")
         self.loader = NeighborLoader(stores)
-        self.indexes = [build_index(store, retriever) for store in stores]
+        self.halves = halves(retriever, self.building.embedder)
+        self._indexes = {half: [find_index(store, half, self.building) for store in stores] for half in self.halves}
+        for half in self.halves:
+            _check_embeddings([index.vectors for index in self._dense(half)])
         self.starts = np.cumsum([0] + [store.num_rows for store in stores])
         first_documents = np.cumsum([0] + [store.num_documents for store in stores])
         self._row_documents = np.concatenate([s.row_documents() + first for s, first in zip(stores, first_documents)])
         self._span = 3 if merge_overlaps else 1  # results asked for per neighbor kept: its own chunk and both beside it
+
+    @property
+    def indexes(self) -> list[Bm25Index | VectorIndex]:
+        return [index for half in self.halves for index in self._indexes[half]]
 
     @property
     def fingerprint(self) -> str:
@@ -80,31 +150,65 @@ class Retriever:
 
     def search(self, texts: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids [q, k] (-1 = fewer were found) and scores [q, k], best first."""
-        if self.kind == "bm25":
-            found = self._search_bm25(texts, k * self._span, [None] * len(self.stores))
-        else:
-            found = [
-                index.search_texts(texts, k * self._span) for index in self.indexes if isinstance(index, HashIndex)
-            ]
+        found = []
+        for half in self.halves:
+            if half == "bm25":
+                each = self._search_bm25(texts, self._depth(k), [None] * len(self.stores))
+            else:
+                vectors = self._dense(half)[0].embed_texts(texts)
+                each = [index.search_vectors(vectors, self._depth(k)) for index in self._dense(half)]
+            found.append(self._over_stores(each, self._depth(k)))
         return self._best(found, k)
 
     def search_rows(
         self, query: Store, first: int, last: int, k: int, exclude: Sequence[np.ndarray | None]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`search` for rows first ... last - 1 of a store; `exclude` gives, per database, [q, 2] rows to leave out."""
-        if self.kind == "bm25":
-            texts = [text for batch in query.texts(first, last) for text in batch]
-            return self._best(self._search_bm25(texts, k * self._span, exclude), k)
-        tokens, lengths = query.rows(first, last)
-        found = [
-            index.search(tokens, lengths, k * self._span, without)
-            for index, without in zip(self.indexes, exclude)
-            if isinstance(index, HashIndex)
-        ]
+        """`search` for rows first ... last - 1 of a store; `exclude` gives, per database, [q, 2] rows to leave out.
+
+        Dense retrievers compare chunks as documents, by the stored vectors of both stores.
+        """
+        found = []
+        for half in self.halves:
+            if half == "bm25":
+                texts = [text for batch in query.texts(first, last) for text in batch]
+                each = self._search_bm25(texts, self._depth(k), exclude)
+            else:
+                vectors = self.query_vectors(query, half).rows(first, last)
+                pairs = zip(self._dense(half), exclude)
+                each = [index.search_vectors(vectors, self._depth(k), without) for index, without in pairs]
+            found.append(self._over_stores(each, self._depth(k)))
         return self._best(found, k)
 
+    def query_vectors(self, query: Store, half: str) -> Vectors:
+        """The vectors of a query store; they are built when they are not there."""
+        for index in self._dense(half):
+            if index.store.fingerprint == query.fingerprint:
+                return index.vectors
+        try:
+            vectors = Vectors(vectors_folder(query, half), query)
+        except MissingInputError:
+            b = self.building
+            known = self._dense(half)[0].vectors.embedding
+            same = {key: getattr(known, key) for key in ("precision", "pooling", "query_prompt", "document_prompt")}
+            vectors = build_vectors(query, half, b.executor, b.reporter, **same)
+        _check_embeddings([vectors, *(index.vectors for index in self._dense(half))])
+        return vectors
+
+    def _dense(self, half: str) -> list[VectorIndex]:
+        return [index for index in self._indexes[half] if isinstance(index, VectorIndex)]
+
+    def _depth(self, k: int) -> int:
+        return max(FUSION_DEPTH, k * self._span) if len(self.halves) > 1 else k * self._span
+
+    def _over_stores(self, each: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
+        weighted = [
+            (ids, np.where(scores > 0, scores * weight, scores / weight))
+            for (ids, scores), weight in zip(each, self.weights)
+        ]
+        return merge(weighted, self.starts, k)
+
     def _best(self, found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-        ids, scores = merge(found, self.starts, k * self._span)
+        ids, scores = found[0] if len(found) == 1 else fuse(found, self.building.fusion, k * self._span)
         if self.merge_overlaps:
             drop_overlaps(ids, scores, self._row_documents)
         return ids[:, :k], scores[:, :k]
@@ -113,7 +217,7 @@ class Retriever:
         self, texts: Sequence[str], k: int, exclude: Sequence[np.ndarray | None]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Each store's best, scored with the document frequencies of all stores together."""
-        indexes = [index for index in self.indexes if isinstance(index, Bm25Index)]
+        indexes = [index for index in self._indexes["bm25"] if isinstance(index, Bm25Index)]
         if len(indexes) == 1:
             return [indexes[0].search(texts, k, exclude[0])]
         together: dict[str, int] = {}
@@ -135,12 +239,43 @@ class Retriever:
         return Hit(chunk, identifier, title, score, store.text(row), store.folder.name)
 
 
+def _check_embeddings(vectors: Sequence[Vectors]) -> None:
+    """Raise StoreError when vectors that shall be compared were made by different embedders, naming both."""
+    for other in vectors[1:]:
+        if other.embedding != vectors[0].embedding:
+            first, second = vectors[0].embedding, other.embedding
+            raise StoreError(
+                f"{vectors[0].folder} is of {first.name} {first.fingerprint[:12]} {first.precision}",
+                f"{other.folder} is of {second.name} {second.fingerprint[:12]} {second.precision}",
+                "build one of them again with the other's embedder",
+            )
+
+
 def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], starts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best of several stores' results; ids are shifted to count through the stores."""
     ids = np.concatenate([np.where(i >= 0, i + start, -1) for (i, _), start in zip(found, starts)], 1)
     scores = np.concatenate([s for _, s in found], 1)
     order = np.argsort(np.where(ids >= 0, -scores, np.inf), axis=1, kind="stable")[:, :k]
     return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
+
+
+def fuse(
+    found: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[float], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reciprocal rank fusion: the k chunks with the largest sum of weight / (60 + rank); ties keep the lower id."""
+    num_queries = len(found[0][0])
+    out_ids = np.full((num_queries, k), -1, np.int64)
+    out_scores = np.zeros((num_queries, k), np.float32)
+    for query in range(num_queries):
+        ids = np.concatenate([ids[query] for ids, _ in found])
+        gains = [weight / (RANK_CONSTANT + 1 + np.arange(len(i[query]))) for (i, _), weight in zip(found, weights)]
+        unique, place = np.unique(ids, return_inverse=True)
+        total = np.bincount(place, np.concatenate(gains), len(unique))
+        total[unique < 0] = -1
+        best = np.argsort(-total, kind="stable")[:k]
+        best = best[total[best] > 0]
+        out_ids[query, : len(best)], out_scores[query, : len(best)] = unique[best], total[best]
+    return out_ids, out_scores
 
 
 @numba.njit(cache=True)

@@ -142,3 +142,41 @@ def test_any_bytes_give_documents_or_reasons(tmp_path: Path, lines: list[bytes])
             assert "\0" not in row.text
         else:
             assert row.reason
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """Rows like those of JSON lines; rows, columns and files that cannot be used are set aside."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as parquet
+
+    texts = ["first text", None, "  ", "second\0", "third text"] + [f"row {i}" for i in range(600)]
+    table = pyarrow.table({"id": list(range(605)), "title": [f"T{i}" for i in range(605)], "text": texts})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    rows = list(Reader().read([tmp_path / "a.parquet"]))
+    assert [(r.id, r.title, r.text) for r in rows[::4][:2]] == [("0", "T0", "first text"), ("4", "T4", "third text")]
+    assert [r.reason for r in rows[1:4]] == ["'text' is NoneType, not text", "empty", "binary: it holds a NUL byte"]
+    assert rows[1].source == f"{tmp_path}/a.parquet:2"
+    assert len(rows) == 605
+    (found,) = Reader(text_key="body").read([tmp_path / "a.parquet"])
+    assert "no column 'body' (it has id, title, text)" in found.reason
+    (too_long, *_) = Reader(max_document_bytes=5).read([tmp_path / "a.parquet"])
+    assert too_long.reason == "larger than 5 bytes"
+    bad = pyarrow.table({"text": pyarrow.array([b"ok", b"\xff\xfe"]).cast(pyarrow.string(), safe=False)})
+    parquet.write_table(bad, tmp_path / "bad.parquet")
+    assert [getattr(r, "reason", "") for r in Reader().read([tmp_path / "bad.parquet"])] == ["", "not UTF-8"]
+    raw = (tmp_path / "a.parquet").read_bytes()
+    for content in (b"", raw[:100], raw[:-5], b"PAR1" + b"\xff" * 99, raw[:50] + b"\0" * 900 + raw[950:]):
+        (tmp_path / "b.parquet").write_bytes(content)
+        rows = list(Reader().read([tmp_path / "b.parquet"]))
+        assert "cannot be read further" in rows[-1].reason
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from retro_engine.errors import MissingExtraError
+
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(MissingExtraError, match=r"retro-engine\[data\]"):
+        list(Reader().read([tmp_path / "a.parquet"]))

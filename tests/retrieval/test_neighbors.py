@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from helpers import write_corpus
 
+from retro_engine.data.batches import split_documents
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
 from retro_engine.progress import Reporter
-from retro_engine.retrieval.neighbors import build_neighbors
+from retro_engine.retrieval import neighbors as neighbors_module
+from retro_engine.retrieval.executor import Executor
+from retro_engine.retrieval.neighbors import DUPLICATE_NGRAM, Filters, build_neighbors
+from retro_engine.retrieval.search import Building
 
 
 @pytest.mark.parametrize("retriever", ["bm25", "hash"])
@@ -48,3 +52,99 @@ def test_cost_is_said_and_a_table_is_not_written_over(small_store: Store, capsys
         build_neighbors(small_store, [small_store], "bm25", 2, name="once")
     with pytest.raises(UsageError, match="--k 0"):
         build_neighbors(small_store, [small_store], "bm25", 0, name="zero")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_any_executor_resumes_any_other(small_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after two shards: processes go on, redo none of them, and the bytes are those of one run."""
+    monkeypatch.setattr(neighbors_module, "SHARD_ROWS", 40)
+    whole = content(build_neighbors(small_store, [small_store], num_neighbors=3, name="whole").folder)
+    real, count = neighbors_module.find_shard, 0
+
+    def stop_at_third(*given: object) -> object:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return real(*given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(neighbors_module, "find_shard", stop_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            build_neighbors(small_store, [small_store], num_neighbors=3, name="stopped")
+    folder = small_store.folder / "neighbors" / "stopped"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("ids-*")}
+    assert len(before) == 4
+    building = Building(Executor("processes", 2))
+    build_neighbors(small_store, [small_store], num_neighbors=3, name="stopped", building=building)
+    assert content(folder) == whole
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("ids-*")}.items()
+
+
+def test_near_duplicates_are_left_out(small_store: Store) -> None:
+    plain = build_neighbors(small_store, [small_store], num_neighbors=4, name="plain")
+    limit = 0.5
+    filtered = build_neighbors(small_store, [small_store], num_neighbors=4, name="f", filters=Filters(limit))
+    rows = np.arange(small_store.num_rows)
+
+    def worst(table_ids: np.ndarray) -> float:
+        found = 0.0
+        for row in rows:
+            tokens, lengths = small_store.rows(row, row + 1)
+            own = tokens[0, : lengths[0]].tolist()
+            n = min(DUPLICATE_NGRAM, len(own))
+            for chunk in table_ids[row][table_ids[row] >= 0]:
+                end = small_store.document_rows(small_store.document_of(int(chunk)))[1]
+                t, ls = small_store.rows(int(chunk), min(int(chunk) + 2, end))
+                other = [x for line, length in zip(t, ls) for x in line[:length].tolist()]
+                grams = {tuple(other[i : i + n]) for i in range(len(other) - n + 1)}
+                covered = {
+                    j for i in range(len(own) - n + 1) if tuple(own[i : i + n]) in grams for j in range(i, i + n)
+                }
+                found = max(found, len(covered) / len(own))
+        return found
+
+    assert worst(plain.ids(rows, 4)) > limit >= worst(filtered.ids(rows, 4))
+    assert filtered.manifest["retriever"]["filters"]["near_duplicates"] == limit
+
+
+def test_leaks_are_left_out_for_held_out_documents_only(small_store: Store) -> None:
+    splits = "60,40,0"
+    plain = build_neighbors(small_store, [small_store], num_neighbors=4, name="p2")
+    filters = Filters(leak_limit=0.3, splits=splits)
+    table = build_neighbors(small_store, [small_store], num_neighbors=4, name="leak", filters=filters)
+    rows = np.arange(small_store.num_rows)
+    a, b = plain.ids(rows, 4), table.ids(rows, 4)
+    is_heldout = np.isin(small_store.row_documents(), split_documents(small_store, splits)["valid"])
+    np.testing.assert_array_equal(a[~is_heldout], b[~is_heldout])
+    assert (a[is_heldout] != b[is_heldout]).any()
+    for wrong in ({"leak_limit": 1.0}, {"near_duplicates": -0.1}):
+        with pytest.raises(UsageError, match="cannot be used"):
+            Filters(**wrong)
+
+
+def test_weights_of_databases(small_store: Store, tmp_path: Path) -> None:
+    """A database with a large weight comes first, and a weight that cannot be is refused."""
+    other = prepare(
+        [write_corpus(tmp_path / "c.jsonl", 10, seed=3)], tmp_path / "s", str(small_store.folder), chunk_size=16
+    )
+    shares = []
+    for number, weights in enumerate(([1.0, 1.0], [1.0, 50.0])):
+        table = build_neighbors(other, [small_store, other], num_neighbors=4, name=f"w{number}", weights=weights)
+        ids = table.ids(np.arange(other.num_rows), 1)
+        shares.append(float((ids >= small_store.num_rows).mean()))
+    assert shares[1] > max(0.9, shares[0])
+    for wrong in ([1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")]):
+        with pytest.raises(UsageError, match="one number above 0"):
+            build_neighbors(other, [small_store, other], name="no", weights=wrong)
+
+
+def test_hybrid(small_store: Store) -> None:
+    building = Building(embedder="hash")
+    table = build_neighbors(small_store, [small_store], "hybrid", 4, building=building)
+    assert table.manifest["retriever"]["fusion"] == [1.0, 1.0]
+    assert table.folder.name == "hybrid"
+    assert (table.ids(np.arange(small_store.num_rows), 1) >= 0).mean() > 0.9

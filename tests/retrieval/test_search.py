@@ -9,7 +9,7 @@ from helpers import write_corpus
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
-from retro_engine.retrieval.search import Retriever, check_retriever, drop_overlaps
+from retro_engine.retrieval.search import Building, Retriever, check_retriever, drop_overlaps, fuse
 
 
 def test_two_stores_score_as_one(tmp_path: Path) -> None:
@@ -71,3 +71,26 @@ def test_no_two_neighbors_overlap(small_store: Store, kind: str) -> None:
 def test_an_unknown_retriever() -> None:
     with pytest.raises(UsageError, match="did you mean bm25"):
         check_retriever("bm52")
+
+
+def test_reciprocal_rank_fusion() -> None:
+    lexical = (np.array([[3, 5, 7, -1]]), np.array([[9.0, 2.0, 1.0, 0.0]]))
+    dense = (np.array([[7, 3, 8, 9]]), np.array([[0.9, 0.8, 0.7, 0.1]]))
+    ids, scores = fuse([lexical, dense], (1.0, 1.0), 6)
+    assert ids[0].tolist() == [3, 7, 5, 8, 9, -1]
+    np.testing.assert_allclose(scores[0, :2], [1 / 61 + 1 / 62, 1 / 63 + 1 / 61], rtol=1e-6)
+    assert fuse([lexical, dense], (0.0, 1.0), 3)[0][0].tolist() == [7, 3, 8]
+    assert fuse([lexical, dense], (5.0, 1.0), 3)[0][0].tolist() == [3, 7, 5]
+    none = (np.full((1, 4), -1), np.zeros((1, 4)))
+    assert fuse([none, none], (1.0, 1.0), 2)[0].tolist() == [[-1, -1]]
+
+
+def test_hybrid_is_the_fusion_of_its_halves(small_store: Store) -> None:
+    hybrid = Retriever([small_store], "hybrid", building=Building(embedder="hash"))
+    ids, scores = hybrid.search(["Document doc7. river stone", ""], 5)
+    assert ids.shape == (2, 5)
+    assert (np.diff(scores[0][ids[0] >= 0]) <= 0).all()
+    assert hybrid.hits("Document doc7.", 3)[0].document == "d7"
+    only = Retriever([small_store], "hybrid", building=Building(embedder="hash", fusion=(1.0, 0.0)))
+    lexical = Retriever([small_store], "bm25")
+    assert only.hits("Document doc7.", 3)[0].chunk == lexical.hits("Document doc7.", 3)[0].chunk
