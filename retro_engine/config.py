@@ -781,6 +781,8 @@ def check(config: Config) -> None:
 
 def _check_parallel(config: Config) -> None:
     m, size = config.model, config.model.tensor_model_parallel_size
+    asked = config.tensor_model_parallel_size
+    _require(asked in (-1, 1), "tensor_model_parallel_size", asked, "generation runs in one process", "use -1")
     for key, value in (
         ("model.pipeline_model_parallel_size", m.pipeline_model_parallel_size),
         ("pipeline_model_parallel_size", config.pipeline_model_parallel_size),
