@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/retro demo facts --out $(DEMO_OUT) $(DEMO_FLAGS)
 
 test: setup
-	$(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/gates
+	$(BIN)/pytest -n 2 --maxschedchunk 1 tests --ignore tests/gates
 
 lint: setup
 	$(BIN)/ruff check .

@@ -543,6 +543,10 @@ def _generate(args: argparse.Namespace) -> int:
 
     asked = load_config(args.overrides)  # NeMo's commands name the checkpoint, the prompt and the neighbors here
     pick_device(asked.trainer.accelerator)
+    if asked.trainer.precision != "auto":
+        _reporter(args).say(
+            "note: trainer.precision means nothing here: weights are used in the type they were saved in"
+        )
     prompt = args.prompt if args.prompt is not None else asked.prompt
     args.neighbors = args.neighbors or asked.neighbors
     if (prompt is None) != args.interactive:

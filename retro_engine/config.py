@@ -202,7 +202,6 @@ class TrainedModelConfig(ModelConfig):
     sequence_parallel: bool = False  # with tensor parallelism: norms and residuals are cut along the sequence
     pipeline_model_parallel_size: int = 1  # more is refused
     megatron_amp_O2: bool = False  # bf16 weights, fp32 master weights in the optimizer
-    mcore_gpt: bool = True  # NeMo's: means nothing here
     add_position_embedding: bool = False  # NeMo's name of position_embedding=learned
     activations_checkpoint_granularity: str | None = None  # selective | full: recomputed in the backward pass
     shape_file: str | None = None  # muP base widths that `retro mup base` wrote
@@ -396,8 +395,6 @@ MEANINGLESS = {  # keys of NeMo's commands that name something this project does
     "model.use_flash_attention": "the fastest attention that is installed is used",
     "model.transformer_engine": "it is not used",
     "exp_manager.create_checkpoint_callback": "checkpoints are always written",
-    "inference.retro_inference.ft_neighbours": "neighbors are given or retrieved alike for every model",
-    "inference.retro_inference.reuse_top": "neighbors are retrieved anew for every chunk",
 }
 # Accepted at their defaults alone.
 NOT_BUILT = {
@@ -410,6 +407,7 @@ NOT_BUILT = {
     "inference.retro_inference.ft_neighbours": 0,
     "inference.retro_inference.reuse_top": False,
     "retro_model_file": None,
+    "megatron_amp_O2": False,
 }
 
 
@@ -444,7 +442,7 @@ def load_config(
     leaves = [leaf for key, value in settings for leaf in (flat_keys({key: value}) if value else {key: value}).items()]
     for key in dict.fromkeys(key for key, _ in leaves if key in MEANINGLESS):
         say(f"{key} means nothing here: {MEANINGLESS[key]}")
-    leaves = [(key, value) for key, value in leaves if key in known or key not in MEANINGLESS]
+    leaves = [(key, value) for key, value in leaves if key not in MEANINGLESS]
     for key, value in leaves:
         if key not in known and any(name.startswith(f"{key}.") for name in known):
             raise UsageError(f"{key}={value!r} does not fit", f"{key} is a section", f"retro config keys {key}")
@@ -783,6 +781,8 @@ def check(config: Config) -> None:
 
 def _check_parallel(config: Config) -> None:
     m, size = config.model, config.model.tensor_model_parallel_size
+    asked = config.tensor_model_parallel_size
+    _require(asked in (-1, 1), "tensor_model_parallel_size", asked, "generation runs in one process", "use -1")
     for key, value in (
         ("model.pipeline_model_parallel_size", m.pipeline_model_parallel_size),
         ("pipeline_model_parallel_size", config.pipeline_model_parallel_size),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from training_helpers import NEMO_TRAINING
 
-from retro_engine.config import PRESETS, Config, check_model, flat_keys, load_config, preset_model, splits
+from retro_engine.config import PRESETS, Config, check_model, flat_keys, load_config, preset_model, splits, to_yaml
 from retro_engine.errors import MissingInputError, UsageError
 
 
@@ -108,7 +108,17 @@ def test_nemos_training_command_parses_with_one_note_for_each_key_that_is_mapped
     assert len(notes) == 4
 
 
+def test_the_settings_that_a_run_wrote_are_read_without_a_note(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(NEMO_TRAINING, say=lambda note: None)))
+    notes: list[str] = []
+    load_config(file=str(tmp_path / "config.yaml"), say=notes.append)
+    assert notes == []
+
+
 @pytest.mark.parametrize(("override", "found"), [
+    ("tensor_model_parallel_size=2", "generation runs in one process"),
+    ("megatron_amp_O2=true", "this version has only the default"),
+    ("inference.retro_inference.reuse_top=true", "this version has only the default"),
     ("model.pipeline_model_parallel_size=2", "middle of the stack"),
     ("model.tensor_model_parallel_size=5", "must divide num_attention_heads=12"),
     ("model.sequence_parallel=true", "needs tensor parallelism"),

@@ -15,6 +15,10 @@ from retro_engine.model import ops
 from retro_engine.model.attention import CrossAttention, FeedForward, Rotary, SelfAttention, norm
 from retro_engine.model.recompute import run
 
+# Packed tokens are rounded up, with padding, to one of so many sizes: memory of a size that returns is used again. When
+# every batch had its own size, a training process of 800 MiB grew to 1,200 in 200 steps.
+PACKED_SIZES = 16
+
 # What the encoder may read of each chunk: begin and end [b, l], or a mask [b, l, m] where that is no range; None = all.
 Seen = tuple[Tensor, Tensor] | Tensor | None
 
@@ -56,10 +60,12 @@ def layout_of(tokens_BLKR: Tensor, lengths_BLK: Tensor | None, packs: bool) -> N
     ends = lengths_BLK.reshape(-1).clamp(min=1)  # a missing neighbor reads its padding: finite, unused
     valid = None
     if packs:
-        is_valid = torch.arange(R, device=lengths_BLK.device) < lengths_BLK.reshape(-1, 1)
-        valid = is_valid.reshape(-1).nonzero().squeeze(1)
-        if valid.shape[0] == B * L * K * R:
-            valid = None
+        is_valid = (torch.arange(R, device=lengths_BLK.device) < lengths_BLK.reshape(-1, 1)).reshape(-1)
+        step = max(1, -(-is_valid.shape[0] // PACKED_SIZES))
+        size = -(-int(is_valid.sum()) // step) * step
+        if size < is_valid.shape[0]:
+            valid_first = torch.sort(is_valid, descending=True, stable=True).indices
+            valid = valid_first[:size].sort().values
     return NeighborLayout((B, L, K, R), ends, valid)
 
 

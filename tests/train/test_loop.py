@@ -297,11 +297,9 @@ def test_a_checkpoint_of_a_gpu_resumes_without_one(small_store: Store, tmp_path:
 @pytest.mark.parametrize(
     "more",
     [
-        ["trainer.precision=16-mixed"],
+        ["trainer.precision=16-mixed", "model.activations_checkpoint_granularity=selective"],
         ["trainer.precision=bf16-mixed"],
-        ["trainer.precision=bf16", "model.megatron_amp_O2=true"],
-        ["model.activations_checkpoint_granularity=selective"],
-        ["model.activations_checkpoint_granularity=full"],
+        ["trainer.precision=bf16", "model.megatron_amp_O2=true", "model.activations_checkpoint_granularity=full"],
         ["model.mup=true", "model.mup_base_hidden_size=16"],
     ],
 )
@@ -332,7 +330,7 @@ def test_nemos_documented_commands_run(
              "model.retro.retro_project_dir=STORE": f"model.retro.retro_project_dir='{small_store.folder}'",
              "checkpoint_dir=DIR": f"checkpoint_dir='{run}'", "checkpoint_name='NAME'": "checkpoint_name='step-000002'"}  # fmt: skip
     sizes = [part for part in SMALL if "_size=" in part or "layers" in part or "cross" in part or "heads" in part]
-    sizes += ["model.encoder_seq_length=64", "model.max_position_embeddings=128", "model.retrieved_length=128"]
+    sizes += ["model.encoder_seq_length=64", "model.retrieved_length=128", "model.data.neighbors=bm25"]
     command = [paths.get(part, part) for part in NEMO_TRAINING]
     assert main(["train", *command, *sizes, "trainer.max_steps=2", "--quiet"]) == 0
     assert sorted(losses(run)) == [2]

@@ -233,7 +233,7 @@ def test_a_sweep_is_done_in_pieces(small_store: Store, tmp_path: Path, monkeypat
     )  # fmt: skip
 
     def run(widths: list[int], steps: int = 4) -> Sweep:
-        config: Config = mup.open_config(SWEEP, None, str(small_store.folder))
+        config: Config = mup.open_config([*SWEEP, "model.data.neighbors=bm25"], None, str(small_store.folder))
         return mup.sweep(config, widths, [1e-3, 2e-3], 1, steps, tmp_path / "out", False, Reporter("quiet"))
 
     run([16])

@@ -12,9 +12,11 @@ from training_helpers import losses, settings
 
 from retro_engine.config import load_config
 from retro_engine.data.store import Store
+from retro_engine.errors import UsageError
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint
 from retro_engine.train.loop import train
+from retro_engine.train.parallel import Parallel
 
 EXACT = [
     "trainer.precision=64", "trainer.max_steps=20", "model.hidden_dropout=0", "model.attention_dropout=0",
@@ -26,8 +28,10 @@ LAYOUTS = {
     "fsdp2": (2, ["model.optim.name=distributed_fused_adam"]),
     "tp2": (2, ["model.tensor_model_parallel_size=2"]),
     "tp2 sequence": (2, ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]),
-    "tp2 x dp2": (4, ["model.tensor_model_parallel_size=2"]),
-    "fsdp2 recomputed": (2, ["trainer.strategy=fsdp", "model.activations_checkpoint_granularity=full"]),
+    "tp2 x dp2, recomputed": (
+        4,
+        ["model.tensor_model_parallel_size=2", "model.activations_checkpoint_granularity=full"],
+    ),
 }
 
 
@@ -66,15 +70,13 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_four(
     small_store: Store, single: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    more = ["trainer.max_steps=6", "model.optim.sched.max_steps=20"]
-    layouts = [
-        (2, ["model.tensor_model_parallel_size=2", *more]),
-        (1, ["trainer.max_steps=12", "model.optim.sched.max_steps=20"]),
-        (4, ["model.tensor_model_parallel_size=2"]),
-    ]
-    for processes, arguments in layouts:
-        run = torchrun(processes, settings(small_store, out, *EXACT, *arguments))
-        assert run.returncode == 0, run.output[-3000:]
+    sharded = ["model.optim.name=distributed_fused_adam", "trainer.max_steps=8", "model.optim.sched.max_steps=20"]
+    run = torchrun(2, settings(small_store, out, *EXACT, *sharded))
+    assert run.returncode == 0, run.output[-3000:]
+    alone = ["trainer.max_steps=16", "model.optim.sched.max_steps=20"]
+    assert train(load_config(settings(small_store, out, *EXACT, *alone)), Reporter("quiet")).step == 16
+    run = torchrun(4, settings(small_store, out, *EXACT, "model.tensor_model_parallel_size=2"))
+    assert run.returncode == 0, run.output[-3000:]
     found, expected = losses(out), losses(single)
     assert sorted(found) == sorted(expected)
     assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-9
@@ -107,22 +109,27 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(small_store: Store,
     assert "exitcode  : 143" in output
 
 
+def test_what_does_not_fit_is_said_once_and_not_by_every_process(small_store: Store, tmp_path: Path) -> None:
+    run = torchrun(2, settings(small_store, tmp_path / "run", "model.global_batch_size=3", "model.micro_batch_size=1"))
+    assert run.returncode != 0
+    assert "use a multiple of 2" in run.output
+    assert run.output.count("error: ") == 1
+
+
 @pytest.mark.parametrize(
-    ("processes", "more", "message"),
+    ("more", "message"),
     [
-        (2, ["model.tensor_model_parallel_size=3", "model.num_attention_heads=3", "model.hidden_size=48",
-             "model.ffn_hidden_size=96"], "must divide the 2 processes"),
-        (2, ["trainer.devices=4"], "2 processes were started"),
-        (2, ["model.global_batch_size=3", "model.micro_batch_size=1"], "use a multiple of 2"),
+        (["model.tensor_model_parallel_size=3", "model.num_attention_heads=3", "model.hidden_size=48",
+          "model.ffn_hidden_size=96"], "must divide the 2 processes"),
+        (["trainer.devices=4"], "2 processes were started"),
     ],
 )  # fmt: skip
-def test_layouts_that_do_not_fit(
-    small_store: Store, tmp_path: Path, processes: int, more: list[str], message: str
+def test_processes_that_do_not_fit(
+    small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
 ) -> None:
-    run = torchrun(processes, settings(small_store, tmp_path / "run", *more))
-    assert run.returncode != 0
-    assert message in run.output
-    assert run.output.count("error: ") == 1, "said once, not by every process"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=message):
+        Parallel(load_config(settings(small_store, tmp_path / "run", *more)))
 
 
 def wait_for(is_true, timeout_s: float = 120) -> None:  # type: ignore[no-untyped-def]
