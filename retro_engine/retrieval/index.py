@@ -216,12 +216,13 @@ def train_index(stage: Stage, shard: int) -> Sequence[Part]:
     count = min(vectors.num_rows, max(TRAIN_PER_LIST * lists, TRAIN_FLAT))
     rng = np.random.default_rng(spec["seed"])
     sample = vectors.take(np.sort(rng.choice(vectors.num_rows, count, replace=False)))
-    if lists >= TWO_LEVELS and not isinstance(index, faiss.IndexPreTransform):
-        _train_two_levels(faiss.extract_index_ivf(index), sample, lists, spec["metric"])
-    elif lists and getattr(faiss, "get_num_gpus", lambda: 0)():
+    is_large = lists >= TWO_LEVELS and not isinstance(index, faiss.IndexPreTransform)
+    if lists and not is_large and getattr(faiss, "get_num_gpus", lambda: 0)():
         ivf = faiss.extract_index_ivf(index)
         ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
     try:
+        if is_large:
+            _train_two_levels(faiss.extract_index_ivf(index), sample, lists, spec["metric"])
         index.train(sample)
     except RuntimeError as error:
         raise _cannot_build(spec, error) from error
@@ -233,7 +234,7 @@ def _train_two_levels(ivf: Any, sample: np.ndarray, lists: int, metric: str) -> 
     from faiss.contrib.clustering import two_level_clustering
 
     first = round(math.sqrt(lists))
-    centroids, _, _ = two_level_clustering(sample, first, lists, clustering_niter=15, rebalance=True)
+    centroids = two_level_clustering(sample, first, lists, clustering_niter=15, min_points_per_centroid=1)[0]
     if metric == "ip":
         centroids /= np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-20)
     ivf.quantizer.train(centroids)
