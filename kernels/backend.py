@@ -11,8 +11,9 @@ import os
 from types import ModuleType
 
 import torch
-from retro_kernels import cpp, cuda
 from torch import Tensor
+
+from retro_kernels import cpp, cuda
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("reference", "cpp", "triton", "cuda")
