@@ -7,12 +7,11 @@ Letters: B batch, N queries, S keys, H query heads, G key/value heads, E head wi
 """
 
 import torch
-from torch import Tensor
-
 from retro_kernels import cpp, flash, reference
 from retro_kernels.backend import attention_kernels, choose, is_forced
 from retro_kernels.checks import check_heads, check_range, check_tables
 from retro_kernels.rope import rope
+from torch import Tensor
 
 
 def attention(

@@ -11,9 +11,8 @@ import os
 from types import ModuleType
 
 import torch
-from torch import Tensor
-
 from retro_kernels import cpp, cuda
+from torch import Tensor
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("reference", "cpp", "triton", "cuda")

@@ -8,11 +8,10 @@ Reads q, k, v once and writes o once: bytes(q + k + v + o) is the roofline; padd
 import math
 
 import torch
-from torch import Tensor
-
 from retro_kernels import cpp, reference
 from retro_kernels.backend import attention_kernels, choose
 from retro_kernels.checks import check_heads, check_range, check_tables
+from torch import Tensor
 
 
 def chunked_cross_attention(

@@ -5,11 +5,10 @@ missing neighbor of length 0. Reads ceil(r/m) rows and writes r tokens per id: t
 """
 
 import torch
-from torch import Tensor
-
 from retro_kernels import reference
 from retro_kernels.backend import choose, gather_kernels
 from retro_kernels.checks import check_range
+from torch import Tensor
 
 TABLE_TYPES = (torch.uint16, torch.int32, torch.int64)
 

@@ -6,11 +6,10 @@ rotated in fp32; the gradient is the inverse rotation.
 """
 
 import torch
-from torch import Tensor
-
 from retro_kernels import reference
 from retro_kernels.backend import choose, rope_kernels
 from retro_kernels.checks import check_range, check_tables
+from torch import Tensor
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False) -> Tensor:

@@ -641,10 +641,10 @@ def _doctor(args: argparse.Namespace) -> int:
     import platform
 
     import torch
+    from retro_kernels.backend import backend
 
     from retro_engine import __version__
     from retro_engine.data.loader import has_native_loader
-    from retro_kernels.backend import backend
 
     def version(package: str) -> str:
         try:

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from retro_engine.bench.frame import Ceilings, Rotation, Row, Work, name_of, peak_of, time_in_turns
 from retro_kernels import reference
 from retro_kernels.attention import attention
 from retro_kernels.backend import choose
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.rope import rope, rope_qk
+from torch import Tensor
+
+from retro_engine.bench.frame import Ceilings, Rotation, Row, Work, name_of, peak_of, time_in_turns
 
 ROTATED = 4  # sets of inputs that take turns
 

@@ -5,14 +5,13 @@ Shape letters: B batch, N queries, S keys, H query heads, G key/value heads, E h
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from retro_kernels import reference
 from retro_kernels.attention import attention as kernels_attention
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
 from retro_kernels.cuda import register_host
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.rope import rope, rope_qk
+from torch import Tensor
 
 __all__ = [
     "attention",

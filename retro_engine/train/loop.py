@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from retro_kernels.backend import backend
 from torch import Tensor
 
 from retro_engine.config import Config, ModelConfig, architecture, load_config
@@ -38,7 +39,6 @@ from retro_engine.train import checkpoint
 from retro_engine.train.device_table import DeviceTable
 from retro_engine.train.logging import RunLog
 from retro_engine.train.optimizer import build_optimizer, learning_rate
-from retro_kernels.backend import backend
 
 H100_BF16_FLOPS = 989e12  # datasheet
 MAX_SKIPPED = 10  # steps in a row without a finite loss or gradient

@@ -16,10 +16,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreting process cannot compile (make gates)", allow_module_level=True)
 triton = pytest.importorskip("triton")
 
+from retro_kernels import triton_attention, triton_gather_neighbors, triton_rope
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from retro_kernels import triton_attention, triton_gather_neighbors, triton_rope
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have

@@ -13,7 +13,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from kernel_helpers import CCA_SHAPES, cca_case, in_double, output_and_gradients, relative_error, rotary_tables
-
 from retro_kernels import reference
 from retro_kernels.attention import attention
 from retro_kernels.chunked_cross_attention import chunked_cross_attention

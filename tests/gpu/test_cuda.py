@@ -14,7 +14,6 @@ from kernel_helpers import (
     relative_error,
     rotary_tables,
 )
-
 from retro_kernels import cuda, reference
 from retro_kernels.attention import attention
 from retro_kernels.chunked_cross_attention import chunked_cross_attention

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from kernel_helpers import TOLERANCE, in_double, output_and_gradients, relative_error, rotary_tables
-
 from retro_kernels import cpp
 from retro_kernels.attention import attention
 

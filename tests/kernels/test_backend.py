@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from retro_kernels import cpp
 from retro_kernels.backend import backend, choose
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from kernel_helpers import CCA_SHAPES, TOLERANCE, cca_case, in_double, output_and_gradients, relative_error
-
 from retro_kernels import cpp, reference
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
 

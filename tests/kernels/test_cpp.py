@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from kernel_helpers import TOLERANCE, cca_case, in_double, output_and_gradients, relative_error, rotary_tables
-
 from retro_kernels import cpp, reference
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
 from retro_kernels.gather_neighbors import gather_neighbors

@@ -2,10 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from retro_kernels import flash
 from retro_kernels.attention import attention
+from torch import Tensor
 
 
 def varlen(

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from retro_kernels import cpp, reference
 from retro_kernels.gather_neighbors import gather_neighbors
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from retro_kernels import reference
 
 M = 4

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from kernel_helpers import TOLERANCE, output_and_gradients, relative_error, rotary_tables
-
 from retro_kernels import cpp, reference
 from retro_kernels.rope import rope, rope_qk
 
