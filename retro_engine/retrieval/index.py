@@ -471,6 +471,8 @@ class VectorIndex:
         queries = np.ascontiguousarray(queries_QZ, np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.vectors.width:
             raise UsageError(f"queries {queries.shape} cannot be searched", f"the index has width {self.vectors.width}")
+        if exclude is None and k <= self.num_chunks:
+            return self._nearest(queries, k)
         ids = np.full((len(queries), k), -1, np.int64)
         scores = np.zeros((len(queries), k), np.float32)
         left_out = np.zeros(len(queries), np.int64) if exclude is None else exclude[:, 1] - exclude[:, 0]
@@ -494,26 +496,29 @@ class VectorIndex:
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Over all index files: ids and scores [Q, k], higher is better."""
         wide = min(k * REFINE, self.num_chunks) if ",PQ" in self.factory else k
-        ids: list[np.ndarray] = []
-        scores: list[np.ndarray] = []
-        for start, index in self._indexes:
-            values, found = index.search(queries, wide, **self._parameters(index))
-            is_shifted = num_lists(self.factory) == 0  # lists hold the store's own ids
-            ids.append(np.where(found >= 0, found + (start if is_shifted else 0), -1))
-            scores.append(values)
-        found, values = np.concatenate(ids, 1), np.concatenate(scores, 1)
+        each = [self._search_file(start, index, queries, wide) for start, index in self._indexes]
+        found, values = each[0] if len(each) == 1 else (np.concatenate(part, 1) for part in zip(*each))
         if found.size and (found.max() >= self.num_chunks or found.min() < -1):
             raise StoreError(
                 f"{self.folder} holds chunk {found.max()}", f"the store has {self.num_chunks}", "retro index"
             )
         if wide != k:
             values = self._compare(queries, found)
-        values = np.where(found >= 0, 1 / (1 + np.maximum(values, 0)) if self.metric == "l2" else values, -np.inf)
-        if self.vectors.embedding.name == "hash" and self.metric == "ip":
+        if self.metric == "l2":
+            values = 1 / (1 + np.maximum(values, 0))
+        elif self.vectors.embedding.name == "hash":
             found = np.where(values > 0, found, -1)  # nothing in common
-        order = np.argsort(np.where(found >= 0, -values, np.inf), axis=1, kind="stable")[:, :k]
-        found = np.take_along_axis(found, order, 1)
-        return found, np.where(found >= 0, np.take_along_axis(values, order, 1), 0).astype(np.float32)
+        if len(each) > 1 or wide != k:  # else they are in order, what is missing last
+            order = np.argsort(np.where(found >= 0, -values, np.inf), axis=1, kind="stable")[:, :k]
+            found, values = np.take_along_axis(found, order, 1), np.take_along_axis(values, order, 1)
+        return found, np.where(found >= 0, values, np.float32(0)).astype(np.float32, copy=False)
+
+    def _search_file(self, start: int, index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and Faiss' values of one index file; lists hold the store's own ids, other kinds count from 0."""
+        values, found = index.search(queries, k, **self._parameters(index))
+        if start and not num_lists(self.factory):
+            found = np.where(found >= 0, found + start, -1)
+        return found, values
 
     def _parameters(self, index: Any) -> dict[str, Any]:
         import faiss
