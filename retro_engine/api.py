@@ -32,8 +32,9 @@ from retro_engine.generate.sampling import Sampling
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import load_model
 from retro_engine.progress import Reporter
+from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.neighbors import build_neighbors
-from retro_engine.retrieval.search import Retriever
+from retro_engine.retrieval.search import Building, Retriever
 from retro_engine.train import checkpoint
 from retro_engine.train.loop import TrainingResult, train
 
@@ -114,11 +115,15 @@ class Corpus:
 
     def with_neighbors(self, index: "Index", k: int = 2, splits: str = "90,10,0", name: str | None = None) -> Data:
         """The corpus with the nearest chunks of `index` for each of its chunks; opened when they are there."""
-        folder = self.store.folder / "neighbors" / (name or index.retriever.kind)
+        retriever = index.retriever
+        folder = self.store.folder / "neighbors" / (name or short_name(retriever.kind))
         if folder.is_dir() and (folder / "manifest.json").is_file():
             table = NeighborTable(folder, self.store)
         else:
-            table = build_neighbors(self.store, index.retriever.stores, index.retriever.kind, max(k, TABLE_WIDTH), name)
+            width = max(k, TABLE_WIDTH)
+            table = build_neighbors(
+                self.store, retriever.stores, retriever.kind, width, name, building=retriever.building
+            )
         table.ids(np.zeros(0, np.int64), k)
         return Data(self.store, table, k, splits)
 
@@ -130,8 +135,9 @@ class Index:
         self.retriever = retriever
 
     @classmethod
-    def build(cls, *corpora: Corpus, retriever: str = "bm25") -> "Index":
-        return cls(Retriever([corpus.store for corpus in corpora], retriever))
+    def build(cls, *corpora: Corpus, retriever: str = "bm25", building: Building | None = None) -> "Index":
+        """`retriever`: bm25, hash, minilm, hybrid or a model; `building` says how, where the defaults do not do."""
+        return cls(Retriever([corpus.store for corpus in corpora], retriever, building=building))
 
     def search(self, text: str, k: int = 5) -> list[Any]:
         """The k best chunks (Hit: document, title, score, text)."""

@@ -179,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-i", "--interactive", action="store_true", help="one prompt a line from standard input")
     sub.add_argument("--index", nargs="+", metavar="STORE", help="stores to retrieve from (default: the run's)")
     sub.add_argument("--retriever", default="bm25", help=RETRIEVER_HELP)
+    sub.add_argument("--embedder", default="minilm", metavar="MODEL", help="hybrid: its dense half (default minilm)")
     sub.add_argument("--neighbors", action="append", metavar="TEXT", help="a given neighbor; may be repeated")
     sub.add_argument("--no-retrieval", action="store_true")
     sub.add_argument("--show-neighbors", action="store_true")
@@ -536,7 +537,7 @@ def _generate(args: argparse.Namespace) -> int:
     from retro_engine.config import load_config
     from retro_engine.generate.generator import Generator
     from retro_engine.generate.sampling import Sampling
-    from retro_engine.retrieval.search import Retriever
+    from retro_engine.retrieval.search import Building, Retriever
     from retro_engine.train.checkpoint import find_checkpoint
     from retro_engine.train.loop import run_databases
     from retro_engine.train.parallel import pick_device
@@ -562,7 +563,7 @@ def _generate(args: argparse.Namespace) -> int:
     retriever = None
     if retro.model.config.retrieval and not args.no_retrieval and not args.neighbors:
         stores = _stores(args.index) if args.index else run_databases(checkpoint)
-        retriever = Retriever(stores, args.retriever)
+        retriever = Retriever(stores, args.retriever, building=Building(embedder=args.embedder))
     generator = Generator(retro.model, retro.tokenizer, retriever)
     inference = settings.retro_inference
     sampling = Sampling(settings.greedy, settings.temperature, settings.top_k, settings.top_p, args.seed)
@@ -770,7 +771,20 @@ def _doctor(args: argparse.Namespace) -> int:
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
-    packages = ("torch", "numpy", "tokenizers", "safetensors", "faiss-cpu", "bm25s", "apsw", "numba", "tensorboard")
+    packages = (
+        "torch",
+        "numpy",
+        "tokenizers",
+        "safetensors",
+        "faiss-cpu",
+        "bm25s",
+        "apsw",
+        "numba",
+        "tensorboard",
+        "sentence-transformers",
+        "ray",
+        "pyarrow",
+    )
     _print(
         args,
         {

@@ -1,15 +1,18 @@
 """`retro prepare`: files -> tokens and chunks. Reads text files; writes a chunk store.
 
 Memory does not grow with the corpus: documents stream through in batches, the tokenizer trains on a bounded
-sample. Two runs over the same files write the same bytes.
+sample. Two runs over the same files write the same bytes. Interrupted, the same command goes on after the last
+finished shard: the text before it is read again, but not encoded.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from retro_engine.data import corpus, files
+from retro_engine.data import corpus, files, store
 from retro_engine.data.corpus import Document, Reader, SetAside
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer, auto_vocab_size
@@ -52,20 +55,23 @@ def prepare(
         try:
             if spooled is not None:
                 paths.append(spooled)
-            chosen = trained or _train_tokenizer(reader, paths, vocab_size, is_strict, say)
-            writer = StoreWriter(out, chosen, chunk_size)
+            inputs = files.fingerprint([asdict(reader), [[str(path), files.sha256_file(path)] for path in paths]])
+            chosen = trained or _make_tokenizer(out, inputs, reader, paths, vocab_size, is_strict, say)
+            writer = StoreWriter(out, chosen, chunk_size, store.SHARD_ROWS, inputs)
+            if writer.counts["documents"]:
+                say(f"{writer.counts['documents']:,} documents are in finished shards already")
             _fill(writer, reader.read(paths), is_strict)
-            store = writer.close()
+            made = writer.close()
         finally:
             if spooled is not None:
                 spooled.unlink(missing_ok=True)
-    if store.counts["set_aside"]:
-        say(f"{store.counts['set_aside']} rows set aside, listed in {out}/set_aside.jsonl")
-    if store.num_rows == store.num_documents:
+    if made.counts["set_aside"]:
+        say(f"{made.counts['set_aside']} rows set aside, listed in {out}/set_aside.jsonl")
+    if made.num_rows == made.num_documents:
         say(f"note: every document is shorter than one chunk of {chunk_size} tokens; --chunk-size takes a smaller one")
-    if store.num_documents == 1:
+    if made.num_documents == 1:
         say("note: one document only: it has no neighbors from other documents, and nothing can be held out")
-    return store
+    return made
 
 
 def store_from_documents(documents: Sequence[Document], out: Path, tokenizer: Tokenizer, chunk_size: int) -> Store:
@@ -92,10 +98,14 @@ def _fill(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: b
 def _batches(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: bool) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
+    finished = writer.counts["documents"]
     for row in rows:
         if isinstance(row, SetAside):
             _refuse_if_strict(row, is_strict)
             writer.set_aside(row)
+            continue
+        if finished:
+            finished -= 1
             continue
         batch.append(row)
         size += len(row.text)
@@ -104,6 +114,32 @@ def _batches(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _make_tokenizer(
+    out: Path,
+    inputs: str,
+    reader: Reader,
+    paths: list[Path],
+    vocab_size: int | None,
+    is_strict: bool,
+    say: Callable[[str], None],
+) -> Tokenizer:
+    """The tokenizer that an interrupted run trained on the same inputs, else a new one, published with its marker."""
+    path = out / store.TOKENIZER_FILE
+    marker_path = path.with_name(path.name + ".ok")
+    mark = files.fingerprint([inputs, vocab_size, SAMPLE_BYTES])
+    try:
+        marker = json.loads(marker_path.read_bytes())
+        if marker["inputs"] == mark and marker["sha256"] == files.sha256_file(path):
+            return Tokenizer.load(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    trained = _train_tokenizer(reader, paths, vocab_size, is_strict, say)
+    files.publish(path, [trained.json.encode()])
+    marker = {"inputs": mark, "sha256": files.sha256_file(path)}
+    files.publish(marker_path, [json.dumps(marker, sort_keys=True).encode() + b"\n"])
+    return trained
 
 
 def _train_tokenizer(

@@ -28,9 +28,15 @@ SET_ASIDE_FILE = "set_aside.jsonl"
 
 
 class StoreWriter:
-    """Writes a store shard by shard: memory does not grow with the corpus. `close` publishes it."""
+    """Writes a store shard by shard: memory does not grow with the corpus. `close` publishes it.
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, chunk_size: int, shard_rows: int = SHARD_ROWS):
+    With `inputs`, the fingerprint of what the documents come from, every shard gets a marker, and shards that an
+    interrupted writer of the same inputs finished stay: the caller leaves out the first `counts["documents"]`.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, chunk_size: int, shard_rows: int = SHARD_ROWS, inputs: str = ""
+    ):
         if not 1 <= chunk_size < 1 << 16:
             raise UsageError(f"chunk_size={chunk_size} cannot be used", "a chunk has 1 to 65,535 tokens")
         if (folder / files.MANIFEST).exists():
@@ -38,12 +44,14 @@ class StoreWriter:
                 f"{folder} holds a store", "a published store never changes", f"choose another --out, or rm -r {folder}"
             )
         files.make_folder(folder)
-        _remove_unpublished(folder)
         self.folder, self.tokenizer, self.chunk_size, self.shard_rows = folder, tokenizer, chunk_size, shard_rows
+        self._mark = files.fingerprint([inputs, tokenizer.fingerprint, chunk_size, shard_rows]) if inputs else ""
         self.counts = {"documents": 0, "rows": 0, "tokens": 0, "bytes": 0, "set_aside": 0}
         self._files: dict[str, str] = {}
         self._set_aside: list[str] = []
         self._shards: list[dict[str, int]] = []
+        self._resume()
+        _remove_unpublished(folder, len(self._shards))
         self._clear()
 
     def add(self, document: Document, ids: Sequence[int]) -> None:
@@ -122,7 +130,27 @@ class StoreWriter:
             name = f"{part}-{number:05d}.bin"
             self._files[name] = files.write_array(self.folder / name, part, values, self.tokenizer.fingerprint)
         self._shards.append({"documents": len(documents), "rows": self._num_rows})
+        if self._mark:
+            written = {name: self._files[name] for name in shard_files(number)}
+            counts = {key: count for key, count in self.counts.items() if key != "set_aside"}
+            marker = {"inputs": self._mark, "files": written, "shard": self._shards[-1], "counts": counts}
+            files.publish(self.folder / marker_name(number), [json.dumps(marker, sort_keys=True).encode() + b"\n"])
         self._clear()
+
+    def _resume(self) -> None:
+        """Take over the shards that are finished and whole."""
+        while self._mark:
+            number = len(self._shards)
+            try:
+                marker = json.loads((self.folder / marker_name(number)).read_bytes())
+                if marker["inputs"] != self._mark or set(marker["files"]) != set(shard_files(number)):
+                    return
+                files.verify_files(self.folder, marker["files"])
+                self._files |= marker["files"]
+                self.counts |= {key: int(marker["counts"][key]) for key in ("documents", "rows", "tokens", "bytes")}
+                self._shards.append({key: int(marker["shard"][key]) for key in ("documents", "rows")})
+            except (OSError, ValueError, KeyError, TypeError):  # StoreError is a ValueError
+                return
 
     def _clear(self) -> None:
         self._tokens: list[np.ndarray] = []
@@ -132,10 +160,24 @@ class StoreWriter:
         self._num_rows = 0
 
 
-def _remove_unpublished(folder: Path) -> None:
-    """Remove what a run that was killed before its manifest left behind, and nothing else."""
-    name = rf"({'|'.join(PARTS)})-\d{{5}}\.bin"
+def shard_files(number: int) -> list[str]:
+    return [f"{part}-{number:05d}.bin" for part in PARTS]
+
+
+def marker_name(number: int) -> str:
+    return f"shard-{number:05d}.ok"
+
+
+def _remove_unpublished(folder: Path, finished: int) -> None:
+    """Remove what a run that was killed before its manifest left behind past `finished` shards, and nothing else."""
+    name = rf"({'|'.join(PARTS)})-\d{{5}}\.bin|shard-\d{{5}}\.ok"
+    kept = {file for number in range(finished) for file in (*shard_files(number), marker_name(number))}
     for path in folder.iterdir():
+        if path.name in kept:
+            continue
+        if re.fullmatch(r"shard-\d{5}\.ok", path.name):
+            path.unlink()
+            continue
         is_shard = re.fullmatch(name, path.name) is not None and _first_bytes(path) == files.MAGIC
         if is_shard or re.fullmatch(
             rf"\.({name}|{TOKENIZER_FILE}|{SET_ASIDE_FILE}|{files.MANIFEST})\.\d+\.tmp", path.name

@@ -216,12 +216,13 @@ def train_index(stage: Stage, shard: int) -> Sequence[Part]:
     count = min(vectors.num_rows, max(TRAIN_PER_LIST * lists, TRAIN_FLAT))
     rng = np.random.default_rng(spec["seed"])
     sample = vectors.take(np.sort(rng.choice(vectors.num_rows, count, replace=False)))
-    if lists >= TWO_LEVELS and not isinstance(index, faiss.IndexPreTransform):
-        _train_two_levels(faiss.extract_index_ivf(index), sample, lists, spec["metric"])
-    elif lists and getattr(faiss, "get_num_gpus", lambda: 0)():
+    is_large = lists >= TWO_LEVELS and not isinstance(index, faiss.IndexPreTransform)
+    if lists and not is_large and getattr(faiss, "get_num_gpus", lambda: 0)():
         ivf = faiss.extract_index_ivf(index)
         ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
     try:
+        if is_large:
+            _train_two_levels(faiss.extract_index_ivf(index), sample, lists, spec["metric"])
         index.train(sample)
     except RuntimeError as error:
         raise _cannot_build(spec, error) from error
@@ -233,7 +234,7 @@ def _train_two_levels(ivf: Any, sample: np.ndarray, lists: int, metric: str) -> 
     from faiss.contrib.clustering import two_level_clustering
 
     first = round(math.sqrt(lists))
-    centroids, _, _ = two_level_clustering(sample, first, lists, clustering_niter=15, rebalance=True)
+    centroids = two_level_clustering(sample, first, lists, clustering_niter=15, min_points_per_centroid=1)[0]
     if metric == "ip":
         centroids /= np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-20)
     ivf.quantizer.train(centroids)
@@ -470,6 +471,8 @@ class VectorIndex:
         queries = np.ascontiguousarray(queries_QZ, np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.vectors.width:
             raise UsageError(f"queries {queries.shape} cannot be searched", f"the index has width {self.vectors.width}")
+        if exclude is None and k <= self.num_chunks:
+            return self._nearest(queries, k)
         ids = np.full((len(queries), k), -1, np.int64)
         scores = np.zeros((len(queries), k), np.float32)
         left_out = np.zeros(len(queries), np.int64) if exclude is None else exclude[:, 1] - exclude[:, 0]
@@ -493,26 +496,29 @@ class VectorIndex:
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Over all index files: ids and scores [Q, k], higher is better."""
         wide = min(k * REFINE, self.num_chunks) if ",PQ" in self.factory else k
-        ids: list[np.ndarray] = []
-        scores: list[np.ndarray] = []
-        for start, index in self._indexes:
-            values, found = index.search(queries, wide, **self._parameters(index))
-            is_shifted = num_lists(self.factory) == 0  # lists hold the store's own ids
-            ids.append(np.where(found >= 0, found + (start if is_shifted else 0), -1))
-            scores.append(values)
-        found, values = np.concatenate(ids, 1), np.concatenate(scores, 1)
+        each = [self._search_file(start, index, queries, wide) for start, index in self._indexes]
+        found, values = each[0] if len(each) == 1 else (np.concatenate(part, 1) for part in zip(*each))
         if found.size and (found.max() >= self.num_chunks or found.min() < -1):
             raise StoreError(
                 f"{self.folder} holds chunk {found.max()}", f"the store has {self.num_chunks}", "retro index"
             )
         if wide != k:
             values = self._compare(queries, found)
-        values = np.where(found >= 0, 1 / (1 + np.maximum(values, 0)) if self.metric == "l2" else values, -np.inf)
-        if self.vectors.embedding.name == "hash" and self.metric == "ip":
+        if self.metric == "l2":
+            values = 1 / (1 + np.maximum(values, 0))
+        elif self.vectors.embedding.name == "hash":
             found = np.where(values > 0, found, -1)  # nothing in common
-        order = np.argsort(np.where(found >= 0, -values, np.inf), axis=1, kind="stable")[:, :k]
-        found = np.take_along_axis(found, order, 1)
-        return found, np.where(found >= 0, np.take_along_axis(values, order, 1), 0).astype(np.float32)
+        if len(each) > 1 or wide != k:  # else they are in order, what is missing last
+            order = np.argsort(np.where(found >= 0, -values, np.inf), axis=1, kind="stable")[:, :k]
+            found, values = np.take_along_axis(found, order, 1), np.take_along_axis(values, order, 1)
+        return found, np.where(found >= 0, values, np.float32(0)).astype(np.float32, copy=False)
+
+    def _search_file(self, start: int, index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and Faiss' values of one index file; lists hold the store's own ids, other kinds count from 0."""
+        values, found = index.search(queries, k, **self._parameters(index))
+        if start and not num_lists(self.factory):
+            found = np.where(found >= 0, found + start, -1)
+        return found, values
 
     def _parameters(self, index: Any) -> dict[str, Any]:
         import faiss

@@ -122,3 +122,59 @@ def test_kill_9_and_again_gives_the_same_bytes(tmp_path: Path) -> None:
             subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
         found = {path.name: path.read_bytes() for path in out.iterdir()}
         assert found == expected
+
+
+def test_an_interrupted_run_goes_on_after_its_last_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in any shard: finished ones are not written again, the tokenizer is not trained again, same bytes."""
+    from retro_engine.data import prepare as module
+    from retro_engine.data import store as store_module
+
+    monkeypatch.setattr(store_module, "SHARD_ROWS", 50)
+    source = write_corpus(tmp_path / "c.jsonl", 200)
+    source.write_bytes(b"[]\n" + source.read_bytes() + b"{}\n")
+    prepare([source], tmp_path / "whole", vocab_size=300, chunk_size=16)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    shards = len(list((tmp_path / "whole").glob("shard-*.ok")))
+    assert shards > 8
+    for stop in (1, 7):
+        out = tmp_path / f"s{stop}"
+        real = store_module.files.write_array
+
+        def failing(path: Path, *given: object, stop: int = stop, real: object = real) -> str:
+            if path.name == f"documents-{stop:05d}.bin":
+                raise KeyboardInterrupt
+            return real(path, *given)  # type: ignore[operator]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module.files, "write_array", failing)
+            with pytest.raises(KeyboardInterrupt):
+                prepare([source], out, vocab_size=300, chunk_size=16)
+        before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.ok")}
+        assert len(before) == stop
+        damaged = out / "tokens-00000.bin"
+        if stop == 7:  # then everything from there on is written again
+            raw = damaged.read_bytes()
+            damaged.unlink()
+            damaged.write_bytes(raw[:-1])
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_train_tokenizer", None)
+            prepare([source], out, vocab_size=300, chunk_size=16)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+        after = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.ok")}
+        assert (before.items() <= after.items()) == (stop != 7)
+
+
+def test_other_inputs_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run over other text left behind is not mixed in."""
+    from retro_engine.data import store as store_module
+
+    monkeypatch.setattr(store_module, "SHARD_ROWS", 50)
+    source = write_corpus(tmp_path / "c.jsonl", 60)
+    prepare([source], tmp_path / "out", vocab_size=300, chunk_size=16)
+    (tmp_path / "out" / "manifest.json").unlink()
+    write_corpus(tmp_path / "c.jsonl", 50, seed=5)
+    again = prepare([source], tmp_path / "out", vocab_size=300, chunk_size=16)
+    fresh = prepare([source], tmp_path / "fresh", vocab_size=300, chunk_size=16)
+    assert again.fingerprint == fresh.fingerprint
+    names = sorted(path.name for path in (tmp_path / "fresh").iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names

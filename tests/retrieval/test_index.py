@@ -19,6 +19,7 @@ from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import RetroError, StoreError, UsageError
 from retro_engine.progress import Reporter
+from retro_engine.retrieval import index as index_module
 from retro_engine.retrieval import vectors as vectors_module
 from retro_engine.retrieval.embed import Embedding
 from retro_engine.retrieval.executor import Executor
@@ -164,6 +165,19 @@ def test_rows_left_out_are_not_found_and_nothing_is_missed(store: Store, tmp_pat
         if factory != "HNSW8":
             positive = [i for i in np.argsort(-similarity[q], kind="stable")[:5] if similarity[q, i] > 0]
             assert found.tolist() == positive
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("factory", ["IVF64,SQ8", "IVF64_HNSW8,Flat"])
+def test_many_lists_are_trained_in_two_levels(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, factory: str
+) -> None:
+    monkeypatch.setattr(index_module, "TWO_LEVELS", 64)
+    index = build_index(store, "hash", tmp_path / "i", factory, metric)
+    assert index.manifest["recall"] >= 0.95
+    assert index.nprobe < 64
+    lists = index_module.ListsFile(index.folder / "lists-00000.bin", 64, 32 if "SQ8" in factory else 128)
+    assert (lists.sizes > 0).mean() > 0.9, "the centroids are spread over the vectors"
 
 
 def test_parts_merge_to_what_one_addition_gives(store: Store, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from helpers import write_corpus
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
+from retro_engine.retrieval import lexical
+from retro_engine.retrieval.executor import Executor
 from retro_engine.retrieval.lexical import K1, B, Bm25Index, terms_of
 
 
@@ -96,3 +98,54 @@ def test_a_store_without_words(tmp_path: Path) -> None:
     index = Bm25Index.build(store, tmp_path / "i")
     ids, _ = index.search(["anything"], 3)
     assert (ids == -1).all()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_blocks_give_what_one_block_gives(small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in blocks of 37 chunks and merged 50 postings at a time, here and in processes: the same arrays."""
+    whole = Bm25Index.build(small_store, tmp_path / "whole")
+    monkeypatch.setattr(lexical, "BLOCK_ROWS", 37)
+    monkeypatch.setattr(lexical, "MERGE_POSTINGS", 50)
+    here = Bm25Index.build(small_store, tmp_path / "here")
+    monkeypatch.setattr(lexical, "MERGE_POSTINGS", 1 << 22)
+    apart = Bm25Index.build(small_store, tmp_path / "apart", Executor("processes", 2))
+    assert content(here.folder) == content(apart.folder)
+    for name in lexical.OUTPUTS:
+        assert (here.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    assert not list(here.folder.glob("block-*")), "blocks are removed"
+
+
+def test_an_interrupted_build_goes_on(small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lexical, "BLOCK_ROWS", 37)
+    whole = content(Bm25Index.build(small_store, tmp_path / "whole").folder)
+    for stage in ("count_block", "merge_blocks"):
+        real, folder = getattr(lexical, stage), tmp_path / stage
+
+        def stop(given: object, shard: int, real: object = real) -> object:
+            if shard == 2:
+                raise KeyboardInterrupt
+            return real(given, shard)  # type: ignore[operator]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lexical, stage, stop)
+            with pytest.raises(KeyboardInterrupt):
+                Bm25Index.build(small_store, folder)
+        before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.ok")}
+        assert len(before) == (2 if stage == "count_block" else 2 + -(-small_store.num_rows // 37))
+        Bm25Index.build(small_store, folder)
+        assert content(folder) == whole
+        kept = {name: time_ns for name, time_ns in before.items() if not name.startswith("block-")}
+        assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("*.ok")}.items()
+
+
+def test_queries_of_no_and_of_a_million_characters(index: Bm25Index) -> None:
+    ids, _ = index.search(["", "river " * 170_000], 4)
+    assert (ids[0] == -1).all()
+    assert (ids[1] >= 0).all()
+    assert index.search([], 4)[0].shape == (0, 4)
+    for k in (0, -1):
+        with pytest.raises(UsageError, match=f"k={k}"):
+            index.search(["river"], k)

@@ -1,5 +1,7 @@
 """Filling the table: same-document filter, several databases, reproducible, refused when it is there."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from helpers import write_corpus
 from retro_engine.data.batches import split_documents
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
-from retro_engine.errors import UsageError
+from retro_engine.errors import RetroError, UsageError
 from retro_engine.progress import Reporter
 from retro_engine.retrieval import neighbors as neighbors_module
 from retro_engine.retrieval.executor import Executor
@@ -148,3 +150,37 @@ def test_hybrid(small_store: Store) -> None:
     assert table.manifest["retriever"]["fusion"] == [1.0, 1.0]
     assert table.folder.name == "hybrid"
     assert (table.ids(np.arange(small_store.num_rows), 1) >= 0).mean() > 0.9
+
+
+def test_the_kth_io_call_of_a_whole_build_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embed, index and neighbors: a typed error at every k, nothing half-published, and the same bytes afterwards."""
+    source = write_corpus(tmp_path / "c.jsonl", 6)
+    base = prepare([source], tmp_path / "base", vocab_size=300, chunk_size=16)
+    build_neighbors(base, [base], "hash", 2)
+    whole = {path.relative_to(base.folder): path.read_bytes() for path in base.folder.rglob("*") if path.is_file()}
+    for k in range(1000):
+        work = tmp_path / f"k{k}"
+        store = prepare([source], work, vocab_size=300, chunk_size=16)
+        real, count = os.fsync, 0
+        error = None
+        with monkeypatch.context() as patch:
+
+            def failing(descriptor: int, k: int = k, real: object = real) -> None:
+                nonlocal count
+                count += 1
+                if count == k + 1:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                real(descriptor)  # type: ignore[operator]
+
+            patch.setattr(os, "fsync", failing)
+            try:
+                build_neighbors(store, [store], "hash", 2)
+            except RetroError as found:
+                error = found
+        if error is None:
+            assert k > 8
+            break
+        if not (work / "neighbors" / "hash" / "manifest.json").exists():  # it is where only the last fsync failed
+            build_neighbors(store, [store], "hash", 2)
+        found_files = {path.relative_to(work): path.read_bytes() for path in work.rglob("*") if path.is_file()}
+        assert found_files == whole

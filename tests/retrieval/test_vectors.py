@@ -1,5 +1,8 @@
 """Vectors of a store: shard by shard, resumed, damaged, of another store; and exact search against NumPy."""
 
+import os
+import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ from helpers import write_corpus
 from retro_engine.data import files
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
-from retro_engine.errors import StoreError
+from retro_engine.errors import RetroError, StoreError, UsageError
 from retro_engine.progress import Reporter
 from retro_engine.retrieval import vectors as vectors_module
 from retro_engine.retrieval.embed import embed
@@ -99,3 +102,33 @@ def test_exact_search_equals_numpy(store: Store, metric: str, k: int) -> None:
     assert (ids[:, best.shape[1] :] == -1).all()
     there = ids[:, : best.shape[1]]
     np.testing.assert_allclose(np.take_along_axis(value, there, 1), scores[:, : best.shape[1]], atol=1e-5)
+
+
+def test_two_builders_in_one_folder(store: Store) -> None:
+    """Of two that start together one may be refused; what there is in the end is always whole."""
+    whole = content(build_vectors(store, "hash").folder)
+    refused = 0
+    for _ in range(200 if os.environ.get("RETRO_CAMPAIGN") else 50):
+        shutil.rmtree(store.folder / "embeddings")
+        results: list[object] = []
+        start = threading.Barrier(2)
+
+        def build(results: list[object] = results, start: threading.Barrier = start) -> None:
+            start.wait()
+            try:
+                results.append(build_vectors(store, "hash"))
+            except RetroError as error:
+                results.append(error)
+
+        builders = [threading.Thread(target=build) for _ in range(2)]
+        for builder in builders:
+            builder.start()
+        for builder in builders:
+            builder.join()
+        errors = [result for result in results if isinstance(result, RetroError)]
+        assert len(results) == 2
+        assert len(errors) <= 1
+        assert all(isinstance(error, UsageError) and "is in use" in str(error) for error in errors)
+        refused += len(errors)
+        assert content(store.folder / "embeddings" / "hash") == whole
+    assert refused > 0
