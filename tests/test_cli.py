@@ -365,6 +365,6 @@ def test_flags_of_building_that_cannot_be_used(work: Path, capsys: pytest.Captur
     }
     for number, (flags, code) in enumerate(wrong.items()):
         assert run("neighbors", work / "store", "--name", f"no{number}", *flags) == code, flags
-        assert capsys.readouterr().err.startswith("error: ")
+        assert capsys.readouterr().err.startswith("error: "), flags
     assert run("embed", work / "store", "--retriever", "bm25") == 2
     assert run("neighbors", work / "store", "--name", "wide", "--k", "10000", "--quiet") == 0

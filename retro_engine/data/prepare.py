@@ -51,6 +51,7 @@ def prepare(
         raise MissingInputError(f"no input in {names}", f"known kinds: {', '.join(corpus.SUFFIXES)}")
     trained = None if tokenizer == "auto" else Tokenizer.load(tokenizer)
     with files.locked(out):
+        store.refuse_published(out)
         spooled = corpus.spool_standard_input(out) if has_stdin else None
         try:
             if spooled is not None:

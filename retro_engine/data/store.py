@@ -39,10 +39,7 @@ class StoreWriter:
     ):
         if not 1 <= chunk_size < 1 << 16:
             raise UsageError(f"chunk_size={chunk_size} cannot be used", "a chunk has 1 to 65,535 tokens")
-        if (folder / files.MANIFEST).exists():
-            raise UsageError(
-                f"{folder} holds a store", "a published store never changes", f"choose another --out, or rm -r {folder}"
-            )
+        refuse_published(folder)
         files.make_folder(folder)
         self.folder, self.tokenizer, self.chunk_size, self.shard_rows = folder, tokenizer, chunk_size, shard_rows
         self._mark = files.fingerprint([inputs, tokenizer.fingerprint, chunk_size, shard_rows]) if inputs else ""
@@ -158,6 +155,14 @@ class StoreWriter:
         self._documents: list[tuple[int, int, int, int]] = []
         self._names = bytearray()
         self._num_rows = 0
+
+
+def refuse_published(folder: Path) -> None:
+    """Raise UsageError when `folder` holds a published store."""
+    if (folder / files.MANIFEST).exists():
+        raise UsageError(
+            f"{folder} holds a store", "a published store never changes", f"choose another --out, or rm -r {folder}"
+        )
 
 
 def shard_files(number: int) -> list[str]:

@@ -77,12 +77,14 @@ def build_index(
 ) -> "VectorIndex":
     """The index of a store for an embedder, built where it is missing, unfinished or damaged.
 
-    `factory`: auto, or a Faiss factory string; `metric`: ip, l2, or auto (ip); auto takes an index as it is. `choices` are those of `choose_embedding`. Peak memory: the training
-    sample (40 vectors a list) or a part of 65,536 chunks, whichever is more. Raises StoreError when an index with
-    another factory, metric or embedder lies there, UsageError for a factory that cannot be built.
+    `factory`: auto, or a Faiss factory string; `metric`: ip, l2, or auto (ip); auto takes an index as it is.
+    `choices` are those of `choose_embedding`. Peak memory: the training sample (40 vectors a list) or a part of
+    65,536 chunks, whichever is more. Raises StoreError when an index with another factory, metric or embedder lies
+    there, UsageError for a factory that cannot be built.
     """
     if metric not in ("auto", *METRICS):
         raise UsageError(f"--metric {metric} cannot be used", f"auto or one of {', '.join(METRICS)}")
+    _refuse_unreadable(factory)
     reporter, executor = reporter or Reporter("quiet"), executor or Executor()
     vectors = build_vectors(store, model, executor, reporter, **choices)
     known = _known(folder) or {}
@@ -248,18 +250,32 @@ def make_faiss(factory: str, width: int, metric: str) -> Any:
     try:
         index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UsageError(f"--index {factory} cannot be used", reason, "--index auto chooses by size") from error
+        raise UsageError(f"--index {factory} cannot be used", _reason(error), "--index auto chooses by size") from error
     if num_lists(factory):
         faiss.extract_index_ivf(index).cp.min_points_per_centroid = 1
     return index
 
 
+def _reason(error: Exception) -> str:
+    """What Faiss says, without its source line."""
+    return re.sub(r"^Error in .*?\.(cpp|h):\d+: ", "", str(error).strip().splitlines()[-1])
+
+
+def _refuse_unreadable(factory: str) -> None:
+    """Raise UsageError, before anything is embedded, for a string that Faiss reads at no width."""
+    if factory == "auto":
+        return
+    try:
+        make_faiss(factory, 3360, "ip")  # divisible by most numbers of subquantizers
+    except UsageError as error:
+        if "could not parse" in error.why:
+            raise
+
+
 def _cannot_build(spec: dict[str, Any], error: Exception) -> UsageError:
-    reason = str(error).strip().splitlines()[-1]
     return UsageError(
         f"--index {spec['factory']} cannot be built from {spec['rows']:,} chunks",
-        reason,
+        _reason(error),
         "--index auto chooses by size",
     )
 

@@ -34,7 +34,7 @@ def test_every_row_is_packed_once_and_in_order(counts: list[int], L: int) -> Non
 
 @pytest.fixture(scope="module")
 def table(small_store: Store) -> NeighborTable:
-    return NeighborTable(find_table(small_store, None), small_store)
+    return NeighborTable(find_table(small_store, "bm25"), small_store)
 
 
 def sequences(store: Store, table: NeighborTable | None, **options: object) -> Sequences:
