@@ -9,8 +9,9 @@
 #include <vector>
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#define RETRO_FLOATS 8
 #define RETRO_ROWS 4
-#define RETRO_VECTORS 1
+#define RETRO_VECTORS 3
 #define RETRO_BF16 0
 namespace retro {
 namespace avx2 {

@@ -9,6 +9,7 @@
 #include <vector>
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define RETRO_FLOATS 16
 #define RETRO_ROWS 8
 #define RETRO_VECTORS 3
 #define RETRO_BF16 0

@@ -5,7 +5,8 @@
 #include <cmath>
 #include <cstring>
 #include <vector>
-#define RETRO_ROWS 2
+#define RETRO_FLOATS 4
+#define RETRO_ROWS 4
 #define RETRO_VECTORS 1
 #define RETRO_BF16 0
 namespace retro {

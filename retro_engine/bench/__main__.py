@@ -1,4 +1,4 @@
-"""`python -m retro_engine.bench kernels|loader`: a table on the screen, JSON and CSV on disk, one JSON line last."""
+"""`python -m retro_engine.bench kernels|loader|model`: a table on the screen, JSON and CSV on disk, one JSON line last."""
 
 import argparse
 import json
@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 
 from retro_engine.bench import frame
+from retro_engine.bench.peers import SHAPES
+
+BENCHES = ["kernels", "loader", "model"]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m retro_engine.bench", description=__doc__)
-    parser.add_argument("bench", nargs="*", choices=["kernels", "loader", []], help="default: all")
+    parser.add_argument("bench", nargs="*", choices=[*BENCHES, []], help="default: all")
+    parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=["5M", "30M"], help="of model")
     parser.add_argument("--out", "-o", default="runs/bench", metavar="DIR", help="where JSON, CSV and plots go")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16", "fp16"], help="default fp32 and bf16")
@@ -29,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     about = frame.environment(device)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     last: dict[str, object] = dict(about)
-    for bench in args.bench or ["kernels", "loader"]:
+    for bench in args.bench or BENCHES:
         if bench == "kernels":
             from retro_engine.bench import kernels
 
@@ -38,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
             rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in ceilings.matmul_gflop_s.items())
             print(f"ceilings: copy {ceilings.copy_gb_s:.1f} GB/s, matmul {rates}")
             rows = kernels.run(device, ceilings, dtypes, args.compile or device.type == "cuda")
+        elif bench == "model":
+            from retro_engine.bench import model
+
+            rows = model.run(args.sizes)
         else:
             from retro_engine.bench import loader
 

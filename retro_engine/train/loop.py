@@ -171,6 +171,11 @@ def gathers_on_device(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def has_fast_bf16() -> bool:
+    """Whether this processor multiplies bf16; where it does not, bf16 is many times slower than fp32."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+
+
 def pick_precision(config: Config, device: torch.device) -> str:
     """ "32" or "bf16-mixed". auto times a layer's forward and backward in both and takes the faster."""
     if config.trainer.precision != "auto":
@@ -179,7 +184,7 @@ def pick_precision(config: Config, device: torch.device) -> str:
         return "bf16-mixed"
     if device.type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32"
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or not torch.cpu._is_avx512_bf16_supported():
+    if not has_fast_bf16():
         return "32"
     m = config.model
     layer = torch.nn.Sequential(
