@@ -1,11 +1,11 @@
-# make setup | demo | test | lint | bench | gates | campaign
+# make setup | demo | test | lint | bench | peers | gates | campaign
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= runs/demo
 DEMO_FLAGS ?=
 
-.PHONY: setup demo test lint bench gates campaign
+.PHONY: setup demo test lint bench peers gates campaign
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Other implementations, for `python -m retro_engine.bench model`: only what their model files import.
+peers: setup
+	$(BIN)/pip install -q --no-deps --target .peers megatron-core==0.15.3 retro-pytorch==0.3.9 einops==0.8.2
 
 bench: setup
 	$(BIN)/pytest benchmarks --benchmark-only -s -o addopts=--import-mode=importlib

@@ -128,7 +128,8 @@ def _ours(shape: Shape, name: str) -> tuple[nn.Module, Step, Decode]:
     def decode(prompts: Tensor, neighbors: Tensor, new: int) -> None:
         start = prompts.shape[1]
         cache = model.new_cache(len(prompts), start + new)
-        token, given = prompts, neighbors[:, : start // M]
+        token = prompts
+        given: Tensor | None = neighbors[:, : start // M]
         for t in range(start, start + new):
             logits = model.step(token, cache, given, last_only=True)
             token = logits[:, -1].argmax(-1, keepdim=True)

@@ -24,6 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
 
 
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers import `numbers` by this module's name."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
 def numbers(stage: Stage, shard: int) -> Sequence[Part] | Stream:
     """The work of the tests: `size` bytes that depend on spec and shard; slow, failing or deadly when told to be."""
     spec = json.loads(stage.spec)
