@@ -1,4 +1,4 @@
-"""`python -m retro_engine.bench kernels|loader|model`: a table on the screen, JSON and CSV on disk, one JSON line last."""
+"""`python -m retro_engine.bench kernels|loader|model|decode|pipeline`: a table on the screen, JSON and CSV on disk, one JSON line last."""
 
 import argparse
 import json
@@ -11,13 +11,14 @@ import torch
 from retro_engine.bench import frame
 from retro_engine.bench.peers import SHAPES
 
-BENCHES = ["kernels", "loader", "model"]
+BENCHES = ["kernels", "loader", "model", "decode", "pipeline"]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m retro_engine.bench", description=__doc__)
     parser.add_argument("bench", nargs="*", choices=[*BENCHES, []], help="default: all")
-    parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=["5M", "30M"], help="of model")
+    parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=["5M", "30M"], help="of model and decode")
+    parser.add_argument("--text", metavar="FILE", help="of pipeline (default: generated facts)")
     parser.add_argument("--out", "-o", default="runs/bench", metavar="DIR", help="where JSON, CSV and plots go")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16", "fp16"], help="default fp32 and bf16")
@@ -46,6 +47,14 @@ def main(argv: list[str] | None = None) -> int:
             from retro_engine.bench import model
 
             rows = model.run(args.sizes)
+        elif bench == "decode":
+            from retro_engine.bench import decode
+
+            rows = decode.run(args.sizes)
+        elif bench == "pipeline":
+            from retro_engine.bench import pipeline
+
+            rows = pipeline.run(args.text)
         else:
             from retro_engine.bench import loader
 

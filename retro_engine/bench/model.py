@@ -19,11 +19,9 @@ def run(sizes: list[str], names: list[str] | None = None, rounds: int = 5) -> li
     """Rows of every size: `ratios` of ours hold how many times as long the others took; `peak_mib` is what the step
     takes beyond weights, gradients and optimizer state.
     """
-    names = names or [name for name in peers.NAMES if name != "ours, bf16" or has_fast_bf16()]
-    rows = []
-    for name in [name for name in names if peers.missing(name)]:
-        print(f"{name} is left out: {peers.missing(name)}")
-        names = [other for other in names if other != name]
+    chosen = names or [name for name in peers.NAMES if name != "ours, bf16" or has_fast_bf16()]
+    names = peers.present(chosen)
+    rows: list[Row] = []
     for size in sizes:
         rows += _size(size, SHAPES[size], names, rounds)
     return rows

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retro_engine.bench.frame import forget_peak, resident_mib
 from retro_engine.config import ModelConfig, OptimConfig, preset_model
 from retro_engine.model import flops
 from retro_engine.model.retro import RetroModel
@@ -30,6 +31,7 @@ from retro_engine.train.optimizer import Optimizer
 FOLDER = Path(os.environ.get("RETRO_PEERS", ".peers"))
 NAMES = ("ours", "ours, selective", "ours, full", "ours, bf16", "megatron-core", "retro-pytorch", "gpt2")
 RETRO_PEERS = ("megatron-core", "retro-pytorch")
+DECODERS = ("ours", *RETRO_PEERS, "gpt2")
 M, K = 64, 2
 
 
@@ -98,6 +100,14 @@ def missing(name: str) -> str:
         return "" if importlib.util.find_spec("transformers") else "transformers is not installed"
     package = {"megatron-core": "megatron", "retro-pytorch": "retro_pytorch"}[name]
     return "" if (FOLDER / package).is_dir() else f"{FOLDER}/{package} is not there: make peers"
+
+
+def present(names: Sequence[str]) -> list[str]:
+    """Those that can take part; says why the others are left out."""
+    for name in names:
+        if missing(name):
+            print(f"{name} is left out: {missing(name)}")
+    return [name for name in names if not missing(name)]
 
 
 def build(name: str, shape: Shape) -> tuple[nn.Module, Step, Decode]:
@@ -251,17 +261,6 @@ def _gpt2(shape: Shape) -> tuple[nn.Module, Step, Decode]:
     return model, _with_adamw(model, loss_of), decode
 
 
-def resident_mib(is_peak: bool = False) -> float:
-    """Of this process; the peak since `forget_peak`. Linux."""
-    name = "VmHWM" if is_peak else "VmRSS"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def _work(connection: Connection, name: str, shape: Shape, threads: int) -> None:
     """The process of a contestant: answers (seconds, MiB, loss) to ("step", n) and seconds to ("decode", ...)."""
     torch.set_num_threads(threads)
@@ -269,7 +268,10 @@ def _work(connection: Connection, name: str, shape: Shape, threads: int) -> None
     inputs = Inputs.draw(shape)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     before = resident_mib() + 12 * parameters / 2**20  # fp32: the weights are there, gradients and two moments are not
-    connection.send(parameters)
+    read = sum(
+        p.numel() * p.element_size() for n, p in model.named_parameters() if not n.startswith(("encoder.", "neighbor_"))
+    )
+    connection.send((parameters, read))
     while True:
         match connection.recv():
             case ("step", count):
@@ -299,7 +301,8 @@ class Contestant:
         self._process = context.Process(target=_work, args=(other, name, shape, threads), daemon=True)
         self._process.start()
         other.close()
-        self.parameters = int(self._ask(None))
+        # weight_bytes: what a decoding step reads; the encoder and the neighbors' projection work once a chunk
+        self.parameters, self.weight_bytes = self._ask(None)
 
     def _ask(self, what: Any) -> Any:
         if what is not None:

@@ -1,10 +1,13 @@
 """The contestants of the model benches: what they compute, what they measure, and who is left out."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from helpers import write_corpus
 
-from retro_engine.bench import model, peers
-from retro_engine.bench.peers import SHAPES, Contestant, Inputs, Shape
+from retro_engine.bench import decode, frame, model, peers, pipeline
+from retro_engine.bench.peers import SHAPES, Inputs, Shape
 
 TINY = Shape(6, 32, 2, 64, length=128, batch=1)
 
@@ -24,16 +27,6 @@ def test_steps_learn_and_decoding_runs(name: str) -> None:
         decode(inputs.tokens[:, :64], inputs.neighbors, 65)
 
 
-def test_a_contestant_answers_from_its_own_process() -> None:
-    contestant = Contestant("ours", TINY, 1)
-    try:
-        seconds, mib, loss = contestant.step(2)
-        assert seconds > 0 and mib > 0 and 0 < loss < 10
-        assert contestant.parameters > 10_000
-    finally:
-        contestant.close()
-
-
 def test_sizes_are_what_they_say() -> None:
     for size, shape in SHAPES.items():
         from retro_engine.model.retro import RetroModel
@@ -43,9 +36,31 @@ def test_sizes_are_what_they_say() -> None:
         assert count / 1e6 == pytest.approx(float(size.removesuffix("M")), rel=0.15), size
 
 
-def test_peers_that_are_absent_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
+def test_peers_that_are_absent_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(peers, "FOLDER", tmp_path)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     rows = model.run(["tiny"], ["ours", "megatron-core"], rounds=1)
     assert [row.implementation for row in rows] == ["ours"]
+    assert rows[0].median_s > 0 and (rows[0].peak_mib or 0) > 0
     assert "megatron-core is left out" in capsys.readouterr().out
+
+
+def test_decode_takes_less_than_recomputing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    rows = decode.run(["tiny"], (2,), ["ours"])
+    assert [row.case for row in rows][1:] == ["decode tiny, batch 2"]
+    assert rows[0].case.startswith("retrieval, ") and rows[0].median_s > 0
+    assert rows[1].gb_s is not None and rows[1].gb_s > 0
+    assert "tokens/s" in frame.table(rows)
+
+
+def test_every_stage_of_the_pipeline_has_its_limit(tmp_path: Path) -> None:
+    rows = pipeline.run(str(write_corpus(tmp_path / "corpus.jsonl", 30)))
+    assert [(row.case, row.implementation) for row in rows if row.ratios] == [
+        ("text to tokens and chunks", "ours"),
+        ("chunks to a BM25 index", "ours"),
+        ("chunks to BM25 neighbors", "ours"),
+        ("vectors to neighbors, Flat", "ours"),
+    ]
