@@ -41,9 +41,10 @@ class ModelConfig:
     retrieval: bool = True  # False = a plain decoder: no encoder, no chunked cross-attention
     normalization: str = "rmsnorm"  # rmsnorm | layernorm
     layernorm_epsilon: float = 1e-5
-    activation: str = "swiglu"  # swiglu | gelu (erf)
+    activation: str = "swiglu"  # swiglu | gelu (erf) | gelu_tanh (GPT-2's approximation)
     bias: bool = False  # biases on every linear layer
     qk_bias: bool | None = None  # biases on q and k; None = bias, or true with init=retrieval_ready
+    v_bias: bool | None = None  # biases on v; None = bias
     share_embeddings: bool = True  # output head = embedding
     output_bias: bool = False  # a learned bias per vocabulary entry
     embedding_scale: float | None = None  # None = 1, or sqrt(d) with init=retrieval_ready
@@ -110,6 +111,10 @@ class ModelConfig:
     @property
     def has_qk_bias(self) -> bool:
         return self.qk_bias if self.qk_bias is not None else self.bias or self.init == "retrieval_ready"
+
+    @property
+    def has_v_bias(self) -> bool:
+        return self.bias if self.v_bias is None else self.v_bias
 
     @property
     def input_scale(self) -> float:
@@ -559,7 +564,7 @@ def _require(condition: bool, key: str, value: Any, rule: str, fix: str = "") ->
 
 MODEL_CHOICES = {
     "normalization": ("rmsnorm", "layernorm"),
-    "activation": ("swiglu", "gelu"),
+    "activation": ("swiglu", "gelu", "gelu_tanh"),
     "position_embedding": ("rope", "learned", "none"),
     "encoder_position_embedding": ("rope", "learned", "none"),
     "cca_position_embedding": ("rope", "none"),

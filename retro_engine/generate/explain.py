@@ -28,14 +28,14 @@ class Explanation:
     off_T: np.ndarray
 
     @property
-    def changes_KT(self) -> np.ndarray:
-        """What each neighbor adds to each token, given the others: above 0 where it makes the token likelier."""
+    def token_changes(self) -> np.ndarray:
+        """[K, T] what each neighbor adds to each token, given the others: above 0 where it makes the token likelier."""
         return self.log_probs_T - self.without_KT
 
     @property
-    def changes_K(self) -> np.ndarray:
-        """The same summed over the text."""
-        return self.changes_KT.sum(1)
+    def changes(self) -> np.ndarray:
+        """[K] the same summed over the text."""
+        return self.token_changes.sum(1)
 
     def summary(self) -> dict[str, Any]:
         """JSON-ready: the text's log-probability with all and with no neighbors, each token's, and each neighbor's change."""
@@ -48,7 +48,7 @@ class Explanation:
             ],
             "neighbors": [
                 {**vars(hit), "change": float(change), "token_changes": [float(value) for value in row]}
-                for hit, change, row in zip(self.neighbors, self.changes_K, self.changes_KT)
+                for hit, change, row in zip(self.neighbors, self.changes, self.token_changes)
             ],
         }
 

@@ -40,8 +40,8 @@ def test_log_probabilities_are_those_of_generation(generator: Generator) -> None
     for number in range(3):
         rest = [text for place, text in enumerate(GIVEN) if place != number]
         assert found.without_KT[number] == pytest.approx(stepped(generator, rest), abs=1e-9)
-        assert abs(found.changes_KT[number]).max() > 1e-4
-    assert found.changes_K == pytest.approx((found.log_probs_T - found.without_KT).sum(1))
+        assert abs(found.token_changes[number]).max() > 1e-4
+    assert found.changes == pytest.approx((found.log_probs_T - found.without_KT).sum(1))
     assert "".join(found.pieces) == TEXT
 
 
@@ -55,7 +55,7 @@ def test_retrieved_neighbors_are_those_of_generation(generator: Generator) -> No
 def test_one_neighbor_and_an_empty_one(generator: Generator) -> None:
     found = explain(generator, PROMPT, TEXT, ["river", ""])
     assert found.without_KT[0] == pytest.approx(found.off_T, abs=1e-12)
-    assert np.all(found.changes_KT[1] == 0)
+    assert np.all(found.token_changes[1] == 0)
     summary = found.summary()
     assert summary["neighbors"][0]["change"] == pytest.approx(summary["log_prob"] - summary["log_prob_off"])
     assert [token["text"] for token in summary["tokens"]] == found.pieces
