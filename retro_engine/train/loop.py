@@ -361,6 +361,10 @@ class _Training:
         if self.parallel.is_main:
             checkpoint.verify(start)
         state = checkpoint.read_trainer(start)
+        if "imported" in state:
+            raise UsageError(
+                f"{start} was imported", "there is no training to go on with", f"--init-from {start} begins one"
+            )
         for saved, now in (
             (state["fingerprints"], self.data.fingerprints),
             (state["stream"], _stream_settings(self.config)),
