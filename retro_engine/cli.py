@@ -189,6 +189,10 @@ def _parser() -> argparse.ArgumentParser:
 
     add_docs(command("docs", _doctor, "a live library: add, list, get, rm, reset, query, import"))
 
+    from retro_engine.cli_interop import add_interop
+
+    add_interop(command)
+
     sub = command("report", _report, "one HTML page on a run: what retrieval gave, how it trained, what it read")
     sub.add_argument("path", metavar="RUN")
     sub.add_argument("--share", default="valid", choices=["train", "valid", "test", "all"], help="which documents")

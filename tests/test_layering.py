@@ -21,7 +21,7 @@ ORDER = [
     ["api"],
     ["report"],
     ["demo", "bench"],
-    ["cli_docs"],
+    ["cli_docs", "cli_interop"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -262,6 +262,11 @@ class Sequences:
                     chosen[..., place] = self._allowed_ids(self._other_rows(rows, place), rows)[..., 0]
         return np.where(rows_BL[..., None] < 0, -1, chosen)
 
+    def neighbor_tokens(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [K, R] and lengths [K] of one chunk's neighbors [K]."""
+        tokens, lengths = self._neighbor_loader.gather(ids[None], self.retrieved_length)
+        return tokens[0], lengths[0]
+
     def _allowed_ids(self, rows: np.ndarray, readers: np.ndarray) -> np.ndarray:
         """The first k neighbors of `rows` that `readers` may see."""
         assert self.table is not None
