@@ -186,6 +186,7 @@ class DataConfig:
     dataloader_type: str = "cyclic"  # cyclic (shuffled anew each epoch) | single (one pass, in order)
     shuffle_documents: bool = True
     neighbor_dropout: float = 0.0  # share of the training batches that see no neighbors
+    self_neighbor_steps: int = 0  # first steps in which a chunk's neighbor is the chunk itself with what follows it
     num_workers: int = 1  # steps whose batches are made ahead, in the background
     data_prefix: list[str] | None = None  # NeMo's name of `store`; ["none"] = see model.retro
 
@@ -210,6 +211,12 @@ class TrainedModelConfig(ModelConfig):
     add_position_embedding: bool = False  # NeMo's name of position_embedding=learned
     activations_checkpoint_granularity: str | None = None  # selective | full: recomputed in the backward pass
     shape_file: str | None = None  # muP base widths that `retro mup base` wrote
+    init_from: str | None = None  # a checkpoint or run: its weights, and what they fix of the model (docs/tuning.md)
+    freeze_decoder: bool = False  # with init_from: only the encoder and chunked cross-attention learn
+    unfreeze_step: int | None = None  # the step from which the decoder learns as well; None = never
+    unfreeze_every: int | None = (
+        None  # from then on one decoder layer more every so many steps, the last first; None = all
+    )
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     retro: RetroConfig = field(default_factory=RetroConfig)
@@ -467,7 +474,8 @@ def load_config(
         raise UsageError("the settings do not resolve", str(error).splitlines()[0], "retro config show") from error
     assert isinstance(config, Config), type(config)
     _map_names(config, say)
-    check(config)
+    if config.model.init_from is None:  # else what the model inherits is not known yet: train/retrofit.py checks
+        check(config)
     return config
 
 
@@ -624,6 +632,9 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("model.optim.sched.min_lr", 0, 1e38),
     ("model.optim.sched.max_steps", 1, _MANY),
     ("model.data.neighbor_dropout", 0, 1),
+    ("model.data.self_neighbor_steps", 0, _MANY),
+    ("model.unfreeze_step", 0, _MANY),
+    ("model.unfreeze_every", 1, _MANY),
     ("model.data.num_workers", 0, 1024),
     ("model.tensor_model_parallel_size", 1, _MANY),
     ("trainer.num_nodes", 1, _MANY),
@@ -780,8 +791,23 @@ def check(config: Config) -> None:
         )
     for key, default in NOT_BUILT.items():
         _require(values[key] == default, key, values[key], "this version has only the default", f"{key}={default}")
+    _check_freezing(m)
     _check_parallel(config)
     splits(m.data.splits_string)
+
+
+def _check_freezing(m: TrainedModelConfig) -> None:
+    for key, value, needed, has in (
+        ("model.freeze_decoder", m.freeze_decoder, "model.init_from", m.init_from is not None),
+        ("model.unfreeze_step", m.unfreeze_step is not None, "model.freeze_decoder", m.freeze_decoder),
+        ("model.unfreeze_every", m.unfreeze_every is not None, "model.unfreeze_step", m.unfreeze_step is not None),
+    ):
+        _require(not value or has, key, value, f"without {needed} it means nothing", f"set {needed}")
+    if m.freeze_decoder:
+        _require(m.retrieval, "model.freeze_decoder", True, "a plain decoder has nothing else that could learn")
+        share = m.data.neighbor_dropout
+        rule = "a frozen decoder learns nothing from a batch without neighbors"
+        _require(share == 0, "model.data.neighbor_dropout", share, rule, "model.data.neighbor_dropout=0")
 
 
 def _check_parallel(config: Config) -> None:

@@ -155,6 +155,11 @@ class Sequences:
         self._lengths: dict[tuple[int, int], int] = {}
         self._epoch: tuple[tuple[int, int] | None, np.ndarray] = (None, np.zeros((0, self.rows_per_sequence), np.int64))
 
+    @property
+    def holds_itself(self) -> bool:
+        """Whether the store is one of the databases, so that its chunks can be neighbors (mode self)."""
+        return self.table is not None and self._own_start is not None
+
     def _find_own(self, table: NeighborTable) -> int | None:
         """The id of the store's first row among the databases; None = the store is not among them."""
         start = 0
@@ -222,8 +227,8 @@ class Sequences:
             yield self.batch(rows, mode)
 
     def batch(self, rows_BL: np.ndarray, mode: str = "on") -> Batch:
-        """Tokens, labels and neighbors of sequences of rows. `mode`: on | off | random | one_right."""
-        assert mode in MODES, mode
+        """Tokens, labels and neighbors of sequences of rows. `mode`: on | off | random | one_right | self."""
+        assert mode in (*MODES, "self"), mode
         B, L = rows_BL.shape
         m = self.store.chunk_size
         tokens, lengths = self._loader.gather(rows_BL, m + 1)  # one more: the label of the last token

@@ -35,7 +35,7 @@ from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
-from retro_engine.train import checkpoint
+from retro_engine.train import checkpoint, retrofit
 from retro_engine.train.device_table import DeviceTable
 from retro_engine.train.logging import RunLog
 from retro_engine.train.optimizer import Optimizer, learning_rate
@@ -90,6 +90,12 @@ def open_data(config: Config) -> TrainingData:
         return Sequences(of, documents, m.encoder_seq_length, its_table, m.num_neighbors, m.r, database)
 
     train = sequences(store, trained, table, trained)
+    if data.self_neighbor_steps and not train.holds_itself:
+        raise UsageError(
+            f"model.data.self_neighbor_steps={data.self_neighbor_steps} cannot be used",
+            f"{store.folder} is not one of the stores that its neighbors come from",
+            f"retro neighbors {store.folder} --database {store.folder} ...",
+        )
     fingerprints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
     if table is not None:
         fingerprints["neighbors"] = table.fingerprint
@@ -114,7 +120,9 @@ def open_data(config: Config) -> TrainingData:
 
 def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
     """The settings a checkpoint's run was started with, with overrides. Raises MissingInputError without config.yaml."""
-    return load_config(overrides, file=str(checkpoint_folder.parent.parent / "config.yaml"))
+    done = {"init_from": None, "freeze_decoder": False, "unfreeze_step": None, "unfreeze_every": None}
+    settings = [(f"model.{key}", value) for key, value in done.items()]  # what they did is in the settings and weights
+    return load_config([*settings, *overrides], file=str(checkpoint_folder.parent.parent / "config.yaml"))
 
 
 def open_evaluation(checkpoint_folder: Path, model: ModelConfig, overrides: list[str], share: str) -> Sequences:
@@ -158,7 +166,7 @@ def _check_store(config: Config, store: Store) -> None:
             f"{store.folder} has chunks of {store.chunk_size} tokens",
             f"model.chunk_size={store.chunk_size}, or retro prepare --chunk-size {m.chunk_size}",
         )
-    if m.vocab_size not in (0, store.vocab_size):
+    if 0 < m.vocab_size < store.vocab_size:  # more are rows of padding, as imported models have
         raise UsageError(
             f"model.vocab_size={m.vocab_size} does not match the store",
             f"its tokenizer has {store.vocab_size} entries",
@@ -223,7 +231,7 @@ def peak_flops(device: torch.device) -> float:
 
 def describe(config: Config, data: TrainingData) -> str:
     """What a run with these settings would be: one line."""
-    model = replace(config.model, vocab_size=data.store.vocab_size)
+    model = replace(config.model, vocab_size=config.model.vocab_size or data.store.vocab_size)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in RetroModel(model).parameters())
     valid = len(data.valid.documents) if data.valid is not None else 0
@@ -243,6 +251,7 @@ def _stream_settings(config: Config) -> dict[str, Any]:
         "dataloader_type": m.data.dataloader_type,
         "shuffle_documents": m.data.shuffle_documents,
         "neighbor_dropout": m.data.neighbor_dropout,
+        **({"self_neighbor_steps": m.data.self_neighbor_steps} if m.data.self_neighbor_steps else {}),
     }
 
 
@@ -288,12 +297,20 @@ def train(config: Config, reporter: Reporter | None = None, resume: str = "auto"
     if config.exp_manager.exp_dir is None:
         raise UsageError("exp_manager.exp_dir is not set", "a run needs a folder", "--out runs/NAME")
     run = Path(config.exp_manager.exp_dir)
+    source = retrofit.inherit(config)
     parallel = Parallel(config)
     try:
+        if config.model.unfreeze_step is not None and parallel.world > 1:
+            rule = "processes agree on what learns when they start"
+            raise UsageError(
+                "model.unfreeze_step works in one process", rule, "unfreeze in a second run: --init-from RUN"
+            )
         data = open_data(config)
-        config.model.vocab_size = data.store.vocab_size
+        if source is not None:
+            retrofit.check_tokenizer(source, data.store)
+        config.model.vocab_size = config.model.vocab_size or data.store.vocab_size
         with files.locked(run) if parallel.is_main else contextlib.nullcontext():
-            return _Training(config, data, run, reporter, resume, parallel).run_all()
+            return _Training(config, data, run, reporter, resume, parallel, source).run_all()
     finally:
         parallel.close()
 
@@ -302,7 +319,14 @@ class _Training:
     """One run: the state that the steps share."""
 
     def __init__(
-        self, config: Config, data: TrainingData, run: Path, reporter: Reporter, resume: str, parallel: Parallel
+        self,
+        config: Config,
+        data: TrainingData,
+        run: Path,
+        reporter: Reporter,
+        resume: str,
+        parallel: Parallel,
+        source: Path | None,
     ):
         self.config, self.data, self.run, self.parallel = config, data, run, parallel
         self.reporter = reporter if parallel.is_main else Reporter("quiet")
@@ -328,6 +352,9 @@ class _Training:
             self.precision, self.mean_loss, scale = state["precision"], state["mean_loss"], state["loss_scale"]
             checkpoint.load_weights(start, self.model)
             self.reporter.say(f"resuming at step {self.step} from {start}")
+        elif source is not None:
+            retrofit.load_initial(source, self.model)
+            self.reporter.say(f"weights of {source}")
         with torch.random.fork_rng(devices=[]):
             self.precision = parallel.from_main(self.precision or pick_precision(config, self.device))
         is_o2 = m.megatron_amp_O2
@@ -337,6 +364,7 @@ class _Training:
         has_master = is_o2 and not shards_master
         self.model.to(self.device, torch.bfloat16 if has_master else dtype)
         self.autocast = "32" if is_o2 else self.precision
+        retrofit.set_trainable(self.model, m, self.step)
         finds_unused = m.retrieval and m.data.neighbor_dropout > 0
         self.module = parallel.spread(self.model, shards_master, finds_unused)
         self.optimizer = Optimizer(self.model, m.optim, widths, has_master, self.precision == "16-mixed")
@@ -482,6 +510,8 @@ class _Training:
         def make(step: int) -> list[Batch] | None:
             is_dropped = np.random.default_rng((self.config.seed, step, 1)).random() < data.neighbor_dropout
             mode = "on" if m.retrieval and not is_dropped else "off"
+            if mode == "on" and step < data.self_neighbor_steps:
+                mode = "self"
             with contextlib.suppress(StopIteration):
                 first = step * self.accumulate * self.parallel.data + self.parallel.data_rank
                 return [
@@ -512,6 +542,7 @@ class _Training:
     def _train_step(self, micro_batches: list[Batch]) -> "_StepResult":
         """One optimizer step, or none where the loss or the gradient is not finite or the loss leaps."""
         optim, optimizer = self.config.model.optim, self.optimizer
+        retrofit.set_trainable(self.model, self.config.model, self.step)
         rate = learning_rate(optim, self.step, self.config.trainer.max_steps)
         labels_here = sum(int((batch.labels >= 0).sum()) for batch in micro_batches)
         tokens_here = sum(int((batch.document_ids >= 0).sum()) for batch in micro_batches)
