@@ -182,6 +182,11 @@ class DataConfig:
     neighbors: str | None = None  # table: a name under STORE/neighbors/ or a folder; None = the only one
     valid_store: str | None = None  # None = the validation share of `store`
     valid_neighbors: str | None = None
+    questions: str | None = None  # JSON lines of questions to tune on; `store` has their documents (docs/tuning.md)
+    valid_questions: str | None = None  # None = the validation share of `questions`
+    question_neighbors: str = "data"  # data = those that rows name | retrieval = from `store` | both
+    question_template: str = "question: {question}\nanswer:"  # NeMo's
+    question_retriever: str = "bm25"
     splits_string: str = "98,2,0"  # shares of the documents: train, validation, test
     dataloader_type: str = "cyclic"  # cyclic (shuffled anew each epoch) | single (one pass, in order)
     shuffle_documents: bool = True
@@ -585,6 +590,7 @@ CHOICES = {
     "model.optim.name": ("adamw", "distributed_fused_adam"),  # the same
     "model.optim.sched.name": ("CosineAnnealing", "WSD", "constant"),
     "model.data.dataloader_type": ("cyclic", "single"),
+    "model.data.question_neighbors": ("data", "retrieval", "both"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.strategy": ("auto", "ddp", "fsdp"),
     "trainer.precision": ("auto", "32", "bf16-mixed", "16-mixed", "64"),
@@ -791,6 +797,12 @@ def check(config: Config) -> None:
         )
     for key, default in NOT_BUILT.items():
         _require(values[key] == default, key, values[key], "this version has only the default", f"{key}={default}")
+    _require(
+        "{question}" in m.data.question_template,
+        "model.data.question_template",
+        repr(m.data.question_template),
+        "it has no {question}",
+    )
     _check_freezing(m)
     _check_parallel(config)
     splits(m.data.splits_string)

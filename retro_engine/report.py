@@ -68,6 +68,8 @@ def write_report(
     facts = _read_facts(folder / "run.json")
     retro = Retro.from_pretrained(checkpoint)
     sequences = open_evaluation(checkpoint, retro.model.config, [], share)
+    if not isinstance(sequences, Sequences):
+        raise UsageError(f"{run} was tuned on questions", "the report is on text", "retro eval RUN --questions FILE")
     others = {name: _decoder(name, path, checkpoint) for name, path in (decoders or {}).items()}
     comparison = None
     if retro.model.config.retrieval:

@@ -39,8 +39,12 @@ def split_documents(store: Store, shares: str) -> dict[str, np.ndarray]:
     """Document numbers of train, valid and test, in order; dealt by a fixed permutation, so that order in the
     corpus does not matter. A share above 0 gets a document as soon as there is one to spare for it.
     """
+    return deal(store.num_documents, shares)
+
+
+def deal(count: int, shares: str) -> dict[str, np.ndarray]:
+    """The same for `count` of anything."""
     train, valid, _ = splits(shares)
-    count = store.num_documents
     order = np.random.default_rng(SPLIT_SEED).permutation(count)
     num_valid = min(count - 1, max(1, round(count * valid))) if valid > 0 else 0
     rest = count - num_valid
@@ -154,6 +158,11 @@ class Sequences:
         self._evaluation_rows = np.concatenate([np.arange(f, f + c) for f, c in zip(self._first_rows, self._num_rows)])
         self._lengths: dict[tuple[int, int], int] = {}
         self._epoch: tuple[tuple[int, int] | None, np.ndarray] = (None, np.zeros((0, self.rows_per_sequence), np.int64))
+
+    @property
+    def num_documents(self) -> int:
+        """Of the whole store: what document ids are below."""
+        return self.store.num_documents
 
     @property
     def holds_itself(self) -> bool:

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from retro_engine.data import files
 from retro_engine.data.batches import Batch, Sequences, split_documents
 from retro_engine.data.loader import has_native_loader
 from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
+from retro_engine.data.questions import Questions, Search, fingerprint, read_questions
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, RetroError, StoreError, UsageError
 from retro_engine.evaluate.perplexity import autocast, evaluate, to_tensors
@@ -35,6 +36,7 @@ from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
+from retro_engine.retrieval.search import Retriever
 from retro_engine.train import checkpoint, retrofit
 from retro_engine.train.device_table import DeviceTable
 from retro_engine.train.logging import RunLog
@@ -57,8 +59,8 @@ class TrainingResult:
 
 @dataclass
 class TrainingData:
-    train: Sequences
-    valid: Sequences | None
+    train: Sequences | Questions
+    valid: Sequences | Questions | None
     store: Store
     fingerprints: dict[str, str]
 
@@ -77,6 +79,8 @@ def open_data(config: Config) -> TrainingData:
         )
     store = Store(data.store)
     _check_store(config, store)
+    if data.questions is not None:
+        return _open_questions(config, store)
     table = NeighborTable(find_table(store, data.neighbors), store) if m.retrieval else None
     if table is not None:  # so that the run keeps it when there are more tables later
         data.neighbors = table_name(table)
@@ -118,6 +122,38 @@ def open_data(config: Config) -> TrainingData:
     return TrainingData(train, valid, store, fingerprints)
 
 
+def _open_questions(config: Config, store: Store) -> TrainingData:
+    m, data = config.model, config.model.data
+    if data.self_neighbor_steps:
+        raise UsageError("model.data.self_neighbor_steps cannot be used", "questions have neighbors of their own")
+    search = question_search([store], data.question_retriever, m.r) if data.question_neighbors != "data" else None
+
+    def opened(path: str) -> Questions:
+        rows = read_questions(path, data.question_template)
+        length = m.encoder_seq_length
+        return Questions(rows, store, path, length, m.num_neighbors, m.r, data.question_neighbors, search)
+
+    train = opened(str(data.questions))
+    prints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
+    prints["questions"] = fingerprint(str(data.questions))
+    valid: Questions | None = None
+    if data.valid_questions is not None:
+        valid = opened(data.valid_questions)
+    else:
+        train, valid = train.deal(data.splits_string)
+    return TrainingData(train, valid, store, prints)
+
+
+def question_search(stores: list[Store], retriever: str, retrieved_length: int) -> Search:
+    """Retrieval for questions from `stores`."""
+    found = Retriever(stores, retriever)
+
+    def search(texts: Iterable[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        return found.loader.gather(found.search(list(texts), k)[0], retrieved_length)
+
+    return search
+
+
 def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
     """The settings a checkpoint's run was started with, with overrides. Raises MissingInputError without config.yaml."""
     done = {"init_from": None, "freeze_decoder": False, "unfreeze_step": None, "unfreeze_every": None}
@@ -125,7 +161,9 @@ def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
     return load_config([*settings, *overrides], file=str(checkpoint_folder.parent.parent / "config.yaml"))
 
 
-def open_evaluation(checkpoint_folder: Path, model: ModelConfig, overrides: list[str], share: str) -> Sequences:
+def open_evaluation(
+    checkpoint_folder: Path, model: ModelConfig, overrides: list[str], share: str
+) -> Sequences | Questions:
     """The documents of a share (train, valid, test, all) of a run's data, for the model of one of its checkpoints.
 
     With a validation store of its own, valid is that store and the other shares are of the training store.
@@ -134,6 +172,12 @@ def open_evaluation(checkpoint_folder: Path, model: ModelConfig, overrides: list
     data = open_data(config)
     if share == "valid" and data.valid is not None:
         return data.valid
+    if isinstance(data.train, Questions):
+        if share != "train":
+            raise UsageError(
+                f"--share {share}: questions have none", "they are dealt to train and valid", "--share train"
+            )
+        return data.train
     store, m = data.store, config.model
     everything = np.arange(store.num_documents)
     shares = split_documents(store, m.data.splits_string)
