@@ -264,10 +264,14 @@ class Sequences:
         """[B, L, k] neighbor ids of each row, -1 = missing.
 
         Neighbors of the row's own document and of documents held out are passed over for the next best. random:
-        those of another row; one_right: all but the first are other rows' first ones.
+        those of another row; one_right: all but the first are other rows' first ones; self: the row itself.
         """
         rows = np.where(rows_BL < 0, 0, rows_BL)
-        if mode == "random":
+        if mode == "self":
+            assert self._own_start is not None, "checked by holds_itself"
+            chosen = np.full((*rows.shape, self.num_neighbors), -1)
+            chosen[..., 0] = self._own_start + rows
+        elif mode == "random":
             chosen = self._allowed_ids(self._other_rows(rows), rows)
         else:
             chosen = self._allowed_ids(rows, rows)

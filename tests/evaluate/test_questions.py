@@ -85,12 +85,15 @@ def test_squad_in_four_conditions(tmp_path: Path) -> None:
     from retro_engine.train.loop import question_search
 
     folder = shared("data/squad")
+    lines = {}
     for name in ("passages", "questions"):
-        raw = zstandard.ZstdDecompressor().stream_reader((folder / f"dev-v1.1.{name}.jsonl.zst").open("rb")).read()
-        lines = raw.decode().splitlines()
-        kept = lines[:300] if name == "passages" else [x for x in lines if json.loads(x)["passage"] in known][:200]
-        known = {json.loads(line)["id"] for line in kept}
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(kept))
+        packed = folder / f"dev-v1.1.{name}.jsonl.zst"
+        lines[name] = zstandard.ZstdDecompressor().stream_reader(packed.open("rb")).read().decode().splitlines()
+    passages = lines["passages"][:300]
+    known = {json.loads(line)["id"] for line in passages}
+    asked = [line for line in lines["questions"] if json.loads(line)["passage"] in known][:200]
+    (tmp_path / "passages.jsonl").write_text("\n".join(passages))
+    (tmp_path / "questions.jsonl").write_text("\n".join(asked))
     store = prepare([tmp_path / "passages.jsonl"], tmp_path / "store", vocab_size=2000, chunk_size=64)
     rows = read_questions(tmp_path / "questions.jsonl")
     questions = Questions(rows, store, "q", 192, 4, 128, "data", question_search([store], "bm25", 128))
