@@ -77,3 +77,39 @@ def test_an_imported_model_cannot_be_resumed(small_store: Store, run: Path, tmp_
     store = f"model.data.store='{small_store.folder}'"
     command = ["train", "--preset", "tiny", "--out", str(tmp_path / "run"), store, *TINY]
     assert cli.main([*command, "--resume", str(tmp_path / "x")]) == 2
+
+
+def test_training_from_an_imported_decoder(
+    small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from retro_engine.config import ModelConfig
+
+    sizes = {
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 2,
+        "dec_num_layers": 7,
+        "retrieval": False,
+    }
+    model = RetroModel(ModelConfig(vocab_size=small_store.vocab_size, **sizes))
+    write_checkpoint(Imported(model, small_store.tokenizer, "hf"), tmp_path / "gpt", "x")
+    more = ["model.chunk_size=16", "model.encoder_seq_length=64", "model.data.neighbors=bm25", "trainer.max_steps=2"]
+    more += [f"model.data.store='{small_store.folder}'", "model.enc_num_layers=1", "model.enc_cross_attention=[0]"]
+    command = ["train", "--init-from", str(tmp_path / "gpt"), "--freeze-decoder", "--out", str(tmp_path / "run"), *more]
+    capsys.readouterr()
+    assert cli.main([*command, "--dry-run"]) == 0
+    assert "0.1" in capsys.readouterr().out
+    assert cli.main([*command, "--quiet", "trainer.precision=32"]) == 0
+    assert cli.main(["eval", str(tmp_path / "run"), "--limit", "1", "--in-prompt", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"on", "off", "random", "prompt"} <= set(found)
+    assert found["prompt"]["tokens"] == found["off"]["tokens"]
+    (tmp_path / "words").write_text("one two three\n")
+    assert (
+        cli.main(["eval", str(tmp_path / "run"), "--words", str(tmp_path / "words"), "--modes", "off", "--json"]) == 0
+    )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["off"]["words"] == 4
+    assert cli.main(["eval", str(tmp_path / "run"), "--words", str(tmp_path / "words"), "--limit", "1"]) == 2
+    assert cli.main(["eval", str(tmp_path / "gpt"), "--questions", str(tmp_path / "words")]) == 2, "no store"
+    assert cli.main(["train", "--freeze-decoder", "--out", str(tmp_path / "no"), *more]) == 2
+    assert cli.main([*command[:2], str(tmp_path / "gone"), *command[3:]]) == 3

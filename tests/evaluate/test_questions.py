@@ -58,7 +58,7 @@ def test_tuning_on_questions_is_seen_in_the_score(
         f"model.data.questions='{tmp_path / 'q.jsonl'}'", "model.data.splits_string='100,0,0'", "model.chunk_size=16",
         "model.encoder_seq_length=64", "model.hidden_size=64", "model.ffn_hidden_size=128", "model.data.question_neighbors=both",
         "model.micro_batch_size=10", "trainer.max_steps=60", "trainer.precision=32", "model.optim.sched.warmup_steps=5",
-        "model.data.neighbor_dropout=0",
+        "model.data.neighbor_dropout=0", "model.dec_num_layers=2", "model.dec_cross_attention=[1]",
     ]  # fmt: skip
     assert cli.main(command) == 0
     capsys.readouterr()

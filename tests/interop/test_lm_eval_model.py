@@ -1,6 +1,7 @@
 """lm-evaluation-harness on tasks of our own, offline: the three kinds of request, retrieval on and off, tasks that are not there."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.search import Retriever
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+from retro_engine.interop import lm_eval_model  # noqa: E402
 from retro_engine.interop.lm_eval_model import RetroLM, run_tasks  # noqa: E402
 
 
@@ -112,7 +114,11 @@ def test_windows_cover_every_token_once(generator: Generator) -> None:
     assert short == pytest.approx(lm._score([generator.tokenizer.eod_id], generator.tokenizer.encode("river stone"))[0])
 
 
-def test_tasks_that_are_not_there(generator: Generator, tasks: Path, tmp_path: Path) -> None:
+def test_tasks_that_are_not_there(
+    generator: Generator, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_only = partial(lm_eval_model.TaskManager, include_defaults=False)  # reading lm-eval's own takes half a minute
+    monkeypatch.setattr(lm_eval_model, "TaskManager", lambda include_path, **_: own_only(include_path=include_path))
     with pytest.raises(UsageError, match="task 'own_choic' is not installed\n.*did you mean own_choice"):
         run_tasks(generator, ["own_choic"], tasks)
     with pytest.raises(MissingInputError, match="does not exist"):
