@@ -173,6 +173,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--against", nargs="+", metavar="RUN", default=[], help="plain decoders to compare with, paired")
     sub.add_argument("--fail-if", metavar="EXPR", help="exit 6 when true, like 'bpb_on>bpb_off'")
 
+    from retro_engine.cli_interop import add_interop, add_task_flags
+
+    add_task_flags(sub)
+
     sub = command("generate", _generate, "continue a prompt, reading neighbors")
     sub.add_argument("path", nargs="?", metavar="RUN", help="a run's folder or a checkpoint (or checkpoint_dir=)")
     sub.add_argument("prompt", nargs="?")
@@ -188,6 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     from retro_engine.cli_docs import add_docs
 
     add_docs(command("docs", _doctor, "a live library: add, list, get, rm, reset, query, import"))
+
+    add_interop(command)
 
     sub = command("report", _report, "one HTML page on a run: what retrieval gave, how it trained, what it read")
     sub.add_argument("path", metavar="RUN")
@@ -422,6 +428,10 @@ def _numbers(flag: str, text: str) -> list[float]:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if args.questions is not None or args.lm_eval is not None:
+        from retro_engine.cli_interop import eval_tasks
+
+        return eval_tasks(args)
     from retro_engine.api import Retro
     from retro_engine.evaluate.compare import gain_of
     from retro_engine.evaluate.perplexity import Given, evaluate, show_interval
@@ -463,7 +473,15 @@ def _eval(args: argparse.Namespace) -> int:
             given=given,
             leak_limit=args.leak_limit,
         )
+    if args.in_prompt:
+        from retro_engine.cli_interop import eval_in_prompt
+
+        results["prompt"] = eval_in_prompt(args, retro, sequences, batches, reporter)
     summary: dict[str, Any] = {mode: result.summary() for mode, result in results.items()}
+    if args.words is not None:
+        from retro_engine.cli_interop import add_word_perplexity
+
+        add_word_perplexity(args, results, summary)
     gains = {}
     for path in args.against:
         other = _plain_decoder(path, retro)
@@ -486,6 +504,9 @@ def _eval(args: argparse.Namespace) -> int:
         for path, gain in gains.items():
             interval = show_interval(gain["low"], gain["high"], ".1%")
             print(f"{modes[0]} saves {gain['gain']:.1%} {interval} against {path}")
+        for mode, s in summary.items():
+            if "word_perplexity" in s:
+                print(f"{mode:12} perplexity per word {s['word_perplexity']:.2f}")
     if args.fail_if and _holds(args.fail_if, summary):
         raise GateError(f"--fail-if {args.fail_if} is true", "", "see the figures above")
     return 0

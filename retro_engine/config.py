@@ -41,9 +41,10 @@ class ModelConfig:
     retrieval: bool = True  # False = a plain decoder: no encoder, no chunked cross-attention
     normalization: str = "rmsnorm"  # rmsnorm | layernorm
     layernorm_epsilon: float = 1e-5
-    activation: str = "swiglu"  # swiglu | gelu (erf)
+    activation: str = "swiglu"  # swiglu | gelu (erf) | gelu_tanh (GPT-2's approximation)
     bias: bool = False  # biases on every linear layer
     qk_bias: bool | None = None  # biases on q and k; None = bias, or true with init=retrieval_ready
+    v_bias: bool | None = None  # biases on v; None = bias
     share_embeddings: bool = True  # output head = embedding
     output_bias: bool = False  # a learned bias per vocabulary entry
     embedding_scale: float | None = None  # None = 1, or sqrt(d) with init=retrieval_ready
@@ -112,6 +113,10 @@ class ModelConfig:
         return self.qk_bias if self.qk_bias is not None else self.bias or self.init == "retrieval_ready"
 
     @property
+    def has_v_bias(self) -> bool:
+        return self.bias if self.v_bias is None else self.v_bias
+
+    @property
     def input_scale(self) -> float:
         """The factor on the embedding at the input."""
         if self.embedding_scale is not None:
@@ -177,10 +182,16 @@ class DataConfig:
     neighbors: str | None = None  # table: a name under STORE/neighbors/ or a folder; None = the only one
     valid_store: str | None = None  # None = the validation share of `store`
     valid_neighbors: str | None = None
+    questions: str | None = None  # JSON lines of questions to tune on; `store` has their documents (docs/tuning.md)
+    valid_questions: str | None = None  # None = the validation share of `questions`
+    question_neighbors: str = "data"  # data = those that rows name | retrieval = from `store` | both
+    question_template: str = "question: {question}\nanswer:"  # NeMo's
+    question_retriever: str = "bm25"
     splits_string: str = "98,2,0"  # shares of the documents: train, validation, test
     dataloader_type: str = "cyclic"  # cyclic (shuffled anew each epoch) | single (one pass, in order)
     shuffle_documents: bool = True
     neighbor_dropout: float = 0.0  # share of the training batches that see no neighbors
+    self_neighbor_steps: int = 0  # first steps in which a chunk's neighbor is the chunk itself with what follows it
     num_workers: int = 1  # steps whose batches are made ahead, in the background
     data_prefix: list[str] | None = None  # NeMo's name of `store`; ["none"] = see model.retro
 
@@ -205,6 +216,12 @@ class TrainedModelConfig(ModelConfig):
     add_position_embedding: bool = False  # NeMo's name of position_embedding=learned
     activations_checkpoint_granularity: str | None = None  # selective | full: recomputed in the backward pass
     shape_file: str | None = None  # muP base widths that `retro mup base` wrote
+    init_from: str | None = None  # a checkpoint or run: its weights, and what they fix of the model (docs/tuning.md)
+    freeze_decoder: bool = False  # with init_from: only the encoder and chunked cross-attention learn
+    unfreeze_step: int | None = None  # the step from which the decoder learns as well; None = never
+    unfreeze_every: int | None = (
+        None  # from then on one decoder layer more every so many steps, the last first; None = all
+    )
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     retro: RetroConfig = field(default_factory=RetroConfig)
@@ -462,7 +479,8 @@ def load_config(
         raise UsageError("the settings do not resolve", str(error).splitlines()[0], "retro config show") from error
     assert isinstance(config, Config), type(config)
     _map_names(config, say)
-    check(config)
+    if config.model.init_from is None:  # else what the model inherits is not known yet: train/retrofit.py checks
+        check(config)
     return config
 
 
@@ -559,7 +577,7 @@ def _require(condition: bool, key: str, value: Any, rule: str, fix: str = "") ->
 
 MODEL_CHOICES = {
     "normalization": ("rmsnorm", "layernorm"),
-    "activation": ("swiglu", "gelu"),
+    "activation": ("swiglu", "gelu", "gelu_tanh"),
     "position_embedding": ("rope", "learned", "none"),
     "encoder_position_embedding": ("rope", "learned", "none"),
     "cca_position_embedding": ("rope", "none"),
@@ -572,6 +590,7 @@ CHOICES = {
     "model.optim.name": ("adamw", "distributed_fused_adam"),  # the same
     "model.optim.sched.name": ("CosineAnnealing", "WSD", "constant"),
     "model.data.dataloader_type": ("cyclic", "single"),
+    "model.data.question_neighbors": ("data", "retrieval", "both"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.strategy": ("auto", "ddp", "fsdp"),
     "trainer.precision": ("auto", "32", "bf16-mixed", "16-mixed", "64"),
@@ -619,6 +638,9 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("model.optim.sched.min_lr", 0, 1e38),
     ("model.optim.sched.max_steps", 1, _MANY),
     ("model.data.neighbor_dropout", 0, 1),
+    ("model.data.self_neighbor_steps", 0, _MANY),
+    ("model.unfreeze_step", 0, _MANY),
+    ("model.unfreeze_every", 1, _MANY),
     ("model.data.num_workers", 0, 1024),
     ("model.tensor_model_parallel_size", 1, _MANY),
     ("trainer.num_nodes", 1, _MANY),
@@ -775,8 +797,29 @@ def check(config: Config) -> None:
         )
     for key, default in NOT_BUILT.items():
         _require(values[key] == default, key, values[key], "this version has only the default", f"{key}={default}")
+    _require(
+        "{question}" in m.data.question_template,
+        "model.data.question_template",
+        repr(m.data.question_template),
+        "it has no {question}",
+    )
+    _check_freezing(m)
     _check_parallel(config)
     splits(m.data.splits_string)
+
+
+def _check_freezing(m: TrainedModelConfig) -> None:
+    for key, value, needed, has in (
+        ("model.freeze_decoder", m.freeze_decoder, "model.init_from", m.init_from is not None),
+        ("model.unfreeze_step", m.unfreeze_step is not None, "model.freeze_decoder", m.freeze_decoder),
+        ("model.unfreeze_every", m.unfreeze_every is not None, "model.unfreeze_step", m.unfreeze_step is not None),
+    ):
+        _require(not value or has, key, value, f"without {needed} it means nothing", f"set {needed}")
+    if m.freeze_decoder:
+        _require(m.retrieval, "model.freeze_decoder", True, "a plain decoder has nothing else that could learn")
+        share = m.data.neighbor_dropout
+        rule = "a frozen decoder learns nothing from a batch without neighbors"
+        _require(share == 0, "model.data.neighbor_dropout", share, rule, "model.data.neighbor_dropout=0")
 
 
 def _check_parallel(config: Config) -> None:

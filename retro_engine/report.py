@@ -19,9 +19,11 @@ from retro_engine.data.batches import Sequences
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.evaluate.compare import Comparison, compare
 from retro_engine.evaluate.perplexity import show_interval
+from retro_engine.generate.explain import Explanation, removed_lengths, text_log_probs
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.overlap import chunk_overlaps
+from retro_engine.retrieval.search import Hit
 from retro_engine.train.checkpoint import find_checkpoint, read_trainer
 from retro_engine.train.loop import open_evaluation
 
@@ -66,6 +68,8 @@ def write_report(
     facts = _read_facts(folder / "run.json")
     retro = Retro.from_pretrained(checkpoint)
     sequences = open_evaluation(checkpoint, retro.model.config, [], share)
+    if not isinstance(sequences, Sequences):
+        raise UsageError(f"{run} was tuned on questions", "the report is on text", "retro eval RUN --questions FILE")
     others = {name: _decoder(name, path, checkpoint) for name, path in (decoders or {}).items()}
     comparison = None
     if retro.model.config.retrieval:
@@ -77,6 +81,7 @@ def write_report(
         _curves(metrics),
         *(_neighbor_quality(sequences) if comparison is not None else []),
         *(_samples(sequences) if comparison is not None else []),
+        *(_explanations(retro, sequences) if comparison is not None else []),
         _throughput(metrics),
         _environment(facts, checkpoint, run, decoders or {}, share, limit),
     ]
@@ -210,43 +215,47 @@ def _neighbor_quality(sequences: Sequences) -> list[str]:
 
 def _samples(sequences: Sequences) -> list[str]:
     """Chunks whose neighbors state most of what follows, spread over the best fifth."""
-    store, m = sequences.store, sequences.store.chunk_size
-    all_rows = sequences.in_order()[:400]
-    batch = sequences.batch(all_rows, "on")
-    assert batch.neighbors is not None
-    assert batch.lengths is not None
-    overlap = chunk_overlaps(batch, m, COPIED)
-    order = np.argsort(-overlap.reshape(-1), kind="stable")
-    best = order[: max(NUM_SAMPLES, len(order) // 5)]
-    chosen = best[np.linspace(0, len(best) - 1, min(NUM_SAMPLES, len(best))).astype(int)]
+    store = sequences.store
     out = [
         "<h2>What it read</h2>",
         f'<p class="note">Marked: runs of {COPIED} tokens or more that also follow the chunk.</p>',
     ]
-    for flat in chosen:
-        s, u = divmod(int(flat), overlap.shape[1])
-        row = int(all_rows[s, u])
-        if row < 0:
-            continue
-        first = u * m + m - 1
-        follows = [int(t) for t in batch.labels[s, first : first + m] if t >= 0]
+    for row, follows, ids in _sampled_chunks(sequences):
+        tokens, lengths = sequences.neighbor_tokens(ids)
         identifier, title = store.name(store.document_of(row))
         out.append(
             f'<div class="chunk"><p class="note">{html.escape(f"{identifier} {title}")}</p><pre>{html.escape(store.text(row))}</pre>'
         )
         out.append(f'<p class="note">what follows</p><pre>{html.escape(store.tokenizer.decode(follows))}</pre>')
-        for k, chunk in enumerate(sequences.neighbor_ids(all_rows[s : s + 1])[0, u]):
+        for k, chunk in enumerate(ids):
             if chunk >= 0:
                 assert sequences.table is not None
                 database, local = sequences.table.locate(int(chunk))
                 identifier, title = database.name(database.document_of(local))
-                text = batch.neighbors[s, u, k, : batch.lengths[s, u, k]].tolist()
+                text = tokens[k, : lengths[k]].tolist()
                 out.append(
                     f'<div class="neighbor"><p class="note">neighbor {k + 1}: {html.escape(f"{identifier} {title}")}</p>'
                 )
                 out.append(f"<pre>{_marked(text, follows, store.tokenizer)}</pre></div>")
         out.append("</div>")
     return out
+
+
+def _sampled_chunks(sequences: Sequences) -> list[tuple[int, list[int], np.ndarray]]:
+    """Row, the tokens that follow it and the ids of its neighbors, of the chunks that `_samples` shows."""
+    m, all_rows = sequences.store.chunk_size, sequences.in_order()[:400]
+    batch = sequences.batch(all_rows, "on")
+    overlap = chunk_overlaps(batch, m, COPIED)
+    order = np.argsort(-overlap.reshape(-1), kind="stable")
+    best = order[: max(NUM_SAMPLES, len(order) // 5)]
+    found = []
+    for flat in best[np.linspace(0, len(best) - 1, min(NUM_SAMPLES, len(best))).astype(int)]:
+        s, u = divmod(int(flat), overlap.shape[1])
+        first = u * m + m - 1
+        follows = [int(t) for t in batch.labels[s, first : first + m] if t >= 0]
+        if all_rows[s, u] >= 0:
+            found.append((int(all_rows[s, u]), follows, sequences.neighbor_ids(all_rows[s : s + 1])[0, u]))
+    return found
 
 
 def _marked(text: list[int], follows: list[int], tokenizer: Any) -> str:
@@ -263,6 +272,66 @@ def _marked(text: list[int], follows: list[int], tokenizer: Any) -> str:
             out.append(f"<mark>{piece}</mark>" if is_copied[start] else piece)
             start = i
     return "".join(out)
+
+
+def heat_map(found: Explanation) -> str:
+    """One row a neighbor: the text, each token shaded by how much that neighbor changed its log-probability."""
+    largest = max(1e-9, float(np.abs(found.token_changes).max(initial=0.0)))
+    rows = []
+    for hit, change, row in zip(found.neighbors, found.changes, found.token_changes):
+        cells = []
+        for piece, value in zip(found.pieces, row):
+            color = "var(--c)" if value > 0 else "var(--b)"
+            share = 100 * abs(float(value)) / largest
+            shade = f"background: color-mix(in srgb, {color} {share:.0f}%, transparent)"
+            cells.append(f'<span style="{shade}" title="{value:+.3f} nats">{html.escape(piece)}</span>')
+        name = html.escape(f"{hit.document} {hit.title}".strip())
+        rows.append(
+            f'<div class="neighbor"><p class="note">{name}: {change:+.3f} nats in all</p><pre>{html.escape(hit.text)}</pre>'
+            f"<pre>{''.join(cells)}</pre></div>"
+        )
+    on, off = float(found.log_probs_T.sum()), float(found.off_T.sum())
+    note = (
+        f'<p class="note">Log-probability {on:.3f} nats, {off:.3f} without neighbors. Green: likelier because of this neighbor, '
+        f"orange: less likely; full color is {largest:.2f} nats.</p>"
+    )
+    return note + "".join(rows)
+
+
+def heat_map_page(prompt: str, found: Explanation) -> str:
+    """`heat_map` as a page of its own."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>What the neighbors did</title><style>{_STYLE}</style></head><body><h1>What the neighbors did</h1>"
+        f'<p class="note">after</p><pre>{html.escape(prompt)}</pre>{heat_map(found)}</body></html>\n'
+    )
+
+
+def _explanations(retro: Retro, sequences: Sequences) -> list[str]:
+    """What each neighbor changed of what follows the sampled chunks; the whole document before the chunk is not read."""
+    store, model = sequences.store, retro.model
+    out = ["<h2>What each neighbor changed</h2>"]
+    for row, follows, ids in _sampled_chunks(sequences):
+        tokens, lengths = sequences.neighbor_tokens(ids)
+        keeps = lengths > 0
+        if not keeps.any() or len(follows) < 2 or model.config.partial_chunk != "last":
+            continue
+        prompt = store.rows(row, row + 1)[0][0].tolist()
+        values = text_log_probs(
+            model, prompt, follows, tokens[keeps], removed_lengths(lengths[keeps]), store.tokenizer.pad_id
+        )
+        hits = []
+        for chunk, text, length in zip(ids[keeps], tokens[keeps], lengths[keeps]):
+            assert sequences.table is not None
+            database, local = sequences.table.locate(int(chunk))
+            identifier, title = database.name(database.document_of(local))
+            hits.append(Hit(int(chunk), identifier, title, 0.0, store.tokenizer.decode(text[:length]), ""))
+        pieces = [store.tokenizer.decode([token]) for token in follows]
+        found = Explanation(pieces, hits, values[0], values[1:-1], values[-1])
+        out.append(
+            f'<div class="chunk"><p class="note">after</p><pre>{html.escape(store.text(row))}</pre>{heat_map(found)}</div>'
+        )
+    return out if len(out) > 1 else []
 
 
 def _throughput(metrics: list[dict[str, Any]]) -> str:

@@ -77,7 +77,11 @@ def test_it_is_whole(page: str) -> None:
     assert re.search(r"Retrieval (pays|costs|makes no measurable difference)", parsed.text)
     assert "the plain decoder plain" in parsed.text
     assert page.count("<polyline") == 3
-    assert page.count('class="chunk"') == 5
+    samples, _, explained = page.partition("What each neighbor changed")
+    assert samples.count('class="chunk"') == 5
+    assert 1 <= explained.count('class="chunk"') <= 5
+    assert "color-mix" in explained
+    assert "nats in all" in explained
     assert "<mark>" in page
     assert "retro report" in parsed.text
 

@@ -39,8 +39,12 @@ def split_documents(store: Store, shares: str) -> dict[str, np.ndarray]:
     """Document numbers of train, valid and test, in order; dealt by a fixed permutation, so that order in the
     corpus does not matter. A share above 0 gets a document as soon as there is one to spare for it.
     """
+    return deal(store.num_documents, shares)
+
+
+def deal(count: int, shares: str) -> dict[str, np.ndarray]:
+    """The same for `count` of anything."""
     train, valid, _ = splits(shares)
-    count = store.num_documents
     order = np.random.default_rng(SPLIT_SEED).permutation(count)
     num_valid = min(count - 1, max(1, round(count * valid))) if valid > 0 else 0
     rest = count - num_valid
@@ -155,6 +159,16 @@ class Sequences:
         self._lengths: dict[tuple[int, int], int] = {}
         self._epoch: tuple[tuple[int, int] | None, np.ndarray] = (None, np.zeros((0, self.rows_per_sequence), np.int64))
 
+    @property
+    def num_documents(self) -> int:
+        """Of the whole store: what document ids are below."""
+        return self.store.num_documents
+
+    @property
+    def holds_itself(self) -> bool:
+        """Whether the store is one of the databases, so that its chunks can be neighbors (mode self)."""
+        return self.table is not None and self._own_start is not None
+
     def _find_own(self, table: NeighborTable) -> int | None:
         """The id of the store's first row among the databases; None = the store is not among them."""
         start = 0
@@ -222,8 +236,8 @@ class Sequences:
             yield self.batch(rows, mode)
 
     def batch(self, rows_BL: np.ndarray, mode: str = "on") -> Batch:
-        """Tokens, labels and neighbors of sequences of rows. `mode`: on | off | random | one_right."""
-        assert mode in MODES, mode
+        """Tokens, labels and neighbors of sequences of rows. `mode`: on | off | random | one_right | self."""
+        assert mode in (*MODES, "self"), mode
         B, L = rows_BL.shape
         m = self.store.chunk_size
         tokens, lengths = self._loader.gather(rows_BL, m + 1)  # one more: the label of the last token
@@ -250,10 +264,14 @@ class Sequences:
         """[B, L, k] neighbor ids of each row, -1 = missing.
 
         Neighbors of the row's own document and of documents held out are passed over for the next best. random:
-        those of another row; one_right: all but the first are other rows' first ones.
+        those of another row; one_right: all but the first are other rows' first ones; self: the row itself.
         """
         rows = np.where(rows_BL < 0, 0, rows_BL)
-        if mode == "random":
+        if mode == "self":
+            assert self._own_start is not None, "checked by holds_itself"
+            chosen = np.full((*rows.shape, self.num_neighbors), -1)
+            chosen[..., 0] = self._own_start + rows
+        elif mode == "random":
             chosen = self._allowed_ids(self._other_rows(rows), rows)
         else:
             chosen = self._allowed_ids(rows, rows)
@@ -261,6 +279,11 @@ class Sequences:
                 for place in range(1, chosen.shape[-1]):
                     chosen[..., place] = self._allowed_ids(self._other_rows(rows, place), rows)[..., 0]
         return np.where(rows_BL[..., None] < 0, -1, chosen)
+
+    def neighbor_tokens(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [K, R] and lengths [K] of one chunk's neighbors [K]."""
+        tokens, lengths = self._neighbor_loader.gather(ids[None], self.retrieved_length)
+        return tokens[0], lengths[0]
 
     def _allowed_ids(self, rows: np.ndarray, readers: np.ndarray) -> np.ndarray:
         """The first k neighbors of `rows` that `readers` may see."""

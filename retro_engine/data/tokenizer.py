@@ -61,7 +61,7 @@ class Tokenizer:
             pairs = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
             for vocab, merges in pairs:
                 if not (path / FILE).is_file() and (path / vocab).is_file() and (path / merges).is_file():
-                    return cls._from_gpt2(path / vocab, path / merges)
+                    return cls.from_gpt2(path / vocab, path / merges)
             path = path / FILE
         try:
             serialized = path.read_text(encoding="utf-8")
@@ -76,7 +76,8 @@ class Tokenizer:
         return cls(serialized, str(path))
 
     @classmethod
-    def _from_gpt2(cls, vocab_path: Path, merges_path: Path) -> "Tokenizer":
+    def from_gpt2(cls, vocab_path: Path, merges_path: Path) -> "Tokenizer":
+        """GPT-2's vocabulary (JSON) and merges (text)."""
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as Backend
 

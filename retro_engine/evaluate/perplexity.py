@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retro_engine.data.batches import Batch, Sequences
+from retro_engine.data.questions import Questions
+from retro_engine.errors import MissingInputError
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.overlap import drop_leaks
 
@@ -62,6 +65,22 @@ class DocumentLosses:
             "bytes": int(self.bytes.sum()),
             "documents": int((self.tokens > 0).sum()),
         }
+
+
+def count_words(path: Path) -> int:
+    """Words of a text as WikiText-103's papers count them: what stands between spaces, and one end a line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MissingInputError(f"{path} cannot be read", str(error), "--words FILE") from error
+    words = len(text.split()) + text.count("\n")
+    if not words:
+        raise MissingInputError(f"{path} has no words", "", "--words FILE")
+    return words
+
+
+def word_perplexity(losses: DocumentLosses, words: int) -> float:
+    return math.exp(min(float(losses.nats.sum()) / words, 700.0))
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,7 @@ def token_losses(model: RetroModel, batch: Batch, device: torch.device, precisio
 
 def evaluate(
     model: RetroModel,
-    sequences: Sequences,
+    sequences: Sequences | Questions,
     token_bytes: np.ndarray,
     modes: Iterable[str] = ("on", "off", "random"),
     batch_size: int = 8,
@@ -148,7 +167,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     results = {}
-    numbers = np.full(sequences.store.num_documents, -1, np.int64)
+    numbers = np.full(sequences.num_documents, -1, np.int64)
     numbers[sequences.documents] = np.arange(len(sequences.documents))
     for mode in modes:
         count = len(sequences.documents)

@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
         self.head_width = width // heads
         self.q = nn.Linear(width, width, bias=config.has_qk_bias)
         self.k = nn.Linear(width, groups * self.head_width, bias=config.has_qk_bias)
-        self.v = nn.Linear(width, groups * self.head_width, bias=config.bias)
+        self.v = nn.Linear(width, groups * self.head_width, bias=config.has_v_bias)
         self.out = nn.Linear(width, width, bias=config.bias)
         self.scale = attention_scale(config, self.head_width, base_head_width(config, is_encoder))
         self.dropout = config.attention_dropout
@@ -115,7 +115,7 @@ class CrossAttention(nn.Module):
         self.head_width = width // config.encoder_heads
         self.q = nn.Linear(width, width, bias=config.has_qk_bias)
         self.k = nn.Linear(config.hidden_size, groups * self.head_width, bias=config.has_qk_bias)
-        self.v = nn.Linear(config.hidden_size, groups * self.head_width, bias=config.bias)
+        self.v = nn.Linear(config.hidden_size, groups * self.head_width, bias=config.has_v_bias)
         self.out = nn.Linear(width, width, bias=config.bias)
         self.scale = attention_scale(config, self.head_width, base_head_width(config, True))
         self.dropout = config.attention_dropout
@@ -157,7 +157,7 @@ class NeighborProjection(nn.Module):
         self.head_width, width = config.head_width, config.key_value_heads * config.head_width
         layers = range(len(config.cross_layers))
         keys = [nn.Linear(config.encoder_width, width, bias=config.has_qk_bias) for _ in layers]
-        values = [nn.Linear(config.encoder_width, width, bias=config.bias) for _ in layers]
+        values = [nn.Linear(config.encoder_width, width, bias=config.has_v_bias) for _ in layers]
         self.k, self.v = nn.ModuleList(keys), nn.ModuleList(values)  # type: ignore[assignment]
 
     def forward(self, encoded: Tensor, only: int | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -169,7 +169,7 @@ class NeighborProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202) or GELU(erf)."""
+    """SwiGLU (arXiv 2002.05202), GELU(erf), or GELU with tanh for erf (arXiv 1606.08415 section 2)."""
 
     def __init__(self, config: ModelConfig, width: int, ffn_width: int):
         super().__init__()
@@ -177,9 +177,10 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(width, ffn_width, bias=config.bias)
         self.down = nn.Linear(ffn_width, width, bias=config.bias)
         self.dropout = nn.Dropout(config.ffn_dropout)
+        self.approximation = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is not None:
             gate, up = project(x, self.gate, self.up)
             return self.down(self.dropout(F.silu(gate) * up))
-        return self.down(self.dropout(F.gelu(self.up(x))))
+        return self.down(self.dropout(F.gelu(self.up(x), approximate=self.approximation)))

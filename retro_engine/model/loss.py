@@ -34,7 +34,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight = hidden_TD.to(dtype), weight_VD.to(dtype)
         total = hidden_TD.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if needs else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs else None
+        is_frozen = not ctx.needs_input_grad[1]  # a frozen head: a third of the products less
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs and not is_frozen else None
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if needs and bias_V is not None else None
         for start in range(0, hidden.shape[0], TOKENS):
             rows = slice(start, start + TOKENS)
@@ -50,14 +51,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             probability = logits.sub_(peak).exp_()
             normalizer = _over(group, probability.sum(-1, keepdim=True), "sum")
             total += (normalizer.log() - right).sum()
-            if grad_hidden is not None and grad_weight is not None:
+            if grad_hidden is not None:
                 probability /= normalizer
                 probability.scatter_add_(-1, labels, -is_here.to(wide))
                 if grad_bias is not None:
                     grad_bias += probability.sum(0)
                 grad_logits = probability.to(dtype)
                 grad_hidden[rows] = grad_logits @ weight
-                grad_weight += grad_logits.T @ hidden[rows]
+                if grad_weight is not None:
+                    grad_weight += grad_logits.T @ hidden[rows]
         if grad_hidden is not None:
             _over(group, grad_hidden, "sum")
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -71,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias = None if grad_bias is None else grad_bias * grad
         return (
             (grad_hidden * grad).to(ctx.dtypes[0]),
-            (grad_weight * grad).to(ctx.dtypes[1]),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.dtypes[1]),
             bias,
             None,
             None,

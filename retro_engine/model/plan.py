@@ -78,7 +78,7 @@ def parameters(c: ModelConfig) -> Parameters:
         return Part(0, width * (1 + is_layer), 1 + is_layer)
 
     def attention(width: int, source: int, groups: int) -> Part:
-        keys = _linear(source, groups, c.has_qk_bias) + _linear(source, groups, c.bias)
+        keys = _linear(source, groups, c.has_qk_bias) + _linear(source, groups, c.has_v_bias)
         return _linear(width, width, c.has_qk_bias) + keys + _linear(width, width, c.bias, is_row=True)
 
     def ffn(width: int, features: int) -> Part:
@@ -90,7 +90,7 @@ def parameters(c: ModelConfig) -> Parameters:
     encoder = norm(e).times(2) + attention(e, e, e_g) + ffn(e, c.encoder_ffn_width)
     encoder_cross = norm(e) + attention(e, d, e_g)
     crossing = len(c.cross_layers)
-    projection = (_linear(e, g, c.has_qk_bias) + _linear(e, g, c.bias)).times(crossing)
+    projection = (_linear(e, g, c.has_qk_bias) + _linear(e, g, c.has_v_bias)).times(crossing)
     root = Part(c.vocab_size * d, 0, 1).times(1 if c.share_embeddings else 2)
     if c.output_bias:
         root += Part(c.vocab_size, 0, 1)

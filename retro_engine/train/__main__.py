@@ -22,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH", help="go on where the run's folder is (auto)"
     )
+    parser.add_argument(
+        "--init-from", metavar="RUN", help="weights of a checkpoint, retro import's too (model.init_from)"
+    )
+    parser.add_argument("--freeze-decoder", action="store_true", default=None, help="model.freeze_decoder")
     parser.add_argument("--seed", type=int, help="seed of weights and order")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], help="trainer.accelerator")
     parser.add_argument("--nproc", type=int, metavar="N", help="processes on this machine, started with torchrun")
@@ -36,7 +40,13 @@ def run(args: argparse.Namespace) -> int:
     if args.nproc is not None and "WORLD_SIZE" not in os.environ:
         return _start_processes(args.nproc)
     is_main = os.environ.get("RANK", "0") == "0"
-    flags = {"exp_manager.exp_dir": args.out, "seed": args.seed, "trainer.accelerator": args.device}
+    flags = {
+        "exp_manager.exp_dir": args.out,
+        "seed": args.seed,
+        "trainer.accelerator": args.device,
+        "model.init_from": args.init_from,
+        "model.freeze_decoder": args.freeze_decoder,
+    }
     settings = [*args.overrides, *((key, value) for key, value in flags.items() if value is not None)]
     if not is_main:
         config = load_config(settings, args.preset, args.config, say=lambda note: None)
@@ -47,8 +57,10 @@ def run(args: argparse.Namespace) -> int:
             print(to_yaml(config), end="")
         return 0
     from retro_engine.train.loop import describe, open_data, train
+    from retro_engine.train.retrofit import inherit
 
     if args.dry_run:
+        inherit(config)
         print(describe(config, open_data(config)))
         return 0
     result = train(config, Reporter("json" if args.json else "quiet" if args.quiet else "text"), args.resume)

@@ -21,7 +21,7 @@ from torch import Tensor
 from retro_engine.data import files
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError
+from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
 from retro_engine.model.attention import is_sharded
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, load_state
@@ -63,13 +63,7 @@ class Saver:
             files.make_folder(aside / OPTIMIZER_FOLDER)
         self.parallel.from_main(None)  # nobody writes before the folder is there
         weights = _whole(model, self.parallel.is_main)
-        contents = {
-            CONFIG_FILE: config_to_json(model.config).encode(),
-            TOKENIZER_FILE: tokenizer.json.encode(),
-            GENERATION_FILE: (json.dumps(generation, indent=1) + "\n").encode(),
-            "README.md": _readme(model, step).encode(),
-            TRAINER_FILE: (json.dumps({"step": step, **trainer}, indent=1) + "\n").encode(),
-        }
+        contents = _contents(model, tokenizer, {"step": step, **trainer}, generation)
         write_shards = _staged(optimizer, aside / OPTIMIZER_FOLDER, self.parallel)
         self._thread = threading.Thread(target=self._write, args=(write_shards, aside, final, weights, contents))
         self._thread.start()
@@ -93,12 +87,8 @@ class Saver:
                 files.publish(aside / name, [content])
             for shard in (aside / OPTIMIZER_FOLDER).iterdir():
                 files.sync(shard)
-            names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
-            hashes = {name: files.sha256_file(aside / name) for name in names}
-            files.publish(aside / COMPLETE, [(json.dumps(hashes, indent=1) + "\n").encode()])
             shutil.rmtree(final, ignore_errors=True)  # never complete: see above
-            os.rename(aside, final)
-            files.sync(final.parent)
+            _complete(aside, final)
             self._prune()
         except BaseException as error:  # noqa: B036 (kept for `wait`, which raises it; nothing half-written is left)
             self._error = error
@@ -134,6 +124,54 @@ class Saver:
         for path in complete[: -self.keep_last_n]:
             if path != best:
                 shutil.rmtree(path)
+
+
+def publish_model(
+    folder: Path, model: RetroModel, tokenizer: Tokenizer, trainer: dict[str, Any], generation: dict[str, Any]
+) -> None:
+    """A checkpoint that no training wrote: FOLDER with weights, tokenizer and settings, without an optimizer.
+
+    Raises UsageError for a folder that holds something.
+    """
+    from safetensors.torch import save as to_bytes
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already", "it is not overwritten", "choose another --out")
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    files.make_folder(aside)
+    try:
+        weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+        contents = _contents(model, tokenizer, {"step": 0, **trainer}, generation)
+        for name, content in {**contents, WEIGHTS_FILE: to_bytes(weights)}.items():
+            files.publish(aside / name, [content])
+        if folder.exists():
+            folder.rmdir()
+        _complete(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _contents(
+    model: RetroModel, tokenizer: Tokenizer, trainer: dict[str, Any], generation: dict[str, Any]
+) -> dict[str, bytes]:
+    """The files of a checkpoint but for tensors."""
+    return {
+        CONFIG_FILE: config_to_json(model.config).encode(),
+        TOKENIZER_FILE: tokenizer.json.encode(),
+        GENERATION_FILE: (json.dumps(generation, indent=1) + "\n").encode(),
+        "README.md": _readme(model, trainer["step"]).encode(),
+        TRAINER_FILE: (json.dumps(trainer, indent=1) + "\n").encode(),
+    }
+
+
+def _complete(aside: Path, final: Path) -> None:
+    """Hash the files, write COMPLETE and give the folder its name."""
+    names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
+    hashes = {name: files.sha256_file(aside / name) for name in names}
+    files.publish(aside / COMPLETE, [(json.dumps(hashes, indent=1) + "\n").encode()])
+    os.rename(aside, final)
+    files.sync(final.parent)
 
 
 def _whole(model: RetroModel, is_main: bool) -> dict[str, Tensor]:
@@ -197,7 +235,8 @@ def verify(checkpoint: Path) -> None:
         GENERATION_FILE,
         TRAINER_FILE,
     } - entries.keys()
-    if not any(name.startswith(f"{OPTIMIZER_FOLDER}/") for name in entries):
+    is_trained = TRAINER_FILE in missing or "imported" not in read_trainer(checkpoint)
+    if is_trained and not any(name.startswith(f"{OPTIMIZER_FOLDER}/") for name in entries):
         missing.add(OPTIMIZER_FOLDER)
     if missing:
         raise StoreError(

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from retro_engine.data import files
 from retro_engine.data.batches import Batch, Sequences, split_documents
 from retro_engine.data.loader import has_native_loader
 from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
+from retro_engine.data.questions import Questions, Search, fingerprint, read_questions
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, RetroError, StoreError, UsageError
 from retro_engine.evaluate.perplexity import autocast, evaluate, to_tensors
@@ -35,7 +36,8 @@ from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
-from retro_engine.train import checkpoint
+from retro_engine.retrieval.search import Retriever
+from retro_engine.train import checkpoint, retrofit
 from retro_engine.train.device_table import DeviceTable
 from retro_engine.train.logging import RunLog
 from retro_engine.train.optimizer import Optimizer, learning_rate
@@ -57,8 +59,8 @@ class TrainingResult:
 
 @dataclass
 class TrainingData:
-    train: Sequences
-    valid: Sequences | None
+    train: Sequences | Questions
+    valid: Sequences | Questions | None
     store: Store
     fingerprints: dict[str, str]
 
@@ -77,6 +79,8 @@ def open_data(config: Config) -> TrainingData:
         )
     store = Store(data.store)
     _check_store(config, store)
+    if data.questions is not None:
+        return _open_questions(config, store)
     table = NeighborTable(find_table(store, data.neighbors), store) if m.retrieval else None
     if table is not None:  # so that the run keeps it when there are more tables later
         data.neighbors = table_name(table)
@@ -90,6 +94,12 @@ def open_data(config: Config) -> TrainingData:
         return Sequences(of, documents, m.encoder_seq_length, its_table, m.num_neighbors, m.r, database)
 
     train = sequences(store, trained, table, trained)
+    if data.self_neighbor_steps and not train.holds_itself:
+        raise UsageError(
+            f"model.data.self_neighbor_steps={data.self_neighbor_steps} cannot be used",
+            f"{store.folder} is not one of the stores that its neighbors come from",
+            f"retro neighbors {store.folder} --database {store.folder} ...",
+        )
     fingerprints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
     if table is not None:
         fingerprints["neighbors"] = table.fingerprint
@@ -112,12 +122,48 @@ def open_data(config: Config) -> TrainingData:
     return TrainingData(train, valid, store, fingerprints)
 
 
+def _open_questions(config: Config, store: Store) -> TrainingData:
+    m, data = config.model, config.model.data
+    if data.self_neighbor_steps:
+        raise UsageError("model.data.self_neighbor_steps cannot be used", "questions have neighbors of their own")
+    search = question_search([store], data.question_retriever, m.r) if data.question_neighbors != "data" else None
+
+    def opened(path: str) -> Questions:
+        rows = read_questions(path, data.question_template)
+        length = m.encoder_seq_length
+        return Questions(rows, store, path, length, m.num_neighbors, m.r, data.question_neighbors, search)
+
+    train = opened(str(data.questions))
+    prints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
+    prints["questions"] = fingerprint(str(data.questions))
+    valid: Questions | None = None
+    if data.valid_questions is not None:
+        valid = opened(data.valid_questions)
+    else:
+        train, valid = train.deal(data.splits_string)
+    return TrainingData(train, valid, store, prints)
+
+
+def question_search(stores: list[Store], retriever: str, retrieved_length: int) -> Search:
+    """Retrieval for questions from `stores`."""
+    found = Retriever(stores, retriever)
+
+    def search(texts: Iterable[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        return found.loader.gather(found.search(list(texts), k)[0], retrieved_length)
+
+    return search
+
+
 def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
     """The settings a checkpoint's run was started with, with overrides. Raises MissingInputError without config.yaml."""
-    return load_config(overrides, file=str(checkpoint_folder.parent.parent / "config.yaml"))
+    done = {"init_from": None, "freeze_decoder": False, "unfreeze_step": None, "unfreeze_every": None}
+    settings = [(f"model.{key}", value) for key, value in done.items()]  # what they did is in the settings and weights
+    return load_config([*settings, *overrides], file=str(checkpoint_folder.parent.parent / "config.yaml"))
 
 
-def open_evaluation(checkpoint_folder: Path, model: ModelConfig, overrides: list[str], share: str) -> Sequences:
+def open_evaluation(
+    checkpoint_folder: Path, model: ModelConfig, overrides: list[str], share: str
+) -> Sequences | Questions:
     """The documents of a share (train, valid, test, all) of a run's data, for the model of one of its checkpoints.
 
     With a validation store of its own, valid is that store and the other shares are of the training store.
@@ -126,6 +172,12 @@ def open_evaluation(checkpoint_folder: Path, model: ModelConfig, overrides: list
     data = open_data(config)
     if share == "valid" and data.valid is not None:
         return data.valid
+    if isinstance(data.train, Questions):
+        if share != "train":
+            raise UsageError(
+                f"--share {share}: questions have none", "they are dealt to train and valid", "--share train"
+            )
+        return data.train
     store, m = data.store, config.model
     everything = np.arange(store.num_documents)
     shares = split_documents(store, m.data.splits_string)
@@ -158,7 +210,7 @@ def _check_store(config: Config, store: Store) -> None:
             f"{store.folder} has chunks of {store.chunk_size} tokens",
             f"model.chunk_size={store.chunk_size}, or retro prepare --chunk-size {m.chunk_size}",
         )
-    if m.vocab_size not in (0, store.vocab_size):
+    if 0 < m.vocab_size < store.vocab_size:  # more are rows of padding, as imported models have
         raise UsageError(
             f"model.vocab_size={m.vocab_size} does not match the store",
             f"its tokenizer has {store.vocab_size} entries",
@@ -228,7 +280,7 @@ def peak_flops(device: torch.device) -> float:
 
 def describe(config: Config, data: TrainingData) -> str:
     """What a run with these settings would be: one line."""
-    model = replace(config.model, vocab_size=data.store.vocab_size)
+    model = replace(config.model, vocab_size=config.model.vocab_size or data.store.vocab_size)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in RetroModel(model).parameters())
     valid = len(data.valid.documents) if data.valid is not None else 0
@@ -248,6 +300,7 @@ def _stream_settings(config: Config) -> dict[str, Any]:
         "dataloader_type": m.data.dataloader_type,
         "shuffle_documents": m.data.shuffle_documents,
         "neighbor_dropout": m.data.neighbor_dropout,
+        **({"self_neighbor_steps": m.data.self_neighbor_steps} if m.data.self_neighbor_steps else {}),
     }
 
 
@@ -293,12 +346,20 @@ def train(config: Config, reporter: Reporter | None = None, resume: str = "auto"
     if config.exp_manager.exp_dir is None:
         raise UsageError("exp_manager.exp_dir is not set", "a run needs a folder", "--out runs/NAME")
     run = Path(config.exp_manager.exp_dir)
+    source = retrofit.inherit(config)
     parallel = Parallel(config)
     try:
+        if config.model.unfreeze_step is not None and parallel.world > 1:
+            rule = "processes agree on what learns when they start"
+            raise UsageError(
+                "model.unfreeze_step works in one process", rule, "unfreeze in a second run: --init-from RUN"
+            )
         data = open_data(config)
-        config.model.vocab_size = data.store.vocab_size
+        if source is not None:
+            retrofit.check_tokenizer(source, data.store)
+        config.model.vocab_size = config.model.vocab_size or data.store.vocab_size
         with files.locked(run) if parallel.is_main else contextlib.nullcontext():
-            return _Training(config, data, run, reporter, resume, parallel).run_all()
+            return _Training(config, data, run, reporter, resume, parallel, source).run_all()
     finally:
         parallel.close()
 
@@ -307,7 +368,14 @@ class _Training:
     """One run: the state that the steps share."""
 
     def __init__(
-        self, config: Config, data: TrainingData, run: Path, reporter: Reporter, resume: str, parallel: Parallel
+        self,
+        config: Config,
+        data: TrainingData,
+        run: Path,
+        reporter: Reporter,
+        resume: str,
+        parallel: Parallel,
+        source: Path | None,
     ):
         self.config, self.data, self.run, self.parallel = config, data, run, parallel
         self.reporter = reporter if parallel.is_main else Reporter("quiet")
@@ -333,6 +401,9 @@ class _Training:
             self.precision, self.mean_loss, scale = state["precision"], state["mean_loss"], state["loss_scale"]
             checkpoint.load_weights(start, self.model)
             self.reporter.say(f"resuming at step {self.step} from {start}")
+        elif source is not None:
+            retrofit.load_initial(source, self.model)
+            self.reporter.say(f"weights of {source}")
         with torch.random.fork_rng(devices=[]):
             self.precision = parallel.from_main(self.precision or pick_precision(config, self.device))
         is_o2 = m.megatron_amp_O2
@@ -342,6 +413,7 @@ class _Training:
         has_master = is_o2 and not shards_master
         self.model.to(self.device, torch.bfloat16 if has_master else dtype)
         self.autocast = "32" if is_o2 else self.precision
+        retrofit.set_trainable(self.model, m, self.step)
         finds_unused = m.retrieval and m.data.neighbor_dropout > 0
         self.module = parallel.spread(self.model, shards_master, finds_unused)
         self.optimizer = Optimizer(self.model, m.optim, widths, has_master, self.precision == "16-mixed")
@@ -366,6 +438,10 @@ class _Training:
         if self.parallel.is_main:
             checkpoint.verify(start)
         state = checkpoint.read_trainer(start)
+        if "imported" in state:
+            raise UsageError(
+                f"{start} was imported", "there is no training to go on with", f"--init-from {start} begins one"
+            )
         for saved, now in (
             (state["fingerprints"], self.data.fingerprints),
             (state["stream"], _stream_settings(self.config)),
@@ -483,6 +559,8 @@ class _Training:
         def make(step: int) -> list[Batch] | None:
             is_dropped = np.random.default_rng((self.config.seed, step, 1)).random() < data.neighbor_dropout
             mode = "on" if m.retrieval and not is_dropped else "off"
+            if mode == "on" and step < data.self_neighbor_steps:
+                mode = "self"
             with contextlib.suppress(StopIteration):
                 first = step * self.accumulate * self.parallel.data + self.parallel.data_rank
                 return [
@@ -513,6 +591,7 @@ class _Training:
     def _train_step(self, micro_batches: list[Batch]) -> "_StepResult":
         """One optimizer step, or none where the loss or the gradient is not finite or the loss leaps."""
         optim, optimizer = self.config.model.optim, self.optimizer
+        retrofit.set_trainable(self.model, self.config.model, self.step)
         rate = learning_rate(optim, self.step, self.config.trainer.max_steps)
         labels_here = sum(int((batch.labels >= 0).sum()) for batch in micro_batches)
         tokens_here = sum(int((batch.document_ids >= 0).sum()) for batch in micro_batches)

@@ -1,16 +1,26 @@
 """Bits per byte: every token once, whatever the batch; modes that mean what they say."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import small_config
+from helpers import SHARED, small_config
 
 from retro_engine.data.batches import Sequences
 from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.store import Store
-from retro_engine.evaluate.perplexity import DocumentLosses, Given, bootstrap, evaluate, show_interval
+from retro_engine.errors import MissingInputError
+from retro_engine.evaluate.perplexity import (
+    DocumentLosses,
+    Given,
+    bootstrap,
+    count_words,
+    evaluate,
+    show_interval,
+    word_perplexity,
+)
 from retro_engine.generate.generator import encode_neighbors
 from retro_engine.model.retro import RetroModel
 
@@ -86,3 +96,18 @@ def test_intervals() -> None:
     losses = DocumentLosses(np.arange(8.0), np.full(8, 5), np.full(8, 20))
     summary = losses.summary()
     assert summary["interval"][0] <= summary["bits_per_byte"] <= summary["interval"][1]
+
+
+def test_perplexity_per_word(tmp_path: Path) -> None:
+    """As WikiText-103's papers count: words between spaces and an end for every line."""
+    (tmp_path / "x.tokens").write_text(" = Title = \n \n the castle , built\n")
+    assert count_words(tmp_path / "x.tokens") == 7 + 3
+    losses = DocumentLosses(np.array([10.0, 13.0]), np.array([3, 4]), np.array([9, 9]))
+    assert word_perplexity(losses, 10) == pytest.approx(math.exp(2.3))
+    (tmp_path / "empty").write_text("")
+    for name in ("empty", "gone"):
+        with pytest.raises(MissingInputError):
+            count_words(tmp_path / name)
+    path = SHARED / "data" / "wikitext" / "wikitext-103.wiki.test.tokens"
+    if path.exists():
+        assert count_words(path) == 245_569

@@ -56,7 +56,7 @@ def test_files_that_are_not_there_or_broken(folder: Path) -> None:
 
 
 def test_foreign_state_dicts_that_do_not_fit() -> None:
-    with pytest.raises(UsageError, match="one of mcore, nemo"):
+    with pytest.raises(UsageError, match="one of mcore, megatron, nemo"):
         import_state_dict({}, {}, "hf")
     for source, key in (("mcore", "L"), ("nemo", "heads")):
         with pytest.raises(StoreError, match=f"{key} is missing"):

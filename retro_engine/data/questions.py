@@ -1,0 +1,275 @@
+"""Questions with answers, and the batches made of them: the loss is on the answer, neighbors act from the prompt's end on.
+
+Reads JSON lines: {"question", "answer" or "answers", and "neighbors" (texts) or "documents" (ids of the store)}, or
+{"messages": [{"role", "content"}, ...]} whose last is the assistant's; NeMo's "ctxs" are neighbors, SQuAD's "passage" is a
+document. A sequence is one question: the prompt, padded on the left to whole chunks, then the answer and the end of
+document. Letters: B questions, N tokens, M chunk length, L chunks, K neighbors, R tokens per neighbor.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_engine.data import files
+from retro_engine.data.batches import Batch, deal
+from retro_engine.data.store import Store
+from retro_engine.errors import MissingInputError, StoreError, UsageError
+
+TEMPLATE = "question: {question}\nanswer:"  # NeMo's
+SOURCES = ("data", "retrieval", "both")
+MODES = ("on", "off", "random", "gold", "retrieved")
+Search = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]  # texts, k -> tokens [q, k, R], lengths [q, k]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row: the prompt as the model reads it, what retrieval asks with, and what the row says."""
+
+    id: str
+    prompt: str
+    query: str
+    answers: tuple[str, ...]
+    neighbors: tuple[str, ...]
+    documents: tuple[str, ...]
+    line: int
+
+
+def read_questions(path: str | Path, template: str = TEMPLATE) -> list[Question]:
+    """Raises StoreError naming file and line of a row that lacks something."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{path} is not UTF-8", str(error)) from error
+    except OSError as error:
+        raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
+    found = [
+        _question(line, f"{path}:{number}", number, template) for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not found:
+        raise MissingInputError(f"{path} has no questions", "expected a JSON object a line")
+    return found
+
+
+def _question(line: str, where: str, number: int, template: str) -> Question:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise StoreError(f"{where} is not JSON", str(error)) from error
+    if not isinstance(row, dict):
+        raise StoreError(f"{where} is not an object", f"it is a {type(row).__name__}")
+    if "messages" in row:
+        prompt, query, answers = _of_messages(row["messages"], where)
+    else:
+        query = _text(row, "question", where)
+        prompt = template.replace("{question}", query)
+        key = "answers" if "answers" in row else "answer"
+        answers = _texts([row[key]] if key == "answer" and key in row else row.get(key), key, where)
+        if not answers:
+            raise StoreError(f"{where} has no answer", 'expected "answer", or "answers" with at least one')
+    neighbors = _texts(row.get("neighbors", row.get("ctxs", [])), "neighbors", where)
+    named = row.get("documents", [row["passage"]] if "passage" in row else [])
+    return Question(
+        str(row.get("id", number)), prompt, query, answers, neighbors, _texts(named, "documents", where), number
+    )
+
+
+def _of_messages(messages: Any, where: str) -> tuple[str, str, tuple[str, ...]]:
+    if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(m, dict) for m in messages):
+        raise StoreError(f"{where}: messages cannot be read", "expected two or more objects with role and content")
+    parts = [(_text(m, "role", where), _text(m, "content", where)) for m in messages]
+    if parts[-1][0] != "assistant":
+        raise StoreError(
+            f"{where}: the last message is the {parts[-1][0]}'s", "the assistant's answer is what is learned"
+        )
+    prompt = "".join(f"{role}: {content}\n" for role, content in parts[:-1]) + "assistant:"
+    asked = [content for role, content in parts[:-1] if role == "user"]
+    return prompt, asked[-1] if asked else prompt, (parts[-1][1],)
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    if key not in row:
+        raise StoreError(f"{where} has no {key}", f"expected a text under {key!r}")
+    value = row[key]
+    if not isinstance(value, str) or not value.strip():
+        raise StoreError(f"{where}: {key} is no text", f"it is {str(value)[:60]!r}")
+    return value.strip()
+
+
+def _texts(values: Any, key: str, where: str) -> tuple[str, ...]:
+    if values is None:
+        values = []
+    if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
+        raise StoreError(f"{where}: {key} are no texts", f"it is {str(values)[:60]!r}")
+    return tuple(value.strip() for value in values)
+
+
+class Questions:
+    """Questions as sequences for training and evaluation, in place of `batches.Sequences`."""
+
+    table = None
+    holds_itself = False
+    gathers_neighbors = True
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        store: Store,
+        path: str | Path,
+        sequence_length: int,
+        num_neighbors: int,
+        retrieved_length: int,
+        source: str = "data",
+        search: Search | None = None,
+    ):
+        """`store` has the tokenizer and the documents that rows name, `search` retrieves.
+
+        Questions of more than `sequence_length` tokens are left out (`num_left_out`). Raises StoreError naming the line
+        of a document that is not there, UsageError where neighbors are to be retrieved and nothing can be searched.
+        """
+        if source not in SOURCES:
+            raise UsageError(f"question_neighbors={source} is not known", f"one of {', '.join(SOURCES)}")
+        if source != "data" and search is None:
+            raise UsageError(f"question_neighbors={source} cannot be used", "there is nothing to retrieve from")
+        self.store, self.source, self.search, self.sequence_length = store, source, search, sequence_length
+        self.K, self.R, self.M = num_neighbors, retrieved_length, store.chunk_size
+        tokenizer = store.tokenizer
+        prompts = tokenizer.encode_batch([question.prompt for question in questions])
+        answers = tokenizer.encode_batch([f" {question.answers[0]}" for question in questions])
+        fits = [-(-len(p) // self.M) * self.M + len(a) <= sequence_length for p, a in zip(prompts, answers)]
+        self.questions = [question for question, is_fit in zip(questions, fits) if is_fit]
+        self.prompts = [prompt for prompt, is_fit in zip(prompts, fits) if is_fit]
+        self.answers = [[*answer, tokenizer.eod_id] for answer, is_fit in zip(answers, fits) if is_fit]
+        self.num_left_out = len(questions) - len(self.questions)
+        if not self.questions:
+            raise StoreError(
+                f"every question of {path} is longer than {sequence_length} tokens",
+                "",
+                "raise model.encoder_seq_length",
+            )
+        self.documents = np.arange(len(self.questions))
+        self._document_of = self._find_documents(path)
+
+    def _find_documents(self, path: str | Path) -> dict[str, int]:
+        if not any(question.documents for question in self.questions):
+            return {}
+        found = {self.store.name(number)[0]: number for number in range(self.store.num_documents)}
+        for question in self.questions:
+            for name in question.documents:
+                if name not in found:
+                    where = f"{self.store.folder} has no such document"
+                    raise StoreError(
+                        f"{path}:{question.line} names document {name}", where, "prepare the store with it"
+                    )
+        return found
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.questions)
+
+    def only(self, numbers: np.ndarray) -> "Questions":
+        """The same with some of the questions."""
+        other = object.__new__(Questions)
+        other.__dict__ |= self.__dict__
+        other.questions = [self.questions[i] for i in numbers]
+        other.prompts, other.answers = [self.prompts[i] for i in numbers], [self.answers[i] for i in numbers]
+        other.documents = np.arange(len(numbers))
+        return other
+
+    def deal(self, shares: str) -> tuple["Questions", "Questions | None"]:
+        """Questions to train and to validate on."""
+        parts = deal(len(self.questions), shares)
+        return self.only(parts["train"]), self.only(parts["valid"]) if len(parts["valid"]) else None
+
+    def in_order(self) -> np.ndarray:
+        """[q, 1] question numbers."""
+        return self.documents[:, None]
+
+    def epoch(self, seed: int, number: int, is_shuffled: bool = True) -> np.ndarray:
+        """One pass over the questions, in that pass's order."""
+        rng = np.random.default_rng((seed, number))
+        return self.in_order()[rng.permutation(len(self.questions))] if is_shuffled else self.in_order()
+
+    def training_batch(
+        self, index: int, size: int, seed: int, is_shuffled: bool, is_cyclic: bool, mode: str = "on"
+    ) -> Batch:
+        """Batch number `index` of a run. Raises StopIteration past the first epoch unless `is_cyclic`."""
+        places = np.arange(index * size, (index + 1) * size)
+        epochs, places = places // len(self.questions), places % len(self.questions)
+        if epochs[-1] and not is_cyclic:
+            raise StopIteration
+        orders = {int(epoch): self.epoch(seed, int(epoch), is_shuffled) for epoch in np.unique(epochs)}
+        return self.batch(np.stack([orders[int(e)][p] for e, p in zip(epochs, places)]), mode)
+
+    def batch_rows(self, size: int, limit: int | None = None) -> list[np.ndarray]:
+        """The questions in order, `size` at a time; with `limit`, that many batches spread evenly over them."""
+        rows = self.in_order()
+        if limit is not None and limit * size < len(rows):
+            rows = rows[np.linspace(0, len(rows) - 1, limit * size).astype(np.int64)]
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def batch(self, rows_B1: np.ndarray, mode: str = "on") -> Batch:
+        """Sequences of questions, padded on the right to whole chunks; labels are the answer's tokens alone."""
+        numbers = rows_B1[:, 0].tolist()
+        starts = [-(-len(self.prompts[number]) // self.M) * self.M for number in numbers]
+        longest = max(start + len(self.answers[number]) for start, number in zip(starts, numbers)) - 1
+        N = -(-longest // self.M) * self.M
+        B, L = len(numbers), N // self.M
+        tokens = np.full((B, N + 1), self.store.tokenizer.pad_id, np.int64)
+        labels, documents = np.full((B, N), -100), np.full((B, N), -1)
+        for row, (number, start) in enumerate(zip(numbers, starts)):
+            prompt, answer = self.prompts[number], self.answers[number]
+            tokens[row, start - len(prompt) : start] = prompt
+            tokens[row, start : start + len(answer)] = answer
+            labels[row, start - 1 : start - 1 + len(answer)] = answer
+            documents[row, start - len(prompt) : start - 1 + len(answer)] = number
+        if mode == "off":
+            return Batch(tokens[:, :N], labels, documents, None, None)
+        one, valid = self.neighbors(numbers, mode)
+        lengths = np.zeros((B, L, self.K), np.int64)
+        for row, start in enumerate(starts):
+            lengths[row, start // self.M - 1 :] = valid[row]
+        neighbors = np.broadcast_to(one[:, None], (B, L, self.K, self.R)).copy()
+        return Batch(tokens[:, :N], labels, documents, neighbors, lengths)
+
+    def neighbors(self, numbers: Sequence[int], mode: str = "on") -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [b, K, R] and lengths [b, K] of some questions' neighbors.
+
+        on: as `source` says; gold: the row's own; retrieved; random: those of the question half of all further on.
+        """
+        assert mode in MODES, mode
+        if mode == "random":
+            numbers = [(number + max(1, len(self.questions) // 2)) % len(self.questions) for number in numbers]
+        has_own = mode == "gold" or (mode in ("on", "random") and self.source != "retrieval")
+        has_found = mode == "retrieved" or (mode in ("on", "random") and self.source != "data")
+        tokens = np.full((len(numbers), self.K, self.R), self.store.tokenizer.pad_id, np.int64)
+        lengths = np.zeros((len(numbers), self.K), np.int64)
+        if has_found:
+            if self.search is None:
+                raise UsageError("there is nothing to retrieve from", "a store is searched", "--index STORE")
+            found, valid = self.search([self.questions[number].query for number in numbers], self.K)
+        for row, number in enumerate(numbers):
+            pieces = self._own(number) if has_own else []
+            if has_found:
+                pieces = pieces + [found[row, k, : valid[row, k]].tolist() for k in range(found.shape[1])]
+            unique = [piece for place, piece in enumerate(pieces) if piece and piece not in pieces[:place]]
+            for k, piece in enumerate(unique[: self.K]):
+                tokens[row, k, : len(piece)], lengths[row, k] = piece, len(piece)
+        return tokens, lengths
+
+    def _own(self, number: int) -> list[list[int]]:
+        """The row's texts and documents in pieces of at most R tokens."""
+        question = self.questions[number]
+        texts = self.store.tokenizer.encode_batch(question.neighbors)
+        for name in question.documents:
+            rows, lengths = self.store.rows(*self.store.document_rows(self._document_of[name]))
+            texts.append([token for row, length in zip(rows.tolist(), lengths) for token in row[:length]])
+        return [text[start : start + self.R] for text in texts for start in range(0, len(text), self.R)]
+
+
+def fingerprint(path: str | Path) -> str:
+    return files.sha256_file(Path(path))

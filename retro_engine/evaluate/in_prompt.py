@@ -1,0 +1,82 @@
+"""The rival that needs no RETRO: the same decoder reads the neighbors in its prompt (arXiv 2302.00083).
+
+Each chunk's span (the tokens that its neighbors may condition) is predicted with its neighbors' text put before the text so
+far, retrieval off: one full pass a chunk. Without neighbors a span is predicted as with retrieval off. Letters: N tokens,
+M chunk length, L chunks, K neighbors, R tokens per neighbor.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from retro_engine.data.batches import Batch, Sequences
+from retro_engine.evaluate.perplexity import DocumentLosses
+from retro_engine.model.retro import RetroModel
+
+
+def evaluate_in_prompt(
+    model: RetroModel,
+    sequences: Sequences,
+    token_bytes: np.ndarray,
+    limit: int | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> DocumentLosses:
+    """Losses per document of the same tokens as `evaluate`'s; `limit` batches of 8 sequences, as there."""
+    was_training = model.training
+    model.eval()
+    count = sequences.num_documents
+    sums = DocumentLosses(np.zeros(count), np.zeros(count, np.int64), np.zeros(count, np.int64))
+    for rows in sequences.batch_rows(8, limit):
+        batch = sequences.batch(rows)
+        for number in range(len(rows)):
+            losses = _losses(model, batch, number, sequences.store.chunk_size)
+            has_label = batch.labels[number] >= 0
+            document = batch.document_ids[number][has_label]
+            np.add.at(sums.nats, document, losses[has_label])
+            np.add.at(sums.tokens, document, 1)
+            np.add.at(sums.bytes, document, token_bytes[batch.labels[number][has_label]])
+            advance(1)
+    model.train(was_training)
+    seen = sums.tokens > 0
+    return DocumentLosses(sums.nats[seen], sums.tokens[seen], sums.bytes[seen])
+
+
+def _losses(model: RetroModel, batch: Batch, number: int, M: int) -> np.ndarray:
+    """Nats of every label [N] of one sequence."""
+    tokens, labels, documents = batch.tokens[number], batch.labels[number], batch.document_ids[number]
+    device = model.embedding.weight.device
+    out = _pass(model, tokens, labels, documents, device)
+    if batch.neighbors is None or batch.lengths is None:
+        return out
+    for u in range(batch.lengths.shape[1]):
+        first, last = u * M + M - 1, min(u * M + 2 * M - 1, len(tokens))
+        document = documents[first]
+        read = [
+            batch.neighbors[number, u, k, : batch.lengths[number, u, k]]
+            for k in reversed(range(batch.lengths.shape[2]))  # the best one last, beside the text
+            if batch.lengths[number, u, k]
+        ]
+        if not read or document < 0:
+            continue
+        begin = int(np.argmax(documents == document))
+        inside = documents[first:last] == document  # as chunked cross-attention: no other document reads them
+        before = np.concatenate(read)
+        given = np.concatenate((before, tokens[begin:last]))
+        wanted = np.concatenate((np.full(len(before), -100), labels[begin:last]))
+        losses = _pass(model, given, wanted, np.zeros(len(given), np.int64), device)[len(before) + first - begin :]
+        out[first:last][inside] = losses[inside]
+    return out
+
+
+def _pass(
+    model: RetroModel, tokens: np.ndarray, labels: np.ndarray, documents: np.ndarray, device: torch.device
+) -> np.ndarray:
+    given, wanted, ids = (
+        torch.from_numpy(np.ascontiguousarray(x))[None].to(device) for x in (tokens, labels, documents)
+    )
+    with torch.no_grad():
+        logits = model(given, None, None, ids).float()
+    losses = F.cross_entropy(logits[0], wanted[0], ignore_index=-100, reduction="none")
+    return losses.double().cpu().numpy()

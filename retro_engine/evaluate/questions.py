@@ -1,0 +1,113 @@
+"""Exact match and F1 of generated answers, with the normalization of SQuAD (arXiv 1606.05250 section 6.1).
+
+The answer of a question is generated greedily, up to the end of document or the first line break. What it reads: gold (the
+passages that the row names), retrieved, random (another question's gold), off, or prompt: the retrieved texts before the
+question in the prompt of the same decoder, with retrieval off. Intervals over questions.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from retro_engine.data.questions import Questions
+from retro_engine.evaluate.perplexity import bootstrap
+from retro_engine.model.decode import decode
+from retro_engine.model.retro import RetroModel
+
+MODES = ("retrieved", "gold", "random", "off", "prompt")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = set(string.punctuation)
+
+
+def normalize(text: str) -> str:
+    """Lower case, without punctuation and articles, single spaces."""
+    kept = "".join(letter for letter in text.lower() if letter not in _PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", kept).split())
+
+
+def exact_match(answer: str, right: Sequence[str]) -> float:
+    return float(any(normalize(answer) == normalize(text) for text in right))
+
+
+def f1(answer: str, right: Sequence[str]) -> float:
+    """Of words, against the right answer that it is closest to."""
+
+    def one(text: str) -> float:
+        said, wanted = normalize(answer).split(), normalize(text).split()
+        if not said or not wanted:
+            return float(said == wanted)
+        common = sum((Counter(said) & Counter(wanted)).values())
+        return 2 * common / (len(said) + len(wanted))
+
+    return max(map(one, right), default=0.0)
+
+
+@dataclass
+class Answers:
+    """What was generated, and per question whether it is right."""
+
+    texts: list[str]
+    exact: np.ndarray
+    f1: np.ndarray
+
+    def summary(self) -> dict[str, Any]:
+        result: dict[str, Any] = {"questions": len(self.texts)}
+        for name, values in (("exact_match", self.exact), ("f1", self.f1)):
+            low, high = bootstrap(lambda draw, values=values: values[draw].mean(), len(values))  # type: ignore[misc]
+            result[name] = float(values.mean())
+            result[f"{name}_interval"] = [low, high] if np.isfinite(low) else None
+        return result
+
+
+def answer_questions(
+    model: RetroModel,
+    questions: Questions,
+    mode: str,
+    max_new_tokens: int = 32,
+    batch_size: int = 16,
+    limit: int | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Answers:
+    """Answers to every question (or `limit` spread evenly), generated in batches of prompts with as many chunks."""
+    assert mode in MODES, mode
+    tokenizer = questions.store.tokenizer
+    numbers = questions.documents
+    if limit is not None and limit < len(numbers):
+        numbers = np.linspace(0, len(numbers) - 1, limit).astype(np.int64)
+    prompts = {int(number): questions.prompts[number] for number in numbers}
+    if mode == "prompt":
+        prompts = {number: _with_passages(questions, number) for number in prompts}
+    order = sorted(prompts, key=lambda number: (-(-len(prompts[number]) // questions.M), number))
+    texts: dict[int, str] = {}
+    place = 0
+    while place < len(order):
+        chunks = -(-len(prompts[order[place]]) // questions.M)
+        group = [n for n in order[place : place + batch_size] if -(-len(prompts[n]) // questions.M) == chunks]
+        neighbors = lengths = None
+        if mode not in ("off", "prompt") and model.encoder is not None:
+            tokens, valid = questions.neighbors(group, mode)
+            neighbors, lengths = torch.from_numpy(tokens), torch.from_numpy(valid)
+        asked = [prompts[number] for number in group]
+        ids = decode(model, asked, neighbors, lengths, max_new_tokens, [tokenizer.eod_id], tokenizer.pad_id)
+        for number, answer in zip(group, tokenizer.decode_batch(ids)):
+            texts[number] = (answer.strip().splitlines() or [""])[0]
+        advance(len(group))
+        place += len(group)
+    said = [texts[int(number)] for number in numbers]
+    right = [questions.questions[number].answers for number in numbers]
+    exact = np.array([exact_match(answer, of) for answer, of in zip(said, right)])
+    return Answers(said, exact, np.array([f1(answer, of) for answer, of in zip(said, right)]))
+
+
+def _with_passages(questions: Questions, number: int) -> list[int]:
+    """The retrieved passages, the best one last, then the prompt."""
+    tokens, lengths = questions.neighbors([number], "retrieved")
+    newline = questions.store.tokenizer.encode("\n")
+    passages = [tokens[0, k, : lengths[0, k]].tolist() for k in reversed(range(questions.K)) if lengths[0, k]]
+    return [token for passage in passages for token in [*passage, *newline]] + questions.prompts[number]

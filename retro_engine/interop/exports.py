@@ -1,0 +1,84 @@
+"""`retro export`: a checkpoint of ours as a Hugging Face folder. Needs no transformers.
+
+Writes config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json, and
+modeling_retro.py, which imports retro_engine: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, or
+`import retro_engine.interop.transformers_model` first.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from retro_engine.config import architecture
+from retro_engine.data import files
+from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import UsageError
+from retro_engine.model.weights import load_model
+from retro_engine.train import checkpoint
+
+MODEL_TYPE = "retro_engine_hf"  # of retro_engine.interop.transformers_model
+MODULE = (
+    '"""Loads retro-engine\'s model for transformers; pip install retro-engine."""\n\n'
+    "from retro_engine.interop.transformers_model import RetroConfig, RetroForCausalLM  # noqa: F401\n"
+)
+
+
+def export_model(path: str | Path, folder: str | Path) -> Path:
+    """Write the newest checkpoint at `path` as a Hugging Face folder. Raises UsageError for a folder that holds something."""
+    from safetensors.torch import save as to_bytes
+
+    source, folder = checkpoint.find_checkpoint(path), Path(folder)
+    checkpoint.verify(source)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already", "it is not overwritten", "choose another --out")
+    model, tokenizer = load_model(source), Tokenizer.load(source)
+    weights = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    sampling = checkpoint.read_generation(source)
+    ids = {"eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
+    config: dict[str, Any] = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["RetroForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_retro.RetroConfig",
+            "AutoModelForCausalLM": "modeling_retro.RetroForCausalLM",
+        },
+        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+        **ids,
+        "retro": architecture(model.config),
+    }
+    generation = {
+        "do_sample": not sampling["greedy"],
+        **{k: sampling[k] for k in ("temperature", "top_k", "top_p")},
+        **ids,
+    }
+    special = {"eos_token": tokenizer.backend.id_to_token(tokenizer.eod_id)}
+    special["pad_token"] = tokenizer.backend.id_to_token(tokenizer.pad_id)
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    contents = {
+        "config.json": _json(config),
+        "generation_config.json": _json(generation),
+        "tokenizer_config.json": _json(tokenizer_config),
+        TOKENIZER_FILE: tokenizer.json.encode(),
+        "modeling_retro.py": MODULE.encode(),
+        "model.safetensors": to_bytes(weights, {"format": "pt"}),
+    }
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    files.make_folder(aside)
+    try:
+        for name, content in contents.items():
+            files.publish(aside / name, [content])
+        if folder.exists():
+            folder.rmdir()
+        os.rename(aside, folder)
+        files.sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode()

@@ -1,0 +1,153 @@
+"""lm-evaluation-harness over a RETRO: loglikelihood, loglikelihood_rolling and generate_until, with retrieval per request.
+
+Each chunk of a request is asked for with its own text, as generation does; the prompt is padded on the left so that its last
+token ends a chunk, and what follows can read what was found for it. Letters: T tokens, M chunk length, K neighbors.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from retro_engine.errors import MissingExtraError, MissingInputError, UsageError, nearest
+from retro_engine.generate.generator import Generator
+from retro_engine.generate.sampling import Sampling
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise MissingExtraError(
+        "lm-eval is not installed", "--lm-eval runs its tasks", "pip install 'retro-engine[eval]'"
+    ) from error
+
+MAX_NEW_TOKENS = 128  # where a task does not say
+
+
+class RetroLM(LM):
+    """`generator` has the model; without a retriever, retrieval is off."""
+
+    def __init__(self, generator: Generator):
+        super().__init__()
+        self.generator = generator
+        self.model, self.tokenizer = generator.model, generator.tokenizer
+        self.max_length = self.model.config.encoder_seq_length
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its text, and whether greedy decoding gives it."""
+        return [self._loglikelihood(*request.args) for request in requests]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, in windows of the model's sequence length."""
+        totals = []
+        for request in requests:
+            ids = self.tokenizer.encode(request.args[0])
+            windows = get_rolling_token_windows(ids, self.tokenizer.eod_id, self.max_length, 1)
+            pairs = [make_disjoint_window(window) for window in windows]
+            totals.append(sum(self._score(prompt, text)[0] for prompt, text in pairs))
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text after each prompt, up to the first of its stop strings."""
+        return [self._generate(*request.args) for request in requests]
+
+    def _loglikelihood(self, prompt: str, continuation: str) -> tuple[float, bool]:
+        spaces = len(prompt) - len(prompt.rstrip())
+        if spaces:  # a word and the space before it are one token
+            prompt, continuation = prompt[:-spaces], prompt[-spaces:] + continuation
+        prompt_ids = self.tokenizer.encode(prompt)
+        text_ids = self.tokenizer.encode(prompt + continuation)[len(prompt_ids) :]
+        room = max(1, self.max_length - len(text_ids))
+        return self._score(prompt_ids[-room:] or [self.tokenizer.eod_id], text_ids)
+
+    def _score(self, prompt_ids: Sequence[int], text_ids: Sequence[int]) -> tuple[float, bool]:
+        M, pad_id = self.model.config.chunk_size, self.tokenizer.pad_id
+        is_reading = self.model.encoder is not None and self.generator.retriever is not None
+        pad = -len(prompt_ids) % M if is_reading else 0
+        tokens = [pad_id] * pad + [*prompt_ids, *text_ids]
+        first = pad + len(prompt_ids)
+        neighbors = lengths = None
+        if is_reading:
+            found, valid = self._retrieved([tokens[max(u * M, pad) : (u + 1) * M] for u in range(len(tokens) // M)])
+            neighbors, lengths = torch.from_numpy(found)[None], torch.from_numpy(valid)[None]
+        device = self.model.embedding.weight.device
+        given = torch.tensor([tokens], device=device)
+        documents = torch.tensor([[-1] * pad + [0] * (len(tokens) - pad)], device=device)
+        with torch.no_grad():
+            hidden = self.model.hidden(
+                given,
+                None if neighbors is None else neighbors.to(device),
+                None if lengths is None else lengths.to(device),
+                documents,
+            )
+            log_probs = self.model.logits(hidden[0, first - 1 : -1]).double().log_softmax(-1)
+        text = given[0, first:]
+        total = float(log_probs.gather(-1, text[:, None]).sum())
+        return total, bool((log_probs.argmax(-1) == text).all())
+
+    def _retrieved(self, chunks: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        retriever, config = self.generator.retriever, self.model.config
+        assert retriever is not None
+        ids, _ = retriever.search(self.tokenizer.decode_batch(chunks), config.num_neighbors)
+        return retriever.loader.gather(ids, config.r)
+
+    def _generate(self, prompt: str, options: dict[str, Any]) -> str:
+        stops = options.get("until") or []
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        temperature = float(options.get("temperature", 0.0) or 0.0)
+        is_greedy = not options.get("do_sample", temperature > 0) or temperature == 0
+        sampling = Sampling(
+            is_greedy, temperature or 1.0, int(options.get("top_k", 0)), float(options.get("top_p", 1.0))
+        )
+        count = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
+        room = max(1, self.max_length - count)
+        ids = self.tokenizer.encode(prompt)
+        text = prompt if len(ids) <= room else self.tokenizer.decode(ids[-room:])
+        neighbors: list[str] | None = None if self.generator.retriever is not None else []
+        answer = self.generator.generate(text, count, sampling, neighbors).text
+        ends = [answer.find(stop) for stop in stops if stop and stop in answer]
+        return answer[: min(ends)] if ends else answer
+
+
+def run_tasks(
+    generator: Generator, tasks: Sequence[str], folder: str | Path | None = None, limit: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Results by task. `folder`: task files of yours; `limit`: requests a task.
+
+    Raises UsageError for a task that is not installed, MissingInputError for data that are not here.
+    """
+    if folder is not None and not Path(folder).is_dir():
+        raise MissingInputError(f"{folder} does not exist", "--lm-eval-path names a folder of task files")
+    manager = None
+    if folder is not None:  # reading lm-eval's own task files takes half a minute
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+    if manager is None or not all(manager.match_tasks([name]) for name in tasks):
+        manager = TaskManager(include_path=str(folder) if folder is not None else None)
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            close = nearest(name, list(manager.all_tasks)) or "lm-eval has no such task"
+            raise UsageError(f"task {name!r} is not installed", close, "--lm-eval-path FOLDER adds task files of yours")
+    try:
+        found = simple_evaluate(
+            RetroLM(generator),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    except (ConnectionError, FileNotFoundError) as error:
+        raise MissingInputError(
+            f"the data of {', '.join(tasks)} are not here",
+            str(error).splitlines()[0],
+            "name local tasks: --lm-eval-path",
+        ) from error
+    assert found is not None, tasks
+    return {
+        task: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, int | float)}
+        for task, values in found["results"].items()
+    }

@@ -1,0 +1,118 @@
+"""Training that begins from another checkpoint: what of its model is inherited, its weights, and which of them learn.
+
+From a plain decoder a RETRO is made (arXiv 2112.04426 section 4.2): encoder and chunked cross-attention are new, and the
+output of the latter is 0, so that step 0 computes exactly what the decoder computes. From a RETRO all of it is taken.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from retro_engine.config import Config, ModelConfig, TrainedModelConfig, check
+from retro_engine.data.store import Store
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import StoreError, UsageError
+from retro_engine.model.retro import RetroModel
+from retro_engine.model.weights import WEIGHTS_FILE, load_state, read_config
+from retro_engine.train import checkpoint
+
+FREE = ("encoder_seq_length", "num_neighbors", "retrieved_length", "hidden_dropout", "attention_dropout", "ffn_dropout")
+NEW_PARTS = (  # fields of what a plain decoder does not have
+    "retrieval", "chunk_size", "enc_num_layers", "dec_cross_attention", "enc_cross_attention", "encoder_hidden_size",
+    "encoder_num_attention_heads", "encoder_ffn_hidden_size", "encoder_position_embedding", "cca_position_embedding",
+    "cca_query_offset", "partial_chunk", "mask_neighbors", "reset_attention", "cca_reset", "cca_bias_everywhere",
+    "encoder_ca_residual", "encoder_final_norm", "eod_id", "pad_id", "init_method_std",
+)  # fmt: skip
+NEW_PREFIXES = ("encoder.", "encoder_input.", "neighbor_projection.")
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter belongs to the encoder or to chunked cross-attention."""
+    return name.startswith(NEW_PREFIXES) or ".cross." in name or ".cross_norm." in name
+
+
+def inherit(config: Config) -> Path | None:
+    """Complete `config` with what model.init_from's weights fix, and check it; the checkpoint, or None without one.
+
+    Raises UsageError for a setting that says otherwise.
+    """
+    m = config.model
+    if m.init_from is None:
+        return None
+    source = checkpoint.find_checkpoint(m.init_from)
+    theirs, default = read_config(source), ModelConfig()
+    may_differ = FREE if theirs.retrieval else FREE + NEW_PARTS
+    for item in fields(ModelConfig):
+        name, mine = item.name, getattr(m, item.name)
+        value = theirs.input_scale if name == "embedding_scale" else getattr(theirs, name)
+        if name in may_differ:
+            continue
+        if name == "init":
+            if not theirs.retrieval and mine != "standard":
+                raise UsageError(
+                    f"model.init={mine} cannot be used", f"{source} has its weights", "model.init=standard"
+                )
+            value = "standard" if not theirs.retrieval else value
+        elif name == "qk_bias":
+            value = theirs.has_qk_bias
+        if mine not in (getattr(default, name), getattr(theirs, name), value):
+            raise UsageError(f"model.{name}={mine} does not fit", f"{source} has {value}", f"leave model.{name} out")
+        setattr(m, name, value)
+    if not theirs.retrieval and m.retrieval and m.dec_cross_attention == default.dec_cross_attention:
+        m.dec_cross_attention = crossing_layers(m.dec_num_layers)
+    check(config)
+    return source
+
+
+def crossing_layers(layers: int) -> list[int]:
+    """Every third layer from the 6th on, or from the 9th of more than 15 (InstructRetro's choice); at least the last."""
+    first = 8 if layers > 15 else 5
+    return list(range(first, layers, 3)) or [layers - 1]
+
+
+def check_tokenizer(source: Path, store: Store) -> None:
+    """Raise StoreError where the checkpoint's token ids are not the store's."""
+    theirs = Tokenizer.load(source)
+    if theirs.fingerprint != store.manifest["tokenizer"]:
+        raise StoreError(
+            f"{source} has tokenizer {theirs.fingerprint[:12]}",
+            f"{store.folder} has {store.manifest['tokenizer'][:12]}",
+            f"retro prepare --tokenizer {source}",
+        )
+
+
+def load_initial(source: Path, model: RetroModel) -> None:
+    """Copy the checkpoint's weights; what a plain decoder does not have stays as initialised, its output set to 0.
+
+    Raises StoreError listing tensors that do not fit.
+    """
+    checkpoint.verify(source)
+    state = load_file(source / WEIGHTS_FILE)
+    dtype = model.embedding.weight.dtype
+    if not read_config(source).retrieval:
+        state |= {name: value for name, value in model.state_dict().items() if is_new(name)}
+    load_state(model, {name: value.to(dtype) for name, value in state.items()}, str(source / WEIGHTS_FILE))
+    if read_config(source).retrieval:
+        return
+    with torch.no_grad():
+        for layer in model.layers:
+            if layer.is_crossing:
+                for parameter in layer.cross.out.parameters():
+                    parameter.zero_()
+
+
+def set_trainable(model: RetroModel, config: TrainedModelConfig, step: int) -> None:
+    """Which parameters learn at this step: a function of the settings and the step alone."""
+    if not config.freeze_decoder:
+        return
+    start, layers = config.unfreeze_step, config.dec_num_layers
+    is_open = start is not None and step >= start
+    opened = layers + 1 if is_open else 0  # the last layers that learn; one more = embedding, head and final norm too
+    if is_open and config.unfreeze_every is not None:
+        assert start is not None
+        opened = 1 + (step - start) // config.unfreeze_every
+    for name, parameter in model.named_parameters():
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
+        parameter.requires_grad_(is_new(name) or layer >= layers - opened)

@@ -1,0 +1,169 @@
+"""Question files: every field that lacks is named with its line; batches put the loss on the answer and neighbors at its start."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from retro_engine.data.questions import Question, Questions, read_questions
+from retro_engine.data.store import Store
+from retro_engine.errors import MissingInputError, StoreError, UsageError
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_the_forms_of_a_row(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "q.jsonl",
+        {"question": "Who built it?", "answer": "Adelheid", "neighbors": ["Adelheid built it."]},
+        {"id": "x", "question": "When? ", "answers": ["1302", "in 1302"], "documents": ["d1", "d2"]},
+        "",
+        {"question": "Where?", "answers": ["here"], "passage": "d3", "ctxs": ["a"]},
+        {"messages": [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"},
+            {"role": "assistant", "content": "I."}, {"role": "user", "content": "Which tower?"},
+            {"role": "assistant", "content": "The north one."}], "neighbors": ["It is the north tower."]},
+    )  # fmt: skip
+    one, two, three, four = read_questions(path)
+    assert one == Question(
+        "1", "question: Who built it?\nanswer:", "Who built it?", ("Adelheid",), ("Adelheid built it.",), (), 1
+    )
+    assert (two.id, two.prompt, two.answers) == ("x", "question: When?\nanswer:", ("1302", "in 1302"))
+    assert two.documents == ("d1", "d2")
+    assert (three.documents, three.neighbors, three.line) == (("d3",), ("a",), 4)
+    assert four.prompt == "system: Be brief.\nuser: Who?\nassistant: I.\nuser: Which tower?\nassistant:"
+    assert (four.query, four.answers) == ("Which tower?", ("The north one.",))
+    assert read_questions(path, "Q {question} A")[0].prompt == "Q Who built it? A"
+
+
+GOOD = {"question": "Who?", "answer": "I"}
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({"answer": "I"}, "q.jsonl:2 has no question"),
+    ({"question": "Who?"}, "q.jsonl:2 has no answer"),
+    ({"question": "Who?", "answers": []}, "q.jsonl:2 has no answer"),
+    ({"question": "", "answer": "I"}, "q.jsonl:2: question is no text"),
+    ({"question": 3, "answer": "I"}, "q.jsonl:2: question is no text"),
+    ({"question": "Who?", "answer": None}, "q.jsonl:2: answer are no texts"),
+    (GOOD | {"neighbors": "one"}, "q.jsonl:2: neighbors are no texts"),
+    (GOOD | {"documents": [3]}, "q.jsonl:2: documents are no texts"),
+    ("{", "q.jsonl:2 is not JSON"),
+    ([1], "q.jsonl:2 is not an object"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "q.jsonl:2: messages cannot be read"),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}, "q.jsonl:2: the last message is the user's"),
+    ({"messages": [{"role": "user"}, {"role": "assistant", "content": "y"}]}, "q.jsonl:2 has no content"),
+])  # fmt: skip
+def test_rows_that_lack_something(tmp_path: Path, row: Any, message: str) -> None:
+    with pytest.raises(StoreError, match=message):
+        read_questions(write(tmp_path / "q.jsonl", GOOD, row))
+
+
+def test_files_that_hold_nothing(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match="cannot be read"):
+        read_questions(tmp_path / "gone.jsonl")
+    with pytest.raises(MissingInputError, match="has no questions"):
+        read_questions(write(tmp_path / "q.jsonl", ""))
+    (tmp_path / "q.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(StoreError, match="not UTF-8"):
+        read_questions(tmp_path / "q.jsonl")
+
+
+@pytest.fixture(scope="module")
+def questions(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Questions:
+    rows = [
+        {
+            "question": f"river stone {n}?",
+            "answers": [f"amber {n}", "tide"],
+            "documents": [f"d{n}"],
+            "neighbors": [f"falcon {n}"],
+        }
+        for n in range(10)
+    ]
+    path = write(tmp_path_factory.mktemp("q") / "q.jsonl", *rows)
+
+    def search(texts: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.zeros((len(texts), k, 32), np.int64)
+        for row, text in enumerate(texts):
+            ids = small_store.tokenizer.encode(f"found for {text}")[:32]
+            tokens[row, 0, : len(ids)] = ids
+        return tokens, (tokens > 0).sum(-1)
+
+    return Questions(read_questions(path), small_store, path, 64, 2, 32, "data", search)
+
+
+def test_the_loss_is_on_the_answer_and_neighbors_begin_at_the_prompts_end(
+    questions: Questions, small_store: Store
+) -> None:
+    tokenizer = small_store.tokenizer
+    batch = questions.batch(questions.in_order()[:3])
+    for row in range(3):
+        prompt = tokenizer.encode(f"question: river stone {row}?\nanswer:")
+        answer = [*tokenizer.encode(f" amber {row}"), tokenizer.eod_id]
+        start = -(-len(prompt) // 16) * 16
+        labels = np.flatnonzero(batch.labels[row] >= 0)
+        assert labels.tolist() == list(range(start - 1, start - 1 + len(answer)))
+        assert batch.labels[row][labels].tolist() == answer
+        assert batch.tokens[row, start - len(prompt) : start].tolist() == prompt
+        assert batch.tokens[row, start : start + len(answer) - 1].tolist() == answer[:-1]
+        is_token = np.flatnonzero(batch.document_ids[row] == row)
+        assert is_token.tolist() == list(range(start - len(prompt), start + len(answer) - 1))
+        assert batch.lengths is not None
+        assert (batch.lengths[row, : start // 16 - 1] == 0).all(), "chunks before the prompt's last have none"
+        assert (batch.lengths[row, start // 16 - 1 :, 0] > 0).all()
+    off = questions.batch(questions.in_order()[:3], "off")
+    assert off.neighbors is None
+    assert np.array_equal(off.labels, batch.labels)
+
+
+def test_which_neighbors_are_read(questions: Questions, small_store: Store) -> None:
+    decode = small_store.tokenizer.decode
+
+    def texts(source: str, mode: str, number: int = 1) -> list[str]:
+        questions.source = source
+        tokens, lengths = questions.neighbors([number], mode)
+        return [decode(tokens[0, k, : lengths[0, k]]) for k in range(2) if lengths[0, k]]
+
+    own = texts("data", "on")
+    assert own[0] == "falcon 1"
+    assert own[1].startswith("Document doc1.")
+    assert texts("retrieval", "gold") == own
+    assert texts("retrieval", "on") == ["found for river stone 1?"] == texts("data", "retrieved")
+    assert texts("both", "on") == own, "the row's come first, and there is room for two"
+    assert texts("data", "random") == texts("data", "on", 6)
+    questions.source = "data"
+
+
+def test_epochs_shares_and_left_out(questions: Questions, small_store: Store) -> None:
+    seen = [questions.training_batch(step, 4, 7, True, True).document_ids.max(1).tolist() for step in range(5)]
+    flat = [number for batch in seen for number in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:]
+    with pytest.raises(StopIteration):
+        questions.training_batch(2, 4, 7, True, False)
+    train, valid = questions.deal("80,20,0")
+    assert valid is not None
+    assert (train.num_documents, valid.num_documents) == (8, 2)
+    assert not {q.id for q in train.questions} & {q.id for q in valid.questions}
+    long = Question("y", "river " * 60, "", ("x",), (), (), 2)
+    mixed = Questions([questions.questions[0], long], small_store, "q", 64, 2, 32)
+    assert (mixed.num_left_out, mixed.num_documents) == (1, 1)
+    with pytest.raises(StoreError, match="every question of q is longer"):
+        Questions([long], small_store, "q", 64, 2, 32)
+
+
+def test_what_cannot_be_used(small_store: Store) -> None:
+    row = Question("1", "a", "a", ("x",), (), ("nobody",), 7)
+    with pytest.raises(StoreError, match="q.jsonl:7 names document nobody"):
+        Questions([row], small_store, "q.jsonl", 64, 2, 32)
+    plain = Question("1", "a", "a", ("x",), (), (), 7)
+    for source, message in (("retrieval", "nothing to retrieve from"), ("neither", "is not known")):
+        with pytest.raises(UsageError, match=message):
+            Questions([plain], small_store, "q", 64, 2, 32, source)
+    with pytest.raises(UsageError, match="nothing to retrieve from"):
+        Questions([plain], small_store, "q", 64, 2, 32).neighbors([0], "retrieved")

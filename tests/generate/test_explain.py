@@ -1,0 +1,81 @@
+"""Explanation: what each neighbor changed, against generation's own steps; what cannot be explained is refused."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_config, small_model
+
+from retro_engine.data.store import Store
+from retro_engine.errors import UsageError
+from retro_engine.generate.explain import explain
+from retro_engine.generate.generator import Generator
+from retro_engine.model.retro import RetroModel
+from retro_engine.retrieval.search import Retriever
+
+PROMPT, TEXT = "river stone amber lantern orchard", " copper thistle meadow falcon river stone"
+GIVEN = ["river stone copper", "falcon ember", "tide"]
+
+
+@pytest.fixture(scope="module")
+def generator(small_store: Store) -> Generator:
+    model = small_model(vocab_size=small_store.vocab_size, chunk_size=16, encoder_seq_length=64, seed=3)
+    return Generator(model, small_store.tokenizer, Retriever([small_store]))
+
+
+def stepped(generator: Generator, neighbors: list[str]) -> np.ndarray:
+    """The text's log-probabilities from generation's own steps."""
+    ids = generator.tokenizer.encode(TEXT)
+    steps = generator._steps(PROMPT, len(ids) + 1, neighbors, None, None, True, [])
+    step, out = next(steps), []
+    for token in ids:
+        out.append(float(step.logits_V.log_softmax(-1)[token]))
+        step = steps.send(token)
+    return np.array(out)
+
+
+def test_log_probabilities_are_those_of_generation(generator: Generator) -> None:
+    found = explain(generator, PROMPT, TEXT, GIVEN)
+    assert found.log_probs_T == pytest.approx(stepped(generator, GIVEN), abs=1e-9)
+    assert found.off_T == pytest.approx(stepped(generator, []), abs=1e-5)  # not padded: fp32 rotary tables elsewhere
+    for number in range(3):
+        rest = [text for place, text in enumerate(GIVEN) if place != number]
+        assert found.without_KT[number] == pytest.approx(stepped(generator, rest), abs=1e-9)
+        assert abs(found.token_changes[number]).max() > 1e-4
+    assert found.changes == pytest.approx((found.log_probs_T - found.without_KT).sum(1))
+    assert "".join(found.pieces) == TEXT
+
+
+def test_retrieved_neighbors_are_those_of_generation(generator: Generator) -> None:
+    found = explain(generator, PROMPT, TEXT)
+    assert found.neighbors == generator.generate(PROMPT, 1).neighbors
+    assert found.log_probs_T.shape == (len(generator.tokenizer.encode(TEXT)),)
+    assert len(explain(generator, PROMPT, TEXT, num_neighbors=1).neighbors) == 1
+
+
+def test_one_neighbor_and_an_empty_one(generator: Generator) -> None:
+    found = explain(generator, PROMPT, TEXT, ["river", ""])
+    assert found.without_KT[0] == pytest.approx(found.off_T, abs=1e-12)
+    assert np.all(found.token_changes[1] == 0)
+    summary = found.summary()
+    assert summary["neighbors"][0]["change"] == pytest.approx(summary["log_prob"] - summary["log_prob_off"])
+    assert [token["text"] for token in summary["tokens"]] == found.pieces
+
+
+def test_what_cannot_be_explained(generator: Generator, small_store: Store) -> None:
+    for prompt, text, neighbors, message in (
+        ("", TEXT, GIVEN, "the prompt is empty"),
+        (PROMPT, "", GIVEN, "the text is empty"),
+        (PROMPT, TEXT, [], "there are no neighbors"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            explain(generator, prompt, text, neighbors)
+    plain = RetroModel(small_config(vocab_size=small_store.vocab_size, retrieval=False))
+    with pytest.raises(UsageError, match="plain decoder"):
+        explain(Generator(plain, small_store.tokenizer), PROMPT, TEXT, GIVEN)
+    with pytest.raises(UsageError, match="there are no neighbors"):
+        explain(Generator(generator.model, small_store.tokenizer), PROMPT, TEXT)
+    learned = small_config(
+        vocab_size=small_store.vocab_size, chunk_size=16, encoder_seq_length=32, position_embedding="learned"
+    )
+    with pytest.raises(UsageError, match="32 positions"):
+        explain(Generator(RetroModel(learned).to(torch.float64), small_store.tokenizer), PROMPT, TEXT * 4, GIVEN)

@@ -1,0 +1,210 @@
+"""Retro-fitting: step 0 is the decoder exactly, what is frozen stays, schedules resume, what does not fit is named."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_helpers import losses
+
+from retro_engine.config import ModelConfig, load_config
+from retro_engine.data.neighbor_table import NeighborTable
+from retro_engine.data.store import Store
+from retro_engine.errors import StoreError, UsageError
+from retro_engine.interop.imports import Imported, write_checkpoint
+from retro_engine.model.retro import RetroModel
+from retro_engine.model.weights import read_config
+from retro_engine.train.loop import open_evaluation, train
+from retro_engine.train.retrofit import crossing_layers, inherit, is_new, load_initial
+
+RUN = [
+    "model.chunk_size=16", "model.encoder_seq_length=64", "model.enc_num_layers=1", "model.enc_cross_attention=[0]",
+    "model.micro_batch_size=2", "model.data.splits_string='80,20,0'", "model.optim.lr=5e-3", "model.hidden_dropout=0",
+    "model.attention_dropout=0", "model.optim.sched.warmup_steps=2", "trainer.max_steps=6", "trainer.val_check_interval=100",
+    "trainer.log_every_n_steps=1", "trainer.precision=32", "model.data.neighbors=bm25", "model.dec_cross_attention=[1,2]",
+]  # fmt: skip
+
+
+def decoder_config(store: Store, **more: Any) -> ModelConfig:
+    """As Qwen2 is: grouped queries, q, k and v biases, another base of RoPE, and rows of padding in the embedding."""
+    values: dict[str, Any] = {
+        "vocab_size": store.vocab_size + 20, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
+        "num_query_groups": 2, "dec_num_layers": 3, "retrieval": False, "qk_bias": True, "v_bias": True,
+        "rotary_base": 1e5, "rotary_percentage": 0.5, "layernorm_epsilon": 1e-6, "init_method_std": 0.2,
+        "hidden_dropout": 0.0, "attention_dropout": 0.0,
+    }  # fmt: skip
+    return ModelConfig(**(values | more))
+
+
+@pytest.fixture(scope="module")
+def source(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("source") / "decoder"
+    model = RetroModel(decoder_config(small_store))
+    write_checkpoint(Imported(model, small_store.tokenizer, "hf"), folder, "x")
+    return folder
+
+
+def settings(store: Store, source: Path, *more: str, out: Path | None = None) -> list[str]:
+    where = [f"exp_manager.exp_dir='{out}'"] if out is not None else []
+    return [*RUN, f"model.data.store='{store.folder}'", f"model.init_from='{source}'", *where, *more]
+
+
+def retrofitted(store: Store, source: Path, *more: str) -> RetroModel:
+    config = load_config(settings(store, source, *more))
+    inherit(config)
+    torch.manual_seed(1)
+    model = RetroModel(config.model)
+    load_initial(source, model)
+    return model.eval()
+
+
+def test_step_zero_is_the_decoder_exactly(small_store: Store, source: Path) -> None:
+    plain = RetroModel(read_config(source))
+    plain.load_state_dict(load_file(source / "model.safetensors"))
+    plain.eval()
+    model = retrofitted(small_store, source)
+    tokens = torch.randint(0, 300, (2, 64), generator=torch.Generator().manual_seed(0))
+    neighbors = torch.randint(0, 300, (2, 4, 2, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(tokens, neighbors), plain(tokens))
+        model.layers[1].cross.out.weight.add_(0.1)  # and the neighbors are read
+        assert not torch.equal(model(tokens, neighbors), plain(tokens))
+
+
+def test_the_settings_of_the_decoder_are_inherited(small_store: Store, source: Path) -> None:
+    c = retrofitted(small_store, source).config
+    theirs = read_config(source)
+    for name in ("num_query_groups", "rotary_base", "rotary_percentage", "layernorm_epsilon", "v_bias", "vocab_size"):
+        assert getattr(c, name) == getattr(theirs, name), name
+    assert c.encoder_key_value_heads == 2
+    assert c.retrieval
+    assert c.dec_cross_attention == [1, 2]
+    assert [crossing_layers(n) for n in (2, 6, 12, 30)] == [[1], [5], [5, 8, 11], [8, 11, 14, 17, 20, 23, 26, 29]]
+    wider = retrofitted(small_store, source, "model.encoder_hidden_size=48", "model.num_neighbors=1")
+    assert wider.encoder_input is not None
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["model.hidden_size=64"], "model.hidden_size=64 does not fit\n.*has 32\n.*leave model.hidden_size out"),
+    (["model.normalization=layernorm"], "model.normalization=layernorm does not fit"),
+    (["model.init=retrieval_ready"], "model.init=retrieval_ready cannot be used"),
+    (["model.dec_cross_attention=[5]"], "there are 3"),
+    (["model.unfreeze_step=3"], "without model.freeze_decoder"),
+    (["model.freeze_decoder=true", "model.unfreeze_every=3"], "without model.unfreeze_step"),
+    (["model.freeze_decoder=true", "model.data.neighbor_dropout=0.1"], "learns nothing from a batch without neighbors"),
+    (["model.freeze_decoder=true", "model.retrieval=false"], "nothing else that could learn"),
+])  # fmt: skip
+def test_settings_that_do_not_fit(small_store: Store, source: Path, more: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        inherit(load_config(settings(small_store, source, *more)))
+    with pytest.raises(UsageError, match="without model.init_from"):
+        load_config(["model.freeze_decoder=true"])
+
+
+def test_another_tokenizer_and_other_tensors(small_store: Store, source: Path, tmp_path: Path) -> None:
+    from retro_engine.data.tokenizer import Tokenizer
+
+    other = Tokenizer.train(["x y z"], 300)
+    model = RetroModel(decoder_config(small_store))
+    write_checkpoint(Imported(model, other, "hf"), tmp_path / "x", "x")
+    with pytest.raises(StoreError, match=r"has tokenizer .*\n.*\n.*retro prepare --tokenizer"):
+        train(load_config(settings(small_store, tmp_path / "x", out=tmp_path / "run")))
+    config = load_config(settings(small_store, source))
+    inherit(config)
+    config.model.dec_num_layers = 2
+    config.model.dec_cross_attention = [1]
+    with pytest.raises(StoreError, match=r"extra .*layers.2"):
+        load_initial(source, RetroModel(config.model))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = run.glob("checkpoints/*/model.safetensors")
+    return load_file(path)
+
+
+def test_a_frozen_decoder_stays_and_the_rest_learns(small_store: Store, source: Path, tmp_path: Path) -> None:
+    config = load_config(settings(small_store, source, "model.freeze_decoder=true", out=tmp_path / "run"))
+    result = train(config)
+    before, after = load_file(source / "model.safetensors"), weights(tmp_path / "run")
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+    assert all(is_new(name) for name in after.keys() - before.keys())
+    assert after["layers.2.cross.out.weight"].abs().max() > 0
+    found = open_evaluation(result.checkpoint, read_config(result.checkpoint), [], "valid")  # without the source
+    assert len(found.documents) > 0
+
+
+def test_unfreezing_from_the_last_layer_down(small_store: Store, source: Path, tmp_path: Path) -> None:
+    more = ["model.freeze_decoder=true", "model.unfreeze_step=2", "model.unfreeze_every=2"]
+    config = load_config(settings(small_store, source, *more, out=tmp_path / "run"))
+    train(config)
+    before, after = load_file(source / "model.safetensors"), weights(tmp_path / "run")
+    moved = {
+        name.split(".")[1]
+        for name in before
+        if name.startswith("layers.") and not torch.equal(after[name], before[name])
+    }
+    assert moved == {"1", "2"}, "two layers in steps 2 to 5"
+    assert torch.equal(after["embedding.weight"], before["embedding.weight"])
+    cut = [*more, "trainer.max_steps=3"]
+    train(load_config(settings(small_store, source, *cut, out=tmp_path / "cut")))
+    train(load_config(settings(small_store, source, *more, out=tmp_path / "cut")))
+    whole, resumed = losses(tmp_path / "run"), losses(tmp_path / "cut")
+    assert whole[6] == pytest.approx(resumed[6], rel=1e-6)
+    assert len(resumed) == 6
+    everything = [*more[:2], *more[3:]]
+    train(load_config(settings(small_store, source, *everything, out=tmp_path / "all")))
+    assert not torch.equal(weights(tmp_path / "all")["embedding.weight"], before["embedding.weight"])
+
+
+def test_a_retro_is_tuned_whole(small_store: Store, source: Path, tmp_path: Path) -> None:
+    train(load_config(settings(small_store, source, "trainer.max_steps=2", out=tmp_path / "one")))
+    config = load_config(
+        [f"model.init_from='{tmp_path / 'one'}'", *RUN[1:2], *RUN[4:13], f"model.data.store='{small_store.folder}'",
+         "model.data.neighbors=bm25", f"exp_manager.exp_dir='{tmp_path / 'two'}'", "trainer.max_steps=1",
+         "model.optim.lr=1e-12", "model.optim.sched.min_lr=0"]
+    )  # fmt: skip
+    train(config)
+    assert config.model.enc_num_layers == 1
+    for name, value in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=0, atol=1e-6)
+
+
+def test_the_warm_up_reads_the_text_itself(small_store: Store, source: Path, tmp_path: Path) -> None:
+    from retro_engine.data.batches import Sequences
+
+    table = NeighborTable(small_store.folder / "neighbors" / "bm25", small_store)
+    sequences = Sequences(small_store, np.arange(5), 64, table, 2, 32)
+    rows = sequences.in_order()[:2]
+    batch = sequences.batch(rows, "self")
+    assert batch.neighbors is not None
+    assert batch.lengths is not None
+    for b, u in zip(*np.nonzero(rows >= 0)):
+        own = batch.tokens[b, u * 16 : u * 16 + 16]
+        length = int(batch.lengths[b, u, 0])
+        assert np.array_equal(batch.neighbors[b, u, 0, : min(length, 16)], own[: min(length, 16)])
+        assert batch.lengths[b, u, 1] == 0
+    assert (batch.lengths[rows < 0] == 0).all()
+    more = ["model.data.self_neighbor_steps=3", "model.freeze_decoder=true"]
+    train(load_config(settings(small_store, source, *more, out=tmp_path / "run")))
+    train(load_config(settings(small_store, source, "model.freeze_decoder=true", out=tmp_path / "plain")))
+    one, other = losses(tmp_path / "run"), losses(tmp_path / "plain")
+    assert one[1] == other[1], "step 0 reads nothing yet"
+    assert one[4] != other[4]
+
+
+def test_the_warm_up_needs_the_text_among_the_neighbors(small_store: Store, source: Path, tmp_path: Path) -> None:
+    from helpers import write_corpus
+
+    from retro_engine.data.prepare import prepare
+    from retro_engine.retrieval.neighbors import build_neighbors
+
+    text = write_corpus(tmp_path / "q.jsonl", 8, seed=9)
+    query = prepare([text], tmp_path / "q", tokenizer=str(small_store.folder), chunk_size=16)
+    build_neighbors(query, [small_store], "bm25", num_neighbors=4)
+    more = settings(query, source, "model.data.self_neighbor_steps=3", out=tmp_path / "run")
+    with pytest.raises(UsageError, match="is not one of the stores"):
+        train(load_config(more))
