@@ -1,5 +1,6 @@
 """What one server serves: a model in its engine, a live library, and the published stores that are read beside it."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import Embedder, HashEmbedder
 from retro_engine.retrieval.library_file import FILE
 from retro_engine.retrieval.library_import import Importer
-from retro_engine.retrieval.library_search import Hit, check_mode, combined, static_source
+from retro_engine.retrieval.library_search import Hit, Source, check_mode, combined, static_source
 from retro_engine.retrieval.search import Retriever
 from retro_engine.train import checkpoint
 from retro_engine.train.loop import run_databases
@@ -48,6 +49,7 @@ class Service:
     importer: Importer | None
     static: Retriever | None
     defaults: dict[str, Any] = field(default_factory=dict)  # of sampling, from the checkpoint
+    chat_template: str | None = None
     mode: str = "lexical"
     weights: Sequence[float] = (1.0, 1.0)
 
@@ -70,7 +72,7 @@ class Service:
         """The k best chunks of the library (`mode`, with `weights` for hybrid) and of the stores together."""
         mode = mode or self.mode
         check_mode(mode, weights)
-        sources = []
+        sources: list[tuple[Source, float]] = []
         if self.library is not None:
             if self.static is None:
                 return self.library.search(text, k, mode, weights=weights)
@@ -78,6 +80,11 @@ class Service:
         if self.static is not None:
             sources.append((static_source(self.static), self.weights[1]))
         return combined(text, k, sources) if sources else []
+
+    def check_search(self, mode: str | None) -> None:
+        """Raises UsageError for a mode that the library has no vectors for."""
+        if mode not in (None, "lexical") and self.library is not None and self.library.chunker.width is None:
+            raise UsageError(f"mode {mode} needs vectors", "the library was made without an embedder", "lexical")
 
     def close(self) -> None:
         """End the requests that run, then the imports, then the library."""
@@ -114,8 +121,28 @@ def open_service(options: Options) -> Service:
     Sampling(**defaults)
     name = options.name or run.resolve().name
     return Service(
-        name, generator, engine, library, importer, static, defaults, options.mode, tuple(options.weights)
-    )  # fmt: skip
+        name,
+        generator,
+        engine,
+        library,
+        importer,
+        static,
+        defaults,
+        chat_template(folder),
+        options.mode,
+        tuple(options.weights),
+    )
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template that lies beside a tokenizer, if one does."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    try:
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int) -> Library:
