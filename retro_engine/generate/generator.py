@@ -5,7 +5,7 @@ Letters: T prompt tokens, M chunk length, K neighbors, R tokens per neighbor, V 
 
 from collections.abc import Generator as PythonGenerator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,32 +13,10 @@ from torch import Tensor
 
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
+from retro_engine.generate.request import Generation, Segment
 from retro_engine.generate.sampling import Sampling, choose
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.search import Hit, Retriever
-
-
-@dataclass
-class Segment:
-    """A run of generated tokens and the neighbors that they could read."""
-
-    text: str
-    neighbors: list[Hit]
-
-
-@dataclass
-class Generation:
-    """What was generated; `segments` split it at the chunk boundaries."""
-
-    text: str
-    tokens: list[int]
-    segments: list[Segment]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def neighbors(self) -> list[Hit]:
-        """The neighbors of the first generated token."""
-        return self.segments[0].neighbors if self.segments else []
 
 
 @dataclass
