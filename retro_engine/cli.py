@@ -189,6 +189,12 @@ def _parser() -> argparse.ArgumentParser:
 
     add_docs(command("docs", _doctor, "a live library: add, list, get, rm, reset, query, import"))
 
+    from retro_engine.cli_serve import add_accounts, add_serve
+
+    add_serve(command("serve", _doctor, "OpenAI's API, live documents and a web page on a trained model"))
+    for kind, about in (("users", "who may sign in to the page"), ("keys", "keys of the API")):
+        add_accounts(command(kind, _doctor, f"{about}: add, remove, list"), kind)
+
     sub = command("report", _report, "one HTML page on a run: what retrieval gave, how it trained, what it read")
     sub.add_argument("path", metavar="RUN")
     sub.add_argument("--share", default="valid", choices=["train", "valid", "test", "all"], help="which documents")

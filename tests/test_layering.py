@@ -17,10 +17,11 @@ ORDER = [
     ["evaluate"],
     ["train"],
     ["generate"],
+    ["serve"],
     ["api"],
     ["report"],
     ["demo", "bench"],
-    ["cli_docs"],
+    ["cli_docs", "cli_serve"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

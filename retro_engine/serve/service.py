@@ -11,7 +11,6 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.generate.engine import Engine
 from retro_engine.generate.generator import Generator
-from retro_engine.generate.live import LiveRetriever
 from retro_engine.generate.sampling import Sampling
 from retro_engine.model.weights import load_model
 from retro_engine.retrieval.library import Library
@@ -114,7 +113,7 @@ def open_service(options: Options) -> Service:
         importer = Importer(library)
     elif options.library is not None:
         raise UsageError(f"{options.run} is a plain decoder", "it reads no documents", "leave --library out")
-    retriever = None if library is None else LiveRetriever(library, static, options.weights, options.mode)
+    retriever = static
     generator = Generator(model.eval(), tokenizer, retriever)
     engine = Engine(generator, options.max_batch, options.max_waiting)
     defaults = checkpoint.read_generation(folder)
