@@ -15,6 +15,7 @@ from retro_engine.data.store import Store
 from retro_engine.progress import Reporter
 from retro_engine.serve.app import make_app
 from retro_engine.serve.auth import Accounts
+from retro_engine.serve.gate import Gate
 from retro_engine.serve.limits import Limits
 from retro_engine.serve.run import Address, make_state
 from retro_engine.serve.server import bind, make_server
@@ -28,8 +29,8 @@ PASSWORD = "correct horse battery"
 class Server:
     """A server that runs, with a key for each scope."""
 
-    def __init__(self, url: str, state: State, keys: dict[str, str]):
-        self.url, self.state, self.keys = url, state, keys
+    def __init__(self, url: str, gate: Gate, state: State, keys: dict[str, str]):
+        self.url, self.gate, self.state, self.keys = url, gate, state, keys
         self.port = int(url.rpartition(":")[2])
 
     @property
@@ -74,7 +75,7 @@ def serving(
         while state.service is None:
             assert not failures and time.monotonic() < deadline, failures
             time.sleep(0.01)
-        yield Server(url, state, keys)
+        yield Server(url, app, state, keys)
     finally:
         server.should_exit = True
         thread.join(60)
