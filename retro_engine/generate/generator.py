@@ -292,6 +292,9 @@ class Batch:
         advances = torch.tensor([s not in waits for s in sequences], device=self.device)
         return step_rows(self.model, self.rows.part(first, last), tokens, ending, *neighbors, advances)
 
+    def holds(self, sequence: Sequence) -> bool:
+        return sequence is self.joining or sequence in self.decoding
+
     def leave(self, sequence: Sequence) -> None:
         """Free its row; the last row moves there."""
         if sequence is self.joining:

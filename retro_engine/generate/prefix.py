@@ -36,7 +36,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.nbytes = max_bytes, 0
-        self.hits = self.misses = 0  # tokens
+        self.reused = 0  # tokens
         self._pieces: OrderedDict[bytes, _Piece] = OrderedDict()
 
     def restore(self, keys: list[bytes], rows: Rows, row: int) -> tuple[int, Tensor | None]:
@@ -60,6 +60,7 @@ class PrefixCache:
             rows.hidden_BMD[row] = last.hidden
             rows.put_cross(row, last.cross[:half], last.cross[half:], last.cross_valid)
             rows.lengths_B[row] = start
+        self.reused += start
         is_whole = bool(known) and len(known) == len(keys)
         return start, known[-1].logits if is_whole else None
 

@@ -85,7 +85,7 @@ class Sequence:
     def _logprob(self, logits_V: Tensor | None, token: int) -> TokenLogprob:
         if logits_V is None:
             return TokenLogprob(token, self.tokenizer.decode([token]), None)
-        values = logits_V.float().log_softmax(-1)
+        values = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32)).log_softmax(-1)
         best = values.topk(min(self.request.logprobs or 0, len(values)))
         ids = best.indices.tolist()
         texts = self.tokenizer.decode_batch([[token], *([i] for i in ids)])
