@@ -150,7 +150,8 @@ def parse(model: type[Body], value: Any) -> Body:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        first = max(errors, key=lambda one: len(one["loc"]))  # of a union, the form that was meant goes deepest
         names = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "str", "int", "constrained"))]
         param = ".".join(names) or None
         if first["type"] == "extra_forbidden":

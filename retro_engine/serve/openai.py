@@ -15,7 +15,6 @@ from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from retro_engine.errors import UsageError
 from retro_engine.generate.engine import Event, Request
 from retro_engine.generate.request import TokenLogprob
 from retro_engine.generate.sampling import Sampling
@@ -235,8 +234,6 @@ def requests_of(
         options.refresh,
         tuple(_stops(body.stop)),
     )
-    if options.mode is not None:
-        first = replace(first, mode=options.mode)
     return [
         replace(first, prompt=prompt, sampling=replace(first.sampling, seed=seed + choice))
         for prompt in prompts
@@ -257,6 +254,8 @@ async def _answer(
     asked = requests_of(body, service, prompts, limits, default)
     asked = [replace(one, logprobs=logprobs, echo=echo) for one in asked]
     form.prompt_tokens = sum(map(len, prompts))
+    if echo:  # an event's tokens begin with the prompt's
+        form.completion_tokens = -sum(len(one.prompt) for one in asked)
     running = await Running.start(service.engine, asked, request.receive)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     if body.stream:
@@ -331,7 +330,7 @@ class _Form:
             entries = [entry for event in mine for entry in event.logprobs or []]
             logprobs = self.logprobs(entries, 0) if any(e.logprobs is not None for e in mine) else None
             text = "".join(event.text for event in mine)
-            choices.append(self.choice(index, text, logprobs, _reason(mine[-1])))
+            choices.append(self.choice(index, text, logprobs, mine[-1].finish_reason))
             for event in mine:
                 notes += [note for note in event.notes if note not in notes]
                 if event.new_hits is not None:
@@ -344,10 +343,6 @@ class _Form:
                     segments[-1]["text"] += event.text
         retro = {**self._retro(), "neighbors": neighbors, "segments": segments, "notes": notes}
         return {**self.head, "choices": choices, "usage": self.usage(), "retro": retro}
-
-
-def _reason(event: Event) -> str | None:
-    return "stop" if event.finish_reason == "cancelled" else event.finish_reason
 
 
 def neighbors_json(hits: Sequence[Any]) -> list[dict[str, Any]]:
@@ -380,7 +375,7 @@ class _CompletionForm(_Form):
         start = self._lengths.get(index, 0)
         self._lengths[index] = start + len(event.text)
         logprobs = None if event.logprobs is None else self.logprobs(event.logprobs, start)
-        return self.choice(index, event.text, logprobs, _reason(event))
+        return self.choice(index, event.text, logprobs, event.finish_reason)
 
     def logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> Any:
         offsets = []
@@ -411,7 +406,7 @@ class _ChatForm(_Form):
         self._begun.add(index)
         logprobs = None if event.logprobs is None else self.logprobs(event.logprobs, 0)
         delta = {**role, "content": event.text}
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": _reason(event)}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
 
     def logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> Any:
         def token(text: str, value: float | None) -> dict[str, Any]:
@@ -425,7 +420,3 @@ class _ChatForm(_Form):
             "refusal": None,
         }
 
-
-def check_usage(error: UsageError, param: str) -> ApiError:
-    """A refusal of the engine, with the field that it is about."""
-    return ApiError(400, f"{error.what}: {error.why}" if error.why else error.what, param)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
@@ -87,8 +88,14 @@ class Running:
         """Raises ClientLeft, or what ended a request that failed."""
         if item is None:
             raise ClientLeft
-        if item[1].error is not None:
-            raise item[1].error
+        error = item[1].error
+        if isinstance(error, RetroError):
+            raise error
+        if error is not None:
+            logging.getLogger("retro").error("a request failed in the engine", exc_info=error)
+            raise ApiError(500, "this is a bug in retro-engine; the server's log has its trace") from error
+        if item[1].finish_reason == "cancelled":
+            raise ApiError(503, "the server is stopping", headers={"retry-after": "5"})
         self._left -= item[1].finish_reason is not None
         return item
 
@@ -137,6 +144,8 @@ class EventStream(Response):
                 await send(_body({**self.form.head, "choices": [], "usage": self.form.usage()}))
         except RetroError as error:
             await send(_body(ApiError(500, f"{error.what} {error.why}".strip()).body()))
+        except ApiError as error:
+            await send(_body(error.body()))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
