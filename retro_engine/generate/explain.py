@@ -35,6 +35,9 @@ def explain(
     if model.encoder is None:
         raise UsageError("neighbors were given", "this model is a plain decoder (model.retrieval=false)")
     c, device = model.config, model.embedding.weight.device
+    if not neighbors:
+        nothing = explain(generator, prompt, text, [""]).logprob_without
+        return Explanation(nothing, nothing, [])
     K, M = len(neighbors), c.chunk_size
     tokens_KR, lengths_K = map(torch.from_numpy, encode_neighbors(generator.tokenizer, neighbors, c.r))
     pad = -len(prompt) % M

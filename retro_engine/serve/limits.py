@@ -182,3 +182,6 @@ class Throttle:
 
     def forget(self, key: str) -> None:
         self._failures.pop(key, None)
+
+    def forget_all(self) -> None:
+        self._failures.clear()
