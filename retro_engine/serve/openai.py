@@ -110,6 +110,7 @@ def _model(service: Service, limits: Limits) -> dict[str, Any]:
         "max_prompt_tokens": limits.prompt_tokens,
         "max_new_tokens": limits.new_tokens,
         "mode": service.mode,
+        "library": service.library.folder.name if service.library is not None else None,
         "stores": [store.folder.name for store in service.static.stores] if service.static else [],
         "engine": service.engine.stats(),
     }

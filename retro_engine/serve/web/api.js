@@ -105,11 +105,19 @@ export async function showDocument(id) {
   $("document").showModal();
 }
 
+let library = null;
+
+/** The name of the live library, whose documents can be opened. */
+export function setLibrary(name) {
+  library = name;
+}
+
+export const isLive = (hit) => hit.source === library;
+
 /** A neighbor: its document (a link where the library has it), its score and text. */
 export function neighbor(hit, isOpen = false) {
   const name = hit.title || hit.document;
-  const isLive = hit.source === "library";
-  const title = isLive
+  const title = isLive(hit)
     ? make("button", { type: "button", className: "link", onclick: () => attempt(() => showDocument(hit.document)) }, name)
     : make("span", {}, name);
   const where = hit.source ? `${hit.source} / ${hit.document}, chunk ${hit.chunk}` : "given";
@@ -118,5 +126,5 @@ export function neighbor(hit, isOpen = false) {
   const text = make("p", { className: "neighbor-text" }, hit.text,
     make("span", { className: "continuation" }, hit.continuation || ""));
   const more = make("details", { open: isOpen }, make("summary", {}, make("span", { className: "source" }, where)), text);
-  return make("li", {}, head, more);
+  return make("li", {}, head, more, isOpen ? null : make("p", { className: "snippet" }, hit.text));
 }

@@ -1,6 +1,6 @@
 // The page: who is signed in, which screen is shown, what the server says of itself.
 
-import { $, attempt, call, make, notice } from "/api.js";
+import { $, attempt, call, make, notice, setLibrary } from "/api.js";
 import { list, startLibrary } from "/library.js";
 import { startPlayground, stopPlayground } from "/playground.js";
 
@@ -71,6 +71,7 @@ async function enter(found) {
     return;
   }
   for (const id of ["tabs", "who"]) $(id).hidden = false;
+  setLibrary(model.retro.library);
   startPlayground(model);
   startLibrary(user);
   route();

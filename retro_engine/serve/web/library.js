@@ -1,6 +1,6 @@
 // The documents and retrieve screens.
 
-import { $, attempt, call, confirmed, make, neighbor, showDocument } from "/api.js";
+import { $, attempt, call, confirmed, isLive, make, neighbor, showDocument } from "/api.js";
 
 const PAGE = 20;
 let canWrite = false;
@@ -18,7 +18,7 @@ async function remove(id) {
 
 function row(entry) {
   const open = make("button", { type: "button", className: "link", onclick: () => attempt(() => showDocument(entry.id)) }, entry.id);
-  const cells = [make("td", {}, open), make("td", {}, entry.title), make("td", { className: "number wide" }, String(entry.chunks)),
+  const cells = [make("td", {}, open), make("td", { className: "title" }, entry.title), make("td", { className: "number wide" }, String(entry.chunks)),
     make("td", { className: "number" }, bytes(entry.bytes))];
   if (canWrite) {
     const button = make("button", { type: "button", className: "danger quiet", onclick: () => attempt(() => remove(entry.id)) }, "Delete");
@@ -32,7 +32,7 @@ export async function list(from = "") {
   after = from;
   const page = await call("GET", `/v1/documents?limit=${PAGE}&after=${encodeURIComponent(from)}`);
   const { documents = 0, chunks = 0, notes = [] } = page.statistics;
-  $("counts").textContent = [`${documents} documents, ${chunks} chunks, version ${page.index_version}`, ...notes].join("; ");
+  $("counts").textContent = [`${documents} document${documents === 1 ? "" : "s"}, ${chunks} chunks, version ${page.index_version}`, ...notes].join("; ");
   const heads = ["Id", "Title"].map((name) => make("th", { scope: "col" }, name));
   heads.push(make("th", { scope: "col", className: "number wide" }, "Chunks"), make("th", { scope: "col", className: "number" }, "Size"));
   if (canWrite) heads.push(make("th", {}, make("span", { className: "hidden" }, "Actions")));
@@ -47,7 +47,7 @@ export async function list(from = "") {
 async function search(query) {
   if (!query.trim()) return list();
   const found = await call("POST", "/v1/retrieve", { query, k: PAGE });
-  const hits = found.data.filter((hit) => hit.source === "library");
+  const hits = found.data.filter((hit) => isLive(hit));
   const shown = hits.length ? make("ol", { className: "hits" }, ...hits.map((hit) => neighbor(hit, true)))
     : make("p", { className: "hint" }, "No document has any of these words.");
   $("doc-list").replaceChildren(shown);
