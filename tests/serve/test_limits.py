@@ -1,7 +1,7 @@
 """JSON that is refused before it is used, and the throttle."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -15,6 +15,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(JSON)
 def test_good_json_passes(value: object) -> None:
     import json
@@ -29,6 +30,7 @@ def test_good_json_passes(value: object) -> None:
     assert parse_json(raw, 64) == expected
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_json_or_a_refusal(raw: bytes) -> None:
     try:
