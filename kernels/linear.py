@@ -15,10 +15,12 @@ FEW_ROWS = 16  # from there on a BLAS is as fast
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., d], weight [o, d], bias [o] -> [..., o]. Raises ValueError for other shapes or types."""
-    O, D = weight.shape
+    outputs, D = weight.shape
     parts = [part for part in (x, weight, bias) if part is not None]
-    if x.shape[-1] != D or (bias is not None and bias.shape != (O,)):
-        raise ValueError(f"shapes {[tuple(p.shape) for p in parts]}: expected x [..., {D}], weight [{O}, {D}], bias [{O}]")
+    if x.shape[-1] != D or (bias is not None and bias.shape != (outputs,)):
+        raise ValueError(
+            f"shapes {[tuple(p.shape) for p in parts]}: expected x [..., {D}], weight [{outputs}, {D}], bias [{outputs}]"
+        )
     if any(part.dtype != x.dtype or part.device != x.device for part in parts):
         kinds = sorted({f"{part.dtype} on {part.device.type}" for part in parts})
         raise ValueError(f"the tensors are {', '.join(kinds)}: expected one type and device")
