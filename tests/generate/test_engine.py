@@ -1,15 +1,21 @@
 """The engine: the same tokens alone and together, at its own chunk boundaries, cancelled, refused, reused."""
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 
 import pytest
-from helpers import small_model
+import torch
+from helpers import small_config, small_model
 
 from retro_engine.data.store import Store
-from retro_engine.generate.engine import Engine, Request
+from retro_engine.errors import StoppedError, StoreError, UsageError
+from retro_engine.generate.engine import BusyError, Engine, Event, Request
 from retro_engine.generate.generator import Generator
+from retro_engine.generate.request import Generation
 from retro_engine.generate.sampling import Sampling
-from retro_engine.retrieval.search import Retriever
+from retro_engine.model.retro import RetroModel
+from retro_engine.retrieval.search import Found, Retriever
 
 M = 16
 PROMPTS = ["river", "Document doc7. river stone amber lantern", "orchard " * 40, "tide ember", "falcon " * 12]

@@ -177,7 +177,7 @@ def test_log_probabilities(generator: Generator) -> None:
         assert entry.text == generator.tokenizer.decode([entry.token])
     padded = generator.run([with_eod_far(generator, logprobs=0, echo=True)])[0]  # neighbors act from its last token on
     assert padded.logprobs is not None
-    assert [e.logprob for e in padded.logprobs[1:4]] == pytest.approx([e.logprob for e in out.logprobs[1:4]], abs=1e-9)
+    assert [e.logprob for e in padded.logprobs[1:4]] == pytest.approx([e.logprob for e in out.logprobs[1:4]], abs=1e-6)  # other positions
     assert generator.run([with_eod_far(generator)])[0].logprobs is None
 
 
