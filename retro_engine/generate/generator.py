@@ -242,14 +242,16 @@ class Batch:
             stop = min(start + PIECE_CHUNKS * M, sequence.prompt_length)
             tokens = torch.tensor(sequence.tokens[start:stop], device=self.device)
             chunks = self._found[start // M : stop // M]
-            neighbors = stacked(chunks, self.pad_id, self.device) if chunks else (None, None)
-            logits_TV = prefill(self.model, self.rows, row, tokens, *neighbors, last_only=not has_all_logits)
+            neighbors, lengths = stacked(chunks, self.pad_id, self.device) if chunks else (None, None)
+            logits_TV = prefill(self.model, self.rows, row, tokens, neighbors, lengths, not has_all_logits)
             if has_all_logits:
                 sequence.note_prompt(logits_TV, start)
             sequence.filled, logits = stop, logits_TV[-1]
             if self.prefixes is not None:
                 is_last = stop == sequence.prompt_length
-                self.prefixes.store(self._keys, start // (PIECE_CHUNKS * M), self.rows, row, start, logits if is_last else None)
+                self.prefixes.store(
+                    self._keys, start // (PIECE_CHUNKS * M), self.rows, row, start, logits if is_last else None
+                )
         if sequence.filled < sequence.prompt_length:
             return None
         if self._found:

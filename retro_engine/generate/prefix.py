@@ -9,7 +9,6 @@ import struct
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from retro_engine.model.rows import Rows

@@ -58,9 +58,7 @@ class Sequence:
     def texts(self, stop: int) -> list[str]:
         """Of the chunks that the tokens up to `stop` complete."""
         M = self.chunk_size
-        chunks = [
-            self.tokens[max(u * M, self.pad) : (u + 1) * M] for u in range(self.filled // M, stop // M)
-        ]
+        chunks = [self.tokens[max(u * M, self.pad) : (u + 1) * M] for u in range(self.filled // M, stop // M)]
         return self.tokenizer.decode_batch(chunks)
 
     def completes(self) -> bool:

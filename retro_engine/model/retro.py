@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig, base_config, check_model
 from retro_engine.model import ops
-from retro_engine.model.attention import NeighborProjection, Rotary, is_sharded, norm
+from retro_engine.model.attention import Linear, NeighborProjection, Rotary, is_sharded, norm
 from retro_engine.model.cache import Cache, new_cache
 from retro_engine.model.decoder import DecoderLayer, Reading
 from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
@@ -65,11 +65,11 @@ class RetroModel(nn.Module):
         self.encoder = Encoder(config) if crossing else None
         self.neighbor_projection = NeighborProjection(config) if crossing else None
         is_wider = config.encoder_width != width
-        self.encoder_input = nn.Linear(width, config.encoder_width, bias=False) if crossing and is_wider else None
+        self.encoder_input = Linear(width, config.encoder_width, bias=False) if crossing and is_wider else None
         self.final_norm = norm(config, width) if config.decoder_final_norm else nn.Identity()
-        self.head: nn.Linear | Int8Linear | None = None
+        self.head: Linear | Int8Linear | None = None
         if not config.share_embeddings:
-            self.head = nn.Linear(width, config.vocab_size, bias=False)
+            self.head = Linear(width, config.vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
         self.recompute: str | None = None  # None | selective | full: model/recompute.py
         self.packs_neighbors = True  # the encoder computes valid neighbor tokens only (False: every shape is fixed)
@@ -136,7 +136,7 @@ class RetroModel(nn.Module):
             return self.head(hidden)
         weight, bias = self.head_weight, self.output_bias
         if not is_sharded(weight):
-            return F.linear(hidden, weight, bias)
+            return ops.linear(hidden, weight, bias)
         from torch.distributed.tensor import DTensor, Replicate
 
         assert isinstance(weight, DTensor)

@@ -89,22 +89,25 @@ class Rows:
 
 def new_rows(model: RetroModel, batch_size: int, capacity: int, neighbor_tokens: int) -> Rows:
     """An empty cache: at most `capacity` tokens a row, which reads at most `neighbor_tokens` (k*r) at a time."""
-    c, weight = model.config, model.embedding.weight
-    like = {"dtype": weight.dtype, "device": weight.device}
-    shape = (batch_size, capacity, c.key_value_heads, c.head_width)
-    crossing = len(c.cross_layers)
-    cross_shape = (batch_size, neighbor_tokens if crossing else 0, c.key_value_heads, c.head_width)
+    c, dtype, device = model.config, model.embedding.weight.dtype, model.embedding.weight.device
+    num_crossing = len(c.cross_layers)
+    X = neighbor_tokens if num_crossing else 0
+
+    def empty(tokens: int, count: int) -> list[Tensor]:
+        shape = (batch_size, tokens, c.key_value_heads, c.head_width)
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
+
     return Rows(
-        [torch.zeros(shape, **like) for _ in range(c.dec_num_layers)],
-        [torch.zeros(shape, **like) for _ in range(c.dec_num_layers)],
-        torch.zeros(batch_size, c.chunk_size, c.hidden_size, **like),
-        [torch.zeros(cross_shape, **like) for _ in range(crossing)],
-        [torch.zeros(cross_shape, **like) for _ in range(crossing)],
-        torch.zeros(batch_size, cross_shape[1], dtype=torch.bool, device=weight.device),
-        torch.zeros(batch_size, dtype=torch.long, device=weight.device),
-        torch.zeros(batch_size, dtype=torch.long, device=weight.device),
-        model.decoder_rotary(capacity, weight.device),
-        model.cross_rotary(weight.device),
+        empty(capacity, c.dec_num_layers),
+        empty(capacity, c.dec_num_layers),
+        torch.zeros(batch_size, c.chunk_size, c.hidden_size, dtype=dtype, device=device),
+        empty(X, num_crossing),
+        empty(X, num_crossing),
+        torch.zeros(batch_size, X, dtype=torch.bool, device=device),
+        torch.zeros(batch_size, dtype=torch.long, device=device),
+        torch.zeros(batch_size, dtype=torch.long, device=device),
+        model.decoder_rotary(capacity, device),
+        model.cross_rotary(device),
     )
 
 
