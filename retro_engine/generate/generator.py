@@ -36,7 +36,7 @@ class Generator:
                 f"model.partial_chunk={model.config.partial_chunk}", "such a model cannot be decoded with a cache"
             )
         self.model, self.tokenizer, self.retriever = model, tokenizer, retriever
-        self._found: OrderedDict[tuple[str, str, int, int], Found] = OrderedDict()
+        self._found: OrderedDict[tuple[str, str, int, int, str | None], Found] = OrderedDict()
         self._lock = threading.Lock()
         if retriever is not None and retriever.tokenizer_fingerprint != tokenizer.fingerprint:
             raise StoreError(
@@ -169,12 +169,13 @@ class Generator:
         assert self.retriever is not None
         version, skip = self.retriever.version, sequence.request.passed_over
         K, R = sequence.K + skip, sequence.R
-        keys = [(version, text, K, R) for text in texts]
+        mode = sequence.request.mode
+        keys = [(version, text, K, R, mode) for text in texts]
         with self._lock:
             known = {key: self._found[key] for key in keys if key in self._found}
         missing = [key for key in dict.fromkeys(keys) if key not in known]
         if missing:
-            known |= dict(zip(missing, self.retriever.neighbors([key[1] for key in missing], K, R)))
+            known |= dict(zip(missing, self.retriever.neighbors([key[1] for key in missing], K, R, mode)))
         with self._lock:
             for key in keys:
                 self._found[key] = known[key]

@@ -44,6 +44,7 @@ class Request:
     add_bos: bool = False  # begin with the tokenizer's beginning-of-document token
     pad_prompt: bool = True  # left-pad so that the prompt's last token ends a chunk and reads neighbors
     passed_over: int = 0  # of the best neighbors, which the prompt itself holds
+    mode: str | None = None  # of a live library's search: lexical, dense, hybrid; None = as it was opened
 
     def __post_init__(self) -> None:
         rules = (

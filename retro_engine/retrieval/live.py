@@ -54,22 +54,24 @@ class LiveRetriever:
     def version(self) -> str:
         return f"{self.library.version} {self.static.version if self.static is not None else ''}"
 
-    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int) -> list[Found]:
-        """The k best of each text, as tokens."""
-        live = [self._live(text, k, retrieved_length) for text in texts]
+    def neighbors(
+        self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None
+    ) -> list[Found]:
+        """The k best of each text, as tokens; `mode` is of this search."""
+        live = [self._live(text, k, retrieved_length, mode or self.mode) for text in texts]
         if self.static is None:
             return live
         fixed = self.static.neighbors(texts, k, retrieved_length)
         return [self._fused(pair, k) for pair in zip(live, fixed)]
 
-    def _live(self, text: str, k: int, R: int) -> Found:
+    def _live(self, text: str, k: int, R: int, mode: str) -> Found:
         tokens_KR = np.full((k, R), self.library.file.tokenizer.pad_id, np.int64)
         lengths_K, hits = np.zeros(k, np.int64), list[Hit]()
         if text.strip():
             query = text[:MAX_QUERY_CHARACTERS]
             reach = -(-R // self.library.file.stride)  # chunks nearer than that share tokens as neighbors
             kept: dict[str, list[int]] = {}
-            for hit, tokens in self.library.find(query, SPAN * k, self.mode, self.namespace):
+            for hit, tokens in self.library.find(query, SPAN * k, mode, self.namespace):
                 near = [other for other in kept.get(hit.document, []) if abs(other - hit.chunk) < reach]
                 if len(hits) < k and not near:
                     kept.setdefault(hit.document, []).append(hit.chunk)

@@ -234,6 +234,7 @@ def requests_of(
         options.retrieved_length,
         options.refresh,
         tuple(_stops(body.stop)),
+        mode=options.mode,
     )
     return [
         replace(first, prompt=prompt, sampling=replace(first.sampling, seed=seed + choice))

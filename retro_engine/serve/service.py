@@ -18,6 +18,7 @@ from retro_engine.retrieval.library_documents import Embedder, HashEmbedder
 from retro_engine.retrieval.library_file import FILE
 from retro_engine.retrieval.library_import import Importer
 from retro_engine.retrieval.library_search import Hit, Source, check_mode, combined, static_source
+from retro_engine.retrieval.live import LiveRetriever
 from retro_engine.retrieval.search import Retriever
 from retro_engine.train import checkpoint
 from retro_engine.train.loop import run_databases
@@ -113,7 +114,7 @@ def open_service(options: Options) -> Service:
         importer = Importer(library)
     elif options.library is not None:
         raise UsageError(f"{options.run} is a plain decoder", "it reads no documents", "leave --library out")
-    retriever = static
+    retriever = None if library is None else LiveRetriever(library, static, options.weights, options.mode)
     generator = Generator(model.eval(), tokenizer, retriever)
     engine = Engine(generator, options.max_batch, options.max_waiting)
     defaults = checkpoint.read_generation(folder)

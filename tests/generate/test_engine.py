@@ -80,7 +80,7 @@ class SlowSource:
         self.version = "1"
         self.asked: list[str] = []
 
-    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int) -> list[Found]:
+    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None) -> list[Found]:
         self.asked += texts
         if any("broken" in text for text in texts):
             raise StoreError("the store is damaged", "a checksum differs", "build it again")

@@ -17,7 +17,11 @@ import httpx
 import pytest
 from serve_helpers import PASSWORD
 
+from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.progress import Reporter
 from retro_engine.serve.auth import Accounts
+from retro_engine.serve.run import Address, serve
+from retro_engine.serve.service import Options
 
 CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
 
@@ -115,7 +119,10 @@ def test_acknowledged_documents_survive_kill_9_under_load(small_run: Path, tmp_p
             threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
             for thread in threads:
                 thread.start()
-            time.sleep(0.5 + random.Random(turn).random())
+            deadline = time.monotonic() + 30
+            while len(known) < 12 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(random.Random(turn).random() / 2)
             assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL
             for thread in threads:
                 thread.join(30)
@@ -125,24 +132,23 @@ def test_acknowledged_documents_survive_kill_9_under_load(small_run: Path, tmp_p
             assert client.get(f"/v1/documents/{name}").status_code == (404 if text is None else 200)
 
 
-def test_refusals_at_the_start(small_run: Path, tmp_path: Path) -> None:
-    def fails(*flags: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "retro_engine.cli", "serve", "--port", "0", *flags]
-        command += ["--accounts", str(tmp_path / "accounts.sqlite")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert "Traceback" not in done.stderr
-        return done.returncode, done.stderr
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_an_address_that_others_reach_needs_users_or_keys(small_run: Path, tmp_path: Path, host: str) -> None:
+    accounts = Accounts(tmp_path / "accounts.sqlite")
+    with pytest.raises(UsageError, match="no users and no keys"):
+        serve(Options(str(small_run)), Address(host, 0), accounts, Reporter("quiet"))
 
-    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
-        code, error = fails(str(small_run), "--host", host)
-        assert (code, "no users and no keys" in error) == (2, True), error
-    code, error = fails(str(tmp_path / "nothing"))
-    assert code == 3, error
+
+def test_what_cannot_be_opened_ends_the_start(small_run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for flags in (["--library", str(tmp_path / "file")], ["--index", str(tmp_path)], ["--mode", "psychic"]):
-        code, error = fails(str(small_run), *flags)
-        assert code in (2, 3), error
-        assert error.count("error:") == 1
+    for options, kind in (
+        (Options(str(tmp_path / "nothing")), MissingInputError),
+        (Options(str(small_run), library=str(tmp_path / "file")), UsageError),
+        (Options(str(small_run), library=str(tmp_path / "l"), stores=[str(tmp_path)]), MissingInputError),
+        (Options(str(small_run), library=str(tmp_path / "l"), mode="psychic"), UsageError),
+    ):
+        with pytest.raises(kind):
+            serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
 
 
 def test_a_library_in_use_is_refused(small_run: Path, tmp_path: Path) -> None:
