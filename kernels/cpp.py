@@ -99,6 +99,20 @@ def gather_neighbors(
     return tokens, lengths
 
 
+def has_linear() -> bool:
+    """Whether the extension has `linear`: one that was built before it has not."""
+    return hasattr(_cpu, "linear")
+
+
+def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    """float32, contiguous -> [t, o]."""
+    y = torch.empty(x_TD.shape[0], weight_OD.shape[0])
+    if y.numel():
+        addresses = [_address(tensor) for tensor in (x_TD, weight_OD, bias_O, y)]
+        _cpu.linear(instruction_set(), (*y.shape, x_TD.shape[1]), addresses)
+    return y
+
+
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """q [b, n, h, e], k and v [b, l, K, r, g, e] -> o like q and the log-sum-exp [b, h, n] in log2 units.
 

@@ -193,3 +193,8 @@ def gather_neighbors(
     total = lengths.sum(-1).clamp(max=retrieved_length)
     is_token = torch.arange(retrieved_length, device=ids.device) < total.unsqueeze(-1)
     return torch.where(is_token, tokens, pad_id), total
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., d] weight' [o, d] + bias [o]."""
+    return F.linear(x, weight, bias)

@@ -29,6 +29,7 @@ from retro_engine.errors import MissingInputError
 from retro_engine.evaluate.perplexity import DocumentLosses, evaluate
 from retro_engine.generate.generator import Generation, Generator
 from retro_engine.generate.sampling import Sampling
+from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import load_model
 from retro_engine.progress import Reporter
@@ -165,14 +166,21 @@ class Retro:
     def __init__(self, model: RetroModel, tokenizer: Tokenizer, defaults: dict[str, Any] | None = None):
         """`defaults`: generation_config.json, what `generate` does when nothing is said."""
         self.model, self.tokenizer = model, tokenizer
-        self.sampling = Sampling(**(defaults or {}))
+        values = defaults or {}
+        self.sampling = Sampling() if values.get("greedy", True) else Sampling(**values)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None) -> "Retro":
-        """A run's newest checkpoint, or a checkpoint folder, after checking its files."""
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None, weights: str | None = None) -> "Retro":
+        """A run's newest checkpoint, or a checkpoint folder, after checking its files.
+
+        `weights`: fp32, bf16 or int8, for generation; None = as saved.
+        """
         folder = checkpoint.find_checkpoint(path)
         checkpoint.verify(folder)
-        return cls(load_model(folder, dtype), Tokenizer.load(folder), checkpoint.read_generation(folder))
+        model = load_model(folder, dtype)
+        if weights is not None:
+            use_weights(model, weights)
+        return cls(model, Tokenizer.load(folder), checkpoint.read_generation(folder))
 
     def sequences(self, share: Share) -> Sequences:
         c = self.model.config

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 from retro_engine.errors import GateError, MissingInputError, RetroError, StoppedError, UsageError, nearest, typed
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
+
     from retro_engine.api import Retro
     from retro_engine.config import Config
     from retro_engine.data.store import Store
+    from retro_engine.generate.request import Generation, Request
     from retro_engine.model.retro import RetroModel
     from retro_engine.progress import Reporter
-    from retro_engine.retrieval.search import Building
+    from retro_engine.retrieval.search import Building, NeighborSource
 
 TAKES_SETTINGS = ("demo", "train", "eval", "generate", "config", "mup")
 RETRIEVER_HELP = "bm25, hash, minilm, hybrid, or a SentenceTransformers model: a folder or a hub id"
@@ -184,6 +187,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--index", nargs="+", metavar="STORE", help="stores to retrieve from (default: the run's)")
     sub.add_argument("--retriever", default="bm25", help=RETRIEVER_HELP)
     sub.add_argument("--embedder", default="minilm", metavar="MODEL", help="hybrid: its dense half (default minilm)")
+    sub.add_argument("--library", metavar="FOLDER", help="a live library to read from; with --index, from both")
+    sub.add_argument("--mode", default="lexical", help="of the library's search: lexical, dense or hybrid")
+    sub.add_argument("--fusion", nargs=2, type=float, default=[1.0, 1.0], metavar="W", help="weights: library, stores")
+    sub.add_argument("--weights", choices=["fp32", "bf16", "int8"], help="type of the weights (default: as saved)")
     sub.add_argument("--neighbors", action="append", metavar="TEXT", help="a given neighbor; may be repeated")
     sub.add_argument("--no-retrieval", action="store_true")
     sub.add_argument("--show-neighbors", action="store_true")
@@ -194,6 +201,12 @@ def _parser() -> argparse.ArgumentParser:
     add_docs(command("docs", _doctor, "a live library: add, list, get, rm, reset, query, import"))
 
     add_interop(command)
+
+    from retro_engine.cli_serve import add_accounts, add_serve
+
+    add_serve(command("serve", _doctor, "OpenAI's API, live documents and a web page on a trained model"))
+    for kind, about in (("users", "who may sign in to the page"), ("keys", "keys of the API")):
+        add_accounts(command(kind, _doctor, f"{about}: add, remove, list"), kind)
 
     sub = command("report", _report, "one HTML page on a run: what retrieval gave, how it trained, what it read")
     sub.add_argument("path", metavar="RUN")
@@ -554,20 +567,19 @@ def _holds(expression: str, summary: dict[str, dict[str, Any]]) -> bool:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    import contextlib
+
     from retro_engine.api import Retro
     from retro_engine.config import load_config
     from retro_engine.generate.generator import Generator
-    from retro_engine.generate.sampling import Sampling
-    from retro_engine.retrieval.search import Building, Retriever
     from retro_engine.train.checkpoint import find_checkpoint
-    from retro_engine.train.loop import run_databases
     from retro_engine.train.parallel import pick_device
 
     asked = load_config(args.overrides)  # NeMo's commands name the checkpoint, the prompt and the neighbors here
     pick_device(asked.trainer.accelerator)
     if asked.trainer.precision != "auto":
         _reporter(args).say(
-            "note: trainer.precision means nothing here: weights are used in the type they were saved in"
+            "note: trainer.precision means nothing here: --weights fp32, bf16 or int8 chooses the weights' type"
         )
     prompt = args.prompt if args.prompt is not None else asked.prompt
     args.neighbors = args.neighbors or asked.neighbors
@@ -576,43 +588,91 @@ def _generate(args: argparse.Namespace) -> int:
             "there is no prompt, or one too many", "", "retro generate RUN 'The prompt', or retro generate RUN -i"
         )
     checkpoint = find_checkpoint(args.path or _named_checkpoint(asked))
-    retro = Retro.from_pretrained(checkpoint)
+    retro = Retro.from_pretrained(checkpoint, weights=args.weights)
+    with contextlib.ExitStack() as resources:
+        is_retrieving = retro.model.config.retrieval and not args.no_retrieval and not args.neighbors
+        source = _neighbor_source(args, checkpoint, resources) if is_retrieving else None
+        generator = Generator(retro.model, retro.tokenizer, source)
+        for text in [prompt] if prompt is not None else map(str.rstrip, sys.stdin):
+            if text or not args.interactive:
+                request = _request(args, retro, text)
+                _print_generation(args, request, generator.run([request])[0])
+    return 0
+
+
+def _neighbor_source(args: argparse.Namespace, checkpoint: Path, resources: "ExitStack") -> "NeighborSource":
+    """The stores, the library, or both; the library stays open as long as `resources`."""
+    from retro_engine.retrieval.library import Library
+    from retro_engine.retrieval.live import LiveRetriever
+    from retro_engine.retrieval.search import Building, Retriever
+    from retro_engine.train.loop import run_databases
+
+    static = None
+    if args.index or not args.library:
+        stores = _stores(args.index) if args.index else run_databases(checkpoint)
+        static = Retriever(stores, args.retriever, building=Building(embedder=args.embedder))
+    if not args.library:
+        assert static is not None
+        return static
+    return LiveRetriever(resources.enter_context(Library(args.library)), static, args.fusion, args.mode)
+
+
+def _request(args: argparse.Namespace, retro: "Retro", prompt: str) -> "Request":
+    from retro_engine.config import load_config
+    from retro_engine.generate.request import Request
+    from retro_engine.generate.sampling import Sampling
+
     defaults = [
-        (f"inference.{key}", getattr(retro.sampling, key)) for key in ("greedy", "temperature", "top_k", "top_p")
+        (f"inference.{name}", getattr(retro.sampling, name)) for name in ("greedy", "temperature", "top_k", "top_p")
     ]
     settings = load_config([*defaults, *args.overrides], say=lambda note: None).inference
-    retriever = None
-    if retro.model.config.retrieval and not args.no_retrieval and not args.neighbors:
-        stores = _stores(args.index) if args.index else run_databases(checkpoint)
-        retriever = Retriever(stores, args.retriever, building=Building(embedder=args.embedder))
-    generator = Generator(retro.model, retro.tokenizer, retriever)
+    if settings.greedy and not retro.sampling.greedy:  # asked for here: how the run samples is of no use
+        settings = load_config(args.overrides, say=lambda note: None).inference
     inference = settings.retro_inference
-    sampling = Sampling(settings.greedy, settings.temperature, settings.top_k, settings.top_p, args.seed)
-    for text in [prompt] if prompt is not None else map(str.rstrip, sys.stdin):
-        if args.interactive and not text:
-            continue
-        out = generator.generate(
-            text,
-            settings.tokens_to_generate,
-            sampling,
-            [] if args.no_retrieval else args.neighbors,
-            inference.retro_num_neighbors,
-            inference.retro_gpt_retrieved_length,
-            settings.pad_prompt,
-        )
-        for note in out.notes:
-            _reporter(args).say(f"note: {note}")
-        if args.json:
-            segments = [{"text": s.text, "neighbors": [vars(hit) for hit in s.neighbors]} for s in out.segments]
-            print(json.dumps({"prompt": text, "text": out.text, "segments": segments}))
-            continue
-        print(text + out.text)
-        for segment in out.segments if args.show_neighbors else []:
-            print(f"\n-- {segment.text!r} could read:")
-            for hit in segment.neighbors:
-                shown = " ".join(hit.text.split())
-                print(f"   {hit.score:8.2f}  {hit.store}/{hit.document} {hit.title}: {shown[:160]}")
-    return 0
+    sampling = Sampling(
+        settings.greedy,
+        settings.temperature,
+        settings.top_k,
+        settings.top_p,
+        args.seed,
+        settings.repetition_penalty,
+        settings.min_tokens_to_generate,
+    )
+    has_logprobs = settings.compute_logprob or settings.all_probs
+    return Request(
+        prompt,
+        settings.tokens_to_generate,
+        sampling,
+        [] if args.no_retrieval else args.neighbors,
+        inference.retro_num_neighbors,
+        inference.retro_gpt_retrieved_length,
+        stop=tuple(settings.end_strings),
+        logprobs=(retro.model.config.vocab_size if settings.all_probs else 0) if has_logprobs else None,
+        echo=has_logprobs,
+        add_bos=settings.add_BOS,
+        pad_prompt=settings.pad_prompt,
+        passed_over=0 if inference.reuse_top else inference.ft_neighbours,
+    )
+
+
+def _print_generation(args: argparse.Namespace, request: "Request", out: "Generation") -> None:
+    for note in out.notes:
+        _reporter(args).say(f"note: {note}")
+    if args.json:
+        segments = [{"text": s.text, "neighbors": [vars(hit) for hit in s.neighbors]} for s in out.segments]
+        result = {"prompt": request.prompt, "text": out.text, "segments": segments, "finish_reason": out.finish_reason}
+        if out.logprobs is not None:
+            result["logprobs"] = [vars(logprob) for logprob in out.logprobs]
+        print(json.dumps(result))
+        return
+    print(out.text if request.echo else f"{request.prompt}{out.text}")
+    for logprob in out.logprobs or []:
+        print(f"   {'' if logprob.logprob is None else f'{logprob.logprob:.4f}':>10}  {logprob.text!r}")
+    for segment in out.segments if args.show_neighbors else []:
+        print(f"\n-- {segment.text!r} could read:")
+        for hit in segment.neighbors:
+            shown = " ".join(hit.text.split())
+            print(f"   {hit.score:8.2f}  {hit.store}/{hit.document} {hit.title}: {shown[:160]}")
 
 
 def _named_checkpoint(config: "Config") -> Path:

@@ -274,8 +274,8 @@ class ExpManagerConfig:
 class RetroInferenceConfig:
     retro_gpt_retrieved_length: int | None = None  # tokens per neighbor; None = the model's r
     retro_num_neighbors: int | None = None  # None = the model's k
-    ft_neighbours: int = 0  # NeMo's neighbors for fine-tuned models: only 0
-    reuse_top: bool = False
+    ft_neighbours: int = 0  # best neighbors that the prompt itself holds, as fine-tuned models want: passed over ...
+    reuse_top: bool = False  # ... unless these shall be read as well
 
 
 @dataclass
@@ -285,12 +285,12 @@ class InferenceConfig:
     top_k: int = 0  # 0 = all
     top_p: float = 1.0
     tokens_to_generate: int = 64
-    min_tokens_to_generate: int = 0
-    repetition_penalty: float = 1.0
-    add_BOS: bool = False
-    end_strings: list[str] = field(default_factory=list)
-    compute_logprob: bool = False
-    all_probs: bool = False
+    min_tokens_to_generate: int = 0  # the end of the document does not come before
+    repetition_penalty: float = 1.0  # logits of tokens seen are divided (or, below 0, multiplied) by it
+    add_BOS: bool = False  # begin with the tokenizer's beginning-of-document token
+    end_strings: list[str] = field(default_factory=list)  # the text ends before the first of these
+    compute_logprob: bool = False  # log-probabilities of the prompt's and the generated tokens
+    all_probs: bool = False  # of every entry of the vocabulary at each of them
     pad_prompt: bool = True  # left-pad so that the prompt's last token ends a chunk
     retro_inference: RetroInferenceConfig = field(default_factory=RetroInferenceConfig)
 
@@ -415,14 +415,6 @@ MEANINGLESS = {  # keys of NeMo's commands that name something this project does
 }
 # Accepted at their defaults alone.
 NOT_BUILT = {
-    "inference.repetition_penalty": 1.0,
-    "inference.min_tokens_to_generate": 0,
-    "inference.add_BOS": False,
-    "inference.end_strings": [],
-    "inference.compute_logprob": False,
-    "inference.all_probs": False,
-    "inference.retro_inference.ft_neighbours": 0,
-    "inference.retro_inference.reuse_top": False,
     "retro_model_file": None,
     "megatron_amp_O2": False,
 }
@@ -656,6 +648,9 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("exp_manager.checkpoint_every_n_steps", 1, _MANY),
     ("exp_manager.keep_last_n", 0, _MANY),
     ("inference.tokens_to_generate", 1, _MANY),
+    ("inference.min_tokens_to_generate", 0, _MANY),
+    ("inference.repetition_penalty", 1e-6, 1e6),
+    ("inference.retro_inference.ft_neighbours", 0, _MANY),
     ("inference.retro_inference.retro_num_neighbors", 1, _MANY),
     ("inference.retro_inference.retro_gpt_retrieved_length", 1, _MANY),
 )

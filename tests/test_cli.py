@@ -1,12 +1,14 @@
 """The command line: three-line errors, exit codes, nothing written or lost; and the commands one after another."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import small_disk, write_corpus
@@ -97,6 +99,54 @@ def test_generate(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["river", "stone"]
     assert run("generate", work / "run") == 2
     assert run("generate", work / "run", "") == 2
+
+
+def test_generate_with_nemos_keys(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def generated(*words: object) -> dict[str, Any]:
+        assert run("generate", work / "run", "river", "--json", "inference.tokens_to_generate=12", *words) == 0
+        return json.loads(capsys.readouterr().out)
+
+    base = generated("inference.min_tokens_to_generate=12")
+    assert base["finish_reason"] == "length"
+    stop = base["text"][3:6]
+    cut = generated("inference.min_tokens_to_generate=12", f"inference.end_strings=[{json.dumps(stop)}]")
+    assert (cut["text"], cut["finish_reason"]) == (base["text"][: base["text"].index(stop)], "stop")
+    assert generated("inference.repetition_penalty=9")["text"] != base["text"]
+    with_logprobs = generated("inference.min_tokens_to_generate=12", "inference.compute_logprob=true")
+    assert with_logprobs["text"] == "river" + base["text"]
+    assert with_logprobs["logprobs"][0]["logprob"] is None
+    assert all(entry["logprob"] < 0 and entry["top"] == [] for entry in with_logprobs["logprobs"][1:])
+    every = generated("inference.all_probs=true")["logprobs"][-1]["top"]
+    assert sum(math.exp(logprob) for _, _, logprob in every) == pytest.approx(1, abs=1e-4)
+    texts = ["--neighbors", "river", "--neighbors", "stone", "--neighbors", "amber"]
+    key = "inference.retro_inference"
+    one = generated(*texts, f"{key}.ft_neighbours=1", f"{key}.retro_num_neighbors=1")
+    assert [hit["text"] for hit in one["segments"][0]["neighbors"]] == ["stone"]
+    top = generated(*texts, f"{key}.ft_neighbours=1", f"{key}.reuse_top=true", f"{key}.retro_num_neighbors=1")
+    assert [hit["text"] for hit in top["segments"][0]["neighbors"]] == ["river"]
+    for weights in ("int8", "bf16"):
+        assert generated("--weights", weights)["segments"]
+    for wrong, message in (
+        ("inference.add_BOS=true", "no beginning-of-document token"),
+        ("inference.top_p=0.5", "contradicts greedy=true"),
+        ("inference.min_tokens_to_generate=13", "at most 12 are generated"),
+    ):
+        assert run("generate", work / "run", "river", "inference.tokens_to_generate=12", wrong) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_generate_from_a_library(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "note.txt").write_text("The quarry by the river is deep.")
+    library = tmp_path / "library"
+    assert run("docs", "add", library, tmp_path / "note.txt", "--store", work / "store") == 0
+    capsys.readouterr()
+    for stores in ([], ["--index", work / "store"]):
+        asked = ["the quarry by the river", "--library", library, "--json", "inference.tokens_to_generate=3"]
+        assert run("generate", work / "run", *asked, *stores) == 0
+        hits = json.loads(capsys.readouterr().out)["segments"][0]["neighbors"]
+        assert hits[0]["text"].startswith("The quarry")
+        assert len(hits) == (2 if stores else 1)
+    assert run("generate", work / "run", "river", "--library", tmp_path / "none") == 3
 
 
 def test_inspect_config_and_doctor(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

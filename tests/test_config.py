@@ -118,14 +118,14 @@ def test_the_settings_that_a_run_wrote_are_read_without_a_note(tmp_path: Path) -
 @pytest.mark.parametrize(("override", "found"), [
     ("tensor_model_parallel_size=2", "generation runs in one process"),
     ("megatron_amp_O2=true", "this version has only the default"),
-    ("inference.retro_inference.reuse_top=true", "this version has only the default"),
+    ("inference.retro_inference.ft_neighbours=-1", "must be at least 0"),
     ("model.pipeline_model_parallel_size=2", "middle of the stack"),
     ("model.tensor_model_parallel_size=5", "must divide num_attention_heads=12"),
     ("model.sequence_parallel=true", "needs tensor parallelism"),
     ("trainer.strategy=zero", "one of auto"),
     ("model.activations_checkpoint_granularity=all", "one of None"),
     ("model.mup=true", "relative to base widths"),
-    ("inference.repetition_penalty=1.2", "this version has only the default"),
+    ("inference.repetition_penalty=0", "must be at least 1e-06"),
     ("model.data.data_prefix=[a,b]", "one store is trained on"),
     ("model.shape_file=/nowhere.yaml", "does not exist"),
 ])  # fmt: skip

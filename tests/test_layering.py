@@ -18,10 +18,11 @@ ORDER = [
     ["train"],
     ["generate"],
     ["interop"],
+    ["serve"],
     ["api"],
     ["report"],
     ["demo", "bench"],
-    ["cli_docs", "cli_interop"],
+    ["cli_docs", "cli_interop", "cli_serve"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -50,6 +50,13 @@ struct Gather {
   int64_t* lengths;                       // [count]
 };
 
+// y = x w' + bias for a few rows of x, as a step of decoding has: what counts is to read w once.
+struct Linear {
+  int64_t T, O, D;
+  const float *x, *w, *bias;              // [T, D], [O, D], [O] or null
+  float* y;                               // [T, O]
+};
+
 enum Type : int { FLOAT32 = 0, BFLOAT16 = 1 };
 
 // One instruction set's build. Each function handles problems [begin, end) of its kernel.
@@ -59,6 +66,7 @@ struct Build {
   void (*attention_backward)(const Attention&, Type, int64_t begin, int64_t end);
   void (*rope)(const Rope&, Type, int64_t begin, int64_t end);  // items are b * N + n
   void (*gather_neighbors)(const Gather&, int64_t begin, int64_t end);
+  void (*linear)(const Linear&, int64_t begin, int64_t end);  // items are outputs
 };
 
 extern const Build scalar_build;

@@ -134,6 +134,18 @@ void gather_neighbors(const std::string& build, const std::array<int64_t, 6>& si
   parallel_for(a.count, 512, [&](int64_t begin, int64_t end) { run(a, begin, end); });
 }
 
+void linear(const std::string& build, const std::array<int64_t, 3>& sizes, const std::array<uintptr_t, 4>& addresses) {
+  Linear a{};
+  a.T = sizes[0], a.O = sizes[1], a.D = sizes[2];
+  a.x = pointer<float>(addresses[0]);
+  a.w = pointer<float>(addresses[1]);
+  a.bias = pointer<float>(addresses[2]);
+  a.y = pointer<float>(addresses[3]);
+  const auto run = find_build(build).linear;
+  const py::gil_scoped_release release;
+  parallel_for(a.O, 192, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -146,4 +158,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("attention", &attention);
   m.def("rope", &rope);
   m.def("gather_neighbors", &gather_neighbors);
+  m.def("linear", &linear);
 }

@@ -15,6 +15,7 @@ from retro_engine.errors import MissingInputError, StoreError, UsageError
 EOD = "<|endoftext|>"
 PAD = "<|pad|>"
 EOD_NAMES = (EOD, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
+BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
 PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
 FILE = "tokenizer.json"
 
@@ -43,6 +44,7 @@ class Tokenizer:
         self.eod_id: int = eod
         pad = next((i for i in map(self.backend.token_to_id, PAD_NAMES) if i is not None), None)
         self.pad_id: int = eod if pad is None else pad
+        self.bos_id: int | None = next((i for i in map(self.backend.token_to_id, BOS_NAMES) if i is not None), None)
 
     @property
     def fingerprint(self) -> str:

@@ -1,11 +1,12 @@
-"""Generation with retrieval at every chunk boundary: prefill, cached decoding, attribution.
+"""Generation with retrieval at every chunk boundary: prompts in, cached decoding, attribution.
 
+`Batch` is the work that `Generator.run` and the engine share: sequences of different lengths in the rows of one cache.
 Letters: T prompt tokens, M chunk length, K neighbors, R tokens per neighbor, V vocabulary.
 """
 
-from collections.abc import Generator as PythonGenerator
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence as ListOf
 
 import numpy as np
 import torch
@@ -13,204 +14,312 @@ from torch import Tensor
 
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.generate.sampling import Sampling, choose
+from retro_engine.generate.prefix import PrefixCache, keys_of
+from retro_engine.generate.request import Generation, Request
+from retro_engine.generate.sampling import Sampling
+from retro_engine.generate.sequence import Sequence, stacked
 from retro_engine.model.retro import RetroModel
-from retro_engine.retrieval.search import Hit, Retriever
+from retro_engine.model.rows import new_rows, prefill, step_rows
+from retro_engine.retrieval.search import Found, Hit, NeighborSource
 
-
-@dataclass
-class Segment:
-    """A run of generated tokens and the neighbors that they could read."""
-
-    text: str
-    neighbors: list[Hit]
-
-
-@dataclass
-class Generation:
-    """What was generated; `segments` split it at the chunk boundaries."""
-
-    text: str
-    tokens: list[int]
-    segments: list[Segment]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def neighbors(self) -> list[Hit]:
-        """The neighbors of the first generated token."""
-        return self.segments[0].neighbors if self.segments else []
-
-
-@dataclass
-class _Step:
-    logits_V: Tensor
-    new_hits: list[Hit] | None  # set when this step retrieved
-
-
-StepStream = PythonGenerator[_Step, int, None]
-Given = tuple[Tensor, Tensor, list[Hit]]  # tokens [K, R], lengths [K] and the texts
+PIECE_CHUNKS = 4  # of a prompt, taken in at once
+MAX_FOUND = 1024  # texts whose neighbors are remembered
 
 
 class Generator:
     """A model with its tokenizer and, with a retriever, live retrieval."""
 
-    def __init__(self, model: RetroModel, tokenizer: Tokenizer, retriever: Retriever | None = None):
-        """Raises StoreError when the retriever's stores were made with another tokenizer."""
+    def __init__(self, model: RetroModel, tokenizer: Tokenizer, retriever: NeighborSource | None = None):
+        """Raises StoreError when the retriever's texts were made with another tokenizer."""
         if model.config.partial_chunk != "last":
             raise UsageError(
                 f"model.partial_chunk={model.config.partial_chunk}", "such a model cannot be decoded with a cache"
             )
         self.model, self.tokenizer, self.retriever = model, tokenizer, retriever
-        if retriever is not None:
-            other = retriever.stores[0].manifest["tokenizer"]
-            if other != tokenizer.fingerprint:
-                raise StoreError(
-                    f"the model has tokenizer {tokenizer.fingerprint[:12]}",
-                    f"{retriever.stores[0].folder} has {other[:12]}",
-                    "retro prepare --tokenizer CHECKPOINT",
-                )
+        self._found: OrderedDict[tuple[str, str, int, int, str | None], Found] = OrderedDict()
+        self._lock = threading.Lock()
+        if retriever is not None and retriever.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise StoreError(
+                f"the model has tokenizer {tokenizer.fingerprint[:12]}",
+                f"{retriever.name} has {retriever.tokenizer_fingerprint[:12]}",
+                "retro prepare --tokenizer CHECKPOINT",
+            )
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | list[int],
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
-        neighbors: Sequence[str] | None = None,
+        neighbors: ListOf[str] | None = None,
         num_neighbors: int | None = None,
         retrieved_length: int | None = None,
         pad_prompt: bool = True,
     ) -> Generation:
-        """Continue `prompt`; ends at the end-of-document token or after `max_new_tokens`.
+        """Continue `prompt`; ends at the end-of-document token or after `max_new_tokens`. `Request` says more.
 
         `neighbors`: texts to read from the prompt's last token on instead of retrieved ones; [] = retrieval off.
         Raises UsageError for an empty prompt or a setting that cannot be used.
         """
-        sampling = sampling or Sampling()
-        notes: list[str] = []
-        steps = self._steps(prompt, max_new_tokens, neighbors, num_neighbors, retrieved_length, pad_prompt, notes)
-        generator = torch.Generator().manual_seed(sampling.seed)
-        tokens: list[int] = []
-        starts: list[tuple[int, list[Hit]]] = []
-        step = next(steps)
-        while True:
-            if step.new_hits is not None or not starts:
-                starts.append((len(tokens), step.new_hits or []))
-            token = choose(step.logits_V, sampling, generator)
-            if token == self.tokenizer.eod_id:
-                break
-            tokens.append(token)
-            if len(tokens) >= max_new_tokens:
-                break
-            step = steps.send(token)
-        return Generation(self.tokenizer.decode(tokens), tokens, self._segments(tokens, starts), notes)
+        request = Request(
+            prompt,
+            max_new_tokens,
+            sampling or Sampling(),
+            neighbors,
+            num_neighbors,
+            retrieved_length,
+            pad_prompt=pad_prompt,
+        )
+        return self.run([request])[0]
 
-    def _segments(self, tokens: list[int], starts: list[tuple[int, list[Hit]]]) -> list[Segment]:
-        ends = [start for start, _ in starts[1:]] + [len(tokens)]
-        return [Segment(self.tokenizer.decode(tokens[a:b]), hits) for (a, hits), b in zip(starts, ends)]
+    def run(self, requests: ListOf[Request], deterministic: bool = False) -> list[Generation]:
+        """Generate several sequences, of any lengths, together."""
+        sequences = [self.open(request) for request in requests]
+        capacity = max((s.total for s in sequences), default=0)
+        batch = Batch(self, len(sequences), capacity, max(map(neighbor_tokens, sequences), default=0), deterministic)
+        for sequence in sequences:
+            batch.join(sequence, self.find(sequence, sequence.prompt_length))
+            logits = None
+            while logits is None:
+                logits = batch.take_in()
+            sequence.accept(logits)
+            batch.settle()
+        while batch.decoding:
+            found = {s: self.find(s, len(s.tokens)) for s in batch.decoding if s.completes()}
+            logits_BV = batch.step({s: f[0] for s, f in found.items()})
+            for sequence, logits_V in zip(list(batch.decoding), logits_BV):
+                sequence.accept(logits_V)
+                if sequence.finish_reason is not None:
+                    batch.leave(sequence)
+        return [sequence.generation() for sequence in sequences]
 
-    def _steps(
-        self,
-        prompt: str,
-        max_new_tokens: int,
-        neighbors: Sequence[str] | None,
-        num_neighbors: int | None,
-        retrieved_length: int | None,
-        pad_prompt: bool,
-        notes: list[str],
-    ) -> StepStream:
-        """Yields the logits of the next token; is sent the token that was chosen."""
-        config = self.model.config
-        M = config.chunk_size
-        R = config.r if retrieved_length is None else retrieved_length
-        K = config.num_neighbors if num_neighbors is None else num_neighbors
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={max_new_tokens} cannot be used", "at least one token is generated")
+    def open(self, request: Request) -> Sequence:
+        """A sequence to work on. Raises UsageError for a request that cannot be answered."""
+        config, sampling = self.model.config, request.sampling
+        R = config.r if request.retrieved_length is None else request.retrieved_length
+        K = config.num_neighbors if request.num_neighbors is None else request.num_neighbors
         if config.r < R or R < 1:
             raise UsageError(
                 f"retrieved_length={R} cannot be used", f"the model takes 1 to {config.r} tokens a neighbor"
             )
-        prompt_ids = self.tokenizer.encode(prompt)
-        if not prompt_ids:
-            raise UsageError("the prompt is empty", "there is nothing to continue")
-        if neighbors and self.model.encoder is None:
+        prompt_ids = self._prompt_ids(request)
+        texts = request.neighbors
+        if texts and self.model.encoder is None:
             raise UsageError("neighbors were given", "this model is a plain decoder (model.retrieval=false)")
-        is_reading = self.model.encoder is not None and (
-            bool(neighbors) if neighbors is not None else self.retriever is not None
-        )
-        given = self._encode_given(neighbors, R, notes) if neighbors and is_reading else None
-        pad = -len(prompt_ids) % M if is_reading and pad_prompt else 0
-        if is_reading and not pad_prompt and len(prompt_ids) < M:
+        has_neighbors = bool(texts) if texts is not None else self.retriever is not None
+        is_reading = self.model.encoder is not None and has_neighbors
+        notes: list[str] = []
+        given = None
+        if texts and is_reading:
+            chosen = list(texts)[request.passed_over :][: request.num_neighbors]
+            if len(chosen) < len(texts):
+                notes.append(f"{len(texts)} neighbors were given, {len(chosen)} are read")
+            given = self._given(chosen, R, notes)
+        M = config.chunk_size
+        pad = -len(prompt_ids) % M if is_reading and request.pad_prompt else 0
+        if is_reading and not request.pad_prompt and len(prompt_ids) < M:
             notes.append(
                 f"inference.pad_prompt=false: the first retrieval happens at token {M}, the prompt has {len(prompt_ids)}"
             )
         tokens = [self.tokenizer.pad_id] * pad + prompt_ids
         learned = config.max_position_embeddings or config.encoder_seq_length
-        if config.position_embedding == "learned" and len(tokens) + max_new_tokens > learned:
+        if config.position_embedding == "learned" and len(tokens) + request.max_new_tokens > learned:
             raise UsageError(
-                f"{len(tokens)} prompt and {max_new_tokens} new tokens",
+                f"{len(tokens)} prompt and {request.max_new_tokens} new tokens",
                 f"the model has {learned} positions",
                 "ask for fewer",
             )
-        return self._run(tokens, pad, max_new_tokens, given, K, R, is_reading)
+        if sampling.min_tokens and self.tokenizer.vocab_size < 2:
+            raise UsageError("min_tokens cannot be used", "the vocabulary has no other token")
+        return Sequence(request, self.tokenizer, M, tokens, pad, K, R, is_reading, given, notes)
 
-    def _run(
-        self, tokens: list[int], pad: int, max_new_tokens: int, given: Given | None, K: int, R: int, is_reading: bool
-    ) -> StepStream:
-        M = self.model.config.chunk_size
-        device = self.model.embedding.weight.device
-        cache = self.model.new_cache(1, len(tokens) + max_new_tokens)
-        start = 0
-        while True:
-            stop = len(tokens)
-            chunks = [tokens[max(u * M, pad) : (u + 1) * M] for u in range(start // M, stop // M)]
-            neighbors = lengths = hits = None
-            if chunks and is_reading:
-                neighbors, lengths, hits = self._neighbors_of(chunks, given, K, R, is_prompt=start == 0)
-            block = torch.tensor([tokens[start:]], device=device)
-            is_token = None
-            if start < pad:
-                is_token = (torch.arange(start, stop, device=device) >= pad)[None]
-            with torch.no_grad():
-                logits = self.model.step(
-                    block,
-                    cache,
-                    None if neighbors is None else neighbors.to(device),
-                    None if lengths is None else lengths.to(device),
-                    is_token,
-                    last_only=True,
-                )[0, 0]
-            start = stop
-            tokens.append((yield _Step(logits, hits)))
+    def _prompt_ids(self, request: Request) -> list[int]:
+        eod, size = self.tokenizer.eod_id, self.model.config.vocab_size
+        if isinstance(request.prompt, str):
+            ids = self.tokenizer.encode(request.prompt)
+        else:
+            ids = list(request.prompt)
+            wrong = next((i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < size), None)
+            if wrong is not None:
+                raise UsageError(f"token {wrong} in the prompt", f"ids are whole numbers from 0 to {size - 1}")
+            if eod in ids:
+                raise UsageError(f"token {eod} in the prompt", "it ends a document: one document is continued")
+        if not ids:
+            raise UsageError("the prompt is empty", "there is nothing to continue")
+        if request.add_bos:
+            if self.tokenizer.bos_id is None:
+                raise UsageError("add_BOS=true", "the tokenizer has no beginning-of-document token", "add_BOS=false")
+            ids.insert(0, self.tokenizer.bos_id)
+        return ids
 
-    def _neighbors_of(
-        self, chunks: list[list[int]], given: Given | None, K: int, R: int, is_prompt: bool
-    ) -> tuple[Tensor, Tensor, list[Hit]]:
-        """Tokens [1, c, K, R], lengths [1, c, K] and, for the last chunk, the hits. Given neighbors are read from
-        the prompt's last token on: the chunks before have none.
+    def find(self, sequence: Sequence, stop: int) -> list[Found]:
+        """The neighbors of the chunks that the tokens up to `stop` complete; [] where it reads none.
+
+        Given neighbors are read from the prompt's last token on: the chunks before have none.
         """
-        if given is not None:
-            tokens, lengths, hits = given
-            all_lengths = lengths.expand(1, len(chunks), -1).clone()
-            if is_prompt:
-                all_lengths[:, :-1] = 0
-            return tokens.expand(1, len(chunks), -1, -1), all_lengths, hits
-        assert self.retriever is not None
-        texts = self.tokenizer.decode_batch(chunks)
-        ids, scores = self.retriever.search(texts, K)
-        gathered, valid = self.retriever.loader.gather(ids, R)
-        hits = [self.retriever.hit(int(i), float(s)) for i, s in zip(ids[-1], scores[-1]) if i >= 0]
-        return torch.from_numpy(gathered)[None], torch.from_numpy(valid)[None], hits
+        num_chunks = stop // sequence.chunk_size - sequence.filled // sequence.chunk_size
+        if not sequence.is_reading or not num_chunks:
+            return []
+        if sequence.given is None:
+            return self._retrieve(sequence.texts(stop), sequence)
+        none = Found(sequence.given.tokens_KR, np.zeros_like(sequence.given.lengths_K), [])
+        return [none] * (num_chunks - 1) + [sequence.given]
 
-    def _encode_given(self, texts: Sequence[str], R: int, notes: list[str]) -> Given:
+    def _retrieve(self, texts: list[str], sequence: Sequence) -> list[Found]:
+        """What was found for a text is remembered as long as nothing else could be."""
+        assert self.retriever is not None
+        version, skip = self.retriever.version, sequence.request.passed_over
+        K, R = sequence.K + skip, sequence.R
+        mode = sequence.request.mode
+        keys = [(version, text, K, R, mode) for text in texts]
+        with self._lock:
+            known = {key: self._found[key] for key in keys if key in self._found}
+        missing = [key for key in dict.fromkeys(keys) if key not in known]
+        if missing:
+            known |= dict(zip(missing, self.retriever.neighbors([key[1] for key in missing], K, R, mode)))
+        with self._lock:
+            for key in keys:
+                self._found[key] = known[key]
+                self._found.move_to_end(key)
+            while len(self._found) > MAX_FOUND:
+                self._found.popitem(last=False)
+        found = [known[key] for key in keys]
+        return [Found(f.tokens_KR[skip:], f.lengths_K[skip:], f.hits[skip:]) for f in found] if skip else found
+
+    def _given(self, texts: list[str], R: int, notes: list[str]) -> Found:
         tokens, lengths = encode_neighbors(self.tokenizer, texts, R)
         for number, text in enumerate(texts):
-            if len(self.tokenizer.encode(text)) > R:
+            if not text:
+                notes.append(f"neighbor {number + 1} is empty: it is not read")
+            elif len(self.tokenizer.encode(text)) > R:
                 notes.append(f"neighbor {number + 1} is longer than {R} tokens: the rest is cut")
         hits = [Hit(-1, f"given {number + 1}", "", 0.0, text, "") for number, text in enumerate(texts)]
-        return torch.from_numpy(tokens), torch.from_numpy(lengths), hits
+        return Found(tokens, lengths, hits)
 
 
-def encode_neighbors(tokenizer: Tokenizer, texts: Sequence[str], R: int) -> tuple[np.ndarray, np.ndarray]:
+class Batch:
+    """Sequences that decode together, each in a row of the cache, and one that joins them piece by piece."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        size: int,
+        capacity: int,
+        neighbor_tokens: int,
+        deterministic: bool = False,
+        prefixes: PrefixCache | None = None,
+    ):
+        """`deterministic`: rows are computed one by one, so that what is with them changes no bit."""
+        self.model, self.pad_id = generator.model, generator.tokenizer.pad_id
+        self.device = self.model.embedding.weight.device
+        self.rows = new_rows(self.model, size, capacity, neighbor_tokens)
+        self.size, self.deterministic, self.prefixes = size, deterministic, prefixes
+        self.decoding: list[Sequence] = []  # in the order of their rows
+        self.joining: Sequence | None = None  # in the row after them
+        self._keys: list[bytes] = []
+        self._found: list[Found] = []
+
+    def join(self, sequence: Sequence, found: list[Found]) -> None:
+        """`found`: the neighbors of the prompt's chunks."""
+        assert self.joining is None and len(self.decoding) < self.size
+        self.joining, self._found = sequence, found
+        self.rows.clear(len(self.decoding), sequence.pad)
+        self._keys = []
+        if self.prefixes is not None:
+            piece = PIECE_CHUNKS * sequence.chunk_size
+            prompt = sequence.tokens[: sequence.prompt_length]
+            self._keys = keys_of(prompt, sequence.pad, found, piece, PIECE_CHUNKS)
+
+    @torch.no_grad()
+    def take_in(self) -> Tensor | None:
+        """The next piece of the joining prompt; logits [V] of its last token when that was all."""
+        sequence, row = self.joining, len(self.decoding)
+        assert sequence is not None
+        M, logits = sequence.chunk_size, None
+        has_all_logits = sequence.request.echo and sequence.request.logprobs is not None
+        if sequence.filled == 0 and self.prefixes is not None and not has_all_logits:
+            sequence.filled, logits = self.prefixes.restore(self._keys, self.rows, row)
+        if logits is None:
+            start = sequence.filled
+            stop = min(start + PIECE_CHUNKS * M, sequence.prompt_length)
+            tokens = torch.tensor(sequence.tokens[start:stop], device=self.device)
+            chunks = self._found[start // M : stop // M]
+            neighbors, lengths = stacked(chunks, self.pad_id, self.device) if chunks else (None, None)
+            logits_TV = prefill(self.model, self.rows, row, tokens, neighbors, lengths, not has_all_logits)
+            if has_all_logits:
+                sequence.note_prompt(logits_TV, start)
+            sequence.filled, logits = stop, logits_TV[-1]
+            if self.prefixes is not None:
+                is_last = stop == sequence.prompt_length
+                self.prefixes.store(
+                    self._keys, start // (PIECE_CHUNKS * M), self.rows, row, start, logits if is_last else None
+                )
+        if sequence.filled < sequence.prompt_length:
+            return None
+        if self._found:
+            sequence.keep_found(self._found[-1])
+        return logits
+
+    def settle(self) -> None:
+        """The sequence that joined decodes with the others, unless it has ended."""
+        sequence, self.joining = self.joining, None
+        assert sequence is not None
+        if sequence.finish_reason is None:
+            self.decoding.append(sequence)
+
+    @torch.no_grad()
+    def step(self, found: dict[Sequence, Found], waits: frozenset[Sequence] = frozenset()) -> Tensor:
+        """Each decoding sequence's newest token -> logits [b, V]; nothing counts of those that wait.
+
+        `found`: the neighbors of the chunks that end with it.
+        """
+        count = len(self.decoding)
+        if self.deterministic:
+            parts = [self._step(row, row + 1, found, waits) for row in range(count)]
+            logits = torch.cat(parts)
+        else:
+            logits = self._step(0, count, found, waits)
+        for sequence in self.decoding:
+            if sequence not in waits:
+                sequence.filled += 1
+                if sequence in found:
+                    sequence.keep_found(found[sequence])
+        return logits
+
+    def _step(self, first: int, last: int, found: dict[Sequence, Found], waits: frozenset[Sequence]) -> Tensor:
+        sequences = self.decoding[first:last]
+        tokens = torch.tensor([s.tokens[-1] for s in sequences], device=self.device)
+        ending = [row for row, s in enumerate(sequences) if s in found]
+        neighbors: tuple[Tensor | None, Tensor | None] = (None, None)
+        if ending:
+            neighbors = stacked([found[sequences[row]] for row in ending], self.pad_id, self.device)
+        advances = torch.tensor([s not in waits for s in sequences], device=self.device)
+        return step_rows(self.model, self.rows.part(first, last), tokens, ending, *neighbors, advances)
+
+    def holds(self, sequence: Sequence) -> bool:
+        return sequence is self.joining or sequence in self.decoding
+
+    def leave(self, sequence: Sequence) -> None:
+        """Free its row; the last row moves there."""
+        if sequence is self.joining:
+            self.joining = None
+            return
+        row, last = self.decoding.index(sequence), len(self.decoding) - 1
+        if row < last:
+            self.rows.move(last, row)
+            self.decoding[row] = self.decoding[last]
+        self.decoding.pop()
+        if self.joining is not None:
+            self.rows.move(last + 1, last)
+
+
+def neighbor_tokens(sequence: Sequence) -> int:
+    """Neighbor tokens that a sequence reads at a time."""
+    if not sequence.is_reading:
+        return 0
+    return sequence.R * (sequence.K if sequence.given is None else len(sequence.given.lengths_K))
+
+
+def encode_neighbors(tokenizer: Tokenizer, texts: ListOf[str], R: int) -> tuple[np.ndarray, np.ndarray]:
     """Texts -> tokens [K, R] padded and lengths [K]; what is past R tokens is cut, an empty text has length 0."""
     tokens = np.full((len(texts), R), tokenizer.pad_id, np.int64)
     lengths = np.zeros(len(texts), np.int64)

@@ -1,5 +1,7 @@
-"""The next token from logits: greedy, temperature, top-k, top-p."""
+"""The next token from logits: penalties, then greedy, or temperature, top-k, top-p. Letter: V vocabulary."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -7,31 +9,53 @@ from torch import Tensor
 
 from retro_engine.errors import UsageError
 
+NAMES = {"min_tokens": "min_tokens_to_generate"}  # the settings' names
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. `greedy` ignores the rest; top_k 0 and top_p 1 keep every token."""
+    """How a token is chosen. top_k 0 and top_p 1 keep every token; with `greedy` the likeliest one is taken."""
 
     greedy: bool = True
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    repetition_penalty: float = 1.0  # logits of tokens seen are divided (above 0) or multiplied (below) by it
+    min_tokens: int = 0  # the end-of-document token is not chosen before
 
     def __post_init__(self) -> None:
+        """Raises UsageError for a value that cannot be used, and for two that contradict each other."""
+        needs_sampling = "contradicts greedy=true, which takes the likeliest token"
         rules = (
-            (
-                "temperature",
-                self.temperature,
-                self.temperature > 0,
-                "must be above 0; greedy=true takes the likeliest token",
-            ),
-            ("top_k", self.top_k, self.top_k >= 0, "must be 0 (off) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "must be in (0, 1]"),
+            ("temperature", 0 < self.temperature < math.inf, "must be above 0; greedy=true takes the likeliest token"),
+            ("top_k", self.top_k >= 0, "must be 0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
+            ("seed", 0 <= self.seed < 1 << 63, "must be 0 or more, and below 2^63"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be above 0; 1 is off"),
+            ("min_tokens", self.min_tokens >= 0, "must be 0 (off) or more"),
+            ("temperature", not self.greedy or self.temperature == 1, needs_sampling),
+            ("top_k", not self.greedy or self.top_k in (0, 1), needs_sampling),
+            ("top_p", not self.greedy or self.top_p == 1, needs_sampling),
         )
-        for name, value, holds, rule in rules:
+        for name, holds, rule in rules:
             if not holds:
-                raise UsageError(f"inference.{name}={value} cannot be used", rule)
+                raise UsageError(f"inference.{NAMES.get(name, name)}={getattr(self, name)} cannot be used", rule)
+
+
+def adjusted(logits_V: Tensor, sampling: Sampling, seen: Iterable[int], num_produced: int, eod_id: int) -> Tensor:
+    """The logits after the penalty for tokens in `seen` (arXiv 1909.05858 section 4.1) and the minimum length."""
+    penalty, is_short = sampling.repetition_penalty, num_produced < sampling.min_tokens
+    if penalty == 1 and not is_short:
+        return logits_V
+    logits = logits_V.clone()
+    if penalty != 1:
+        ids = torch.tensor(sorted(set(seen)), device=logits.device)
+        values = logits[ids]
+        logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+    if is_short and eod_id < len(logits):
+        logits[eod_id] = -torch.inf
+    return logits
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

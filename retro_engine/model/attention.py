@@ -21,6 +21,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
+class Linear(nn.Linear):
+    """nn.Linear, with an op of its own for the few rows of a decoding step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 def project(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     """The outputs of several linear layers on the same input [..., d].
 
@@ -62,10 +69,10 @@ class SelfAttention(nn.Module):
         heads = config.encoder_heads if is_encoder else config.num_attention_heads
         groups = config.encoder_key_value_heads if is_encoder else config.key_value_heads
         self.head_width = width // heads
-        self.q = nn.Linear(width, width, bias=config.has_qk_bias)
-        self.k = nn.Linear(width, groups * self.head_width, bias=config.has_qk_bias)
-        self.v = nn.Linear(width, groups * self.head_width, bias=config.has_v_bias)
-        self.out = nn.Linear(width, width, bias=config.bias)
+        self.q = Linear(width, width, bias=config.has_qk_bias)
+        self.k = Linear(width, groups * self.head_width, bias=config.has_qk_bias)
+        self.v = Linear(width, groups * self.head_width, bias=config.has_v_bias)
+        self.out = Linear(width, width, bias=config.bias)
         self.scale = attention_scale(config, self.head_width, base_head_width(config, is_encoder))
         self.dropout = config.attention_dropout
         self.interleaved = config.rotary_interleaved
@@ -113,10 +120,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         width, groups = config.encoder_width, config.encoder_key_value_heads
         self.head_width = width // config.encoder_heads
-        self.q = nn.Linear(width, width, bias=config.has_qk_bias)
-        self.k = nn.Linear(config.hidden_size, groups * self.head_width, bias=config.has_qk_bias)
-        self.v = nn.Linear(config.hidden_size, groups * self.head_width, bias=config.has_v_bias)
-        self.out = nn.Linear(width, width, bias=config.bias)
+        self.q = Linear(width, width, bias=config.has_qk_bias)
+        self.k = Linear(config.hidden_size, groups * self.head_width, bias=config.has_qk_bias)
+        self.v = Linear(config.hidden_size, groups * self.head_width, bias=config.has_v_bias)
+        self.out = Linear(width, width, bias=config.bias)
         self.scale = attention_scale(config, self.head_width, base_head_width(config, True))
         self.dropout = config.attention_dropout
 
@@ -136,8 +143,8 @@ class ChunkedCrossAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, self.head_width = config.hidden_size, config.head_width
-        self.q = nn.Linear(width, width, bias=config.has_qk_bias)
-        self.out = nn.Linear(width, width, bias=config.bias)
+        self.q = Linear(width, width, bias=config.has_qk_bias)
+        self.out = Linear(width, width, bias=config.bias)
         self.scale = attention_scale(config, self.head_width, base_head_width(config, False))
         self.dropout = config.attention_dropout
 
@@ -156,8 +163,8 @@ class NeighborProjection(nn.Module):
         super().__init__()
         self.head_width, width = config.head_width, config.key_value_heads * config.head_width
         layers = range(len(config.cross_layers))
-        keys = [nn.Linear(config.encoder_width, width, bias=config.has_qk_bias) for _ in layers]
-        values = [nn.Linear(config.encoder_width, width, bias=config.has_v_bias) for _ in layers]
+        keys = [Linear(config.encoder_width, width, bias=config.has_qk_bias) for _ in layers]
+        values = [Linear(config.encoder_width, width, bias=config.has_v_bias) for _ in layers]
         self.k, self.v = nn.ModuleList(keys), nn.ModuleList(values)  # type: ignore[assignment]
 
     def forward(self, encoded: Tensor, only: int | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -173,9 +180,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, width: int, ffn_width: int):
         super().__init__()
-        self.gate = nn.Linear(width, ffn_width, bias=config.bias) if config.activation == "swiglu" else None
-        self.up = nn.Linear(width, ffn_width, bias=config.bias)
-        self.down = nn.Linear(ffn_width, width, bias=config.bias)
+        self.gate = Linear(width, ffn_width, bias=config.bias) if config.activation == "swiglu" else None
+        self.up = Linear(width, ffn_width, bias=config.bias)
+        self.down = Linear(ffn_width, width, bias=config.bias)
         self.dropout = nn.Dropout(config.ffn_dropout)
         self.approximation = "tanh" if config.activation == "gelu_tanh" else "none"
 

@@ -10,6 +10,7 @@ from retro_kernels.attention import attention as kernels_attention
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
 from retro_kernels.cuda import register_host
 from retro_kernels.gather_neighbors import gather_neighbors
+from retro_kernels.linear import linear as kernels_linear
 from retro_kernels.rope import rope, rope_qk
 from torch import Tensor
 
@@ -17,6 +18,7 @@ __all__ = [
     "attention",
     "chunked_cross_attention",
     "gather_neighbors",
+    "linear",
     "masked_attention",
     "register_host",
     "rope",
@@ -59,6 +61,14 @@ def attention(
         scale=scale,
         is_packed=True,
     )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's, or without gradients `retro_kernels.linear`, which is the faster one for a few rows."""
+    is_plain = type(weight) in (Tensor, torch.nn.Parameter) and x.dtype == weight.dtype
+    if torch.is_grad_enabled() or not is_plain or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    return kernels_linear(x, weight, bias)
 
 
 def masked_attention(

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig, base_config, check_model
 from retro_engine.model import ops
-from retro_engine.model.attention import NeighborProjection, Rotary, is_sharded, norm
+from retro_engine.model.attention import Linear, NeighborProjection, Rotary, is_sharded, norm
 from retro_engine.model.cache import Cache, new_cache
 from retro_engine.model.decoder import DecoderLayer, Reading
 from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
 from retro_engine.model.initialization import initialize
 from retro_engine.model.loss import linear_cross_entropy
+from retro_engine.model.quantize import Int8Linear
 
 
 @dataclass
@@ -64,9 +65,11 @@ class RetroModel(nn.Module):
         self.encoder = Encoder(config) if crossing else None
         self.neighbor_projection = NeighborProjection(config) if crossing else None
         is_wider = config.encoder_width != width
-        self.encoder_input = nn.Linear(width, config.encoder_width, bias=False) if crossing and is_wider else None
+        self.encoder_input = Linear(width, config.encoder_width, bias=False) if crossing and is_wider else None
         self.final_norm = norm(config, width) if config.decoder_final_norm else nn.Identity()
-        self.head = None if config.share_embeddings else nn.Linear(width, config.vocab_size, bias=False)
+        self.head: Linear | Int8Linear | None = None
+        if not config.share_embeddings:
+            self.head = Linear(width, config.vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
         self.recompute: str | None = None  # None | selective | full: model/recompute.py
         self.packs_neighbors = True  # the encoder computes valid neighbor tokens only (False: every shape is fixed)
@@ -95,6 +98,7 @@ class RetroModel(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The output matrix [V, d]."""
+        assert not isinstance(self.head, Int8Linear), "weights in int8 are for generation"
         return self.embedding.weight if self.head is None else self.head.weight
 
     def hidden(
@@ -115,7 +119,7 @@ class RetroModel(nn.Module):
             mask = self._mask_of_padding(documents)
         retrieved = self._neighbor_view(tokens, neighbors, neighbor_lengths, documents)
         x = self._embed(tokens, 0)
-        rotary = self._decoder_rotary(N, tokens.device)
+        rotary = self.decoder_rotary(N, tokens.device)
         reading = None if retrieved is None else self._reading(retrieved)
         for layer in self.layers:
             x = layer(x, rotary, first_keys, mask, reading)
@@ -128,9 +132,11 @@ class RetroModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V]"""
+        if isinstance(self.head, Int8Linear):
+            return self.head(hidden)
         weight, bias = self.head_weight, self.output_bias
         if not is_sharded(weight):
-            return F.linear(hidden, weight, bias)
+            return ops.linear(hidden, weight, bias)
         from torch.distributed.tensor import DTensor, Replicate
 
         assert isinstance(weight, DTensor)
@@ -184,9 +190,9 @@ class RetroModel(nn.Module):
         mask = self._cached_mask(cache, start, stop)
         device = tokens.device
         x = self._embed(tokens, start)
-        rotary = self._decoder_rotary(stop, device)
+        rotary = self.decoder_rotary(stop, device)
         positions = torch.arange(start, stop, device=device)
-        cross_rotary = self._cross_rotary(device)
+        cross_rotary = self.cross_rotary(device)
         fresh: _FreshNeighbors | None = None
         for index, layer in enumerate(self.layers):
             q, k, v = layer.attention.project(layer.attention_norm(x))
@@ -237,11 +243,11 @@ class RetroModel(nn.Module):
         rotary_width = 2 * (int(head_width * c.rotary_percentage) // 2)
         return ops.rotary_tables(num_positions, rotary_width, c.rotary_base, dtype, device)
 
-    def _decoder_rotary(self, num_positions: int, device: torch.device) -> Rotary:
+    def decoder_rotary(self, num_positions: int, device: torch.device) -> Rotary:
         is_rope = self.config.position_embedding == "rope"
         return self._tables(num_positions, self.config.head_width, device) if is_rope else None
 
-    def _cross_rotary(self, device: torch.device) -> Rotary:
+    def cross_rotary(self, device: torch.device) -> Rotary:
         c = self.config
         if c.cca_position_embedding != "rope":
             return None
@@ -349,7 +355,7 @@ class RetroModel(nn.Module):
             keys_values,
             retrieved.lengths_BLK,
             retrieved.attends_BN,
-            self._cross_rotary(retrieved.tokens_BLKR.device),
+            self.cross_rotary(retrieved.tokens_BLKR.device),
             retrieved.front,
         )
 
@@ -383,23 +389,33 @@ class RetroModel(nn.Module):
             return _FreshNeighbors([], z_BTD.new_zeros(B, 0, 0, dtype=torch.bool))
         if neighbors is None or neighbors.shape[2] == 0:
             return _FreshNeighbors([], z_BTD.new_zeros(B, completed, 0, dtype=torch.bool))
-        K, R = neighbors.shape[2:]
         first = (start // M) * M
         is_token = cache.is_token_BS[:, first : first + completed * M].reshape(B, completed, M)
-        if lengths is None or not self.config.mask_neighbors:
-            lengths = torch.full((B, completed, K), R, device=z_BTD.device)
         hidden_seen: Seen = None
         if cache.has_padding and self.config.mask_neighbors:
+            if lengths is None:
+                lengths = torch.full(neighbors.shape[:3], neighbors.shape[3], device=z_BTD.device)
             lengths = torch.where(is_token[:, :, -1:], lengths, 0)
             hidden_seen = _some(is_token)
         hidden = state[:, : completed * M].reshape(B, completed, M, D)
+        return _FreshNeighbors(*self.encode_neighbors(hidden, hidden_seen, neighbors, lengths))
+
+    def encode_neighbors(
+        self, hidden_BLMD: Tensor, hidden_seen: Seen, neighbors_BLKR: Tensor, lengths_BLK: Tensor | None
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Keys and values [b, l, k, r, g, e] of each cross-attending layer, not rotated, and which of them are valid
+        [b, l, k*r]. `hidden_BLMD` is the chunks' normed state at the first cross-attending layer.
+        """
+        B, L, K, R = neighbors_BLKR.shape
+        if lengths_BLK is None or not self.config.mask_neighbors:
+            lengths_BLK = torch.full((B, L, K), R, device=hidden_BLMD.device)
         assert self.encoder is not None and self.neighbor_projection is not None
-        layout = layout_of(neighbors, lengths, packs=False)
-        embedded = self._embed_neighbors(neighbors.reshape(B * completed * K, R), layout)
-        encoded = self.encoder(embedded, layout, hidden, hidden_seen, self._encoder_rotary(z_BTD.device))
-        pairs = self.neighbor_projection(encoded.reshape(B, completed, K, R, -1))
-        valid = torch.arange(R, device=z_BTD.device) < lengths[..., None]
-        return _FreshNeighbors(pairs, valid.reshape(B, completed, K * R))
+        layout = layout_of(neighbors_BLKR, lengths_BLK, packs=False)
+        embedded = self._embed_neighbors(neighbors_BLKR.reshape(B * L * K, R), layout)
+        encoded = self.encoder(embedded, layout, hidden_BLMD, hidden_seen, self._encoder_rotary(hidden_BLMD.device))
+        pairs = self.neighbor_projection(encoded.reshape(B, L, K, R, -1))
+        valid = torch.arange(R, device=hidden_BLMD.device) < lengths_BLK[..., None]
+        return pairs, valid.reshape(B, L, K * R)
 
     def _cached_cross(
         self, index: int, z_BTD: Tensor, cache: Cache, fresh: _FreshNeighbors, start: int, rotary: Rotary

@@ -269,6 +269,17 @@ class Library:
         Modes: lexical, dense, hybrid (both rankings fused with `weights`). Chunks that overlap better ones (stride <
         chunk_size) are left out. Raises UsageError for an empty or huge text, k below 1, or dense without vectors.
         """
+        return [hit for hit, _ in self.find(text, k, mode, namespace, weights)]
+
+    def find(
+        self,
+        text: str,
+        k: int = 10,
+        mode: str = "lexical",
+        namespace: str = DEFAULT,
+        weights: Sequence[float] = (1.0, 1.0),
+    ) -> list[tuple[Hit, np.ndarray]]:
+        """`search`, with the tokens of each chunk and its continuation."""
         check_namespace(namespace)
         check_query(text, k)
         check_mode(mode, weights)
@@ -276,27 +287,27 @@ class Library:
             raise UsageError(f"mode {mode} needs vectors", f"{self.folder} was made without an embedder", "lexical")
         vector = None if mode == "lexical" else self.chunker.embed([text])[0]
         reach = -(-self.file.chunk_size // self.file.stride)
-        hits: list[Hit] = []
+        found: list[tuple[Hit, np.ndarray]] = []
         for _ in range(TRIES):
             self._check_open()
             snapshot = self._index.snapshots.get(namespace, ())
             ranking = rank(snapshot, mode, text, vector, weights, k * (2 * reach - 1))
             ranking = drop_overlaps(snapshot, ranking, reach)[:k] if reach > 1 else ranking
-            hits = self._hits(snapshot, ranking)
-            if len(hits) == len(ranking):
+            found = self._hits(snapshot, ranking)
+            if len(found) == len(ranking):
                 break
         self._check_open()  # not closed while it searched
-        return hits
+        return found
 
     def source(self, mode: str = "lexical", namespace: str = DEFAULT, weights: Sequence[float] = (1.0, 1.0)) -> Source:
         """This library as a source of `combined`."""
         return lambda text, k: self.search(text, k, mode, namespace, weights)
 
-    def _hits(self, snapshot: Snapshot, ranking: Ranking) -> list[Hit]:
-        """The texts of a ranking, but for documents that were deleted since."""
+    def _hits(self, snapshot: Snapshot, ranking: Ranking) -> list[tuple[Hit, np.ndarray]]:
+        """The texts and tokens of a ranking, but for documents that were deleted since."""
         m, dtype = self.file.chunk_size, np.dtype(self.file.tokenizer.dtype).newbyteorder("<")
         found: list[tuple[str, str, int, float]] = []
-        rows: list[list[int]] = []
+        tokens: list[np.ndarray] = []
         with self.file.reader() as connection:
             for view, chunk, score in ranking:
                 key, number = snapshot[view].document(chunk)
@@ -306,12 +317,12 @@ class Library:
                 if row is not None:
                     self.file.check(key, row[0], zlib.crc32(row[4], checksum(*row[1:4])))
                     end = number * self.file.stride + m
-                    tokens = np.frombuffer(row[4], dtype)[end - m : end + m].tolist()
-                    rows += [tokens[:m], tokens[m:]]
+                    tokens.append(np.frombuffer(row[4], dtype)[end - m : end + m])
                     found.append((row[2], row[3], number, score))
-        texts = self.file.tokenizer.decode_batch(rows)
+        texts = self.file.tokenizer.decode_batch([part.tolist() for row in tokens for part in (row[:m], row[m:])])
         pairs = zip(found, texts[::2], texts[1::2])
-        return [Hit(*head, text, continuation, self.folder.name) for head, text, continuation in pairs]
+        hits = [Hit(*head, text, continuation, self.folder.name) for head, text, continuation in pairs]
+        return list(zip(hits, tokens))
 
     def read(self, statement: str, *values: Any) -> list[Any]:
         """Rows of the library's tables."""

@@ -6,7 +6,7 @@ Letters: Q queries, K neighbors.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -50,6 +50,36 @@ class Hit:
     score: float
     text: str
     store: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """The neighbors of one text as a model reads them, and what they are."""
+
+    tokens_KR: np.ndarray  # i64, padded
+    lengths_K: np.ndarray  # valid tokens, 0 = missing
+    hits: list[Hit]
+
+
+class NeighborSource(Protocol):
+    """Where generation gets its neighbors: published stores, or a live library."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokenizer_fingerprint(self) -> str: ...
+
+    @property
+    def version(self) -> str:
+        """Changes with what can be found."""
+        ...
+
+    def neighbors(
+        self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None
+    ) -> list[Found]:
+        """The k best of each text; any thread may call. `mode` is of a live library's search."""
+        ...
 
 
 def index_folder(store: Store, retriever: str) -> Path:
@@ -231,6 +261,30 @@ class Retriever:
         """The k best chunks for a text, with their documents."""
         ids, scores = self.search([text], k)
         return [self.hit(int(chunk), float(score)) for chunk, score in zip(ids[0], scores[0]) if chunk >= 0]
+
+    @property
+    def name(self) -> str:
+        return str(self.stores[0].folder)
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return str(self.stores[0].manifest["tokenizer"])
+
+    @property
+    def version(self) -> str:
+        return self.fingerprint
+
+    def neighbors(
+        self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None
+    ) -> list[Found]:
+        """The k best of each text, as tokens. `mode` says nothing to published stores."""
+        ids, scores = self.search(texts, k)
+        tokens, lengths = self.loader.gather(ids, retrieved_length)
+        hits = [
+            [self.hit(int(i), float(s)) for i, s in zip(row, row_scores) if i >= 0]
+            for row, row_scores in zip(ids, scores)
+        ]
+        return [Found(*found) for found in zip(tokens, lengths, hits)]
 
     def hit(self, chunk: int, score: float = 0.0) -> Hit:
         number = int(np.searchsorted(self.starts, chunk, "right")) - 1

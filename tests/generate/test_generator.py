@@ -1,14 +1,18 @@
 """Generation: equal to recomputing everything, neighbors that act from the prompt's last token on, attribution."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from helpers import small_config, small_model
 
 from retro_engine.data.store import Store
+from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.generate.generator import Generator, encode_neighbors
-from retro_engine.generate.sampling import Sampling, choose
+from retro_engine.generate.generator import Batch, Generator, encode_neighbors, neighbor_tokens
+from retro_engine.generate.request import Request
+from retro_engine.generate.sampling import Sampling
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.search import Retriever
 
@@ -59,12 +63,13 @@ def test_cached_generation_equals_recomputing(generator: Generator, prompt: str,
     assert found.tokens == recomputed(generator, prompt, 40, texts)
 
 
-def first_logits(generator: Generator, prompt: str, **options: object) -> torch.Tensor:
-    notes: list[str] = []
-    steps = generator._steps(
-        prompt, 4, options.get("neighbors"), None, None, bool(options.get("pad_prompt", True)), notes
-    )  # type: ignore[arg-type]
-    return next(steps).logits_V
+def first_logits(generator: Generator, prompt: str, **options: Any) -> torch.Tensor:
+    sequence = generator.open(Request(prompt, 4, **options))
+    batch = Batch(generator, 1, sequence.total, neighbor_tokens(sequence))
+    batch.join(sequence, generator.find(sequence, sequence.prompt_length))
+    logits = batch.take_in()
+    assert logits is not None
+    return logits
 
 
 def test_a_short_prompt_is_answered_with_given_neighbors(generator: Generator) -> None:
@@ -87,8 +92,7 @@ def test_a_short_prompt_is_answered_with_given_neighbors(generator: Generator) -
 def test_attribution(generator: Generator) -> None:
     out = generator.generate("Document doc7. river stone amber", 40)
     assert len(out.segments) == (len(out.tokens) - 1) // M + 1
-    for number, segment in enumerate(out.segments):  # the padded prompt ends a chunk
-        assert segment.text == generator.tokenizer.decode(out.tokens[number * M : (number + 1) * M])
+    assert "".join(segment.text for segment in out.segments) == out.text == generator.tokenizer.decode(out.tokens)
     assert all(len(segment.neighbors) <= 2 for segment in out.segments)
     assert out.neighbors == out.segments[0].neighbors
     assert out.neighbors[0].document.startswith("d")
@@ -99,6 +103,7 @@ def test_attribution(generator: Generator) -> None:
 def test_long_and_empty_neighbors(generator: Generator) -> None:
     out = generator.generate("river", 2, neighbors=["stone " * 100, ""])
     assert "neighbor 1 is longer than 32 tokens" in out.notes[0]
+    assert "neighbor 2 is empty" in out.notes[1]
     only_empty = generator.generate("river", 8, neighbors=[""])
     assert only_empty.tokens == generator.generate("river", 8, neighbors=[]).tokens
 
@@ -109,8 +114,6 @@ def test_what_cannot_be_generated(generator: Generator, small_store: Store) -> N
             generator.generate("river", **options)
     with pytest.raises(UsageError, match="prompt is empty"):
         generator.generate("")
-    from retro_engine.data.tokenizer import Tokenizer
-
     with pytest.raises(StoreError, match="the model has tokenizer"):
         Generator(generator.model, Tokenizer.train(["x"], 300), generator.retriever)
 
@@ -133,19 +136,117 @@ def test_a_plain_decoder_generates(small_store: Store) -> None:
     assert out.segments[0].neighbors == []
 
 
-def test_sampling() -> None:
-    logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
-    draw = lambda **options: {  # noqa: E731
-        choose(logits, Sampling(greedy=False, **options), torch.Generator().manual_seed(seed)) for seed in range(200)
-    }
-    assert choose(logits, Sampling(), torch.Generator()) == 1
-    assert draw(temperature=1.0) == {0, 1, 2, 3}
-    assert draw(top_k=2) == {1, 2}
-    assert draw(top_p=0.5) == {1}
-    assert draw(top_p=0.9) == {1, 2}
-    assert draw(temperature=1e-3) == {1}
-    same = [choose(logits, Sampling(greedy=False), torch.Generator().manual_seed(5)) for _ in range(5)]
-    assert len(set(same)) == 1
-    for wrong in ({"temperature": 0}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}):
-        with pytest.raises(UsageError, match=f"inference.{next(iter(wrong))}"):
-            Sampling(**wrong)
+def with_eod_far(generator: Generator, **options: Any) -> Request:
+    return Request("river stone", 40, Sampling(min_tokens=40), **options)
+
+
+def test_a_stop_string_may_span_tokens(generator: Generator) -> None:
+    whole = generator.run([with_eod_far(generator)])[0]
+    tokens = [generator.tokenizer.decode([token]) for token in whole.tokens]
+    place = next(i for i in range(4, 38) if tokens[i] and tokens[i + 1] and "\ufffd" not in tokens[i] + tokens[i + 1])
+    stop = tokens[place][-1:] + tokens[place + 1][:1]
+    cut = whole.text.index(stop)
+    out = generator.run([with_eod_far(generator, stop=("never there", stop, stop + "and more"))])[0]
+    assert (out.text, out.finish_reason) == (whole.text[:cut], "stop")
+    assert len(out.tokens) < 40
+    assert "".join(segment.text for segment in out.segments) == out.text
+    out = generator.run([with_eod_far(generator, stop=("never there", whole.text[-2:] + "x"))])[0]
+    assert (out.text, out.finish_reason) == (whole.text, "length")  # what was held is shown at the end
+    for wrong in (("",), "text"):
+        with pytest.raises(UsageError, match="stop="):
+            Request("river", stop=wrong)  # type: ignore[arg-type]
+
+
+def test_log_probabilities(generator: Generator) -> None:
+    """Those of a full pass: of the chosen token, the likeliest, and with echo of the prompt."""
+    request = with_eod_far(generator, neighbors=[], logprobs=3, echo=True)
+    out = generator.run([request])[0]
+    ids = generator.tokenizer.encode("river stone") + out.tokens
+    assert out.logprobs is not None
+    assert [entry.token for entry in out.logprobs] == ids
+    assert out.text == generator.tokenizer.decode(ids)
+    assert out.prompt_tokens == len(ids) - 40
+    with torch.no_grad():
+        exact = generator.model(torch.tensor([ids]))[0].log_softmax(-1)
+    assert out.logprobs[0].logprob is None
+    for place, entry in enumerate(out.logprobs[1:]):
+        assert entry.logprob == pytest.approx(float(exact[place, entry.token]), abs=1e-9)
+        best = exact[place].topk(3)
+        assert [token for token, _, _ in entry.top] == best.indices.tolist()
+        assert [value for _, _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-9)
+        assert entry.text == generator.tokenizer.decode([entry.token])
+    padded = generator.run([with_eod_far(generator, logprobs=0, echo=True)])[0]  # neighbors act from its last token on
+    assert padded.logprobs is not None
+    assert [e.logprob for e in padded.logprobs[1:4]] == pytest.approx([e.logprob for e in out.logprobs[1:4]], abs=1e-6)  # other positions
+    assert generator.run([with_eod_far(generator)])[0].logprobs is None
+
+
+def test_a_prompt_of_token_ids_is_the_same_prompt(generator: Generator) -> None:
+    ids = generator.tokenizer.encode("river stone amber")
+    assert generator.generate(ids, 12) == generator.generate("river stone amber", 12)
+
+
+def test_beginning_of_document(generator: Generator, small_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no beginning-of-document token"):
+        generator.run([Request("river", add_bos=True)])
+    monkeypatch.setattr(generator.tokenizer, "bos_id", 7)
+    ids = [7, *generator.tokenizer.encode("river")]
+    assert generator.run([Request("river", 9, add_bos=True)])[0].tokens == generator.generate(ids, 9).tokens
+
+
+def test_minimum_length_and_repetition_penalty(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = generator.generate("river", 30, neighbors=[])
+    monkeypatch.setattr(generator.tokenizer, "eod_id", base.tokens[3])  # now it ends there
+    early = generator.generate("river", 30, neighbors=[])
+    assert early.tokens == base.tokens[: base.tokens.index(base.tokens[3])]
+    assert early.finish_reason == "stop"
+    late = generator.generate("river", 30, Sampling(min_tokens=12), neighbors=[])
+    assert len(late.tokens) >= 12
+    assert base.tokens[3] not in late.tokens
+    with pytest.raises(UsageError, match="min_tokens=31"):
+        generator.generate("river", 30, Sampling(min_tokens=31))
+    strong = generator.generate("river", 30, Sampling(repetition_penalty=1e6, min_tokens=30), neighbors=[])
+    assert len(set(strong.tokens)) > len(set(base.tokens))
+
+
+def test_given_neighbors_that_the_prompt_holds_are_passed_over(generator: Generator) -> None:
+    texts = ["river stone copper", "falcon ember", "tide"]
+    logits = lambda **options: first_logits(generator, "river", **options)  # noqa: E731
+    assert torch.equal(logits(neighbors=texts, passed_over=1), logits(neighbors=texts[1:]))
+    assert torch.equal(logits(neighbors=texts, passed_over=1, num_neighbors=1), logits(neighbors=texts[1:2]))
+    assert torch.equal(logits(neighbors=texts, num_neighbors=2), logits(neighbors=texts[:2]))
+    assert "3 neighbors were given, 1 are read" in generator.run(
+        [Request("river", 2, neighbors=texts, num_neighbors=1)]
+    )[0].notes
+    all_four = generator.run([Request("river stone", 1, num_neighbors=4)])[0].neighbors
+    assert generator.run([Request("river stone", 1, num_neighbors=2, passed_over=2)])[0].neighbors == all_four[2:]
+
+
+def test_refresh_never_keeps_the_prompts_neighbors(generator: Generator) -> None:
+    out = generator.run([Request("river", 50, Sampling(min_tokens=50), refresh="never")])[0]
+    assert all(segment.neighbors == out.neighbors for segment in out.segments)
+    fresh = generator.run([Request("river", 50, Sampling(min_tokens=50))])[0]
+    assert out.tokens[:M] == fresh.tokens[:M]
+    assert any(segment.neighbors != fresh.neighbors for segment in fresh.segments)
+    with pytest.raises(UsageError, match="refresh=often"):
+        Request("river", refresh="often")
+
+
+def test_text_is_never_half_a_character() -> None:
+    tokenizer = Tokenizer.train(["a"], 258)  # bytes alone: every character beyond ASCII is several tokens
+    text = "h\u00e9llo \u65e5\u672c\u8a9e \U0001f600!"
+    ids = tokenizer.encode(text)
+    model = RetroModel(small_config(vocab_size=tokenizer.vocab_size, retrieval=False)).eval()
+    for stop, expected in (((), text), (("\u8a9e \U0001f600",), text[: text.index("\u8a9e")]), (("\u00e9",), "h")):
+        sequence = Generator(model, tokenizer).open(Request("a", len(ids), stop=stop))
+        shown = []
+        for token in ids:
+            if sequence.finish_reason is None:
+                event = sequence.accept(torch.eye(tokenizer.vocab_size)[token])
+                shown += [] if event is None else [event.text]
+        assert "".join(shown) == expected == sequence.text
+        assert not any("\ufffd" in piece for piece in shown)
+    sequence = Generator(model, tokenizer).open(Request("a", 2))
+    for token in tokenizer.encode("\u65e5")[:2]:  # and ends in the middle
+        sequence.accept(torch.eye(tokenizer.vocab_size)[token])
+    assert sequence.generation().text == "\ufffd"

@@ -1,0 +1,97 @@
+"""Prompts that were taken in before: their keys and values, and what their last chunk read, least used forgotten first.
+
+A prompt is kept in pieces of some chunks. A piece's key is a hash of all tokens up to its end, the padding before them
+and the neighbors of their chunks, so a piece is used again only where it would be computed the same.
+"""
+
+import hashlib
+import struct
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from retro_engine.model.rows import Rows
+from retro_engine.retrieval.search import Found
+
+
+@dataclass
+class _Piece:
+    stop: int  # tokens up to its end
+    keys_values: list[Tensor]  # [t, g, e]: keys of all decoder layers, then values
+    hidden: Tensor  # [m, d] state of the open chunk
+    cross: list[Tensor]  # [x, g, e]: keys of all cross-attending layers, then values
+    cross_valid: Tensor  # [x]
+    logits: Tensor | None  # [V] after its last token, where a prompt ended there
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [*self.keys_values, self.hidden, *self.cross, self.cross_valid]
+        return sum(t.nbytes for t in tensors) + (0 if self.logits is None else self.logits.nbytes)
+
+
+class PrefixCache:
+    """At most `max_bytes` of pieces."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.nbytes = max_bytes, 0
+        self.reused = 0  # tokens
+        self._pieces: OrderedDict[bytes, _Piece] = OrderedDict()
+
+    def restore(self, keys: list[bytes], rows: Rows, row: int) -> tuple[int, Tensor | None]:
+        """Put the longest known beginning into a row; return its tokens and, where it is the whole prompt, the logits."""
+        known: list[_Piece] = []
+        for key in keys:
+            if key not in self._pieces:
+                break
+            known.append(self._pieces[key])
+        if known and len(known) == len(keys) and known[-1].logits is None:
+            known.pop()
+        for key in reversed(keys[: len(known)]):  # what others build on is forgotten last
+            self._pieces.move_to_end(key)
+        start = 0
+        for piece in known:
+            for tensor, part in zip((*rows.keys_BSGE, *rows.values_BSGE), piece.keys_values):
+                tensor[row, start : piece.stop] = part
+            start = piece.stop
+        if known:
+            last, half = known[-1], len(rows.cross_keys_BXGE)
+            rows.hidden_BMD[row] = last.hidden
+            rows.put_cross(row, last.cross[:half], last.cross[half:], last.cross_valid)
+            rows.lengths_B[row] = start
+        self.reused += start
+        is_whole = bool(known) and len(known) == len(keys)
+        return start, known[-1].logits if is_whole else None
+
+    def store(self, keys: list[bytes], number: int, rows: Rows, row: int, start: int, logits: Tensor | None) -> None:
+        """Keep piece `number` of a prompt, just computed in a row from token `start` on."""
+        stop, width = int(rows.lengths_B[row]), rows.cross_width(row)
+        piece = _Piece(
+            stop,
+            [tensor[row, start:stop].clone() for tensor in (*rows.keys_BSGE, *rows.values_BSGE)],
+            rows.hidden_BMD[row].clone(),
+            [tensor[row, :width].clone() for tensor in (*rows.cross_keys_BXGE, *rows.cross_values_BXGE)],
+            rows.cross_valid_BX[row, :width].clone(),
+            None if logits is None else logits.clone(),
+        )
+        old = self._pieces.pop(keys[number], None)
+        self.nbytes -= 0 if old is None else old.nbytes
+        if piece.nbytes > self.max_bytes:
+            return
+        self._pieces[keys[number]] = piece
+        self.nbytes += piece.nbytes
+        while self.nbytes > self.max_bytes:
+            self.nbytes -= self._pieces.popitem(last=False)[1].nbytes
+
+
+def keys_of(tokens: list[int], pad: int, found: list[Found], piece_tokens: int, piece_chunks: int) -> list[bytes]:
+    """The key of every piece of a prompt; `found` has the neighbors of its chunks, or nothing."""
+    digest, keys = hashlib.sha256(struct.pack("<q", pad)), []
+    for number, start in enumerate(range(0, len(tokens), piece_tokens)):
+        part = tokens[start : start + piece_tokens]
+        digest.update(struct.pack(f"<q{len(part)}q", len(part), *part))
+        for one in found[number * piece_chunks : (number + 1) * piece_chunks]:
+            digest.update(struct.pack("<2q", *one.tokens_KR.shape))
+            digest.update(one.tokens_KR.tobytes() + one.lengths_K.tobytes())
+        keys.append(digest.copy().digest())
+    return keys

@@ -1,0 +1,199 @@
+"""One sequence in the making: its tokens, its text as it can be shown, where it ends.
+
+Letters: K neighbors, R tokens per neighbor, M chunk length, L chunks, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.generate.request import Event, FinishReason, Generation, Request, Segment, TokenLogprob
+from retro_engine.generate.sampling import adjusted, choose
+from retro_engine.retrieval.search import Found, Hit
+
+HALF = "\ufffd"  # what a tokenizer makes of half a character
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request that is worked on; made by `Generator.open`."""
+
+    request: Request
+    tokenizer: Tokenizer
+    chunk_size: int  # M
+    tokens: list[int]  # padding, prompt, what was generated
+    pad: int
+    K: int
+    R: int
+    is_reading: bool
+    given: Found | None  # read at every chunk boundary from the prompt's last token on
+    notes: list[str]
+    filled: int = 0  # tokens that the cache has
+    finish_reason: FinishReason | None = None
+    segments: list[Segment] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    text: str = ""  # that was shown
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.tokens)  # padding included
+        self.seen = set(self.tokens[self.pad :])
+        self._random = torch.Generator().manual_seed(self.request.sampling.seed)
+        self._shown_tokens = self.pad - self.prompt_length if self.request.echo else 0
+        self._shown_logprobs = 0
+        self._decoded, self._begin, self._end = "", 0, 0  # generated text not shown; tokens that are decoded together
+        self._new_hits: list[Hit] | None = None
+
+    @property
+    def produced(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def total(self) -> int:
+        """Tokens of the cache that it may come to need."""
+        return self.prompt_length + self.request.max_new_tokens
+
+    def texts(self, stop: int) -> list[str]:
+        """Of the chunks that the tokens up to `stop` complete."""
+        M = self.chunk_size
+        chunks = [self.tokens[max(u * M, self.pad) : (u + 1) * M] for u in range(self.filled // M, stop // M)]
+        return self.tokenizer.decode_batch(chunks)
+
+    def completes(self) -> bool:
+        """Whether the next step ends a chunk whose neighbors are read."""
+        return self.is_reading and len(self.tokens) % self.chunk_size == 0
+
+    def keep_found(self, found: Found) -> None:
+        """Hits that the next text can read; with refresh="never" they stay."""
+        if self._new_hits is not None and self.segments:  # a whole chunk without text: half a character, still
+            self.segments.append(Segment("", self._new_hits))
+        self._new_hits = found.hits
+        if self.request.refresh == "never" and self.given is None:
+            self.given = found
+
+    def note_prompt(self, logits_TV: Tensor, start: int) -> None:
+        """Log-probabilities of the prompt's tokens after each of tokens start ... start + t - 1."""
+        if start <= self.pad:
+            self.logprobs.append(self._logprob(None, self.tokens[self.pad]))
+        for place in range(max(start, self.pad), min(start + len(logits_TV), self.prompt_length - 1)):
+            self.logprobs.append(self._logprob(logits_TV[place - start], self.tokens[place + 1]))
+
+    def _logprob(self, logits_V: Tensor | None, token: int) -> TokenLogprob:
+        if logits_V is None:
+            return TokenLogprob(token, self.tokenizer.decode([token]), None)
+        values = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32)).log_softmax(-1)
+        best = values.topk(min(self.request.logprobs or 0, len(values)))
+        ids = best.indices.tolist()
+        texts = self.tokenizer.decode_batch([[token], *([i] for i in ids)])
+        top = tuple(zip(ids, texts[1:], best.values.tolist()))
+        return TokenLogprob(token, texts[0], float(values[token]), top)
+
+    def accept(self, logits_V: Tensor) -> Event | None:
+        """Choose the next token; what there is to show of it, if anything."""
+        sampling, eod = self.request.sampling, self.tokenizer.eod_id
+        count = len(self.tokens) - self.prompt_length
+        token = choose(adjusted(logits_V, sampling, self.seen, count, eod), sampling, self._random)
+        if token == eod:
+            self.finish_reason = "stop"
+            return self._event(self._flush())
+        self.tokens.append(token)
+        self.seen.add(token)
+        if self.request.logprobs is not None:
+            self.logprobs.append(self._logprob(logits_V, token))
+        self._decoded += self._decode()
+        shown = self._before_stop()
+        if self.finish_reason is None and count + 1 >= self.request.max_new_tokens:
+            shown += self._flush()
+            self.finish_reason = self.finish_reason or "length"
+        return self._event(shown)
+
+    def _decode(self, is_last: bool = False) -> str:
+        """The text of the newest tokens, once it ends in a whole character.
+
+        Decoded together with the tokens before, because some tokenizers drop the space of what comes first.
+        """
+        produced = self.tokens[self.prompt_length + self._begin :]
+        before = self.tokenizer.decode(produced[: self._end - self._begin])
+        text = self.tokenizer.decode(produced)
+        if len(text) <= len(before) or (text.endswith(HALF) and not is_last):
+            return ""
+        self._begin, self._end = self._end, len(self.tokens) - self.prompt_length
+        return text[len(before) :]
+
+    def _before_stop(self) -> str:
+        """What can be shown of the decoded text: all before a stop string, or before what may become one."""
+        stops = self.request.stop
+        found = [place for place in (self._decoded.find(stop) for stop in stops) if place >= 0]
+        if found:
+            self.finish_reason = "stop"
+            shown, self._decoded = self._decoded[: min(found)], ""
+            return shown
+        held = max((_overlap(self._decoded, stop) for stop in stops), default=0)
+        cut = len(self._decoded) - held
+        shown, self._decoded = self._decoded[:cut], self._decoded[cut:]
+        return shown
+
+    def _flush(self) -> str:
+        """The rest, at the end: half a character is U+FFFD."""
+        self._decoded += self._decode(is_last=True)
+        shown = self._before_stop() + self._decoded
+        self._decoded = ""
+        return shown
+
+    def _event(self, text: str) -> Event | None:
+        if not self.segments and self.request.echo:
+            text = self.tokenizer.decode(self.tokens[self.pad : self.prompt_length]) + text
+        if not text and self.segments and self.finish_reason is None:
+            return None
+        return self._shown(text)
+
+    def _shown(self, text: str, error: BaseException | None = None) -> Event:
+        hits, self._new_hits = self._new_hits, None
+        notes = [] if self.segments else self.notes
+        if hits is not None or not self.segments:
+            self.segments.append(Segment("", hits or []))
+        self.segments[-1].text += text
+        self.text += text
+        tokens = self.tokens[self.prompt_length + self._shown_tokens :]
+        logprobs = None if self.request.logprobs is None else self.logprobs[self._shown_logprobs :]
+        self._shown_tokens, self._shown_logprobs = len(self.tokens) - self.prompt_length, len(self.logprobs)
+        return Event(text, tokens, logprobs, hits, self.finish_reason, notes, error)
+
+    def end(self, reason: FinishReason | None, error: BaseException | None = None) -> Event:
+        """Its last event, where it was not the sequence itself that ended."""
+        self.finish_reason = reason
+        return self._shown("", error)
+
+    def generation(self) -> Generation:
+        assert self.finish_reason is not None
+        return Generation(
+            self.text,
+            self.produced,
+            self.segments,
+            self.notes,
+            self.finish_reason,
+            self.prompt_length - self.pad,
+            None if self.request.logprobs is None else self.logprobs,
+        )
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` that `stop` begins with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+def stacked(found: list[Found], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens [n, k, r] and lengths [n, k] of neighbors, of which some have fewer or shorter ones."""
+    K = max(one.tokens_KR.shape[0] for one in found)
+    R = max(one.tokens_KR.shape[1] for one in found)
+    tokens = np.full((len(found), K, R), pad_id, np.int64)
+    lengths = np.zeros((len(found), K), np.int64)
+    for number, one in enumerate(found):
+        k, r = one.tokens_KR.shape
+        tokens[number, :k, :r], lengths[number, :k] = one.tokens_KR, one.lengths_K
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(lengths).to(device)

@@ -1,0 +1,180 @@
+"""The application: its routes with the scope that each takes, the gate before them, errors in OpenAI's form."""
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from retro_engine.errors import MissingExtraError, OutOfResourceError, RetroError, UsageError, typed
+from retro_engine.generate.engine import BusyError
+from retro_engine.serve import documents, nemo, openai, session, tools
+from retro_engine.serve.gate import Gate
+from retro_engine.serve.limits import ApiError
+from retro_engine.serve.service import Service
+from retro_engine.serve.state import State, client_of, state_of
+
+WEB = Path(__file__).parent / "web"
+FILES = {  # of the page; gate.PUBLIC names them too
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/app.css": ("app.css", "text/css; charset=utf-8"),
+    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/api.js": ("api.js", "text/javascript; charset=utf-8"),
+    "/playground.js": ("playground.js", "text/javascript; charset=utf-8"),
+    "/library.js": ("library.js", "text/javascript; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+Endpoint = Callable[[Request], Awaitable[Response]]
+ROUTES: list[tuple[str, str, Endpoint, str]] = [  # method, path, endpoint, the scope it takes
+    ("GET", "/v1/models", openai.models, "read"),
+    ("GET", "/v1/models/{id:path}", openai.model, "read"),
+    ("POST", "/v1/completions", openai.completions, "read"),
+    ("POST", "/v1/chat/completions", openai.chat_completions, "read"),
+    ("POST", "/v1/embeddings", tools.embeddings, "read"),
+    ("POST", "/tokenize", tools.tokenize, "read"),
+    ("POST", "/detokenize", tools.detokenize, "read"),
+    ("POST", "/v1/retrieve", documents.retrieve, "read"),
+    ("POST", "/v1/explain", tools.explain, "read"),
+    ("GET", "/v1/documents", documents.list_documents, "read"),
+    ("POST", "/v1/documents", documents.add_documents, "write"),
+    ("POST", "/v1/documents/import", documents.import_documents, "write"),
+    ("POST", "/v1/documents/reset", documents.reset, "admin"),
+    ("GET", "/v1/documents/{id:path}", documents.get_document, "read"),
+    ("DELETE", "/v1/documents/{id:path}", documents.delete_document, "write"),
+    ("GET", "/v1/jobs/{id:int}", documents.get_job, "write"),
+]
+NEMO_ROUTES: list[tuple[str, str, Endpoint, str]] = [
+    ("PUT", "/generate", nemo.generate, "read"),
+    ("PUT", "/knn", nemo.knn, "read"),  # adding takes write, reset takes admin: nemo.py asks again
+]
+
+
+async def health(request: Request) -> Response:
+    is_ready = state_of(request).service is not None
+    return JSONResponse({"status": "ok" if is_ready else "loading"}, 200 if is_ready else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """For a client on this machine that no proxy stands for, or one that knows the token."""
+    state = state_of(request)
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    is_known = state.metrics_token is not None and hmac.compare_digest(token.encode(), state.metrics_token.encode())
+    if not (is_known and kind.lower() == "bearer") and (state.is_behind_proxy or not _is_loopback(client_of(request))):
+        raise ApiError(401, "metrics take their own token", headers={"www-authenticate": "Bearer"})
+    return Response(state.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _is_loopback(client: str) -> bool:
+    try:
+        return ipaddress.ip_address(client).is_loopback
+    except ValueError:
+        return False
+
+
+def page_file(name: str, kind: str) -> Endpoint:
+    """A file of the page, read once."""
+    raw = (WEB / name).read_bytes()
+
+    async def answer(request: Request) -> Response:
+        return Response(raw, media_type=kind, headers={"cache-control": "no-cache"})
+
+    return answer
+
+
+def make_app(
+    state: State,
+    load: Callable[[], Service],
+    hosts: Sequence[str] = (),
+    has_nemo: bool = False,
+    stop: Callable[[BaseException], None] | None = None,
+) -> Gate:
+    """`load` opens the service in a thread once the server listens; when it fails, `stop` is told why."""
+    guarded = [*ROUTES, *(NEMO_ROUTES if has_nemo else [])]
+    routes = [Route(path, page_file(*file), methods=["GET"]) for path, file in FILES.items()]
+    routes += [
+        Route("/health", health, methods=["GET"]),
+        Route("/metrics", metrics, methods=["GET"]),
+        Route("/auth/login", session.login, methods=["POST"]),
+        Route("/auth/logout", session.logout, methods=["POST"]),
+        Route("/auth/me", session.me, methods=["GET"]),
+    ]
+    routes += [Route(path, endpoint, methods=[method]) for method, path, endpoint, _ in guarded]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_load(state, load, stop))
+        try:
+            yield
+        finally:
+            await loading
+            service, state.service = state.service, None
+            if service is not None:
+                await asyncio.to_thread(service.close)
+
+    handlers = {RetroError: _retro_error, OSError: _os_error, HTTPException: _http_error, ApiError: _api_error}
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={**handlers, 500: _bug})
+    app.router.redirect_slashes = False
+    app.state.retro = state
+    scopes = {(method, path): scope for method, path, _, scope in guarded}
+    return Gate(app, routes, scopes, state.accounts, state.limits, hosts, state.metrics)
+
+
+async def _load(state: State, load: Callable[[], Service], stop: Callable[[BaseException], None] | None) -> None:
+    try:
+        service = await asyncio.to_thread(load)
+    except (RetroError, OSError, MemoryError) as error:
+        if stop is None:
+            raise
+        stop(error)
+        return
+    for name, about in (("running", "Sequences being generated"), ("waiting", "Requests in the queue")):
+        state.metrics.watch(f"retro_engine_{name}", about, lambda name=name: service.engine.stats()[name])
+    state.metrics.watch("retro_index_version", "Changes of the documents", lambda: service.index_version)
+    state.service = service
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _retro_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RetroError)
+    return api_error(error).response()
+
+
+def api_error(error: RetroError) -> ApiError:
+    """What the engine, the library and the tokenizer raise, with its status."""
+    message = ": ".join(part for part in (error.what, error.why) if part)
+    if isinstance(error, BusyError):
+        return ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
+    if isinstance(error, OutOfResourceError):
+        return ApiError(503, message, code="no_space", headers={"retry-after": "30"})
+    if isinstance(error, UsageError):
+        return ApiError(400, message)
+    return ApiError(501 if isinstance(error, MissingExtraError) else 500, message, code=type(error).__name__)
+
+
+async def _os_error(request: Request, error: Exception) -> Response:
+    known = typed(error)
+    if known is None:
+        raise error
+    return api_error(known).response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return ApiError(error.status_code, str(error.detail), code=code, headers=dict(error.headers or {})).response()
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    return ApiError(500, "this is a bug in retro-engine; the server's log has its trace").response()

@@ -1,0 +1,171 @@
+"""Documents over HTTP: list, read, add, replace, delete, import in the background, reset, search."""
+
+import asyncio
+import secrets
+import tempfile
+from typing import Any
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from retro_engine.data.corpus import Document
+from retro_engine.errors import UsageError
+from retro_engine.retrieval.library import Library
+from retro_engine.retrieval.library_import import Importer
+from retro_engine.retrieval.library_search import MODES
+from retro_engine.serve.limits import ApiError, Strict, parse, read_chunks, read_json
+from retro_engine.serve.state import audit, limits_of, service_of
+
+MAX_DOCUMENTS = 1000  # of one request
+MAX_K = 1000
+
+
+class NewDocument(Strict):
+    """A document as it is sent; without an id it gets one."""
+
+    text: str
+    id: str | None = None
+    title: str = ""
+
+
+class ManyDocuments(Strict):
+    """Several at once: all of them are added, or none."""
+
+    documents: list[NewDocument] = Field(min_length=1, max_length=MAX_DOCUMENTS)
+
+
+class Confirmation(Strict):
+    """A reset has no way back."""
+
+    confirm: bool
+
+
+class Query(Strict):
+    """A search."""
+
+    query: str
+    k: int = Field(5, ge=1, le=MAX_K)
+    mode: str | None = None
+    weights: list[float] = Field([1.0, 1.0], min_length=2, max_length=2)
+
+
+def open_library(request: Request) -> tuple[Library, Importer]:
+    service = service_of(request)
+    if service.library is None or service.importer is None:
+        raise ApiError(400, "this model is a plain decoder: it reads no documents", code="no_library")
+    return service.library, service.importer
+
+
+async def list_documents(request: Request) -> Response:
+    """A page of ids and sizes, those after `after`; and the library's counts."""
+    library, _ = open_library(request)
+    limit = number(request, "limit", 100)
+    entries = await asyncio.to_thread(library.entries, after=request.query_params.get("after", ""), limit=limit)
+    statistics = await asyncio.to_thread(library.statistics)
+    data = [{"object": "document", **vars(entry)} for entry in entries]
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": data,
+            "has_more": len(data) == limit,
+            "index_version": library.version,
+            "statistics": {**statistics["namespaces"].get("default", {}), "notes": statistics["notes"]},
+        }
+    )
+
+
+async def get_document(request: Request) -> Response:
+    library, _ = open_library(request)
+    identifier = request.path_params["id"]
+    document = await asyncio.to_thread(library.get, identifier)
+    if document is None:
+        raise ApiError(404, f"document {identifier!r} does not exist", "id", "document_not_found")
+    return JSONResponse(
+        {"object": "document", "id": document.id, "title": document.title, "text": document.text}
+    )
+
+
+async def add_documents(request: Request) -> Response:
+    """One document, or {"documents": [...]}; each replaces the one with its id. When this returns, the next request
+    reads them.
+    """
+    library, _ = open_library(request)
+    limits = limits_of(request)
+    body = await read_json(request, limits, limits.documents_bytes)
+    is_many = isinstance(body, dict) and "documents" in body
+    rows = parse(ManyDocuments, body).documents if is_many else [parse(NewDocument, body)]
+    documents = [Document(row.id or f"doc-{secrets.token_hex(8)}", row.title, row.text) for row in rows]
+    version = await asyncio.to_thread(library.add, documents)
+    ids = [document.id for document in documents]
+    audit(request, "documents.add", ids=ids[:20], count=len(ids))
+    return JSONResponse({"object": "documents.added", "ids": ids, "index_version": version})
+
+
+async def delete_document(request: Request) -> Response:
+    library, _ = open_library(request)
+    identifier = request.path_params["id"]
+    count = await asyncio.to_thread(library.delete, [identifier])
+    if not count:
+        raise ApiError(404, f"document {identifier!r} does not exist", "id", "document_not_found")
+    audit(request, "documents.delete", ids=[identifier], count=count)
+    return JSONResponse({"id": identifier, "deleted": True, "index_version": library.version})
+
+
+async def import_documents(request: Request) -> Response:
+    """JSON lines, kept on the disk first, then added in the background. Answers 202 with the job."""
+    library, importer = open_library(request)
+    limits = limits_of(request)
+    with tempfile.TemporaryFile(dir=library.folder) as file:
+        async for chunk in read_chunks(request, limits.import_bytes, limits.progress_s):
+            await asyncio.to_thread(file.write, chunk)
+        if not file.tell():
+            raise ApiError(400, "the body is empty", code="empty_body")
+        file.seek(0)
+        number = await asyncio.to_thread(importer.start, file)
+    audit(request, "documents.import", job=number)
+    return JSONResponse(job_json(importer, number), 202)
+
+
+async def get_job(request: Request) -> Response:
+    _, importer = open_library(request)
+    number = request.path_params["id"]
+    try:
+        return JSONResponse(await asyncio.to_thread(job_json, importer, number))
+    except UsageError as error:
+        raise ApiError(404, error.what, "id", "job_not_found") from None
+
+
+def job_json(importer: Importer, number: int) -> dict[str, Any]:
+    job = importer.job(number)
+    errors = [{"source": source.rpartition("/")[2], "reason": reason} for source, reason in job.errors]
+    names = ("state", "done", "added", "failed", "reason")
+    return {"object": "job", "id": number, **{name: getattr(job, name) for name in names}, "errors": errors}
+
+
+async def reset(request: Request) -> Response:
+    library, _ = open_library(request)
+    if not parse(Confirmation, await read_json(request, limits_of(request))).confirm:
+        raise ApiError(400, 'every document would be deleted: {"confirm": true}', "confirm", "not_confirmed")
+    count = await asyncio.to_thread(library.reset)
+    audit(request, "documents.reset", count=count)
+    return JSONResponse({"deleted": count, "index_version": library.version})
+
+
+async def retrieve(request: Request) -> Response:
+    """The best chunks for a text: document, chunk, score, text, continuation."""
+    service = service_of(request)
+    query = parse(Query, await read_json(request, limits_of(request)))
+    if query.mode is not None and query.mode not in MODES:
+        raise ApiError(400, f"mode {query.mode!r} is not one of {', '.join(MODES)}", "mode")
+    version = service.index_version
+    hits = await asyncio.to_thread(service.search, query.query, query.k, query.mode, query.weights)
+    return JSONResponse({"object": "list", "index_version": version, "data": [vars(hit) for hit in hits]})
+
+
+def number(request: Request, name: str, default: int) -> int:
+    """A number of the query string."""
+    text = request.query_params.get(name, str(default))
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise ApiError(400, f"{name}={text[:40]!r} is not a number", name)
+    return int(text)

@@ -1,0 +1,166 @@
+"""The one middleware: everything is denied that is not public, or asked for by somebody who may.
+
+Also here: Host and Origin (DNS rebinding, CSRF), the time a request may take, security headers, request counts.
+"""
+
+import asyncio
+import ipaddress
+import time
+from collections.abc import Sequence
+from http.cookies import CookieError, SimpleCookie
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from retro_engine.serve.auth import Accounts, Caller
+from retro_engine.serve.limits import ApiError, Limits
+from retro_engine.serve.metrics import Metrics
+
+PUBLIC = frozenset(
+    {
+        ("GET", "/health"),
+        ("GET", "/"),
+        ("GET", "/app.css"),
+        ("GET", "/app.js"),
+        ("GET", "/api.js"),
+        ("GET", "/playground.js"),
+        ("GET", "/library.js"),
+        ("GET", "/icon.svg"),
+        ("POST", "/auth/login"),
+        ("POST", "/auth/logout"),
+        ("GET", "/auth/me"),
+    }
+)
+OWN_CHECK = ("GET", "/metrics")  # its own token, or a client on this machine
+COOKIE = "retro_session"
+HEADERS = {
+    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; "
+    "object-src 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+}
+
+
+class Gate:
+    """Decides who may call what; `scopes` has what each route that is not public takes."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        routes: Sequence[Route],
+        scopes: dict[tuple[str, str], str],
+        accounts: Accounts,
+        limits: Limits,
+        hosts: Sequence[str],
+        metrics: Metrics,
+    ):
+        self.app, self.routes, self.scopes = app, routes, scopes
+        self.accounts, self.limits, self.metrics = accounts, limits, metrics
+        self.hosts = frozenset(name.lower() for name in ("localhost", *hosts))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        start = time.perf_counter()
+        status = 0
+
+        async def send_safely(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+                headers.setdefault("cache-control", "no-store")
+            await send(message)
+
+        route = None
+        try:
+            route = self._route(scope)
+            self.check(scope, route)
+            is_import = route is not None and route.path == "/v1/documents/import"
+            async with asyncio.timeout(self.limits.import_s if is_import else self.limits.request_s):
+                await self.app(scope, receive, send_safely)
+        except ApiError as error:
+            await error.response()(scope, receive, send_safely)
+        except TimeoutError:
+            if status:
+                raise  # half an answer is out: the connection is closed
+            await ApiError(504, "the answer took too long").response()(scope, receive, send_safely)
+        finally:
+            self.metrics.request(route.path if route else "other", status, time.perf_counter() - start)
+
+    def check(self, scope: Scope, route: Route | None) -> None:
+        """Raises ApiError for a request that must not go on; else scope["state"]["caller"] is who asks, or None."""
+        headers = Headers(scope=scope)
+        self._check_host(headers)
+        asked = ("GET" if scope["method"] == "HEAD" else scope["method"], scope["path"])
+        caller = self._caller(headers)
+        scope["state"]["caller"] = caller
+        if asked in PUBLIC or asked == OWN_CHECK:
+            return
+        if caller is None:
+            raise ApiError(
+                401, "sign in, or send a key: Authorization: Bearer rk_...", code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )  # fmt: skip
+        if route is None:
+            return  # the router says 404 or 405
+        needed = self.scopes.get((asked[0], route.path))
+        if needed is None or not caller.may(needed):
+            raise ApiError(403, f"{asked[0]} {route.path} takes scope {needed}, this is {caller.scope}", code="scope")
+
+    def _route(self, scope: Scope) -> Route | None:
+        for route in self.routes:
+            if route.matches(scope)[0] == Match.FULL:
+                return route
+        return None
+
+    def _check_host(self, headers: Headers) -> None:
+        """A name that an attacker's DNS points here is not in `hosts`, and an address cannot be pointed."""
+        host = headers.get("host", "")
+        if not self._is_known(_host_name(host)):
+            raise ApiError(421, "this host name is not served here (--allow-host NAME)", code="host")
+        origin = headers.get("origin")
+        if origin is not None and origin.split("://")[-1] != host:
+            raise ApiError(403, "a page of another origin asks", code="origin")
+
+    def _is_known(self, name: str) -> bool:
+        if name.lower() in self.hosts:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    def _caller(self, headers: Headers) -> Caller | None:
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        if kind:
+            return self.accounts.of_key(key.strip()) if kind.lower() == "bearer" else None
+        token = session_token(headers)
+        return self.accounts.of_session(token) if token else None
+
+
+def session_token(headers: Headers) -> str:
+    """The session of a request's cookie, or an empty string."""
+    try:
+        morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+    except CookieError:
+        return ""
+    return morsel.value if morsel else ""
+
+
+def _host_name(host: str) -> str:
+    """Host without its port; an IPv6 address without its brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host

@@ -1,0 +1,187 @@
+"""What a request may cost, and what is refused before any work: sizes, times, JSON, repeated failures.
+
+Errors have OpenAI's form, so that its client raises the right class:
+{"error": {"message", "type", "param", "code"}}.
+"""
+
+import asyncio
+import json
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+UNPROCESSED = "nothing was done"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one server."""
+
+    body_bytes: int = 1 << 20
+    documents_bytes: int = 8 << 20
+    import_bytes: int = 1 << 30
+    json_depth: int = 32
+    prompt_tokens: int = 4096
+    new_tokens: int = 2048
+    choices: int = 32  # prompts x n of one request
+    header_bytes: int = 16 << 10
+    connections: int = 800
+    header_s: float = 10.0  # from the first byte of a request, or of a connection, to the end of its headers
+    progress_s: float = 15.0  # without a byte of a body that is read, or of an answer that is sent
+    idle_s: float = 15.0  # between requests
+    request_s: float = 120.0
+    import_s: float = 900.0
+    shutdown_s: float = 30.0
+
+
+class ApiError(Exception):
+    """An answer with a status of 400 and more."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class Strict(BaseModel):
+    """A request's body: no conversions, and an unknown field is an error that names it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read_chunks(request: Request, max_bytes: int, progress_s: float) -> AsyncIterator[bytes]:
+    """The body as it arrives. Raises ApiError 413 for too much, 408 for none in `progress_s`."""
+    too_large = ApiError(
+        413, f"the body has more than {max_bytes:,} bytes", code="body_too_large", headers={"connection": "close"}
+    )
+    length = request.headers.get("content-length", "0")
+    if int(length) > max_bytes:  # h11 has checked that it is a number
+        raise too_large
+    stream = request.stream().__aiter__()
+    size = 0
+    while True:
+        try:
+            chunk = await asyncio.wait_for(anext(stream), progress_s)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise ApiError(408, "the body did not arrive", headers={"connection": "close"}) from None
+        except ClientDisconnect:
+            raise ApiError(400, "the client left") from None
+        size += len(chunk)
+        if size > max_bytes:
+            raise too_large
+        yield chunk
+
+
+async def read_json(request: Request, limits: Limits, max_bytes: int | None = None) -> Any:
+    """The body as JSON. Raises ApiError for another type, too much, or what is not strict JSON."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"content-type {kind!r} is not application/json", "content-type")
+    parts = [c async for c in read_chunks(request, max_bytes or limits.body_bytes, limits.progress_s)]
+    return parse_json(b"".join(parts), limits.json_depth)
+
+
+def parse_json(raw: bytes, max_depth: int) -> Any:
+    """Strict JSON: UTF-8, no NaN, no half of a surrogate pair, nested at most `max_depth` deep."""
+    try:
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, f"the body is nested more than {max_depth} deep", code="invalid_json") from None
+    waiting = [(value, 1)]
+    while waiting:
+        item, depth = waiting.pop()
+        if isinstance(item, str):
+            _check_text(item)
+        elif isinstance(item, list | dict):
+            if depth > max_depth:
+                raise ApiError(400, f"the body is nested more than {max_depth} deep", code="invalid_json")
+            if isinstance(item, dict):
+                for key in item:
+                    _check_text(key)
+                waiting += [(part, depth + 1) for part in item.values()]
+            elif not item or not isinstance(item[0], int | float):
+                waiting += [(part, depth + 1) for part in item]
+            else:  # token ids and vectors: a long list of numbers costs no more than one look
+                waiting += [(part, depth + 1) for part in item if not isinstance(part, int | float)]
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ApiError(400, "the body holds half of a surrogate pair", code="invalid_json") from None
+
+
+def parse(model: type[Body], value: Any) -> Body:
+    """A body of the given form. Raises ApiError 400 naming the first field that is wrong."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        first = max(errors, key=lambda one: len(one["loc"]))  # of a union, the form that was meant goes deepest
+        names = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "str", "int", "constrained"))]
+        param = ".".join(names) or None
+        if first["type"] == "extra_forbidden":
+            raise ApiError(400, f"unknown field {param}", param, "unknown_field") from None
+        raise ApiError(400, f"{param or 'the body'}: {first['msg']}", param, first["type"]) from None
+
+
+class Throttle:
+    """At most `count` failures in `window_s` for each key; then the caller waits. Holds at most `max_keys` keys."""
+
+    def __init__(self, count: int, window_s: float, max_keys: int = 10_000):
+        self.count, self.window_s, self.max_keys = count, window_s, max_keys
+        self._failures: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def wait_s(self, key: str) -> float:
+        """Seconds until the next try is allowed; 0 = now."""
+        times = self._failures.get(key, deque())
+        now = time.monotonic()
+        while times and now - times[0] >= self.window_s:
+            times.popleft()
+        return self.window_s - (now - times[0]) if len(times) >= self.count else 0.0
+
+    def failed(self, key: str) -> None:
+        self._failures.setdefault(key, deque(maxlen=self.count)).append(time.monotonic())
+        self._failures.move_to_end(key)
+        while len(self._failures) > self.max_keys:
+            self._failures.popitem(last=False)
+
+    def forget(self, key: str) -> None:
+        self._failures.pop(key, None)
+
+    def forget_all(self) -> None:
+        self._failures.clear()

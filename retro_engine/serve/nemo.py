@@ -1,0 +1,161 @@
+"""NeMo's text-generation and retrieval services, for clients that were written for them: PUT /generate, PUT /knn.
+
+Bodies and answers as theirs, in JSON only (theirs also exchanged pickles); behind sign-in and limits as all else.
+"""
+
+import asyncio
+import secrets
+from typing import Any
+
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from retro_engine.data.corpus import Document
+from retro_engine.generate.engine import Event, Request
+from retro_engine.generate.sampling import Sampling
+from retro_engine.serve.documents import open_library
+from retro_engine.serve.limits import ApiError, Strict, parse, read_json
+from retro_engine.serve.openai import encode_prompts, neighbors_json
+from retro_engine.serve.state import audit, caller_of, limits_of, service_of, state_of
+from retro_engine.serve.stream import Running
+
+MAX_SENTENCES = 128
+
+
+class Generate(Strict):
+    """The body of PUT /generate, with NeMo's defaults."""
+
+    sentences: list[str] = Field(min_length=1, max_length=MAX_SENTENCES)
+    tokens_to_generate: int = Field(64, ge=1)
+    all_probs: bool = False
+    temperature: float = Field(1.0, gt=0, le=100)
+    add_BOS: bool = False
+    greedy: bool = False
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(0.9, ge=0, le=1)  # 0 is off
+    repetition_penalty: float = Field(1.2, ge=1)
+    min_tokens_to_generate: int = Field(0, ge=0)
+    end_strings: list[str] = Field(["<|endoftext|>"], max_length=16)
+    neighbors: int | None = Field(None, ge=0, le=64)  # how many a chunk; 0 = retrieval off
+    compute_logprob: bool = False
+    random_seed: int | None = Field(None, ge=0, lt=1 << 62)
+    task_ids: None = None
+
+
+class Knn(Strict):
+    """The body of PUT /knn: with `neighbors` a search, without one documents to add, with `reset` neither."""
+
+    sentences: str | list[str] | list[list[int]] | None = None
+    neighbors: int | None = Field(None, ge=0, le=1000)
+    add_eos: bool = False  # every document is closed by the end-of-document token anyway
+    reset: Any = None
+
+
+async def generate(request: HttpRequest) -> Response:
+    """Continue sentences; `retrieved` has what each could read."""
+    service, limits = service_of(request), limits_of(request)
+    body = parse(Generate, await read_json(request, limits))
+    if body.all_probs:
+        raise ApiError(400, "all_probs would be the whole vocabulary at every token: compute_logprob", "all_probs")
+    if body.tokens_to_generate > limits.new_tokens:
+        raise ApiError(400, f"at most {limits.new_tokens:,} tokens are generated", "tokens_to_generate")
+    prompts = await asyncio.to_thread(encode_prompts, service, body.sentences, limits, "sentences")
+    seed = secrets.randbits(48) if body.random_seed is None else body.random_seed
+    asked = [_request(body, prompt, seed + number) for number, prompt in enumerate(prompts)]
+    running = await Running.start(service.engine, asked, request.receive)
+    events: list[list[Event]] = [[] for _ in asked]
+    async with running:
+        async for index, event in running:
+            events[index].append(event)
+    outs = [_answer(service.tokenizer, prompt, mine) for prompt, mine in zip(prompts, events)]
+    state_of(request).metrics.tokens(sum(map(len, prompts)), sum(len(e.tokens) for mine in events for e in mine))
+    answer = {name: [out[name] for out in outs] for name in outs[0]}
+    if not body.compute_logprob:
+        answer["logprob"] = None
+    return JSONResponse(answer)
+
+
+def _request(body: Generate, prompt: list[int], seed: int) -> Request:
+    cuts = {} if body.greedy else {"temperature": body.temperature, "top_k": body.top_k, "top_p": body.top_p or 1.0}
+    sampling = Sampling(
+        greedy=body.greedy,
+        seed=seed,
+        repetition_penalty=body.repetition_penalty,
+        min_tokens=min(body.min_tokens_to_generate, body.tokens_to_generate),
+        **cuts,
+    )
+    return Request(
+        prompt,
+        body.tokens_to_generate,
+        sampling,
+        [] if body.neighbors == 0 else None,
+        body.neighbors or None,
+        stop=tuple(text for text in body.end_strings if text),
+        logprobs=0 if body.compute_logprob else None,
+        add_bos=body.add_BOS,
+    )
+
+
+def _answer(tokenizer: Any, prompt: list[int], events: list[Event]) -> dict[str, Any]:
+    ids = [*prompt, *(token for event in events for token in event.tokens)]
+    texts = tokenizer.decode_batch([[i] for i in ids])
+    offsets = [0]
+    for text in texts[:-1]:
+        offsets.append(offsets[-1] + len(text))
+    hits = [hit for event in events for hit in event.new_hits or []]
+    return {
+        "sentences": tokenizer.decode(prompt) + "".join(event.text for event in events),
+        "tokens": texts,
+        "logprob": [entry.logprob for event in events for entry in event.logprobs or []],
+        "token_ids": ids,
+        "offsets": offsets,
+        "retrieved": [hit["text"] + hit["continuation"] for hit in neighbors_json(hits)],
+    }
+
+
+async def knn(request: HttpRequest) -> Response:
+    """Token ids of the neighbors, [sentences, neighbors, 2 x chunk size], padded; or "success"."""
+    service, limits = service_of(request), limits_of(request)
+    library, _ = open_library(request)
+    body = parse(Knn, await read_json(request, limits, limits.documents_bytes))
+    if "reset" in body.model_fields_set:
+        _check_scope(request, "admin")
+        count = await asyncio.to_thread(library.reset)
+        audit(request, "documents.reset", count=count)
+        return JSONResponse("success")
+    sentences = [body.sentences] if isinstance(body.sentences, str) else body.sentences
+    if not sentences or len(sentences) > 1000:
+        raise ApiError(400, "1 to 1,000 sentences are taken", "sentences")
+    texts = [one if isinstance(one, str) else service.tokenizer.decode(_ids(one, service)) for one in sentences]
+    if body.neighbors is None:
+        _check_scope(request, "write")
+        documents = [Document(f"doc-{secrets.token_hex(8)}", "", text) for text in texts]
+        await asyncio.to_thread(library.add, documents)
+        audit(request, "documents.add", count=len(documents))
+        return JSONResponse("success")
+    rows = await asyncio.to_thread(_search, service, texts, body.neighbors)
+    return JSONResponse(rows[0] if isinstance(body.sentences, str) else rows)
+
+
+def _ids(ids: list[int], service: Any) -> list[int]:
+    if any(not 0 <= i < service.tokenizer.vocab_size for i in ids):
+        raise ApiError(400, "a token id is outside the vocabulary", "sentences", "token_not_found")
+    return ids
+
+
+def _search(service: Any, texts: list[str], count: int) -> list[list[list[int]]]:
+    tokenizer, width = service.tokenizer, 2 * service.generator.model.config.chunk_size
+    out = []
+    for text in texts:
+        hits = service.search(text, count) if count else []
+        rows = [tokenizer.encode(hit.text + hit.continuation)[:width] for hit in hits]
+        rows += [[]] * (max(1, count) - len(rows))  # as theirs: always a row, of padding where there is nothing
+        out.append([row + [tokenizer.pad_id] * (width - len(row)) for row in rows])
+    return out
+
+
+def _check_scope(request: HttpRequest, scope: str) -> None:
+    caller = caller_of(request)
+    if caller is None or not caller.may(scope):
+        raise ApiError(403, f"this takes scope {scope}", code="scope")

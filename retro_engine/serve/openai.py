@@ -1,0 +1,424 @@
+"""OpenAI's completions and chat completions over the engine, whole or streamed, with the neighbors that were read.
+
+What is ours is in `retro`: asked for with extra_body={"retro": {...}}, answered in the first event after each
+retrieval, or beside the choices.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from retro_engine.generate.engine import Event, Request
+from retro_engine.generate.request import TokenLogprob
+from retro_engine.generate.sampling import Sampling
+from retro_engine.serve.chat import Message, chat_prompt
+from retro_engine.serve.limits import ApiError, Limits, Strict, parse, read_json
+from retro_engine.serve.service import Service
+from retro_engine.serve.state import limits_of, service_of, state_of
+from retro_engine.serve.stream import EventStream, Running
+
+MAX_STOPS = 16
+MAX_TOP_LOGPROBS = 20
+COMPLETION_TOKENS, CHAT_TOKENS = 16, 256  # when nothing is said
+STARTED = int(time.time())
+
+
+class RetroOptions(Strict):
+    """Retrieval of one request."""
+
+    k: int | None = Field(None, ge=1, le=64)  # neighbors a chunk; None: the model's
+    neighbors: list[str] | None = Field(None, max_length=64)  # texts to read instead; [] = retrieval off
+    mode: Literal["lexical", "dense", "hybrid"] | None = None
+    refresh: Literal["chunk", "never"] = "chunk"
+    retrieved_length: int | None = Field(None, ge=1)
+
+
+class StreamOptions(Strict):
+    """What a stream has besides its pieces."""
+
+    include_usage: bool = False
+
+
+class Sampled(Strict):
+    """The fields that completions and chat completions share; those that do nothing here take only nothing."""
+
+    model: str
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int = Field(1, ge=1, le=32)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=0, lt=1 << 62)
+    max_tokens: int | None = Field(None, ge=1)
+    user: str | None = Field(None, max_length=512)
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    top_k: int | None = Field(None, ge=0, le=1 << 20)
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    min_tokens: int = Field(0, ge=0)
+    retro: RetroOptions = RetroOptions()
+
+
+class Completion(Sampled):
+    """The body of POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool = False
+    best_of: int | None = Field(None, ge=1, le=32)
+    suffix: None = None
+
+
+class Chat(Sampled):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+
+
+async def models(request: HttpRequest) -> Response:
+    return JSONResponse({"object": "list", "data": [_model(service_of(request), limits_of(request))]})
+
+
+async def model(request: HttpRequest) -> Response:
+    service = service_of(request)
+    check_model(service, request.path_params["id"])
+    return JSONResponse(_model(service, limits_of(request)))
+
+
+def _model(service: Service, limits: Limits) -> dict[str, Any]:
+    config = service.generator.model.config
+    about = {
+        "parameters": sum(p.numel() for p in service.generator.model.parameters()),
+        "reads_neighbors": config.retrieval,
+        "chunk_size": config.chunk_size,
+        "num_neighbors": config.num_neighbors,
+        "retrieved_length": config.r,
+        "vocab_size": service.tokenizer.vocab_size,
+        "max_prompt_tokens": limits.prompt_tokens,
+        "max_new_tokens": limits.new_tokens,
+        "mode": service.mode,
+        "library": service.library.folder.name if service.library is not None else None,
+        "stores": [store.folder.name for store in service.static.stores] if service.static else [],
+        "engine": service.engine.stats(),
+    }
+    return {"id": service.name, "object": "model", "created": STARTED, "owned_by": "retro-engine", "retro": about}
+
+
+def check_model(service: Service, name: str) -> None:
+    if name != service.name:
+        raise ApiError(404, f"model {name!r} is not served here: {service.name!r} is", "model", "model_not_found")
+
+
+async def completions(request: HttpRequest) -> Response:
+    """Continue one prompt or several."""
+    service, limits = service_of(request), limits_of(request)
+    body = parse(Completion, await read_json(request, limits))
+    check_model(service, body.model)
+    if body.best_of not in (None, body.n):
+        raise ApiError(400, "best_of other than n is not supported", "best_of", "unsupported")
+    prompts = await asyncio.to_thread(encode_prompts, service, body.prompt, limits)
+    form = _CompletionForm(service, body.stream)
+    return await _answer(request, body, prompts, COMPLETION_TOKENS, body.logprobs, form, body.echo)
+
+
+async def chat_completions(request: HttpRequest) -> Response:
+    """Answer the last message of a conversation."""
+    service, limits = service_of(request), limits_of(request)
+    body = parse(Chat, await read_json(request, limits))
+    check_model(service, body.model)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs takes logprobs=true", "top_logprobs")
+    if body.max_completion_tokens is not None:
+        if body.max_tokens not in (None, body.max_completion_tokens):
+            raise ApiError(400, "max_tokens and max_completion_tokens contradict each other", "max_tokens")
+        body.max_tokens = body.max_completion_tokens
+    text, stops = chat_prompt(body.messages, service.chat_template)
+    body.stop = [*_stops(body.stop), *stops]
+    prompts = await asyncio.to_thread(encode_prompts, service, text, limits, "messages")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return await _answer(request, body, prompts, CHAT_TOKENS, logprobs, _ChatForm(service, body.stream))
+
+
+def encode_prompts(service: Service, prompt: Any, limits: Limits, param: str = "prompt") -> list[list[int]]:
+    """Prompts in any of their forms as token ids. Raises ApiError for what cannot be continued."""
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        prompt = [prompt]
+    if len(prompt) > limits.choices:
+        raise ApiError(400, f"{len(prompt)} prompts: at most {limits.choices} are taken at once", param)
+    return [_encode(service, one, limits, param) for one in prompt] or _refuse_empty(param)
+
+
+def _encode(service: Service, prompt: str | list[int], limits: Limits, param: str) -> list[int]:
+    ids = service.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    if not ids:
+        _refuse_empty(param)
+    if len(ids) > limits.prompt_tokens:
+        raise ApiError(
+            400, f"the prompt has {len(ids):,} tokens: at most {limits.prompt_tokens:,} are read", param,
+            "context_length_exceeded",
+        )  # fmt: skip
+    top = service.tokenizer.vocab_size
+    outside = next((i for i in ids if not 0 <= i < top), None)
+    if outside is not None:
+        raise ApiError(400, f"token id {outside} is outside the vocabulary of {top:,}", param, "token_not_found")
+    return ids
+
+
+def _refuse_empty(param: str) -> list[list[int]]:
+    raise ApiError(400, "the prompt is empty: there is nothing to continue", param, "empty_prompt")
+
+
+def _stops(stop: str | list[str] | None) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    if len(stops) > MAX_STOPS or any(not 1 <= len(s) <= 256 for s in stops):
+        raise ApiError(400, f"stop is at most {MAX_STOPS} texts of 1 to 256 characters", "stop")
+    return stops
+
+
+def sampling_of(body: Sampled, service: Service, seed: int) -> Sampling:
+    """Temperature 0 takes the likeliest token; where nothing is said, the checkpoint's own way holds."""
+    values: dict[str, Any] = {"repetition_penalty": body.repetition_penalty, "min_tokens": body.min_tokens}
+    asked = {"top_p": body.top_p, "top_k": body.top_k}
+    if body.temperature == 0:
+        for name, value in asked.items():
+            if value not in (None, 0, 1):
+                raise ApiError(400, f"{name}={value} contradicts temperature=0", name, "contradiction")
+        return Sampling(seed=seed, **values)
+    given = {name: value for name, value in {"temperature": body.temperature, **asked}.items() if value is not None}
+    if not given:
+        return Sampling(seed=seed, **{**service.defaults, **values})
+    return Sampling(greedy=False, seed=seed, **given, **values)
+
+
+def requests_of(
+    body: Sampled, service: Service, prompts: Sequence[list[int]], limits: Limits, default: int
+) -> list[Request]:
+    """One request of the engine for every choice: n of the first prompt, then n of the next."""
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options takes stream=true", "stream_options")
+    if len(prompts) * body.n > limits.choices:
+        raise ApiError(400, f"{len(prompts)} prompts x {body.n}: at most {limits.choices} choices", "n")
+    most = min(default, limits.new_tokens) if body.max_tokens is None else body.max_tokens
+    if most > limits.new_tokens:
+        raise ApiError(400, f"max_tokens={most}: at most {limits.new_tokens:,}", "max_tokens")
+    if body.min_tokens > most:
+        raise ApiError(400, f"min_tokens={body.min_tokens} is more than max_tokens={most}", "min_tokens")
+    options, config = body.retro, service.generator.model.config
+    if options.neighbors is not None and (options.k is not None or options.mode is not None):
+        raise ApiError(400, "neighbors are given: k and mode say nothing", "retro.neighbors", "contradiction")
+    if options.neighbors and not config.retrieval:
+        raise ApiError(400, "this model is a plain decoder: it reads no neighbors", "retro.neighbors")
+    if options.retrieved_length is not None and options.retrieved_length > config.r:
+        raise ApiError(400, f"the model reads at most {config.r} tokens a neighbor", "retro.retrieved_length")
+    service.check_search(options.mode)
+    seed = secrets.randbits(48) if body.seed is None else body.seed
+    first = Request(
+        prompts[0],
+        most,
+        sampling_of(body, service, seed),
+        options.neighbors,
+        options.k,
+        options.retrieved_length,
+        options.refresh,
+        tuple(_stops(body.stop)),
+        mode=options.mode,
+    )
+    return [
+        replace(first, prompt=prompt, sampling=replace(first.sampling, seed=seed + choice))
+        for prompt in prompts
+        for choice in range(body.n)
+    ]
+
+
+async def _answer(
+    request: HttpRequest,
+    body: Sampled,
+    prompts: list[list[int]],
+    default: int,
+    logprobs: int | None,
+    form: "_Form",
+    echo: bool = False,
+) -> Response:
+    service, limits = service_of(request), limits_of(request)
+    asked = requests_of(body, service, prompts, limits, default)
+    asked = [replace(one, logprobs=logprobs, echo=echo) for one in asked]
+    form.prompt_tokens = sum(map(len, prompts))
+    if echo:  # an event's tokens begin with the prompt's
+        form.completion_tokens = -sum(len(one.prompt) for one in asked)
+    running = await Running.start(service.engine, asked, request.receive)
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    if body.stream:
+        return EventStream(running, form, with_usage, state_of(request).metrics)
+    async with running:
+        async for index, event in running:
+            form.add(index, event)
+    state_of(request).metrics.tokens(form.prompt_tokens, form.completion_tokens)
+    return JSONResponse(form.whole(len(asked)))
+
+
+class _Form:
+    """How an answer looks; subclasses say what a choice is."""
+
+    name = ""
+    prefix = ""
+
+    def __init__(self, service: Service, is_stream: bool):
+        self.service = service
+        self.head = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "object": f"{self.name}.chunk" if is_stream and self.name == "chat.completion" else self.name,
+            "created": int(time.time()),
+            "model": service.name,
+        }
+        self.prompt_tokens = self.completion_tokens = 0
+        self.events: list[tuple[int, Event]] = []
+
+    def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def delta(self, index: int, event: Event) -> dict[str, Any]:
+        """A choice of a stream."""
+        raise NotImplementedError
+
+    def logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> Any:
+        raise NotImplementedError
+
+    def add(self, index: int, event: Event) -> None:
+        self.completion_tokens += len(event.tokens)
+        self.events.append((index, event))
+
+    def piece(self, index: int, event: Event, with_usage: bool) -> dict[str, Any] | None:
+        """An event of a stream; None when there is nothing to say yet."""
+        self.completion_tokens += len(event.tokens)
+        if not (event.text or event.logprobs or event.new_hits is not None or event.finish_reason or event.notes):
+            return None
+        out = {**self.head, "choices": [self.delta(index, event)]}
+        if event.new_hits is not None or event.notes:
+            out["retro"] = {**self._retro(), "neighbors": neighbors_json(event.new_hits or [])}
+            if event.notes:
+                out["retro"]["notes"] = event.notes
+        if with_usage:
+            out["usage"] = None
+        return out
+
+    def usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+    def _retro(self) -> dict[str, Any]:
+        return {"index_version": self.service.index_version}
+
+    def whole(self, count: int) -> dict[str, Any]:
+        """The answer of a request that does not stream: `retro.segments` splits each choice at its retrievals."""
+        choices, neighbors, segments, notes = [], [], [], []
+        for index in range(count):
+            mine = [event for i, event in self.events if i == index]
+            entries = [entry for event in mine for entry in event.logprobs or []]
+            logprobs = self.logprobs(entries, 0) if any(e.logprobs is not None for e in mine) else None
+            text = "".join(event.text for event in mine)
+            choices.append(self.choice(index, text, logprobs, mine[-1].finish_reason))
+            for event in mine:
+                notes += [note for note in event.notes if note not in notes]
+                if event.new_hits is not None:
+                    shown = neighbors_json(event.new_hits)
+                    neighbors += [one for one in shown if one not in neighbors]
+                    segments.append({"choice": index, "text": "", "neighbors": [neighbors.index(one) for one in shown]})
+                if event.text:
+                    if not segments or segments[-1]["choice"] != index:
+                        segments.append({"choice": index, "text": "", "neighbors": []})
+                    segments[-1]["text"] += event.text
+        retro = {**self._retro(), "neighbors": neighbors, "segments": segments, "notes": notes}
+        return {**self.head, "choices": choices, "usage": self.usage(), "retro": retro}
+
+
+def neighbors_json(hits: Sequence[Any]) -> list[dict[str, Any]]:
+    """Neighbors of a library, of a store, or given ones, all in one form."""
+    return [
+        {
+            "document": hit.document,
+            "title": hit.title,
+            "chunk": hit.chunk,
+            "score": round(float(hit.score), 6),
+            "text": hit.text,
+            "continuation": getattr(hit, "continuation", ""),
+            "source": getattr(hit, "source", "") or getattr(hit, "store", ""),
+        }
+        for hit in hits
+    ]
+
+
+class _CompletionForm(_Form):
+    name, prefix = "text_completion", "cmpl"
+
+    def __init__(self, service: Service, is_stream: bool):
+        super().__init__(service, is_stream)
+        self._lengths: dict[int, int] = {}  # characters sent of each choice
+
+    def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def delta(self, index: int, event: Event) -> dict[str, Any]:
+        start = self._lengths.get(index, 0)
+        self._lengths[index] = start + len(event.text)
+        logprobs = None if event.logprobs is None else self.logprobs(event.logprobs, start)
+        return self.choice(index, event.text, logprobs, event.finish_reason)
+
+    def logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> Any:
+        offsets = []
+        for entry in entries:
+            offsets.append(offset)
+            offset += len(entry.text)
+        return {
+            "tokens": [entry.text for entry in entries],
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [{text: value for _, text, value in entry.top} for entry in entries],
+            "text_offset": offsets,
+        }
+
+
+class _ChatForm(_Form):
+    name, prefix = "chat.completion", "chatcmpl"
+
+    def __init__(self, service: Service, is_stream: bool):
+        super().__init__(service, is_stream)
+        self._begun: set[int] = set()
+
+    def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def delta(self, index: int, event: Event) -> dict[str, Any]:
+        role = {} if index in self._begun else {"role": "assistant"}
+        self._begun.add(index)
+        logprobs = None if event.logprobs is None else self.logprobs(event.logprobs, 0)
+        delta = {**role, "content": event.text}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
+
+    def logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> Any:
+        def token(text: str, value: float | None) -> dict[str, Any]:
+            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+
+        return {
+            "content": [
+                {**token(entry.text, entry.logprob), "top_logprobs": [token(text, v) for _, text, v in entry.top]}
+                for entry in entries
+            ],
+            "refusal": None,
+        }
+

@@ -1,0 +1,84 @@
+"""`retro serve`: checks that nothing is open that should not be, listens, loads, answers until a signal."""
+
+import ipaddress
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from retro_engine.errors import UsageError, typed
+from retro_engine.progress import Reporter
+from retro_engine.serve.app import make_app
+from retro_engine.serve.auth import Accounts
+from retro_engine.serve.limits import Limits, Throttle
+from retro_engine.serve.metrics import Metrics
+from retro_engine.serve.server import bind, make_server
+from retro_engine.serve.service import Options, Service, open_service
+from retro_engine.serve.state import State
+
+SIGN_INS, SIGN_IN_WINDOW_S = 10, 300.0  # failures of a client, or for a name
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is reached, and by whom it may be."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allowed_hosts: Sequence[str] = ()
+    is_behind_proxy: bool = False
+    metrics_token: str | None = None
+    has_nemo: bool = False
+
+
+def serve(options: Options, address: Address, accounts: Accounts, reporter: Reporter, limits: Limits | None = None) -> None:  # fmt: skip
+    """Listen until a signal. Raises UsageError for an address that others reach while nobody has access, and what
+    opening the model raises.
+    """
+    if not _is_loopback(address.host) and accounts.is_empty:
+        raise UsageError(
+            f"--host {address.host} is reached from elsewhere",
+            "there are no users and no keys yet",
+            "retro users add NAME, or retro keys add NAME",
+        )
+    listener = bind(address.host, address.port)
+    port = listener.getsockname()[1]
+    shown = f"[{address.host}]" if ":" in address.host else address.host
+    state = make_state(accounts, limits or Limits(), address)
+    failures: list[BaseException] = []
+
+    def stop(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = make_app(state, _then(partial(open_service, options), reporter), [address.host, *address.allowed_hosts], address.has_nemo, stop)  # fmt: skip
+    server = make_server(app, state.limits, address.is_behind_proxy)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # traces of bugs, not every odd request
+    reporter.say(f"listening on http://{shown}:{port}")
+    if (token := accounts.begin_setup()) is not None:
+        reporter.say(f"nobody has access yet; make the first user, once, at http://{shown}:{port}/#setup={token}")
+    server.run([listener])
+    accounts.close()
+    if failures:
+        raise typed(failures[0]) or failures[0]
+
+
+def make_state(accounts: Accounts, limits: Limits, address: Address) -> State:
+    throttle = Throttle(SIGN_INS, SIGN_IN_WINDOW_S)
+    return State(accounts, limits, Metrics(), throttle, address.metrics_token, address.is_behind_proxy)
+
+
+def _then(load: Callable[[], Service], reporter: Reporter) -> Callable[[], Service]:
+    def loaded() -> Service:
+        service = load()
+        reporter.say(f"ready: model {service.name}, {'no documents' if service.library is None else service.library.folder}")  # fmt: skip
+        return service
+
+    return loaded
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,165 @@
+"""What one server serves: a model in its engine, a live library, and the published stores that are read beside it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from retro_engine.data.store import Store
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import StoreError, UsageError
+from retro_engine.generate.engine import Engine
+from retro_engine.generate.generator import Generator
+from retro_engine.generate.sampling import Sampling
+from retro_engine.model.weights import load_model
+from retro_engine.retrieval.library import Library
+from retro_engine.retrieval.library_documents import Embedder, HashEmbedder
+from retro_engine.retrieval.library_file import FILE
+from retro_engine.retrieval.library_import import Importer
+from retro_engine.retrieval.library_search import Hit, Source, check_mode, combined, static_source
+from retro_engine.retrieval.live import LiveRetriever
+from retro_engine.retrieval.search import Retriever
+from retro_engine.train import checkpoint
+from retro_engine.train.loop import run_databases
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to open, and how."""
+
+    run: str
+    library: str | None = None  # None: RUN/library; made when it is not there
+    stores: Sequence[str] | None = None  # None: those that the run's neighbors came from; [] = none
+    mode: str = "lexical"
+    weights: Sequence[float] = (1.0, 1.0)  # of the library, and of the stores
+    name: str | None = None  # of the model; None: the run's
+    max_batch: int = 8
+    max_waiting: int = 64
+
+
+@dataclass
+class Service:
+    """An open model and library; close it."""
+
+    name: str
+    generator: Generator
+    engine: Engine
+    library: Library | None
+    importer: Importer | None
+    static: Retriever | None
+    defaults: dict[str, Any] = field(default_factory=dict)  # of sampling, from the checkpoint
+    chat_template: str | None = None
+    mode: str = "lexical"
+    weights: Sequence[float] = (1.0, 1.0)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.generator.tokenizer
+
+    @property
+    def index_version(self) -> int:
+        """Counts up with every change of the documents."""
+        return self.library.version if self.library is not None else 0
+
+    @property
+    def embedder(self) -> Embedder:
+        """The library's, or the hashed projections that need no model."""
+        known = self.library.chunker.embedder if self.library is not None else None
+        return known or HashEmbedder(self.tokenizer)
+
+    def search(self, text: str, k: int, mode: str | None = None, weights: Sequence[float] = (1.0, 1.0)) -> list[Hit]:
+        """The k best chunks of the library (`mode`, with `weights` for hybrid) and of the stores together."""
+        mode = mode or self.mode
+        check_mode(mode, weights)
+        sources: list[tuple[Source, float]] = []
+        if self.library is not None:
+            if self.static is None:
+                return self.library.search(text, k, mode, weights=weights)
+            sources.append((self.library.source(mode, weights=weights), self.weights[0]))
+        if self.static is not None:
+            sources.append((static_source(self.static), self.weights[1]))
+        return combined(text, k, sources) if sources else []
+
+    def check_search(self, mode: str | None) -> None:
+        """Raises UsageError for a mode that the library has no vectors for."""
+        if mode not in (None, "lexical") and self.library is not None and self.library.chunker.width is None:
+            raise UsageError(f"mode {mode} needs vectors", "the library was made without an embedder", "lexical")
+
+    def close(self) -> None:
+        """End the requests that run, then the imports, then the library."""
+        self.engine.close()
+        if self.importer is not None:
+            self.importer.stop()
+        if self.library is not None:
+            self.library.close()
+
+
+def open_service(options: Options) -> Service:
+    """Load the newest checkpoint of a run, open its library and stores.
+
+    Raises RetroError's for whatever is missing, damaged or does not fit.
+    """
+    check_mode(options.mode, (1.0, 1.0))
+    folder = checkpoint.find_checkpoint(options.run)
+    checkpoint.verify(folder)
+    model = load_model(folder)
+    tokenizer = Tokenizer.load(folder)
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    library = importer = static = None
+    if model.config.retrieval:
+        stores = run_databases(folder) if options.stores is None else [Store(path) for path in options.stores]
+        static = Retriever(stores) if stores else None
+        library = open_library(Path(options.library or run / "library"), tokenizer, model.config.chunk_size)
+        importer = Importer(library)
+    elif options.library is not None:
+        raise UsageError(f"{options.run} is a plain decoder", "it reads no documents", "leave --library out")
+    retriever = None if library is None else LiveRetriever(library, static, options.weights, options.mode)
+    generator = Generator(model.eval(), tokenizer, retriever)
+    engine = Engine(generator, options.max_batch, options.max_waiting)
+    defaults = checkpoint.read_generation(folder)
+    Sampling(**defaults)
+    name = options.name or run.resolve().name
+    return Service(
+        name,
+        generator,
+        engine,
+        library,
+        importer,
+        static,
+        defaults,
+        chat_template(folder),
+        options.mode,
+        tuple(options.weights),
+    )
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template that lies beside a tokenizer, if one does."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    try:
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int) -> Library:
+    """The library, made with the model's tokenizer and chunk size when it is not there.
+
+    Raises StoreError for one of another tokenizer.
+    """
+    if not (folder / FILE).exists():
+        Library.create(folder, tokenizer, chunk_size, embedder=HashEmbedder(tokenizer))
+    library = Library(folder)
+    if library.file.tokenizer.fingerprint != tokenizer.fingerprint:
+        other = library.file.tokenizer.fingerprint[:12]
+        library.close()
+        raise StoreError(
+            f"{folder} was made with tokenizer {other}",
+            f"the model has {tokenizer.fingerprint[:12]}",
+            "name another folder with --library",
+        )
+    return library
+

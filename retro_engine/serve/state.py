@@ -1,0 +1,60 @@
+"""What routes know of the server they run in."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+
+from retro_engine.serve.auth import Accounts, Caller
+from retro_engine.serve.limits import ApiError, Limits, Throttle
+from retro_engine.serve.metrics import Metrics
+from retro_engine.serve.service import Service
+
+
+@dataclass
+class State:
+    """One server's; `service` is None while the model loads."""
+
+    accounts: Accounts
+    limits: Limits
+    metrics: Metrics
+    throttle: Throttle
+    metrics_token: str | None = None
+    is_behind_proxy: bool = False
+    service: Service | None = None
+    hashing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # passwords at once
+
+
+def state_of(request: Request) -> State:
+    state = request.app.state.retro
+    assert isinstance(state, State)
+    return state
+
+
+def service_of(request: Request) -> Service:
+    """Raises ApiError 503 while the model loads."""
+    service = state_of(request).service
+    if service is None:
+        raise ApiError(503, "the model is loading", code="loading", headers={"retry-after": "2"})
+    return service
+
+
+def limits_of(request: Request) -> Limits:
+    return state_of(request).limits
+
+
+def caller_of(request: Request) -> Caller | None:
+    found = request.scope["state"]["caller"]
+    assert found is None or isinstance(found, Caller)
+    return found
+
+
+def client_of(request: Request) -> str:
+    """The address that asks."""
+    return request.client.host if request.client else "unknown"
+
+
+def audit(request: Request, action: str, **about: Any) -> None:
+    caller = caller_of(request)
+    state_of(request).accounts.audit(action, caller.name if caller else "", client_of(request), **about)

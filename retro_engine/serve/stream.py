@@ -1,0 +1,157 @@
+"""From the engine's thread to a client: events in one queue, server-sent events, an end when the client leaves."""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from retro_engine.errors import RetroError
+from retro_engine.generate.engine import Engine, Event, Request, Stream
+from retro_engine.serve.limits import ApiError
+from retro_engine.serve.metrics import Metrics
+
+
+class ClientLeft(Exception):
+    """There is nobody to answer."""
+
+
+class Running:
+    """The requests of one answer. Leaving its `async with` cancels what still runs."""
+
+    def __init__(self, receive: Receive):
+        self._receive = receive
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._streams: list[Stream] = []
+        self._left = 0
+        self._gone: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(cls, engine: Engine, requests: Sequence[Request], receive: Receive) -> "Running":
+        """Submit all of them, or none. Raises what the engine raises."""
+        running = cls(receive)
+        try:
+            for index, request in enumerate(requests):
+                running._streams.append(engine.submit(request, running._arrival(index)))
+        except RetroError:
+            running.cancel()
+            raise
+        running._left = len(requests)
+        return running
+
+    def _arrival(self, index: int) -> Any:
+        def arrived(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+        return arrived
+
+    def cancel(self) -> None:
+        for stream in self._streams:
+            stream.cancel()
+
+    async def __aenter__(self) -> "Running":
+        self._gone = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+        if self._gone is not None:
+            self._gone.cancel()
+
+    async def _watch(self) -> None:
+        """Ends the iteration when the client is gone."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._queue.put_nowait(None)
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        return self
+
+    async def __anext__(self) -> tuple[int, Event]:
+        if not self._left:
+            raise StopAsyncIteration
+        return self._taken(await self._queue.get())
+
+    def at_hand(self) -> tuple[int, Event] | None:
+        """An event that has come already, or None."""
+        if not self._left or self._queue.empty():
+            return None
+        return self._taken(self._queue.get_nowait())
+
+    def _taken(self, item: tuple[int, Event] | None) -> tuple[int, Event]:
+        """Raises ClientLeft, or what ended a request that failed."""
+        if item is None:
+            raise ClientLeft
+        error = item[1].error
+        if isinstance(error, RetroError):
+            raise error
+        if error is not None:
+            logging.getLogger("retro").error("a request failed in the engine", exc_info=error)
+            raise ApiError(500, "this is a bug in retro-engine; the server's log has its trace") from error
+        if item[1].finish_reason == "cancelled":
+            raise ApiError(503, "the server is stopping", headers={"retry-after": "5"})
+        self._left -= item[1].finish_reason is not None
+        return item
+
+
+class Pieces(Protocol):
+    """What turns events into the objects of a stream."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    head: dict[str, Any]
+
+    def piece(self, index: int, event: Event, with_usage: bool) -> dict[str, Any] | None: ...
+
+    def usage(self) -> dict[str, int]: ...
+
+
+class EventStream(Response):
+    """Server-sent events. The status waits for the first event: a request that fails at once is no 200."""
+
+    def __init__(self, running: Running, form: Pieces, with_usage: bool, metrics: Metrics):
+        super().__init__(media_type="text/event-stream")
+        del self.headers["content-length"]
+        self.headers["x-accel-buffering"] = "no"
+        self.running, self.form, self.with_usage, self.metrics = running, form, with_usage, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self.running:
+            with contextlib.suppress(ClientLeft):
+                await self._send_all(send)
+        self.metrics.tokens(self.form.prompt_tokens, self.form.completion_tokens)
+
+    async def _send_all(self, send: Send) -> None:
+        item = await anext(self.running, None)
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            while item is not None:
+                parts = []
+                while item is not None:  # what came while the last ones were sent goes out together
+                    if (piece := self.form.piece(*item, self.with_usage)) is not None:
+                        parts.append(_line(piece))
+                    item = self.running.at_hand()
+                if parts:
+                    await send({"type": "http.response.body", "body": b"".join(parts), "more_body": True})
+                item = await anext(self.running, None)
+            if self.with_usage:
+                await send(_body({**self.form.head, "choices": [], "usage": self.form.usage()}))
+        except RetroError as error:
+            await send(_body(ApiError(500, f"{error.what} {error.why}".strip()).body()))
+        except ApiError as error:
+            await send(_body(error.body()))
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _body(content: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": _line(content), "more_body": True}

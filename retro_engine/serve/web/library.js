@@ -1,0 +1,126 @@
+// The documents and retrieve screens.
+
+import { $, attempt, call, confirmed, isLive, make, neighbor, showDocument } from "/api.js";
+
+const PAGE = 20;
+let canWrite = false;
+let after = "";
+
+function bytes(count) {
+  return count < 1024 ? `${count} B` : count < 1 << 20 ? `${(count / 1024).toFixed(1)} kB` : `${(count / (1 << 20)).toFixed(1)} MB`;
+}
+
+async function remove(id) {
+  if (!(await confirmed("Delete this document?", id, "Delete"))) return;
+  await call("DELETE", `/v1/documents/${encodeURIComponent(id)}`);
+  await list(after);
+}
+
+function row(entry) {
+  const open = make("button", { type: "button", className: "link", onclick: () => attempt(() => showDocument(entry.id)) }, entry.id);
+  const cells = [make("td", {}, open), make("td", { className: "title" }, entry.title), make("td", { className: "number wide" }, String(entry.chunks)),
+    make("td", { className: "number" }, bytes(entry.bytes))];
+  if (canWrite) {
+    const button = make("button", { type: "button", className: "danger quiet", onclick: () => attempt(() => remove(entry.id)) }, "Delete");
+    button.setAttribute("aria-label", `Delete ${entry.id}`);
+    cells.push(make("td", { className: "number" }, button));
+  }
+  return make("tr", {}, ...cells);
+}
+
+export async function list(from = "") {
+  after = from;
+  const page = await call("GET", `/v1/documents?limit=${PAGE}&after=${encodeURIComponent(from)}`);
+  const { documents = 0, chunks = 0, notes = [] } = page.statistics;
+  $("counts").textContent = [`${documents} document${documents === 1 ? "" : "s"}, ${chunks} chunks, version ${page.index_version}`, ...notes].join("; ");
+  const heads = ["Id", "Title"].map((name) => make("th", { scope: "col" }, name));
+  heads.push(make("th", { scope: "col", className: "number wide" }, "Chunks"), make("th", { scope: "col", className: "number" }, "Size"));
+  if (canWrite) heads.push(make("th", {}, make("span", { className: "hidden" }, "Actions")));
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...page.data.map(row)));
+  const empty = make("p", { className: "hint" }, from ? "No more documents." : "There are no documents yet.");
+  $("doc-list").replaceChildren(page.data.length ? table : empty);
+  $("next-page").disabled = !page.has_more;
+  $("next-page").onclick = () => attempt(() => list(page.data.at(-1).id));
+  $("first-page").disabled = !from;
+}
+
+async function search(query) {
+  if (!query.trim()) return list();
+  const found = await call("POST", "/v1/retrieve", { query, k: PAGE });
+  const hits = found.data.filter((hit) => isLive(hit));
+  const shown = hits.length ? make("ol", { className: "hits" }, ...hits.map((hit) => neighbor(hit, true)))
+    : make("p", { className: "hint" }, "No document has any of these words.");
+  $("doc-list").replaceChildren(shown);
+  $("next-page").disabled = true;
+  $("first-page").disabled = false;
+  return undefined;
+}
+
+async function add() {
+  const body = { text: $("doc-text").value, title: $("doc-title").value };
+  if ($("doc-id").value) body.id = $("doc-id").value;
+  await call("POST", "/v1/documents", body);
+  $("add").reset();
+  await list();
+}
+
+async function upload(files) {
+  const say = (text) => ($("upload-state").textContent = text);
+  let added = 0;
+  for (const file of files) {
+    say(`${file.name}…`);
+    if (!file.name.endsWith(".jsonl")) {
+      await call("POST", "/v1/documents", { id: file.name, title: file.name, text: await file.text() });
+      added += 1;
+      continue;
+    }
+    let job = await call("POST", "/v1/documents/import", file);
+    while (job.state === "running") {
+      await new Promise((resolve) => setTimeout(resolve, 300));
+      job = await call("GET", `/v1/jobs/${job.id}`);
+      say(`${file.name}: ${job.added} added, ${job.failed} not used`);
+    }
+    added += job.added;
+    if (job.failed) say(`${file.name}: ${job.failed} rows not used: ${job.errors[0]?.reason ?? ""}`);
+    if (job.state !== "done") throw new Error(`${file.name}: ${job.state} ${job.reason}`);
+  }
+  $("upload").reset();
+  say(`${added} documents added. ${$("upload-state").textContent.includes("not used") ? $("upload-state").textContent : ""}`);
+  await list();
+}
+
+async function reset() {
+  if (!(await confirmed("Delete every document?", "There is no way back.", "Delete all"))) return;
+  await call("POST", "/v1/documents/reset", { confirm: true });
+  await list();
+}
+
+async function retrieve() {
+  const start = performance.now();
+  const weights = [Number($("weight-lexical").value), Number($("weight-dense").value)];
+  const body = { query: $("query").value, k: Number($("query-k").value), mode: $("query-mode").value, weights };
+  const found = await call("POST", "/v1/retrieve", body);
+  const ms = Math.round(performance.now() - start);
+  $("query-state").textContent = `${found.data.length} chunks in ${ms} ms, version ${found.index_version}`;
+  $("hits").replaceChildren(...found.data.map((hit) => neighbor(hit, true)));
+}
+
+function onSubmit(id, work) {
+  $(id).onsubmit = (event) => {
+    event.preventDefault();
+    attempt(work, event.submitter);
+  };
+}
+
+export function startLibrary(user) {
+  canWrite = user.scope !== "read";
+  $("writing").hidden = !canWrite;
+  document.querySelector(".split").classList.toggle("single", !canWrite);
+  $("reset").hidden = user.scope !== "admin";
+  onSubmit("add", add);
+  onSubmit("upload", () => upload($("files").files));
+  onSubmit("doc-search", () => search($("doc-query").value));
+  onSubmit("query-form", retrieve);
+  $("first-page").onclick = () => attempt(() => list());
+  $("reset").onclick = () => attempt(reset);
+}

@@ -1,0 +1,56 @@
+"""Choosing a token: cuts, penalties, seeds, and settings that contradict each other."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from retro_engine.errors import UsageError
+from retro_engine.generate.sampling import Sampling, adjusted, choose
+
+LOGITS = torch.tensor([0.0, 3.0, 2.0, -1.0])
+
+
+def draw(**options: Any) -> set[int]:
+    sampling = Sampling(greedy=False, **options)
+    return {choose(LOGITS, sampling, torch.Generator().manual_seed(seed)) for seed in range(200)}
+
+
+def test_what_is_kept() -> None:
+    assert choose(LOGITS, Sampling(), torch.Generator()) == 1
+    assert draw(temperature=1.0) == {0, 1, 2, 3}
+    assert draw(top_k=2) == {1, 2}
+    assert draw(top_k=9) == {0, 1, 2, 3}
+    assert draw(top_p=0.5) == {1}
+    assert draw(top_p=0.9) == {1, 2}
+    assert draw(temperature=1e-3) == {1}
+
+
+def test_a_seed_gives_the_same_tokens() -> None:
+    same = [choose(LOGITS, Sampling(greedy=False), torch.Generator().manual_seed(5)) for _ in range(5)]
+    assert len(set(same)) == 1
+
+
+def test_repetition_penalty_and_minimum_length() -> None:
+    found = adjusted(LOGITS, Sampling(repetition_penalty=2.0), [1, 3, 1], 0, eod_id=2)
+    assert found.tolist() == [0.0, 1.5, 2.0, -2.0]
+    short = Sampling(min_tokens=2)
+    assert adjusted(LOGITS, short, [], 1, eod_id=1).tolist() == [0.0, -math.inf, 2.0, -1.0]
+    assert torch.equal(adjusted(LOGITS, short, [], 2, eod_id=1), LOGITS)
+    assert LOGITS.tolist() == [0.0, 3.0, 2.0, -1.0]  # it is not changed
+
+
+@pytest.mark.parametrize("wrong", [
+    {"temperature": 0}, {"temperature": math.inf}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"seed": -1},
+    {"repetition_penalty": 0}, {"repetition_penalty": math.inf}, {"min_tokens": -1},
+])  # fmt: skip
+def test_what_cannot_be_used(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"inference.{next(iter(wrong))}"):
+        Sampling(greedy=False, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.7}, {"top_k": 40}, {"top_p": 0.9}])
+def test_greedy_contradicts_sampling(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="contradicts greedy=true"):
+        Sampling(**wrong)

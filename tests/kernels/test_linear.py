@@ -1,0 +1,48 @@
+"""`linear` for a few rows: close to float64, the same bits whatever rows are beside, wrong arguments named."""
+
+import pytest
+import torch
+from retro_kernels import cpp
+from retro_kernels.linear import FEW_ROWS, linear
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 2), (8, 3), (24, 4), (100, 200), (256, 32)])
+def test_against_float64(rows: int, inputs: int, outputs: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, inputs, generator=generator)
+    weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
+    for b in (None, bias):
+        exact = x.double() @ weight.double().T + (0 if b is None else b.double())
+        for given in (x, x[:, None], x.T.contiguous().T):
+            found = linear(given, weight, b)
+            assert found.shape == (*given.shape[:-1], outputs)
+            assert (found.reshape(exact.shape) - exact).abs().max() <= 1e-6 * (inputs + 10)
+
+
+@pytest.mark.skipif(not cpp.has_linear(), reason="no C++ extension")
+def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    x, weight = torch.randn(FEW_ROWS, 100), torch.randn(77, 100)
+    together = linear(x, weight)
+    for first in range(FEW_ROWS):
+        for last in range(first + 1, FEW_ROWS + 1):
+            assert torch.equal(linear(x[first:last], weight), together[first:last])
+
+
+def test_other_types_and_empty() -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        x, weight = torch.randn(3, 8).to(dtype), torch.randn(5, 8).to(dtype)
+        assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert linear(torch.randn(0, 8), torch.randn(5, 8)).shape == (0, 5)
+    weight = torch.randn(8, 5).T
+    assert torch.allclose(linear(torch.ones(2, 8), weight), weight.sum(1).expand(2, 5), atol=1e-5)
+
+
+def test_wrong_arguments_are_named() -> None:
+    x, weight = torch.randn(2, 8), torch.randn(5, 8)
+    with pytest.raises(ValueError, match=r"expected x \[..., 8\]"):
+        linear(torch.randn(2, 7), weight)
+    with pytest.raises(ValueError, match=r"bias \[5\]"):
+        linear(x, weight, torch.randn(4))
+    with pytest.raises(ValueError, match="expected one type"):
+        linear(x, weight.double())

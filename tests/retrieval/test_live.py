@@ -1,0 +1,102 @@
+"""Neighbors from a live library: read by the next request, gone when deleted, fused with stores."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import small_model
+
+from retro_engine.data.corpus import Document
+from retro_engine.data.store import Store
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import StoreError, UsageError
+from retro_engine.generate.engine import Engine, Request
+from retro_engine.generate.generator import Generator
+from retro_engine.retrieval.library import Library
+from retro_engine.retrieval.library_documents import HashEmbedder
+from retro_engine.retrieval.live import LiveRetriever
+from retro_engine.retrieval.search import Retriever
+
+M = 16
+
+
+@pytest.fixture
+def library(tmp_path: Path, small_store: Store) -> Iterator[Library]:
+    Library.create(tmp_path / "library", small_store.tokenizer, M, embedder=HashEmbedder(small_store.tokenizer))
+    with Library(tmp_path / "library") as library:
+        yield library
+
+
+def test_tokens_are_the_documents(library: Library) -> None:
+    """A chunk and what follows it, cut at r; chunks that a better neighbor already shows are left out."""
+    text = "quarry " + "river stone amber " * 20
+    library.add([Document("a", "A", text), Document("b", "B", "one quarry")])
+    tokenizer = library.file.tokenizer
+    ids = [*tokenizer.encode(text), tokenizer.eod_id]
+    for R in (8, M, 2 * M):
+        for mode in ("lexical", "dense", "hybrid"):
+            found = LiveRetriever(library, mode=mode).neighbors(["quarry", "river stone", "  "], 3, R)
+            assert [one.tokens_KR.shape for one in found] == [(3, R)] * 3
+            for one in found[:2]:
+                for place, hit in enumerate(one.hits):
+                    length = one.lengths_K[place]
+                    if hit.document == "a":
+                        start = hit.chunk * M
+                        assert length == min(R, 2 * M, len(ids) - start)
+                        assert one.tokens_KR[place, :length].tolist() == ids[start : start + length]
+                    assert (one.tokens_KR[place, length:] == tokenizer.pad_id).all()
+                chunks = sorted(hit.chunk for hit in one.hits if hit.document == "a")
+                assert all(b - a >= -(-R // M) for a, b in zip(chunks, chunks[1:]))
+                assert (one.lengths_K[len(one.hits) :] == 0).all()
+            assert found[2].hits == []
+            assert (found[2].lengths_K == 0).all()
+    names = {hit.document for hit in LiveRetriever(library).neighbors(["quarry"], 3, 8)[0].hits}
+    assert names == {"a", "b"}
+
+
+def test_with_stores(library: Library, small_store: Store) -> None:
+    static = Retriever([small_store])
+    library.add([Document("new", "New", "river stone amber lantern")])
+    texts = ["river stone amber lantern", "tide"]
+    alone, stores = LiveRetriever(library).neighbors(texts, 2, M), static.neighbors(texts, 2, M)
+    both = LiveRetriever(library, static).neighbors(texts, 2, M)
+    assert [hit.document for hit in both[0].hits] == ["new", stores[0].hits[0].document]
+    assert both[0].tokens_KR[0].tolist() == alone[0].tokens_KR[0].tolist()
+    assert both[0].tokens_KR[1].tolist() == stores[0].tokens_KR[0].tolist()
+    assert [hit.text for hit in both[1].hits] == [hit.text for hit in stores[1].hits]  # the library has no tide
+    heavy = LiveRetriever(library, static, (1.0, 100.0)).neighbors(texts, 2, M)
+    assert [hit.document for hit in heavy[0].hits] == [hit.document for hit in stores[0].hits]
+    only = LiveRetriever(library, static, (0.0, 1.0)).neighbors(texts, 2, M)
+    assert np.array_equal(only[0].tokens_KR, stores[0].tokens_KR)
+
+
+def test_a_document_is_used_by_the_next_request_and_gone_when_deleted(library: Library, small_store: Store) -> None:
+    model = small_model(vocab_size=small_store.vocab_size, chunk_size=M, encoder_seq_length=64, seed=3)
+    generator = Generator(model, small_store.tokenizer, LiveRetriever(library, Retriever([small_store])))
+    with Engine(generator) as engine:
+        asked = Request("a quarry by the river", 20)
+        before = engine.submit(asked).result()
+        assert "new" not in {hit.document for hit in before.neighbors}
+        library.add([Document("new", "New", "the quarry by the river is deep")])
+        after = engine.submit(asked).result()
+        assert after.neighbors[0].document == "new"
+        assert after.tokens != before.tokens
+        library.delete(["new"])
+        assert engine.submit(asked).result() == before
+
+
+def test_what_does_not_go_together(library: Library, small_store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="mode 'densest' does not exist"):
+        LiveRetriever(library, mode="densest")
+    with pytest.raises(UsageError, match="none is negative"):
+        LiveRetriever(library, weights=(-1.0, 1.0))
+    Library.create(tmp_path / "other", Tokenizer.train(["x"], 300), M)
+    with Library(tmp_path / "other") as other:
+        with pytest.raises(UsageError, match="needs vectors"):
+            LiveRetriever(other, mode="dense")
+        with pytest.raises(StoreError, match="has tokenizer"):
+            LiveRetriever(other, Retriever([small_store]))
+        model = small_model(vocab_size=small_store.vocab_size, chunk_size=M)
+        with pytest.raises(StoreError, match="the model has tokenizer"):
+            Generator(model, small_store.tokenizer, LiveRetriever(other))

@@ -1,0 +1,24 @@
+"""One run and one server for the tests that leave the server as it was."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from serve_helpers import Server, make_run, serving_run
+
+from retro_engine.data.store import Store
+
+
+@pytest.fixture(scope="session")
+def small_run(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(small_store, tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="session")
+def server(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving_run(small_run, tmp_path_factory.mktemp("served"), has_nemo=True) as server:
+        yield server

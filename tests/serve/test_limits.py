@@ -1,0 +1,94 @@
+"""JSON that is refused before it is used, and the throttle."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import Field
+
+from retro_engine.serve import limits
+from retro_engine.serve.limits import ApiError, Strict, Throttle, parse, parse_json
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(JSON)
+def test_good_json_passes(value: object) -> None:
+    import json
+
+    raw = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    try:
+        expected = json.loads(raw.decode())
+    except UnicodeDecodeError:
+        with pytest.raises(ApiError):
+            parse_json(raw, 64)
+        return
+    assert parse_json(raw, 64) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_json_or_a_refusal(raw: bytes) -> None:
+    try:
+        parse_json(raw, 32)
+    except ApiError as error:
+        assert error.status == 400
+
+
+def test_depth_is_counted_in_lists_of_numbers_too() -> None:
+    for depth, is_good in ((32, True), (33, False), (5000, False), (100_000, False)):
+        for open_, close in (("[", "]"), ('{"a":', "}"), ("[1,", "]")):
+            raw = (open_ * depth + "1" + close * depth).encode()
+            if is_good:
+                parse_json(raw, 32)
+            else:
+                with pytest.raises(ApiError, match="nested|not JSON"):
+                    parse_json(raw, 32)
+
+
+@pytest.mark.parametrize("raw", [b'"\\ud800"', b'[1, "\\udfff"]', b'{"a": {"\\ud800": 1}}', b'"\xed\xa0\x80"', b"NaN", b"[Infinity]", b"-Infinity", b"\xef\xbb\xbf{}", b"{}{}", b"01", b"{'a': 1}"])  # fmt: skip
+def test_what_is_not_strict(raw: bytes) -> None:
+    with pytest.raises(ApiError):
+        parse_json(raw, 32)
+
+
+class Body(Strict):
+    number: int = Field(1, ge=1, le=5)
+    either: str | list[int] = ""
+
+
+def test_the_field_that_is_wrong_is_named() -> None:
+    for value, param in (
+        ({"number": 9}, "number"), ({"number": "3"}, "number"), ({"number": True}, "number"), ({"number": 2.0}, "number"),
+        ({"either": [1, "x"]}, "either.1"), ({"unknown": 1}, "unknown"), ([], None), (None, None),
+    ):  # fmt: skip
+        with pytest.raises(ApiError) as caught:
+            parse(Body, value)
+        assert caught.value.param == param, value
+    assert parse(Body, {"number": 3, "either": [1]}).either == [1]
+
+
+def test_the_throttle_counts_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(limits.time, "monotonic", lambda: now)
+    throttle = Throttle(3, 60.0, max_keys=2)
+    for _ in range(3):
+        assert throttle.wait_s("a") == 0
+        throttle.failed("a")
+        now += 10
+    assert throttle.wait_s("a") == pytest.approx(30)
+    assert throttle.wait_s("b") == 0
+    now = 61
+    assert throttle.wait_s("a") == 0
+    throttle.failed("a")
+    throttle.forget("a")
+    assert throttle.wait_s("a") == 0
+    for key in "abcdef":  # two keys are held, the oldest go
+        for _ in range(3):
+            throttle.failed(key)
+    assert throttle.wait_s("f") > 0
+    assert throttle.wait_s("a") == 0

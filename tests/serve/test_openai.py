@@ -1,0 +1,298 @@
+"""OpenAI's API, asked by OpenAI's own client; and every way to ask wrongly."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+from serve_helpers import Server
+
+from retro_engine.generate.sampling import Sampling
+
+openai = pytest.importorskip("openai")
+PROMPT = "Document doc7. river stone"
+
+
+def complete(server: Server, **fields: Any) -> Any:
+    client = server.openai("read", max_retries=0)
+    return client.completions.create(**{"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "seed": 1, **fields})
+
+
+def test_models(server: Server) -> None:
+    client = server.openai("read")
+    (model,) = client.models.list().data
+    assert (model.id, model.object) == ("tiny", "model")
+    assert model.retro["chunk_size"] == 16
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        client.models.retrieve("gpt-4")
+
+
+def test_a_completion_is_what_the_generator_says(server: Server) -> None:
+    out = complete(server, temperature=0)
+    tokenizer = server.service.tokenizer
+    expected = server.service.generator.generate(PROMPT, 24, Sampling())
+    assert out.choices[0].text == expected.text
+    assert out.choices[0].finish_reason == expected.finish_reason
+    assert out.usage.prompt_tokens == len(tokenizer.encode(PROMPT))
+    assert out.usage.completion_tokens == len(expected.tokens)
+    assert out.usage.total_tokens == out.usage.prompt_tokens + out.usage.completion_tokens
+    assert complete(server, temperature=0, prompt=tokenizer.encode(PROMPT)).choices[0].text == expected.text
+    read = [hit.document for hit in expected.segments[0].neighbors]
+    assert read
+    segments = out.retro["segments"]
+    assert "".join(segment["text"] for segment in segments) == expected.text
+    assert [out.retro["neighbors"][i]["document"] for i in segments[0]["neighbors"]] == read
+    assert len(segments) == len(expected.segments) >= 2
+
+
+def test_streamed_pieces_joined_are_the_whole_text(server: Server) -> None:
+    for fields in ({"temperature": 0}, {"temperature": 2.0, "seed": 7}, {"temperature": 1, "stop": ["e", "st"]}):
+        whole = complete(server, **fields)
+        pieces = list(complete(server, stream=True, stream_options={"include_usage": True}, **fields))
+        assert "".join(p.choices[0].text for p in pieces if p.choices) == whole.choices[0].text
+        *_, last, usage = pieces
+        assert last.choices[0].finish_reason == whole.choices[0].finish_reason
+        assert usage.choices == []
+        assert usage.usage == whole.usage
+        found = [p.retro for p in pieces if p.choices and getattr(p, "retro", None)]
+        assert [n["document"] for f in found for n in f["neighbors"]] == [
+            whole.retro["neighbors"][i]["document"] for s in whole.retro["segments"] for i in s["neighbors"]
+        ]
+        assert all("�" not in p.choices[0].text[-1:] for p in pieces[:-2] if p.choices)
+
+
+def test_n_prompts_seed(server: Server) -> None:
+    out = complete(server, prompt=[PROMPT, "amber lantern"], n=2, temperature=1.5)
+    assert [choice.index for choice in out.choices] == [0, 1, 2, 3]
+    again = complete(server, prompt=[PROMPT, "amber lantern"], n=2, temperature=1.5)
+    texts = [choice.text for choice in out.choices]
+    assert texts == [choice.text for choice in again.choices]
+    assert texts[0] != texts[1]
+    assert complete(server, temperature=1.5, seed=2).choices[0].text == texts[1]
+    streamed = ["", "", "", ""]
+    for piece in complete(server, prompt=[PROMPT, "amber lantern"], n=2, temperature=1.5, stream=True):
+        streamed[piece.choices[0].index] += piece.choices[0].text
+    assert streamed == texts
+    assert complete(server, temperature=1.5, seed=None).choices[0].text != complete(server, temperature=1.5, seed=None).choices[0].text  # fmt: skip
+
+
+def test_logprobs_and_echo(server: Server) -> None:
+    out = complete(server, temperature=0, logprobs=3, echo=True, max_tokens=5)
+    choice, ids = out.choices[0], server.service.tokenizer.encode(PROMPT)
+    assert choice.text.startswith(PROMPT)
+    assert out.usage.completion_tokens == 5
+    assert len(choice.logprobs.tokens) == len(ids) + 5
+    assert choice.logprobs.token_logprobs[0] is None
+    assert all(value <= 0 for value in choice.logprobs.token_logprobs[1:])
+    for value, top in list(zip(choice.logprobs.token_logprobs, choice.logprobs.top_logprobs))[-5:]:
+        assert value == pytest.approx(max(top.values()), abs=1e-4)
+    assert choice.logprobs.text_offset[0] == 0
+    starts = choice.logprobs.text_offset
+    assert choice.text[starts[1] : starts[2]] == choice.logprobs.tokens[1]
+    plain = complete(server, temperature=0, logprobs=0, max_tokens=5)
+    assert len(plain.choices[0].logprobs.tokens) == 5
+    pieces = list(complete(server, temperature=0, logprobs=0, max_tokens=5, stream=True))
+    joined = [value for p in pieces for value in (p.choices[0].logprobs.token_logprobs if p.choices[0].logprobs else [])]
+    assert joined == pytest.approx(plain.choices[0].logprobs.token_logprobs, abs=1e-4)
+
+
+def test_stop_strings_that_span_tokens(server: Server) -> None:
+    text = complete(server, temperature=0).choices[0].text
+    assert len(text) > 10
+    out = complete(server, temperature=0, stop=text[4:9])
+    assert out.choices[0].text == text[: text.index(text[4:9])]
+    assert out.choices[0].finish_reason == "stop"
+
+
+def test_chat(server: Server) -> None:
+    client = server.openai("read")
+    messages = [
+        {"role": "system", "content": "Answer briefly."},
+        {"role": "user", "content": "What is amber?"},
+        {"role": "assistant", "content": "A stone."},
+        {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "granite?"}]},
+    ]
+    ask = {"model": "tiny", "messages": messages, "temperature": 0, "max_completion_tokens": 12}
+    out = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2)
+    message = out.choices[0].message
+    assert message.role == "assistant"
+    prompt = "Answer briefly.\n\nQuestion: What is amber?\nAnswer: A stone.\n\nQuestion: What is granite?\nAnswer:"
+    assert message.content == complete(server, prompt=prompt, temperature=0, max_tokens=12).choices[0].text
+    entry = out.choices[0].logprobs.content[0]
+    assert bytes(entry.bytes).decode() == entry.token
+    assert len(entry.top_logprobs) == 2
+    pieces = list(client.chat.completions.create(**ask, stream=True))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(p.choices[0].delta.content or "" for p in pieces) == message.content
+    assert pieces[0].object == "chat.completion.chunk"
+
+
+def test_retro_fields(server: Server) -> None:
+    given = complete(server, temperature=0, extra_body={"retro": {"neighbors": ["granite tide", "", "x " * 400]}})
+    assert [hit["text"] for hit in given.retro["neighbors"]][:1] == ["granite tide"]
+    assert any("longer than" in note for note in given.retro["notes"])
+    assert any("empty" in note for note in given.retro["notes"])
+    off = complete(server, temperature=0, extra_body={"retro": {"neighbors": []}})
+    assert off.retro["neighbors"] == []
+    assert len(off.retro["segments"]) == 1
+    for mode in ("lexical", "dense", "hybrid"):
+        assert complete(server, extra_body={"retro": {"mode": mode}}).choices
+    one = complete(server, temperature=0, extra_body={"retro": {"k": 1, "refresh": "never"}})
+    assert len(one.retro["segments"][0]["neighbors"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": "word " * 5000}, "prompt"),
+        ({"prompt": [1 << 20]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [1, 10**400]}, "prompt"),
+        ({"prompt": ["a"] * 40}, "prompt"),
+        ({"prompt": 7}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1 << 40}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 1e9}, "temperature"),
+        ({"temperature": 0, "top_p": 0.5}, "top_p"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 33}, "n"),
+        ({"prompt": ["a", "b"], "n": 20}, "n"),
+        ({"best_of": 3}, "best_of"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"seed": -1}, "seed"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"presence_penalty": 1}, "presence_penalty"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias"),
+        ({"suffix": "x"}, "suffix"),
+        ({"min_tokens": 50}, "min_tokens"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"tools": []}, "tools"),
+        ({"unknown": 1}, "unknown"),
+        ({"retro": {"k": 0}}, "retro.k"),
+        ({"retro": {"neighbours": []}}, "retro.neighbours"),
+        ({"retro": {"mode": "psychic"}}, "retro.mode"),
+        ({"retro": {"refresh": "often"}}, "retro.refresh"),
+        ({"retro": {"neighbors": ["a"], "k": 2}}, "retro.neighbors"),
+        ({"retro": {"retrieved_length": 4096}}, "retro.retrieved_length"),
+        ({"retro": []}, "retro"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_names_its_field(server: Server, fields: dict[str, Any], param: str) -> None:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, **fields}
+    with server.client("read") as client:
+        answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert f"{error['param']}.".startswith(f"{param}."), error
+    assert error["type"] == "invalid_request_error"
+
+
+def test_refusals_that_name_no_field(server: Server) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        complete(server, model="gpt-4")
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="unknown field best"):
+        complete(server, extra_body={"best": 1})
+    with pytest.raises(openai.BadRequestError, match="at most"):
+        complete(server, max_tokens=2048)
+    with pytest.raises(openai.AuthenticationError):
+        server.openai("read", max_retries=0).with_options(api_key="rk_wrong").models.list()
+    with server.client("read") as client:
+        for raw, status in (
+            (b"", 400), (b"{", 400), (b"\xff\xfe{}", 400), (b'{"model": NaN}', 400), (b"[" * 100_000, 400),
+            (b'{"a":' * 40 + b"1" + b"}" * 40, 400), (b'{"prompt": "\\ud800"}', 400), (b'{"\\ud800": 1}', 400),
+            (b"[]", 400), (b"null", 400), (b'"x"', 400), (b'{"prompt": "' + b"a" * (1 << 20) + b'"}', 413),
+            (b'{"prompt": [1e999]}', 400), (b"1" * 5000, 400),
+        ):  # fmt: skip
+            headers = {"content-type": "application/json"}
+            answer = client.post("/v1/completions", content=raw, headers=headers)
+            assert answer.status_code == status, (raw[:40], answer.text)
+        for kind in ("text/plain", "", "application/x-www-form-urlencoded", "multipart/form-data"):
+            answer = client.post("/v1/completions", content=b"{}", headers={"content-type": kind})
+            assert answer.status_code == 415, kind
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}, "messages.0.content.0.type"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"tools": [{}]}, "tools"),
+    ],
+)  # fmt: skip
+def test_chats_that_are_refused(server: Server, fields: dict[str, Any], param: str) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "What?"}], **fields}
+    with server.client("read") as client:
+        answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_a_full_queue_is_429_and_recovers(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.service.engine, "max_waiting", 0)
+    with pytest.raises(openai.RateLimitError) as caught:
+        complete(server)
+    assert caught.value.response.headers["retry-after"] == "1"
+    assert caught.value.code == "queue_full"
+    with pytest.raises(openai.RateLimitError):
+        list(complete(server, stream=True))
+    monkeypatch.undo()
+    assert complete(server, temperature=0).choices
+
+
+def test_a_closed_stream_frees_the_engine(server: Server) -> None:
+    stream = complete(server, max_tokens=1500, temperature=1, stream=True)
+    for piece, _ in zip(stream, range(3)):
+        assert piece.choices
+    stream.close()
+    deadline = time.monotonic() + 10
+    while any(server.service.engine.stats()[name] for name in ("running", "waiting")):
+        assert time.monotonic() < deadline, server.service.engine.stats()
+        time.sleep(0.02)
+
+
+def test_a_client_that_leaves_before_the_answer_frees_the_engine(server: Server) -> None:
+    httpx = pytest.importorskip("httpx")
+    with server.client("read") as client, pytest.raises(httpx.ReadTimeout):
+        client.post(
+            "/v1/completions",
+            json={"model": "tiny", "prompt": PROMPT, "max_tokens": 1500, "temperature": 1, "seed": 1},
+            timeout=0.3,
+        )
+    deadline = time.monotonic() + 10
+    while server.service.engine.stats()["running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_stream_on_the_wire(server: Server) -> None:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, "stream": True}
+    with server.client("read") as client:
+        answer = client.post("/v1/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert "content-length" not in answer.headers
+    events = answer.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(json.loads(event.removeprefix("data: "))["object"] == "text_completion" for event in events[:-2])

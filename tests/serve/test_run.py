@@ -1,0 +1,158 @@
+"""`retro serve` as a process: its first start, its signals, its refusals, and kill -9 while documents are written."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serve_helpers import PASSWORD
+
+from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.progress import Reporter
+from retro_engine.serve.auth import Accounts
+from retro_engine.serve.run import Address, serve
+from retro_engine.serve.service import Options
+
+CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
+
+
+class Process:
+    """A server in a process of its own, once it is ready."""
+
+    def __init__(self, run: Path, folder: Path, *flags: str):
+        command = [sys.executable, "-m", "retro_engine.cli", "serve", str(run), "--port", "0", "--json", "--name", "tiny"]
+        command += ["--library", str(folder / "library"), "--accounts", str(folder / "accounts.sqlite"), *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert self.process.stdout is not None
+        self.lines: list[str] = []
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if "ready: model" in line:
+                break
+        text = "".join(self.lines)
+        self.url = text.partition("listening on ")[2].partition('"')[0].strip()
+        self.setup = text.partition("#setup=")[2].partition('"')[0].strip()
+
+    def end(self, number: int, timeout_s: float = 20) -> tuple[int, str]:
+        self.process.send_signal(number)
+        rest, _ = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, rest
+
+
+@contextlib.contextmanager
+def started(run: Path, folder: Path, *flags: str) -> Iterator[Process]:
+    server = Process(run, folder, *flags)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()
+
+
+def client_of(server: Process, key: str | None = None, **more: Any) -> httpx.Client:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=server.url, headers=headers, timeout=30, trust_env=False, **more)
+
+
+def test_the_first_start_and_the_signals(small_run: Path, tmp_path: Path) -> None:
+    with started(small_run, tmp_path) as server, client_of(server) as client:
+        assert server.url.startswith("http://127.0.0.1:")
+        assert len(server.setup) >= 43
+        assert client.get("/v1/models").status_code == 401
+        body = {"name": "ada", "password": PASSWORD, "setup": server.setup}
+        assert client.post("/auth/login", json=body).status_code == 200
+        assert client.get("/v1/models").status_code == 200
+        client.post("/v1/documents", json={"id": "kept", "text": "amber"}).raise_for_status()
+        code, rest = server.end(signal.SIGTERM)
+        assert code in (-signal.SIGTERM, 143)
+        assert "Traceback" not in rest
+    with started(small_run, tmp_path) as server, client_of(server) as client:
+        assert server.setup == ""
+        assert client.post("/auth/login", json=body).status_code == 401
+        del body["setup"]
+        assert client.post("/auth/login", json=body).status_code == 200
+        assert client.get("/v1/documents/kept").json()["text"] == "amber"
+        code, rest = server.end(signal.SIGINT)
+        assert code == 130
+        assert "Traceback" not in rest
+    log = [json.loads(line)["action"] for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert log == ["sign-in", "documents.add", "sign-in"]
+
+
+def test_acknowledged_documents_survive_kill_9_under_load(small_run: Path, tmp_path: Path) -> None:
+    """Four clients add, replace and delete until the server is killed; what was acknowledged is there after it."""
+    key = Accounts(tmp_path / "accounts.sqlite").add_key("load", "write")
+    known: dict[str, str | None] = {}
+    for turn in range(30 if CAMPAIGN else 2):
+        with started(small_run, tmp_path) as server:
+            with client_of(server, key) as client:
+                for name, text in known.items():
+                    answer = client.get(f"/v1/documents/{name}")
+                    assert answer.status_code == (404 if text is None else 200), (turn, name)
+                    assert text is None or answer.json()["text"] == text
+
+            def write(number: int, server: Process = server, turn: int = turn) -> None:
+                rng = random.Random(f"{turn} {number}")
+                with client_of(server, key) as client, contextlib.suppress(httpx.HTTPError):
+                    for step in range(100_000):
+                        name = f"w{number}-{rng.randrange(6)}"
+                        unsure = known.pop(name, None)  # until it is acknowledged, either is right
+                        if unsure is not None and rng.random() < 0.3:
+                            client.delete(f"/v1/documents/{name}").raise_for_status()
+                            known[name] = None
+                        else:
+                            text = f"amber {turn} {number} {step}"
+                            client.post("/v1/documents", json={"id": name, "text": text}).raise_for_status()
+                            known[name] = text
+
+            threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+            for thread in threads:
+                thread.start()
+            deadline = time.monotonic() + 30
+            while len(known) < 12 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(random.Random(turn).random() / 2)
+            assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL
+            for thread in threads:
+                thread.join(30)
+            assert known
+    with started(small_run, tmp_path) as server, client_of(server, key) as client:
+        for name, text in known.items():
+            assert client.get(f"/v1/documents/{name}").status_code == (404 if text is None else 200)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_an_address_that_others_reach_needs_users_or_keys(small_run: Path, tmp_path: Path, host: str) -> None:
+    accounts = Accounts(tmp_path / "accounts.sqlite")
+    with pytest.raises(UsageError, match="no users and no keys"):
+        serve(Options(str(small_run)), Address(host, 0), accounts, Reporter("quiet"))
+
+
+def test_what_cannot_be_opened_ends_the_start(small_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for options, kind in (
+        (Options(str(tmp_path / "nothing")), MissingInputError),
+        (Options(str(small_run), library=str(tmp_path / "file")), UsageError),
+        (Options(str(small_run), library=str(tmp_path / "l"), stores=[str(tmp_path)]), MissingInputError),
+        (Options(str(small_run), library=str(tmp_path / "l"), mode="psychic"), UsageError),
+    ):
+        with pytest.raises(kind):
+            serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
+
+
+def test_a_library_in_use_is_refused(small_run: Path, tmp_path: Path) -> None:
+    with started(small_run, tmp_path):
+        second = Process(small_run, tmp_path)
+        assert second.process.wait(60) == 2
+        assert "is in use" in "".join(second.lines)

@@ -1,0 +1,250 @@
+"""The page in a real browser (Debian's Chromium under Playwright): skipped where either is absent.
+
+Signs in, generates, stops in the middle, adds a document that appears as a neighbor and goes when it is deleted; no
+console error, no request to another host.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serve_helpers import PASSWORD, Server, serving_run
+
+WEB = Path(__file__).resolve().parents[2] / "retro_engine" / "serve" / "web"
+SHOTS = os.environ.get("RETRO_SHOTS")  # a folder for screenshots
+CHROMIUM = shutil.which("chromium")
+
+
+def test_the_page_is_small_and_asks_no_other_host() -> None:
+    text = {path.name: path.read_text(encoding="utf-8") for path in sorted(WEB.iterdir())}
+    assert sum(len(content.splitlines()) for content in text.values()) < 1500
+    for name, content in text.items():
+        assert not re.findall(r"(?:https?:)?//[\w.-]+\.\w", content.replace("http://www.w3.org/2000/svg", "")), name
+        assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", content), name
+    assert not re.findall(r"<script(?! type=\"module\" src=)|\son\w+=|style=", text["index.html"])
+
+
+def test_every_field_has_a_label() -> None:
+    html = (WEB / "index.html").read_text(encoding="utf-8")
+    labels = set(re.findall(r'<label for="([\w-]+)"', html))
+    for tag in re.findall(r"<(?:input|select|textarea)[^>]*>", html):
+        (identifier,) = re.findall(r'id="([\w-]+)"', tag)
+        assert identifier in labels or re.search(rf"<label[^>]*><input[^>]*id=\"{identifier}\"", html), identifier
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("chromium is absent")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def site(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving_run(small_run, tmp_path_factory.mktemp("site")) as server:
+        server.state.accounts.add_user("ada", PASSWORD, "admin")
+        server.state.accounts.add_user("reader", PASSWORD, "read")
+        yield server
+
+
+@pytest.fixture
+def page(browser: Any, site: Server) -> Iterator[Any]:
+    """A page whose console errors and foreign requests fail the test."""
+    tab = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    tab.set_default_timeout(15_000)
+    wrong: list[str] = []
+    tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("request", lambda request: None if request.url.startswith((site.url, "blob:")) else wrong.append(request.url))
+    tab.wrong = wrong
+    yield tab
+    tab.context.close()
+    assert wrong == []
+
+
+def sign_in(page: Any, site: Server, name: str = "ada", password: str = PASSWORD) -> None:
+    page.goto(site.url)
+    page.fill("#name", name)
+    page.fill("#password", password)
+    page.press("#password", "Enter")
+
+
+def both_end(page: Any) -> None:
+    """The page allows no eval, so a function cannot be waited for."""
+    page.locator(".state", has_text="tokens in").nth(1).wait_for()
+
+
+def test_sign_in_generate_add_delete_sign_out(page: Any, site: Server) -> None:
+    sign_in(page, site)
+    page.wait_for_selector("#screen-playground:not([hidden])")
+    page.fill("#prompt", "Nafock Wuhack grew up in")
+    page.fill("#max-tokens", "40")
+    page.press("#prompt", "Control+Enter")
+    both_end(page)
+    on, off = page.query_selector_all(".output")
+    assert len(on.query_selector_all(".chunk")) >= 3
+    assert on.query_selector_all(".neighbors li")
+    assert not off.query_selector_all(".neighbors li")
+    assert len(off.query_selector_all(".chunk")) == 1
+
+    page.click("text=Documents")
+    page.fill("#doc-id", "news")
+    page.fill("#doc-title", "News <b>of</b> today")
+    page.fill("#doc-text", "Nafock Wuhack grew up in Gaituchul. <script>alert(1)</script>")
+    page.click("text=Add or replace")
+    page.wait_for_selector("#doc-list td:has-text('news')")
+    assert page.inner_text("#doc-list tbody tr td:nth-child(2)") == "News <b>of</b> today"
+
+    page.click("text=Playground")
+    page.click("#generate")
+    page.wait_for_selector(".neighbors button.link:has-text('News <b>of</b> today')")
+    page.click(".neighbors button.link >> nth=0")
+    page.wait_for_selector("#document[open]")
+    assert "<script>alert(1)</script>" in page.inner_text("#document-text")
+    page.keyboard.press("Escape")
+
+    page.click("text=Documents")
+    page.click("[aria-label='Delete news']")
+    page.click("#confirm-yes")
+    page.wait_for_selector("#doc-list:has-text('There are no documents yet')")
+    page.click("text=Playground")
+    page.click("#generate")
+    both_end(page)
+    assert not page.query_selector(".neighbors button.link")
+
+    page.click("#sign-out")
+    page.wait_for_selector("#sign-in")
+    assert page.evaluate("fetch('/v1/models').then(a => a.status)") == 401
+    page.wrong[:] = [text for text in page.wrong if "401" not in text]
+
+
+def test_stop_in_the_middle(page: Any, site: Server) -> None:
+    sign_in(page, site)
+    page.wait_for_selector("#screen-playground:not([hidden])")
+    page.fill("#prompt", "river")
+    page.fill("#max-tokens", "1500")
+    page.fill("#temperature", "1")
+    page.uncheck("#compare")
+    page.click("#generate")
+    page.wait_for_selector(".chunk .text:not(:empty)")
+    page.click("#stop")
+    page.wait_for_selector(".state:has-text('stopped')")
+    page.wait_for_timeout(300)
+    assert site.service.engine.stats()["running"] == 0
+    length = len(page.inner_text(".output"))
+    page.wait_for_timeout(300)
+    assert len(page.inner_text(".output")) == length
+
+
+def test_a_wrong_password_and_a_reader(page: Any, site: Server) -> None:
+    sign_in(page, site, password="wrong password")
+    page.wait_for_selector("#sign-in-error:has-text('wrong')")
+    assert page.is_hidden("#tabs")
+    page.wrong[:] = [text for text in page.wrong if "401" not in text]
+    sign_in(page, site, "reader")
+    page.click("text=Documents")
+    page.wait_for_selector("#doc-list")
+    assert page.is_hidden("#writing")
+    assert page.is_hidden("#reset")
+
+
+def test_upload_search_retrieve_status(page: Any, site: Server, tmp_path: Path) -> None:
+    (tmp_path / "note.md").write_text("A heron stands in the harbor.")
+    (tmp_path / "many.jsonl").write_text('{"id": "m1", "text": "a copper lantern"}\nnonsense\n')
+    sign_in(page, site)
+    page.click("text=Documents")
+    page.set_input_files("#files", [tmp_path / "note.md", tmp_path / "many.jsonl"])
+    page.click("#upload button")
+    page.wait_for_selector("#upload-state:has-text('2 documents added')")
+    assert "not used" in page.inner_text("#upload-state")
+    page.fill("#doc-query", "heron")
+    page.press("#doc-query", "Enter")
+    page.wait_for_selector(".hits li:has-text('heron')")
+    page.click("text=Retrieve")
+    page.fill("#query", "copper lantern")
+    page.select_option("#query-mode", "hybrid")
+    page.click("#query-form .primary")
+    page.wait_for_selector("#hits li:has-text('a copper lantern')")
+    page.click("text=Status")
+    page.wait_for_selector("dd:has-text('tiny')")
+    page.click("text=Documents")
+    page.click("#reset")
+    page.click("#confirm-yes")
+    page.wait_for_selector("#doc-list:has-text('There are no documents yet')")
+
+
+def test_by_keyboard_alone(page: Any, site: Server) -> None:
+    page.goto(site.url)
+    page.wait_for_selector("#sign-in")
+    page.wait_for_selector("#name:focus")
+    page.keyboard.type("ada")
+    page.keyboard.press("Tab")
+    page.keyboard.type(PASSWORD)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#screen-playground:not([hidden])")
+    seen = []
+    for _ in range(14):
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate("document.activeElement.id"))
+    assert [name for name in seen if name][:3] == ["prompt", "max-tokens", "temperature"]
+    assert "generate" in seen
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits(browser: Any, site: Server, width: int, scheme: str) -> None:
+    """No screen is wider than the window, and text can be read: contrast of 4.5 and more."""
+    tab = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme).new_page()
+    tab.set_default_timeout(15_000)
+    tab.goto(site.url)
+    tab.wait_for_selector("#sign-in")
+    shoot(tab, f"sign-in-{scheme}-{width}")
+    sign_in(tab, site)
+    with site.client("write") as client:
+        client.post("/v1/documents", json={"id": "a-rather-long-id-" + "x" * 80, "title": "River", "text": "river stone " * 30})
+    for screen in ("playground", "documents", "retrieve", "status"):
+        tab.click(f"nav >> text={screen.capitalize()}")
+        tab.wait_for_selector(f"#screen-{screen}:not([hidden])")
+        if screen == "playground":
+            tab.fill("#prompt", "Document doc7. river stone")
+            tab.click("#generate")
+            both_end(tab)
+        if screen == "documents":
+            tab.wait_for_selector("#doc-list table")
+        if screen == "retrieve":
+            tab.fill("#query", "river")
+            tab.click("#query-form .primary")
+            tab.wait_for_selector("#hits li")
+        if screen == "status":
+            tab.wait_for_selector("#status-cards dl")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, screen
+        assert tab.evaluate(CONTRAST) == [], screen
+        shoot(tab, f"{screen}-{scheme}-{width}")
+    with site.client("admin") as client:
+        client.post("/v1/documents/reset", json={"confirm": True})
+    tab.context.close()
+
+
+def shoot(tab: Any, name: str) -> None:
+    if SHOTS:
+        tab.screenshot(path=f"{SHOTS}/{name}.png", full_page=True)
+
+
+CONTRAST = """() => {
+  const parse = (text) => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
+  const light = ([r, g, b]) => [r, g, b].map((v) => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const back = (e) => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c[3] > 0) return c; } return [255, 255, 255]; };
+  return [...document.querySelectorAll('main *, header *')].filter((e) => e.offsetParent && !e.disabled
+      && [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()))
+    .map((e) => { const [a, b] = [light(parse(getComputedStyle(e).color)), light(back(e))].sort((x, y) => y - x); return [e.tagName + '.' + e.className, (a + .05) / (b + .05)]; })
+    .filter(([, ratio]) => ratio < 4.5);
+}"""

@@ -1,0 +1,91 @@
+"""A server on a free port of loopback, in a thread of the test's process, and a run for it to serve."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import training_helpers
+
+from retro_engine.data.store import Store
+from retro_engine.progress import Reporter
+from retro_engine.serve.app import make_app
+from retro_engine.serve.auth import Accounts
+from retro_engine.serve.gate import Gate
+from retro_engine.serve.limits import Limits
+from retro_engine.serve.run import Address, make_state
+from retro_engine.serve.server import bind, make_server
+from retro_engine.serve.service import Options, Service, open_service
+from retro_engine.serve.state import State
+from retro_engine.train.loop import train
+
+PASSWORD = "correct horse battery"
+
+
+class Server:
+    """A server that runs, with a key for each scope."""
+
+    def __init__(self, url: str, gate: Gate, state: State, keys: dict[str, str]):
+        self.url, self.gate, self.state, self.keys = url, gate, state, keys
+        self.port = int(url.rpartition(":")[2])
+
+    @property
+    def service(self) -> Service:
+        assert self.state.service is not None
+        return self.state.service
+
+    def client(self, scope: str | None = "admin", **more: Any) -> httpx.Client:
+        headers = {} if scope is None else {"authorization": f"Bearer {self.keys[scope]}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, **more)
+
+    def openai(self, scope: str = "admin", **more: Any) -> Any:
+        openai = pytest.importorskip("openai")
+        http = httpx.Client(trust_env=False)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[scope], http_client=http, **more)
+
+
+def make_run(store: Store, out: Path) -> Path:
+    """A run of three steps on a store of tests."""
+    train(training_helpers.config(store, out, "trainer.max_steps=3"), Reporter("quiet"))
+    return out
+
+
+@contextlib.contextmanager
+def serving(
+    load: Callable[[], Service], folder: Path, limits: Limits | None = None, **address: Any
+) -> Iterator[Server]:
+    """A server whose service `load` opens, ready when the block begins."""
+    accounts = Accounts(folder / "accounts.sqlite")
+    keys = {scope: accounts.add_key(scope, scope) for scope in ("read", "write", "admin")}
+    about = Address(**address)
+    state = make_state(accounts, limits or Limits(), about)
+    failures: list[BaseException] = []
+    app = make_app(state, load, about.allowed_hosts, about.has_nemo, failures.append)
+    listener = bind("127.0.0.1", 0)
+    server = make_server(app, state.limits, about.is_behind_proxy)
+    thread = threading.Thread(target=server.run, args=([listener],), name="server", daemon=True)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    thread.start()
+    try:
+        deadline = time.monotonic() + 60
+        while state.service is None:
+            assert not failures and time.monotonic() < deadline, failures
+            time.sleep(0.01)
+        yield Server(url, app, state, keys)
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+        accounts.close()
+
+
+@contextlib.contextmanager
+def serving_run(run: Path, folder: Path, limits: Limits | None = None, **address: Any) -> Iterator[Server]:
+    """A server of a run, with a library of its own."""
+    options = Options(str(run), library=str(folder / "library"), name="tiny")
+    with serving(lambda: open_service(options), folder, limits, **address) as server:
+        yield server
