@@ -95,6 +95,8 @@ async def add_documents(request: Request) -> Response:
     body = await read_json(request, limits, limits.documents_bytes)
     is_many = isinstance(body, dict) and "documents" in body
     rows = parse(ManyDocuments, body).documents if is_many else [parse(NewDocument, body)]
+    if any(row.id in (".", "..") for row in rows):
+        raise ApiError(400, "no URL can name the ids . and ..", "id")
     documents = [Document(row.id or f"doc-{secrets.token_hex(8)}", row.title, row.text) for row in rows]
     version = await asyncio.to_thread(library.add, documents)
     ids = [document.id for document in documents]
