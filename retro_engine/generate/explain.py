@@ -21,9 +21,7 @@ class Explanation:
     removed: list[float]  # for each neighbor: what is lost without it, log p(all) - log p(all but this)
 
 
-def explain(
-    generator: Generator, prompt: Sequence[int], text: Sequence[int], neighbors: Sequence[str]
-) -> Explanation:
+def explain(generator: Generator, prompt: Sequence[int], text: Sequence[int], neighbors: Sequence[str]) -> Explanation:
     """Score `text` after `prompt` with all neighbors, with none, and without each; in one batch of K + 2.
 
     The neighbors are read from the prompt's last token on, as in generation with given neighbors.

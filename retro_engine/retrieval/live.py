@@ -54,9 +54,7 @@ class LiveRetriever:
     def version(self) -> str:
         return f"{self.library.version} {self.static.version if self.static is not None else ''}"
 
-    def neighbors(
-        self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None
-    ) -> list[Found]:
+    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None) -> list[Found]:
         """The k best of each text, as tokens; `mode` is of this search."""
         live = [self._live(text, k, retrieved_length, mode or self.mode) for text in texts]
         if self.static is None:

@@ -81,9 +81,7 @@ async def get_document(request: Request) -> Response:
     document = await asyncio.to_thread(library.get, identifier)
     if document is None:
         raise ApiError(404, f"document {identifier!r} does not exist", "id", "document_not_found")
-    return JSONResponse(
-        {"object": "document", "id": document.id, "title": document.title, "text": document.text}
-    )
+    return JSONResponse({"object": "document", "id": document.id, "title": document.title, "text": document.text})
 
 
 async def add_documents(request: Request) -> Response:

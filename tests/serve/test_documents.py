@@ -16,7 +16,13 @@ from serve_helpers import Server, serving_run
 
 CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
 IDS = ["a", "B", "ä/ö", "a b", "...", "import", "reset", "100%", "x?y#z", "日本", "a//b", "%2e"]
-TEXTS = ["amber lantern", "a granite harbor in winter", "wörter 日本 🙂", "thistle " * 40, '<script>alert("x")</script>']
+TEXTS = [
+    "amber lantern",
+    "a granite harbor in winter",
+    "wörter 日本 🙂",
+    "thistle " * 40,
+    '<script>alert("x")</script>',
+]
 
 
 @pytest.fixture
@@ -38,7 +44,9 @@ def test_added_is_used_by_the_next_request_and_deleted_is_not(own: Server) -> No
             return [hit["document"] for hit in answer["retro"]["neighbors"]]
 
         assert "news" not in read()
-        added = client.post("/v1/documents", json={"id": "news", "title": "N", "text": "Nafock Wuhack grew up in Gaituchul."}).json()
+        added = client.post(
+            "/v1/documents", json={"id": "news", "title": "N", "text": "Nafock Wuhack grew up in Gaituchul."}
+        ).json()
         assert added == {"object": "documents.added", "ids": ["news"], "index_version": 1}
         assert "news" in read()
         hit = client.post("/v1/retrieve", json={"query": "Nafock Wuhack", "k": 1}).json()["data"][0]
