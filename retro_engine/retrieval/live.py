@@ -5,6 +5,7 @@ stores are joined by reciprocal rank fusion, each with its weight.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class LiveRetriever:
                     kept.setdefault(hit.document, []).append(hit.chunk)
                     lengths_K[len(hits)] = min(R, len(tokens))
                     tokens_KR[len(hits), : min(R, len(tokens))] = tokens[:R]
-                    hits.append(Hit(hit.chunk, hit.document, hit.title, hit.score, hit.text, hit.source))
+                    hits.append(Hit(hit.chunk, hit.document, hit.title, hit.score, hit.text, hit.source, hit.continuation))
         return Found(tokens_KR, lengths_K, hits)
 
     def _fused(self, sides: Sequence[Found], k: int) -> Found:
@@ -91,5 +92,5 @@ class LiveRetriever:
             found = sides[side]
             tokens_KR[number], lengths_K[number] = found.tokens_KR[place], found.lengths_K[place]
             hit = found.hits[place]
-            hits.append(Hit(hit.chunk, hit.document, hit.title, score, hit.text, hit.store))
+            hits.append(replace(hit, score=score))
         return Found(tokens_KR, lengths_K, hits)

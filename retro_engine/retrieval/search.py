@@ -50,6 +50,7 @@ class Hit:
     score: float
     text: str
     store: str
+    continuation: str = ""  # what is read after it, where it is known
 
 
 @dataclass(frozen=True)

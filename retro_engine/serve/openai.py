@@ -199,8 +199,8 @@ def sampling_of(body: Sampled, service: Service, seed: int) -> Sampling:
         return Sampling(**{**values, "seed": seed})
     given = {name: value for name, value in {"temperature": body.temperature, **asked}.items() if value is not None}
     if not given:
-        return Sampling(seed=seed, **{**service.defaults, **values})
-    return Sampling(greedy=False, seed=seed, **given, **values)
+        return Sampling(**{**service.defaults, **values, "seed": seed})
+    return Sampling(**{**given, **values, "greedy": False, "seed": seed})
 
 
 def requests_of(

@@ -72,6 +72,11 @@ def waits_for_an_idle_engine(server: Server, seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
+def flood(client: socket.socket) -> None:
+    for _ in range(200):
+        client.sendall(b"x" * 65536)
+
+
 JSON = {"content_type": "application/json"}
 
 
@@ -149,8 +154,7 @@ def test_a_client_that_does_not_read_is_cut_and_others_are_served(short: Server)
             time.sleep(WAIT_S + 2)
             stalled.settimeout(3)  # a connection that is still open takes nothing, and this is a TimeoutError
             with pytest.raises(ConnectionError):
-                for _ in range(int(WAIT_S * 200)):
-                    stalled.sendall(b"x" * 65536)
+                flood(stalled)
         client.post("/v1/documents/reset", json={"confirm": True}).raise_for_status()
 
 
