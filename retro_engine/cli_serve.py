@@ -120,7 +120,7 @@ def _list_users(args: argparse.Namespace) -> int:
 
 
 def _list_keys(args: argparse.Namespace) -> int:
-    for row in _accounts(args).keys():
+    for row in _accounts(args).list_keys():
         _print(args, row)
     return 0
 

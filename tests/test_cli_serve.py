@@ -75,4 +75,9 @@ def test_flags_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) ->
     add_serve(parser)
     args = parser.parse_args(["run", "--host", "127.0.0.1"])
     assert (args.host, args.port, args.proxy, args.nemo_compat) == ("127.0.0.1", 99, True, False)
-    assert (args.allow_host, args.weights, args.index, args.metrics_token) == (["a.example", "b.example"], [2.0, 1.0], [], "t")
+    assert (args.allow_host, args.weights, args.index, args.metrics_token) == (
+        ["a.example", "b.example"],
+        [2.0, 1.0],
+        [],
+        "t",
+    )

@@ -5,6 +5,7 @@ stores are joined by reciprocal rank fusion, each with its weight.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -54,9 +55,7 @@ class LiveRetriever:
     def version(self) -> str:
         return f"{self.library.version} {self.static.version if self.static is not None else ''}"
 
-    def neighbors(
-        self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None
-    ) -> list[Found]:
+    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None) -> list[Found]:
         """The k best of each text, as tokens; `mode` is of this search."""
         live = [self._live(text, k, retrieved_length, mode or self.mode) for text in texts]
         if self.static is None:
@@ -77,7 +76,7 @@ class LiveRetriever:
                     kept.setdefault(hit.document, []).append(hit.chunk)
                     lengths_K[len(hits)] = min(R, len(tokens))
                     tokens_KR[len(hits), : min(R, len(tokens))] = tokens[:R]
-                    hits.append(Hit(hit.chunk, hit.document, hit.title, hit.score, hit.text, hit.source))
+                    hits.append(Hit(hit.chunk, hit.document, hit.title, hit.score, hit.text, hit.source, hit.continuation))
         return Found(tokens_KR, lengths_K, hits)
 
     def _fused(self, sides: Sequence[Found], k: int) -> Found:
@@ -93,5 +92,5 @@ class LiveRetriever:
             found = sides[side]
             tokens_KR[number], lengths_K[number] = found.tokens_KR[place], found.lengths_K[place]
             hit = found.hits[place]
-            hits.append(Hit(hit.chunk, hit.document, hit.title, score, hit.text, hit.store))
+            hits.append(replace(hit, score=score))
         return Found(tokens_KR, lengths_K, hits)

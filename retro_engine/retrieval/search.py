@@ -50,6 +50,7 @@ class Hit:
     score: float
     text: str
     store: str
+    continuation: str = ""  # what is read after it, where it is known
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,7 @@ class NeighborSource(Protocol):
         """Changes with what can be found."""
         ...
 
-    def neighbors(
-        self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None
-    ) -> list[Found]:
+    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None) -> list[Found]:
         """The k best of each text; any thread may call. `mode` is of a live library's search."""
         ...
 
@@ -274,9 +273,7 @@ class Retriever:
     def version(self) -> str:
         return self.fingerprint
 
-    def neighbors(
-        self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None
-    ) -> list[Found]:
+    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None) -> list[Found]:
         """The k best of each text, as tokens. `mode` says nothing to published stores."""
         ids, scores = self.search(texts, k)
         tokens, lengths = self.loader.gather(ids, retrieved_length)

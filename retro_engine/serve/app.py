@@ -9,7 +9,6 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -135,8 +134,9 @@ async def _load(state: State, load: Callable[[], Service], stop: Callable[[BaseE
             raise
         stop(error)
         return
-    for name, about in (("running", "Sequences being generated"), ("waiting", "Requests in the queue")):
-        state.metrics.watch(f"retro_engine_{name}", about, lambda name=name: service.engine.stats()[name])
+    stats = service.engine.stats
+    state.metrics.watch("retro_engine_running", "Sequences being generated", lambda: stats()["running"])
+    state.metrics.watch("retro_engine_waiting", "Requests in the queue", lambda: stats()["waiting"])
     state.metrics.watch("retro_index_version", "Changes of the documents", lambda: service.index_version)
     state.service = service
 

@@ -133,7 +133,7 @@ class Accounts:
         if not self._write("DELETE FROM keys WHERE id = ?", identifier):
             raise UsageError(f"key {identifier!r} does not exist", "", "retro keys list")
 
-    def keys(self) -> list[dict[str, Any]]:
+    def list_keys(self) -> list[dict[str, Any]]:
         rows = self._rows("SELECT id, name, scope, expires FROM keys ORDER BY name, id")
         return [dict(zip(("id", "name", "scope", "expires"), row)) for row in rows]
 

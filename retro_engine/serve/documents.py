@@ -81,9 +81,7 @@ async def get_document(request: Request) -> Response:
     document = await asyncio.to_thread(library.get, identifier)
     if document is None:
         raise ApiError(404, f"document {identifier!r} does not exist", "id", "document_not_found")
-    return JSONResponse(
-        {"object": "document", "id": document.id, "title": document.title, "text": document.text}
-    )
+    return JSONResponse({"object": "document", "id": document.id, "title": document.title, "text": document.text})
 
 
 async def add_documents(request: Request) -> Response:
@@ -95,6 +93,8 @@ async def add_documents(request: Request) -> Response:
     body = await read_json(request, limits, limits.documents_bytes)
     is_many = isinstance(body, dict) and "documents" in body
     rows = parse(ManyDocuments, body).documents if is_many else [parse(NewDocument, body)]
+    if any(row.id in (".", "..") for row in rows):
+        raise ApiError(400, "no URL can name the ids . and ..", "id")
     documents = [Document(row.id or f"doc-{secrets.token_hex(8)}", row.title, row.text) for row in rows]
     version = await asyncio.to_thread(library.add, documents)
     ids = [document.id for document in documents]

@@ -74,9 +74,9 @@ Body = TypeVar("Body", bound=BaseModel)
 
 async def read_chunks(request: Request, max_bytes: int, progress_s: float) -> AsyncIterator[bytes]:
     """The body as it arrives. Raises ApiError 413 for too much, 408 for none in `progress_s`."""
-    too_large = ApiError(
-        413, f"the body has more than {max_bytes:,} bytes", code="body_too_large", headers={"connection": "close"}
-    )
+    # The connection stays open, and server.py reads on for a while: a client that still sends would see a reset
+    # instead of this answer.
+    too_large = ApiError(413, f"the body has more than {max_bytes:,} bytes", code="body_too_large")
     length = request.headers.get("content-length", "0")
     if int(length) > max_bytes:  # h11 has checked that it is a number
         raise too_large

@@ -70,14 +70,16 @@ async def generate(request: HttpRequest) -> Response:
             events[index].append(event)
     outs = [_answer(service.tokenizer, prompt, mine) for prompt, mine in zip(prompts, events)]
     state_of(request).metrics.tokens(sum(map(len, prompts)), sum(len(e.tokens) for mine in events for e in mine))
-    answer = {name: [out[name] for out in outs] for name in outs[0]}
+    answer: dict[str, Any] = {name: [out[name] for out in outs] for name in outs[0]}
     if not body.compute_logprob:
         answer["logprob"] = None
     return JSONResponse(answer)
 
 
 def _request(body: Generate, prompt: list[int], seed: int) -> Request:
-    cuts = {} if body.greedy else {"temperature": body.temperature, "top_k": body.top_k, "top_p": body.top_p or 1.0}
+    cuts: dict[str, Any] = (
+        {} if body.greedy else {"temperature": body.temperature, "top_k": body.top_k, "top_p": body.top_p or 1.0}
+    )
     sampling = Sampling(
         greedy=body.greedy,
         seed=seed,

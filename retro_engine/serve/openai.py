@@ -65,7 +65,7 @@ class Sampled(Strict):
     top_k: int | None = Field(None, ge=0, le=1 << 20)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     min_tokens: int = Field(0, ge=0)
-    retro: RetroOptions = RetroOptions()
+    retro: RetroOptions = Field(default_factory=lambda: RetroOptions.model_validate({}))
 
 
 class Completion(Sampled):
@@ -196,11 +196,11 @@ def sampling_of(body: Sampled, service: Service, seed: int) -> Sampling:
         for name, value in asked.items():
             if value not in (None, 0, 1):
                 raise ApiError(400, f"{name}={value} contradicts temperature=0", name, "contradiction")
-        return Sampling(seed=seed, **values)
+        return Sampling(**{**values, "seed": seed})
     given = {name: value for name, value in {"temperature": body.temperature, **asked}.items() if value is not None}
     if not given:
-        return Sampling(seed=seed, **{**service.defaults, **values})
-    return Sampling(greedy=False, seed=seed, **given, **values)
+        return Sampling(**{**service.defaults, **values, "seed": seed})
+    return Sampling(**{**given, **values, "greedy": False, "seed": seed})
 
 
 def requests_of(
@@ -305,7 +305,7 @@ class _Form:
         self.completion_tokens += len(event.tokens)
         if not (event.text or event.logprobs or event.new_hits is not None or event.finish_reason or event.notes):
             return None
-        out = {**self.head, "choices": [self.delta(index, event)]}
+        out: dict[str, Any] = {**self.head, "choices": [self.delta(index, event)]}
         if event.new_hits is not None or event.notes:
             out["retro"] = {**self._retro(), "neighbors": neighbors_json(event.new_hits or [])}
             if event.notes:
@@ -326,7 +326,8 @@ class _Form:
 
     def whole(self, count: int) -> dict[str, Any]:
         """The answer of a request that does not stream: `retro.segments` splits each choice at its retrievals."""
-        choices, neighbors, segments, notes = [], [], [], []
+        choices, neighbors, notes = [], list[dict[str, Any]](), list[str]()
+        segments: list[dict[str, Any]] = []
         for index in range(count):
             mine = [event for i, event in self.events if i == index]
             entries = [entry for event in mine for entry in event.logprobs or []]
@@ -421,4 +422,3 @@ class _ChatForm(_Form):
             ],
             "refusal": None,
         }
-

@@ -162,4 +162,3 @@ def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int) -> Library
             "name another folder with --library",
         )
     return library
-

@@ -74,6 +74,4 @@ async def logout(request: Request) -> Response:
 async def me(request: Request) -> Response:
     """Who is signed in, and whether anybody can be."""
     caller = caller_of(request)
-    return JSONResponse(
-        {"user": vars(caller) if caller else None, "needs_setup": state_of(request).accounts.is_empty}
-    )
+    return JSONResponse({"user": vars(caller) if caller else None, "needs_setup": state_of(request).accounts.is_empty})

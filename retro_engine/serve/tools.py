@@ -57,9 +57,8 @@ async def embeddings(request: Request) -> Response:
     service, limits = service_of(request), limits_of(request)
     body = parse(Embeddings, await read_json(request, limits))
     check_model(service, body.model)
-    rows = body.input if isinstance(body.input, list) and not isinstance(body.input[:1], int) else [body.input]
-    if isinstance(body.input, list) and body.input and isinstance(body.input[0], int):
-        rows = [body.input]
+    is_one = isinstance(body.input, str) or (body.input and isinstance(body.input[0], int))
+    rows: Any = [body.input] if is_one else body.input
     if not rows or len(rows) > MAX_INPUTS:
         raise ApiError(400, f"input has {len(rows)} texts: 1 to {MAX_INPUTS} are taken", "input")
     ids = await asyncio.to_thread(encode_prompts, service, rows, limits, "input")

@@ -69,7 +69,7 @@ def test_keys(accounts: Accounts, monkeypatch: pytest.MonkeyPatch) -> None:
     assert accounts.of_key(key) == auth.Caller("ci", "read", "key")
     for wrong in ("", key[:-1], key + "x", key.upper(), "rk_"):
         assert accounts.of_key(wrong) is None
-    (row,) = accounts.keys()
+    (row,) = accounts.list_keys()
     now = auth.time.time()
     with monkeypatch.context() as patch:
         patch.setattr(auth.time, "time", lambda: now + 86_401)

@@ -26,7 +26,12 @@ def test_the_checkpoints_own_template() -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ raise_exception('only users') }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% if %}", "{{ messages.append(1) }}"],
+    [
+        "{{ raise_exception('only users') }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% if %}",
+        "{{ messages.append(1) }}",
+    ],
 )
 def test_a_template_that_refuses_or_reaches_out(template: str) -> None:
     with pytest.raises(ApiError, match="chat template"):

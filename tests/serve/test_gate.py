@@ -138,7 +138,12 @@ def test_errors_have_the_form_that_the_official_client_reads(server: Server) -> 
 def test_metrics(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with server.client(None) as client:
         text = client.get("/metrics").text
-        for name in ("retro_requests_total", "retro_request_seconds_bucket", "retro_engine_waiting", "retro_index_version"):
+        for name in (
+            "retro_requests_total",
+            "retro_request_seconds_bucket",
+            "retro_engine_waiting",
+            "retro_index_version",
+        ):
             assert name in text
         assert "rk_" not in text
         monkeypatch.setattr(server.state, "is_behind_proxy", True)

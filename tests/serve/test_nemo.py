@@ -64,6 +64,13 @@ def test_they_are_absent_unless_asked_for(small_run: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("greedy", [True, False])
 def test_seeds(server: Server, greedy: bool) -> None:
-    body = {"sentences": ["river"], "tokens_to_generate": 12, "greedy": greedy, "random_seed": 3, "temperature": 2.0, "top_p": 0.0}
+    body = {
+        "sentences": ["river"],
+        "tokens_to_generate": 12,
+        "greedy": greedy,
+        "random_seed": 3,
+        "temperature": 2.0,
+        "top_p": 0.0,
+    }
     first, second = (put(server, "/generate", **body).json()["sentences"] for _ in range(2))
     assert first == second

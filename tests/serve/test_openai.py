@@ -93,7 +93,9 @@ def test_logprobs_and_echo(server: Server) -> None:
     plain = complete(server, temperature=0, logprobs=0, max_tokens=5)
     assert len(plain.choices[0].logprobs.tokens) == 5
     pieces = list(complete(server, temperature=0, logprobs=0, max_tokens=5, stream=True))
-    joined = [value for p in pieces for value in (p.choices[0].logprobs.token_logprobs if p.choices[0].logprobs else [])]
+    joined = [
+        value for p in pieces for value in (p.choices[0].logprobs.token_logprobs if p.choices[0].logprobs else [])
+    ]
     assert joined == pytest.approx(plain.choices[0].logprobs.token_logprobs, abs=1e-4)
 
 

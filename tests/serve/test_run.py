@@ -30,7 +30,18 @@ class Process:
     """A server in a process of its own, once it is ready."""
 
     def __init__(self, run: Path, folder: Path, *flags: str):
-        command = [sys.executable, "-m", "retro_engine.cli", "serve", str(run), "--port", "0", "--json", "--name", "tiny"]
+        command = [
+            sys.executable,
+            "-m",
+            "retro_engine.cli",
+            "serve",
+            str(run),
+            "--port",
+            "0",
+            "--json",
+            "--name",
+            "tiny",
+        ]
         command += ["--library", str(folder / "library"), "--accounts", str(folder / "accounts.sqlite"), *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert self.process.stdout is not None

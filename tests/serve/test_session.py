@@ -64,7 +64,9 @@ def test_a_key_that_is_wrong_is_not_saved_by_a_cookie_that_is_right(client: http
     assert client.get("/v1/models", headers={"authorization": "Bearer rk_wrong"}).status_code == 401
 
 
-def test_guessing_is_throttled_before_any_hashing(client: httpx.Client, site: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guessing_is_throttled_before_any_hashing(
+    client: httpx.Client, site: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     statuses = [login(client, password=f"guess number {n}").status_code for n in range(12)]
     assert statuses == [401] * 10 + [429] * 2
     answer = login(client)
@@ -103,7 +105,7 @@ def test_bodies_that_are_refused(client: httpx.Client, site: Server) -> None:
 
 def test_the_set_up_link_over_http(small_run: Path, tmp_path: Path) -> None:
     with serving_run(small_run, tmp_path) as server:
-        for row in server.state.accounts.keys():
+        for row in server.state.accounts.list_keys():
             server.state.accounts.remove_key(row["id"])
         token = server.state.accounts.begin_setup()
         assert token is not None
@@ -113,7 +115,10 @@ def test_the_set_up_link_over_http(small_run: Path, tmp_path: Path) -> None:
             assert login(client, "ada", "short", setup=token).status_code == 400
             assert login(client, "ada", PASSWORD, setup=token).json()["user"]["scope"] == "admin"
             assert login(client, "eve", PASSWORD, setup=token).status_code == 401
-            assert client.get("/auth/me").json() == {"user": {"name": "ada", "scope": "admin", "kind": "user"}, "needs_setup": False}
+            assert client.get("/auth/me").json() == {
+                "user": {"name": "ada", "scope": "admin", "kind": "user"},
+                "needs_setup": False,
+            }
         assert server.state.accounts.users() == [("ada", "admin")]
 
 
@@ -125,4 +130,3 @@ def test_the_cookie_is_secure_behind_a_proxy_with_tls(small_run: Path, tmp_path:
         assert "Secure" in answer.headers["set-cookie"]
         log = server.state.accounts.path.with_name("audit.jsonl").read_text()
         assert "203.0.113.9" in log
-

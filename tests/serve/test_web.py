@@ -24,7 +24,9 @@ def test_the_page_is_small_and_asks_no_other_host() -> None:
     assert sum(len(content.splitlines()) for content in text.values()) < 1500
     for name, content in text.items():
         assert not re.findall(r"(?:https?:)?//[\w.-]+\.\w", content.replace("http://www.w3.org/2000/svg", "")), name
-        assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", content), name
+        assert not re.findall(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", content
+        ), name
     assert not re.findall(r"<script(?! type=\"module\" src=)|\son\w+=|style=", text["index.html"])
 
 
@@ -63,7 +65,9 @@ def page(browser: Any, site: Server) -> Iterator[Any]:
     wrong: list[str] = []
     tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("request", lambda request: None if request.url.startswith((site.url, "blob:")) else wrong.append(request.url))
+    tab.on(
+        "request", lambda request: None if request.url.startswith((site.url, "blob:")) else wrong.append(request.url)
+    )
     tab.wrong = wrong
     yield tab
     tab.context.close()
@@ -209,7 +213,9 @@ def test_it_fits(browser: Any, site: Server, width: int, scheme: str) -> None:
     shoot(tab, f"sign-in-{scheme}-{width}")
     sign_in(tab, site)
     with site.client("write") as client:
-        client.post("/v1/documents", json={"id": "a-rather-long-id-" + "x" * 80, "title": "River", "text": "river stone " * 30})
+        client.post(
+            "/v1/documents", json={"id": "a-rather-long-id-" + "x" * 80, "title": "River", "text": "river stone " * 30}
+        )
     for screen in ("playground", "documents", "retrieve", "status"):
         tab.click(f"nav >> text={screen.capitalize()}")
         tab.wait_for_selector(f"#screen-{screen}:not([hidden])")

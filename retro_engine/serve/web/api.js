@@ -126,5 +126,5 @@ export function neighbor(hit, isOpen = false) {
   const text = make("p", { className: "neighbor-text" }, hit.text,
     make("span", { className: "continuation" }, hit.continuation || ""));
   const more = make("details", { open: isOpen }, make("summary", {}, make("span", { className: "source" }, where)), text);
-  return make("li", {}, head, more, isOpen ? null : make("p", { className: "snippet" }, hit.text));
+  return make("li", {}, head, more, isOpen ? null : make("p", { className: "snippet" }, hit.text + (hit.continuation || "")));
 }

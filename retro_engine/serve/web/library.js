@@ -19,7 +19,7 @@ async function remove(id) {
 function row(entry) {
   const open = make("button", { type: "button", className: "link", onclick: () => attempt(() => showDocument(entry.id)) }, entry.id);
   const cells = [make("td", {}, open), make("td", { className: "title" }, entry.title), make("td", { className: "number wide" }, String(entry.chunks)),
-    make("td", { className: "number" }, bytes(entry.bytes))];
+    make("td", { className: "number wide" }, bytes(entry.bytes))];
   if (canWrite) {
     const button = make("button", { type: "button", className: "danger quiet", onclick: () => attempt(() => remove(entry.id)) }, "Delete");
     button.setAttribute("aria-label", `Delete ${entry.id}`);
@@ -34,7 +34,7 @@ export async function list(from = "") {
   const { documents = 0, chunks = 0, notes = [] } = page.statistics;
   $("counts").textContent = [`${documents} document${documents === 1 ? "" : "s"}, ${chunks} chunks, version ${page.index_version}`, ...notes].join("; ");
   const heads = ["Id", "Title"].map((name) => make("th", { scope: "col" }, name));
-  heads.push(make("th", { scope: "col", className: "number wide" }, "Chunks"), make("th", { scope: "col", className: "number" }, "Size"));
+  heads.push(make("th", { scope: "col", className: "number wide" }, "Chunks"), make("th", { scope: "col", className: "number wide" }, "Size"));
   if (canWrite) heads.push(make("th", {}, make("span", { className: "hidden" }, "Actions")));
   const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...page.data.map(row)));
   const empty = make("p", { className: "hint" }, from ? "No more documents." : "There are no documents yet.");
