@@ -135,8 +135,6 @@ def _retrieved(generator: Generator, prompt_ids: list[int], count: int) -> tuple
             "there are no neighbors", "no text and no store to retrieve from was given", "--neighbors TEXT"
         )
     M = generator.model.config.chunk_size
-    ids, scores = retriever.search([generator.tokenizer.decode(prompt_ids[-M:])], count)
-    is_found = ids[0] >= 0
-    tokens, lengths = retriever.loader.gather(ids[:, is_found], generator.model.config.r)
-    hits = [retriever.hit(int(i), float(s)) for i, s in zip(ids[0][is_found], scores[0][is_found])]
-    return hits, tokens[0], lengths[0]
+    (found,) = retriever.neighbors([generator.tokenizer.decode(prompt_ids[-M:])], count, generator.model.config.r)
+    is_found = found.lengths_K > 0
+    return found.hits, found.tokens_KR[is_found], found.lengths_K[is_found]

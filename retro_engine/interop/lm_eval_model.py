@@ -13,6 +13,7 @@ import torch
 
 from retro_engine.errors import MissingExtraError, MissingInputError, UsageError, nearest
 from retro_engine.generate.generator import Generator
+from retro_engine.generate.request import Request
 from retro_engine.generate.sampling import Sampling
 
 try:
@@ -92,25 +93,22 @@ class RetroLM(LM):
     def _retrieved(self, chunks: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         retriever, config = self.generator.retriever, self.model.config
         assert retriever is not None
-        ids, _ = retriever.search(self.tokenizer.decode_batch(chunks), config.num_neighbors)
-        return retriever.loader.gather(ids, config.r)
+        found = retriever.neighbors(self.tokenizer.decode_batch(chunks), config.num_neighbors, config.r)
+        return np.stack([each.tokens_KR for each in found]), np.stack([each.lengths_K for each in found])
 
     def _generate(self, prompt: str, options: dict[str, Any]) -> str:
         stops = options.get("until") or []
-        stops = [stops] if isinstance(stops, str) else list(stops)
+        stops = (stops,) if isinstance(stops, str) else tuple(stop for stop in stops if stop)
         temperature = float(options.get("temperature", 0.0) or 0.0)
-        is_greedy = not options.get("do_sample", temperature > 0) or temperature == 0
-        sampling = Sampling(
-            is_greedy, temperature or 1.0, int(options.get("top_k", 0)), float(options.get("top_p", 1.0))
-        )
+        sampling = Sampling()
+        if options.get("do_sample", temperature > 0) and temperature > 0:
+            sampling = Sampling(False, temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)))
         count = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
         room = max(1, self.max_length - count)
         ids = self.tokenizer.encode(prompt)
         text = prompt if len(ids) <= room else self.tokenizer.decode(ids[-room:])
         neighbors: list[str] | None = None if self.generator.retriever is not None else []
-        answer = self.generator.generate(text, count, sampling, neighbors).text
-        ends = [answer.find(stop) for stop in stops if stop and stop in answer]
-        return answer[: min(ends)] if ends else answer
+        return self.generator.run([Request(text, count, sampling, neighbors, stop=stops)])[0].text
 
 
 def run_tasks(

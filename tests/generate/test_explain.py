@@ -1,5 +1,7 @@
 """Explanation: what each neighbor changed, against generation's own steps; what cannot be explained is refused."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
 from retro_engine.generate.explain import explain
 from retro_engine.generate.generator import Generator
+from retro_engine.generate.request import Request
+from retro_engine.generate.sampling import Sampling
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.search import Retriever
 
@@ -24,13 +28,12 @@ def generator(small_store: Store) -> Generator:
 
 def stepped(generator: Generator, neighbors: list[str]) -> np.ndarray:
     """The text's log-probabilities from generation's own steps."""
-    ids = generator.tokenizer.encode(TEXT)
-    steps = generator._steps(PROMPT, len(ids) + 1, neighbors, None, None, True, [])
-    step, out = next(steps), []
-    for token in ids:
-        out.append(float(step.logits_V.log_softmax(-1)[token]))
-        step = steps.send(token)
-    return np.array(out)
+    ids = iter(generator.tokenizer.encode(TEXT))
+    request = Request(PROMPT, len(generator.tokenizer.encode(TEXT)), Sampling(), neighbors, logprobs=0)
+    with mock.patch("retro_engine.generate.sequence.choose", side_effect=ids):
+        (generation,) = generator.run([request])
+    assert generation.logprobs is not None
+    return np.array([each.logprob for each in generation.logprobs])
 
 
 def test_log_probabilities_are_those_of_generation(generator: Generator) -> None:

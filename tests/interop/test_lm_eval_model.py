@@ -17,6 +17,7 @@ from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.search import Retriever
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+from retro_engine.generate.sampling import Sampling
 from retro_engine.interop import lm_eval_model  # noqa: E402
 from retro_engine.interop.lm_eval_model import RetroLM, run_tasks  # noqa: E402
 
@@ -96,8 +97,7 @@ def test_greedy_and_stop_strings(generator: Generator) -> None:
         cut = lm.generate_until([request(prompt, {"until": [stop], "max_gen_toks": 6})])[0]
         assert cut == whole[: whole.index(stop)]
     ids = generator.tokenizer.encode(prompt)
-    step = generator._steps(prompt, 2, None, None, None, True, [])
-    best = int(next(step).logits_V.argmax())
+    best = generator.generate(prompt, 1, Sampling(min_tokens=1)).tokens[0]
     assert lm._score(ids, [best])[1]
     assert not lm._score(ids, [(best + 1) % 300])[1]
 
