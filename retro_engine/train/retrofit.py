@@ -19,6 +19,7 @@ from retro_engine.model.weights import WEIGHTS_FILE, load_state, read_config
 from retro_engine.train import checkpoint
 
 FREE = ("encoder_seq_length", "num_neighbors", "retrieved_length", "hidden_dropout", "attention_dropout", "ffn_dropout")
+DROPOUTS = FREE[3:]  # a decoder that was trained without is hurt by NeMo's default of 0.1
 NEW_PARTS = (  # fields of what a plain decoder does not have
     "retrieval", "chunk_size", "enc_num_layers", "dec_cross_attention", "enc_cross_attention", "encoder_hidden_size",
     "encoder_num_attention_heads", "encoder_ffn_hidden_size", "encoder_position_embedding", "cca_position_embedding",
@@ -48,6 +49,8 @@ def inherit(config: Config) -> Path | None:
         name, mine = item.name, getattr(m, item.name)
         value = theirs.input_scale if name == "embedding_scale" else getattr(theirs, name)
         if name in may_differ:
+            if (name in DROPOUTS or (name in FREE and theirs.retrieval)) and mine == getattr(default, name):
+                setattr(m, name, value)
             continue
         if name == "init":
             if not theirs.retrieval and mine != "standard":

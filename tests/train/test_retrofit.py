@@ -83,6 +83,9 @@ def test_the_settings_of_the_decoder_are_inherited(small_store: Store, source: P
     assert c.retrieval
     assert c.dec_cross_attention == [1, 2]
     assert [crossing_layers(n) for n in (2, 6, 12, 30)] == [[1], [5], [5, 8, 11], [8, 11, 14, 17, 20, 23, 26, 29]]
+    no_dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]  # the defaults: the decoder's count
+    assert retrofitted(small_store, source, *no_dropout).config.hidden_dropout == 0
+    assert retrofitted(small_store, source, "model.hidden_dropout=0.2").config.hidden_dropout == 0.2
     wider = retrofitted(small_store, source, "model.encoder_hidden_size=48", "model.num_neighbors=1")
     assert wider.encoder_input is not None
 
