@@ -17,8 +17,11 @@ import httpx
 import pytest
 from serve_helpers import PASSWORD
 
-from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.data.store import Store
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.progress import Reporter
+from retro_engine.retrieval.library import Library
 from retro_engine.serve.auth import Accounts
 from retro_engine.serve.run import Address, serve
 from retro_engine.serve.service import Options
@@ -162,8 +165,15 @@ def test_what_cannot_be_opened_ends_the_start(small_run: Path, tmp_path: Path) -
             serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
 
 
-def test_a_library_in_use_is_refused(small_run: Path, tmp_path: Path) -> None:
-    with started(small_run, tmp_path):
-        second = Process(small_run, tmp_path)
-        assert second.process.wait(60) == 2
-        assert "is in use" in "".join(second.lines)
+def test_a_library_in_use_is_refused(small_run: Path, small_store: Store, tmp_path: Path) -> None:
+    Library.create(tmp_path / "library", small_store.tokenizer, 16)
+    options = Options(str(small_run), library=str(tmp_path / "library"))
+    with Library(tmp_path / "library"), pytest.raises(UsageError, match="is in use"):
+        serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
+
+
+def test_a_library_of_another_tokenizer_is_refused(small_run: Path, tmp_path: Path) -> None:
+    Library.create(tmp_path / "library", Tokenizer.train(["other text"], 260), 16)
+    options = Options(str(small_run), library=str(tmp_path / "library"))
+    with pytest.raises(StoreError, match="was made with tokenizer"):
+        serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
