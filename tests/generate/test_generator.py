@@ -177,7 +177,9 @@ def test_log_probabilities(generator: Generator) -> None:
         assert entry.text == generator.tokenizer.decode([entry.token])
     padded = generator.run([with_eod_far(generator, logprobs=0, echo=True)])[0]  # neighbors act from its last token on
     assert padded.logprobs is not None
-    assert [e.logprob for e in padded.logprobs[1:4]] == pytest.approx([e.logprob for e in out.logprobs[1:4]], abs=1e-6)  # other positions
+    assert [e.logprob for e in padded.logprobs[1:4]] == pytest.approx(
+        [e.logprob for e in out.logprobs[1:4]], abs=1e-6
+    )  # other positions
     assert generator.run([with_eod_far(generator)])[0].logprobs is None
 
 
@@ -215,9 +217,10 @@ def test_given_neighbors_that_the_prompt_holds_are_passed_over(generator: Genera
     assert torch.equal(logits(neighbors=texts, passed_over=1), logits(neighbors=texts[1:]))
     assert torch.equal(logits(neighbors=texts, passed_over=1, num_neighbors=1), logits(neighbors=texts[1:2]))
     assert torch.equal(logits(neighbors=texts, num_neighbors=2), logits(neighbors=texts[:2]))
-    assert "3 neighbors were given, 1 are read" in generator.run(
-        [Request("river", 2, neighbors=texts, num_neighbors=1)]
-    )[0].notes
+    assert (
+        "3 neighbors were given, 1 are read"
+        in generator.run([Request("river", 2, neighbors=texts, num_neighbors=1)])[0].notes
+    )
     all_four = generator.run([Request("river stone", 1, num_neighbors=4)])[0].neighbors
     assert generator.run([Request("river stone", 1, num_neighbors=2, passed_over=2)])[0].neighbors == all_four[2:]
 

@@ -25,7 +25,9 @@ def filled(model: RetroModel, tokens: torch.Tensor, neighbors: torch.Tensor, len
     rows = new_rows(model, len(STARTS) + 1, 32, 2 * model.config.r)
     for row, start in enumerate(STARTS):
         rows.clear(row, 0)
-        logits = prefill(model, rows, row, tokens[row, :start], neighbors[row, : start // M], lengths[row, : start // M])
+        logits = prefill(
+            model, rows, row, tokens[row, :start], neighbors[row, : start // M], lengths[row, : start // M]
+        )
         assert logits.shape == (1, model.config.vocab_size)
     return rows
 
