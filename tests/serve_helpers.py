@@ -1,6 +1,8 @@
 """A server on a free port of loopback, in a thread of the test's process, and a run for it to serve."""
 
 import contextlib
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -89,3 +91,53 @@ def serving_run(run: Path, folder: Path, limits: Limits | None = None, **address
     options = Options(str(run), library=str(folder / "library"), name="tiny")
     with serving(lambda: open_service(options), folder, limits, **address) as server:
         yield server
+
+
+class Process:
+    """A server in a process of its own, once it is ready."""
+
+    def __init__(self, run: Path, folder: Path, *flags: str):
+        command = [
+            sys.executable,
+            "-m",
+            "retro_engine.cli",
+            "serve",
+            str(run),
+            "--port",
+            "0",
+            "--json",
+            "--name",
+            "tiny",
+        ]
+        command += ["--library", str(folder / "library"), "--accounts", str(folder / "accounts.sqlite"), *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert self.process.stdout is not None
+        self.lines: list[str] = []
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if "ready: model" in line:
+                break
+        text = "".join(self.lines)
+        self.url = text.partition("listening on ")[2].partition('"')[0].strip()
+        self.setup = text.partition("#setup=")[2].partition('"')[0].strip()
+
+    def end(self, number: int, timeout_s: float = 20) -> tuple[int, str]:
+        self.process.send_signal(number)
+        rest, _ = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, rest
+
+
+@contextlib.contextmanager
+def started(run: Path, folder: Path, *flags: str) -> Iterator[Process]:
+    server = Process(run, folder, *flags)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()
+
+
+def client_of(server: Process, key: str | None = None, **more: Any) -> httpx.Client:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=server.url, headers=headers, timeout=30, trust_env=False, **more)

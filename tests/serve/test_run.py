@@ -15,65 +15,18 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_helpers import PASSWORD
+from serve_helpers import PASSWORD, Process, client_of, started
 
-from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.data.store import Store
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.progress import Reporter
+from retro_engine.retrieval.library import Library
 from retro_engine.serve.auth import Accounts
 from retro_engine.serve.run import Address, serve
 from retro_engine.serve.service import Options
 
 CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
-
-
-class Process:
-    """A server in a process of its own, once it is ready."""
-
-    def __init__(self, run: Path, folder: Path, *flags: str):
-        command = [
-            sys.executable,
-            "-m",
-            "retro_engine.cli",
-            "serve",
-            str(run),
-            "--port",
-            "0",
-            "--json",
-            "--name",
-            "tiny",
-        ]
-        command += ["--library", str(folder / "library"), "--accounts", str(folder / "accounts.sqlite"), *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert self.process.stdout is not None
-        self.lines: list[str] = []
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if "ready: model" in line:
-                break
-        text = "".join(self.lines)
-        self.url = text.partition("listening on ")[2].partition('"')[0].strip()
-        self.setup = text.partition("#setup=")[2].partition('"')[0].strip()
-
-    def end(self, number: int, timeout_s: float = 20) -> tuple[int, str]:
-        self.process.send_signal(number)
-        rest, _ = self.process.communicate(timeout=timeout_s)
-        return self.process.returncode, rest
-
-
-@contextlib.contextmanager
-def started(run: Path, folder: Path, *flags: str) -> Iterator[Process]:
-    server = Process(run, folder, *flags)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.communicate()
-
-
-def client_of(server: Process, key: str | None = None, **more: Any) -> httpx.Client:
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=server.url, headers=headers, timeout=30, trust_env=False, **more)
 
 
 def test_the_first_start_and_the_signals(small_run: Path, tmp_path: Path) -> None:
@@ -162,8 +115,15 @@ def test_what_cannot_be_opened_ends_the_start(small_run: Path, tmp_path: Path) -
             serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
 
 
-def test_a_library_in_use_is_refused(small_run: Path, tmp_path: Path) -> None:
-    with started(small_run, tmp_path):
-        second = Process(small_run, tmp_path)
-        assert second.process.wait(60) == 2
-        assert "is in use" in "".join(second.lines)
+def test_a_library_in_use_is_refused(small_run: Path, small_store: Store, tmp_path: Path) -> None:
+    Library.create(tmp_path / "library", small_store.tokenizer, 16)
+    options = Options(str(small_run), library=str(tmp_path / "library"))
+    with Library(tmp_path / "library"), pytest.raises(UsageError, match="is in use"):
+        serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
+
+
+def test_a_library_of_another_tokenizer_is_refused(small_run: Path, tmp_path: Path) -> None:
+    Library.create(tmp_path / "library", Tokenizer.train(["other text"], 260), 16)
+    options = Options(str(small_run), library=str(tmp_path / "library"))
+    with pytest.raises(StoreError, match="was made with tokenizer"):
+        serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))

@@ -292,3 +292,17 @@ def test_the_client_sees_a_504_when_an_answer_takes_too_long(short: Server) -> N
             assert answer.status_code in (200, 504)
         assert time.monotonic() - start < SHORT.request_s + 5
     waits_for_an_idle_engine(short)
+
+
+def test_small_answers_are_not_held_back(short: Server) -> None:
+    """Head and body are two writes: with Nagle's algorithm the second waits 40 ms for a delayed acknowledgement."""
+    with connected(short) as client:
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            client.sendall(head(short, "GET", "/health"))
+            seen = b""
+            while b'"ok"' not in seen:
+                seen += client.recv(65536)
+            times.append(time.perf_counter() - start)
+    assert sorted(times)[4] < 0.03, times

@@ -89,7 +89,7 @@ def both_end(page: Any) -> None:
 def test_sign_in_generate_add_delete_sign_out(page: Any, site: Server) -> None:
     sign_in(page, site)
     page.wait_for_selector("#screen-playground:not([hidden])")
-    page.fill("#prompt", "Nafock Wuhack grew up in")
+    page.fill("#prompt", "Nafock Wuhack grew up at the river")
     page.fill("#max-tokens", "40")
     page.press("#prompt", "Control+Enter")
     both_end(page)
@@ -102,7 +102,7 @@ def test_sign_in_generate_add_delete_sign_out(page: Any, site: Server) -> None:
     page.click("text=Documents")
     page.fill("#doc-id", "news")
     page.fill("#doc-title", "News <b>of</b> today")
-    page.fill("#doc-text", "Nafock Wuhack grew up in Gaituchul. <script>alert(1)</script>")
+    page.fill("#doc-text", "Nafock Wuhack grew up at the river Gaituchul. <script>alert(1)</script>")
     page.click("text=Add or replace")
     page.wait_for_selector("#doc-list td:has-text('news')")
     assert page.inner_text("#doc-list tbody tr td:nth-child(2)") == "News <b>of</b> today"
