@@ -149,14 +149,14 @@ def test_64_streams_with_4_stalled(place: Path, server: Process) -> None:
         client = Client(server, key)
 
         def work() -> None:
-            answer = client.ask("/v1/completions", body(64, stream=True))
+            answer = client.ask("/v1/completions", body(32, stream=True))
             assert answer.endswith(b"data: [DONE]\n\n"), answer[-200:]
             assert answer.count(b'"text"') >= 1
 
         return timed(work)
 
     worst: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(3):
+    for _ in range(6):
         for is_stalled in (False, True):
             stalled = [Client(server, key) for _ in range(4)]
             for client in stalled:
@@ -172,7 +172,7 @@ def test_64_streams_with_4_stalled(place: Path, server: Process) -> None:
             worst[is_stalled].append(seconds[int(0.99 * len(seconds))])
             for client in stalled:
                 client.socket.close()
-    change = statistics.median(worst[True]) / statistics.median(worst[False]) - 1
+    change = statistics.median(a / b for a, b in zip(worst[True], worst[False])) - 1
     print(f"\n64 streams, 4 of them stalled: none of the other 60 lost, their p99 {statistics.median(worst[True]):.2f} s against "
           f"{statistics.median(worst[False]):.2f} s when all read: {100 * change:+.0f} % (target +20 %)")  # fmt: skip
 
