@@ -76,7 +76,9 @@ class LiveRetriever:
                     kept.setdefault(hit.document, []).append(hit.chunk)
                     lengths_K[len(hits)] = min(R, len(tokens))
                     tokens_KR[len(hits), : min(R, len(tokens))] = tokens[:R]
-                    hits.append(Hit(hit.chunk, hit.document, hit.title, hit.score, hit.text, hit.source, hit.continuation))
+                    hits.append(
+                        Hit(hit.chunk, hit.document, hit.title, hit.score, hit.text, hit.source, hit.continuation)
+                    )
         return Found(tokens_KR, lengths_K, hits)
 
     def _fused(self, sides: Sequence[Found], k: int) -> Found:

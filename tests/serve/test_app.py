@@ -36,9 +36,15 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("PUT", "/generate"): {"sentences": ["river"], "tokens_to_generate": 2, "greedy": False, "top_k": 2, "end_strings": ["x"], "neighbors": 1},
     ("PUT", "/knn"): {"sentences": ["river"], "neighbors": 1},
 }  # fmt: skip
-TEXT = st.text(max_size=20) | st.sampled_from(["", " ", "\0", "a\0b", "\u2028", "é" * 300, "../../etc/passwd", "http://127.0.0.1/", "' OR 1=1"])
+TEXT = st.text(max_size=20) | st.sampled_from(
+    ["", " ", "\0", "a\0b", "\u2028", "é" * 300, "../../etc/passwd", "http://127.0.0.1/", "' OR 1=1"]
+)
 ANY = st.recursive(
-    st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 70), 1 << 70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=5,
 )
@@ -115,7 +121,9 @@ def test_while_the_model_loads(small: Server, monkeypatch: pytest.MonkeyPatch) -
             small.state.service = service
 
 
-def test_a_bug_says_nothing_of_itself(small: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_says_nothing_of_itself(
+    small: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("the secret is 42")
 
