@@ -100,4 +100,5 @@ def test_a_module_mirrors_each_test_file() -> None:
         if folder.parts and folder.parts[0] not in ("gates", "gpu"):
             name = test.name.removeprefix("test_")
             base = ROOT / "kernels" if folder.parts[0] == "kernels" else PACKAGE / folder
-            assert (base / name).exists() or (base / name.removesuffix(".py")).is_dir(), f"{test} mirrors no module"
+            is_mirror = (base / name).exists() or (base / name.removesuffix(".py")).is_dir()
+            assert is_mirror, f"{test} mirrors no module"

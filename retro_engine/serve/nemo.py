@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from retro_engine.data.corpus import Document
 from retro_engine.generate.engine import Event, Request
+from retro_engine.generate.request import TokenLogprob
 from retro_engine.generate.sampling import Sampling
 from retro_engine.serve.documents import open_library
 from retro_engine.serve.limits import ApiError, Strict, parse, read_json
@@ -21,6 +22,7 @@ from retro_engine.serve.state import audit, caller_of, limits_of, service_of, st
 from retro_engine.serve.stream import Running
 
 MAX_SENTENCES = 128
+MAX_PROBS = 1 << 20  # numbers of `full_logprob` in one answer
 
 
 class Generate(Strict):
@@ -56,13 +58,14 @@ async def generate(request: HttpRequest) -> Response:
     """Continue sentences; `retrieved` has what each could read."""
     service, limits = service_of(request), limits_of(request)
     body = parse(Generate, await read_json(request, limits))
-    if body.all_probs:
-        raise ApiError(400, "all_probs would be the whole vocabulary at every token: compute_logprob", "all_probs")
+    size = service.tokenizer.vocab_size
+    if body.all_probs and len(body.sentences) * body.tokens_to_generate * size > MAX_PROBS:
+        raise ApiError(400, f"all_probs would be more than {MAX_PROBS:,} numbers", "all_probs")
     if body.tokens_to_generate > limits.new_tokens:
         raise ApiError(400, f"at most {limits.new_tokens:,} tokens are generated", "tokens_to_generate")
     prompts = await asyncio.to_thread(encode_prompts, service, body.sentences, limits, "sentences")
     seed = secrets.randbits(48) if body.random_seed is None else body.random_seed
-    asked = [_request(body, prompt, seed + number) for number, prompt in enumerate(prompts)]
+    asked = [_request(body, prompt, seed + number, size) for number, prompt in enumerate(prompts)]
     running = await Running.start(service.engine, asked, request.receive)
     events: list[list[Event]] = [[] for _ in asked]
     async with running:
@@ -73,10 +76,21 @@ async def generate(request: HttpRequest) -> Response:
     answer: dict[str, Any] = {name: [out[name] for out in outs] for name in outs[0]}
     if not body.compute_logprob:
         answer["logprob"] = None
+    if body.all_probs:
+        answer["full_logprob"] = [[_row(entry, size) for e in mine for entry in e.logprobs or []] for mine in events]
     return JSONResponse(answer)
 
 
-def _request(body: Generate, prompt: list[int], seed: int) -> Request:
+def _row(entry: TokenLogprob, size: int) -> list[float | None]:
+    """Log-probabilities by token id; None for ids that the model has no output for."""
+    row: list[float | None] = [None] * size
+    for token, _, value in entry.top:
+        if token < size:
+            row[token] = value
+    return row
+
+
+def _request(body: Generate, prompt: list[int], seed: int, size: int) -> Request:
     cuts: dict[str, Any] = (
         {} if body.greedy else {"temperature": body.temperature, "top_k": body.top_k, "top_p": body.top_p or 1.0}
     )
@@ -94,7 +108,7 @@ def _request(body: Generate, prompt: list[int], seed: int) -> Request:
         [] if body.neighbors == 0 else None,
         body.neighbors or None,
         stop=tuple(text for text in body.end_strings if text),
-        logprobs=0 if body.compute_logprob else None,
+        logprobs=size if body.all_probs else 0 if body.compute_logprob else None,
         add_bos=body.add_BOS,
     )
 

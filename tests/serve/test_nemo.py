@@ -30,7 +30,11 @@ def test_generate(server: Server) -> None:
     assert put(server, "/generate", **{**body, "compute_logprob": False}).json()["logprob"] is None
     off = put(server, "/generate", **{**body, "neighbors": 0}).json()
     assert off["retrieved"] == [[], []]
-    for wrong in ({"sentences": []}, {"sentences": [""]}, {"all_probs": True}, {"tokens_to_generate": 0}, {"top_p": 2}, {"neighbors": -1}, {"x": 1}, {"task_ids": [1]}, {"sentences": ["a"] * 129}):  # fmt: skip
+    full = put(server, "/generate", **{**body, "all_probs": True}).json()
+    for row, value in zip(full["full_logprob"][0], full["logprob"][0]):
+        assert value in row
+        assert sum(2.718281828**one for one in row if one is not None) == pytest.approx(1, abs=1e-3)
+    for wrong in ({"sentences": []}, {"sentences": [""]}, {"all_probs": True, "tokens_to_generate": 2000, "sentences": ["a"] * 128}, {"tokens_to_generate": 0}, {"top_p": 2}, {"neighbors": -1}, {"x": 1}, {"task_ids": [1]}, {"sentences": ["a"] * 129}):  # fmt: skip
         assert put(server, "/generate", **{**body, **wrong}).status_code == 400, wrong
 
 

@@ -1,0 +1,136 @@
+"""The application as a whole: while it loads, and under bodies that nobody would send: never a 5xx."""
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serve_helpers import Server, serving_run
+
+from retro_engine.serve.limits import Limits
+
+EXAMPLES = 1000 if os.environ.get("RETRO_CAMPAIGN") else 12
+BODIES: dict[tuple[str, str], dict[str, Any]] = {
+    ("POST", "/v1/completions"): {
+        "model": "tiny", "prompt": "river", "max_tokens": 2, "n": 1, "temperature": 0.5, "top_p": 0.9, "seed": 1, "stop": ["x"],
+        "logprobs": 1, "echo": True, "stream": True, "stream_options": {"include_usage": True}, "min_tokens": 1, "top_k": 3,
+        "retro": {"k": 1, "mode": "lexical", "refresh": "chunk", "retrieved_length": 4},
+    },
+    ("POST", "/v1/chat/completions"): {
+        "model": "tiny", "messages": [{"role": "user", "content": "What?"}], "max_tokens": 2, "logprobs": True, "top_logprobs": 1,
+        "retro": {"neighbors": ["amber"]},
+    },
+    ("POST", "/v1/embeddings"): {"model": "tiny", "input": ["river"], "encoding_format": "float"},
+    ("POST", "/tokenize"): {"prompt": "river"},
+    ("POST", "/detokenize"): {"tokens": [40, 41]},
+    ("POST", "/v1/retrieve"): {"query": "river", "k": 2, "mode": "hybrid", "weights": [1.0, 2.0]},
+    ("POST", "/v1/explain"): {"prompt": "river", "text": " stone", "neighbors": ["amber"]},
+    ("POST", "/v1/documents"): {"documents": [{"id": "a", "title": "A", "text": "amber"}]},
+    ("POST", "/v1/documents/reset"): {"confirm": True},
+    ("POST", "/auth/login"): {"name": "ada", "password": "correct horse battery", "setup": "x"},
+    ("PUT", "/generate"): {"sentences": ["river"], "tokens_to_generate": 2, "greedy": False, "top_k": 2, "end_strings": ["x"], "neighbors": 1},
+    ("PUT", "/knn"): {"sentences": ["river"], "neighbors": 1},
+}  # fmt: skip
+TEXT = st.text(max_size=20) | st.sampled_from(
+    ["", " ", "\0", "a\0b", "\u2028", "é" * 300, "../../etc/passwd", "http://127.0.0.1/", "' OR 1=1"]
+)
+ANY = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 70), 1 << 70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def small(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    limits = Limits(new_tokens=6, prompt_tokens=200, choices=4)
+    with serving_run(small_run, tmp_path_factory.mktemp("app"), limits, has_nemo=True) as server:
+        yield server
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place of a body that can hold something else."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, part in pairs for place in places(part, (*path, key)))]
+
+
+def replaced(body: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    body = copy.deepcopy(body)
+    inner = body
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return body
+
+
+@pytest.mark.parametrize(("method", "path"), BODIES, ids=lambda part: str(part).strip("/"))
+def test_no_body_is_a_5xx(small: Server, method: str, path: str) -> None:
+    whole = BODIES[method, path]
+
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(places(whole)), ANY, st.booleans())
+    def run(place: tuple[Any, ...], value: Any, is_added: bool) -> None:
+        body = {**whole, "extra": value} if is_added and not place else replaced(whole, place, value)
+        small.state.throttle.forget_all()
+        answer = client.request(method, path, content=json.dumps(body), headers={"content-type": "application/json"})
+        assert answer.status_code < 500, (body, answer.text)
+        if answer.status_code >= 400:
+            assert set(json.loads(answer.text)["error"]) == {"message", "type", "param", "code"}
+
+    with small.client("admin") as client:
+        answer = client.request(method, path, json=whole)
+        assert answer.status_code == (401 if path == "/auth/login" else 200), answer.text
+        run()
+
+
+@given(path=st.text(st.characters(codec="utf-8", exclude_characters="?#\0"), min_size=1, max_size=30))
+@settings(max_examples=EXAMPLES * 4, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_path_is_a_5xx(small: Server, path: str) -> None:
+    from urllib.parse import quote
+
+    with small.client("admin") as client:
+        for prefix in ("/", "/v1/documents/", "/v1/models/", "/v1/jobs/"):
+            for method in ("GET", "DELETE"):
+                assert client.request(method, f"{prefix}{quote(path, safe='')}").status_code < 500
+
+
+def test_while_the_model_loads(small: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = small.service
+    with small.client("admin") as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        small.state.service = None
+        try:
+            assert client.get("/health").status_code == 503
+            answer = client.post("/v1/completions", json=BODIES["POST", "/v1/completions"])
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "2"
+            assert client.get("/auth/me").status_code == 200
+            assert client.get("/metrics").status_code == 200
+        finally:
+            small.state.service = service
+
+
+def test_a_bug_says_nothing_of_itself(
+    small: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("the secret is 42")
+
+    monkeypatch.setattr(small.service.library, "entries", broken)
+    with small.client("admin") as client:
+        answer = client.get("/v1/documents")
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "nosniff" in answer.headers["x-content-type-options"]
