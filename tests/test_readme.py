@@ -95,7 +95,16 @@ def test_the_file_tree_is_true() -> None:
         assert (ROOT / path).exists(), path
         parents[depth:] = [name if name.endswith("/") else f"{name}/"]
         named.add(path)
-    rooms = ("retrieval", "evaluate", "train", "generate", "interop", "serve", "demo", "bench")  # named in one line each
+    rooms = (
+        "retrieval",
+        "evaluate",
+        "train",
+        "generate",
+        "interop",
+        "serve",
+        "demo",
+        "bench",
+    )  # named in one line each
     for module in (ROOT / "retro_engine").rglob("*.py"):
         path = str(module.relative_to(ROOT))
         if module.name not in ("__init__.py", "__main__.py") and module.parent.name not in rooms:
