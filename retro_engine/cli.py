@@ -842,6 +842,8 @@ def _doctor(args: argparse.Namespace) -> int:
         "numba",
         "tensorboard",
         "sentence-transformers",
+        "starlette",
+        "uvicorn",
         "ray",
         "pyarrow",
     )
