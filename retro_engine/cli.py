@@ -863,6 +863,8 @@ def _doctor(args: argparse.Namespace) -> int:
         "numba",
         "tensorboard",
         "sentence-transformers",
+        "starlette",
+        "uvicorn",
         "ray",
         "pyarrow",
     )
