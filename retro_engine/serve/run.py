@@ -2,6 +2,8 @@
 
 import ipaddress
 import logging
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +59,8 @@ def serve(options: Options, address: Address, accounts: Accounts, reporter: Repo
     reporter.say(f"listening on http://{shown}:{port}")
     if (token := accounts.begin_setup()) is not None:
         reporter.say(f"nobody has access yet; make the first user, once, at http://{shown}:{port}/#setup={token}")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     server.run([listener])
     accounts.close()
     if failures:
