@@ -29,7 +29,16 @@ from retro_engine.model.retro import RetroModel
 from retro_engine.train.optimizer import Optimizer
 
 FOLDER = Path(os.environ.get("RETRO_PEERS", ".peers"))
-NAMES = ("ours", "ours, selective", "ours, full", "ours, bf16", "megatron-core", "retro-pytorch", "gpt2")
+NAMES = (
+    "ours",
+    "ours, selective",
+    "ours, full",
+    "ours, compiled",
+    "ours, bf16",
+    "megatron-core",
+    "retro-pytorch",
+    "gpt2",
+)
 RETRO_PEERS = ("megatron-core", "retro-pytorch")
 DECODERS = ("ours", *RETRO_PEERS, "gpt2")
 M, K = 64, 2

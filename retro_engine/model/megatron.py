@@ -92,12 +92,13 @@ def _key_value_names(crossing: list[int], target: str) -> list[str]:
     return [f"neighbor_projection.k.{place}", f"neighbor_projection.v.{place}"]
 
 
-def _megatron_config(meta: dict[str, str], state: State, vocab_size: int, **fields: Any) -> ModelConfig:
+def _megatron_config(meta: dict[str, str], state: State, **fields: Any) -> ModelConfig:
     """What megatron-core and legacy Megatron have in common; `fields` are the rest."""
     is_learned = meta["pos"] == "learned_absolute"
     return preset_model(
         "mcore",
-        vocab_size=vocab_size,
+        vocab_size=len(state["embedding.word_embeddings.weight"]),
+        max_position_embeddings=len(state["embedding.position_embeddings.weight"]) if is_learned else 0,
         encoder_seq_length=int(meta["ns"]),
         chunk_size=int(meta["m"]),
         retrieved_length=int(meta.get("retrieved_length", 2 * int(meta["m"]))),
@@ -125,17 +126,12 @@ def _from_mcore(state: State, meta: dict[str, str]) -> tuple[ModelConfig, State]
         for module, norm in (("self_attention.linear_qkv", "input_layernorm"), ("mlp.linear_fc1", "pre_mlp_layernorm")):
             if f".{module}.layer_norm_" in name:
                 state[name.replace(f"{module}.layer_norm_", f"{norm}.")] = state.pop(name)
-    positions = {}
-    if meta["pos"] == "learned_absolute":
-        positions = {"max_position_embeddings": len(state["embedding.position_embeddings.weight"])}
     config = _megatron_config(
         meta,
         state,
-        len(state["embedding.word_embeddings.weight"]),
         dec_cross_attention=crossing,
         bias="decoder.layers.0.self_attention.linear_proj.bias" in state,
         decoder_final_norm="decoder.final_layernorm.weight" in state,
-        **positions,
     )
     take = _Taker(state, meta.get("layernorm_1p") == "True")
     take.tensor("embedding.weight", "embedding.word_embeddings.weight")
@@ -177,19 +173,14 @@ def _from_megatron(state: State, meta: dict[str, str]) -> tuple[ModelConfig, Sta
     if not crossing:
         raise KeyError("encoder.layers.*.inter_attention.query.weight")
     retriever = f"encoder.layers.{crossing[0]}.retriever.layers"
-    positions = {}
-    if meta["pos"] == "learned_absolute":
-        positions = {"max_position_embeddings": len(state["embedding.position_embeddings.weight"])}
     config = _megatron_config(
         meta,
         state,
-        len(state["embedding.word_embeddings.weight"]),
         dec_cross_attention=crossing,
         enc_cross_attention=[i for i in range(int(meta["enc"])) if is_crossing(f"{retriever}.{i}")],
         bias="encoder.layers.0.self_attention.dense.bias" in state,
         encoder_ca_residual="input",
         decoder_final_norm=True,
-        **positions,
     )
     take = _Taker(state, meta.get("layernorm_1p") == "True")
     take.tensor("embedding.weight", "embedding.word_embeddings.weight")

@@ -7,6 +7,7 @@ retrieval, or beside the choices.
 import asyncio
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -269,7 +270,7 @@ async def _answer(
     return JSONResponse(form.whole(len(asked)))
 
 
-class _Form:
+class _Form(ABC):
     """How an answer looks; subclasses say what a choice is."""
 
     name = ""
@@ -286,15 +287,15 @@ class _Form:
         self.prompt_tokens = self.completion_tokens = 0
         self.events: list[tuple[int, Event]] = []
 
-    def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]: ...
 
+    @abstractmethod
     def delta(self, index: int, event: Event) -> dict[str, Any]:
         """A choice of a stream."""
-        raise NotImplementedError
 
-    def logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> Any: ...
 
     def add(self, index: int, event: Event) -> None:
         self.completion_tokens += len(event.tokens)
