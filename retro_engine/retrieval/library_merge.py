@@ -112,7 +112,11 @@ class LibraryIndex:
         with self._merge_lock:
             with self._lock:
                 views = self.snapshots.get(namespace, ())
-                if not views or not (len(views[-1].alive) >= min_chunks or (is_all and len(views) > 2)):
+                has_dead = any(view.num_alive < len(view.alive) for view in views)
+                is_due = bool(views) and (
+                    len(views[-1].alive) >= min_chunks or (is_all and (len(views) > 2 or has_dead))
+                )
+                if not is_due:
                     return
                 first = tail_to_merge(views, is_all)
                 self.snapshots = {**self.snapshots, namespace: (*views, self._empty_delta())}

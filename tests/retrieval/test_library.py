@@ -261,6 +261,19 @@ def test_the_background_makes_segments(folder: Path) -> None:
         library.verify()
 
 
+def test_merging_all_leaves_nothing_dead_in_a_segment_that_is_alone(folder: Path) -> None:
+    with Library(folder) as library:
+        library.add(documents(20))
+        library.merge(is_all=True)
+        library.delete([f"d{i}" for i in range(0, 20, 2)])
+        before = library.search("river stone amber", 20)
+        library.merge(is_all=True)
+        parts = library.statistics()["namespaces"]["default"]
+        assert (len(parts["segments"]), parts["delta"], parts["dead"]) == (1, 0, 0)
+        assert library.search("river stone amber", 20) == before
+        library.verify()
+
+
 def test_a_library_that_has_lived_answers_as_a_fresh_one(folder: Path, tmp_path: Path, small_store: Store) -> None:
     rng = random.Random(0)
     everything = documents(80)
