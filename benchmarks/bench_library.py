@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import apsw
@@ -104,12 +105,25 @@ class Bare:
         run("COMMIT")
 
 
+@dataclass(frozen=True)
+class TokenizerAlone:
+    """What no library of tokens can be faster than: the documents' tokens, written nowhere."""
+
+    tokenizer: Tokenizer
+
+    def add(self, documents: list[Document]) -> None:
+        self.tokenizer.encode_batch([d.text for d in documents])
+
+
 @pytest.mark.benchmark(group="acknowledged adds")
 @pytest.mark.parametrize("batch", [1, 100])
 def test_adds(benchmark, tokenizer: Tokenizer, tmp_path: Path, batch: int) -> None:
     """The same documents to each in turns, so that what else the machine does falls on all alike."""
     texts = Texts(100_000)
-    targets: dict[str, Bare | Library] = {"apsw_with_fts5": Bare(tmp_path / "bare.sqlite")}
+    targets: dict[str, Bare | TokenizerAlone | Library] = {
+        "apsw_with_fts5": Bare(tmp_path / "bare.sqlite"),
+        "tokenizer_alone": TokenizerAlone(tokenizer),
+    }
     for name, embedder in (("lexical", None), ("lexical_and_hash_vectors", HashEmbedder(tokenizer))):
         Library.create(tmp_path / name, tokenizer, 64, embedder=embedder)
         targets[name] = Library(tmp_path / name)

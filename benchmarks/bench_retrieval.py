@@ -129,13 +129,14 @@ def test_memory_is_flat(benchmark, tmp_path: Path, stage: str) -> None:
         print(f"\n{stage}: {rows:,} chunks, peak {peak:.0f} MiB")
 
 
-def test_overhead_of_the_executor(benchmark, tmp_path: Path) -> None:
+def test_overhead_of_the_executor(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job of a minute: 60 shards of 1 s of work and 1 MiB; inline, in processes, and on Ray where it is installed."""
     import json
 
     from retro_engine.progress import Reporter
     from retro_engine.retrieval.executor import Executor, Stage, run_stage
 
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))  # where workers find this module
     shards = 60
     kinds = {"inline": 1, "processes": 2}
     try:

@@ -18,7 +18,7 @@ try:
 except ImportError:  # no compiler at installation
     _cpu = None
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 def is_available() -> bool:
@@ -99,17 +99,12 @@ def gather_neighbors(
     return tokens, lengths
 
 
-def has_linear() -> bool:
-    """Whether the extension has `linear`: one that was built before it has not."""
-    return hasattr(_cpu, "linear")
-
-
-def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    """float32, contiguous -> [t, o]."""
+def linear(x_TD: Tensor, weight_OD: Tensor, scale_O: Tensor | None, bias_O: Tensor | None) -> Tensor:
+    """float32 but for weights of float32, bfloat16 or int8; contiguous -> [t, o]."""
     y = torch.empty(x_TD.shape[0], weight_OD.shape[0])
     if y.numel():
-        addresses = [_address(tensor) for tensor in (x_TD, weight_OD, bias_O, y)]
-        _cpu.linear(instruction_set(), (*y.shape, x_TD.shape[1]), addresses)
+        addresses = [_address(tensor) for tensor in (x_TD, weight_OD, scale_O, bias_O, y)]
+        _cpu.linear(instruction_set(), _TYPES[weight_OD.dtype], (*y.shape, x_TD.shape[1]), addresses)
     return y
 
 

@@ -195,6 +195,9 @@ def gather_neighbors(
     return torch.where(is_token, tokens, pad_id), total
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., d] weight' [o, d] + bias [o]."""
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    """x [..., d] (scale [o] weight [o, d])' + bias [o]; int8 weights are multiplied in fp32."""
+    if scale is None:
+        return F.linear(x, weight, bias)
+    y = F.linear(x.float(), weight.float()) * scale
+    return (y if bias is None else y + bias).to(x.dtype)

@@ -50,14 +50,16 @@ struct Gather {
   int64_t* lengths;                       // [count]
 };
 
-// y = x w' + bias for a few rows of x, as a step of decoding has: what counts is to read w once.
+enum Type : int { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+
+// y = scale x w' + bias for a few rows of x, as a step of decoding has: what counts is to read w once.
 struct Linear {
   int64_t T, O, D;
-  const float *x, *w, *bias;              // [T, D], [O, D], [O] or null
+  Type type;                              // of w
+  const void* w;                          // [O, D]
+  const float *x, *scale, *bias;          // [T, D], [O] or null, [O] or null
   float* y;                               // [T, O]
 };
-
-enum Type : int { FLOAT32 = 0, BFLOAT16 = 1 };
 
 // One instruction set's build. Each function handles problems [begin, end) of its kernel.
 struct Build {

@@ -134,13 +134,15 @@ void gather_neighbors(const std::string& build, const std::array<int64_t, 6>& si
   parallel_for(a.count, 512, [&](int64_t begin, int64_t end) { run(a, begin, end); });
 }
 
-void linear(const std::string& build, const std::array<int64_t, 3>& sizes, const std::array<uintptr_t, 4>& addresses) {
+// sizes: T O D; addresses: x w scale bias y.
+void linear(const std::string& build, int type, const std::array<int64_t, 3>& sizes, const std::array<uintptr_t, 5>& addresses) {
   Linear a{};
-  a.T = sizes[0], a.O = sizes[1], a.D = sizes[2];
+  a.T = sizes[0], a.O = sizes[1], a.D = sizes[2], a.type = Type(type);
   a.x = pointer<float>(addresses[0]);
-  a.w = pointer<float>(addresses[1]);
-  a.bias = pointer<float>(addresses[2]);
-  a.y = pointer<float>(addresses[3]);
+  a.w = pointer<void>(addresses[1]);
+  a.scale = pointer<float>(addresses[2]);
+  a.bias = pointer<float>(addresses[3]);
+  a.y = pointer<float>(addresses[4]);
   const auto run = find_build(build).linear;
   const py::gil_scoped_release release;
   parallel_for(a.O, 192, [&](int64_t begin, int64_t end) { run(a, begin, end); });

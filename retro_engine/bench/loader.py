@@ -27,7 +27,9 @@ CPU = torch.device("cpu")
 def run() -> list[Row]:
     if not has_native_loader():
         raise RuntimeError("the C++ loader is not built: nothing to measure")
-    with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk that the user works on, not in memory
+    with tempfile.TemporaryDirectory(
+        prefix=".bench-", dir="."
+    ) as folder:  # on the disk that the user works on, not in memory
         path = _store(Path(folder) / "store")
         rows = _warm(Store(path), Path(folder))
         gc.collect()  # pages that are mapped cannot be dropped

@@ -26,7 +26,7 @@ QUERIES, K, ROUNDS = 2000, 20, 3
 
 
 def run(text: str | None = None) -> list[Row]:
-    with tempfile.TemporaryDirectory(dir=".") as name:
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as name:
         folder = Path(name)
         source = Path(text) if text else _facts(folder / "facts.jsonl")
         texts = [row.text for row in Reader().read([source]) if isinstance(row, Document)]

@@ -18,6 +18,7 @@ EOD_NAMES = (EOD, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
 PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
 FILE = "tokenizer.json"
+FEW = 8  # rows that are decoded without waking the library's threads: they cost more than they save
 
 
 class Tokenizer:
@@ -120,6 +121,8 @@ class Tokenizer:
         return cls(backend.to_str())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if len(texts) == 1:  # without waking the library's threads: they cost more than they save
+            return [self.backend.encode(texts[0], add_special_tokens=False).ids]
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode(self, text: str) -> list[int]:
@@ -134,6 +137,8 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def decode_batch(self, rows: list[list[int]]) -> list[str]:
+        if len(rows) <= FEW:
+            return [self.backend.decode(row, skip_special_tokens=True) for row in rows]
         return self.backend.decode_batch(rows, skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray:

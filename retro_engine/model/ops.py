@@ -63,8 +63,10 @@ def attention(
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """PyTorch's, or without gradients `retro_kernels.linear`, which is the faster one for a few rows."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    """PyTorch's, or without gradients `retro_kernels.linear`, which is the faster one for a few rows; scale: of int8."""
+    if scale is not None:
+        return kernels_linear(x, weight, bias, scale)
     is_plain = type(weight) in (Tensor, torch.nn.Parameter) and x.dtype == weight.dtype
     if torch.is_grad_enabled() or not is_plain or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)

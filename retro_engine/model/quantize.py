@@ -6,16 +6,15 @@ Letters: O outputs, D inputs, T tokens.
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retro_engine.errors import UsageError, nearest
+from retro_engine.model import ops
 
 if TYPE_CHECKING:
     from retro_engine.model.retro import RetroModel
 
 WEIGHTS = ("fp32", "bf16", "int8")
-PACKED_ROWS = 16  # up to so many, torch's int8 product (bf16 inputs, fp32 sums) is the faster one; docs/serving.md
 
 
 class Int8Linear(nn.Module):
@@ -23,7 +22,6 @@ class Int8Linear(nn.Module):
 
     weight: Tensor
     scale: Tensor
-    ones: Tensor
     bias: Tensor | None
 
     def __init__(self, weight_OD: Tensor, bias_O: Tensor | None):
@@ -31,7 +29,6 @@ class Int8Linear(nn.Module):
         scale_O = weight_OD.abs().amax(1).clamp(min=1e-12).float() / 127
         self.register_buffer("weight", (weight_OD.float() / scale_O[:, None]).round().to(torch.int8).contiguous())
         self.register_buffer("scale", scale_O)
-        self.register_buffer("ones", torch.ones_like(scale_O, dtype=torch.bfloat16))
         self.register_buffer("bias", None if bias_O is None else bias_O.detach().float())
 
     @property
@@ -40,13 +37,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., o]"""
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= PACKED_ROWS and x.device.type == "cpu":
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.ones).float() * self.scale
-        else:
-            y = F.linear(rows.float(), self.weight.float()) * self.scale
-        y = y if self.bias is None else y + self.bias
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return ops.linear(x, self.weight, self.bias, self.scale)
 
 
 def use_weights(model: "RetroModel", weights: str) -> "RetroModel":

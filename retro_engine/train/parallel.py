@@ -52,8 +52,9 @@ class Parallel:
         self.is_sequence_parallel = m.sequence_parallel
         self.device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", "0")))
         self.background: Any = None  # a group of its own for checkpoints, beside the training's communication
+        self.is_own_group = self.world > 1 and not dist.is_initialized()  # else the caller's, who also ends it
         if self.world > 1:
-            if not dist.is_initialized():
+            if self.is_own_group:
                 kind = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
                 # torchrun may keep its store over a restart: addresses of the processes before must not be found there
                 store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -122,7 +123,7 @@ class Parallel:
         return box[0]
 
     def close(self) -> None:
-        if self.world > 1 and dist.is_initialized():
+        if self.is_own_group and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -20,19 +20,42 @@ def test_against_float64(rows: int, inputs: int, outputs: int) -> None:
             assert (found.reshape(exact.shape) - exact).abs().max() <= 1e-6 * (inputs + 10)
 
 
-@pytest.mark.skipif(not cpp.has_linear(), reason="no C++ extension")
-def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
-    x, weight = torch.randn(FEW_ROWS, 100), torch.randn(77, 100)
-    together = linear(x, weight)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 2), (24, 4), (64, 80), (100, 200), (577, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_weights_against_float64(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, inputs, generator=generator).to(dtype)
+    real, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
+    scale = torch.rand(outputs, generator=generator) / 127
+    bytes_, narrow = (real * 40).clamp(-127, 127).to(torch.int8), real.bfloat16()
+    error = 8e-3 if dtype == torch.bfloat16 else 1e-6 * (inputs + 10)
+    for b in (None, bias):
+        exact = x.double() @ (bytes_.double() * scale.double()[:, None]).T + (0 if b is None else b.double())
+        found = linear(x, bytes_, b, scale)
+        assert found.dtype == dtype
+        assert (found - exact).abs().max() <= error * (1 + exact.abs().max())
+    exact = x.bfloat16().double() @ narrow.double().T + bias.bfloat16().double()
+    found = linear(x.bfloat16(), narrow, bias.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).abs().max() <= 8e-3 * (1 + exact.abs().max())
+
+
+@pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_row_does_not_depend_on_the_rows_beside_it(kind: torch.dtype) -> None:
+    x, weight = torch.randn(FEW_ROWS, 100), (20 * torch.randn(77, 100)).to(kind)
+    x = x.bfloat16() if kind == torch.bfloat16 else x
+    scale = torch.rand(77) if kind == torch.int8 else None
+    together = linear(x, weight, scale=scale)
     for first in range(FEW_ROWS):
         for last in range(first + 1, FEW_ROWS + 1):
-            assert torch.equal(linear(x[first:last], weight), together[first:last])
+            assert torch.equal(linear(x[first:last], weight, scale=scale), together[first:last])
 
 
 def test_other_types_and_empty() -> None:
-    for dtype in (torch.float64, torch.bfloat16):
-        x, weight = torch.randn(3, 8).to(dtype), torch.randn(5, 8).to(dtype)
-        assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+    x, weight = torch.randn(3, 8).double(), torch.randn(5, 8).double()
+    assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
     assert linear(torch.randn(0, 8), torch.randn(5, 8)).shape == (0, 5)
     weight = torch.randn(8, 5).T
     assert torch.allclose(linear(torch.ones(2, 8), weight), weight.sum(1).expand(2, 5), atol=1e-5)
@@ -42,7 +65,9 @@ def test_wrong_arguments_are_named() -> None:
     x, weight = torch.randn(2, 8), torch.randn(5, 8)
     with pytest.raises(ValueError, match=r"expected x \[..., 8\]"):
         linear(torch.randn(2, 7), weight)
-    with pytest.raises(ValueError, match=r"bias \[5\]"):
+    with pytest.raises(ValueError, match=r"bias and scale \[5\]"):
         linear(x, weight, torch.randn(4))
+    with pytest.raises(ValueError, match="int8 weights with float32 scale"):
+        linear(x, weight, scale=torch.ones(5))
     with pytest.raises(ValueError, match="expected one type"):
         linear(x, weight.double())

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from helpers import small_config, small_inputs
 
 from retro_engine.errors import UsageError
-from retro_engine.model.quantize import PACKED_ROWS, Int8Linear, use_weights
+from retro_engine.model.quantize import Int8Linear, use_weights
 from retro_engine.model.retro import RetroModel
 
 
-@pytest.mark.parametrize("rows", [1, 3, PACKED_ROWS, PACKED_ROWS + 1, 100])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 100])
 def test_an_int8_matrix(rows: int) -> None:
-    """Off by at most half a step of the channel's scale a weight, and by bf16 inputs and outputs where there are few."""
+    """Off by at most half a step of the channel's scale a weight."""
     generator = torch.Generator().manual_seed(rows)
     weight, bias = torch.randn(48, 64, generator=generator), torch.randn(48, generator=generator)
     x = torch.randn(rows, 2, 64, generator=generator)

@@ -1,5 +1,6 @@
 """Several processes train the same run as one: data parallel, sharded, tensor and sequence parallel, and their mixes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -23,26 +24,26 @@ EXACT = [
     "model.global_batch_size=4", "model.micro_batch_size=1", "model.data.neighbor_dropout=0.2",
     "model.num_attention_heads=4", "exp_manager.checkpoint_every_n_steps=10", "exp_manager.keep_last_n=4",
 ]  # fmt: skip
-LAYOUTS = {
-    "dp2": (2, []),
-    "fsdp2": (2, ["model.optim.name=distributed_fused_adam"]),
-    "tp2": (2, ["model.tensor_model_parallel_size=2"]),
-    "tp2 sequence": (2, ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]),
-    "tp2 x dp2, recomputed": (
-        4,
-        ["model.tensor_model_parallel_size=2", "model.activations_checkpoint_granularity=full"],
-    ),
+LAYOUTS: dict[int, dict[str, list[str]]] = {
+    2: {
+        "dp2": [],
+        "fsdp2": ["model.optim.name=distributed_fused_adam"],
+        "tp2": ["model.tensor_model_parallel_size=2"],
+        "tp2 sequence": ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+    },
+    4: {"tp2 x dp2": ["model.tensor_model_parallel_size=2", "model.activations_checkpoint_granularity=full"]},
 }
 
 
-def torchrun(
-    processes: int, arguments: list[str], *flags: str, wait: bool = True, **environment: str
-) -> subprocess.Popen[str]:
+def torchrun(processes: int, arguments: list[str], *flags: str, wait: bool = True) -> subprocess.Popen[str]:
+    return launch(processes, [*flags, "-m", "retro_engine.train", *arguments, "--quiet"], wait)
+
+
+def launch(processes: int, words: list[str], wait: bool = True) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     process = subprocess.Popen(
-        [*launcher, *flags, "-m", "retro_engine.train", *arguments, "--quiet"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment,
-    )  # fmt: skip
+        [*launcher, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+    )
     if wait:
         process.output, _ = process.communicate(timeout=240)  # type: ignore[attr-defined]
     return process
@@ -55,15 +56,18 @@ def single(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_are_those_of_one_process(layout: str, small_store: Store, single: Path, tmp_path: Path) -> None:
-    processes, more = LAYOUTS[layout]
-    out = tmp_path / "run"
-    run = torchrun(processes, settings(small_store, out, *EXACT, *more))
+@pytest.mark.parametrize("processes", LAYOUTS)
+def test_losses_are_those_of_one_process(processes: int, small_store: Store, single: Path, tmp_path: Path) -> None:
+    layouts = LAYOUTS[processes]
+    runs = [settings(small_store, tmp_path / name, *EXACT, *more) for name, more in layouts.items()]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    run = launch(processes, [str(Path(__file__).with_name("several_runs.py")), str(tmp_path / "runs.json")])
     assert run.returncode == 0, run.output[-3000:]
-    found, expected = losses(out), losses(single)
-    assert sorted(found) == list(range(1, 21))
-    assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-9
+    expected = losses(single)
+    for name in layouts:
+        found = losses(tmp_path / name)
+        assert sorted(found) == list(range(1, 21)), name
+        assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-9, name
 
 
 def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_four(
