@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from retro_kernels.reference import Attending, Matrix, Norm
 from torch import Tensor
 
 try:
@@ -18,6 +19,7 @@ try:
 except ImportError:  # no compiler at installation
     _cpu = None
 
+_ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "swiglu": 3}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -99,13 +101,66 @@ def gather_neighbors(
     return tokens, lengths
 
 
-def linear(x_TD: Tensor, weight_OD: Tensor, scale_O: Tensor | None, bias_O: Tensor | None) -> Tensor:
-    """float32 but for weights of float32, bfloat16 or int8; contiguous -> [t, o]."""
-    y = torch.empty(x_TD.shape[0], weight_OD.shape[0])
+def linear(x_TD: Tensor, matrix: Matrix) -> Tensor:
+    """float32, contiguous -> [t, o]."""
+    y = torch.empty(x_TD.shape[0], matrix.weight.shape[0])
     if y.numel():
-        addresses = [_address(tensor) for tensor in (x_TD, weight_OD, scale_O, bias_O, y)]
-        _cpu.linear(instruction_set(), _TYPES[weight_OD.dtype], (*y.shape, x_TD.shape[1]), addresses)
+        _cpu.linear(instruction_set(), [x_TD.shape[0], x_TD.data_ptr(), y.data_ptr(), *_matrix(matrix)])
     return y
+
+
+def attention_step(
+    x_BD: Tensor, norm: Norm, q: Matrix, k: Matrix, v: Matrix, out: Matrix, attending: Attending
+) -> Tensor:
+    """As `reference.attention_step`; float32, contiguous."""
+    y = torch.empty_like(x_BD)
+    weights = (*_norm(norm, x_BD), *_matrix(q), *_matrix(k), *_matrix(v), *_matrix(out))
+    fields = [x_BD.data_ptr(), y.data_ptr(), *weights, *_attending(attending, q)]
+    _cpu.attention_step(instruction_set(), fields, norm.eps, attending.scale)
+    return y
+
+
+def cross_attention_step(
+    x_BD: Tensor, norm: Norm, q: Matrix, out: Matrix, attending: Attending, adds_bias: bool
+) -> Tensor:
+    """As `reference.cross_attention_step`; float32, contiguous."""
+    y = torch.empty_like(x_BD)
+    weights = (int(adds_bias), *_norm(norm, x_BD), *_matrix(q), *_matrix(out))
+    fields = [x_BD.data_ptr(), y.data_ptr(), *weights, *_attending(attending, q)]
+    _cpu.cross_attention_step(instruction_set(), fields, norm.eps, attending.scale)
+    return y
+
+
+def feed_forward_step(
+    x_BD: Tensor, norm: Norm, gate: Matrix | None, up: Matrix, down: Matrix, activation: str
+) -> Tensor:
+    """As `reference.feed_forward_step`; float32, contiguous."""
+    y = torch.empty_like(x_BD)
+    gate_fields = (0,) * 7 if gate is None else _matrix(gate)
+    weights = (*_norm(norm, x_BD), *gate_fields, *_matrix(up), *_matrix(down))
+    fields = [x_BD.data_ptr(), y.data_ptr(), x_BD.shape[0], _ACTIVATIONS[activation], *weights]
+    _cpu.feed_forward_step(instruction_set(), fields, norm.eps)
+    return y
+
+
+def _matrix(m: Matrix) -> tuple[int, ...]:
+    bias_type = 0 if m.bias is None else _TYPES[m.bias.dtype]
+    pointers = (m.weight.data_ptr(), _address(m.bias), _address(m.scale))
+    return (_TYPES[m.weight.dtype], bias_type, *m.weight.shape, *pointers)
+
+
+def _norm(norm: Norm, x: Tensor) -> tuple[int, ...]:
+    weight_type = 0 if norm.weight is None else _TYPES[norm.weight.dtype]
+    return (x.shape[1], int(norm.is_rms), weight_type, _address(norm.weight), _address(norm.bias))
+
+
+def _attending(a: Attending, q: Matrix) -> tuple[int, ...]:
+    B, S, G, E = a.keys.shape
+    positions, pairs = (0, 0) if a.cos is None else a.cos.shape
+    sizes = (B, q.weight.shape[0] // E, G, E, pairs, int(a.interleaved), _TYPES[a.keys.dtype], *a.keys.stride()[:2])
+    ranges = (_address(a.begins), _address(a.starts), _address(a.valid), _address(a.positions))
+    tables = (_address(a.cos), _address(a.sin))
+    return (*sizes, S, positions, a.keys.data_ptr(), a.values.data_ptr(), *ranges, *tables)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:

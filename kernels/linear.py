@@ -9,6 +9,7 @@ Shape letters: T rows, D inputs, O outputs.
 import torch
 from retro_kernels import cpp, reference
 from retro_kernels.backend import choose
+from retro_kernels.reference import Matrix
 from torch import Tensor
 
 FEW_ROWS = 16  # from there on a BLAS is as fast
@@ -37,7 +38,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         )
     is_few = 0 < x.numel() <= FEW_ROWS * D and x.dtype in (torch.float32, torch.bfloat16)
     if not is_few or not all(part.is_contiguous() for part in parts[1:]) or choose("linear", x) != "cpp":
-        return reference.linear(x, weight, bias, scale)
-    rows = x.reshape(-1, D).float().contiguous()
-    y = cpp.linear(rows, weight, scale, None if bias is None else bias.float())
+        return reference.linear(x, Matrix(weight, bias, scale))
+    y = cpp.linear(x.reshape(-1, D).float().contiguous(), Matrix(weight, bias, scale))
     return y.to(x.dtype).unflatten(0, x.shape[:-1])

@@ -4,6 +4,8 @@ Shape letters: B batch, N tokens, M chunk length, L chunks, K neighbors, R token
 heads, G key/value heads, E head width, P rotated pairs. Half-precision inputs are rotated in fp32.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -195,9 +197,112 @@ def gather_neighbors(
     return torch.where(is_token, tokens, pad_id), total
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-    """x [..., d] (scale [o] weight [o, d])' + bias [o]; int8 weights are multiplied in fp32."""
-    if scale is None:
-        return F.linear(x, weight, bias)
-    y = F.linear(x.float(), weight.float()) * scale
-    return (y if bias is None else y + bias).to(x.dtype)
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer: y = x (scale * weight)' + bias. weight [o, d]; int8 ones have a float32 scale [o]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm (arXiv 1607.06450), or RMSNorm (arXiv 1910.07467); weight and bias [d] or None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    is_rms: bool
+
+
+@dataclass(frozen=True)
+class Attending:
+    """What the one new token of each row reads. keys, values [b, s, g, e]; int64 [b] where not said otherwise."""
+
+    keys: Tensor
+    values: Tensor
+    scale: float
+    begins: Tensor | None = None  # the first key; None = 0
+    starts: Tensor | None = None  # where the new token is put, the last key; None = nothing is put, all keys are read
+    valid: Tensor | None = None  # [b, s] bool
+    positions: Tensor | None = None  # of the query (and the new key) in cos and sin
+    cos: Tensor | None = None  # float32 [positions, rotary/2], or no rotation
+    sin: Tensor | None = None
+    interleaved: bool = False
+
+
+def linear(x: Tensor, matrix: Matrix) -> Tensor:
+    """[..., d] -> [..., o]; int8 weights are multiplied in fp32."""
+    if matrix.scale is None:
+        return F.linear(x, matrix.weight, matrix.bias)
+    y = F.linear(x.float(), matrix.weight.float()) * matrix.scale
+    return (y if matrix.bias is None else y + matrix.bias).to(x.dtype)
+
+
+def normalize(x: Tensor, norm: Norm) -> Tensor:
+    if norm.is_rms:
+        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def attention_step(
+    x_BD: Tensor, norm: Norm, q: Matrix, k: Matrix, v: Matrix, out: Matrix, attending: Attending
+) -> Tensor:
+    """x + out(attention) for one new token a row, whose keys and values are written into the cache."""
+    a, E, normed = attending, attending.keys.shape[3], normalize(x_BD, norm)
+    heads = [linear(normed, matrix).unflatten(-1, (-1, E))[:, None] for matrix in (q, k, v)]
+    query, key, value = heads
+    if a.cos is not None and a.sin is not None and a.positions is not None:
+        query, key = (rope(part, a.cos, a.sin, a.positions[:, None], a.interleaved) for part in (query, key))
+    assert a.starts is not None
+    rows = torch.arange(len(x_BD), device=x_BD.device)
+    a.keys[rows, a.starts], a.values[rows, a.starts] = key[:, 0].to(a.keys.dtype), value[:, 0].to(a.values.dtype)
+    return x_BD + linear(_read(query, a)[0], out)
+
+
+def cross_attention_step(
+    x_BD: Tensor, norm: Norm, q: Matrix, out: Matrix, attending: Attending, adds_bias: bool
+) -> Tensor:
+    """x + out(attention over the neighbors' tokens); a row that has none gets 0, or with `adds_bias` out's bias."""
+    a = attending
+    query = linear(normalize(x_BD, norm), q).unflatten(-1, (-1, a.keys.shape[3]))[:, None]
+    if a.cos is not None and a.sin is not None and a.positions is not None:
+        query = rope(query, a.cos, a.sin, a.positions[:, None], a.interleaved)
+    read, has_any = _read(query, a)
+    added = linear(torch.where(has_any, read, 0), out)
+    return x_BD + (added if adds_bias else torch.where(has_any, added, 0))
+
+
+def _read(query_B1HE: Tensor, a: Attending) -> tuple[Tensor, Tensor]:
+    """[b, h * e], and which rows [b, 1] read anything."""
+    last = a.keys.shape[1] if a.starts is None else int(a.starts.max()) + 1
+    places = torch.arange(last, device=a.keys.device)
+    mask = torch.ones(len(a.keys), last, dtype=torch.bool, device=a.keys.device)
+    if a.starts is not None:
+        mask = mask & (places <= a.starts[:, None])
+    if a.begins is not None:
+        mask = mask & (places >= a.begins[:, None])
+    if a.valid is not None:
+        mask = mask & a.valid[:, :last]
+    has_any = mask.any(-1, keepdim=True)
+    read = F.scaled_dot_product_attention(
+        query_B1HE.transpose(1, 2),
+        a.keys[:, :last].to(query_B1HE.dtype).transpose(1, 2),
+        a.values[:, :last].to(query_B1HE.dtype).transpose(1, 2),
+        attn_mask=(mask | ~has_any)[:, None, None],
+        scale=a.scale,
+        enable_gqa=query_B1HE.shape[2] != a.keys.shape[2],
+    )
+    return read.transpose(1, 2).flatten(1), has_any
+
+
+def feed_forward_step(
+    x_BD: Tensor, norm: Norm, gate: Matrix | None, up: Matrix, down: Matrix, activation: str
+) -> Tensor:
+    """x + down(gelu(up)), or x + down(silu(gate) * up)."""
+    normed = normalize(x_BD, norm)
+    wide = linear(normed, up)
+    if gate is not None:
+        return x_BD + linear(F.silu(linear(normed, gate)) * wide, down)
+    return x_BD + linear(F.gelu(wide, approximate="tanh" if activation == "gelu_tanh" else "none"), down)

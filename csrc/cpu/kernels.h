@@ -52,13 +52,51 @@ struct Gather {
 
 enum Type : int { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
-// y = scale x w' + bias for a few rows of x, as a step of decoding has: what counts is to read w once.
+// Weights of a linear layer: y = scale x w' + bias.
+struct Matrix {
+  Type type, bias_type;                   // of w; of the bias
+  const void *w, *bias;                   // [O, D]; [O] or null
+  const float* scale;                     // [O] or null
+  int64_t O, D;
+};
+
+enum Activation : int { NONE = 0, GELU = 1, GELU_TANH = 2, SILU = 3 };
+
+// y = activation(x w') * factor + residual for a few rows of x, as a step of decoding has: what counts is to read w once.
 struct Linear {
-  int64_t T, O, D;
-  Type type;                              // of w
-  const void* w;                          // [O, D]
-  const float *x, *scale, *bias;          // [T, D], [O] or null, [O] or null
+  int64_t T;
+  Matrix m;
+  const float* x;                         // [T, D]
   float* y;                               // [T, O]
+  Activation activation;
+  const float *factor, *residual;         // [T, O] or null
+};
+
+// LayerNorm, or RMSNorm without a mean and a bias.
+struct Norm {
+  int64_t D;
+  bool is_rms;
+  Type type;                              // of weight and bias
+  const void *weight, *bias;              // [D] or null
+  float eps;
+};
+
+// Attention of one new token a row: its keys and values are put into the cache, then it attends.
+struct Step {
+  int64_t B, H, G, E, P;
+  float *q, *k, *v;                       // [B, H, E], [B, G, E]; k null = nothing new
+  float* o;                               // [B, H, E]; 0 where nothing is attended
+  Type type;                              // of the cache
+  void *keys, *values;                    // [B, S, G, E]
+  int64_t row_stride, token_stride;       // of both
+  int64_t num_keys;                       // S
+  const int64_t *begins, *starts;         // [B] first key and last key, where the new token is put; null: 0, S - 1
+  const uint8_t* valid;                   // [B, num_keys] or null
+  const int64_t* positions;               // [B] of q (and k) in cos and sin
+  const float *cos, *sin;                 // [num_positions, P] or null
+  int64_t num_positions;
+  bool is_interleaved;
+  float scale;
 };
 
 // One instruction set's build. Each function handles problems [begin, end) of its kernel.
@@ -69,6 +107,9 @@ struct Build {
   void (*rope)(const Rope&, Type, int64_t begin, int64_t end);  // items are b * N + n
   void (*gather_neighbors)(const Gather&, int64_t begin, int64_t end);
   void (*linear)(const Linear&, int64_t begin, int64_t end);  // items are outputs
+  void (*norm)(const Norm&, const float* x, float* y, int64_t begin, int64_t end);  // items are rows
+  void (*put)(const Step&, int64_t begin, int64_t end);       // rotates, and writes the cache; items are rows
+  void (*attend)(const Step&, int64_t begin, int64_t end);    // items are b * G + g
 };
 
 extern const Build scalar_build;

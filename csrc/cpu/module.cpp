@@ -134,18 +134,141 @@ void gather_neighbors(const std::string& build, const std::array<int64_t, 6>& si
   parallel_for(a.count, 512, [&](int64_t begin, int64_t end) { run(a, begin, end); });
 }
 
-// sizes: T O D; addresses: x w scale bias y.
-void linear(const std::string& build, int type, const std::array<int64_t, 3>& sizes, const std::array<uintptr_t, 5>& addresses) {
+// Numbers and addresses one after another, in the order in which kernels/cpp.py writes them.
+class Fields {
+ public:
+  explicit Fields(const std::vector<int64_t>& values) : next_(values.begin()), end_(values.end()) {}
+  int64_t integer() {
+    if (next_ == end_) throw std::invalid_argument("too few fields");
+    return *next_++;
+  }
+  template <class T>
+  T* address() { return reinterpret_cast<T*>(static_cast<uintptr_t>(integer())); }
+  Matrix matrix() {
+    Matrix m{};
+    m.type = Type(integer()), m.bias_type = Type(integer()), m.O = integer(), m.D = integer();
+    m.w = address<void>(), m.bias = address<void>(), m.scale = address<float>();
+    return m;
+  }
+  Norm norm(float eps) {
+    Norm n{};
+    n.D = integer(), n.is_rms = integer() != 0, n.type = Type(integer());
+    n.weight = address<void>(), n.bias = address<void>(), n.eps = eps;
+    return n;
+  }
+  Step attention(float scale) {
+    Step a{};
+    a.B = integer(), a.H = integer(), a.G = integer(), a.E = integer(), a.P = integer(), a.is_interleaved = integer() != 0;
+    a.type = Type(integer()), a.row_stride = integer(), a.token_stride = integer(), a.num_keys = integer(), a.num_positions = integer();
+    a.keys = address<void>(), a.values = address<void>();
+    a.begins = address<int64_t>(), a.starts = address<int64_t>(), a.valid = address<uint8_t>();
+    a.positions = address<int64_t>(), a.cos = address<float>(), a.sin = address<float>();
+    a.scale = scale;
+    for (int64_t b = 0; b < a.B; b++) {
+      const int64_t last = a.starts ? a.starts[b] : a.num_keys - 1, first = a.begins ? a.begins[b] : 0;
+      if (first < 0 || first > last + 1 || last >= a.num_keys)
+        throw py::value_error("row " + std::to_string(b) + " attends " + std::to_string(first) + " ... " + std::to_string(last) + "; the cache holds " + std::to_string(a.num_keys));
+      if (a.cos && (a.positions[b] < 0 || a.positions[b] >= a.num_positions))
+        throw py::value_error("positions holds " + std::to_string(a.positions[b]) + "; cos has " + std::to_string(a.num_positions) + " positions");
+    }
+    return a;
+  }
+
+ private:
+  std::vector<int64_t>::const_iterator next_, end_;
+};
+
+// Linear layers on the same input, all outputs of all of them divided among the threads.
+void run(const Build& build, const std::vector<Linear>& layers) {
+  int64_t outputs = 0;
+  for (const Linear& layer : layers) outputs += layer.m.O;
+  parallel_for(outputs, 192, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (const Linear& layer : layers) {
+      const int64_t from = std::max(begin - first, int64_t(0)), to = std::min(end - first, layer.m.O);
+      if (from < to) build.linear(layer, from, to);
+      first += layer.m.O;
+    }
+  });
+}
+
+void run(const Build& build, const Step& a) {
+  int64_t keys = 1;
+  for (int64_t b = 0; b < a.B; b++) keys = std::max(keys, a.starts ? a.starts[b] : a.num_keys);
+  const int64_t work = keys * a.E * (a.H / a.G);
+  build.put(a, 0, a.B);
+  parallel_for(a.B * a.G, std::max<int64_t>(1, 65536 / work), [&](int64_t begin, int64_t end) { build.attend(a, begin, end); });
+}
+
+// T, x, y; the matrix.
+void linear(const std::string& name, const std::vector<int64_t>& values) {
+  Fields fields(values);
   Linear a{};
-  a.T = sizes[0], a.O = sizes[1], a.D = sizes[2], a.type = Type(type);
-  a.x = pointer<float>(addresses[0]);
-  a.w = pointer<void>(addresses[1]);
-  a.scale = pointer<float>(addresses[2]);
-  a.bias = pointer<float>(addresses[3]);
-  a.y = pointer<float>(addresses[4]);
-  const auto run = find_build(build).linear;
+  a.T = fields.integer(), a.x = fields.address<float>(), a.y = fields.address<float>();
+  a.m = fields.matrix();
+  const Build& build = find_build(name);
   const py::gil_scoped_release release;
-  parallel_for(a.O, 192, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+  run(build, {a});
+}
+
+// x, y [B, D]; norm; q, k, v, out; attention: y = x + out(attention(q, k, v)), the cache written.
+void attention_step(const std::string& name, const std::vector<int64_t>& values, float eps, float scale) {
+  Fields fields(values);
+  const float* x = fields.address<float>();
+  float* y = fields.address<float>();
+  const Norm norm = fields.norm(eps);
+  const Matrix q = fields.matrix(), k = fields.matrix(), v = fields.matrix(), out = fields.matrix();
+  Step a = fields.attention(scale);
+  const Build& build = find_build(name);
+  const py::gil_scoped_release release;
+  std::vector<float> normed(size_t(a.B * norm.D)), queries(size_t(a.B * q.O)), keys(size_t(a.B * k.O)), read(size_t(a.B * q.O));
+  std::vector<float> new_values(size_t(a.B * v.O));
+  a.q = queries.data(), a.k = keys.data(), a.v = new_values.data(), a.o = read.data();
+  build.norm(norm, x, normed.data(), 0, a.B);
+  run(build, {{a.B, q, normed.data(), a.q, NONE, nullptr, nullptr}, {a.B, k, normed.data(), a.k, NONE, nullptr, nullptr}, {a.B, v, normed.data(), a.v, NONE, nullptr, nullptr}});
+  run(build, a);
+  run(build, {{a.B, out, a.o, y, NONE, nullptr, x}});
+}
+
+// x, y [B, D]; adds (bool: out's bias also where nothing is read); norm; q, out; attention.
+void cross_attention_step(const std::string& name, const std::vector<int64_t>& values, float eps, float scale) {
+  Fields fields(values);
+  const float* x = fields.address<float>();
+  float* y = fields.address<float>();
+  const bool adds = fields.integer() != 0;
+  const Norm norm = fields.norm(eps);
+  const Matrix q = fields.matrix(), out = fields.matrix();
+  Step a = fields.attention(scale);
+  const Build& build = find_build(name);
+  const py::gil_scoped_release release;
+  std::vector<float> normed(size_t(a.B * norm.D)), queries(size_t(a.B * q.O)), read(size_t(a.B * q.O));
+  a.q = queries.data(), a.o = read.data();
+  build.norm(norm, x, normed.data(), 0, a.B);
+  run(build, {{a.B, q, normed.data(), a.q, NONE, nullptr, nullptr}});
+  run(build, a);
+  run(build, {{a.B, out, a.o, y, NONE, nullptr, x}});
+  for (int64_t b = 0; !adds && a.valid && b < a.B; ++b) {
+    const uint8_t* row = a.valid + b * a.num_keys;
+    if (std::find(row, row + a.num_keys, 1) == row + a.num_keys) std::copy(x + b * out.O, x + (b + 1) * out.O, y + b * out.O);
+  }
+}
+
+// x, y [B, D], B, activation; norm; gate (O = 0: none), up, down: y = x + down(activation(...)).
+void feed_forward_step(const std::string& name, const std::vector<int64_t>& values, float eps) {
+  Fields fields(values);
+  const float* x = fields.address<float>();
+  float* y = fields.address<float>();
+  const int64_t B = fields.integer();
+  const Activation activation = Activation(fields.integer());
+  const Norm norm = fields.norm(eps);
+  const Matrix gate = fields.matrix(), up = fields.matrix(), down = fields.matrix();
+  const Build& build = find_build(name);
+  const py::gil_scoped_release release;
+  std::vector<float> normed(size_t(B * norm.D)), gates(size_t(B * gate.O)), wide(size_t(B * up.O));
+  build.norm(norm, x, normed.data(), 0, B);
+  if (gate.O) run(build, {{B, gate, normed.data(), gates.data(), activation, nullptr, nullptr}});
+  run(build, {{B, up, normed.data(), wide.data(), gate.O ? NONE : activation, gate.O ? gates.data() : nullptr, nullptr}});
+  run(build, {{B, down, wide.data(), y, NONE, nullptr, x}});
 }
 
 }  // namespace
@@ -161,4 +284,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rope", &rope);
   m.def("gather_neighbors", &gather_neighbors);
   m.def("linear", &linear);
+  m.def("attention_step", &attention_step);
+  m.def("cross_attention_step", &cross_attention_step);
+  m.def("feed_forward_step", &feed_forward_step);
 }

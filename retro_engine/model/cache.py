@@ -22,6 +22,8 @@ class Cache:
     hidden_BMD: Tensor  # normed state of the current chunk at the first cross-attending layer
     length: int = 0  # tokens taken so far, padding included
     has_padding: bool = False
+    pads_B: Tensor | None = None  # how much of a row is padding, when all of it is on the left
+    rotary: tuple[Tensor, Tensor] | None = None  # of every position, made at the first step of one token
     cross_keys: dict[int, Tensor] = field(default_factory=dict)  # layer -> [b, k*r, g, e] of the last whole chunk
     cross_values: dict[int, Tensor] = field(default_factory=dict)
     cross_mask: Tensor | None = None  # [b, k*r] True = valid; None = no neighbors so far

@@ -92,3 +92,48 @@ class DecoderLayer(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+    def attention_step(
+        self,
+        x_BD: Tensor,
+        keys_BSGE: Tensor,
+        values_BSGE: Tensor,
+        begins: Tensor | None,
+        starts: Tensor,
+        rotary: Rotary,
+    ) -> Tensor:
+        """Self-attention of one new token a row, at `starts` [b]; no gradients."""
+        a, (cos, sin) = self.attention, (None, None) if rotary is None else rotary
+        attending = ops.Attending(
+            keys_BSGE, values_BSGE, a.scale, begins, starts, None, starts, cos, sin, a.interleaved
+        )
+        matrices = [_matrix(linear) for linear in (a.q, a.k, a.v, a.out)]
+        return ops.attention_step(x_BD, _norm(self.attention_norm), *matrices, attending)
+
+    def cross_attention_step(
+        self, x_BD: Tensor, keys_BXGE: Tensor, values_BXGE: Tensor, valid_BX: Tensor, offsets_B: Tensor, rotary: Rotary
+    ) -> Tensor:
+        """CCA of one token a row, at `offsets` [b] of the chunk that attends; keys are rotated already."""
+        cos, sin = (None, None) if rotary is None else rotary
+        attending = ops.Attending(
+            keys_BXGE, values_BXGE, self.cross.scale, valid=valid_BX, positions=offsets_B, cos=cos, sin=sin
+        )
+        matrices = [_matrix(linear) for linear in (self.cross.q, self.cross.out)]
+        return ops.cross_attention_step(
+            x_BD, _norm(self.cross_norm), *matrices, attending, self.config.cca_bias_everywhere
+        )
+
+    def feed_forward_step(self, x_BD: Tensor) -> Tensor:
+        gate = None if self.ffn.gate is None else _matrix(self.ffn.gate)
+        up, down = _matrix(self.ffn.up), _matrix(self.ffn.down)
+        return ops.feed_forward_step(x_BD, _norm(self.ffn_norm), gate, up, down, self.config.activation)
+
+
+def _matrix(linear: nn.Module) -> ops.Matrix:
+    """The weights of a Linear or an Int8Linear."""
+    return ops.Matrix(linear.weight, linear.bias, getattr(linear, "scale", None))  # type: ignore[arg-type]
+
+
+def _norm(module: nn.Module) -> ops.Norm:
+    is_rms = isinstance(module, nn.RMSNorm)
+    return ops.Norm(module.weight, None if is_rms else module.bias, module.eps, is_rms)  # type: ignore[arg-type]

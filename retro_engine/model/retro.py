@@ -5,7 +5,7 @@ project it imitates. Shape letters: B batch, N tokens, M chunk length, L chunks,
 neighbor, D width, C encoder width, V vocabulary, S cached tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,8 +187,12 @@ class RetroModel(nn.Module):
             raise ValueError(f"neighbors has shape {tuple(neighbors.shape)}; expected [{B}, {completed}, k, r]")
         cache.is_token_BS[:, start:stop] = True if is_token is None else is_token
         cache.has_padding = cache.has_padding or (is_token is not None and not bool(is_token.all()))
-        mask = self._cached_mask(cache, start, stop)
         device = tokens.device
+        if T == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            begins = self._padding_on_the_left(cache, stop) if cache.has_padding else None
+            if begins is not None or not cache.has_padding:
+                return self._step_of_one(tokens, cache, neighbors, neighbor_lengths, begins)
+        mask = self._cached_mask(cache, start, stop)
         x = self._embed(tokens, start)
         rotary = self.decoder_rotary(stop, device)
         positions = torch.arange(start, stop, device=device)
@@ -211,10 +215,85 @@ class RetroModel(nn.Module):
                 x = x + self._cached_cross(index, z, cache, fresh, start, cross_rotary)
             x = layer.feed_forward(x)
         if fresh is not None and completed:
-            cache.cross_mask = fresh.mask_BCS[:, -1]
+            cache.cross_mask = fresh.mask_BCS[:, -1].contiguous()
         cache.length = stop
         hidden = self.final_norm(x[:, -1:] if last_only else x)
         return self.logits(hidden * self.output_scale if c.mup else hidden)
+
+    def _step_of_one(
+        self,
+        tokens_B1: Tensor,
+        cache: Cache,
+        neighbors: Tensor | None,
+        lengths: Tensor | None,
+        begins: Tensor | None,
+    ) -> Tensor:
+        """`step` for one token of each row: -> logits [b, 1, V]."""
+        start, M, device = cache.length, self.config.chunk_size, tokens_B1.device
+        completed = (start + 1) // M - start // M
+        if cache.rotary is None:
+            cache.rotary = self.decoder_rotary(cache.capacity, device)
+        offset = M - 1 if self.config.cca_query_offset else 0
+        offsets = torch.full((len(tokens_B1),), (start - (M - 1)) % M + offset, device=device)
+        cross_rotary = self.cross_rotary(device)
+
+        def read(index: int, x: Tensor) -> Tensor:
+            layer = self.layers[index]
+            if index == self.config.cross_layers[0]:
+                z = layer.cross_norm(x.to(self.embedding.weight.dtype))[:, None]
+                fresh = self._encode_completed(z, cache, start, completed, neighbors, lengths)
+                if completed:
+                    cache.cross_mask = fresh.mask_BCS[:, 0].contiguous()
+                    for crossing, (k, v) in zip(self.config.cross_layers, fresh.keys_values):
+                        k = k[:, 0] if cross_rotary is None else ops.rope(k[:, 0].flatten(0, 1), *cross_rotary)
+                        cache.cross_keys[crossing] = k.reshape(v[:, 0].shape).flatten(1, 2).contiguous()
+                        cache.cross_values[crossing] = v[:, 0].flatten(1, 2).contiguous()
+            keys, values, valid = cache.cross_keys.get(index), cache.cross_values.get(index), cache.cross_mask
+            if valid is None or not valid.shape[1] or keys is None or values is None:
+                shape = (len(x), 0, self.config.key_value_heads, self.config.head_width)
+                keys = values = self.embedding.weight.new_empty(shape)
+                valid = torch.empty(shape[:2], dtype=torch.bool, device=device)
+            return layer.cross_attention_step(x, keys, values, valid, offsets, cross_rotary)
+
+        x = self._embed(tokens_B1, start)[:, 0]
+        starts = torch.full((len(x),), start, device=device)
+        x = self.layers_of_one(x, cache.keys_BSGE, cache.values_BSGE, begins, starts, cache.rotary, read)
+        cache.length = start + 1
+        return self.logits_of_one(x)[:, None]
+
+    def layers_of_one(
+        self,
+        x_BD: Tensor,
+        keys_BSGE: Sequence[Tensor],
+        values_BSGE: Sequence[Tensor],
+        begins: Tensor | None,
+        starts: Tensor,
+        rotary: Rotary,
+        read: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:
+        """All layers for one new token a row, at `starts` [b]; `read` adds what a cross-attending layer reads."""
+        x = x_BD
+        for index, layer in enumerate(self.layers):
+            x = layer.attention_step(x, keys_BSGE[index], values_BSGE[index], begins, starts, rotary)
+            if layer.is_crossing:
+                x = read(index, x)
+            x = layer.feed_forward_step(x)
+        return x
+
+    def logits_of_one(self, x_BD: Tensor) -> Tensor:
+        """[b, d] after all layers -> [b, V]"""
+        hidden = self.final_norm(x_BD.to(self.embedding.weight.dtype))
+        return self.logits(hidden * self.output_scale if self.config.mup else hidden)
+
+    def _padding_on_the_left(self, cache: Cache, stop: int) -> Tensor | None:
+        """Padding before each row's first token, int64 [b]; None where some is between or after tokens."""
+        if cache.pads_B is None:
+            is_token = cache.is_token_BS[:, :stop]
+            pads = (~is_token).sum(-1)
+            if not bool((is_token == (torch.arange(stop, device=pads.device) >= pads[:, None])).all()):
+                return None
+            cache.pads_B = pads
+        return cache.pads_B
 
     def _embed(self, tokens: Tensor, start: int) -> Tensor:
         x = self.embedding(tokens) * self.config.input_scale

@@ -169,35 +169,28 @@ def step_rows(
     longest = int(starts.max()) + 1
     if longest > rows.capacity:
         raise ValueError(f"the cache holds {rows.capacity} tokens; {longest} were given")
-    mask = None
-    if len(starts) > 1 or bool(rows.pads_B.any()):
-        places = torch.arange(longest, device=starts.device)
-        mask = ((places <= starts[:, None]) & (places >= rows.pads_B[:, None]))[:, None, None]
-    x = model.embedding(tokens_B[:, None]) * c.input_scale
+    x = model.embedding(tokens_B) * c.input_scale
     if c.position_embedding == "learned":
         assert model.position_embedding is not None
-        x = x + model.position_embedding(starts[:, None])
-    z: Tensor | None = None
-    for index, layer in enumerate(model.layers):
-        q, k, v = layer.attention.project(layer.attention_norm(x))
-        if rows.rotary is not None:
-            q, k = ops.rope_qk(q, k, *rows.rotary, positions=starts[:, None], interleaved=c.rotary_interleaved)
-        keys, values = rows.keys_BSGE[index], rows.values_BSGE[index]
-        keys[row_index, starts], values[row_index, starts] = k[:, 0], v[:, 0]
-        attended = ops.masked_attention(q, keys[:, :longest], values[:, :longest], mask, scale=layer.attention.scale)
-        x = x + layer.attention.out(attended.flatten(-2))
-        if layer.is_crossing:
-            z = layer.cross_norm(x)
-            if index == c.cross_layers[0]:
-                rows.hidden_BMD[row_index, starts % M] = z[:, 0]
-                if ending:
-                    _read_anew(model, rows, ending, neighbors_NKR, lengths_NK)
-                reading = _Reading.of(rows, starts, M, c.cca_query_offset)
-            x = x + reading.attend(model, index, z)
-        x = layer.feed_forward(x)
+        x = x + model.position_embedding(starts)
+    offsets = (starts - (M - 1)) % M + (M - 1 if c.cca_query_offset else 0)
+    valid = rows.cross_valid_BX
+
+    def read(index: int, x: Tensor) -> Tensor:
+        nonlocal valid
+        layer, place = model.layers[index], c.cross_layers.index(index)
+        if place == 0:
+            rows.hidden_BMD[row_index, starts % M] = layer.cross_norm(x.to(rows.hidden_BMD.dtype))
+            if ending:
+                _read_anew(model, rows, ending, neighbors_NKR, lengths_NK)
+            used = rows.cross_valid_BX.any(0).nonzero()
+            valid = rows.cross_valid_BX[:, : int(used[-1]) + 1 if len(used) else 0].contiguous()
+        keys, values = (part[place][:, : valid.shape[1]] for part in (rows.cross_keys_BXGE, rows.cross_values_BXGE))
+        return layer.cross_attention_step(x, keys, values, valid, offsets, rows.cross_rotary)
+
+    x = model.layers_of_one(x, rows.keys_BSGE, rows.values_BSGE, rows.pads_B, starts, rows.rotary, read)
     rows.lengths_B += 1 if advances is None else advances.long()
-    hidden = model.final_norm(x[:, 0])
-    return model.logits(hidden * model.output_scale if c.mup else hidden)
+    return model.logits_of_one(x)
 
 
 def _read_anew(
@@ -219,37 +212,3 @@ def _read_anew(
     values = [v[:, 0].flatten(1, 2) for _, v in pairs]
     for number, row in enumerate(ending):
         rows.put_cross(row, [k[number] for k in rotated], [v[number] for v in values], valid[number, 0])
-
-
-@dataclass
-class _Reading:
-    """The chunked cross-attention of a step: which neighbor tokens each row reads, and from where."""
-
-    rows: Rows
-    offsets_B1: Tensor  # of the query in its attending chunk, as rotated
-    allowed: Tensor  # [b, 1, 1, x]; all where a row has none (finite, unused)
-    has_any: Tensor  # [b, 1, 1]
-    width: int
-
-    @classmethod
-    def of(cls, rows: Rows, starts_B: Tensor, M: int, is_offset: bool) -> "_Reading":
-        valid = rows.cross_valid_BX
-        used = valid.any(0).nonzero()
-        width = int(used[-1]) + 1 if len(used) else 0
-        valid = valid[:, :width]
-        has_any = valid.any(-1, keepdim=True)
-        offsets = (starts_B - (M - 1)) % M + (M - 1 if is_offset else 0)
-        return cls(rows, offsets[:, None], (valid | ~has_any)[:, None, None], has_any[..., None], width)
-
-    def attend(self, model: RetroModel, index: int, z: Tensor) -> Tensor:
-        cross, place = model.layers[index].cross, model.config.cross_layers.index(index)
-        out = torch.zeros_like(z)
-        if self.width:
-            q = cross.queries(z)
-            if self.rows.cross_rotary is not None:
-                q = ops.rope(q, *self.rows.cross_rotary, positions=self.offsets_B1)
-            keys = self.rows.cross_keys_BXGE[place][:, : self.width]
-            values = self.rows.cross_values_BXGE[place][:, : self.width]
-            out = ops.masked_attention(q, keys, values, self.allowed, scale=cross.scale).flatten(-2)
-            out = torch.where(self.has_any, out if model.config.cca_bias_everywhere else cross.out(out), 0)
-        return cross.out(out) if model.config.cca_bias_everywhere else out

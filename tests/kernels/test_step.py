@@ -1,0 +1,161 @@
+"""The layers of a step of decoding: C++ close to float64, the same bits whatever rows are beside, bad places named."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from retro_kernels import cpp, reference
+from retro_kernels.step import Attending, Matrix, Norm, attention_step, cross_attention_step, feed_forward_step
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
+S, POSITIONS = 37, 50
+SHAPES = [(1, 2, 2, 8), (2, 4, 2, 16), (5, 6, 1, 10), (8, 3, 3, 64), (16, 2, 2, 80), (3, 1, 1, 128)]  # B, H, G, E
+TYPES = [torch.float32, torch.bfloat16, torch.int8]
+
+
+def matrix(outputs: int, inputs: int, kind: torch.dtype = torch.float32, has_bias: bool = True) -> Matrix:
+    bias = torch.randn(outputs) if has_bias else None
+    if kind == torch.int8:
+        scale = torch.rand(outputs) / 127 / inputs**0.5
+        return Matrix(torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8), bias, scale)
+    weight = torch.randn(outputs, inputs) / inputs**0.5
+    return Matrix(weight.to(kind), bias if bias is None else bias.to(kind))
+
+
+def norm(width: int, is_rms: bool, dtype: torch.dtype = torch.float32) -> Norm:
+    return Norm(torch.rand(width).to(dtype), None if is_rms else torch.randn(width).to(dtype), 1e-5, is_rms)
+
+
+def wide(x: object) -> object:
+    """The same in float64; the scale of int8 weights multiplied in."""
+    if isinstance(x, Tensor):
+        return x.double() if x.is_floating_point() else x
+    if isinstance(x, Matrix) and x.scale is not None:
+        return Matrix(x.weight.double() * x.scale.double()[:, None], wide(x.bias))  # type: ignore[arg-type]
+    if isinstance(x, Matrix | Norm | Attending):
+        return replace(x, **{name: wide(value) for name, value in vars(x).items()})
+    return x
+
+
+def tables(pairs: int) -> tuple[Tensor, Tensor]:
+    angle = torch.rand(POSITIONS, pairs) * 6
+    return angle.cos(), angle.sin()
+
+
+def self_attending(shape: tuple[int, ...], dtype: torch.dtype, pairs: int, interleaved: bool) -> Attending:
+    B, _, G, E = shape
+    starts = torch.randint(4, S, (B,))
+    cache = [torch.randn(B, S + 3, G, E).to(dtype)[:, :S] for _ in range(2)]
+    rotary = tables(pairs) if pairs else (None, None)
+    return Attending(*cache, E**-0.5, torch.randint(0, 4, (B,)), starts, None, starts, *rotary, interleaved)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("is_rms", [False, True])
+def test_self_attention(shape: tuple[int, ...], kind: torch.dtype, is_rms: bool) -> None:
+    torch.manual_seed(0)
+    B, H, G, E = shape
+    D, cache_type = 24, torch.bfloat16 if kind == torch.bfloat16 else torch.float32
+    attending = self_attending(shape, cache_type, E // 4 if is_rms else E // 2, interleaved=is_rms)
+    weights = [matrix(n, D, kind) for n in (H * E, G * E, G * E)] + [matrix(D, H * E, kind, False)]
+    parts = (torch.randn(B, D), norm(D, is_rms), *weights)
+    exact_attending = wide(attending)
+    exact = reference.attention_step(*map(wide, parts), exact_attending)  # type: ignore[arg-type]
+    found = attention_step(*parts, attending)  # type: ignore[arg-type]
+    error = 2e-2 if kind == torch.bfloat16 else 1e-5
+    assert found.dtype == torch.float32
+    assert (found - exact).norm() <= error * exact.norm()
+    rows = torch.arange(B)
+    for cache, expected in zip((attending.keys, attending.values), (exact_attending.keys, exact_attending.values)):  # type: ignore[attr-defined]
+        assert torch.equal(cache[rows, 0], expected[rows, 0].to(cache_type))
+        written, wanted = cache[rows, attending.starts], expected[rows, attending.starts]
+        assert (written - wanted).norm() <= error * wanted.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("adds_bias", [False, True])
+@pytest.mark.parametrize("keys", [S, 1, 0])
+def test_cross_attention(shape: tuple[int, ...], adds_bias: bool, keys: int) -> None:
+    torch.manual_seed(1)
+    B, H, G, E = shape
+    D, cache = 20, [torch.randn(B, S, G, E)[:, :keys] for _ in range(2)]
+    valid = torch.rand(B, keys) < 0.5
+    valid[0] = False  # a row that has no neighbors
+    offsets = torch.randint(0, POSITIONS, (B,))
+    cos, sin = tables(E // 2)
+    attending = Attending(*cache, 0.2, valid=valid, positions=offsets, cos=cos, sin=sin)
+    parts = (torch.randn(B, D), norm(D, False), matrix(H * E, D), matrix(D, H * E), attending)
+    exact = reference.cross_attention_step(*map(wide, parts), adds_bias)  # type: ignore[arg-type]
+    found = cross_attention_step(*parts, adds_bias)
+    assert torch.isfinite(found).all()
+    assert (found - exact).norm() <= 1e-5 * exact.norm()
+    if not adds_bias:
+        assert torch.equal(found[0], parts[0][0])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 16])
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
+def test_feed_forward(rows: int, kind: torch.dtype, activation: str) -> None:
+    torch.manual_seed(2)
+    D, F = 40, 77
+    gate = matrix(F, D, kind) if activation == "swiglu" else None
+    parts = (3 * torch.randn(rows, D), norm(D, activation == "swiglu"), gate, matrix(F, D, kind), matrix(D, F, kind))
+    exact = reference.feed_forward_step(*map(wide, parts), activation)  # type: ignore[arg-type]
+    found = feed_forward_step(*parts, activation)
+    assert (found - exact).norm() <= 2e-6 * exact.norm()
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    torch.manual_seed(3)
+    B, D = 16, 24
+    attending = self_attending((B, 4, 2, 16), torch.float32, 8, False)
+    weights = [matrix(n, D) for n in (64, 32, 32)] + [matrix(D, 64)]
+    x, first, second = torch.randn(B, D), norm(D, False), norm(D, True)
+    ffn = (matrix(50, D), matrix(50, D), matrix(D, 50))
+
+    def layer(rows: slice) -> Tensor:
+        names = ("keys", "values", "begins", "starts", "positions")
+        part = replace(attending, **{name: getattr(attending, name)[rows].clone() for name in names})
+        return feed_forward_step(attention_step(x[rows], first, *weights, part), second, *ffn, "swiglu")
+
+    together = layer(slice(0, B))
+    for begin, end in ((0, 1), (3, 4), (0, 8), (5, 12), (8, 16)):
+        assert torch.equal(layer(slice(begin, end)), together[begin:end])
+
+
+def test_float64_and_many_rows_are_pytorchs() -> None:
+    torch.manual_seed(4)
+    for rows, dtype in ((3, torch.float64), (40, torch.float32)):
+        parts = [torch.randn(rows, 8).to(dtype)]
+        ws = [Matrix(torch.randn(8, 8).to(dtype)) for _ in range(2)]
+        plain = Norm(torch.ones(8, dtype=dtype), None, 1e-5, True)
+        found = feed_forward_step(*parts, plain, None, *ws, "gelu")
+        assert torch.equal(found, reference.feed_forward_step(*parts, plain, None, *ws, "gelu"))
+
+
+def test_places_outside_are_named() -> None:
+    weights = [matrix(16, 8), matrix(16, 8), matrix(16, 8), matrix(8, 16)]
+    attending = self_attending((2, 2, 2, 8), torch.float32, 4, False)
+    x, plain = torch.randn(2, 8), norm(8, True)
+    for change, message in (
+        ({"starts": torch.tensor([1, S])}, f"the cache holds {S}"),
+        ({"starts": torch.tensor([1, -2])}, "row 1 attends"),
+        ({"begins": torch.tensor([0, -1])}, "row 1 attends"),
+        ({"positions": torch.tensor([0, POSITIONS])}, f"cos has {POSITIONS} positions"),
+        ({"starts": None}, r"starts is None; expected \[2\]"),
+        ({"starts": torch.tensor([1])}, r"starts has shape \(1,\); expected \[2\]"),
+        ({"values": attending.values[:, 1:]}, "expected x"),
+        ({"sin": None}, "given together"),
+        ({"valid": torch.ones(2, 1, dtype=torch.bool)}, "valid has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention_step(x, plain, *weights, replace(attending, **change))
+    for place in range(4):
+        wrong = [*weights[:place], matrix(9, 9), *weights[place + 1 :]]
+        with pytest.raises(ValueError, match="expected"):
+            attention_step(x, plain, *wrong, attending)
+    with pytest.raises(ValueError, match=r"down has weight \(8, 9\)"):
+        feed_forward_step(x, plain, None, matrix(10, 8), matrix(8, 9), "gelu")
