@@ -35,10 +35,11 @@ CEILING_CHUNKS = 8  # of the sequences in which the copy ceiling is measured
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    from retro_engine.cli_docs import with_url
     from retro_engine.train.__main__ import parse
 
     parser = _parser()
-    args = parse(parser, argv)
+    args = parse(parser, with_url(list(sys.argv[1:] if argv is None else argv)))
     if args.command is None:
         parser.print_help()
         return 2

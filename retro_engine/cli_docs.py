@@ -1,4 +1,4 @@
-"""The command `retro docs`: a live library from the command line."""
+"""The command `retro docs`: a live library from the command line, a folder's or a server's."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from retro_engine.progress import Reporter
     from retro_engine.retrieval.library import Library
     from retro_engine.retrieval.library_import import Importer, Job
+    from retro_engine.serve.client import RemoteLibrary
 
 BATCH = 256  # documents added at once
 
@@ -25,7 +26,7 @@ def add_docs(sub: argparse.ArgumentParser) -> None:
     def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
         what = commands.add_parser(name, help=about, description=about)
         what.set_defaults(run=run)
-        what.add_argument("library", metavar="LIBRARY")
+        what.add_argument("library", metavar="LIBRARY", help="a folder, or a server's URL (its key in RETRO_API_KEY)")
         what.add_argument("--namespace", default="default")
         what.add_argument("--json", action="store_true", help="results as JSON lines")
         what.add_argument("--quiet", action="store_true")
@@ -61,8 +62,30 @@ def add_docs(sub: argparse.ArgumentParser) -> None:
     what.add_argument("--store-weight", type=float, default=1.0, metavar="W", help="of the stores; the library has 1")
 
 
-def _open(args: argparse.Namespace) -> "Library":
+def with_url(words: list[str]) -> list[str]:
+    """`retro docs WHAT ... --url URL` as `retro docs WHAT URL ...`."""
+    for place, word in enumerate(words[:-1]):
+        if word == "--url" and words[0] == "docs" and place > 1:
+            return [*words[:2], words[place + 1], *words[2:place], *words[place + 2 :]]
+    return words
+
+
+def _is_url(args: argparse.Namespace) -> bool:
+    return args.library.startswith(("http://", "https://"))
+
+
+def _open(args: argparse.Namespace) -> "Library | RemoteLibrary":
     """The library; made first where a store is named."""
+    if _is_url(args):
+        from retro_engine.serve.client import RemoteLibrary
+
+        if getattr(args, "store", None):
+            raise UsageError("--store is for a library in a folder", f"{args.library} is a server's", "leave it out")
+        return RemoteLibrary(args.library)
+    return _open_folder(args)
+
+
+def _open_folder(args: argparse.Namespace) -> "Library":
     from retro_engine.data.store import Store
     from retro_engine.retrieval.library import Library
     from retro_engine.retrieval.library_documents import HashEmbedder
@@ -112,16 +135,35 @@ def _add(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
+    job = _import_remotely(args) if _is_url(args) else _import_here(args)
+    for source, reason in job.errors:
+        _reporter(args).say(f"set aside: {source}: {reason}")
+    names = ("number", "state", "done", "added", "failed", "reason")
+    _print(args, {name: getattr(job, name) for name in names})
+    return 0 if job.state == "done" else 3
+
+
+def _import_remotely(args: argparse.Namespace) -> "Job":
+    import tempfile
+
+    from retro_engine.data.corpus import spool_json_lines
+    from retro_engine.serve.client import RemoteLibrary
+
+    if getattr(args, "store", None):
+        raise UsageError("--store is for a library in a folder", f"{args.library} is a server's", "leave it out")
+    with tempfile.TemporaryFile() as file, RemoteLibrary(args.library) as remote:
+        if args.input != "-":
+            spool_json_lines(Path(args.input), file)
+        *_, job = remote.import_rows(sys.stdin.buffer if args.input == "-" else file, args.namespace)
+    return job
+
+
+def _import_here(args: argparse.Namespace) -> "Job":
     from retro_engine.retrieval.library_import import Importer
 
-    with _open(args) as library, Importer(library) as importer:
+    with _open_folder(args) as library, Importer(library) as importer:
         number = importer.start(sys.stdin.buffer if args.input == "-" else args.input, args.namespace)
-        job = _follow(importer, number, _reporter(args))
-        for source, reason in job.errors:
-            _reporter(args).say(f"set aside: {source}: {reason}")
-        names = ("number", "state", "done", "added", "failed", "reason")
-        _print(args, {name: getattr(job, name) for name in names})
-    return 0 if job.state == "done" else 3
+        return _follow(importer, number, _reporter(args))
 
 
 def _follow(importer: "Importer", number: int, reporter: "Reporter") -> "Job":
@@ -174,11 +216,12 @@ def _reset(args: argparse.Namespace) -> int:
 
 def _query(args: argparse.Namespace) -> int:
     from retro_engine.data.store import Store
+    from retro_engine.retrieval.library import Library
     from retro_engine.retrieval.library_search import combined, static_source
     from retro_engine.retrieval.search import Retriever
 
     with _open(args) as library:
-        if args.store:
+        if args.store and isinstance(library, Library):
             static = static_source(Retriever([Store(path) for path in args.store]))
             live = library.source(args.mode, args.namespace, args.weights)
             hits = combined(args.text, args.k, [(live, 1.0), (static, args.store_weight)])

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -208,6 +209,21 @@ def spool_standard_input(folder: Path) -> Path:
             file.write(first)
             first = sys.stdin.buffer.read(1 << 20)
     return path
+
+
+def spool_json_lines(path: Path, file: IO[bytes]) -> None:
+    """Write a file of JSON lines, unpacked, to `file`, and go back to its start.
+
+    Raises MissingInputError where it is not there, of another kind, or cut short.
+    """
+    if not path.is_file() or not path.name.endswith(SUFFIXES[2:5]):
+        raise MissingInputError(f"{path} is not a file of JSON lines", "", f"known: {', '.join(SUFFIXES[2:5])}")
+    try:
+        with _open(path) as source:
+            shutil.copyfileobj(source, file, 1 << 20)
+    except _stream_errors() as error:
+        raise MissingInputError(f"{path} cannot be read to its end", str(error), "make or copy it again") from error
+    file.seek(0)
 
 
 def _open(path: Path) -> IO[bytes]:
