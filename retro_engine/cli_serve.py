@@ -50,6 +50,7 @@ def add_serve(sub: argparse.ArgumentParser) -> None:
     flag("metrics-token", metavar="TOKEN", help="GET /metrics from elsewhere takes it")
     flag("nemo-compat", False, action="store_true", help="also PUT /generate and PUT /knn, as NeMo's services")
     flag("max-batch", 8, type=int, metavar="N", help="sequences generated at once")
+    flag("dtype", metavar="TYPE", help="of the model's weights: fp32, bf16 or int8 (default: as saved)")
     flag("max-waiting", 64, type=int, metavar="N", help="requests in the queue; more get 429")
 
 
@@ -144,7 +145,15 @@ def _serve(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be used", "at least 1")
     options = Options(
-        args.path, args.library, args.index, args.mode, args.weights, args.name, args.max_batch, args.max_waiting
+        args.path,
+        args.library,
+        args.index,
+        args.mode,
+        args.weights,
+        args.name,
+        args.max_batch,
+        args.max_waiting,
+        args.dtype,
     )
     address = Address(args.host, args.port, args.allow_host, args.proxy, args.metrics_token, args.nemo_compat)
     serve(options, address, _accounts(args), _reporter(args))

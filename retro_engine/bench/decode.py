@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def run(sizes: list[str], batches: tuple[int, ...] = (1, 8), names: list[str] | None = None) -> list[Row]:
-    names = peers.present(names or [name for name in peers.NAMES if name in peers.DECODERS])
+    names = peers.present(names or list(peers.DECODERS))
     rows = [_retrieval()]
     for size in sizes:
         rows += _size(size, names, batches)

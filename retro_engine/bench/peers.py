@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from retro_engine.bench.frame import forget_peak, resident_mib
 from retro_engine.config import ModelConfig, OptimConfig, preset_model
 from retro_engine.model import flops
+from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
 from retro_engine.train.optimizer import Optimizer
 
@@ -40,7 +41,7 @@ NAMES = (
     "gpt2",
 )
 RETRO_PEERS = ("megatron-core", "retro-pytorch")
-DECODERS = ("ours", *RETRO_PEERS, "gpt2")
+DECODERS = ("ours", "ours, bf16 weights", "ours, int8 weights", *RETRO_PEERS, "gpt2")
 M, K = 64, 2
 
 
@@ -133,6 +134,8 @@ def _ours(shape: Shape, name: str) -> tuple[nn.Module, Step, Decode]:
     model.set_recompute(kind if kind in ("selective", "full") else None)
     if kind == "compiled":
         model.compile()
+    if kind.endswith(" weights"):  # to decode with
+        use_weights(model, kind.removesuffix(" weights"))
     optimizer = Optimizer(model, OptimConfig(clip=None), {})
     autocast: Any = torch.autocast("cpu", torch.bfloat16) if kind == "bf16" else contextlib.nullcontext()
 
@@ -277,10 +280,9 @@ def _work(connection: Connection, name: str, shape: Shape, threads: int) -> None
     inputs = Inputs.draw(shape)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     before = resident_mib() + 12 * parameters / 2**20  # fp32: the weights are there, gradients and two moments are not
-    read = sum(
-        p.numel() * p.element_size() for n, p in model.named_parameters() if not n.startswith(("encoder.", "neighbor_"))
-    )
-    connection.send((parameters, read))
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    unread = ("encoder.", "neighbor_", *(("embedding.",) if getattr(model, "head", None) is not None else ()))
+    connection.send((parameters, sum(w.nbytes for n, w in weights.items() if not n.startswith(unread))))
     while True:
         match connection.recv():
             case ("step", count):

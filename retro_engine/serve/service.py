@@ -12,6 +12,7 @@ from retro_engine.errors import StoreError, UsageError
 from retro_engine.generate.engine import Engine
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.sampling import Sampling
+from retro_engine.model.quantize import use_weights
 from retro_engine.model.weights import load_model
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import Embedder, HashEmbedder
@@ -36,6 +37,7 @@ class Options:
     name: str | None = None  # of the model; None: the run's
     max_batch: int = 8
     max_waiting: int = 64
+    dtype: str | None = None  # of the model's weights: fp32, bf16, int8; None: as saved
 
 
 @dataclass
@@ -104,6 +106,8 @@ def open_service(options: Options) -> Service:
     folder = checkpoint.find_checkpoint(options.run)
     checkpoint.verify(folder)
     model = load_model(folder)
+    if options.dtype is not None:
+        use_weights(model, options.dtype)
     tokenizer = Tokenizer.load(folder)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     library = importer = static = None

@@ -16,11 +16,13 @@ from serve_helpers import PASSWORD, Process, client_of, started
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.generate.request import Request
+from retro_engine.model.quantize import Int8Linear
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.library import Library
 from retro_engine.serve.auth import Accounts
 from retro_engine.serve.run import Address, serve
-from retro_engine.serve.service import Options
+from retro_engine.serve.service import Options, open_service
 
 CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
 
@@ -106,6 +108,7 @@ def test_what_cannot_be_opened_ends_the_start(small_run: Path, tmp_path: Path) -
         (Options(str(small_run), library=str(tmp_path / "file")), UsageError),
         (Options(str(small_run), library=str(tmp_path / "l"), stores=[str(tmp_path)]), MissingInputError),
         (Options(str(small_run), library=str(tmp_path / "l"), mode="psychic"), UsageError),
+        (Options(str(small_run), library=str(tmp_path / "l"), dtype="int4"), UsageError),
     ):
         with pytest.raises(kind):
             serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
@@ -123,3 +126,12 @@ def test_a_library_of_another_tokenizer_is_refused(small_run: Path, tmp_path: Pa
     options = Options(str(small_run), library=str(tmp_path / "library"))
     with pytest.raises(StoreError, match="was made with tokenizer"):
         serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
+
+
+def test_weights_of_a_byte(small_run: Path, tmp_path: Path) -> None:
+    service = open_service(Options(str(small_run), library=str(tmp_path / "library"), dtype="int8"))
+    try:
+        assert isinstance(service.generator.model.head, Int8Linear)
+        assert len(service.engine.submit(Request("The neighbor", 4)).result().tokens) == 4
+    finally:
+        service.close()
