@@ -7,7 +7,6 @@ they read a snapshot. One process has a library open; in it any number of thread
 
 import contextlib
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +223,7 @@ class Library:
         for key, mark, *parts in self.read(statement, namespace, identifier):
             document = Document(*parts)
             names = checksum(namespace, document.id, document.title)
-            self.file.check(key, mark, zlib.crc32(document.text.encode(), names))
+            self.file.check(key, mark, document.text, names)
             return document
         return None
 
@@ -315,7 +314,7 @@ class Library:
                     "SELECT tokens_crc, namespace, id, title, tokens FROM documents WHERE key = ?", (key,)
                 ).fetchone()
                 if row is not None:
-                    self.file.check(key, row[0], zlib.crc32(row[4], checksum(*row[1:4])))
+                    self.file.check(key, row[0], row[4], checksum(*row[1:4]))
                     end = number * self.file.stride + m
                     tokens.append(np.frombuffer(row[4], dtype)[end - m : end + m])
                     found.append((row[2], row[3], number, score))

@@ -68,7 +68,7 @@ def typed_errors(path: Path) -> Iterator[None]:
         raise OutOfResourceError(
             f"no space left for {path}", "nothing of the last write was kept", "free some space and run it again"
         ) from error
-    except (apsw.CorruptError, apsw.NotADBError, UnicodeDecodeError) as error:
+    except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError, UnicodeDecodeError) as error:  # SQLError: its schema
         raise StoreError(f"{path} is damaged", str(error), "restore it from a copy") from error
     except apsw.ConnectionClosedError as error:
         raise UsageError(f"{path} is closed", "", "open it again") from error
@@ -243,9 +243,13 @@ class LibraryFile:
             rows = connection.execute("SELECT key FROM documents WHERE namespace = ?", (namespace,))
             return np.sort(np.fromiter((key for (key,) in rows), np.int64))
 
-    def check(self, key: int, expected: int, found: int) -> None:
-        """Raises StoreError when a checksum of a document is not what was written."""
-        if found != expected:
+    def check(self, key: int, expected: int, content: object, start: int = 0) -> None:
+        """Raises StoreError when the checksum of a document's bytes or text, going on from `start`, is not `expected`.
+
+        A flipped bit can also make NULL or a number of them.
+        """
+        raw = content.encode() if isinstance(content, str) else content
+        if not isinstance(raw, bytes) or zlib.crc32(raw, start) != expected:
             raise StoreError(
                 f"{self.path} is damaged", f"document {key} has another checksum", "restore it from a copy"
             )
@@ -264,9 +268,9 @@ class LibraryFile:
             rows: Any = connection.execute(statement)
             for key, tokens_crc, vectors_crc, text_crc, namespace, identifier, title, tokens, vectors, text in rows:
                 names = checksum(namespace, identifier, title)
-                self.check(key, tokens_crc, zlib.crc32(tokens, names))
-                self.check(key, vectors_crc, zlib.crc32(vectors or b""))
-                self.check(key, text_crc, zlib.crc32(text.encode(), names))
+                self.check(key, tokens_crc, tokens, names)
+                self.check(key, vectors_crc, b"" if vectors is None else vectors)
+                self.check(key, text_crc, text, names)
 
     def contents(
         self, namespace: str, after: int, last: int | None = None
@@ -279,7 +283,7 @@ class LibraryFile:
                 "WHERE namespace = ? AND key > ? AND key <= ? ORDER BY key",
                 (namespace, after, (1 << 62) if last is None else last),
             ):
-                self.check(key, tokens_crc, zlib.crc32(tokens, checksum(namespace, identifier, title)))
-                self.check(key, vectors_crc, zlib.crc32(vectors or b""))
+                self.check(key, tokens_crc, tokens, checksum(namespace, identifier, title))
+                self.check(key, vectors_crc, b"" if vectors is None else vectors)
                 rows = None if vectors is None else np.frombuffer(vectors, "<f4").reshape(-1, width)
                 yield key, np.frombuffer(tokens, dtype), rows

@@ -25,6 +25,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import HashEmbedder
+from retro_engine.retrieval.library_file import FILE, typed_errors
 
 TESTS = Path(__file__).parents[1]
 IS_CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
@@ -343,6 +344,16 @@ def test_flipped_bits_are_told(folder: Path) -> None:
         except (StoreError, MissingInputError):
             num_told += 1
     assert num_told > 50
+
+
+def test_a_flipped_bit_that_makes_null_or_renames_a_column(folder: Path) -> None:
+    """Two of 10,000 flips did so, and were no StoreError once."""
+    with Library(folder) as library:
+        for value in (None, 7, 0.5):
+            with pytest.raises(StoreError, match="document 3 has another checksum"):
+                library.file.check(3, 0, value)
+        with pytest.raises(StoreError, match="no such column"), typed_errors(folder / FILE):
+            library.file.writer.execute("SELECT nothing FROM documents")
 
 
 def test_a_full_disk(tmp_path: Path, small_store: Store) -> None:
