@@ -353,7 +353,7 @@ def test_a_flipped_bit_that_makes_null_or_renames_a_column(folder: Path) -> None
             with pytest.raises(StoreError, match="document 3 has another checksum"):
                 library.file.check(3, 0, value)
         with pytest.raises(StoreError, match="no such column"), typed_errors(folder / FILE):
-            library.file.writer.execute("SELECT nothing FROM documents")
+            library.file.writer.execute("SELECT absent FROM documents")
 
 
 def test_a_full_disk(tmp_path: Path, small_store: Store) -> None:
