@@ -1,4 +1,4 @@
-"""`python -m retro_engine.bench kernels|loader|model|decode|pipeline`: a table on the screen, JSON and CSV on disk, one JSON line last."""
+"""`python -m retro_engine.bench kernels|loader|model|decode|pipeline|profile`: a table on the screen, JSON and CSV on disk, one JSON line last."""
 
 import argparse
 import json
@@ -16,8 +16,10 @@ BENCHES = ["kernels", "loader", "model", "decode", "pipeline"]
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m retro_engine.bench", description=__doc__)
-    parser.add_argument("bench", nargs="*", choices=[*BENCHES, []], help="default: all")
-    parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=["5M", "30M"], help="of model and decode")
+    parser.add_argument("bench", nargs="*", choices=[*BENCHES, "profile", []], help="default: all but profile")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=list(SHAPES), default=["5M", "30M"], help="of model, decode and profile"
+    )
     parser.add_argument("--text", metavar="FILE", help="of pipeline (default: generated facts)")
     parser.add_argument("--out", "-o", default="runs/bench", metavar="DIR", help="where JSON, CSV and plots go")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -35,6 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     last: dict[str, object] = dict(about)
     for bench in args.bench or BENCHES:
+        if bench == "profile":
+            from retro_engine.bench import profile
+
+            print(*profile.run(args.sizes, Path(args.out) / "profiles", about), sep="\n")
+            continue
         if bench == "kernels":
             from retro_engine.bench import kernels
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import write_corpus
 
-from retro_engine.bench import decode, frame, model, peers, pipeline
+from retro_engine.bench import decode, frame, model, peers, pipeline, profile
 from retro_engine.bench.peers import SHAPES, Inputs, Shape
 
 TINY = Shape(6, 32, 2, 64, length=128, batch=1)
@@ -64,3 +64,14 @@ def test_every_stage_of_the_pipeline_has_its_limit(tmp_path: Path) -> None:
         ("chunks to BM25 neighbors", "ours"),
         ("vectors to neighbors, Flat", "ours"),
     ]
+
+
+def test_profiles_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(peers.SHAPES, "tiny", TINY)
+    paths = profile.run(["tiny"], tmp_path, {"device": "here"})
+    names = {path.name for path in paths}
+    assert {"step-tiny-fp32.txt", "decode-tiny-fp32.txt", "decode-tiny-int8.txt"} <= names
+    step, decoding = ((tmp_path / f"{name}-tiny-fp32.txt").read_text() for name in ("step", "decode"))
+    assert "device here" in step
+    assert "aten::mm" in step
+    assert "attention_step" in decoding
