@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from retro_engine.errors import MissingExtraError, OutOfResourceError, RetroError, UsageError, typed
 from retro_engine.generate.engine import BusyError
-from retro_engine.serve import documents, nemo, openai, session, tools
+from retro_engine.serve import documents, nemo, openai, schema, session, tools
 from retro_engine.serve.gate import Gate
 from retro_engine.serve.limits import ApiError
 from retro_engine.serve.service import Service
@@ -32,6 +32,14 @@ FILES = {  # of the page; gate.PUBLIC names them too
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+async def describe(request: Request) -> Response:
+    """What every route takes, as an OpenAPI document."""
+    known = {route.path for route in request.app.routes}
+    return JSONResponse(schema.describe([route for route in [*ROUTES, *NEMO_ROUTES] if route[1] in known]))
+
+
 ROUTES: list[tuple[str, str, Endpoint, str]] = [  # method, path, endpoint, the scope it takes
     ("GET", "/v1/models", openai.models, "read"),
     ("GET", "/v1/models/{id:path}", openai.model, "read"),
@@ -49,6 +57,7 @@ ROUTES: list[tuple[str, str, Endpoint, str]] = [  # method, path, endpoint, the 
     ("GET", "/v1/documents/{id:path}", documents.get_document, "read"),
     ("DELETE", "/v1/documents/{id:path}", documents.delete_document, "write"),
     ("GET", "/v1/jobs/{id:int}", documents.get_job, "write"),
+    ("GET", "/openapi.json", describe, "read"),
 ]
 NEMO_ROUTES: list[tuple[str, str, Endpoint, str]] = [
     ("PUT", "/generate", nemo.generate, "read"),

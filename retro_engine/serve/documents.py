@@ -130,6 +130,8 @@ async def import_documents(request: Request) -> Response:
 async def get_job(request: Request) -> Response:
     _, importer = open_library(request)
     number = request.path_params["id"]
+    if number >= 1 << 63:
+        raise ApiError(404, f"job {number} does not exist", "id", "job_not_found")
     try:
         return JSONResponse(await asyncio.to_thread(job_json, importer, number))
     except UsageError as error:
