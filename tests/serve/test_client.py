@@ -4,16 +4,24 @@ import gzip
 import http.server
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serve_helpers import Server
+from serve_helpers import Server, serving_run
 
 from retro_engine import cli
 from retro_engine.data.corpus import Document
 from retro_engine.errors import MissingInputError, OutOfResourceError, UsageError
 from retro_engine.serve import client
 from retro_engine.serve.client import RemoteLibrary
+
+
+@pytest.fixture(scope="module")
+def server(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One of its own: these tests leave documents behind."""
+    with serving_run(small_run, tmp_path_factory.mktemp("client")) as server:
+        yield server
 
 
 @pytest.fixture
