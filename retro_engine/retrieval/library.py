@@ -343,9 +343,15 @@ class Library:
                 if not np.array_equal(indexed, self.file.keys(namespace)):
                     where = self._index.folder
                     raise StoreError(f"{where} does not fit the documents of {namespace}", "", f"rm -r {where}")
-            folders = [
-                v.part.folder for views in self._index.snapshots.values() for v in views if isinstance(v.part, Segment)
-            ]
+            folders = self._segment_folders()
         for folder in folders:
-            if folder is not None and folder.is_dir():  # not merged away since
+            try:
                 files.verify_files(folder, files.read_manifest(folder, "segment")["files"])
+            except RetroError:
+                if folder in self._segment_folders():  # else a merge took its place meanwhile, and removed it
+                    raise
+
+    def _segment_folders(self) -> list[Path]:
+        """Those that are searched now."""
+        parts = [view.part for views in self._index.snapshots.values() for view in views]
+        return [part.folder for part in parts if isinstance(part, Segment) and part.folder is not None]

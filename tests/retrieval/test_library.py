@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from retro_engine.data import files
 from retro_engine.data.corpus import Document
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
@@ -354,6 +355,27 @@ def test_a_flipped_bit_that_makes_null_or_renames_a_column(folder: Path) -> None
                 library.file.check(3, 0, value)
         with pytest.raises(StoreError, match="no such column"), typed_errors(folder / FILE):
             library.file.writer.execute("SELECT absent FROM documents")
+
+
+def test_verifying_while_a_merge_removes_a_segment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The campaign met it once in 1,200 libraries."""
+    with Library(folder) as library:
+        library.add(documents(30))
+        library.merge()
+        library.delete(["d3"])
+        read = files.read_manifest
+
+        def after_a_merge(path: Path, kind: str) -> Any:
+            monkeypatch.setattr(files, "read_manifest", read)
+            library.merge(is_all=True)
+            return read(path, kind)
+
+        monkeypatch.setattr(files, "read_manifest", after_a_merge)
+        library.verify()
+        (segment,) = (folder / "segments").iterdir()
+        (segment / "manifest.json").unlink()
+        with pytest.raises(MissingInputError):
+            library.verify()
 
 
 def test_a_full_disk(tmp_path: Path, small_store: Store) -> None:
