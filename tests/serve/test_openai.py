@@ -265,7 +265,7 @@ def test_a_full_queue_is_429_and_recovers(server: Server, monkeypatch: pytest.Mo
 
 
 def test_a_closed_stream_frees_the_engine(server: Server) -> None:
-    stream = complete(server, max_tokens=1500, temperature=1, stream=True)
+    stream = complete(server, max_tokens=1500, temperature=1, stream=True, extra_body={"min_tokens": 1500})
     for piece, _ in zip(stream, range(3)):
         assert piece.choices
     stream.close()
@@ -280,8 +280,15 @@ def test_a_client_that_leaves_before_the_answer_frees_the_engine(server: Server)
     with server.client("read") as client, pytest.raises(httpx.ReadTimeout):
         client.post(
             "/v1/completions",
-            json={"model": "tiny", "prompt": PROMPT, "max_tokens": 1500, "temperature": 1, "seed": 1},
-            timeout=0.3,
+            json={
+                "model": "tiny",
+                "prompt": PROMPT,
+                "max_tokens": 1500,
+                "min_tokens": 1500,
+                "temperature": 1,
+                "seed": 1,
+            },
+            timeout=0.05,
         )
     deadline = time.monotonic() + 10
     while server.service.engine.stats()["running"]:
