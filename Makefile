@@ -44,4 +44,4 @@ gates: setup
 
 # Slow: the same tests with thousands of damaged files, documents and kills.
 campaign: setup
-	RETRO_CAMPAIGN=1 $(BIN)/pytest -n 2 tests/data tests/retrieval tests/train
+	RETRO_CAMPAIGN=1 $(BIN)/pytest -n 2 tests/data tests/retrieval tests/train tests/serve tests/test_readme.py

@@ -1,4 +1,4 @@
-// Attention and RoPE for x86 processors with avx2,fma; chosen at run time by module.cpp.
+// kernels.inc for x86 processors with avx2,fma; chosen at run time by module.cpp.
 #include "kernels.h"
 #ifdef RETRO_X86
 #include <immintrin.h>

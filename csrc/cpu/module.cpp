@@ -1,4 +1,4 @@
-// retro_kernels._cpu: attention, RoPE and gathering on CPU tensors, given as addresses, sizes and strides (kernels/cpp.py checks
+// retro_kernels._cpu: attention, RoPE, gathering and decoding steps on CPU tensors, given as addresses, sizes and strides (kernels/cpp.py checks
 // them). No torch header: the module builds anywhere and works with any torch. Threads are torch's own: the address
 // of libtorch's torch_parallel_for is handed over at import; without it everything runs on the calling thread.
 #include <pybind11/pybind11.h>

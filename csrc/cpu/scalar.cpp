@@ -1,4 +1,4 @@
-// Attention and RoPE for any processor.
+// kernels.inc for any processor.
 #include "kernels.h"
 #include <algorithm>
 #include <climits>
