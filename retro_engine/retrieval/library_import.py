@@ -6,6 +6,7 @@ that was killed goes on where it was: no document half, none twice. A stream is 
 
 import contextlib
 import itertools
+import secrets
 import shutil
 import threading
 from collections.abc import Iterator
@@ -134,8 +135,7 @@ class Importer:
         """The stream's bytes as a file of the library, published when it has ended."""
         folder = self.library.folder / IMPORTS
         files.make_folder(folder)
-        number = 1 + max((int(p.stem) for p in folder.iterdir() if p.stem.isdigit()), default=0)
-        path = folder / f"{number:08d}.jsonl"
+        path = folder / f"{secrets.token_hex(8)}.jsonl"  # no number: several servers may keep one here at once
         temporary = folder / f".{path.name}.tmp"
         try:
             with open(temporary, "wb") as file:

@@ -124,7 +124,7 @@ async def import_documents(request: Request) -> Response:
         file.seek(0)
         number = await asyncio.to_thread(importer.start, file)
     audit(request, "documents.import", job=number)
-    return JSONResponse(job_json(importer, number), 202)
+    return JSONResponse(await asyncio.to_thread(job_json, importer, number), 202)
 
 
 async def get_job(request: Request) -> Response:

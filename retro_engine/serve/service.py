@@ -97,8 +97,8 @@ class Service:
             self.library.close()
 
 
-def open_service(options: Options) -> Service:
-    """Load the newest checkpoint of a run, open its library and stores.
+def open_service(options: Options, shared: tuple[Library, Importer] | None = None) -> Service:
+    """Load the newest checkpoint of a run, open its library (unless it is `shared`: another process has it) and stores.
 
     Raises RetroError's for whatever is missing, damaged or does not fit.
     """
@@ -109,13 +109,14 @@ def open_service(options: Options) -> Service:
     if options.dtype is not None:
         use_weights(model, options.dtype)
     tokenizer = Tokenizer.load(folder)
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     library = importer = static = None
     if model.config.retrieval:
         stores = run_databases(folder) if options.stores is None else [Store(path) for path in options.stores]
         static = Retriever(stores) if stores else None
-        library = open_library(Path(options.library or run / "library"), tokenizer, model.config.chunk_size)
-        importer = Importer(library)
+        if shared is None:
+            library = open_library(library_folder(options, folder), tokenizer, model.config.chunk_size)
+            shared = library, Importer(library)
+        library, importer = shared
     elif options.library is not None:
         raise UsageError(f"{options.run} is a plain decoder", "it reads no documents", "leave --library out")
     retriever = None if library is None else LiveRetriever(library, static, options.weights, options.mode)
@@ -123,7 +124,7 @@ def open_service(options: Options) -> Service:
     engine = Engine(generator, options.max_batch, options.max_waiting)
     defaults = checkpoint.read_generation(folder)
     Sampling(**defaults)
-    name = options.name or run.resolve().name
+    name = options.name or run_folder(folder).resolve().name
     return Service(
         name,
         generator,
@@ -136,6 +137,16 @@ def open_service(options: Options) -> Service:
         options.mode,
         tuple(options.weights),
     )
+
+
+def run_folder(checkpoint_folder: Path) -> Path:
+    """The run that a checkpoint is of; itself where it lies alone."""
+    parent = checkpoint_folder.parent
+    return parent.parent if parent.name == "checkpoints" else checkpoint_folder
+
+
+def library_folder(options: Options, checkpoint_folder: Path) -> Path:
+    return Path(options.library or run_folder(checkpoint_folder) / "library")
 
 
 def chat_template(folder: Path) -> str | None:

@@ -1,0 +1,163 @@
+"""Two replicas on Ray Serve over one library: a write of any is read by all, also after a process was killed."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from retro_engine.errors import MissingExtraError, UsageError
+from retro_engine.retrieval.library import Library
+from retro_engine.serve.auth import Accounts
+from retro_engine.serve.replicas import build
+
+ROOT = Path(__file__).resolve().parents[2]
+HAS_RAY_SERVE = bool(importlib.util.find_spec("ray") and importlib.util.find_spec("fastapi"))
+SCRIPT = """
+import json, os, socket, sys, time
+from retro_engine.retrieval.executor import connect_ray
+ray = connect_ray(8)
+from ray import serve
+from retro_engine.serve.replicas import build
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+serve.start(http_options={"host": "127.0.0.1", "port": port})
+serve.run(build(json.loads(sys.argv[1])), name="retro", route_prefix="/")
+print(f"serving {port}", flush=True)
+sys.stdin.read()
+serve.shutdown(); ray.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def served(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, Path, int]]:
+    """A client, the library's folder and the process that started it all."""
+    if not HAS_RAY_SERVE:
+        pytest.skip("Ray Serve is not installed")
+    folder = tmp_path_factory.mktemp("replicas")
+    settings = {"run": str(small_run), "library": str(folder / "library"), "accounts": str(folder / "accounts.sqlite")}
+    key = Accounts(settings["accounts"]).add_key("all", "admin")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, json.dumps({**settings, "name": "tiny", "replicas": "2"})],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None
+    port = next(line.split()[1] for line in process.stdout if line.startswith("serving"))
+    headers = {"authorization": f"Bearer {key}", "connection": "close"}  # a new connection each: both replicas answer
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60, trust_env=False) as client:
+            waited(lambda: all(client.get("/health").status_code == 200 for _ in range(20)))
+            yield client, folder / "library", process.pid
+    finally:
+        process.communicate("", timeout=60)
+
+
+def waited(is_there: Callable[[], Any], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_there():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.1)
+
+
+def found(client: httpx.Client, query: str) -> set[str]:
+    """Documents that a search finds."""
+    answer = client.post("/v1/retrieve", json={"query": query}).raise_for_status().json()
+    return {hit["document"] for hit in answer["data"]}
+
+
+def processes(name: str) -> list[int]:
+    """Ray's processes of a deployment: it names them."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                line = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if line.startswith(b"ray::ServeReplica:retro:" + name.encode()):
+                found.append(int(folder.name))
+    return found
+
+
+def test_a_write_of_one_replica_is_read_by_all(served: tuple[httpx.Client, Path, int]) -> None:
+    client, library, _ = served
+    assert len(processes("Server")) == 2 and len(processes("Shelf")) == 1
+    with pytest.raises(UsageError, match="in use"):
+        Library(library)
+    client.post("/v1/documents", json={"id": "stone", "text": "Zircon is a mineral."}).raise_for_status()
+    assert [found(client, "zircon") for _ in range(30)] == [{"stone"}] * 30
+    assert client.get("/v1/documents/stone").json()["text"] == "Zircon is a mineral."
+    assert client.get("/v1/documents").json()["statistics"]["documents"] == 1
+    client.delete("/v1/documents/stone").raise_for_status()
+    assert [found(client, "zircon") for _ in range(30)] == [set()] * 30
+    bad = client.post("/v1/documents", json={"id": "\x00", "text": "x"})
+    assert bad.status_code == 400 and "id" in bad.json()["error"]["message"], bad.text
+    assert client.get("/v1/models", headers={"authorization": "Bearer rk_no"}).status_code == 401
+
+
+def test_generation_streams_and_reads_the_library(served: tuple[httpx.Client, Path, int]) -> None:
+    client, _, _ = served
+    client.post("/v1/documents", json={"id": "amber", "text": "amber resin " * 20}).raise_for_status()
+    body = {"model": "tiny", "prompt": "amber resin " * 12, "max_tokens": 8, "temperature": 0}
+    answers = [client.post("/v1/completions", json=body).raise_for_status().json() for _ in range(6)]
+    assert len({answer["choices"][0]["text"] for answer in answers}) == 1
+    assert all(answer["retro"]["neighbors"][0]["document"] == "amber" for answer in answers)
+    with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
+        events = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+    assert events[-1] == "[DONE]"
+    pieces = [json.loads(event)["choices"][0]["text"] for event in events[:-1] if json.loads(event)["choices"]]
+    assert "".join(pieces) == answers[0]["choices"][0]["text"]
+
+
+def test_an_import_is_a_job_of_the_library(served: tuple[httpx.Client, Path, int]) -> None:
+    client, library, _ = served
+    rows = "".join(json.dumps({"id": f"row-{i}", "text": f"basalt number {i}"}) + "\n" for i in range(300))
+    headers = {"content-type": "application/x-ndjson"}
+    number = client.post("/v1/documents/import", content=rows, headers=headers).raise_for_status().json()["id"]
+    waited(lambda: client.get(f"/v1/jobs/{number}").json()["state"] == "done")
+    assert client.get(f"/v1/jobs/{number}").json()["added"] == 300
+    assert client.get("/v1/documents/row-299").json()["text"] == "basalt number 299"
+    assert client.get("/v1/jobs/99").status_code == 404
+    assert list((library / "imports").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["Server", "Shelf"])
+def test_nothing_is_lost_with_a_killed_process(served: tuple[httpx.Client, Path, int], name: str) -> None:
+    client, _, _ = served
+    client.post("/v1/documents", json={"id": name, "text": f"granite {name}"}).raise_for_status()
+    before = set(processes(name))
+    os.kill(next(iter(before)), signal.SIGKILL)
+
+    def is_whole() -> bool:
+        answers = [client.post("/v1/retrieve", json={"query": f"granite {name}"}) for _ in range(10)]
+        assert all(answer.status_code in (200, 503) for answer in answers), [answer.text for answer in answers]
+        return all(answer.status_code == 200 for answer in answers) and len(processes(name)) == len(before)
+
+    waited(is_whole)
+    assert set(processes(name)) != before
+    assert name in found(client, f"granite {name}")
+
+
+def test_settings_that_cannot_be_used(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not HAS_RAY_SERVE:
+        monkeypatch.setitem(sys.modules, "ray", None)
+        with pytest.raises(MissingExtraError, match=r"retro-engine\[replicas\]"):
+            build({"run": str(small_run)})
+        return
+    accounts = str(tmp_path / "accounts.sqlite")
+    settings = {"run": str(small_run), "accounts": accounts}
+    for change, match in [({"colour": "red"}, "colour"), ({"run": ""}, "not set"), ({}, "nobody has access")]:
+        with pytest.raises(UsageError, match=match):
+            build({name: value for name, value in {**settings, **change}.items() if value})
