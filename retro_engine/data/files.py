@@ -254,7 +254,12 @@ def fingerprint(content: Any) -> str:
 
 
 def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> str:
-    """Publish FOLDER/manifest.json, which makes the folder exist; return its fingerprint."""
+    """Publish FOLDER/manifest.json, which makes the folder exist; return its fingerprint.
+
+    What a killed writer of it left is removed: the folder is the caller's alone.
+    """
+    for stale in folder.glob(f".{MANIFEST}.*.tmp"):
+        stale.unlink(missing_ok=True)
     body = {"kind": kind, "version": VERSION, **content}
     mark = fingerprint(body)
     publish(folder / MANIFEST, [(json.dumps({**body, "fingerprint": mark}, indent=1, sort_keys=True) + "\n").encode()])

@@ -140,7 +140,10 @@ def test_manifest(tmp_path: Path) -> None:
         files.read_manifest(tmp_path, "store")
     with pytest.raises(MissingInputError, match="no such folder"):
         files.read_manifest(tmp_path / "no", "store")
+    left = tmp_path / ".manifest.json.123.tmp"
+    left.write_bytes(b"{")  # of a writer that was killed
     mark = files.write_manifest(tmp_path, "store", {"b": 1, "a": [2]})
+    assert not left.exists()
     assert files.read_manifest(tmp_path, "store")["fingerprint"] == mark
     with pytest.raises(StoreError, match="a neighbors was expected"):
         files.read_manifest(tmp_path, "neighbors")
