@@ -217,6 +217,7 @@ class TrainedModelConfig(ModelConfig):
     activations_checkpoint_granularity: str | None = None  # selective | full: recomputed in the backward pass
     shape_file: str | None = None  # muP base widths that `retro mup base` wrote
     init_from: str | None = None  # a checkpoint or run: its weights, and what they fix of the model (docs/tuning.md)
+    fit_cross_attention: bool = False  # with init_from a plain decoder: begin with a copying circuit (docs/tuning.md)
     freeze_decoder: bool = False  # with init_from: only the encoder and chunked cross-attention learn
     unfreeze_step: int | None = None  # the step from which the decoder learns as well; None = never
     unfreeze_every: int | None = (
@@ -805,6 +806,7 @@ def check(config: Config) -> None:
 
 def _check_freezing(m: TrainedModelConfig) -> None:
     for key, value, needed, has in (
+        ("model.fit_cross_attention", m.fit_cross_attention, "model.init_from", m.init_from is not None),
         ("model.freeze_decoder", m.freeze_decoder, "model.init_from", m.init_from is not None),
         ("model.unfreeze_step", m.unfreeze_step is not None, "model.freeze_decoder", m.freeze_decoder),
         ("model.unfreeze_every", m.unfreeze_every is not None, "model.unfreeze_step", m.unfreeze_step is not None),

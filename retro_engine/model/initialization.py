@@ -38,6 +38,9 @@ def _normal(model: "RetroModel", config: ModelConfig, generator: torch.Generator
     """N(0, std) everywhere, residual outputs divided by sqrt(2 x layers); biases 0, norms 1. With muP hidden matrices
     have std / sqrt(w).
 
+    With `retrieval_ready` q and k biases outside the circuit stay torch's, uniform in +-1/sqrt(fan_in), as in what
+    docs/ measured.
+
     std is `init_method_std`, or 1/sqrt(fan_in) with `retrieval_ready`, whose circuit needs W_v W_v' near identity.
     """
 
@@ -48,6 +51,10 @@ def _normal(model: "RetroModel", config: ModelConfig, generator: torch.Generator
         std /= math.sqrt(multipliers.get(id(weight), 1.0))
         nn.init.normal_(weight, std=std * gain, generator=generator)
 
+    if config.init == "standard":
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
     std = EMBEDDING_STD if config.init == "retrieval_ready" else config.init_method_std
     nn.init.normal_(model.embedding.weight, std=std, generator=generator)
     if model.position_embedding is not None:

@@ -31,6 +31,7 @@ from retro_engine.data.questions import Questions, Search, fingerprint, read_que
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, RetroError, StoreError, UsageError
 from retro_engine.evaluate.perplexity import autocast, evaluate, to_tensors
+from retro_engine.model.fit import fit_cross_attention
 from retro_engine.model.flops import training_flops
 from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
@@ -44,6 +45,7 @@ from retro_engine.train.optimizer import Optimizer, learning_rate
 from retro_engine.train.parallel import Parallel
 
 H100_BF16_FLOPS = 989e12  # datasheet
+FIT_TOKENS = 16_384  # that model.fit_cross_attention reads
 
 
 @dataclass
@@ -404,6 +406,8 @@ class _Training:
         elif source is not None:
             retrofit.load_initial(source, self.model)
             self.reporter.say(f"weights of {source}")
+            if m.fit_cross_attention:
+                self._fit_cross_attention()
         with torch.random.fork_rng(devices=[]):
             self.precision = parallel.from_main(self.precision or pick_precision(config, self.device))
         is_o2 = m.megatron_amp_O2
@@ -432,6 +436,23 @@ class _Training:
             self.model.hidden = torch.compile(  # type: ignore[method-assign]
                 self.model.hidden, fullgraph=parallel.world == 1 and m.activations_checkpoint_granularity is None
             )
+
+    def _fit_cross_attention(self) -> None:
+        """From the first sequences of the training data; the same in every process."""
+        start, m = time.perf_counter(), self.config.model
+        size = m.micro_batch_size
+        count = max(1, FIT_TOKENS // (size * m.encoder_seq_length))
+        self.model.to(self.device)
+
+        def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for number in range(count):
+                batch = self.data.train.training_batch(number, size, self.config.seed, True, True, "off")
+                tokens, _, documents, _, _ = to_tensors(batch, self.device)
+                yield tokens, documents
+
+        fit_cross_attention(self.model.eval(), batches())
+        seconds = time.perf_counter() - start
+        self.reporter.say(f"cross-attention fitted to {count * size:,} sequences in {seconds:.0f} s")
 
     def _read_start(self, start: Path) -> dict[str, Any]:
         """trainer.json of the checkpoint to go on from; its data and order must be this run's."""

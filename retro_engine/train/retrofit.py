@@ -14,6 +14,7 @@ from retro_engine.config import Config, ModelConfig, TrainedModelConfig, check
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
+from retro_engine.model.fit import check_fit
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import WEIGHTS_FILE, load_state, read_config
 from retro_engine.train import checkpoint
@@ -63,6 +64,13 @@ def inherit(config: Config) -> Path | None:
         if mine not in (getattr(default, name), getattr(theirs, name), value):
             raise UsageError(f"model.{name}={mine} does not fit", f"{source} has {value}", f"leave model.{name} out")
         setattr(m, name, value)
+    if m.fit_cross_attention:
+        if theirs.retrieval or not m.retrieval:
+            raise UsageError(
+                "model.fit_cross_attention=true cannot be used", f"{source} is no decoder to be retro-fitted"
+            )
+        m.cca_position_embedding = "none"
+        check_fit(m)
     if not theirs.retrieval and m.retrieval and m.dec_cross_attention == default.dec_cross_attention:
         m.dec_cross_attention = crossing_layers(m.dec_num_layers)
     check(config)

@@ -284,3 +284,9 @@ def test_retrieval_ready_copies_at_step_0(normalization: str, m: int) -> None:
     ready, standard = gain("retrieval_ready"), gain("standard")
     assert ready > 0.25, ready
     assert abs(standard) < ready / 5, standard
+
+
+def test_standard_biases_are_0() -> None:
+    model = RetroModel(small_config(bias=True))
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    assert len(biases) > 20 and not any(bool(p.any()) for p in biases)

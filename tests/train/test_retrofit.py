@@ -16,6 +16,7 @@ from retro_engine.errors import StoreError, UsageError
 from retro_engine.interop.imports import Imported, write_checkpoint
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
+from retro_engine.progress import Reporter
 from retro_engine.train.loop import open_evaluation, train
 from retro_engine.train.retrofit import crossing_layers, inherit, is_new, load_initial
 
@@ -211,3 +212,31 @@ def test_the_warm_up_needs_the_text_among_the_neighbors(small_store: Store, sour
     more = settings(query, source, "model.data.self_neighbor_steps=3", out=tmp_path / "run")
     with pytest.raises(UsageError, match="is not one of the stores"):
         train(load_config(more))
+
+
+def test_cross_attention_is_fitted_to_the_decoder(small_store: Store, source: Path, tmp_path: Path) -> None:
+    """Step 0 is the decoder's, the run says what it did, and a resumed run does not do it again."""
+    torch.manual_seed(0)
+    wide = decoder_config(small_store, hidden_size=96, num_attention_heads=6, rotary_percentage=1.0)
+    write_checkpoint(Imported(RetroModel(wide), small_store.tokenizer, "hf"), tmp_path / "wide", "x")
+    said: list[str] = []
+    reporter = Reporter("quiet")
+    reporter.say = said.append  # type: ignore[method-assign, assignment]
+    more = ["model.fit_cross_attention=true", "model.freeze_decoder=true"]
+
+    def run(name: str, *settings_: str) -> dict[int, float]:
+        train(load_config(settings(small_store, tmp_path / "wide", *settings_, out=tmp_path / name)), reporter)
+        return losses(tmp_path / name)
+
+    plain, whole = run("plain", more[1]), run("whole", *more)
+    assert plain[1] == whole[1]
+    assert plain[6] != whole[6]
+    assert any("cross-attention fitted to" in line for line in said)
+    run("cut", *more, "trainer.max_steps=3")
+    said.clear()
+    assert run("cut", *more)[6] == pytest.approx(whole[6], rel=1e-6)
+    assert not any("cross-attention fitted to" in line for line in said)
+    with pytest.raises(UsageError, match="12 rotary dimensions"):
+        inherit(load_config(settings(small_store, source, *more)))
+    with pytest.raises(UsageError, match="no decoder to be retro-fitted"):
+        inherit(load_config([*more[:1], f"model.init_from='{tmp_path / 'whole'}'"]))
