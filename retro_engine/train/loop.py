@@ -529,12 +529,13 @@ class _Training:
                     if micro_batches is None:
                         self.reporter.say("the data is used up (model.data.dataloader_type=single)")
                         break
+                    waited = time.perf_counter() - start
                     result = self._train_step(micro_batches)
                     elapsed = time.perf_counter() - start
                     self.train_s += elapsed
                     self.step += 1
                     self.tokens_seen += result.tokens
-                    window.add(result, elapsed, m, micro_batches)
+                    window.add(result, elapsed, waited, m, micro_batches)
                     meter.advance(1)
                     if self.step % trainer.log_every_n_steps == 0:
                         window = self._log(log, window, peak)
@@ -746,10 +747,13 @@ class _Window:
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
-        self.rate, self.tokens, self.flops, self.seconds = 0.0, 0, 0.0, 0.0
+        self.rate, self.tokens, self.flops, self.seconds, self.waited = 0.0, 0, 0.0, 0.0, 0.0
 
-    def add(self, result: _StepResult, seconds: float, config: ModelConfig, batches: list[Batch]) -> None:
-        """Count one step."""
+    def add(
+        self, result: _StepResult, seconds: float, waited: float, config: ModelConfig, batches: list[Batch]
+    ) -> None:
+        """Count one step, of whose seconds so many were spent waiting for its batches."""
+        self.waited += waited
         self.losses.append(result.loss)
         self.norms.append(result.norm)
         self.rate, self.seconds, self.tokens = result.rate, self.seconds + seconds, self.tokens + result.tokens
@@ -766,6 +770,7 @@ class _Window:
             "lr": self.rate,
             "tokens_per_s": self.tokens / seconds,
             "mfu": self.flops / seconds / peak,
+            "data_wait": self.waited / seconds,
         }
 
 

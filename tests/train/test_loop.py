@@ -41,6 +41,7 @@ def test_it_learns_and_writes_everything_down(whole: Path) -> None:
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert {"valid_bits_per_byte_on", "valid_bits_per_byte_off"} <= set().union(*rows)
     assert all(row["tokens_per_s"] > 0 and 0 < row["mfu"] < 20 for row in rows if "mfu" in row)
+    assert all(0 <= row["data_wait"] < 1 for row in rows if "mfu" in row)
     facts = json.loads((whole / "run.json").read_text())
     assert {"store", "tokenizer", "neighbors"} == set(facts["fingerprints"])
     assert list((whole / "tb").iterdir())
