@@ -286,8 +286,9 @@ class Retriever:
     def hit(self, chunk: int, score: float = 0.0) -> Hit:
         number = int(np.searchsorted(self.starts, chunk, "right")) - 1
         store, row = self.stores[number], chunk - int(self.starts[number])
-        identifier, title = store.name(store.document_of(row))
-        return Hit(chunk, identifier, title, score, store.text(row), store.folder.name)
+        document = store.document_of(row)
+        continuation = store.text(row + 1) if row + 1 < store.document_rows(document)[1] else ""
+        return Hit(chunk, *store.name(document), score, store.text(row), store.folder.name, continuation)
 
 
 def _check_embeddings(vectors: Sequence[Vectors]) -> None:

@@ -56,7 +56,9 @@ def inherit(config: Config) -> Path | None:
         if name == "init":
             if not theirs.retrieval and mine != "standard":
                 raise UsageError(
-                    f"model.init={mine} cannot be used", f"{source} has its weights", "model.init=standard"
+                    f"model.init={mine} cannot be used",
+                    f"{source} has its weights",
+                    "model.fit_cross_attention=true builds the circuit around them",
                 )
             value = "standard" if not theirs.retrieval else value
         elif name == "qk_bias":

@@ -35,6 +35,10 @@ def test_hits_name_their_documents(small_store: Store) -> None:
     assert hits[0].document == "d7"
     assert hits[0].title == "Title 7"
     assert "Document doc7." in hits[0].text
+    rows = [small_store.document_rows(small_store.document_of(hit.chunk)) for hit in hits]
+    follows = [small_store.text(h.chunk + 1) if h.chunk + 1 < last else "" for h, (_, last) in zip(hits, rows)]
+    assert [hit.continuation for hit in hits] == follows
+    assert any(follows)
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 
