@@ -171,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--modes", help="of on,off,random,given (default on,off,random)")
     sub.add_argument("--neighbors", action="append", metavar="TEXT", help="a given neighbor; may be repeated")
     sub.add_argument("--limit", type=int, help="batches a mode")
+    sub.add_argument("--precision", choices=["32", "bf16-mixed"], default="32", help="of the model's products")
     sub.add_argument(
         "--leak-limit", type=float, metavar="SHARE", help="neighbors that state more of the next chunk are missing"
     )
@@ -483,6 +484,7 @@ def _eval(args: argparse.Namespace) -> int:
             retro.tokenizer.token_bytes(),
             modes,
             limit=args.limit,
+            precision=args.precision,
             advance=meter.advance,
             given=given,
             leak_limit=args.leak_limit,
@@ -500,7 +502,7 @@ def _eval(args: argparse.Namespace) -> int:
     for path in args.against:
         other = _plain_decoder(path, retro)
         with reporter.progress(f"evaluating {path}", batches, "sequences") as meter:
-            losses = evaluate(other, sequences, retro.tokenizer.token_bytes(), ["off"], limit=args.limit, advance=meter.advance)  # fmt: skip
+            losses = evaluate(other, sequences, retro.tokenizer.token_bytes(), ["off"], limit=args.limit, precision=args.precision, advance=meter.advance)  # fmt: skip
         gains[path] = gain_of(results[modes[0]], losses["off"])
         summary[path] = losses["off"].summary()
         results[path] = losses["off"]

@@ -233,7 +233,9 @@ def eval_in_prompt(
             "--in-prompt has no neighbors to read", "the run has no neighbor table", "retro eval a RETRO's run"
         )
     with reporter.progress("evaluating neighbors in the prompt", batches, "sequences") as meter:
-        return evaluate_in_prompt(retro.model, sequences, retro.tokenizer.token_bytes(), args.limit, meter.advance)
+        return evaluate_in_prompt(
+            retro.model, sequences, retro.tokenizer.token_bytes(), args.limit, meter.advance, args.precision
+        )
 
 
 def add_word_perplexity(

@@ -104,6 +104,12 @@ def test_training_from_an_imported_decoder(
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"on", "off", "random", "prompt"} <= set(found)
     assert found["prompt"]["tokens"] == found["off"]["tokens"]
+    half = ["--limit", "1", "--in-prompt", "--precision", "bf16-mixed", "--json"]
+    assert cli.main(["eval", str(tmp_path / "run"), *half]) == 0
+    rounded = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for mode in ("on", "off", "random", "prompt"):
+        assert rounded[mode]["loss"] != found[mode]["loss"]
+        assert rounded[mode]["loss"] == pytest.approx(found[mode]["loss"], rel=0.01)
     (tmp_path / "words").write_text("one two three\n")
     assert (
         cli.main(["eval", str(tmp_path / "run"), "--words", str(tmp_path / "words"), "--modes", "off", "--json"]) == 0

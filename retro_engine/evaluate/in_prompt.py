@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from retro_engine.data.batches import Batch, Sequences
-from retro_engine.evaluate.perplexity import DocumentLosses
+from retro_engine.evaluate.perplexity import DocumentLosses, autocast
 from retro_engine.model.retro import RetroModel
 
 
@@ -22,8 +22,9 @@ def evaluate_in_prompt(
     token_bytes: np.ndarray,
     limit: int | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    precision: str = "32",
 ) -> DocumentLosses:
-    """Losses per document of the same tokens as `evaluate`'s; `limit` batches of 8 sequences, as there."""
+    """Losses per document of the same tokens as `evaluate`'s; `limit` batches of 8 sequences and `precision` as there."""
     was_training = model.training
     model.eval()
     count = sequences.num_documents
@@ -31,7 +32,8 @@ def evaluate_in_prompt(
     for rows in sequences.batch_rows(8, limit):
         batch = sequences.batch(rows)
         for number in range(len(rows)):
-            losses = _losses(model, batch, number, sequences.store.chunk_size)
+            with autocast(model.embedding.weight.device, precision):
+                losses = _losses(model, batch, number, sequences.store.chunk_size)
             has_label = batch.labels[number] >= 0
             document = batch.document_ids[number][has_label]
             np.add.at(sums.nats, document, losses[has_label])
@@ -64,7 +66,7 @@ def _losses(model: RetroModel, batch: Batch, number: int, M: int) -> np.ndarray:
         inside = documents[first:last] == document  # as chunked cross-attention: no other document reads them
         before = np.concatenate(read)
         given = np.concatenate((before, tokens[begin:last]))
-        wanted = np.concatenate((np.full(len(before), -100), labels[begin:last]))
+        wanted = np.concatenate((np.full(len(before) + first - begin, -100), labels[first:last]))
         losses = _pass(model, given, wanted, np.zeros(len(given), np.int64), device)[len(before) + first - begin :]
         out[first:last][inside] = losses[inside]
     return out
@@ -76,7 +78,9 @@ def _pass(
     given, wanted, ids = (
         torch.from_numpy(np.ascontiguousarray(x))[None].to(device) for x in (tokens, labels, documents)
     )
+    losses = torch.zeros(len(tokens), device=device)
+    is_wanted = wanted[0] >= 0
     with torch.no_grad():
-        logits = model(given, None, None, ids).float()
-    losses = F.cross_entropy(logits[0], wanted[0], ignore_index=-100, reduction="none")
+        logits = model.logits(model.hidden(given, None, None, ids)[0, is_wanted]).float()
+        losses[is_wanted] = F.cross_entropy(logits, wanted[0, is_wanted], reduction="none")
     return losses.double().cpu().numpy()
