@@ -54,6 +54,12 @@ class OutOfResourceError(RetroError, OSError):
         return RetroError.__str__(self)
 
 
+class UnavailableError(RetroError):
+    """Another process that has what was asked for does not answer now."""
+
+    exit_code = 5
+
+
 class StoppedError(RetroError):
     """A signal ended the work."""
 

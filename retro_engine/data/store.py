@@ -317,6 +317,11 @@ class Store:
     def text(self, row: int) -> str:
         return next(self.texts(row, row + 1))[0]
 
+    def continuation(self, row: int) -> str:
+        """The text of the chunk that follows in the same document, or nothing."""
+        last = self.document_rows(self.document_of(row))[1]
+        return self.text(row + 1) if row + 1 < last else ""
+
     def verify(self) -> None:
         """Compare every file with the manifest. Raises StoreError for the first that differs."""
         files.verify_files(self.folder, self.manifest["files"])

@@ -30,7 +30,11 @@ def check_fit(c: ModelConfig) -> None:
     for holds, rule in (
         (c.encoder_width == c.hidden_size, "the encoder is as wide as the decoder"),
         (c.enc_num_layers > 0, "there is an encoder layer"),
-        (c.encoder_heads > 1 and _code_blocks(c) > 0, "the encoder has three heads, or grouped queries"),
+        (_code_blocks(c) > 0, "the encoder has at least three heads"),
+        (
+            _code_blocks(c) * c.encoder_width // c.encoder_heads >= c.head_width,
+            "an encoder head is as wide as a decoder's",
+        ),
         (c.encoder_position_embedding == "rope" and not c.rotary_interleaved, "the encoder has half-split RoPE"),
         (pairs >= ROTARY_PAIRS, f"an encoder head has at least {2 * ROTARY_PAIRS} rotary dimensions"),
         (c.cca_position_embedding == "none", "chunked cross-attention matches tokens wherever they stand"),
@@ -179,8 +183,8 @@ def _states(model: RetroModel, tokens: Tensor, documents: Tensor) -> dict[int, T
 
 
 def _keys_of_itself(model: RetroModel, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys [t, g, e] of tokens that are encoded as a neighbor, and which tokens [b, n] they are: not a neighbor's first,
-    which has no predecessor there."""
+    """Keys [t, g, e] of tokens that are encoded as a neighbor, and which tokens [b, n] they are: not a neighbor's or a
+    document's first, which has no predecessor there."""
     c = model.config
     B, N = tokens.shape
     L, R = N // c.r, c.r
@@ -189,7 +193,7 @@ def _keys_of_itself(model: RetroModel, tokens: Tensor, documents: Tensor) -> tup
     pairs, _ = model.encode_neighbors(hidden, None, neighbors, None)
     is_inside = torch.zeros_like(tokens, dtype=torch.bool)
     is_inside[:, : L * R] = (torch.arange(L * R, device=tokens.device) % R) > 0
-    is_inside &= documents >= 0
+    is_inside &= (documents >= 0) & (documents == documents.roll(1, 1))
     keys = pairs[0][0].float().reshape(B, L * R, c.key_value_heads, c.head_width)
     return keys[is_inside[:, : L * R]], is_inside
 

@@ -38,8 +38,7 @@ def _normal(model: "RetroModel", config: ModelConfig, generator: torch.Generator
     """N(0, std) everywhere, residual outputs divided by sqrt(2 x layers); biases 0, norms 1. With muP hidden matrices
     have std / sqrt(w).
 
-    With `retrieval_ready` q and k biases outside the circuit stay torch's, uniform in +-1/sqrt(fan_in), as in what
-    docs/ measured.
+    With `retrieval_ready` biases outside the circuit stay torch's, uniform in +-1/sqrt(fan_in), as in what docs/ measured.
 
     std is `init_method_std`, or 1/sqrt(fan_in) with `retrieval_ready`, whose circuit needs W_v W_v' near identity.
     """

@@ -9,6 +9,7 @@ import itertools
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 4 << 20
 MAX_LINE_BYTES = 2 * MAX_DOCUMENT_BYTES  # JSON escapes make a line longer than its text
 ERRORS_SHOWN = 100
+KEPT_S = 3600.0  # a stream whose job has not begun
 COLUMNS = "number, path, namespace, state, done, added, failed, reason"
 
 
@@ -108,6 +110,22 @@ class Importer:
         with self.library.locked_transaction() as connection:
             connection.execute("UPDATE jobs SET state = 'running', reason = '' WHERE number = ?", (number,))
         return self._run_in_thread(number)
+
+    def recover(self) -> None:
+        """Let the imports of streams go on that a killed process left: nobody else could ask for them again.
+
+        Kept streams that no unfinished job names are removed, once they are too old to be still on their way.
+        """
+        folder = self.library.folder.resolve() / IMPORTS
+        rows = self.library.read("SELECT number, path, state FROM jobs WHERE state != 'done'")
+        for number, path, state in rows:
+            if state == "interrupted" and Path(path).parent == folder:
+                with contextlib.suppress(RetroError):  # a stream that is gone stays interrupted
+                    self.resume(number)
+        known = {path for _, path, _ in rows}
+        for file in folder.glob("*") if folder.is_dir() else ():
+            if str(file) not in known and time.time() - file.stat().st_mtime > KEPT_S:
+                file.unlink(missing_ok=True)
 
     def wait(self, number: int, timeout_s: float | None = None) -> Job:
         """The job once it has ended, or when the time is over."""

@@ -213,7 +213,5 @@ def _static_hit(retriever: Retriever, chunk: int, score: float) -> Hit:
     number = int(np.searchsorted(retriever.starts, chunk, "right")) - 1
     store, row = retriever.stores[number], chunk - int(retriever.starts[number])
     document = store.document_of(row)
-    first, last = store.document_rows(document)
-    identifier, title = store.name(document)
-    continuation = store.text(row + 1) if row + 1 < last else ""
-    return Hit(identifier, title, row - first, score, store.text(row), continuation, store.folder.name)
+    place = row - store.document_rows(document)[0]
+    return Hit(*store.name(document), place, score, store.text(row), store.continuation(row), store.folder.name)

@@ -286,9 +286,8 @@ class Retriever:
     def hit(self, chunk: int, score: float = 0.0) -> Hit:
         number = int(np.searchsorted(self.starts, chunk, "right")) - 1
         store, row = self.stores[number], chunk - int(self.starts[number])
-        document = store.document_of(row)
-        continuation = store.text(row + 1) if row + 1 < store.document_rows(document)[1] else ""
-        return Hit(chunk, *store.name(document), score, store.text(row), store.folder.name, continuation)
+        name = store.name(store.document_of(row))
+        return Hit(chunk, *name, score, store.text(row), store.folder.name, store.continuation(row))
 
 
 def _check_embeddings(vectors: Sequence[Vectors]) -> None:

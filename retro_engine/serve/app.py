@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from retro_engine.errors import MissingExtraError, OutOfResourceError, RetroError, UsageError, typed
+from retro_engine.errors import MissingExtraError, OutOfResourceError, RetroError, UnavailableError, UsageError, typed
 from retro_engine.generate.engine import BusyError
 from retro_engine.serve import documents, nemo, openai, schema, session, tools
 from retro_engine.serve.gate import Gate
@@ -138,7 +138,7 @@ def make_app(
 async def _load(state: State, load: Callable[[], Service], stop: Callable[[BaseException], None] | None) -> None:
     try:
         service = await asyncio.to_thread(load)
-    except (RetroError, OSError, MemoryError) as error:
+    except Exception as error:
         if stop is None:
             raise
         stop(error)
@@ -167,6 +167,8 @@ def api_error(error: RetroError) -> ApiError:
         return ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
     if isinstance(error, OutOfResourceError):
         return ApiError(503, message, code="no_space", headers={"retry-after": "30"})
+    if isinstance(error, UnavailableError):
+        return ApiError(503, message, code="unavailable", headers={"retry-after": "2"})
     if isinstance(error, UsageError):
         return ApiError(400, message)
     return ApiError(501 if isinstance(error, MissingExtraError) else 500, message, code=type(error).__name__)

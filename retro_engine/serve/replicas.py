@@ -1,12 +1,15 @@
 """Replicas of the server on Ray Serve, over one library that a process of its own has open.
 
-`serve run retro_engine.serve.replicas:build run=runs/mine accounts=accounts.sqlite replicas=2`. Every replica has the model in its engine and
-answers all routes; what it asks of the library it asks the one `Shelf`, so a document that any replica added is in the
-next search of all of them. Ray's proxy holds the connections: the limits on slow clients are Ray's, those on bodies,
-prompts and times are ours. Machines must see the same files. Docs: docs/serving.md.
+`serve run retro_engine.serve.replicas:build run=runs/mine accounts=accounts.sqlite replicas=2`. Every replica has the
+model in its engine and answers all routes; what it asks of the library it asks the one `Shelf`, so a document that any
+replica added is in the next search of all of them. Ray's proxy holds the connections: the limits on slow clients are Ray's, those on bodies,
+prompts and times are ours. All processes are of one machine: accounts and library are SQLite files. Docs: docs/serving.md.
 """
 
 import asyncio
+import logging
+import os
+import threading
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -14,20 +17,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+import torch
+
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingExtraError, UsageError
+from retro_engine.errors import MissingExtraError, UnavailableError, UsageError
 from retro_engine.model.weights import read_config
 from retro_engine.retrieval.library import DEFAULT, Library
 from retro_engine.retrieval.library_documents import Chunker, HashEmbedder
 from retro_engine.retrieval.library_import import Importer, Job
+from retro_engine.retrieval.library_search import check_mode
 from retro_engine.serve.app import make_app
 from retro_engine.serve.auth import Accounts
-from retro_engine.serve.limits import ApiError, Limits
+from retro_engine.serve.limits import Limits
 from retro_engine.serve.run import Address, make_state
 from retro_engine.serve.service import Options, Service, library_folder, open_library, open_service
 from retro_engine.train import checkpoint
 
-CALLS = ("add", "delete", "get", "entries", "statistics", "reset", "find", "job", "start", "version", "settings")
+FORWARDED = ("add", "delete", "get", "entries", "statistics", "reset", "find")  # methods of a library
+CALLS = (*FORWARDED, "job", "start", "version", "settings")
+ANSWER_S = 60.0  # that a replica waits for the Shelf
 SHELF, SERVER = "Shelf", "Server"  # names of the deployments
 WAITING = 256  # requests that Ray gives one replica at once: the engine's own queue answers 429 before
 
@@ -40,6 +48,7 @@ class Shelf:
         chunk_size = read_config(folder).chunk_size
         self.library = open_library(library_folder(options, folder), Tokenizer.load(folder), chunk_size)
         self.importer = Importer(self.library)
+        self.importer.recover()
 
     async def call(self, name: str, *arguments: Any, **named: Any) -> Any:
         """One of CALLS, in a thread -> the library's version after it, and its answer or error.
@@ -82,7 +91,7 @@ class SharedLibrary(Library):
 
     def __init__(self, ask: Callable[..., Any]):
         """`ask` calls the Shelf and waits: (name, arguments) -> version, answer."""
-        self._asks, self._known_version = ask, 0
+        self._asks, self._known_version, self._versions = ask, 0, threading.Lock()
         folder, tokenizer_json, chunk_size, stride, embedder, width = self.ask("settings")
         self.folder = Path(folder)
         tokenizer = Tokenizer(tokenizer_json)
@@ -92,7 +101,9 @@ class SharedLibrary(Library):
 
     def ask(self, name: str, *arguments: Any, **named: Any) -> Any:
         """What the Shelf answers; its errors are raised here."""
-        self._known_version, answer = self._asks(name, *arguments, **named)
+        version, answer = self._asks(name, *arguments, **named)
+        with self._versions:  # answers come in any order
+            self._known_version = max(self._known_version, version)
         if isinstance(answer, _Failure):
             raise answer.error
         return answer
@@ -135,15 +146,15 @@ def _asks(name: str) -> Any:
     return method
 
 
-for _name in ("add", "delete", "get", "entries", "statistics", "reset", "find"):
+for _name in FORWARDED:
     setattr(SharedLibrary, _name, _asks(_name))
 
 
 def build(settings: dict[str, str]) -> Any:
-    """The Ray Serve application: run=RUN and accounts=FILE, and if wanted replicas=N, allow_host=NAME and of `retro serve`
-    library, mode, name, dtype, max_batch and max_waiting.
+    """The Ray Serve application: run=RUN and accounts=FILE, and if wanted replicas=N, cpus=N of each, allow_host=NAME,
+    metrics_token=TOKEN and of `retro serve` library, mode, name, dtype, max_batch and max_waiting.
 
-    Raises MissingExtraError without Ray Serve, UsageError for a setting that does not exist or while nobody has access.
+    Raises MissingExtraError without Ray Serve, UsageError for what cannot be set or while nobody has access.
     """
     try:
         from ray import serve
@@ -151,56 +162,90 @@ def build(settings: dict[str, str]) -> Any:
         raise MissingExtraError(
             "Ray Serve is not installed", str(error), "pip install 'retro-engine[replicas]'"
         ) from error
-    given = dict(settings)
-    replicas = int(given.pop("replicas", "2"))
-    accounts = given.pop("accounts", "")
-    hosts = [name for name in (given.pop("allow_host", None),) if name]
     known = {field.name for field in fields(Options)} - {"stores", "weights"}
-    if wrong := sorted(given.keys() - known):
-        raise UsageError(f"{', '.join(wrong)} cannot be set", f"known: {', '.join(sorted(known))}", "leave it out")
-    if "run" not in given or not accounts:
+    others = {"accounts", "replicas", "cpus", "allow_host", "metrics_token"}
+    if wrong := sorted(settings.keys() - known - others):
+        raise UsageError(
+            f"{', '.join(wrong)} cannot be set", f"known: {', '.join(sorted(known | others))}", "leave it out"
+        )
+    if not settings.get("run") or not settings.get("accounts"):
         raise UsageError("run or accounts is not set", "a replica needs both", "run=RUN accounts=FILE")
-    numbers = {key: int(value) for key, value in given.items() if key in ("max_batch", "max_waiting")}
-    options = Options(**{**given, **numbers})  # type: ignore[arg-type]
+    given: dict[str, Any] = {key: value for key, value in settings.items() if key in known}
+    given |= {key: _number(settings, key, 1) for key in ("max_batch", "max_waiting") if key in settings}
+    given |= {key: str(Path(given[key]).resolve()) for key in ("run", "library") if key in given}  # Ray works elsewhere
+    options = Options(**given)
+    check_mode(options.mode, (1.0, 1.0))
+    accounts = Path(settings["accounts"]).resolve()
     if Accounts(accounts).is_empty:
-        raise UsageError("nobody has access yet", accounts, "retro users add NAME, or retro keys add NAME")
+        raise UsageError("nobody has access yet", str(accounts), "retro users add NAME, or retro keys add NAME")
+    replicas = _number(settings, "replicas", 2)
+    cpus = _number(settings, "cpus", max(1, (os.cpu_count() or 1) // replicas))
+    hosts = [settings["allow_host"]] if "allow_host" in settings else []
     has_library = read_config(checkpoint.find_checkpoint(options.run)).retrieval
 
     def app() -> Any:
-        state = make_state(Accounts(accounts), Limits(), Address())
-        return make_app(state, partial(_open, options, has_library), hosts)
+        # to the application Ray's proxy is every client: a token opens the metrics, not an address
+        address = Address(is_behind_proxy=True, metrics_token=settings.get("metrics_token"))
+        state = make_state(Accounts(accounts), Limits(), address)
+        return make_app(state, partial(_open, options, has_library, cpus), hosts, stop=_failed)
 
     server = serve.deployment(serve.ingress(app)(_Server), name=SERVER).options(
-        num_replicas=replicas, max_ongoing_requests=WAITING
+        num_replicas=replicas, max_ongoing_requests=WAITING, ray_actor_options={"num_cpus": cpus}
     )
     if not has_library:
         return server.bind(None)
     shelf = serve.deployment(Shelf, name=SHELF).options(
-        max_ongoing_requests=WAITING, logging_config={"enable_access_log": False}
+        max_ongoing_requests=WAITING,
+        ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},
     )
     return server.bind(shelf.bind(options))
 
 
+def _number(settings: dict[str, str], name: str, default: int) -> int:
+    text = settings.get(name, str(default))
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) < 1 << 31:
+        raise UsageError(f"{name}={text} cannot be used", "a number from 1 on")
+    return int(text)
+
+
+_FAILURES: list[BaseException] = []  # of this replica's start
+
+
+def _failed(error: BaseException) -> None:
+    """Apart from `build`: what that hands to Ray is copied, and this list must be the one that `_Server` looks at."""
+    logging.getLogger("retro").error("the model cannot be served", exc_info=error)
+    _FAILURES.append(error)
+
+
 class _Server:
-    """A replica; its application opens the model."""
+    """A replica; its application opens the model. One that cannot is unhealthy, and Ray starts another."""
 
     def __init__(self, shelf: Any):
         self.shelf = shelf
 
+    def check_health(self) -> None:
+        if _FAILURES:
+            raise _FAILURES[0]
 
-def _open(options: Options, has_library: bool) -> Service:
+
+def _open(options: Options, has_library: bool, threads: int) -> Service:
+    torch.set_num_threads(threads)
     if not has_library:
         return open_service(options)
     from ray import exceptions, serve
+    from ray.serve.exceptions import RayServeException
 
     shelf = serve.get_deployment_handle(SHELF, serve.get_replica_context().app_name)
 
     def ask(name: str, *arguments: Any, **named: Any) -> Any:
         try:
-            return shelf.call.remote(name, *arguments, **named).result()
-        except exceptions.RayError as error:  # its process is gone; Ray starts another, which loses nothing
-            message = f"the library's process is gone: {type(error).__name__}"
-            raise ApiError(503, message, code="loading", headers={"retry-after": "2"}) from error
+            return shelf.call.remote(name, *arguments, **named).result(timeout_s=ANSWER_S)
+        except exceptions.RayTaskError:  # a bug over there
+            raise
+        except (exceptions.RayError, RayServeException, TimeoutError) as error:
+            why = f"its process does not answer ({type(error).__name__}); Ray starts another, which loses nothing"
+            raise UnavailableError("the library cannot be asked", why) from error
 
     library = SharedLibrary(ask)
     return open_service(options, (library, SharedImporter(library)))

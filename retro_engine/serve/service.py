@@ -116,6 +116,7 @@ def open_service(options: Options, shared: tuple[Library, Importer] | None = Non
         if shared is None:
             library = open_library(library_folder(options, folder), tokenizer, model.config.chunk_size)
             shared = library, Importer(library)
+            shared[1].recover()
         library, importer = shared
     elif options.library is not None:
         raise UsageError(f"{options.run} is a plain decoder", "it reads no documents", "leave --library out")

@@ -158,7 +158,13 @@ def question_search(stores: list[Store], retriever: str, retrieved_length: int) 
 
 def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
     """The settings a checkpoint's run was started with, with overrides. Raises MissingInputError without config.yaml."""
-    done = {"init_from": None, "freeze_decoder": False, "unfreeze_step": None, "unfreeze_every": None}
+    done = {
+        "init_from": None,
+        "fit_cross_attention": False,
+        "freeze_decoder": False,
+        "unfreeze_step": None,
+        "unfreeze_every": None,
+    }
     settings = [(f"model.{key}", value) for key, value in done.items()]  # what they did is in the settings and weights
     return load_config([*settings, *overrides], file=str(checkpoint_folder.parent.parent / "config.yaml"))
 
@@ -438,9 +444,9 @@ class _Training:
             )
 
     def _fit_cross_attention(self) -> None:
-        """From the first sequences of the training data; the same in every process."""
+        """From some sequences of the training data; the same in every process."""
         start, m = time.perf_counter(), self.config.model
-        size = m.micro_batch_size
+        size = max(1, min(m.micro_batch_size, FIT_TOKENS // m.encoder_seq_length))
         count = max(1, FIT_TOKENS // (size * m.encoder_seq_length))
         self.model.to(self.device)
 

@@ -17,6 +17,7 @@ DECODERS = {
     "as many keys as queries, LayerNorm, biases": {
         "num_attention_heads": 6, "normalization": "layernorm", "bias": True, "activation": "gelu", "position_embedding": "learned",
     },
+    "more heads in the encoder": {"num_attention_heads": 4, "encoder_num_attention_heads": 6, "hidden_size": 144},
     "half of a head is rotated, two encoder layers": {"num_attention_heads": 3, "rotary_percentage": 0.5, "enc_num_layers": 2},
 }  # fmt: skip
 
@@ -94,6 +95,8 @@ def test_a_token_finds_itself_and_what_follows(name: str) -> None:
     [
         ({"encoder_hidden_size": 96}, "as wide"),
         ({"num_attention_heads": 2}, "three heads"),
+        ({"num_attention_heads": 2, "num_query_groups": 1}, "three heads"),
+        ({"num_attention_heads": 2, "encoder_num_attention_heads": 6}, "as wide as a decoder's"),
         ({"encoder_position_embedding": "none"}, "RoPE"),
         ({"rotary_interleaved": True}, "RoPE"),
         ({"num_attention_heads": 12, "rotary_percentage": 0.5}, "12 rotary"),

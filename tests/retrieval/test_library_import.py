@@ -172,3 +172,34 @@ def test_a_full_disk_fails_the_job_and_it_goes_on(tmp_path: Path, small_store: S
             assert again.number == job.number
             assert again.done >= job.done
             assert library.statistics()["namespaces"]["default"]["documents"] == again.added
+
+
+def test_streams_that_a_killed_process_left_go_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kept stream goes on by itself, a file goes on when it is named again, and what no job names is removed."""
+    monkeypatch.setattr(library_import, "BATCH_DOCUMENTS", 5)
+    path = write(tmp_path / "in.jsonl", rows(2000))
+    kept = folder / "imports"
+    with Library(folder) as library, Importer(library) as importer:
+        numbers = [importer.start(io.BytesIO(path.read_bytes()), "streams"), importer.start(path, "files")]
+        importer.stop()  # the rows say "running", as after a kill
+        assert [importer.job(number).state for number in numbers] == ["running", "running"]
+    old, new = kept / "old.jsonl", kept / ".new.jsonl.tmp"
+    for stale in (old, new):
+        stale.write_text("{}\n")
+    os.utime(old, (0, 0))
+    with Library(folder) as library, Importer(library) as importer:
+        importer.recover()
+        job = importer.wait(numbers[0])
+        assert (job.state, job.added) == ("done", 2000)
+        assert importer.job(numbers[1]).state == "interrupted"
+        assert [file.name for file in kept.iterdir()] == [new.name], "on its way, perhaps"
+        assert importer.wait(importer.start(path, "files")).added == 2000
+    with Library(folder) as library, Importer(library) as importer:  # a stream that is gone
+        number = importer.start(io.BytesIO(path.read_bytes()), "gone")
+        importer.stop()
+        Path(importer.job(number).path).unlink()
+    with Library(folder) as library, Importer(library) as importer:
+        importer.recover()
+        assert importer.job(number).state == "interrupted"

@@ -1,8 +1,12 @@
-"""Two replicas on Ray Serve over one library: a write of any is read by all, also after a process was killed."""
+"""A library behind another process answers as itself; two replicas on Ray Serve over one (where Ray is installed): a write of any
+is read by all, also after a process was killed."""
 
+import asyncio
 import importlib.util
+import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,17 +18,19 @@ from typing import Any
 import httpx
 import pytest
 
+from retro_engine.data.corpus import Document
 from retro_engine.errors import MissingExtraError, UsageError
 from retro_engine.retrieval.library import Library
 from retro_engine.serve.auth import Accounts
-from retro_engine.serve.replicas import build
+from retro_engine.serve.replicas import SharedImporter, SharedLibrary, Shelf, build
+from retro_engine.serve.service import Options
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_RAY_SERVE = bool(importlib.util.find_spec("ray") and importlib.util.find_spec("fastapi"))
 SCRIPT = """
 import json, os, socket, sys, time
 from retro_engine.retrieval.executor import connect_ray
-ray = connect_ray(8)
+ray = connect_ray(2)
 from ray import serve
 from retro_engine.serve.replicas import build
 with socket.socket() as free:
@@ -150,6 +156,102 @@ def test_nothing_is_lost_with_a_killed_process(served: tuple[httpx.Client, Path,
     assert name in found(client, f"granite {name}")
 
 
+def test_an_import_survives_the_shelf(served: tuple[httpx.Client, Path, int]) -> None:
+    """What was answered with 202 is done by the process that comes next."""
+    client, _, _ = served
+    rows = "".join(json.dumps({"id": f"long-{i}", "text": f"obsidian number {i} " * 40}) + "\n" for i in range(5000))
+    headers = {"content-type": "application/x-ndjson"}
+    number = client.post("/v1/documents/import", content=rows, headers=headers).raise_for_status().json()["id"]
+    before = processes("Shelf")
+    os.kill(before[0], signal.SIGKILL)
+
+    def is_done() -> bool:
+        answer = client.get(f"/v1/jobs/{number}")
+        return answer.status_code == 200 and answer.json()["state"] == "done"
+
+    waited(is_done)
+    assert processes("Shelf") != before
+    assert client.get(f"/v1/jobs/{number}").json()["added"] == 5000
+    assert client.get("/v1/documents/long-4999").status_code == 200
+
+
+def test_completions_say_503_without_the_shelf(served: tuple[httpx.Client, Path, int]) -> None:
+    client, _, _ = served
+    os.kill(processes("Shelf")[0], signal.SIGKILL)
+    codes = []
+    for number in range(400):
+        body = {"model": "tiny", "prompt": f"{number} amber resin " * 12, "max_tokens": 2}
+        codes.append(client.post("/v1/completions", json=body).status_code)
+        if codes[-1] == 200 and len(processes("Shelf")) == 1:
+            break
+    assert set(codes) <= {200, 503}, codes
+
+
+def test_metrics_take_a_token(served: tuple[httpx.Client, Path, int]) -> None:
+    client, _, _ = served
+    assert client.get("/metrics").status_code == 401
+
+
+def shelf_of(run: Path, folder: Path) -> tuple[Shelf, SharedLibrary]:
+    """A Shelf in this process, and a library that asks it as through Ray: all that passes is pickled."""
+    shelf = Shelf(Options(str(run), library=str(folder / "library")))
+
+    def ask(*arguments: Any, **named: Any) -> Any:
+        given, more = pickle.loads(pickle.dumps((arguments, named)))  # noqa: S301
+        return pickle.loads(pickle.dumps(asyncio.run(shelf.call(*given, **more))))  # noqa: S301
+
+    return shelf, SharedLibrary(ask)
+
+
+def test_a_shared_library_answers_as_the_library(small_run: Path, tmp_path: Path) -> None:
+    shelf, shared = shelf_of(small_run, tmp_path)
+    version = shared.add([Document("a", "A title", "basalt and granite"), Document("b", "", "granite alone")])
+    assert version == shared.version == shelf.library.version
+    assert shared.get("a") == Document("a", "A title", "basalt and granite")
+    assert shared.search("basalt", 3) == shelf.library.search("basalt", 3)
+    for mode in ("dense", "hybrid"):
+        pairs = zip(shared.find("granite", 2, mode), shelf.library.find("granite", 2, mode), strict=True)
+        assert all(one[0] == other[0] and (one[1] == other[1]).all() for one, other in pairs)
+    assert shared.entries(limit=1) == shelf.library.entries(limit=1)
+    assert shared.statistics() == shelf.library.statistics()
+    assert shared.delete(["a", "c"]) == 1
+    for wrong in (
+        lambda: shared.add([Document("", "", "x")]),
+        lambda: shared.search("", 3),
+        lambda: shared.search("x", 0),
+    ):
+        with pytest.raises(UsageError):
+            wrong()
+    with pytest.raises(ValueError, match="not one of"):
+        shared.ask("write", "default", None, [])
+    importer = SharedImporter(shared)
+    number = importer.start(io.BytesIO(b'{"id": "c", "text": "chalk"}\n'))
+    waited(lambda: importer.job(number).state == "done")
+    assert shared.reset() == 2
+    with pytest.raises(UsageError, match="does not exist"):
+        importer.job(99)
+
+    async def on_a_loop() -> int:
+        return shared.version  # asks nobody
+
+    known = shared.version
+    shelf.library.add([Document("d", "", "dolomite")])
+    assert asyncio.run(on_a_loop()) == known < shared.version
+    shelf.importer.stop()
+    shelf.library.close()
+
+
+def test_a_version_never_goes_back(small_run: Path, tmp_path: Path) -> None:
+    shelf, shared = shelf_of(small_run, tmp_path)
+    answers = iter([(7, None), (6, [])])
+    shared._asks = lambda *_, **__: next(answers)
+    shared.ask("add")
+    shared.ask("find")
+    assert shared._known_version == 7
+    shelf.importer.stop()
+    shelf.library.close()
+
+
 def test_settings_that_cannot_be_used(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not HAS_RAY_SERVE:
         monkeypatch.setitem(sys.modules, "ray", None)
@@ -158,6 +260,15 @@ def test_settings_that_cannot_be_used(small_run: Path, tmp_path: Path, monkeypat
         return
     accounts = str(tmp_path / "accounts.sqlite")
     settings = {"run": str(small_run), "accounts": accounts}
-    for change, match in [({"colour": "red"}, "colour"), ({"run": ""}, "not set"), ({}, "nobody has access")]:
+    for change, match in [
+        ({"colour": "red"}, "colour"),
+        ({"run": ""}, "not set"),
+        ({"mode": "psychic"}, "psychic"),
+        ({}, "nobody has access"),
+    ]:
         with pytest.raises(UsageError, match=match):
             build({name: value for name, value in {**settings, **change}.items() if value})
+    Accounts(accounts).add_key("all", "admin")
+    for change in ({"replicas": "two"}, {"cpus": "0"}, {"max_batch": "-1"}):
+        with pytest.raises(UsageError, match="a number from 1 on"):
+            build({**settings, **change})

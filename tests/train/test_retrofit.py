@@ -17,7 +17,7 @@ from retro_engine.interop.imports import Imported, write_checkpoint
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
-from retro_engine.train.loop import open_evaluation, train
+from retro_engine.train.loop import open_evaluation, run_databases, train
 from retro_engine.train.retrofit import crossing_layers, inherit, is_new, load_initial
 
 RUN = [
@@ -228,7 +228,8 @@ def test_cross_attention_is_fitted_to_the_decoder(small_store: Store, source: Pa
         train(load_config(settings(small_store, tmp_path / "wide", *settings_, out=tmp_path / name)), reporter)
         return losses(tmp_path / name)
 
-    plain, whole = run("plain", more[1]), run("whole", *more)
+    plain = run("plain", more[1], "model.cca_position_embedding=none")
+    whole = run("whole", *more)
     assert plain[1] == whole[1]
     assert plain[6] != whole[6]
     assert any("cross-attention fitted to" in line for line in said)
@@ -236,6 +237,9 @@ def test_cross_attention_is_fitted_to_the_decoder(small_store: Store, source: Pa
     said.clear()
     assert run("cut", *more)[6] == pytest.approx(whole[6], rel=1e-6)
     assert not any("cross-attention fitted to" in line for line in said)
+    (checkpoint,) = (tmp_path / "whole" / "checkpoints").glob("step-*")
+    assert len(open_evaluation(checkpoint, read_config(checkpoint), [], "valid").documents)
+    assert [store.fingerprint for store in run_databases(checkpoint)] == [small_store.fingerprint]
     with pytest.raises(UsageError, match="12 rotary dimensions"):
         inherit(load_config(settings(small_store, source, *more)))
     with pytest.raises(UsageError, match="no decoder to be retro-fitted"):
