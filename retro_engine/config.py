@@ -217,7 +217,8 @@ class TrainedModelConfig(ModelConfig):
     activations_checkpoint_granularity: str | None = None  # selective | full: recomputed in the backward pass
     shape_file: str | None = None  # muP base widths that `retro mup base` wrote
     init_from: str | None = None  # a checkpoint or run: its weights, and what they fix of the model (docs/tuning.md)
-    fit_cross_attention: bool = False  # with init_from a plain decoder: begin with a copying circuit (docs/tuning.md)
+    # with init_from a plain decoder: begin with a copying circuit (docs/tuning.md); None = where it can be built
+    fit_cross_attention: bool | None = None
     freeze_decoder: bool = False  # with init_from: only the encoder and chunked cross-attention learn
     unfreeze_step: int | None = None  # the step from which the decoder learns as well; None = never
     unfreeze_every: int | None = (

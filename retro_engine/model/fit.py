@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from retro_engine.config import ModelConfig
-from retro_engine.errors import UsageError
 from retro_engine.model.attention import SelfAttention
 from retro_engine.model.initialization import ROTARY_PAIRS
 from retro_engine.model.retro import RetroModel
@@ -24,8 +23,8 @@ MATCH_LOGITS = (10.0, 20.0)  # of a token at itself, in the heads of a group in 
 RIDGE = 0.01  # of the mean square of the decoder's states
 
 
-def check_fit(c: ModelConfig) -> None:
-    """Raise UsageError naming the first condition that `c` breaks."""
+def unmet(c: ModelConfig) -> str | None:
+    """The first condition that `c` breaks; None = cross-attention can be fitted."""
     pairs = int(c.encoder_width // c.encoder_heads * c.rotary_percentage) // 2
     for holds, rule in (
         (c.encoder_width == c.hidden_size, "the encoder is as wide as the decoder"),
@@ -41,7 +40,8 @@ def check_fit(c: ModelConfig) -> None:
         (c.encoder_seq_length >= c.r, "a training sequence is as long as a neighbor"),
     ):
         if not holds:
-            raise UsageError("model.fit_cross_attention=true cannot be used", f"it needs: {rule}", "change that")
+            return rule
+    return None
 
 
 @torch.no_grad()

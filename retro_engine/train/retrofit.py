@@ -4,7 +4,7 @@ From a plain decoder a RETRO is made (arXiv 2112.04426 section 4.2): encoder and
 output of the latter is 0, so that step 0 computes exactly what the decoder computes. From a RETRO all of it is taken.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from retro_engine.config import Config, ModelConfig, TrainedModelConfig, check
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.model.fit import check_fit
+from retro_engine.model.fit import unmet
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import WEIGHTS_FILE, load_state, read_config
 from retro_engine.train import checkpoint
@@ -66,17 +66,23 @@ def inherit(config: Config) -> Path | None:
         if mine not in (getattr(default, name), getattr(theirs, name), value):
             raise UsageError(f"model.{name}={mine} does not fit", f"{source} has {value}", f"leave model.{name} out")
         setattr(m, name, value)
-    if m.fit_cross_attention:
-        if theirs.retrieval or not m.retrieval:
-            raise UsageError(
-                "model.fit_cross_attention=true cannot be used", f"{source} is no decoder to be retro-fitted"
-            )
-        m.cca_position_embedding = "none"
-        check_fit(m)
+    _settle_fit(m, source, theirs.retrieval)
     if not theirs.retrieval and m.retrieval and m.dec_cross_attention == default.dec_cross_attention:
         m.dec_cross_attention = crossing_layers(m.dec_num_layers)
     check(config)
     return source
+
+
+def _settle_fit(m: TrainedModelConfig, source: Path, is_retro: bool) -> None:
+    """Decide model.fit_cross_attention where nothing is said; with it cross-attention has no positions."""
+    rule = "the weights are a plain decoder's, to be retro-fitted" if is_retro or not m.retrieval else None
+    rule = rule or unmet(replace(m, cca_position_embedding="none"))
+    if m.fit_cross_attention and rule is not None:
+        raise UsageError("model.fit_cross_attention=true cannot be used", f"with {source}: {rule}", "change that")
+    if m.fit_cross_attention is None:
+        m.fit_cross_attention = rule is None
+    if m.fit_cross_attention:
+        m.cca_position_embedding = "none"
 
 
 def crossing_layers(layers: int) -> list[int]:

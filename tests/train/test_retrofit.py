@@ -228,7 +228,8 @@ def test_cross_attention_is_fitted_to_the_decoder(small_store: Store, source: Pa
         train(load_config(settings(small_store, tmp_path / "wide", *settings_, out=tmp_path / name)), reporter)
         return losses(tmp_path / name)
 
-    plain = run("plain", more[1], "model.cca_position_embedding=none")
+    plain = run("plain", more[1], "model.cca_position_embedding=none", "model.fit_cross_attention=false")
+    assert not any("cross-attention fitted to" in line for line in said)
     whole = run("whole", *more)
     assert plain[1] == whole[1]
     assert plain[6] != whole[6]
@@ -242,5 +243,10 @@ def test_cross_attention_is_fitted_to_the_decoder(small_store: Store, source: Pa
     assert [store.fingerprint for store in run_databases(checkpoint)] == [small_store.fingerprint]
     with pytest.raises(UsageError, match="12 rotary dimensions"):
         inherit(load_config(settings(small_store, source, *more)))
-    with pytest.raises(UsageError, match="no decoder to be retro-fitted"):
+    for decoder, is_fitted in ((tmp_path / "wide", True), (source, False)):  # where nothing is said
+        config = load_config(settings(small_store, decoder))
+        inherit(config)
+        assert config.model.fit_cross_attention is is_fitted
+        assert config.model.cca_position_embedding == ("none" if is_fitted else "rope")
+    with pytest.raises(UsageError, match="a plain decoder's"):
         inherit(load_config([*more[:1], f"model.init_from='{tmp_path / 'whole'}'"]))
