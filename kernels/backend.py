@@ -19,11 +19,16 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 _CUDA_OPS = ("rope", "gather_neighbors")  # what csrc/cuda has; the other ops are Triton's there
 
 
+_CPP_TYPES = {torch.float32, torch.bfloat16}
+_TYPES = {*_CPP_TYPES, torch.float16}
+
+
 def backend(device: str = "cpu") -> str:
     """What ops on `device` (cpu, cuda) run on where their tensors allow it. Raises ValueError as `choose` does."""
-    forced = _forced()
-    if forced:
-        return forced
+    return _forced() or _default(device)
+
+
+def _default(device: str) -> str:
     if device == "cuda":
         return "triton" if _HAS_TRITON and _is_recent() else "reference"
     return "cpp" if device == "cpu" and cpp.is_available() else "reference"
@@ -40,16 +45,17 @@ def choose(op: str, *tensors: Tensor | None) -> str:
     if forced == "cuda" and op not in _CUDA_OPS:
         forced = "triton"
     given = [tensor for tensor in tensors if tensor is not None]
-    device = next((tensor.device.type for tensor in given if tensor.device.type != "cpu"), "cpu")
-    name = forced or backend(device)
+    devices = {tensor.device.type for tensor in given}
+    device = next(iter(devices - {"cpu"}), "cpu")
+    name = forced or _default(device)
     if name == "triton" and not forced and op in _CUDA_OPS and cuda.is_usable():
         name = "cuda"  # RoPE and gathering: one pass without a compilation at the first call
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    types = (torch.float32, torch.bfloat16) + (() if name == "cpp" else (torch.float16,))
+    types = _CPP_TYPES if name == "cpp" else _TYPES
     expected = "cpu" if name == "cpp" else "cuda"
-    fits = all(tensor.device.type == expected or is_interpreted for tensor in given)
+    fits = devices <= {expected} or os.environ.get("TRITON_INTERPRET") == "1"
     if op != "gather_neighbors":
-        fits = fits and all(tensor.dtype in types and tensor.dtype == given[0].dtype for tensor in given)
+        dtypes = {tensor.dtype for tensor in given}
+        fits = fits and len(dtypes) <= 1 and dtypes <= types
     if name != "reference" and not fits:
         if forced:
             kinds = sorted({f"{tensor.dtype} on {tensor.device.type}" for tensor in given})

@@ -143,15 +143,19 @@ def feed_forward_step(
     return y
 
 
-def _matrix(m: Matrix) -> tuple[int, ...]:
-    bias_type = 0 if m.bias is None else _TYPES[m.bias.dtype]
-    pointers = (m.weight.data_ptr(), _address(m.bias), _address(m.scale))
-    return (_TYPES[m.weight.dtype], bias_type, *m.weight.shape, *pointers)
+def _matrix(m: Matrix) -> list[int]:
+    if not m.cpp:
+        bias_type = 0 if m.bias is None else _TYPES[m.bias.dtype]
+        pointers = (m.weight.data_ptr(), _address(m.bias), _address(m.scale))
+        m.cpp[:] = (_TYPES[m.weight.dtype], bias_type, *m.weight.shape, *pointers)
+    return m.cpp
 
 
 def _norm(norm: Norm, x: Tensor) -> tuple[int, ...]:
-    weight_type = 0 if norm.weight is None else _TYPES[norm.weight.dtype]
-    return (x.shape[1], int(norm.is_rms), weight_type, _address(norm.weight), _address(norm.bias))
+    if not norm.cpp:
+        weight_type = 0 if norm.weight is None else _TYPES[norm.weight.dtype]
+        norm.cpp[:] = (int(norm.is_rms), weight_type, _address(norm.weight), _address(norm.bias))
+    return (x.shape[1], *norm.cpp)
 
 
 def _attending(a: Attending, q: Matrix) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ Shape letters: B batch, N tokens, M chunk length, L chunks, K neighbors, R token
 heads, G key/value heads, E head width, P rotated pairs. Half-precision inputs are rotated in fp32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +204,9 @@ class Matrix:
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
+    cpp: list[int] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )  # what C++ got of it, and gets again
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,7 @@ class Norm:
     bias: Tensor | None
     eps: float
     is_rms: bool
+    cpp: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def attention_step(x: Tensor, norm: Norm, q: Matrix, k: Matrix, v: Matrix, out: 
     Raises ValueError for shapes that do not fit, a place outside the cache or a position outside the tables.
     """
     _check_attention(x, q, out, attending, (k, v))
-    if _is_for_cpp(x, (norm.weight, norm.bias), (q, k, v, out), attending):
+    if _is_for_cpp(x, norm, (q, k, v, out), attending):
         return cpp.attention_step(x.float().contiguous(), norm, q, k, v, out, attending)
     return reference.attention_step(_as(norm, x), norm, q, k, v, out, attending)
 
@@ -37,7 +37,7 @@ def cross_attention_step(
     _check_attention(x, q, out, attending, ())
     if not attending.keys.shape[1] and not adds_bias:
         return x
-    if _is_for_cpp(x, (norm.weight, norm.bias), (q, out), attending):
+    if _is_for_cpp(x, norm, (q, out), attending):
         return cpp.cross_attention_step(x.float().contiguous(), norm, q, out, attending, adds_bias)
     return reference.cross_attention_step(_as(norm, x), norm, q, out, attending, adds_bias)
 
@@ -48,7 +48,7 @@ def feed_forward_step(x: Tensor, norm: Norm, gate: Matrix | None, up: Matrix, do
     for matrix in matrices[:-1]:
         _check_matrix("gate and up", matrix, up.weight.shape[0], x.shape[-1])
     _check_matrix("down", down, x.shape[-1], up.weight.shape[0])
-    if _is_for_cpp(x, (norm.weight, norm.bias), matrices, None):
+    if _is_for_cpp(x, norm, matrices, None):
         return cpp.feed_forward_step(x.float().contiguous(), norm, gate, up, down, activation)
     return reference.feed_forward_step(_as(norm, x), norm, gate, up, down, activation)
 
@@ -79,6 +79,8 @@ def _check_attention(x: Tensor, q: Matrix, out: Matrix, a: Attending, new: tuple
 
 
 def _check_matrix(name: str, m: Matrix, outputs: int, inputs: int) -> None:
+    if m.cpp and m.cpp[2:4] == [outputs, inputs]:
+        return
     is_fitting = m.weight.shape == (outputs, inputs)
     for part in (m.bias, m.scale):
         is_fitting = is_fitting and (part is None or part.shape == (outputs,))
@@ -93,16 +95,20 @@ def _as(norm: Norm, x: Tensor) -> Tensor:
     return x if norm.weight is None else x.to(norm.weight.dtype)
 
 
-def _is_for_cpp(x: Tensor, norms: tuple[Tensor | None, ...], matrices: tuple[Matrix, ...], a: Attending | None) -> bool:
+def _is_for_cpp(x: Tensor, norm: Norm, matrices: tuple[Matrix, ...], a: Attending | None) -> bool:
     if not 0 < len(x) <= FEW_ROWS or x.dtype not in _FLOATS or choose("linear", x) != "cpp":
         return False
     for m in matrices:
+        if m.cpp and m.cpp[4] == m.weight.data_ptr():
+            continue  # seen before, and still there: moving a module gives its parameters other memory
+        m.cpp.clear()
         if m.weight.dtype not in _WEIGHTS or not m.weight.is_contiguous():
             return False
         if m.bias is not None and m.bias.dtype not in _FLOATS:
             return False
-    for part in norms:
-        if part is not None and part.dtype not in _FLOATS:
+    if norm.weight is None or not norm.cpp or norm.cpp[2] != norm.weight.data_ptr():
+        norm.cpp.clear()
+        if any(part is not None and part.dtype not in _FLOATS for part in (norm.weight, norm.bias)):
             return False
     return a is None or _is_packed(a)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from retro_engine.config import ModelConfig
+from retro_engine.model.decoder import StepWeights
 
 
 @dataclass
@@ -23,7 +24,10 @@ class Cache:
     length: int = 0  # tokens taken so far, padding included
     has_padding: bool = False
     pads_B: Tensor | None = None  # how much of a row is padding, when all of it is on the left
-    rotary: tuple[Tensor, Tensor] | None = None  # of every position, made at the first step of one token
+    # made at the first step of one token:
+    weights: list[StepWeights] = field(default_factory=list)
+    rotary: tuple[Tensor, Tensor] | None = None  # of every position
+    cross_rotary: tuple[Tensor, Tensor] | None = None
     cross_keys: dict[int, Tensor] = field(default_factory=dict)  # layer -> [b, k*r, g, e] of the last whole chunk
     cross_values: dict[int, Tensor] = field(default_factory=dict)
     cross_mask: Tensor | None = None  # [b, k*r] True = valid; None = no neighbors so far

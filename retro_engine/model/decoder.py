@@ -93,8 +93,20 @@ class DecoderLayer(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
+    def step_weights(self) -> "StepWeights":
+        """What the steps below read; to be gathered anew when a module or its weights are replaced."""
+        a, f = self.attention, self.ffn
+        attention = (_norm(self.attention_norm), _matrix(a.q), _matrix(a.k), _matrix(a.v), _matrix(a.out))
+        gate = None if f.gate is None else _matrix(f.gate)
+        feed_forward = (_norm(self.ffn_norm), gate, _matrix(f.up), _matrix(f.down))
+        if not self.is_crossing:
+            return StepWeights(attention, feed_forward)
+        cross = (_norm(self.cross_norm), _matrix(self.cross.q), _matrix(self.cross.out))
+        return StepWeights(attention, feed_forward, cross)
+
     def attention_step(
         self,
+        weights: "StepWeights",
         x_BD: Tensor,
         keys_BSGE: Tensor,
         values_BSGE: Tensor,
@@ -107,26 +119,37 @@ class DecoderLayer(nn.Module):
         attending = ops.Attending(
             keys_BSGE, values_BSGE, a.scale, begins, starts, None, starts, cos, sin, a.interleaved
         )
-        matrices = [_matrix(linear) for linear in (a.q, a.k, a.v, a.out)]
-        return ops.attention_step(x_BD, _norm(self.attention_norm), *matrices, attending)
+        return ops.attention_step(x_BD, *weights.attention, attending)
 
     def cross_attention_step(
-        self, x_BD: Tensor, keys_BXGE: Tensor, values_BXGE: Tensor, valid_BX: Tensor, offsets_B: Tensor, rotary: Rotary
+        self,
+        weights: "StepWeights",
+        x_BD: Tensor,
+        keys_BXGE: Tensor,
+        values_BXGE: Tensor,
+        valid_BX: Tensor,
+        offsets_B: Tensor,
+        rotary: Rotary,
     ) -> Tensor:
         """CCA of one token a row, at `offsets` [b] of the chunk that attends; keys are rotated already."""
         cos, sin = (None, None) if rotary is None else rotary
         attending = ops.Attending(
             keys_BXGE, values_BXGE, self.cross.scale, valid=valid_BX, positions=offsets_B, cos=cos, sin=sin
         )
-        matrices = [_matrix(linear) for linear in (self.cross.q, self.cross.out)]
-        return ops.cross_attention_step(
-            x_BD, _norm(self.cross_norm), *matrices, attending, self.config.cca_bias_everywhere
-        )
+        assert weights.cross is not None
+        return ops.cross_attention_step(x_BD, *weights.cross, attending, self.config.cca_bias_everywhere)
 
-    def feed_forward_step(self, x_BD: Tensor) -> Tensor:
-        gate = None if self.ffn.gate is None else _matrix(self.ffn.gate)
-        up, down = _matrix(self.ffn.up), _matrix(self.ffn.down)
-        return ops.feed_forward_step(x_BD, _norm(self.ffn_norm), gate, up, down, self.config.activation)
+    def feed_forward_step(self, weights: "StepWeights", x_BD: Tensor) -> Tensor:
+        return ops.feed_forward_step(x_BD, *weights.feed_forward, self.config.activation)
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """The norms and matrices of a decoder layer, as its steps of one token a row take them."""
+
+    attention: tuple[ops.Norm, ops.Matrix, ops.Matrix, ops.Matrix, ops.Matrix]  # q, k, v, out
+    feed_forward: tuple[ops.Norm, ops.Matrix | None, ops.Matrix, ops.Matrix]  # gate, up, down
+    cross: tuple[ops.Norm, ops.Matrix, ops.Matrix] | None = None  # q, out
 
 
 def _matrix(linear: nn.Module) -> ops.Matrix:

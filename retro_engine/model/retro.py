@@ -16,7 +16,7 @@ from retro_engine.config import ModelConfig, base_config, check_model
 from retro_engine.model import ops
 from retro_engine.model.attention import Linear, NeighborProjection, Rotary, is_sharded, norm
 from retro_engine.model.cache import Cache, new_cache
-from retro_engine.model.decoder import DecoderLayer, Reading
+from retro_engine.model.decoder import DecoderLayer, Reading, StepWeights
 from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
 from retro_engine.model.initialization import initialize
 from retro_engine.model.loss import linear_cross_entropy
@@ -231,11 +231,12 @@ class RetroModel(nn.Module):
         """`step` for one token of each row: -> logits [b, 1, V]."""
         start, M, device = cache.length, self.config.chunk_size, tokens_B1.device
         completed = (start + 1) // M - start // M
-        if cache.rotary is None:
-            cache.rotary = self.decoder_rotary(cache.capacity, device)
+        if not cache.weights:
+            cache.weights = self.step_weights()
+            cache.rotary, cache.cross_rotary = self.decoder_rotary(cache.capacity, device), self.cross_rotary(device)
         offset = M - 1 if self.config.cca_query_offset else 0
         offsets = torch.full((len(tokens_B1),), (start - (M - 1)) % M + offset, device=device)
-        cross_rotary = self.cross_rotary(device)
+        cross_rotary = cache.cross_rotary
 
         def read(index: int, x: Tensor) -> Tensor:
             layer = self.layers[index]
@@ -253,16 +254,21 @@ class RetroModel(nn.Module):
                 shape = (len(x), 0, self.config.key_value_heads, self.config.head_width)
                 keys = values = self.embedding.weight.new_empty(shape)
                 valid = torch.empty(shape[:2], dtype=torch.bool, device=device)
-            return layer.cross_attention_step(x, keys, values, valid, offsets, cross_rotary)
+            return layer.cross_attention_step(cache.weights[index], x, keys, values, valid, offsets, cross_rotary)
 
         x = self._embed(tokens_B1, start)[:, 0]
         starts = torch.full((len(x),), start, device=device)
-        x = self.layers_of_one(x, cache.keys_BSGE, cache.values_BSGE, begins, starts, cache.rotary, read)
+        x = self.layers_of_one(cache.weights, x, cache.keys_BSGE, cache.values_BSGE, begins, starts, cache.rotary, read)
         cache.length = start + 1
         return self.logits_of_one(x)[:, None]
 
+    def step_weights(self) -> list[StepWeights]:
+        """Of every layer, for `layers_of_one`."""
+        return [layer.step_weights() for layer in self.layers]
+
     def layers_of_one(
         self,
+        weights: Sequence[StepWeights],
         x_BD: Tensor,
         keys_BSGE: Sequence[Tensor],
         values_BSGE: Sequence[Tensor],
@@ -274,10 +280,10 @@ class RetroModel(nn.Module):
         """All layers for one new token a row, at `starts` [b]; `read` adds what a cross-attending layer reads."""
         x = x_BD
         for index, layer in enumerate(self.layers):
-            x = layer.attention_step(x, keys_BSGE[index], values_BSGE[index], begins, starts, rotary)
+            x = layer.attention_step(weights[index], x, keys_BSGE[index], values_BSGE[index], begins, starts, rotary)
             if layer.is_crossing:
                 x = read(index, x)
-            x = layer.feed_forward_step(x)
+            x = layer.feed_forward_step(weights[index], x)
         return x
 
     def logits_of_one(self, x_BD: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from retro_engine.model import ops
 from retro_engine.model.attention import Rotary
 from retro_engine.model.cache import Cache
+from retro_engine.model.decoder import StepWeights
 from retro_engine.model.retro import RetroModel
 
 
@@ -29,6 +30,7 @@ class Rows:
     cross_valid_BX: Tensor
     lengths_B: Tensor  # tokens taken so far, padding included
     pads_B: Tensor  # padding on the left
+    weights: list[StepWeights]  # the model's, one a decoder layer
     rotary: Rotary  # of every position
     cross_rotary: Rotary
 
@@ -48,6 +50,7 @@ class Rows:
             self.cross_valid_BX[cut],
             self.lengths_B[cut],
             self.pads_B[cut],
+            self.weights,
             self.rotary,
             self.cross_rotary,
         )
@@ -106,6 +109,7 @@ def new_rows(model: RetroModel, batch_size: int, capacity: int, neighbor_tokens:
         torch.zeros(batch_size, X, dtype=torch.bool, device=device),
         torch.zeros(batch_size, dtype=torch.long, device=device),
         torch.zeros(batch_size, dtype=torch.long, device=device),
+        model.step_weights(),
         model.decoder_rotary(capacity, device),
         model.cross_rotary(device),
     )
@@ -186,9 +190,9 @@ def step_rows(
             used = rows.cross_valid_BX.any(0).nonzero()
             valid = rows.cross_valid_BX[:, : int(used[-1]) + 1 if len(used) else 0].contiguous()
         keys, values = (part[place][:, : valid.shape[1]] for part in (rows.cross_keys_BXGE, rows.cross_values_BXGE))
-        return layer.cross_attention_step(x, keys, values, valid, offsets, rows.cross_rotary)
+        return layer.cross_attention_step(rows.weights[index], x, keys, values, valid, offsets, rows.cross_rotary)
 
-    x = model.layers_of_one(x, rows.keys_BSGE, rows.values_BSGE, rows.pads_B, starts, rows.rotary, read)
+    x = model.layers_of_one(rows.weights, x, rows.keys_BSGE, rows.values_BSGE, rows.pads_B, starts, rows.rotary, read)
     rows.lengths_B += 1 if advances is None else advances.long()
     return model.logits_of_one(x)
 

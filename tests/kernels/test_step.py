@@ -1,6 +1,6 @@
 """The layers of a step of decoding: C++ close to float64, the same bits whatever rows are beside, bad places named."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def wide(x: object) -> object:
     if isinstance(x, Matrix) and x.scale is not None:
         return Matrix(x.weight.double() * x.scale.double()[:, None], wide(x.bias))  # type: ignore[arg-type]
     if isinstance(x, Matrix | Norm | Attending):
-        return replace(x, **{name: wide(value) for name, value in vars(x).items()})
+        return replace(x, **{item.name: wide(getattr(x, item.name)) for item in fields(x) if item.init})
     return x
 
 
