@@ -290,3 +290,17 @@ def test_standard_biases_are_0() -> None:
     model = RetroModel(small_config(bias=True))
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     assert len(biases) > 20 and not any(bool(p.any()) for p in biases)
+
+
+def test_a_cache_goes_on_after_the_weights_were_moved() -> None:
+    """Addresses that C++ was given once are looked at again: `.to` gives parameters other memory."""
+    model = RetroModel(small_config(bias=True, normalization="layernorm", init_method_std=0.2)).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(1, 12)
+    with torch.no_grad():
+        for number in range(11):
+            model.step(tokens[:, number : number + 1], cache)
+        model.double().float()
+        rubbish = [torch.full_like(p, 1e3) for p in model.parameters() for _ in range(3)]  # where they were
+        assert rubbish
+        torch.testing.assert_close(model.step(tokens[:, 11:], cache), model(tokens)[:, -1:], atol=1e-5, rtol=1e-5)
