@@ -204,9 +204,11 @@ class Matrix:
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
-    cpp: list[int] = field(
-        default_factory=list, init=False, repr=False, compare=False
-    )  # what C++ got of it, and gets again
+    # what C++ got of it, and gets again
+    cpp: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _keep(self, "weight", "bias", "scale")
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,17 @@ class Norm:
     eps: float
     is_rms: bool
     cpp: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _keep(self, "weight", "bias")
+
+
+def _keep(part: "Matrix | Norm", *names: str) -> None:
+    """Hold the memory itself: moving a module gives its parameters other memory, and C++ remembers addresses."""
+    for name in names:
+        tensor = getattr(part, name)
+        if tensor is not None:
+            object.__setattr__(part, name, tensor.detach())
 
 
 @dataclass(frozen=True)

@@ -99,17 +99,14 @@ def _is_for_cpp(x: Tensor, norm: Norm, matrices: tuple[Matrix, ...], a: Attendin
     if not 0 < len(x) <= FEW_ROWS or x.dtype not in _FLOATS or choose("linear", x) != "cpp":
         return False
     for m in matrices:
-        if m.cpp and m.cpp[4] == m.weight.data_ptr():
-            continue  # seen before, and still there: moving a module gives its parameters other memory
-        m.cpp.clear()
+        if m.cpp:
+            continue  # looked at before
         if m.weight.dtype not in _WEIGHTS or not m.weight.is_contiguous():
             return False
         if m.bias is not None and m.bias.dtype not in _FLOATS:
             return False
-    if norm.weight is None or not norm.cpp or norm.cpp[2] != norm.weight.data_ptr():
-        norm.cpp.clear()
-        if any(part is not None and part.dtype not in _FLOATS for part in (norm.weight, norm.bias)):
-            return False
+    if not norm.cpp and any(part is not None and part.dtype not in _FLOATS for part in (norm.weight, norm.bias)):
+        return False
     return a is None or _is_packed(a)
 
 

@@ -292,15 +292,21 @@ def test_standard_biases_are_0() -> None:
     assert len(biases) > 20 and not any(bool(p.any()) for p in biases)
 
 
-def test_a_cache_goes_on_after_the_weights_were_moved() -> None:
-    """Addresses that C++ was given once are looked at again: `.to` gives parameters other memory."""
+def test_a_cache_goes_on_with_the_weights_it_began_with() -> None:
+    """`.to` gives parameters other memory; what C++ reads is not freed under it."""
     model = RetroModel(small_config(bias=True, normalization="layernorm", init_method_std=0.2)).eval()
     tokens = torch.randint(0, model.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
-    cache = model.new_cache(1, 12)
+    caches = [model.new_cache(1, 12) for _ in range(2)]
     with torch.no_grad():
         for number in range(11):
-            model.step(tokens[:, number : number + 1], cache)
+            for cache in caches:
+                model.step(tokens[:, number : number + 1], cache)
+        expected = model.step(tokens[:, 11:], caches[0])
+        kept = [p.clone() for p in (*model.final_norm.parameters(), model.embedding.weight)]
         model.double().float()
-        rubbish = [torch.full_like(p, 1e3) for p in model.parameters() for _ in range(3)]  # where they were
-        assert rubbish
-        torch.testing.assert_close(model.step(tokens[:, 11:], cache), model(tokens)[:, -1:], atol=1e-5, rtol=1e-5)
+        rubbish = [torch.full_like(p, 1e3) for p in model.parameters() for _ in range(3)]  # in memory that is free now
+        for layer in model.layers:
+            for parameter in layer.parameters():
+                parameter.fill_(1e3)
+        assert len(rubbish) and all(map(torch.equal, kept, (*model.final_norm.parameters(), model.embedding.weight)))
+        assert torch.equal(model.step(tokens[:, 11:], caches[1]), expected)
