@@ -138,7 +138,7 @@ def make_app(
 async def _load(state: State, load: Callable[[], Service], stop: Callable[[BaseException], None] | None) -> None:
     try:
         service = await asyncio.to_thread(load)
-    except Exception as error:
+    except Exception as error:  # a bug too: else the server would say "loading" for ever
         if stop is None:
             raise
         stop(error)
