@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from retro_kernels.reference import Attending, Matrix, Norm
+from retro_kernels.reference import CrossAttention, FeedForward, Matrix, Part, SelfAttention
 from torch import Tensor
 
 try:
@@ -47,6 +47,11 @@ def instruction_set() -> str:
     if forced is not None and forced not in builds:
         raise ValueError(f"RETRO_CPU={forced}: this processor has {', '.join(builds)}\n  unset RETRO_CPU")
     return forced or builds[0]
+
+
+def multiplies_bf16() -> bool:
+    """Whether the build in use multiplies pairs of bfloat16."""
+    return instruction_set() == "avx512_bf16"
 
 
 @dataclass
@@ -109,59 +114,50 @@ def linear(x_TD: Tensor, matrix: Matrix) -> Tensor:
     return y
 
 
-def attention_step(
-    x_BD: Tensor, norm: Norm, q: Matrix, k: Matrix, v: Matrix, out: Matrix, attending: Attending
-) -> Tensor:
-    """As `reference.attention_step`; float32, contiguous."""
+def new_steps(parts: tuple[Part, ...]) -> object:
+    """What `steps` takes; holds addresses, not the memory."""
+    fields, factors = zip(*(_part(part) for part in parts))
+    return _cpu.Steps(instruction_set(), fields, factors)
+
+
+def steps(made: object, x_BD: Tensor, first: int, last: int) -> Tensor:
+    """`reference.step` of parts first ... last - 1; float32, contiguous."""
     y = torch.empty_like(x_BD)
-    weights = (*_norm(norm, x_BD), *_matrix(q), *_matrix(k), *_matrix(v), *_matrix(out))
-    fields = [x_BD.data_ptr(), y.data_ptr(), *weights, *_attending(attending, q)]
-    _cpu.attention_step(instruction_set(), fields, norm.eps, attending.scale)
+    made.run(x_BD.data_ptr(), y.data_ptr(), x_BD.shape[0], first, last)  # type: ignore[attr-defined]
     return y
 
 
-def cross_attention_step(
-    x_BD: Tensor, norm: Norm, q: Matrix, out: Matrix, attending: Attending, adds_bias: bool
-) -> Tensor:
-    """As `reference.cross_attention_step`; float32, contiguous."""
-    y = torch.empty_like(x_BD)
-    weights = (int(adds_bias), *_norm(norm, x_BD), *_matrix(q), *_matrix(out))
-    fields = [x_BD.data_ptr(), y.data_ptr(), *weights, *_attending(attending, q)]
-    _cpu.cross_attention_step(instruction_set(), fields, norm.eps, attending.scale)
-    return y
+def _part(part: Part) -> tuple[list[int], tuple[float, float]]:
+    """The fields of a part, kind first, as csrc/cpu/module.cpp reads them; its norm's eps and its scale."""
+    if isinstance(part, FeedForward):
+        gate = (0,) * 7 if part.gate is None else _matrix(part.gate)
+        activation = _ACTIVATIONS[part.activation]
+        return [2, activation, *_norm(part), *gate, *_matrix(part.up), *_matrix(part.down)], (part.norm.eps, 0.0)
+    attending, factors = _attending(part), (part.norm.eps, part.attending.scale)
+    if isinstance(part, CrossAttention):
+        return [1, int(part.adds_bias), *_norm(part), *_matrix(part.q), *_matrix(part.out), *attending], factors
+    matrices = (*_matrix(part.q), *_matrix(part.k), *_matrix(part.v), *_matrix(part.out))
+    return [0, *_norm(part), *matrices, *attending], factors
 
 
-def feed_forward_step(
-    x_BD: Tensor, norm: Norm, gate: Matrix | None, up: Matrix, down: Matrix, activation: str
-) -> Tensor:
-    """As `reference.feed_forward_step`; float32, contiguous."""
-    y = torch.empty_like(x_BD)
-    gate_fields = (0,) * 7 if gate is None else _matrix(gate)
-    weights = (*_norm(norm, x_BD), *gate_fields, *_matrix(up), *_matrix(down))
-    fields = [x_BD.data_ptr(), y.data_ptr(), x_BD.shape[0], _ACTIVATIONS[activation], *weights]
-    _cpu.feed_forward_step(instruction_set(), fields, norm.eps)
-    return y
+def _matrix(m: Matrix) -> tuple[int, ...]:
+    bias_type = 0 if m.bias is None else _TYPES[m.bias.dtype]
+    addresses = (m.weight.data_ptr(), _address(m.bias), _address(m.scale))
+    return (_TYPES[m.weight.dtype], bias_type, *m.weight.shape, *addresses)
 
 
-def _matrix(m: Matrix) -> list[int]:
-    if not m.cpp:
-        bias_type = 0 if m.bias is None else _TYPES[m.bias.dtype]
-        pointers = (m.weight.data_ptr(), _address(m.bias), _address(m.scale))
-        m.cpp[:] = (_TYPES[m.weight.dtype], bias_type, *m.weight.shape, *pointers)
-    return m.cpp
+def _norm(part: Part) -> tuple[int, ...]:
+    norm, width = part.norm, (part.up if isinstance(part, FeedForward) else part.q).weight.shape[1]
+    weight_type = 0 if norm.weight is None else _TYPES[norm.weight.dtype]
+    return (width, int(norm.is_rms), weight_type, _address(norm.weight), _address(norm.bias))
 
 
-def _norm(norm: Norm, x: Tensor) -> tuple[int, ...]:
-    if not norm.cpp:
-        weight_type = 0 if norm.weight is None else _TYPES[norm.weight.dtype]
-        norm.cpp[:] = (int(norm.is_rms), weight_type, _address(norm.weight), _address(norm.bias))
-    return (x.shape[1], *norm.cpp)
-
-
-def _attending(a: Attending, q: Matrix) -> tuple[int, ...]:
+def _attending(part: SelfAttention | CrossAttention) -> tuple[int, ...]:
+    a = part.attending
     B, S, G, E = a.keys.shape
     positions, pairs = (0, 0) if a.cos is None else a.cos.shape
-    sizes = (B, q.weight.shape[0] // E, G, E, pairs, int(a.interleaved), _TYPES[a.keys.dtype], *a.keys.stride()[:2])
+    heads = part.q.weight.shape[0] // E
+    sizes = (B, heads, G, E, pairs, int(a.interleaved), _TYPES[a.keys.dtype], *a.keys.stride()[:3])
     ranges = (_address(a.begins), _address(a.starts), _address(a.valid), _address(a.positions))
     tables = (_address(a.cos), _address(a.sin))
     return (*sizes, S, positions, a.keys.data_ptr(), a.values.data_ptr(), *ranges, *tables)

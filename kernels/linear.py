@@ -1,12 +1,14 @@
 """y = x w' + bias for a few rows of x, as a step of decoding has them; no gradients.
 
 Reads o * d weights once and t * d inputs, writes t * o: while t is small the roofline is the memory's bandwidth, so
-bf16 weights take half of the time and int8 weights a quarter. Sums are float32, and each row's result is the same
-whatever rows are beside it. On a CPU in C++ where that was built; all else is PyTorch's.
+bf16 weights take half of the time and int8 weights a quarter. Sums are float32, and each of a few rows' results is the same
+whatever rows are beside it. On a CPU in C++ where that was built; all else is PyTorch's. Where the processor multiplies
+pairs of bfloat16, what meets bfloat16 and int8 weights is rounded to it.
 Shape letters: T rows, D inputs, O outputs.
 """
 
 import torch
+import torch.nn.functional as F
 from retro_kernels import cpp, reference
 from retro_kernels.backend import choose
 from retro_kernels.reference import Matrix
@@ -36,8 +38,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         raise ValueError(
             f"the tensors are {', '.join(kinds)}: expected one type and device, or int8 weights with float32 scale and bias"
         )
-    is_few = 0 < x.numel() <= FEW_ROWS * D and x.dtype in (torch.float32, torch.bfloat16)
-    if not is_few or not all(part.is_contiguous() for part in parts[1:]) or choose("linear", x) != "cpp":
-        return reference.linear(x, Matrix(weight, bias, scale))
-    y = cpp.linear(x.reshape(-1, D).float().contiguous(), Matrix(weight, bias, scale))
-    return y.to(x.dtype).unflatten(0, x.shape[:-1])
+    matrix, is_many = Matrix(weight, bias, scale), x.numel() > FEW_ROWS * D
+    is_packed = x.dtype in (torch.float32, torch.bfloat16) and all(part.is_contiguous() for part in parts[1:])
+    if not x.numel() or not is_packed or choose("linear", x) != "cpp":
+        return reference.linear(x, matrix)
+    if not is_many:
+        y = cpp.linear(x.reshape(-1, D).float().contiguous(), matrix)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+    if scale is None or not cpp.multiplies_bf16():
+        return reference.linear(x, matrix)
+    y = F.linear(x.bfloat16(), weight.bfloat16()).float() * scale  # a byte is exact in bfloat16
+    return (y if bias is None else y + bias).to(x.dtype)

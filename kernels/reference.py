@@ -4,7 +4,7 @@ Shape letters: B batch, N tokens, M chunk length, L chunks, K neighbors, R token
 heads, G key/value heads, E head width, P rotated pairs. Half-precision inputs are rotated in fp32.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -204,8 +204,6 @@ class Matrix:
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
-    # what C++ got of it, and gets again
-    cpp: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _keep(self, "weight", "bias", "scale")
@@ -219,7 +217,6 @@ class Norm:
     bias: Tensor | None
     eps: float
     is_rms: bool
-    cpp: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _keep(self, "weight", "bias")
@@ -249,6 +246,43 @@ class Attending:
     interleaved: bool = False
 
 
+@dataclass(frozen=True)
+class SelfAttention:
+    """x + out(attention) for one new token a row, whose keys and values are written into the cache."""
+
+    norm: Norm
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    out: Matrix
+    attending: Attending
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """x + out(attention over the neighbors' tokens); a row that has none gets 0, or with `adds_bias` out's bias."""
+
+    norm: Norm
+    q: Matrix
+    out: Matrix
+    attending: Attending
+    adds_bias: bool = False
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """x + down(activation(up)), activation gelu or gelu_tanh; or with `gate` and swiglu x + down(silu(gate) * up)."""
+
+    norm: Norm
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
+    activation: str
+
+
+Part = SelfAttention | CrossAttention | FeedForward
+
+
 def linear(x: Tensor, matrix: Matrix) -> Tensor:
     """[..., d] -> [..., o]; int8 weights are multiplied in fp32."""
     if matrix.scale is None:
@@ -263,32 +297,35 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
-def attention_step(
-    x_BD: Tensor, norm: Norm, q: Matrix, k: Matrix, v: Matrix, out: Matrix, attending: Attending
-) -> Tensor:
-    """x + out(attention) for one new token a row, whose keys and values are written into the cache."""
-    a, E, normed = attending, attending.keys.shape[3], normalize(x_BD, norm)
-    heads = [linear(normed, matrix).unflatten(-1, (-1, E))[:, None] for matrix in (q, k, v)]
-    query, key, value = heads
-    if a.cos is not None and a.sin is not None and a.positions is not None:
-        query, key = (rope(part, a.cos, a.sin, a.positions[:, None], a.interleaved) for part in (query, key))
-    assert a.starts is not None
-    rows = torch.arange(len(x_BD), device=x_BD.device)
-    a.keys[rows, a.starts], a.values[rows, a.starts] = key[:, 0].to(a.keys.dtype), value[:, 0].to(a.values.dtype)
-    return x_BD + linear(_read(query, a)[0], out)
-
-
-def cross_attention_step(
-    x_BD: Tensor, norm: Norm, q: Matrix, out: Matrix, attending: Attending, adds_bias: bool
-) -> Tensor:
-    """x + out(attention over the neighbors' tokens); a row that has none gets 0, or with `adds_bias` out's bias."""
-    a = attending
-    query = linear(normalize(x_BD, norm), q).unflatten(-1, (-1, a.keys.shape[3]))[:, None]
-    if a.cos is not None and a.sin is not None and a.positions is not None:
-        query = rope(query, a.cos, a.sin, a.positions[:, None], a.interleaved)
+def step(x_BD: Tensor, part: Part) -> Tensor:
+    """[b, d] -> [b, d], for one new token a row."""
+    normed = normalize(x_BD, part.norm)
+    if isinstance(part, FeedForward):
+        wide = linear(normed, part.up)
+        if part.gate is not None:
+            return x_BD + linear(F.silu(linear(normed, part.gate)) * wide, part.down)
+        approximate = "tanh" if part.activation == "gelu_tanh" else "none"
+        return x_BD + linear(F.gelu(wide, approximate=approximate), part.down)
+    a = part.attending
+    query = _heads(normed, part.q, a)
+    if isinstance(part, SelfAttention):
+        assert a.starts is not None
+        rows, key = torch.arange(len(x_BD), device=x_BD.device), _heads(normed, part.k, a)
+        a.keys[rows, a.starts] = key[:, 0].to(a.keys.dtype)
+        value = linear(normed, part.v).unflatten(-1, (-1, a.keys.shape[3]))
+        a.values[rows, a.starts] = value.to(a.values.dtype)
+        return x_BD + linear(_read(query, a)[0], part.out)
     read, has_any = _read(query, a)
-    added = linear(torch.where(has_any, read, 0), out)
-    return x_BD + (added if adds_bias else torch.where(has_any, added, 0))
+    added = linear(torch.where(has_any, read, 0), part.out)
+    return x_BD + (added if part.adds_bias else torch.where(has_any, added, 0))
+
+
+def _heads(normed_BD: Tensor, matrix: Matrix, a: Attending) -> Tensor:
+    """Queries or keys [b, 1, heads, e], rotated."""
+    x = linear(normed_BD, matrix).unflatten(-1, (-1, a.keys.shape[3]))[:, None]
+    if a.cos is None or a.sin is None or a.positions is None:
+        return x
+    return rope(x, a.cos, a.sin, a.positions[:, None], a.interleaved)
 
 
 def _read(query_B1HE: Tensor, a: Attending) -> tuple[Tensor, Tensor]:
@@ -312,14 +349,3 @@ def _read(query_B1HE: Tensor, a: Attending) -> tuple[Tensor, Tensor]:
         enable_gqa=query_B1HE.shape[2] != a.keys.shape[2],
     )
     return read.transpose(1, 2).flatten(1), has_any
-
-
-def feed_forward_step(
-    x_BD: Tensor, norm: Norm, gate: Matrix | None, up: Matrix, down: Matrix, activation: str
-) -> Tensor:
-    """x + down(gelu(up)), or x + down(silu(gate) * up)."""
-    normed = normalize(x_BD, norm)
-    wide = linear(normed, up)
-    if gate is not None:
-        return x_BD + linear(F.silu(linear(normed, gate)) * wide, down)
-    return x_BD + linear(F.gelu(wide, approximate="tanh" if activation == "gelu_tanh" else "none"), down)

@@ -88,7 +88,7 @@ struct Step {
   float* o;                               // [B, H, E]; 0 where nothing is attended
   Type type;                              // of the cache
   void *keys, *values;                    // [B, S, G, E]
-  int64_t row_stride, token_stride;       // of both
+  int64_t row_stride, token_stride, head_stride;  // of both
   int64_t num_keys;                       // S
   const int64_t *begins, *starts;         // [B] first key and last key, where the new token is put; null: 0, S - 1
   const uint8_t* valid;                   // [B, num_keys] or null

@@ -7,9 +7,13 @@
 #include <algorithm>
 #include <array>
 #include <functional>
-#include <optional>
+#include <set>
 #include <string>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "kernels.h"
 
@@ -159,24 +163,27 @@ class Fields {
   Step attention(float scale) {
     Step a{};
     a.B = integer(), a.H = integer(), a.G = integer(), a.E = integer(), a.P = integer(), a.is_interleaved = integer() != 0;
-    a.type = Type(integer()), a.row_stride = integer(), a.token_stride = integer(), a.num_keys = integer(), a.num_positions = integer();
+    a.type = Type(integer()), a.row_stride = integer(), a.token_stride = integer(), a.head_stride = integer(), a.num_keys = integer(), a.num_positions = integer();
     a.keys = address<void>(), a.values = address<void>();
     a.begins = address<int64_t>(), a.starts = address<int64_t>(), a.valid = address<uint8_t>();
     a.positions = address<int64_t>(), a.cos = address<float>(), a.sin = address<float>();
     a.scale = scale;
-    for (int64_t b = 0; b < a.B; b++) {
-      const int64_t last = a.starts ? a.starts[b] : a.num_keys - 1, first = a.begins ? a.begins[b] : 0;
-      if (first < 0 || first > last + 1 || last >= a.num_keys)
-        throw py::value_error("row " + std::to_string(b) + " attends " + std::to_string(first) + " ... " + std::to_string(last) + "; the cache holds " + std::to_string(a.num_keys));
-      if (a.cos && (a.positions[b] < 0 || a.positions[b] >= a.num_positions))
-        throw py::value_error("positions holds " + std::to_string(a.positions[b]) + "; cos has " + std::to_string(a.num_positions) + " positions");
-    }
     return a;
   }
 
  private:
   std::vector<int64_t>::const_iterator next_, end_;
 };
+
+void check_places(const Step& a) {
+  for (int64_t b = 0; b < a.B; b++) {
+    const int64_t last = a.starts ? a.starts[b] : a.num_keys - 1, first = a.begins ? a.begins[b] : 0;
+    if (first < 0 || first > last + 1 || last >= a.num_keys)
+      throw py::value_error("row " + std::to_string(b) + " attends " + std::to_string(first) + " ... " + std::to_string(last) + "; the cache holds " + std::to_string(a.num_keys));
+    if (a.cos && (a.positions[b] < 0 || a.positions[b] >= a.num_positions))
+      throw py::value_error("positions holds " + std::to_string(a.positions[b]) + "; cos has " + std::to_string(a.num_positions) + " positions");
+  }
+}
 
 // Linear layers on the same input, all outputs of all of them divided among the threads.
 void run(const Build& build, const std::vector<Linear>& layers) {
@@ -211,65 +218,122 @@ void linear(const std::string& name, const std::vector<int64_t>& values) {
   run(build, {a});
 }
 
-// x, y [B, D]; norm; q, k, v, out; attention: y = x + out(attention(q, k, v)), the cache written.
-void attention_step(const std::string& name, const std::vector<int64_t>& values, float eps, float scale) {
-  Fields fields(values);
-  const float* x = fields.address<float>();
-  float* y = fields.address<float>();
-  const Norm norm = fields.norm(eps);
-  const Matrix q = fields.matrix(), k = fields.matrix(), v = fields.matrix(), out = fields.matrix();
-  Step a = fields.attention(scale);
-  const Build& build = find_build(name);
-  const py::gil_scoped_release release;
-  std::vector<float> normed(size_t(a.B * norm.D)), queries(size_t(a.B * q.O)), keys(size_t(a.B * k.O)), read(size_t(a.B * q.O));
-  std::vector<float> new_values(size_t(a.B * v.O));
-  a.q = queries.data(), a.k = keys.data(), a.v = new_values.data(), a.o = read.data();
-  build.norm(norm, x, normed.data(), 0, a.B);
-  run(build, {{a.B, q, normed.data(), a.q, NONE, nullptr, nullptr}, {a.B, k, normed.data(), a.k, NONE, nullptr, nullptr}, {a.B, v, normed.data(), a.v, NONE, nullptr, nullptr}});
-  run(build, a);
-  run(build, {{a.B, out, a.o, y, NONE, nullptr, x}});
+// Asks for large pages where weights lie, once a page: reading them in order is then faster (fewer translations). A system
+// that has none to give goes on with small ones.
+void ask_for_large_pages(const void* begin, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t SIZE = uintptr_t(1) << 21;
+  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, Linux 6.1
+  static std::set<uintptr_t> asked;  // under the interpreter's lock
+  const uintptr_t end = reinterpret_cast<uintptr_t>(begin) + uintptr_t(bytes);
+  for (uintptr_t page = reinterpret_cast<uintptr_t>(begin) / SIZE * SIZE; page < end; page += SIZE)
+    if (asked.insert(page).second) madvise(reinterpret_cast<void*>(page), SIZE, COLLAPSE);
+#else
+  (void)begin, (void)bytes;
+#endif
 }
 
-// x, y [B, D]; adds (bool: out's bias also where nothing is read); norm; q, out; attention.
-void cross_attention_step(const std::string& name, const std::vector<int64_t>& values, float eps, float scale) {
+// One of the parts that a layer consists of: y = x + f(norm(x)).
+struct Part {
+  enum Kind : int { SELF_ATTENTION = 0, CROSS_ATTENTION = 1, FEED_FORWARD = 2 } kind;
+  Norm norm;
+  Matrix q, k, v, out;       // of attention
+  Step attending;
+  bool adds;                 // cross-attention: out's bias also where nothing is read
+  Matrix gate, up, down;     // of a feed-forward; gate.O = 0: none
+  Activation activation;
+};
+
+Part make_part(const std::vector<int64_t>& values, float eps, float scale) {
   Fields fields(values);
-  const float* x = fields.address<float>();
-  float* y = fields.address<float>();
-  const bool adds = fields.integer() != 0;
-  const Norm norm = fields.norm(eps);
-  const Matrix q = fields.matrix(), out = fields.matrix();
-  Step a = fields.attention(scale);
-  const Build& build = find_build(name);
-  const py::gil_scoped_release release;
-  std::vector<float> normed(size_t(a.B * norm.D)), queries(size_t(a.B * q.O)), read(size_t(a.B * q.O));
-  a.q = queries.data(), a.o = read.data();
-  build.norm(norm, x, normed.data(), 0, a.B);
-  run(build, {{a.B, q, normed.data(), a.q, NONE, nullptr, nullptr}});
+  Part p{};
+  p.kind = Part::Kind(fields.integer());
+  if (p.kind == Part::FEED_FORWARD) {
+    p.activation = Activation(fields.integer());
+    p.norm = fields.norm(eps);
+    p.gate = fields.matrix(), p.up = fields.matrix(), p.down = fields.matrix();
+    return p;
+  }
+  p.adds = p.kind == Part::CROSS_ATTENTION && fields.integer() != 0;
+  p.norm = fields.norm(eps);
+  p.q = fields.matrix();
+  if (p.kind == Part::SELF_ATTENTION) p.k = fields.matrix(), p.v = fields.matrix();
+  p.out = fields.matrix();
+  p.attending = fields.attention(scale);
+  return p;
+}
+
+// Floats that stay with their thread from step to step.
+float* scratch(int slot, int64_t count) {
+  static thread_local std::array<std::vector<float>, 6> buffers;
+  if (buffers[size_t(slot)].size() < size_t(count)) buffers[size_t(slot)].resize(size_t(count));
+  return buffers[size_t(slot)].data();
+}
+
+void run(const Build& build, const Part& p, int64_t B, const float* x, float* y) {
+  float* normed = scratch(0, B * p.norm.D);
+  if (p.kind == Part::FEED_FORWARD) {
+    float *gates = scratch(1, B * p.gate.O), *wide = scratch(2, B * p.up.O);
+    build.norm(p.norm, x, normed, 0, B);
+    if (p.gate.O) run(build, {{B, p.gate, normed, gates, p.activation, nullptr, nullptr}});
+    run(build, {{B, p.up, normed, wide, p.gate.O ? NONE : p.activation, p.gate.O ? gates : nullptr, nullptr}});
+    return run(build, {{B, p.down, wide, y, NONE, nullptr, x}});
+  }
+  Step a = p.attending;
+  const bool is_empty = p.kind == Part::CROSS_ATTENTION && a.num_keys == 0;
+  if (is_empty && !p.adds) {
+    std::copy(x, x + B * p.norm.D, y);
+    return;
+  }
+  a.q = scratch(1, B * p.q.O), a.o = scratch(2, B * p.q.O);
+  build.norm(p.norm, x, normed, 0, B);
+  std::vector<Linear> projections{{B, p.q, normed, a.q, NONE, nullptr, nullptr}};
+  if (p.kind == Part::SELF_ATTENTION) {
+    a.k = scratch(3, B * p.k.O), a.v = scratch(4, B * p.v.O);
+    projections.push_back({B, p.k, normed, a.k, NONE, nullptr, nullptr});
+    projections.push_back({B, p.v, normed, a.v, NONE, nullptr, nullptr});
+  }
+  run(build, projections);
   run(build, a);
-  run(build, {{a.B, out, a.o, y, NONE, nullptr, x}});
-  for (int64_t b = 0; !adds && a.valid && b < a.B; ++b) {
+  run(build, {{B, p.out, a.o, y, NONE, nullptr, x}});
+  for (int64_t b = 0; p.kind == Part::CROSS_ATTENTION && !p.adds && a.valid && b < B; ++b) {
     const uint8_t* row = a.valid + b * a.num_keys;
-    if (std::find(row, row + a.num_keys, 1) == row + a.num_keys) std::copy(x + b * out.O, x + (b + 1) * out.O, y + b * out.O);
+    if (std::find(row, row + a.num_keys, 1) == row + a.num_keys) std::copy(x + b * p.out.O, x + (b + 1) * p.out.O, y + b * p.out.O);
   }
 }
 
-// x, y [B, D], B, activation; norm; gate (O = 0: none), up, down: y = x + down(activation(...)).
-void feed_forward_step(const std::string& name, const std::vector<int64_t>& values, float eps) {
-  Fields fields(values);
-  const float* x = fields.address<float>();
-  float* y = fields.address<float>();
-  const int64_t B = fields.integer();
-  const Activation activation = Activation(fields.integer());
-  const Norm norm = fields.norm(eps);
-  const Matrix gate = fields.matrix(), up = fields.matrix(), down = fields.matrix();
-  const Build& build = find_build(name);
-  const py::gil_scoped_release release;
-  std::vector<float> normed(size_t(B * norm.D)), gates(size_t(B * gate.O)), wide(size_t(B * up.O));
-  build.norm(norm, x, normed.data(), 0, B);
-  if (gate.O) run(build, {{B, gate, normed.data(), gates.data(), activation, nullptr, nullptr}});
-  run(build, {{B, up, normed.data(), wide.data(), gate.O ? NONE : activation, gate.O ? gates.data() : nullptr, nullptr}});
-  run(build, {{B, down, wide.data(), y, NONE, nullptr, x}});
-}
+// The parts of a decoder's layers for one new token a row, told once and run at every step.
+class Steps {
+ public:
+  Steps(const std::string& build, const std::vector<std::vector<int64_t>>& fields, const std::vector<std::array<float, 2>>& factors) : build_(find_build(build)) {
+    for (size_t i = 0; i < fields.size(); i++) {
+      const Part p = make_part(fields[i], factors.at(i)[0], factors.at(i)[1]);
+      for (const Matrix& m : {p.q, p.k, p.v, p.out, p.gate, p.up, p.down})
+        if (m.w) ask_for_large_pages(m.w, m.O * m.D * (m.type == FLOAT32 ? 4 : m.type == BFLOAT16 ? 2 : 1));
+      parts_.push_back(p);
+    }
+  }
+  // x, y [B, D]: parts first ... last - 1.
+  void run_parts(uintptr_t x, uintptr_t y, int64_t B, size_t first, size_t last) const {
+    const float* from = pointer<const float>(x);
+    if (first >= last || last > parts_.size()) throw std::invalid_argument("there are no such parts");
+    for (size_t i = first; i < last; i++)
+      if (parts_[i].kind != Part::FEED_FORWARD) check_places(parts_[i].attending);
+    const py::gil_scoped_release release;
+    std::vector<float> between[2];
+    for (size_t i = first; i < last; i++) {
+      std::vector<float>& next = between[i % 2];
+      next.resize(size_t(B * parts_[i].norm.D));
+      float* to = i + 1 == last ? pointer<float>(y) : next.data();
+      run(build_, parts_[i], B, from, to);
+      from = to;
+    }
+  }
+
+ private:
+  const Build& build_;
+  std::vector<Part> parts_;
+};
 
 }  // namespace
 
@@ -284,7 +348,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rope", &rope);
   m.def("gather_neighbors", &gather_neighbors);
   m.def("linear", &linear);
-  m.def("attention_step", &attention_step);
-  m.def("cross_attention_step", &cross_attention_step);
-  m.def("feed_forward_step", &feed_forward_step);
+  py::class_<Steps>(m, "Steps")
+      .def(py::init<const std::string&, const std::vector<std::vector<int64_t>>&, const std::vector<std::array<float, 2>>&>())
+      .def("run", &Steps::run_parts);
 }

@@ -4,6 +4,7 @@
 #include <climits>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #define RETRO_FLOATS 4
 #define RETRO_ROWS 4

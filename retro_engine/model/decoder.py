@@ -93,63 +93,17 @@ class DecoderLayer(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-    def step_weights(self) -> "StepWeights":
-        """What the steps below read; to be gathered anew when a module or its weights are replaced."""
+    def step_parts(self, attending: ops.Attending, reading: ops.Attending | None) -> list[ops.Part]:
+        """The layer for one new token a row: its self-attention, its cross-attention if it has one, its FFN."""
         a, f = self.attention, self.ffn
-        attention = (_norm(self.attention_norm), _matrix(a.q), _matrix(a.k), _matrix(a.v), _matrix(a.out))
+        weights = (_matrix(a.q), _matrix(a.k), _matrix(a.v), _matrix(a.out))
+        parts: list[ops.Part] = [ops.SelfAttention(_norm(self.attention_norm), *weights, attending)]
+        if reading is not None:
+            norm, q, out = _norm(self.cross_norm), _matrix(self.cross.q), _matrix(self.cross.out)
+            parts.append(ops.CrossAttention(norm, q, out, reading, self.config.cca_bias_everywhere))
         gate = None if f.gate is None else _matrix(f.gate)
-        feed_forward = (_norm(self.ffn_norm), gate, _matrix(f.up), _matrix(f.down))
-        if not self.is_crossing:
-            return StepWeights(attention, feed_forward)
-        cross = (_norm(self.cross_norm), _matrix(self.cross.q), _matrix(self.cross.out))
-        return StepWeights(attention, feed_forward, cross)
-
-    def attention_step(
-        self,
-        weights: "StepWeights",
-        x_BD: Tensor,
-        keys_BSGE: Tensor,
-        values_BSGE: Tensor,
-        begins: Tensor | None,
-        starts: Tensor,
-        rotary: Rotary,
-    ) -> Tensor:
-        """Self-attention of one new token a row, at `starts` [b]; no gradients."""
-        a, (cos, sin) = self.attention, (None, None) if rotary is None else rotary
-        attending = ops.Attending(
-            keys_BSGE, values_BSGE, a.scale, begins, starts, None, starts, cos, sin, a.interleaved
-        )
-        return ops.attention_step(x_BD, *weights.attention, attending)
-
-    def cross_attention_step(
-        self,
-        weights: "StepWeights",
-        x_BD: Tensor,
-        keys_BXGE: Tensor,
-        values_BXGE: Tensor,
-        valid_BX: Tensor,
-        offsets_B: Tensor,
-        rotary: Rotary,
-    ) -> Tensor:
-        """CCA of one token a row, at `offsets` [b] of the chunk that attends; keys are rotated already."""
-        cos, sin = (None, None) if rotary is None else rotary
-        attending = ops.Attending(
-            keys_BXGE, values_BXGE, self.cross.scale, valid=valid_BX, positions=offsets_B, cos=cos, sin=sin
-        )
-        assert weights.cross is not None
-        return ops.cross_attention_step(x_BD, *weights.cross, attending, self.config.cca_bias_everywhere)
-
-    def feed_forward_step(self, weights: "StepWeights", x_BD: Tensor) -> Tensor:
-        return ops.feed_forward_step(x_BD, *weights.feed_forward, self.config.activation)
-
-
-@dataclass(frozen=True)
-class StepWeights:
-    """The norms and matrices of a decoder layer, as its steps of one token a row take them."""
-
-    attention: tuple[ops.Norm, ops.Matrix, ops.Matrix, ops.Matrix, ops.Matrix]  # q, k, v, out
-    feed_forward: tuple[ops.Norm, ops.Matrix | None, ops.Matrix, ops.Matrix]  # gate, up, down
-    cross: tuple[ops.Norm, ops.Matrix, ops.Matrix] | None = None  # q, out
+        norm, activation = _norm(self.ffn_norm), self.config.activation
+        return [*parts, ops.FeedForward(norm, gate, _matrix(f.up), _matrix(f.down), activation)]
 
 
 def _matrix(linear: nn.Module) -> ops.Matrix:

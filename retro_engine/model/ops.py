@@ -12,18 +12,20 @@ from retro_kernels.cuda import register_host
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.linear import linear as kernels_linear
 from retro_kernels.rope import rope, rope_qk
-from retro_kernels.step import Attending, Matrix, Norm, attention_step, cross_attention_step, feed_forward_step
+from retro_kernels.step import Attending, CrossAttention, FeedForward, Matrix, Norm, Part, SelfAttention, Steps
 from torch import Tensor
 
 __all__ = [
     "Attending",
+    "CrossAttention",
+    "FeedForward",
     "Matrix",
     "Norm",
+    "Part",
+    "SelfAttention",
+    "Steps",
     "attention",
-    "attention_step",
     "chunked_cross_attention",
-    "cross_attention_step",
-    "feed_forward_step",
     "gather_neighbors",
     "linear",
     "masked_attention",

@@ -5,7 +5,7 @@ project it imitates. Shape letters: B batch, N tokens, M chunk length, L chunks,
 neighbor, D width, C encoder width, V vocabulary, S cached tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from retro_engine.config import ModelConfig, base_config, check_model
 from retro_engine.model import ops
 from retro_engine.model.attention import Linear, NeighborProjection, Rotary, is_sharded, norm
 from retro_engine.model.cache import Cache, new_cache
-from retro_engine.model.decoder import DecoderLayer, Reading, StepWeights
+from retro_engine.model.decoder import DecoderLayer, Reading
 from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
 from retro_engine.model.initialization import initialize
 from retro_engine.model.loss import linear_cross_entropy
@@ -156,7 +156,13 @@ class RetroModel(nn.Module):
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache for `step`: at most `capacity` tokens a sequence."""
         weight = self.embedding.weight
-        return new_cache(self.config, batch_size, capacity, weight.dtype, weight.device)
+        return new_cache(self.config, batch_size, capacity, weight.dtype, weight.device, self.cache_dtype)
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The weights' type; bfloat16 beside weights of a byte."""
+        is_int8 = any(w.dtype == torch.int8 for layer in self.layers for w in layer.buffers())
+        return torch.bfloat16 if is_int8 else self.embedding.weight.dtype
 
     def step(
         self,
@@ -204,7 +210,7 @@ class RetroModel(nn.Module):
                 q, k = ops.rope_qk(q, k, *rotary, positions=positions, interleaved=c.rotary_interleaved)
             cache.keys_BSGE[index][:, start:stop] = k
             cache.values_BSGE[index][:, start:stop] = v
-            keys, values = cache.keys_BSGE[index][:, :stop], cache.values_BSGE[index][:, :stop]
+            keys, values = (part[index][:, :stop].to(q.dtype) for part in (cache.keys_BSGE, cache.values_BSGE))
             is_causal = mask is None and T > 1
             attended = ops.masked_attention(q, keys, values, mask, is_causal, scale=layer.attention.scale)
             x = x + layer.attention.out(attended.flatten(-2))
@@ -216,7 +222,7 @@ class RetroModel(nn.Module):
             x = layer.feed_forward(x)
         if fresh is not None and completed:
             cache.cross_mask = fresh.mask_BCS[:, -1].contiguous()
-        cache.length = stop
+        cache.length, cache.steps = stop, None
         hidden = self.final_norm(x[:, -1:] if last_only else x)
         return self.logits(hidden * self.output_scale if c.mup else hidden)
 
@@ -229,62 +235,74 @@ class RetroModel(nn.Module):
         begins: Tensor | None,
     ) -> Tensor:
         """`step` for one token of each row: -> logits [b, 1, V]."""
-        start, M, device = cache.length, self.config.chunk_size, tokens_B1.device
-        completed = (start + 1) // M - start // M
-        if not cache.weights:
-            cache.weights = self.step_weights()
-            cache.rotary, cache.cross_rotary = self.decoder_rotary(cache.capacity, device), self.cross_rotary(device)
-        offset = M - 1 if self.config.cca_query_offset else 0
-        offsets = torch.full((len(tokens_B1),), (start - (M - 1)) % M + offset, device=device)
-        cross_rotary = cache.cross_rotary
-
-        def read(index: int, x: Tensor) -> Tensor:
-            layer = self.layers[index]
-            if index == self.config.cross_layers[0]:
-                z = layer.cross_norm(x.to(self.embedding.weight.dtype))[:, None]
-                fresh = self._encode_completed(z, cache, start, completed, neighbors, lengths)
-                if completed:
-                    cache.cross_mask = fresh.mask_BCS[:, 0].contiguous()
-                    for crossing, (k, v) in zip(self.config.cross_layers, fresh.keys_values):
-                        k = k[:, 0] if cross_rotary is None else ops.rope(k[:, 0].flatten(0, 1), *cross_rotary)
-                        cache.cross_keys[crossing] = k.reshape(v[:, 0].shape).flatten(1, 2).contiguous()
-                        cache.cross_values[crossing] = v[:, 0].flatten(1, 2).contiguous()
-            keys, values, valid = cache.cross_keys.get(index), cache.cross_values.get(index), cache.cross_mask
-            if valid is None or not valid.shape[1] or keys is None or values is None:
-                shape = (len(x), 0, self.config.key_value_heads, self.config.head_width)
-                keys = values = self.embedding.weight.new_empty(shape)
-                valid = torch.empty(shape[:2], dtype=torch.bool, device=device)
-            return layer.cross_attention_step(cache.weights[index], x, keys, values, valid, offsets, cross_rotary)
-
-        x = self._embed(tokens_B1, start)[:, 0]
-        starts = torch.full((len(x),), start, device=device)
-        x = self.layers_of_one(cache.weights, x, cache.keys_BSGE, cache.values_BSGE, begins, starts, cache.rotary, read)
+        start, M = cache.length, self.config.chunk_size
+        if cache.steps is None:
+            cache.steps = self._steps_of(cache, begins)
+        cache.starts_B.fill_(start)
+        cache.offsets_B.fill_((start - (M - 1)) % M + (M - 1 if self.config.cca_query_offset else 0))
+        x, begun = self._embed(tokens_B1, start)[:, 0], self.parts_before_reading
+        if begun:
+            x = cache.steps(x, 0, begun)
+            z = self.state_of_one(x)[:, None]
+            completed = (start + 1) // M - start // M
+            fresh = self._encode_completed(z, cache, start, completed, neighbors, lengths)
+            if completed:
+                cache.cross_mask = fresh.mask_BCS[:, 0].contiguous()
+                rotary = self.cross_rotary(x.device)
+                for crossing, (k, v) in zip(self.config.cross_layers, fresh.keys_values):
+                    k = k[:, 0] if rotary is None else ops.rope(k[:, 0].flatten(0, 1), *rotary)
+                    cache.put_cross(crossing, k.reshape(v[:, 0].shape).flatten(1, 2), v[:, 0].flatten(1, 2))
+                cache.steps = self._steps_of(cache, begins)
+        x = cache.steps(x, begun)
         cache.length = start + 1
         return self.logits_of_one(x)[:, None]
 
-    def step_weights(self) -> list[StepWeights]:
-        """Of every layer, for `layers_of_one`."""
-        return [layer.step_weights() for layer in self.layers]
+    def _steps_of(self, cache: Cache, begins: Tensor | None) -> ops.Steps:
+        keys, values, valid = cache.cross_keys, cache.cross_values, cache.cross_mask
+        if valid is None or not valid.shape[1]:  # no neighbors: keys of no tokens
+            keys = values = dict.fromkeys(self.config.cross_layers, cache.keys_BSGE[0][:, :0])
+            valid = cache.is_token_BS[:, :0]
+        cross = [(keys[layer], values[layer]) for layer in self.config.cross_layers]
+        places = (begins, cache.starts_B, cache.offsets_B)
+        return self.steps_of_one((cache.keys_BSGE, cache.values_BSGE), cross, valid, *places, cache.capacity)
 
-    def layers_of_one(
+    @property
+    def parts_before_reading(self) -> int:
+        """How many of the parts of `steps_of_one` come before the neighbors are read; 0 = none reads."""
+        return 2 * self.config.cross_layers[0] + 1 if self.config.cross_layers else 0
+
+    def steps_of_one(
         self,
-        weights: Sequence[StepWeights],
-        x_BD: Tensor,
-        keys_BSGE: Sequence[Tensor],
-        values_BSGE: Sequence[Tensor],
+        cache: tuple[Sequence[Tensor], Sequence[Tensor]],
+        cross: Sequence[tuple[Tensor, Tensor]],
+        valid: Tensor | None,
         begins: Tensor | None,
         starts: Tensor,
-        rotary: Rotary,
-        read: Callable[[int, Tensor], Tensor],
-    ) -> Tensor:
-        """All layers for one new token a row, at `starts` [b]; `read` adds what a cross-attending layer reads."""
-        x = x_BD
-        for index, layer in enumerate(self.layers):
-            x = layer.attention_step(weights[index], x, keys_BSGE[index], values_BSGE[index], begins, starts, rotary)
+        offsets: Tensor,
+        capacity: int,
+    ) -> ops.Steps:
+        """All layers for one new token a row, at `starts` [b] and `offsets` [b] of the chunk that attends.
+
+        cache: keys and values [b, s, g, e] of every layer; cross: rotated ones [b, x, g, e] of every cross-attending
+        layer, `valid` [b, x]; begins [b]: the first key. Their values may change from step to step.
+        """
+        decoder, reader = (rotary or (None, None) for rotary in self._step_rotary(capacity, starts.device))
+        parts: list[ops.Part] = []
+        for index, (layer, keys, values) in enumerate(zip(self.layers, *cache)):
+            a, reading = layer.attention, None
+            attending = ops.Attending(keys, values, a.scale, begins, starts, None, starts, *decoder, a.interleaved)
             if layer.is_crossing:
-                x = read(index, x)
-            x = layer.feed_forward_step(weights[index], x)
-        return x
+                pair = cross[self.config.cross_layers.index(index)]
+                reading = ops.Attending(*pair, layer.cross.scale, None, None, valid, offsets, *reader)
+            parts += layer.step_parts(attending, reading)
+        return ops.Steps(parts)
+
+    def _step_rotary(self, capacity: int, device: torch.device) -> tuple[Rotary, Rotary]:
+        return self.decoder_rotary(capacity, device), self.cross_rotary(device)
+
+    def state_of_one(self, x_BD: Tensor) -> Tensor:
+        """The normed state [b, d] at the first cross-attending layer, of what the parts before it gave."""
+        return self.layers[self.config.cross_layers[0]].cross_norm(x_BD.to(self.embedding.weight.dtype))
 
     def logits_of_one(self, x_BD: Tensor) -> Tensor:
         """[b, d] after all layers -> [b, V]"""
@@ -521,7 +539,7 @@ class RetroModel(nn.Module):
                 k, v = (part[:, number - 1] for part in fresh.keys_values[place])  # [b, k, r, g, e]
                 if rotary is not None:
                     k = ops.rope(k.flatten(0, 1), *rotary).reshape(k.shape)
-                cache.cross_keys[index], cache.cross_values[index] = k.flatten(1, 2), v.flatten(1, 2)
+                cache.put_cross(index, k.flatten(1, 2), v.flatten(1, 2))
             if begin >= end or mask is None or not mask.shape[1] or not bool(mask.any()):
                 continue
             q = cross.queries(z_BTD[:, begin:end])
@@ -530,7 +548,7 @@ class RetroModel(nn.Module):
                 q = ops.rope(q, *rotary, positions=torch.arange(first, first + end - begin, device=q.device))
             has_any = mask.any(-1)[:, None, None]
             allowed = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]
-            keys, values = cache.cross_keys[index], cache.cross_values[index]
+            keys, values = cache.cross_keys[index].to(q.dtype), cache.cross_values[index].to(q.dtype)
             attended = ops.masked_attention(q, keys, values, allowed, scale=cross.scale)
             if not c.cca_bias_everywhere:
                 out[:, begin:end] = torch.where(has_any, cross.out(attended.flatten(-2)), 0)

@@ -6,15 +6,13 @@ Letters: B rows, S capacity, T tokens of a row, X neighbor tokens read by a row 
 M chunk length, D width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from retro_engine.model import ops
-from retro_engine.model.attention import Rotary
-from retro_engine.model.cache import Cache
-from retro_engine.model.decoder import StepWeights
+from retro_engine.model.cache import Cache, empty_keys
 from retro_engine.model.retro import RetroModel
 
 
@@ -30,9 +28,9 @@ class Rows:
     cross_valid_BX: Tensor
     lengths_B: Tensor  # tokens taken so far, padding included
     pads_B: Tensor  # padding on the left
-    weights: list[StepWeights]  # the model's, one a decoder layer
-    rotary: Rotary  # of every position
-    cross_rotary: Rotary
+    offsets_B: Tensor  # of a row's next token in the chunk that attends
+    steps: ops.Steps | None = None  # the model's, on this memory
+    parts: dict[tuple[int, int], "Rows"] = field(default_factory=dict)
 
     @property
     def capacity(self) -> int:
@@ -40,8 +38,10 @@ class Rows:
 
     def part(self, first: int, last: int) -> "Rows":
         """Rows first ... last - 1, sharing memory."""
+        if (first, last) in self.parts:
+            return self.parts[first, last]
         cut = slice(first, last)
-        return Rows(
+        self.parts[first, last] = Rows(
             [k[cut] for k in self.keys_BSGE],
             [v[cut] for v in self.values_BSGE],
             self.hidden_BMD[cut],
@@ -50,10 +50,9 @@ class Rows:
             self.cross_valid_BX[cut],
             self.lengths_B[cut],
             self.pads_B[cut],
-            self.weights,
-            self.rotary,
-            self.cross_rotary,
+            self.offsets_B[cut],
         )
+        return self.parts[first, last]
 
     def clear(self, row: int, pad: int) -> None:
         """Make a row ready for a sequence with `pad` tokens of padding on the left."""
@@ -92,26 +91,23 @@ class Rows:
 
 def new_rows(model: RetroModel, batch_size: int, capacity: int, neighbor_tokens: int) -> Rows:
     """An empty cache: at most `capacity` tokens a row, which reads at most `neighbor_tokens` (k*r) at a time."""
-    c, dtype, device = model.config, model.embedding.weight.dtype, model.embedding.weight.device
+    c, device = model.config, model.embedding.weight.device
     num_crossing = len(c.cross_layers)
     X = neighbor_tokens if num_crossing else 0
 
     def empty(tokens: int, count: int) -> list[Tensor]:
-        shape = (batch_size, tokens, c.key_value_heads, c.head_width)
-        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
+        return [empty_keys(batch_size, tokens, c, model.cache_dtype, device) for _ in range(count)]
 
     return Rows(
         empty(capacity, c.dec_num_layers),
         empty(capacity, c.dec_num_layers),
-        torch.zeros(batch_size, c.chunk_size, c.hidden_size, dtype=dtype, device=device),
+        torch.zeros(batch_size, c.chunk_size, c.hidden_size, dtype=model.embedding.weight.dtype, device=device),
         empty(X, num_crossing),
         empty(X, num_crossing),
         torch.zeros(batch_size, X, dtype=torch.bool, device=device),
         torch.zeros(batch_size, dtype=torch.long, device=device),
         torch.zeros(batch_size, dtype=torch.long, device=device),
-        model.step_weights(),
-        model.decoder_rotary(capacity, device),
-        model.cross_rotary(device),
+        torch.zeros(batch_size, dtype=torch.long, device=device),
     )
 
 
@@ -129,7 +125,8 @@ def prefill(
     crossing, width = model.config.cross_layers, rows.cross_width(row)
     one = rows.part(row, row + 1)
     is_token = torch.arange(rows.capacity, device=tokens_T.device)[None] >= pad
-    cache = Cache(one.keys_BSGE, one.values_BSGE, is_token, one.hidden_BMD, start, start > 0 and pad > 0)
+    places = (torch.empty_like(one.lengths_B), one.offsets_B)
+    cache = Cache(one.keys_BSGE, one.values_BSGE, is_token, one.hidden_BMD, *places, start, start > 0 and pad > 0)
     if width:
         cache.cross_keys = {layer: one.cross_keys_BXGE[i][:, :width] for i, layer in enumerate(crossing)}
         cache.cross_values = {layer: one.cross_values_BXGE[i][:, :width] for i, layer in enumerate(crossing)}
@@ -167,32 +164,26 @@ def step_rows(
     `ending`: the rows whose chunk this token completes, in the order of `neighbors_NKR` (None = they have none).
     `advances` [b] False: the row waits; it is computed, and nothing of it counts.
     """
-    c, M = model.config, model.config.chunk_size
-    starts = rows.lengths_B.clone()
-    row_index = torch.arange(len(starts), device=starts.device)
+    c, M, starts = model.config, model.config.chunk_size, rows.lengths_B
     longest = int(starts.max()) + 1
     if longest > rows.capacity:
         raise ValueError(f"the cache holds {rows.capacity} tokens; {longest} were given")
+    if rows.steps is None:
+        cross = list(zip(rows.cross_keys_BXGE, rows.cross_values_BXGE))
+        places = (rows.pads_B, starts, rows.offsets_B, rows.capacity)
+        rows.steps = model.steps_of_one((rows.keys_BSGE, rows.values_BSGE), cross, rows.cross_valid_BX, *places)
     x = model.embedding(tokens_B) * c.input_scale
     if c.position_embedding == "learned":
         assert model.position_embedding is not None
         x = x + model.position_embedding(starts)
-    offsets = (starts - (M - 1)) % M + (M - 1 if c.cca_query_offset else 0)
-    valid = rows.cross_valid_BX
-
-    def read(index: int, x: Tensor) -> Tensor:
-        nonlocal valid
-        layer, place = model.layers[index], c.cross_layers.index(index)
-        if place == 0:
-            rows.hidden_BMD[row_index, starts % M] = layer.cross_norm(x.to(rows.hidden_BMD.dtype))
-            if ending:
-                _read_anew(model, rows, ending, neighbors_NKR, lengths_NK)
-            used = rows.cross_valid_BX.any(0).nonzero()
-            valid = rows.cross_valid_BX[:, : int(used[-1]) + 1 if len(used) else 0].contiguous()
-        keys, values = (part[place][:, : valid.shape[1]] for part in (rows.cross_keys_BXGE, rows.cross_values_BXGE))
-        return layer.cross_attention_step(rows.weights[index], x, keys, values, valid, offsets, rows.cross_rotary)
-
-    x = model.layers_of_one(rows.weights, x, rows.keys_BSGE, rows.values_BSGE, rows.pads_B, starts, rows.rotary, read)
+    rows.offsets_B.copy_((starts - (M - 1)) % M + (M - 1 if c.cca_query_offset else 0))
+    begun = model.parts_before_reading
+    if begun:
+        x = rows.steps(x, 0, begun)
+        rows.hidden_BMD[torch.arange(len(starts), device=starts.device), starts % M] = model.state_of_one(x)
+        if ending:
+            _read_anew(model, rows, ending, neighbors_NKR, lengths_NK)
+    x = rows.steps(x, begun)
     rows.lengths_B += 1 if advances is None else advances.long()
     return model.logits_of_one(x)
 
@@ -207,11 +198,11 @@ def _read_anew(
     hidden = rows.hidden_BMD[ending][:, None]
     lengths = None if lengths_NK is None else lengths_NK[:, None]
     pairs, valid = model.encode_neighbors(hidden, None, neighbors_NKR[:, None], lengths)
-    rotated = []
+    rotated, rotary = [], model.cross_rotary(hidden.device)
     for k, _ in pairs:
         k = k[:, 0]  # [n, k, r, g, e]
-        if rows.cross_rotary is not None:
-            k = ops.rope(k.flatten(0, 1), *rows.cross_rotary).reshape(k.shape)
+        if rotary is not None:
+            k = ops.rope(k.flatten(0, 1), *rotary).reshape(k.shape)
         rotated.append(k.flatten(1, 2))
     values = [v[:, 0].flatten(1, 2) for _, v in pairs]
     for number, row in enumerate(ending):
