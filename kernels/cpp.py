@@ -106,6 +106,15 @@ def gather_neighbors(
     return tokens, lengths
 
 
+def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, has_gradient: bool) -> Tensor:
+    """As `reference.cross_entropy_`; contiguous."""
+    losses, labels = torch.empty(logits_TV.shape[0]), labels_T.contiguous()
+    addresses = (logits_TV.data_ptr(), labels.data_ptr(), losses.data_ptr())
+    sizes = (*logits_TV.shape, int(has_gradient))
+    _cpu.cross_entropy(instruction_set(), _TYPES[logits_TV.dtype], sizes, addresses)
+    return losses
+
+
 def linear(x_TD: Tensor, matrix: Matrix) -> Tensor:
     """float32, contiguous -> [t, o]."""
     y = torch.empty(x_TD.shape[0], matrix.weight.shape[0])

@@ -197,6 +197,17 @@ def gather_neighbors(
     return torch.where(is_token, tokens, pad_id), total
 
 
+def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, has_gradient: bool) -> Tensor:
+    """-log softmax(logits)[label] [t]; with `has_gradient` the gradient of their sum takes the logits' place."""
+    values = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    normalizer, labels = values.logsumexp(-1, keepdim=True), labels_T[:, None]
+    losses = (normalizer - values.gather(-1, labels))[:, 0]
+    if has_gradient:
+        probability = values.sub_(normalizer).exp_()
+        logits_TV.copy_(probability.scatter_add_(-1, labels, -torch.ones_like(probability[:, :1])))
+    return losses
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A linear layer: y = x (scale * weight)' + bias. weight [o, d]; int8 ones have a float32 scale [o]."""

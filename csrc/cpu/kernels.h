@@ -99,6 +99,15 @@ struct Step {
   float scale;
 };
 
+// Each row's -log softmax(logits)[label]; the gradient of their sum may take the logits' place.
+struct CrossEntropy {
+  int64_t V;
+  void* logits;                           // [T, V]
+  const int64_t* labels;                  // [T], 0 ... V - 1
+  float* losses;                          // [T]
+  bool has_gradient;
+};
+
 // One instruction set's build. Each function handles problems [begin, end) of its kernel.
 struct Build {
   const char* name;
@@ -110,6 +119,7 @@ struct Build {
   void (*norm)(const Norm&, const float* x, float* y, int64_t begin, int64_t end);  // items are rows
   void (*put)(const Step&, int64_t begin, int64_t end);       // rotates, and writes the cache; items are rows
   void (*attend)(const Step&, int64_t begin, int64_t end);    // items are b * G + g
+  void (*cross_entropy)(const CrossEntropy&, Type, int64_t begin, int64_t end);  // items are rows
 };
 
 extern const Build scalar_build;

@@ -1,4 +1,4 @@
-// retro_kernels._cpu: attention, RoPE, gathering and decoding steps on CPU tensors, given as addresses, sizes and strides (kernels/cpp.py checks
+// retro_kernels._cpu: attention, RoPE, gathering, cross-entropy and decoding steps on CPU tensors, given as addresses, sizes and strides (kernels/cpp.py checks
 // them). No torch header: the module builds anywhere and works with any torch. Threads are torch's own: the address
 // of libtorch's torch_parallel_for is handed over at import; without it everything runs on the calling thread.
 #include <pybind11/pybind11.h>
@@ -136,6 +136,19 @@ void gather_neighbors(const std::string& build, const std::array<int64_t, 6>& si
   const auto run = find_build(build).gather_neighbors;
   const py::gil_scoped_release release;
   parallel_for(a.count, 512, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+}
+
+// sizes: T V has_gradient; addresses: logits labels losses.
+void cross_entropy(const std::string& name, int type, const std::array<int64_t, 3>& sizes, const std::array<uintptr_t, 3>& addresses) {
+  CrossEntropy a{};
+  const int64_t T = sizes[0];
+  a.V = sizes[1], a.has_gradient = sizes[2] != 0;
+  a.logits = pointer<void>(addresses[0]), a.labels = pointer<int64_t>(addresses[1]), a.losses = pointer<float>(addresses[2]);
+  for (int64_t row = 0; row < T; row++)
+    if (a.labels[row] < 0 || a.labels[row] >= a.V) throw py::value_error("labels holds " + std::to_string(a.labels[row]) + "; there are " + std::to_string(a.V) + " logits");
+  const auto run = find_build(name).cross_entropy;
+  const py::gil_scoped_release release;
+  parallel_for(T, std::max<int64_t>(1, 16384 / a.V), [&](int64_t begin, int64_t end) { run(a, Type(type), begin, end); });
 }
 
 // Numbers and addresses one after another, in the order in which kernels/cpp.py writes them.
@@ -348,6 +361,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rope", &rope);
   m.def("gather_neighbors", &gather_neighbors);
   m.def("linear", &linear);
+  m.def("cross_entropy", &cross_entropy);
   py::class_<Steps>(m, "Steps")
       .def(py::init<const std::string&, const std::vector<std::vector<int64_t>>&, const std::vector<std::array<float, 2>>&>())
       .def("run", &Steps::run_parts);

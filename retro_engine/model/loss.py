@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from retro_engine.model import ops
 from retro_engine.model.attention import is_sharded
 
 TOKENS = 512  # of one slice
@@ -39,28 +40,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if needs and bias_V is not None else None
         for start in range(0, hidden.shape[0], TOKENS):
             rows = slice(start, start + TOKENS)
-            logits = F.linear(hidden[rows], weight).to(wide)
-            if bias_V is not None:
-                logits += bias_V
-            labels = labels_T[rows, None] - first
-            is_here = (labels >= 0) & (labels < weight.shape[0])
-            labels = torch.where(is_here, labels, 0)
-            peak = _over(group, logits.amax(-1, keepdim=True), "max")
-            right = torch.where(is_here, logits.gather(-1, labels), 0)
-            right = _over(group, right, "sum") - peak
-            probability = logits.sub_(peak).exp_()
-            normalizer = _over(group, probability.sum(-1, keepdim=True), "sum")
-            total += (normalizer.log() - right).sum()
-            if grad_hidden is not None:
-                probability /= normalizer
-                probability.scatter_add_(-1, labels, -is_here.to(wide))
+            logits = F.linear(hidden[rows], weight, None if bias_V is None else bias_V.to(dtype))
+            if group is None:
+                total += ops.cross_entropy_(logits, labels_T[rows], needs).sum()
+            else:
+                total += _sharded_cross_entropy_(logits, labels_T[rows] - first, group).sum()
+            if grad_hidden is not None:  # the logits are their gradient now
                 if grad_bias is not None:
-                    grad_bias += probability.sum(0)
-                grad_logits = probability.to(dtype)
-                grad_hidden[rows] = grad_logits @ weight
-                if grad_weight is not None:
-                    grad_weight += grad_logits.T @ hidden[rows]
-        if grad_hidden is not None:
+                    grad_bias += logits.sum(0, dtype=wide)
+                grad_hidden[rows] = logits @ weight
+                if grad_weight is not None and dtype == wide:
+                    grad_weight.addmm_(logits.T, hidden[rows])
+                elif grad_weight is not None:
+                    grad_weight += logits.T @ hidden[rows]
+        if grad_hidden is not None and group is not None:
             _over(group, grad_hidden, "sum")
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden_TD.dtype, weight_VD.dtype)
@@ -82,10 +75,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+def _sharded_cross_entropy_(logits_TV: Tensor, labels_T: Tensor, group: Any) -> Tensor:
+    """`ops.cross_entropy_` over the processes of `group`, each with its own entries, from number 0 on."""
+    values = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    is_here = ((labels_T >= 0) & (labels_T < values.shape[1]))[:, None]
+    labels = torch.where(is_here, labels_T[:, None], 0)
+    peak = _over(group, values.amax(-1, keepdim=True), "max")
+    right = _over(group, torch.where(is_here, values.gather(-1, labels), 0), "sum") - peak
+    probability = values.sub_(peak).exp_()
+    normalizer = _over(group, probability.sum(-1, keepdim=True), "sum")
+    probability /= normalizer
+    logits_TV.copy_(probability.scatter_add_(-1, labels, -is_here.to(values.dtype)))
+    return normalizer.log() - right
+
+
 def _over(group: Any, values: Tensor, how: str) -> Tensor:
-    """The sum or maximum over the processes that share the vocabulary, in place."""
-    if group is not None:
-        dist.all_reduce(values, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group)
+    """The sum or maximum over the processes of `group`, in place."""
+    dist.all_reduce(values, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group)
     return values
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from retro_kernels import reference
 from retro_kernels.attention import attention as kernels_attention
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
+from retro_kernels.cross_entropy import cross_entropy_
 from retro_kernels.cuda import register_host
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.linear import linear as kernels_linear
@@ -26,6 +27,7 @@ __all__ = [
     "Steps",
     "attention",
     "chunked_cross_attention",
+    "cross_entropy_",
     "gather_neighbors",
     "linear",
     "masked_attention",
