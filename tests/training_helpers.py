@@ -1,7 +1,10 @@
 """Settings of runs that take seconds, and what they logged."""
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 from retro_engine.config import Config, load_config
@@ -57,3 +60,14 @@ def config(store: Store, out: Path, *more: str) -> Config:
 def losses(run: Path) -> dict[int, float]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def launch(processes: int, words: list[str], wait: bool = True) -> subprocess.Popen[str]:
+    """torchrun with `words`; its `output` when it has ended."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    process = subprocess.Popen(
+        [*launcher, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+    )
+    if wait:
+        process.output, _ = process.communicate(timeout=240)  # type: ignore[attr-defined]
+    return process

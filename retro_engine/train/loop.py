@@ -357,11 +357,6 @@ def train(config: Config, reporter: Reporter | None = None, resume: str = "auto"
     source = retrofit.inherit(config)
     parallel = Parallel(config)
     try:
-        if config.model.unfreeze_step is not None and parallel.world > 1:
-            rule = "processes agree on what learns when they start"
-            raise UsageError(
-                "model.unfreeze_step works in one process", rule, "unfreeze in a second run: --init-from RUN"
-            )
         data = open_data(config)
         if source is not None:
             retrofit.check_tokenizer(source, data.store)
@@ -423,7 +418,10 @@ class _Training:
         has_master = is_o2 and not shards_master
         self.model.to(self.device, torch.bfloat16 if has_master else dtype)
         self.autocast = "32" if is_o2 else self.precision
-        retrofit.set_trainable(self.model, m, self.step)
+        # groups of processes settle at the start which gradients they exchange: all, if more will learn later
+        self.drops_gradients = m.unfreeze_step is not None and parallel.data > 1
+        if not self.drops_gradients:
+            retrofit.set_trainable(self.model, m, self.step)
         finds_unused = m.retrieval and m.data.neighbor_dropout > 0
         self.module = parallel.spread(self.model, shards_master, finds_unused)
         self.optimizer = Optimizer(self.model, m.optim, widths, has_master, self.precision == "16-mixed")
@@ -619,7 +617,8 @@ class _Training:
     def _train_step(self, micro_batches: list[Batch]) -> "_StepResult":
         """One optimizer step, or none where the loss or the gradient is not finite or the loss leaps."""
         optim, optimizer = self.config.model.optim, self.optimizer
-        retrofit.set_trainable(self.model, self.config.model, self.step)
+        if not self.drops_gradients:
+            retrofit.set_trainable(self.model, self.config.model, self.step)
         rate = learning_rate(optim, self.step, self.config.trainer.max_steps)
         labels_here = sum(int((batch.labels >= 0).sum()) for batch in micro_batches)
         tokens_here = sum(int((batch.document_ids >= 0).sum()) for batch in micro_batches)
@@ -640,6 +639,8 @@ class _Training:
             optimizer.collect()
             total += float(loss.detach())
         total = self.parallel.sum([total])[0] / self.parallel.data / optimizer.scale
+        if self.drops_gradients:
+            optimizer.drop(retrofit.learning(self.config.model, self.step))
         norm = optimizer.norm()
         problem = self._problem(total, norm)
         if problem is None:

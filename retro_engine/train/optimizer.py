@@ -1,7 +1,7 @@
 """AdamW, its learning-rate schedules, and what mixed precision adds: fp32 master weights and a loss scale."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,12 @@ class Optimizer:
                 gradient = weight.grad.float()
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 weight.grad = None
+
+    def drop(self, learns: Callable[[str], bool]) -> None:
+        """Forget the gradients of parameters that do not learn."""
+        for name, parameter in self.parameters.items():
+            if not learns(name):
+                parameter.grad = None
 
     def norm(self) -> float:
         """Of the gradients, the loss scale taken out; not finite where one of them is not."""

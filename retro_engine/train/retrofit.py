@@ -4,6 +4,7 @@ From a plain decoder a RETRO is made (arXiv 2112.04426 section 4.2): encoder and
 output of the latter is 0, so that step 0 computes exactly what the decoder computes. From a RETRO all of it is taken.
 """
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -122,16 +123,24 @@ def load_initial(source: Path, model: RetroModel) -> None:
                     parameter.zero_()
 
 
-def set_trainable(model: RetroModel, config: TrainedModelConfig, step: int) -> None:
-    """Which parameters learn at this step: a function of the settings and the step alone."""
-    if not config.freeze_decoder:
-        return
+def learning(config: TrainedModelConfig, step: int) -> Callable[[str], bool]:
+    """Which parameters learn at this step, by name: a function of the settings and the step alone."""
     start, layers = config.unfreeze_step, config.dec_num_layers
     is_open = start is not None and step >= start
     opened = layers + 1 if is_open else 0  # the last layers that learn; one more = embedding, head and final norm too
     if is_open and config.unfreeze_every is not None:
         assert start is not None
         opened = 1 + (step - start) // config.unfreeze_every
-    for name, parameter in model.named_parameters():
+
+    def learns(name: str) -> bool:
         layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
-        parameter.requires_grad_(is_new(name) or layer >= layers - opened)
+        return not config.freeze_decoder or is_new(name) or layer >= layers - opened
+
+    return learns
+
+
+def set_trainable(model: RetroModel, config: TrainedModelConfig, step: int) -> None:
+    """No gradients for what does not learn at this step."""
+    learns = learning(config, step)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learns(name))

@@ -4,12 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from training_helpers import losses, settings
+from training_helpers import launch, losses, settings
 
 from retro_engine.config import load_config
 from retro_engine.data.store import Store
@@ -37,16 +36,6 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
 
 def torchrun(processes: int, arguments: list[str], *flags: str, wait: bool = True) -> subprocess.Popen[str]:
     return launch(processes, [*flags, "-m", "retro_engine.train", *arguments, "--quiet"], wait)
-
-
-def launch(processes: int, words: list[str], wait: bool = True) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    process = subprocess.Popen(
-        [*launcher, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
-    )
-    if wait:
-        process.output, _ = process.communicate(timeout=240)  # type: ignore[attr-defined]
-    return process
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Retro-fitting: step 0 is the decoder exactly, what is frozen stays, schedules resume, what does not fit is named."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import losses
+from training_helpers import launch, losses
 
 from retro_engine.config import ModelConfig, load_config
 from retro_engine.data.neighbor_table import NeighborTable
@@ -162,6 +163,38 @@ def test_unfreezing_from_the_last_layer_down(small_store: Store, source: Path, t
     everything = [*more[:2], *more[3:]]
     train(load_config(settings(small_store, source, *everything, out=tmp_path / "all")))
     assert not torch.equal(weights(tmp_path / "all")["embedding.weight"], before["embedding.weight"])
+
+
+LAYOUTS = {
+    "dp2": [],
+    "fsdp2": ["model.optim.name=distributed_fused_adam"],
+    "tp2": ["model.tensor_model_parallel_size=2"],
+    "tp2 sequence": ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+}
+
+
+def test_two_processes_freeze_and_unfreeze_as_one_does(small_store: Store, source: Path, tmp_path: Path) -> None:
+    exact = ["trainer.precision=64", "model.freeze_decoder=true", "trainer.max_steps=4", "model.optim.weight_decay=0.1"]
+    exact += ["model.global_batch_size=2", "model.micro_batch_size=1"]
+    runs = {"frozen": [], "from the last": ["model.unfreeze_step=1", "model.unfreeze_every=2"]}
+    before, several = load_file(source / "model.safetensors"), []
+    for name, more in runs.items():
+        train(load_config(settings(small_store, source, *exact, *more, out=tmp_path / name)))
+        for layout, flags in LAYOUTS.items():
+            out = tmp_path / f"{name} {layout}"
+            several.append(settings(small_store, source, *exact, *more, *flags, out=out))
+    (tmp_path / "runs.json").write_text(json.dumps(several))
+    run = launch(2, [str(Path(__file__).with_name("several_runs.py")), str(tmp_path / "runs.json")])
+    assert run.returncode == 0, run.output[-3000:]  # type: ignore[attr-defined]
+    for name in runs:
+        expected, alone = losses(tmp_path / name), weights(tmp_path / name)
+        for layout in LAYOUTS:
+            found, after = losses(tmp_path / f"{name} {layout}"), weights(tmp_path / f"{name} {layout}")
+            assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-9, (name, layout)
+            for key in before:
+                is_kept = torch.equal(after[key], before[key])
+                assert is_kept == torch.equal(alone[key], before[key]), (name, layout, key)
+                assert is_kept or name != "frozen"
 
 
 def test_a_retro_is_tuned_whole(small_store: Store, source: Path, tmp_path: Path) -> None:
