@@ -104,6 +104,12 @@ def test_training_from_an_imported_decoder(
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"on", "off", "random", "prompt"} <= set(found)
     assert found["prompt"]["tokens"] == found["off"]["tokens"]
+    alone = [f"model.data.store='{small_store.folder}'", "model.chunk_size=16", "model.encoder_seq_length=64"]
+    assert cli.main(["eval", str(tmp_path / "gpt"), *alone, "--limit", "1", "--json"]) == 0
+    original = json.loads(capsys.readouterr().out.splitlines()[-1])["off"]
+    assert original["tokens"] == found["off"]["tokens"]
+    assert original["loss"] == pytest.approx(found["off"]["loss"], rel=1e-6), "the frozen decoder is the original"
+    assert cli.main(["eval", str(tmp_path / "gpt")]) == 2, "no store"
     half = ["--limit", "1", "--in-prompt", "--precision", "bf16-mixed", "--json"]
     assert cli.main(["eval", str(tmp_path / "run"), *half]) == 0
     rounded = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -157,16 +157,19 @@ def question_search(stores: list[Store], retriever: str, retrieved_length: int) 
 
 
 def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
-    """The settings a checkpoint's run was started with, with overrides. Raises MissingInputError without config.yaml."""
+    """The settings a checkpoint's run was started with, with overrides; an imported checkpoint's are its model's."""
     done = {
         "init_from": None,
         "fit_cross_attention": False,
         "freeze_decoder": False,
         "unfreeze_step": None,
         "unfreeze_every": None,
-    }
-    settings = [(f"model.{key}", value) for key, value in done.items()]  # what they did is in the settings and weights
-    return load_config([*settings, *overrides], file=str(checkpoint_folder.parent.parent / "config.yaml"))
+    }  # what they did is in the settings and weights
+    file = checkpoint_folder.parent.parent / "config.yaml"
+    if not file.is_file() and "imported" in checkpoint.read_trainer(checkpoint_folder):
+        done |= vars(read_config(checkpoint_folder))
+    settings = [(f"model.{key}", value) for key, value in done.items()]
+    return load_config([*settings, *overrides], file=str(file) if file.is_file() else None)
 
 
 def open_evaluation(
@@ -199,7 +202,7 @@ def open_evaluation(
         )
     documents = everything if share == "all" else shares[share]
     return Sequences(
-        store, documents, model.encoder_seq_length, data.train.table, model.num_neighbors, model.r, shares["train"]
+        store, documents, m.encoder_seq_length, data.train.table, model.num_neighbors, model.r, shares["train"]
     )
 
 
