@@ -9,16 +9,28 @@ from pathlib import Path
 import torch
 
 from retro_engine.bench import frame
-from retro_engine.bench.peers import SHAPES
+from retro_engine.bench.peers import DECODERS, NAMES, SHAPES
+from retro_engine.errors import RetroError
 
 BENCHES = ["kernels", "loader", "model", "decode", "pipeline"]
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        return _run(argv)
+    except RetroError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m retro_engine.bench", description=__doc__)
     parser.add_argument("bench", nargs="*", choices=[*BENCHES, "profile", []], help="default: all but profile")
     parser.add_argument(
         "--sizes", nargs="+", choices=list(SHAPES), default=["5M", "30M"], help="of model, decode and profile"
+    )
+    parser.add_argument(
+        "--implementations", nargs="+", choices=sorted({*NAMES, *DECODERS}), help="of model and decode; default: all"
     )
     parser.add_argument("--text", metavar="FILE", help="of pipeline (default: generated facts)")
     parser.add_argument("--out", "-o", default="runs/bench", metavar="DIR", help="where JSON, CSV and plots go")
@@ -53,11 +65,11 @@ def main(argv: list[str] | None = None) -> int:
         elif bench == "model":
             from retro_engine.bench import model
 
-            rows = model.run(args.sizes)
+            rows = model.run(args.sizes, args.implementations)
         elif bench == "decode":
             from retro_engine.bench import decode
 
-            rows = decode.run(args.sizes)
+            rows = decode.run(args.sizes, names=args.implementations)
         elif bench == "pipeline":
             from retro_engine.bench import pipeline
 

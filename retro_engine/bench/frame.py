@@ -122,6 +122,16 @@ def peak_of(work: Work, device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
+def free_memory() -> int | None:
+    """Bytes that processes can still take; None where the system does not say."""
+    path = Path("/proc/meminfo")
+    if not path.is_file():
+        return None
+    return next(
+        1024 * int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("MemAvailable")
+    )
+
+
 def resident_mib(is_peak: bool = False) -> float:
     """Of this process; the peak since `forget_peak`. Linux."""
     name = "VmHWM" if is_peak else "VmRSS"

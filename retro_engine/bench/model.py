@@ -11,7 +11,7 @@ import torch
 
 from retro_engine.bench import peers
 from retro_engine.bench.frame import Row, measure_ceilings
-from retro_engine.bench.peers import SHAPES, Contestant, Shape
+from retro_engine.bench.peers import SHAPES, Contestant, Shape, check_memory
 from retro_engine.train.loop import has_fast_bf16
 
 
@@ -29,6 +29,7 @@ def run(sizes: list[str], names: list[str] | None = None, rounds: int = 5) -> li
 
 def _size(size: str, shape: Shape, names: list[str], rounds: int) -> list[Row]:
     rate = measure_ceilings(torch.device("cpu"), [torch.float32]).matmul_gflop_s["fp32"]
+    check_memory(names, shape)
     contestants = [Contestant(name, shape, torch.get_num_threads()) for name in names]
     try:
         seconds: dict[str, list[float]] = {name: [] for name in names}

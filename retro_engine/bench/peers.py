@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retro_engine.bench.frame import forget_peak, resident_mib
+from retro_engine.bench.frame import forget_peak, free_memory, resident_mib
 from retro_engine.config import ModelConfig, OptimConfig, preset_model
+from retro_engine.errors import OutOfResourceError
 from retro_engine.model import flops
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
@@ -300,6 +301,21 @@ def _work(connection: Connection, name: str, shape: Shape, threads: int) -> None
                     connection.send(time.perf_counter() - start)
             case _:
                 return
+
+
+def check_memory(names: Sequence[str], shape: Shape) -> None:
+    """All contestants of a training step are in memory at once. Raises OutOfResourceError where they do not fit."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in RetroModel(shape.config()).parameters())
+    tokens = shape.batch * shape.length
+    each = 16 * parameters + 360 * tokens * shape.width * shape.layers  # the second as bench model has seen it
+    free = free_memory()
+    if free is not None and len(names) * each > free:
+        raise OutOfResourceError(
+            f"{len(names)} implementations do not fit into memory",
+            f"about {each / 2**30:.1f} GiB each, {free / 2**30:.1f} GiB are free",
+            '--implementations ours "ours, bf16" megatron-core, or a smaller one of --sizes',
+        )
 
 
 class Contestant:

@@ -7,6 +7,7 @@ import torch
 from helpers import write_corpus
 
 from retro_engine.bench import decode, frame, model, peers, pipeline, profile
+from retro_engine.bench.__main__ import main
 from retro_engine.bench.peers import SHAPES, Inputs, Shape
 
 TINY = Shape(6, 32, 2, 64, length=128, batch=1)
@@ -45,6 +46,17 @@ def test_peers_that_are_absent_are_named(
     assert [row.implementation for row in rows] == ["ours"]
     assert rows[0].median_s > 0 and (rows[0].peak_mib or 0) > 0
     assert "megatron-core is left out" in capsys.readouterr().out
+
+
+def test_too_little_memory_is_said_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(peers, "free_memory", lambda: 9 * 2**30)
+    monkeypatch.setattr(model, "Contestant", None)
+    command = ["model", "--sizes", "120M", "--out", str(tmp_path), "--implementations", "ours", "ours, full"]
+    assert main(command) == 5
+    assert "2 implementations do not fit into memory" in capsys.readouterr().err
+    peers.check_memory(["ours"], SHAPES["120M"])
 
 
 def test_decode_takes_less_than_recomputing(monkeypatch: pytest.MonkeyPatch) -> None:
