@@ -37,6 +37,7 @@ NAMES = (
     "ours, full",
     "ours, compiled",
     "ours, bf16",
+    "ours, bf16 compiled",
     "megatron-core",
     "retro-pytorch",
     "gpt2",
@@ -133,12 +134,16 @@ def _ours(shape: Shape, name: str) -> tuple[nn.Module, Step, Decode]:
     model = RetroModel(shape.config())
     kind = name.partition(", ")[2]
     model.set_recompute(kind if kind in ("selective", "full") else None)
-    if kind == "compiled":
+    if kind.endswith("compiled"):
         model.compile()
     if kind.endswith(" weights"):  # to decode with
         use_weights(model, kind.removesuffix(" weights"))
     optimizer = Optimizer(model, OptimConfig(clip=None), {})
-    autocast: Any = torch.autocast("cpu", torch.bfloat16) if kind == "bf16" else contextlib.nullcontext()
+    autocast: Any = (
+        torch.autocast("cpu", torch.bfloat16)
+        if kind.startswith("bf16") and not kind.endswith(" weights")
+        else contextlib.nullcontext()
+    )
 
     def step(inputs: Inputs) -> float:
         optimizer.zero_grad()
