@@ -27,6 +27,9 @@ PARTS = ("tokens", "lengths", "rows", "documents", "names")
 SET_ASIDE_FILE = "set_aside.jsonl"
 
 
+_as_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder at every call
+
+
 class StoreWriter:
     """Writes a store shard by shard: memory does not grow with the corpus. `close` publishes it.
 
@@ -68,8 +71,7 @@ class StoreWriter:
         rows.reshape(-1)[: len(tokens)] = tokens
         lengths = np.full(num_rows, m, np.uint16)
         lengths[-1] = len(tokens) - m * (num_rows - 1)
-        name = json.dumps([document.id, document.title], ensure_ascii=False).encode()
-        self._names += name
+        self._names += _as_json([document.id, document.title]).encode()
         self._documents.append((self._num_rows, len(tokens), num_bytes, len(self._names)))
         self._tokens.append(rows)
         self._lengths.append(lengths)
