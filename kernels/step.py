@@ -53,6 +53,8 @@ class Steps:
         if x_BD.shape != (rows, self.width):
             raise ValueError(f"x has shape {tuple(x_BD.shape)}; expected [{rows}, {self.width}]")
         last = len(self.parts) if last is None else last
+        if not 0 <= first < last <= len(self.parts):
+            raise ValueError(f"parts {first} ... {last - 1} were asked for; there are {len(self.parts)}")
         is_few = 0 < rows <= FEW_ROWS and x_BD.dtype in _FLOATS
         if is_few and self._is_packed and choose("linear", x_BD) == "cpp":
             self._cpp = self._cpp or cpp.new_steps(self.parts)
@@ -65,7 +67,12 @@ class Steps:
 
 def _check(part: Part, D: int) -> None:
     """Raises ValueError for shapes that do not fit; C++ checks the places themselves."""
+    for name, value in (("weight", part.norm.weight), ("bias", part.norm.bias)):
+        if value is not None and value.shape != (D,):
+            raise ValueError(f"the norm has {name} {tuple(value.shape)}; expected [{D}]")
     if isinstance(part, FeedForward):
+        if (part.gate is not None) != (part.activation == "swiglu"):
+            raise ValueError(f"activation {part.activation}: swiglu has a gate, gelu and gelu_tanh have none")
         wide = part.up.weight.shape[0]
         for matrix in (part.up,) if part.gate is None else (part.gate, part.up):
             _check_matrix("gate and up", matrix, wide, D)
@@ -108,15 +115,15 @@ def _check_matrix(name: str, m: Matrix, outputs: int, inputs: int) -> None:
 
 def _is_packed(part: Part) -> bool:
     """Whether weights, cache, places and tables are as C++ reads them."""
-    if any(x is not None and x.dtype not in _FLOATS for x in (part.norm.weight, part.norm.bias)):
+    matrices = [matrix for matrix in vars(part).values() if isinstance(matrix, Matrix)]
+    weights, scales = [m.weight for m in matrices], [m.scale for m in matrices if m.scale is not None]
+    others = [x for x in (part.norm.weight, part.norm.bias, *(m.bias for m in matrices)) if x is not None]
+    if any(x.device.type != "cpu" or not x.is_contiguous() for x in (*weights, *others, *scales)):
         return False
-    for matrix in vars(part).values():
-        if not isinstance(matrix, Matrix):
-            continue
-        if matrix.weight.dtype not in _WEIGHTS or not matrix.weight.is_contiguous():
-            return False
-        if matrix.bias is not None and matrix.bias.dtype not in _FLOATS:
-            return False
+    if any(x.dtype not in _WEIGHTS for x in weights) or any(x.dtype not in _FLOATS for x in others):
+        return False
+    if any(x.dtype != torch.float32 for x in scales):
+        return False
     if isinstance(part, FeedForward):
         return True
     a = part.attending

@@ -110,6 +110,15 @@ def test_training_from_an_imported_decoder(
     assert original["tokens"] == found["off"]["tokens"]
     assert original["loss"] == pytest.approx(found["off"]["loss"], rel=1e-6), "the frozen decoder is the original"
     assert cli.main(["eval", str(tmp_path / "gpt")]) == 2, "no store"
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    (tmp_path / "gpt").rename(tmp_path / "x" / "y" / "gpt")  # beside a config.yaml that is not its own
+    (tmp_path / "x" / "config.yaml").write_text("model: {hidden_size: 48}")
+    assert cli.main(["eval", str(tmp_path / "x" / "y" / "gpt"), *alone, "--limit", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["off"] == original
+    (tmp_path / "x" / "y" / "gpt").rename(tmp_path / "gpt")
+    (tmp_path / "run" / "config.yaml").rename(tmp_path / "kept.yaml")
+    assert cli.main(["eval", str(tmp_path / "run"), *alone]) == 3, "a run without its settings"
+    (tmp_path / "kept.yaml").rename(tmp_path / "run" / "config.yaml")
     half = ["--limit", "1", "--in-prompt", "--precision", "bf16-mixed", "--json"]
     assert cli.main(["eval", str(tmp_path / "run"), *half]) == 0
     rounded = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <functional>
+#include <mutex>
 #include <set>
 #include <string>
 #include <vector>
@@ -191,7 +192,7 @@ class Fields {
 void check_places(const Step& a) {
   for (int64_t b = 0; b < a.B; b++) {
     const int64_t last = a.starts ? a.starts[b] : a.num_keys - 1, first = a.begins ? a.begins[b] : 0;
-    if (first < 0 || first > last + 1 || last >= a.num_keys)
+    if (first < 0 || first > last + 1 || last >= a.num_keys || (a.starts && last < 0))
       throw py::value_error("row " + std::to_string(b) + " attends " + std::to_string(first) + " ... " + std::to_string(last) + "; the cache holds " + std::to_string(a.num_keys));
     if (a.cos && (a.positions[b] < 0 || a.positions[b] >= a.num_positions))
       throw py::value_error("positions holds " + std::to_string(a.positions[b]) + "; cos has " + std::to_string(a.num_positions) + " positions");
@@ -237,7 +238,9 @@ void ask_for_large_pages(const void* begin, int64_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t SIZE = uintptr_t(1) << 21;
   constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, Linux 6.1
-  static std::set<uintptr_t> asked;  // under the interpreter's lock
+  static std::set<uintptr_t> asked;
+  static std::mutex lock;
+  const std::lock_guard<std::mutex> guard(lock);
   const uintptr_t end = reinterpret_cast<uintptr_t>(begin) + uintptr_t(bytes);
   for (uintptr_t page = reinterpret_cast<uintptr_t>(begin) / SIZE * SIZE; page < end; page += SIZE)
     if (asked.insert(page).second) madvise(reinterpret_cast<void*>(page), SIZE, COLLAPSE);
@@ -278,7 +281,7 @@ Part make_part(const std::vector<int64_t>& values, float eps, float scale) {
 
 // Floats that stay with their thread from step to step.
 float* scratch(int slot, int64_t count) {
-  static thread_local std::array<std::vector<float>, 6> buffers;
+  static thread_local std::array<std::vector<float>, 5> buffers;
   if (buffers[size_t(slot)].size() < size_t(count)) buffers[size_t(slot)].resize(size_t(count));
   return buffers[size_t(slot)].data();
 }
@@ -320,11 +323,12 @@ class Steps {
  public:
   Steps(const std::string& build, const std::vector<std::vector<int64_t>>& fields, const std::vector<std::array<float, 2>>& factors) : build_(find_build(build)) {
     for (size_t i = 0; i < fields.size(); i++) {
-      const Part p = make_part(fields[i], factors.at(i)[0], factors.at(i)[1]);
+      parts_.push_back(make_part(fields[i], factors.at(i)[0], factors.at(i)[1]));
+    }
+    const py::gil_scoped_release release;
+    for (const Part& p : parts_)
       for (const Matrix& m : {p.q, p.k, p.v, p.out, p.gate, p.up, p.down})
         if (m.w) ask_for_large_pages(m.w, m.O * m.D * (m.type == FLOAT32 ? 4 : m.type == BFLOAT16 ? 2 : 1));
-      parts_.push_back(p);
-    }
   }
   // x, y [B, D]: parts first ... last - 1.
   void run_parts(uintptr_t x, uintptr_t y, int64_t B, size_t first, size_t last) const {

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def run(sizes: list[str], batches: tuple[int, ...] = (1, 8), names: list[str] | None = None) -> list[Row]:
-    names = peers.present(names or list(peers.DECODERS))
+    names = peers.present(peers.chosen(names, peers.DECODERS) or list(peers.DECODERS))
     rows = [_retrieval()]
     for size in sizes:
         rows += _size(size, names, batches)

@@ -19,7 +19,7 @@ def run(sizes: list[str], names: list[str] | None = None, rounds: int = 5) -> li
     """Rows of every size: `ratios` of ours hold how many times as long the others took; `peak_mib` is what the step
     takes beyond weights, gradients and optimizer state.
     """
-    chosen = names or [name for name in peers.NAMES if "bf16" not in name or has_fast_bf16()]
+    chosen = peers.chosen(names, peers.NAMES) or [name for name in peers.NAMES if "bf16" not in name or has_fast_bf16()]
     names = peers.present(chosen)
     rows: list[Row] = []
     for size in sizes:

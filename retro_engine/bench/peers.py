@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from retro_engine.bench.frame import forget_peak, free_memory, resident_mib
 from retro_engine.config import ModelConfig, OptimConfig, preset_model
-from retro_engine.errors import OutOfResourceError
+from retro_engine.errors import OutOfResourceError, UsageError
 from retro_engine.model import flops
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
@@ -112,6 +112,14 @@ def missing(name: str) -> str:
         return "" if importlib.util.find_spec("transformers") else "transformers is not installed"
     package = {"megatron-core": "megatron", "retro-pytorch": "retro_pytorch"}[name]
     return "" if (FOLDER / package).is_dir() else f"{FOLDER}/{package} is not there: make peers"
+
+
+def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """Those of `names` that a bench knows. Raises UsageError where names are given and it knows none."""
+    found = [name for name in names or () if name in known]
+    if names and not found:
+        raise UsageError(f"--implementations {', '.join(names)}: this bench has none of them", "", ", ".join(known))
+    return found
 
 
 def present(names: Sequence[str]) -> list[str]:

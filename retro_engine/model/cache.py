@@ -5,6 +5,7 @@ R tokens per neighbor. Left-aligned chunks make every entry final once written: 
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class Cache:
     length: int = 0  # tokens taken so far, padding included
     has_padding: bool = False
     pads_B: Tensor | None = None  # how much of a row is padding, when all of it is on the left
-    steps: Steps | None = None  # of one token; made anew after any other step and at each new chunk
+    # of one token, on this memory; made anew, from the model's weights, after any other step and at each chunk's end
+    steps: Steps | None = field(default=None, init=False, repr=False, compare=False)
     cross_keys: dict[int, Tensor] = field(default_factory=dict)  # layer -> [b, k*r, g, e] of the last whole chunk
     cross_values: dict[int, Tensor] = field(default_factory=dict)
     cross_mask: Tensor | None = None  # [b, k*r] True = valid; None = no neighbors so far
@@ -34,6 +36,9 @@ class Cache:
     @property
     def capacity(self) -> int:
         return self.is_token_BS.shape[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "steps": None}  # a copy has other memory
 
     def put_cross(self, layer: int, *keys_values: Tensor) -> None:
         """Rotated keys and values [b, k*r, g, e] of the last whole chunk; kept as `empty_keys` lie in memory."""

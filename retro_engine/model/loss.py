@@ -50,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_bias += logits.sum(0, dtype=wide)
                 grad_hidden[rows] = logits @ weight
                 if grad_weight is not None and dtype == wide:
-                    grad_weight.addmm_(logits.T, hidden[rows])
+                    torch.addmm(grad_weight, logits.T, hidden[rows], out=grad_weight)
                 elif grad_weight is not None:
                     grad_weight += logits.T @ hidden[rows]
         if grad_hidden is not None and group is not None:

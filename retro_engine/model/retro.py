@@ -192,7 +192,8 @@ class RetroModel(nn.Module):
         if neighbors is not None and neighbors.shape[:2] != (B, completed):
             raise ValueError(f"neighbors has shape {tuple(neighbors.shape)}; expected [{B}, {completed}, k, r]")
         cache.is_token_BS[:, start:stop] = True if is_token is None else is_token
-        cache.has_padding = cache.has_padding or (is_token is not None and not bool(is_token.all()))
+        if is_token is not None and not bool(is_token.all()):
+            cache.has_padding, cache.pads_B, cache.steps = True, None, None
         device = tokens.device
         if T == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             begins = self._padding_on_the_left(cache, stop) if cache.has_padding else None
@@ -264,7 +265,8 @@ class RetroModel(nn.Module):
             valid = cache.is_token_BS[:, :0]
         cross = [(keys[layer], values[layer]) for layer in self.config.cross_layers]
         places = (begins, cache.starts_B, cache.offsets_B)
-        return self.steps_of_one((cache.keys_BSGE, cache.values_BSGE), cross, valid, *places, cache.capacity)
+        rotary = self.step_rotary(cache.capacity, cache.starts_B.device)
+        return self.steps_of_one((cache.keys_BSGE, cache.values_BSGE), cross, valid, *places, rotary)
 
     @property
     def parts_before_reading(self) -> int:
@@ -279,14 +281,14 @@ class RetroModel(nn.Module):
         begins: Tensor | None,
         starts: Tensor,
         offsets: Tensor,
-        capacity: int,
+        rotary: tuple[Rotary, Rotary],
     ) -> ops.Steps:
         """All layers for one new token a row, at `starts` [b] and `offsets` [b] of the chunk that attends.
 
         cache: keys and values [b, s, g, e] of every layer; cross: rotated ones [b, x, g, e] of every cross-attending
-        layer, `valid` [b, x]; begins [b]: the first key. Their values may change from step to step.
+        layer, `valid` [b, x]; begins [b]: the first key. Their values may change from step to step. rotary: `step_rotary`.
         """
-        decoder, reader = (rotary or (None, None) for rotary in self._step_rotary(capacity, starts.device))
+        decoder, reader = (tables or (None, None) for tables in rotary)
         parts: list[ops.Part] = []
         for index, (layer, keys, values) in enumerate(zip(self.layers, *cache)):
             a, reading = layer.attention, None
@@ -297,7 +299,8 @@ class RetroModel(nn.Module):
             parts += layer.step_parts(attending, reading)
         return ops.Steps(parts)
 
-    def _step_rotary(self, capacity: int, device: torch.device) -> tuple[Rotary, Rotary]:
+    def step_rotary(self, capacity: int, device: torch.device) -> tuple[Rotary, Rotary]:
+        """The tables of the decoder's `capacity` positions and of those in a chunk."""
         return self.decoder_rotary(capacity, device), self.cross_rotary(device)
 
     def state_of_one(self, x_BD: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from retro_engine.model import ops
+from retro_engine.model.attention import Rotary
 from retro_engine.model.cache import Cache, empty_keys
 from retro_engine.model.retro import RetroModel
 
@@ -29,6 +30,7 @@ class Rows:
     lengths_B: Tensor  # tokens taken so far, padding included
     pads_B: Tensor  # padding on the left
     offsets_B: Tensor  # of a row's next token in the chunk that attends
+    rotary: tuple[Rotary, Rotary]  # of every position, of those in a chunk
     steps: ops.Steps | None = None  # the model's, on this memory
     parts: dict[tuple[int, int], "Rows"] = field(default_factory=dict)
 
@@ -51,6 +53,7 @@ class Rows:
             self.lengths_B[cut],
             self.pads_B[cut],
             self.offsets_B[cut],
+            self.rotary,
         )
         return self.parts[first, last]
 
@@ -108,6 +111,7 @@ def new_rows(model: RetroModel, batch_size: int, capacity: int, neighbor_tokens:
         torch.zeros(batch_size, dtype=torch.long, device=device),
         torch.zeros(batch_size, dtype=torch.long, device=device),
         torch.zeros(batch_size, dtype=torch.long, device=device),
+        model.step_rotary(capacity, device),
     )
 
 
@@ -170,7 +174,7 @@ def step_rows(
         raise ValueError(f"the cache holds {rows.capacity} tokens; {longest} were given")
     if rows.steps is None:
         cross = list(zip(rows.cross_keys_BXGE, rows.cross_values_BXGE))
-        places = (rows.pads_B, starts, rows.offsets_B, rows.capacity)
+        places = (rows.pads_B, starts, rows.offsets_B, rows.rotary)
         rows.steps = model.steps_of_one((rows.keys_BSGE, rows.values_BSGE), cross, rows.cross_valid_BX, *places)
     x = model.embedding(tokens_B) * c.input_scale
     if c.position_embedding == "learned":
@@ -198,7 +202,7 @@ def _read_anew(
     hidden = rows.hidden_BMD[ending][:, None]
     lengths = None if lengths_NK is None else lengths_NK[:, None]
     pairs, valid = model.encode_neighbors(hidden, None, neighbors_NKR[:, None], lengths)
-    rotated, rotary = [], model.cross_rotary(hidden.device)
+    rotated, rotary = [], rows.rotary[1]
     for k, _ in pairs:
         k = k[:, 0]  # [n, k, r, g, e]
         if rotary is not None:

@@ -281,6 +281,11 @@ def load_optimizer(checkpoint: Path, optimizer: Optimizer, parallel: Parallel) -
             torch.set_rng_state(state[name])
 
 
+def is_imported(checkpoint: Path) -> bool:
+    """Whether a checkpoint comes from `retro import`, not from a run."""
+    return (checkpoint / TRAINER_FILE).is_file() and "imported" in read_trainer(checkpoint)
+
+
 def read_trainer(checkpoint: Path) -> dict[str, Any]:
     """trainer.json of a checkpoint. Raises StoreError when it is missing or damaged."""
     try:

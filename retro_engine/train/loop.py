@@ -157,7 +157,10 @@ def question_search(stores: list[Store], retriever: str, retrieved_length: int) 
 
 
 def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
-    """The settings a checkpoint's run was started with, with overrides; an imported checkpoint's are its model's."""
+    """The settings a checkpoint's run was started with, with overrides; an imported checkpoint's are its model's.
+
+    Raises MissingInputError for a run without config.yaml.
+    """
     done = {
         "init_from": None,
         "fit_cross_attention": False,
@@ -165,11 +168,12 @@ def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
         "unfreeze_step": None,
         "unfreeze_every": None,
     }  # what they did is in the settings and weights
-    file = checkpoint_folder.parent.parent / "config.yaml"
-    if not file.is_file() and "imported" in checkpoint.read_trainer(checkpoint_folder):
+    file: str | None = str(checkpoint_folder.parent.parent / "config.yaml")
+    if checkpoint.is_imported(checkpoint_folder):
         done |= vars(read_config(checkpoint_folder))
+        file = None
     settings = [(f"model.{key}", value) for key, value in done.items()]
-    return load_config([*settings, *overrides], file=str(file) if file.is_file() else None)
+    return load_config([*settings, *overrides], file=file)
 
 
 def open_evaluation(
@@ -209,7 +213,9 @@ def open_evaluation(
 def run_databases(checkpoint_folder: Path) -> list[Store]:
     """The stores that a run's neighbors came from."""
     data = run_config(checkpoint_folder, []).model.data
-    store = Store(str(data.store))
+    if data.store is None:
+        raise UsageError(f"{checkpoint_folder} names no store", "it was imported", "name the stores to read")
+    store = Store(data.store)
     return NeighborTable(find_table(store, data.neighbors), store).databases
 
 

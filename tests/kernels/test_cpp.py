@@ -1,7 +1,5 @@
 """Every instruction set that this processor has gives the same values as float64; one it has not is refused."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from kernel_helpers import TOLERANCE, cca_case, in_double, output_and_gradients, relative_error, rotary_tables
@@ -12,17 +10,6 @@ from retro_kernels.rope import rope
 
 pytestmark = pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
 QKV = ("q", "k", "v")
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16"])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param not in cpp.instruction_sets():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("RETRO_CPU", request.param)
-    cpp.instruction_set.cache_clear()
-    assert cpp.instruction_set() == request.param
-    yield request.param
-    cpp.instruction_set.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -32,13 +32,22 @@ def test_against_float64(rows: int, vocab: int, dtype: torch.dtype, spread: floa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
+def test_what_is_not_finite_stays_so(instruction_set: str, dtype: torch.dtype) -> None:
     labels = torch.tensor([1, 1, 1])
     logits = torch.randn(3, 40).to(dtype)
     logits[0, 7], logits[1, 39], logits[2, 5] = float("nan"), float("inf"), float("-inf")
     losses = cross_entropy_(logits.clone(), labels)
     assert losses.isfinite().tolist() == [False, False, True]
     assert torch.allclose(losses[2:], reference.cross_entropy_(logits[2:].clone(), labels[2:], False), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 7, 64, 1003])
+def test_every_instruction_set(instruction_set: str, dtype: torch.dtype, vocab: int) -> None:
+    logits, labels = (3 * torch.randn(5, vocab)).to(dtype), torch.randint(0, vocab, (5,))
+    losses, gradient = exact(logits, labels)
+    torch.testing.assert_close(cross_entropy_(logits, labels).double(), losses, rtol=2e-6, atol=1e-5)
+    assert float((logits.double() - gradient).abs().max()) <= (4e-3 if dtype == torch.bfloat16 else 2e-6)
 
 
 def test_registered_and_compiled() -> None:

@@ -7,7 +7,7 @@ from retro_kernels.linear import FEW_ROWS, linear
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, FEW_ROWS, FEW_ROWS + 1])
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 2), (8, 3), (24, 4), (100, 200), (256, 32)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 2), (8, 3), (24, 4), (100, 200), (256, 32), (1601, 50)])
 def test_against_float64(rows: int, inputs: int, outputs: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, inputs, generator=generator)
@@ -21,9 +21,11 @@ def test_against_float64(rows: int, inputs: int, outputs: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, FEW_ROWS, FEW_ROWS + 1])
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 2), (24, 4), (64, 80), (100, 200), (577, 33)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 2), (24, 4), (64, 80), (100, 200), (577, 33), (1601, 50)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_weights_against_float64(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+def test_narrow_weights_against_float64(
+    instruction_set: str, rows: int, inputs: int, outputs: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, inputs, generator=generator).to(dtype)
     real, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
@@ -43,8 +45,9 @@ def test_narrow_weights_against_float64(rows: int, inputs: int, outputs: int, dt
 
 @pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.int8])
-def test_a_row_does_not_depend_on_the_rows_beside_it(kind: torch.dtype) -> None:
-    x, weight = torch.randn(FEW_ROWS, 100), (20 * torch.randn(77, 100)).to(kind)
+@pytest.mark.parametrize("inputs", [100, 1601])  # 1601: several blocks, and a rest
+def test_a_row_does_not_depend_on_the_rows_beside_it(instruction_set: str, kind: torch.dtype, inputs: int) -> None:
+    x, weight = torch.randn(FEW_ROWS, inputs), (20 * torch.randn(77, inputs)).to(kind)
     x = x.bfloat16() if kind == torch.bfloat16 else x
     scale = torch.rand(77) if kind == torch.int8 else None
     together = linear(x, weight, scale=scale)

@@ -1,5 +1,7 @@
 """The network: shapes, errors, compilation, gradients, and an independent restatement in plain torch."""
 
+import copy
+import dataclasses
 import math
 
 import pytest
@@ -293,7 +295,7 @@ def test_standard_biases_are_0() -> None:
 
 
 def test_a_cache_goes_on_with_the_weights_it_began_with() -> None:
-    """`.to` gives parameters other memory; what C++ reads is not freed under it."""
+    """`.to` gives parameters other memory; what C++ reads is not freed under it. At a chunk's end weights are read anew."""
     model = RetroModel(small_config(bias=True, normalization="layernorm", init_method_std=0.2)).eval()
     tokens = torch.randint(0, model.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
     caches = [model.new_cache(1, 12) for _ in range(2)]
@@ -310,3 +312,33 @@ def test_a_cache_goes_on_with_the_weights_it_began_with() -> None:
                 parameter.fill_(1e3)
         assert len(rubbish) and all(map(torch.equal, kept, (*model.final_norm.parameters(), model.embedding.weight)))
         assert torch.equal(model.step(tokens[:, 10:11], caches[1]), expected)
+
+
+@torch.no_grad()
+def test_copies_of_a_cache_go_their_own_ways() -> None:
+    model = RetroModel(small_config(init_method_std=0.2)).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(2, 9)
+    for number in range(6):
+        model.step(tokens[:, number : number + 1], cache)
+    clones = {name: [x.clone() for x in getattr(cache, name)] for name in ("keys_BSGE", "values_BSGE")}
+    places = {name: getattr(cache, name).clone() for name in ("is_token_BS", "hidden_BMD", "starts_B", "offsets_B")}
+    copies = [copy.deepcopy(cache), dataclasses.replace(cache, **clones, **places)]
+    for other in copies:
+        model.step(tokens[:, 8:], other)  # another token than the original's
+    whole = model.new_cache(2, 9)
+    expected = model.step(tokens[:, :7], whole)[:, -1:]
+    torch.testing.assert_close(model.step(tokens[:, 6:7], cache), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_on_the_left_may_come_token_by_token() -> None:
+    model = RetroModel(small_config(init_method_std=0.2, pad_id=0)).eval()
+    tokens = torch.randint(1, model.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
+    is_token = torch.tensor([[False, False, True, True, True, True], [True] * 6])
+    apart, together = model.new_cache(2, 6), model.new_cache(2, 6)
+    for number in range(6):
+        cut = slice(number, number + 1)
+        found = model.step(tokens[:, cut], apart, is_token=is_token[:, cut])
+    expected = model.step(tokens, together, is_token=is_token, last_only=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
