@@ -187,20 +187,24 @@ def _eval_questions(args: argparse.Namespace, checkpoint: Path, retro: "Retro") 
 
 
 def _open_questions(args: argparse.Namespace, checkpoint: Path, retro: "Retro") -> "Questions":
+    from retro_engine.config import DataConfig
     from retro_engine.data.questions import Questions, read_questions
     from retro_engine.data.store import Store
     from retro_engine.train.loop import question_search, run_config
     from retro_engine.train.retrofit import check_tokenizer
 
-    has_run = (checkpoint.parent.parent / "config.yaml").is_file()
-    data = run_config(checkpoint, args.overrides).model.data if has_run else None
-    if args.index is None and data is None:
+    try:
+        data = run_config(checkpoint, args.overrides).model.data
+    except MissingInputError:  # a checkpoint apart from its run
+        if args.index is None:
+            raise
+        data = DataConfig()
+    if args.index is None and data.store is None:
         raise UsageError("there is no store", "it has the documents of the questions", "--index STORE")
-    stores = [Store(path) for path in (args.index or [str(data.store if data is not None else "")])]
+    stores = [Store(path) for path in (args.index or [str(data.store)])]
     check_tokenizer(checkpoint, stores[0])
     config = retro.model.config
-    template = {"template": data.question_template} if data is not None else {}
-    rows = read_questions(args.questions, **template)
+    rows = read_questions(args.questions, data.question_template)
     search = question_search(stores, args.retriever, config.r)
     length = config.encoder_seq_length
     return Questions(rows, stores[0], args.questions, length, config.num_neighbors, config.r, "data", search)

@@ -118,6 +118,19 @@ def test_training_from_an_imported_decoder(
     (tmp_path / "x" / "y" / "gpt").rename(tmp_path / "gpt")
     (tmp_path / "run" / "config.yaml").rename(tmp_path / "kept.yaml")
     assert cli.main(["eval", str(tmp_path / "run"), *alone]) == 3, "a run without its settings"
+    row = {"question": "Where?", "answer": "river", "neighbors": ["A river."]}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    asked = [
+        "eval",
+        str(tmp_path / "run"),
+        "--questions",
+        str(tmp_path / "questions.jsonl"),
+        "--modes",
+        "gold",
+        "--json",
+    ]
+    assert cli.main(asked) == 3, "nor a store"
+    assert cli.main([*asked, "--index", str(small_store.folder)]) == 0
     (tmp_path / "kept.yaml").rename(tmp_path / "run" / "config.yaml")
     half = ["--limit", "1", "--in-prompt", "--precision", "bf16-mixed", "--json"]
     assert cli.main(["eval", str(tmp_path / "run"), *half]) == 0

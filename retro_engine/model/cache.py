@@ -61,9 +61,9 @@ def new_cache(
     capacity: int,
     dtype: torch.dtype,
     device: torch.device,
-    keys_dtype: torch.dtype | None = None,
+    keys_dtype: torch.dtype,
 ) -> Cache:
-    layers, keys_dtype = range(config.dec_num_layers), keys_dtype or dtype
+    layers = range(config.dec_num_layers)
     return Cache(
         keys_BSGE=[empty_keys(batch_size, capacity, config, keys_dtype, device) for _ in layers],
         values_BSGE=[empty_keys(batch_size, capacity, config, keys_dtype, device) for _ in layers],
