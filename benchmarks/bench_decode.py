@@ -9,6 +9,7 @@ import time
 import torch
 
 from retro_engine.config import preset_model
+from retro_engine.model.decoding import new_cache, step
 from retro_engine.model.retro import RetroModel
 
 PROMPT, NEW, M = 256, 256, 64
@@ -26,11 +27,11 @@ def test_cached_against_recomputing(benchmark) -> None:
 
     def cached() -> None:
         with torch.no_grad():
-            cache = model.new_cache(1, PROMPT + NEW)
-            model.step(tokens[:, :PROMPT], cache, neighbors[:, : PROMPT // M], last_only=True)
+            cache = new_cache(model, 1, PROMPT + NEW)
+            step(model, cache, tokens[:, :PROMPT], neighbors[:, : PROMPT // M], last_only=True)
             for t in range(PROMPT, PROMPT + NEW - 1):
                 completed = neighbors[:, t // M : t // M + 1] if (t + 1) % M == 0 else None
-                model.step(tokens[:, t : t + 1], cache, completed, last_only=True)
+                step(model, cache, tokens[:, t : t + 1], completed, last_only=True)
 
     benchmark.pedantic(cached, rounds=3, warmup_rounds=1)
     recomputed_s = 0.0

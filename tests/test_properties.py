@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import small_inputs, small_model
 
+from retro_engine.model.decoding import new_cache, step
 from retro_engine.model.retro import RetroModel
 
 M = 4
@@ -101,12 +102,12 @@ def test_7_cached_decoding_equals_the_full_pass(model: RetroModel, blocks: list[
     tokens, neighbors = small_inputs(model, k=3)
     lengths = torch.randint(0, model.config.r + 1, neighbors.shape[:3], generator=torch.Generator().manual_seed(7))
     lengths[:, 2] = 0
-    cache = model.new_cache(2, 19)
+    cache = new_cache(model, 2, 19)
     out, start = [], 0
     for size in blocks:
         stop = start + size
         chunks = slice(start // M, stop // M)
-        out.append(model.step(tokens[:, start:stop], cache, neighbors[:, chunks], lengths[:, chunks]))
+        out.append(step(model, cache, tokens[:, start:stop], neighbors[:, chunks], lengths[:, chunks]))
         start = stop
     difference = (torch.cat(out, 1) - model(tokens, neighbors, lengths)).abs().max()
     assert difference <= 1e-10, f"largest difference {difference}"
@@ -172,7 +173,7 @@ def test_mcore_preset_breaks_the_properties_it_is_known_to_break() -> None:
     assert not torch.equal(model(tokens, neighbors, lengths), model(tokens, edited, lengths))  # 4
     assert changed(model(tokens, neighbors, lengths * 0), model(tokens)).any()  # 5
     with pytest.raises(ValueError, match="partial_chunk"):
-        model.step(tokens, model.new_cache(2, 19))  # 7
+        step(model, new_cache(model, 2, 19), tokens)  # 7
     torch.testing.assert_close(model(tokens, neighbors.flip(-1)), base, rtol=0, atol=1e-11)  # 9
     edited_tokens = tokens.clone()
     edited_tokens[:, 12] += 1

@@ -26,6 +26,8 @@ from retro_engine.bench.frame import forget_peak, free_memory, resident_mib
 from retro_engine.config import ModelConfig, OptimConfig, preset_model
 from retro_engine.errors import OutOfResourceError, UsageError
 from retro_engine.model import flops
+from retro_engine.model.decoding import new_cache
+from retro_engine.model.decoding import step as decode_step
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
 from retro_engine.train.optimizer import Optimizer
@@ -163,11 +165,11 @@ def _ours(shape: Shape, name: str) -> tuple[nn.Module, Step, Decode]:
 
     def decode(prompts: Tensor, neighbors: Tensor, new: int) -> None:
         start = prompts.shape[1]
-        cache = model.new_cache(len(prompts), start + new)
+        cache = new_cache(model, len(prompts), start + new)
         token = prompts
         given: Tensor | None = neighbors[:, : start // M]
         for t in range(start, start + new):
-            logits = model.step(token, cache, given, last_only=True)
+            logits = decode_step(model, cache, token, given, last_only=True)
             token = logits[:, -1].argmax(-1, keepdim=True)
             given = neighbors[:, t // M : t // M + 1] if (t + 1) % M == 0 else None
 

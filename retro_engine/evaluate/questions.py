@@ -17,7 +17,7 @@ import torch
 
 from retro_engine.data.questions import Questions
 from retro_engine.evaluate.perplexity import bootstrap
-from retro_engine.model.decode import decode
+from retro_engine.model.decoding import decode
 from retro_engine.model.retro import RetroModel
 
 MODES = ("retrieved", "gold", "random", "off", "prompt")

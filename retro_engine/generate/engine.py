@@ -188,7 +188,7 @@ class Engine:
                 "running": len(self._streams),
                 "waiting": len(self._waiting),
                 "tokens_per_s": num_tokens / RATE_S,
-                "cache_bytes": in_use * self._batch.rows.bytes_per_token(),
+                "cache_bytes": in_use * self._batch.cache.bytes_per_token(),
                 "prefix_bytes": self.prefixes.nbytes,
                 "prefix_tokens_reused": self.prefixes.reused,
             }

@@ -18,8 +18,8 @@ from retro_engine.generate.prefix import PrefixCache, keys_of
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
 from retro_engine.generate.sequence import Sequence, stacked
+from retro_engine.model.decoding import decode_one, new_cache, prefill
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.rows import new_rows, prefill, step_rows
 from retro_engine.retrieval.search import Found, Hit, NeighborSource
 
 PIECE_CHUNKS = 4  # of a prompt, taken in at once
@@ -211,7 +211,7 @@ class Batch:
         """`deterministic`: rows are computed one by one, so that what is with them changes no bit."""
         self.model, self.pad_id = generator.model, generator.tokenizer.pad_id
         self.device = self.model.embedding.weight.device
-        self.rows = new_rows(self.model, size, capacity, neighbor_tokens)
+        self.cache = new_cache(self.model, size, capacity, neighbor_tokens)
         self.size, self.deterministic, self.prefixes = size, deterministic, prefixes
         self.decoding: list[Sequence] = []  # in the order of their rows
         self.joining: Sequence | None = None  # in the row after them
@@ -222,7 +222,7 @@ class Batch:
         """`found`: the neighbors of the prompt's chunks."""
         assert self.joining is None and len(self.decoding) < self.size
         self.joining, self._found = sequence, found
-        self.rows.clear(len(self.decoding), sequence.pad)
+        self.cache.clear(len(self.decoding), sequence.pad)
         self._keys = []
         if self.prefixes is not None:
             piece = PIECE_CHUNKS * sequence.chunk_size
@@ -237,21 +237,24 @@ class Batch:
         M, logits = sequence.chunk_size, None
         has_all_logits = sequence.request.echo and sequence.request.logprobs is not None
         if sequence.filled == 0 and self.prefixes is not None and not has_all_logits:
-            sequence.filled, logits = self.prefixes.restore(self._keys, self.rows, row)
+            sequence.filled, logits = self.prefixes.restore(self._keys, self.cache, row)
         if logits is None:
             start = sequence.filled
             stop = min(start + PIECE_CHUNKS * M, sequence.prompt_length)
-            tokens = torch.tensor(sequence.tokens[start:stop], device=self.device)
+            tokens = torch.tensor([sequence.tokens[start:stop]], device=self.device)
             chunks = self._found[start // M : stop // M]
-            neighbors, lengths = stacked(chunks, self.pad_id, self.device) if chunks else (None, None)
-            logits_TV = prefill(self.model, self.rows, row, tokens, neighbors, lengths, not has_all_logits)
+            neighbors = lengths = None
+            if chunks:
+                neighbors, lengths = (part[None] for part in stacked(chunks, self.pad_id, self.device))
+            one = self.cache.part(row, row + 1)
+            logits_TV = prefill(self.model, one, tokens, neighbors, lengths, not has_all_logits)[0]
             if has_all_logits:
                 sequence.note_prompt(logits_TV, start)
             sequence.filled, logits = stop, logits_TV[-1]
             if self.prefixes is not None:
                 is_last = stop == sequence.prompt_length
                 self.prefixes.store(
-                    self._keys, start // (PIECE_CHUNKS * M), self.rows, row, start, logits if is_last else None
+                    self._keys, start // (PIECE_CHUNKS * M), self.cache, row, start, logits if is_last else None
                 )
         if sequence.filled < sequence.prompt_length:
             return None
@@ -293,7 +296,7 @@ class Batch:
         if ending:
             neighbors = stacked([found[sequences[row]] for row in ending], self.pad_id, self.device)
         advances = torch.tensor([s not in waits for s in sequences], device=self.device)
-        return step_rows(self.model, self.rows.part(first, last), tokens, ending, *neighbors, advances)
+        return decode_one(self.model, self.cache.part(first, last), tokens, ending, *neighbors, advances)
 
     def holds(self, sequence: Sequence) -> bool:
         return sequence is self.joining or sequence in self.decoding
@@ -305,11 +308,11 @@ class Batch:
             return
         row, last = self.decoding.index(sequence), len(self.decoding) - 1
         if row < last:
-            self.rows.move(last, row)
+            self.cache.move(last, row)
             self.decoding[row] = self.decoding[last]
         self.decoding.pop()
         if self.joining is not None:
-            self.rows.move(last + 1, last)
+            self.cache.move(last + 1, last)
 
 
 def neighbor_tokens(sequence: Sequence) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retro_engine.model.rows import Rows
+from retro_engine.model.decoding import DecodeCache
 from retro_engine.retrieval.search import Found
 
 
@@ -38,7 +38,7 @@ class PrefixCache:
         self.reused = 0  # tokens
         self._pieces: OrderedDict[bytes, _Piece] = OrderedDict()
 
-    def restore(self, keys: list[bytes], rows: Rows, row: int) -> tuple[int, Tensor | None]:
+    def restore(self, keys: list[bytes], cache: DecodeCache, row: int) -> tuple[int, Tensor | None]:
         """Put the longest known beginning into a row; return its tokens and, where it is the whole prompt, the logits."""
         known: list[_Piece] = []
         for key in keys:
@@ -51,27 +51,30 @@ class PrefixCache:
             self._pieces.move_to_end(key)
         start = 0
         for piece in known:
-            for tensor, part in zip((*rows.keys_BSGE, *rows.values_BSGE), piece.keys_values):
+            for tensor, part in zip((*cache.keys_BSGE, *cache.values_BSGE), piece.keys_values):
                 tensor[row, start : piece.stop] = part
             start = piece.stop
         if known:
-            last, half = known[-1], len(rows.cross_keys_BXGE)
-            rows.hidden_BMD[row] = last.hidden
-            rows.put_cross(row, last.cross[:half], last.cross[half:], last.cross_valid)
-            rows.lengths_B[row] = start
+            last, half = known[-1], len(cache.cross_keys_BXGE)
+            cache.hidden_BMD[row] = last.hidden
+            cross = [part[None] for part in last.cross]
+            cache.put_cross([row], list(zip(cross[:half], cross[half:])), last.cross_valid[None])
+            cache.lengths_B[row] = start
         self.reused += start
         is_whole = bool(known) and len(known) == len(keys)
         return start, known[-1].logits if is_whole else None
 
-    def store(self, keys: list[bytes], number: int, rows: Rows, row: int, start: int, logits: Tensor | None) -> None:
+    def store(
+        self, keys: list[bytes], number: int, cache: DecodeCache, row: int, start: int, logits: Tensor | None
+    ) -> None:
         """Keep piece `number` of a prompt, just computed in a row from token `start` on."""
-        stop, width = int(rows.lengths_B[row]), rows.cross_width(row)
+        stop, width = int(cache.lengths_B[row]), cache.cross_width(row)
         piece = _Piece(
             stop,
-            [tensor[row, start:stop].clone() for tensor in (*rows.keys_BSGE, *rows.values_BSGE)],
-            rows.hidden_BMD[row].clone(),
-            [tensor[row, :width].clone() for tensor in (*rows.cross_keys_BXGE, *rows.cross_values_BXGE)],
-            rows.cross_valid_BX[row, :width].clone(),
+            [tensor[row, start:stop].clone() for tensor in (*cache.keys_BSGE, *cache.values_BSGE)],
+            cache.hidden_BMD[row].clone(),
+            [tensor[row, :width].clone() for tensor in (*cache.cross_keys_BXGE, *cache.cross_values_BXGE)],
+            cache.cross_valid_BX[row, :width].clone(),
             None if logits is None else logits.clone(),
         )
         old = self._pieces.pop(keys[number], None)

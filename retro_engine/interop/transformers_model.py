@@ -14,7 +14,7 @@ from torch import Tensor
 from retro_engine.config import ModelConfig
 from retro_engine.errors import MissingExtraError
 from retro_engine.generate.sampling import Sampling, choose
-from retro_engine.model.decode import decode
+from retro_engine.model.decoding import decode
 from retro_engine.model.retro import RetroModel
 
 try:

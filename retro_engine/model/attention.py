@@ -147,10 +147,22 @@ class ChunkedCrossAttention(nn.Module):
         self.out = Linear(width, width, bias=config.bias)
         self.scale = attention_scale(config, self.head_width, base_head_width(config, False))
         self.dropout = config.attention_dropout
+        self.chunk_size = config.chunk_size
+        self.query_offset = config.chunk_size - 1 if config.cca_query_offset else 0
 
     def queries(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., h, e]"""
         return self.q(x).unflatten(-1, (-1, self.head_width))
+
+    def attend(
+        self, q_BNHE: Tensor, k_BLKRGE: Tensor, v_BLKRGE: Tensor, lengths_BLK: Tensor | None, rotary: Rotary
+    ) -> Tensor:
+        """[b, n, h * e], before the output matrix, of a sequence's tokens from its first on; nothing is rotated yet."""
+        cos, sin = rotary if rotary is not None else (None, None)
+        dropout = self.dropout if self.training else 0.0
+        return ops.chunked_cross_attention(
+            q_BNHE, k_BLKRGE, v_BLKRGE, lengths_BLK, self.chunk_size, cos, sin, self.scale, self.query_offset, dropout
+        ).flatten(-2)
 
 
 class NeighborProjection(nn.Module):

@@ -3,29 +3,51 @@
 Shape letters: B batch, N tokens, D width, L chunks, K neighbors, R tokens per neighbor, G key/value heads, E head width.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig
 from retro_engine.model import ops
-from retro_engine.model.attention import ChunkedCrossAttention, FeedForward, Rotary, SelfAttention, norm
+from retro_engine.model.attention import ChunkedCrossAttention, FeedForward, SelfAttention, norm
 from retro_engine.model.recompute import run
 
 
-@dataclass
-class Reading:
-    """What the chunked cross-attention of the layers reads, and who reads it."""
+class Attending(Protocol):
+    """Which keys the queries of a layer's self-attention meet: those of the pass, or a cache's too."""
 
-    encode: Callable[[Tensor], None]  # neighbors, from the normed state at the first cross-attending layer
-    encoded: Callable[[int], tuple[Tensor, ...]]  # for a layer: keys and values, or what `keys_values` makes them of
-    keys_values: Callable[[int, Tensor], tuple[Tensor, Tensor]]  # [b, l, k, r, g, e] each
-    lengths_BLK: Tensor | None  # valid tokens of each neighbor; None = all full
-    attends_BN: Tensor  # the tokens that get anything
-    rotary: Rotary
-    front: int  # tokens of padding that make a short first chunk whole
+    def __call__(self, layer: int, attention: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [b, n, h, e], k and v [b, n, g, e], not rotated -> [b, n, h * e]"""
+        ...
+
+
+class Reading(Protocol):
+    """The neighbors of a pass: encoded once, read by the layers that cross-attend (arXiv 2112.04426 section 2.4)."""
+
+    def encode(self, z_BND: Tensor) -> None:
+        """`z_BND`: the normed state at the first cross-attending layer."""
+        ...
+
+    def encoded(self, layer: int) -> tuple[Tensor, ...]:
+        """What `attend` takes for a layer: tensors, so that recomputation knows them."""
+        ...
+
+    def attend(self, layer: int, cross: ChunkedCrossAttention, q: Tensor, *encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """q [b, n, h, e], not rotated -> [b, n, h * e], and [b, n]: the tokens that get anything."""
+        ...
+
+
+def chunk_read(position: Tensor, M: int) -> Tensor:
+    """The chunk whose neighbors a token attends, negative for none: a chunk's last token is the first that may know
+    all of it (arXiv 2112.04426 equation 5).
+    """
+    return (position + 1) // M - 1
+
+
+def offset_read(position: Tensor, M: int) -> Tensor:
+    """A token's place among the M that attend the same chunk's neighbors."""
+    return (position + 1) % M
 
 
 class DecoderLayer(nn.Module):
@@ -45,50 +67,34 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.recompute: str | None = None
 
-    def forward(
-        self, x_BND: Tensor, rotary: Rotary, first_keys: Tensor | None, mask: Tensor | None, reading: Reading | None
-    ) -> Tensor:
+    def forward(self, x_BND: Tensor, attending: Attending, reading: Reading | None) -> Tensor:
         """x [b, n, d] -> [b, n, d]; `reading` None = retrieval off."""
         if not self.is_crossing or reading is None:
-            return run(self.recompute, self._plain, x_BND, rotary, first_keys, mask)
-        x = run(self.recompute, self._self_attend, x_BND, rotary, first_keys, mask)
+            return run(self.recompute, self._plain, x_BND, attending)
+        x = run(self.recompute, self.self_attend, x_BND, attending)
         if self.index == self.config.cross_layers[0]:
             reading.encode(self.cross_norm(x))
         return run(self.recompute, self._read, x, reading, *reading.encoded(self.index))
 
-    def _plain(self, x: Tensor, rotary: Rotary, first_keys: Tensor | None, mask: Tensor | None) -> Tensor:
-        return self.feed_forward(self._self_attend(x, rotary, first_keys, mask))
-
-    def _self_attend(self, x: Tensor, rotary: Rotary, first_keys: Tensor | None, mask: Tensor | None) -> Tensor:
-        q, k, v = self.attention.project(self.attention_norm(x))
-        attended = self.attention.attend(q, k, v, rotary, True, first_keys, mask=mask)
-        return x + self.dropout(self.attention.out(attended))
+    def _plain(self, x: Tensor, attending: Attending) -> Tensor:
+        return self.feed_forward(self.self_attend(x, attending))
 
     def _read(self, x: Tensor, reading: Reading, *encoded: Tensor) -> Tensor:
-        """CCA and FFN; CCA is exactly 0 at tokens that attend nothing (cca_bias_everywhere apart)."""
-        c = self.config
-        k, v = encoded if len(encoded) == 2 else reading.keys_values(self.index, encoded[0])
+        return self.feed_forward(self.cross_attend(x, reading, *encoded))
+
+    def self_attend(self, x: Tensor, attending: Attending) -> Tensor:
+        q, k, v = self.attention.project(self.attention_norm(x))
+        return x + self.dropout(self.attention.out(attending(self.index, self.attention, q, k, v)))
+
+    def cross_attend(self, x: Tensor, reading: Reading, *encoded: Tensor) -> Tensor:
+        """CCA is exactly 0 at tokens that attend nothing (cca_bias_everywhere apart)."""
         q = self.cross.queries(self.cross_norm(x))
-        if reading.front:
-            q = nn.functional.pad(q, (0, 0, 0, 0, reading.front, 0))
-        cos, sin = reading.rotary if reading.rotary is not None else (None, None)
-        out = ops.chunked_cross_attention(
-            q,
-            k,
-            v,
-            reading.lengths_BLK,
-            c.chunk_size,
-            cos,
-            sin,
-            self.cross.scale,
-            query_offset=c.chunk_size - 1 if c.cca_query_offset else 0,
-            dropout=self.cross.dropout if self.training else 0.0,
-        )[:, reading.front :].flatten(-2)
-        if c.cca_bias_everywhere:
-            out = self.cross.out(torch.where(reading.attends_BN[..., None], out, 0))
+        out, attends_BN = reading.attend(self.index, self.cross, q, *encoded)
+        if self.config.cca_bias_everywhere:
+            out = self.cross.out(torch.where(attends_BN[..., None], out, 0))
         else:
-            out = torch.where(reading.attends_BN[..., None], self.cross.out(out), 0)
-        return self.feed_forward(x + self.cross_dropout(out))
+            out = torch.where(attends_BN[..., None], self.cross.out(out), 0)
+        return x + self.cross_dropout(out)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.ffn(self.ffn_norm(x)))

@@ -190,7 +190,7 @@ def _keys_of_itself(model: RetroModel, tokens: Tensor, documents: Tensor) -> tup
     L, R = N // c.r, c.r
     neighbors = tokens[:, : L * R].reshape(B, L, 1, R)
     hidden = torch.zeros(B, L, c.chunk_size, c.hidden_size, device=tokens.device)
-    pairs, _ = model.encode_neighbors(hidden, None, neighbors, None)
+    pairs = model.encode_neighbors(hidden, None, neighbors, None)
     is_inside = torch.zeros_like(tokens, dtype=torch.bool)
     is_inside[:, : L * R] = (torch.arange(L * R, device=tokens.device) % R) > 0
     is_inside &= (documents >= 0) & (documents == documents.roll(1, 1))

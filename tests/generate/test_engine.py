@@ -262,9 +262,9 @@ def test_a_warm_prefix_is_not_computed_again(generator: Generator, monkeypatch: 
     taken: list[int] = []
     prefill = module.prefill
 
-    def counted(model: RetroModel, rows: object, row: int, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
-        taken.append(len(tokens))
-        return prefill(model, rows, row, tokens, *rest)  # type: ignore[arg-type]
+    def counted(model: RetroModel, cache: object, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+        taken.append(tokens.shape[1])
+        return prefill(model, cache, tokens, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "prefill", counted)
     piece = 4 * M

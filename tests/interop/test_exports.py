@@ -13,7 +13,7 @@ from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
 from retro_engine.interop.exports import export_model
 from retro_engine.interop.imports import Imported, write_checkpoint
-from retro_engine.model.decode import decode
+from retro_engine.model.decoding import decode
 from retro_engine.model.retro import RetroModel
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

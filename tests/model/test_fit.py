@@ -73,7 +73,7 @@ def test_a_token_finds_itself_and_what_follows(name: str) -> None:
         q = cross.queries(states[0])[:, 32:63].flatten(0, 1)  # [t, h, e] of the last halves
         neighbors = tokens[:, 32:].reshape(4, 1, 1, 32)
         hidden = torch.zeros(4, 1, c.chunk_size, c.hidden_size)
-        pairs, _ = model.encode_neighbors(hidden, None, neighbors, None)
+        pairs = model.encode_neighbors(hidden, None, neighbors, None)
         keys, values = (part.reshape(-1, *part.shape[-2:]) for part in pairs[0])  # [128, g, e]
     owner = torch.arange(128).reshape(4, 32)[:, :31].flatten()
     is_same = tokens[:, 32:].flatten()[None, :] == tokens[:, 32:63].flatten()[:, None]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import small_config, small_inputs
 
 from retro_engine.errors import UsageError
+from retro_engine.model.decoding import new_cache, step
 from retro_engine.model.quantize import Int8Linear, use_weights
 from retro_engine.model.retro import RetroModel
 
@@ -30,8 +31,8 @@ def trained() -> RetroModel:
     torch.manual_seed(0)
     model = RetroModel(small_config(hidden_size=48, ffn_hidden_size=96, num_attention_heads=3))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for step in range(120):
-        loss = loss_of(model, step)
+    for number in range(120):
+        loss = loss_of(model, number)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -73,9 +74,9 @@ def test_every_matrix_is_quantised_and_decodes() -> None:
             exact = model(tokens, neighbors)[:, -1]
             use_weights(model, "int8")
             assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
-            cache = model.new_cache(1, 9)
-            model.step(tokens[:, :8], cache, neighbors)
-            found = model.step(tokens[:, 8:], cache)[:, -1]
+            cache = new_cache(model, 1, 9)
+            step(model, cache, tokens[:, :8], neighbors)
+            found = step(model, cache, tokens[:, 8:])[:, -1]
         assert (found - exact).norm() / exact.norm() < 0.05
     with pytest.raises(UsageError, match="weights='fp8' does not exist"):
         use_weights(model, "fp8")

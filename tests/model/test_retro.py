@@ -1,7 +1,5 @@
 """The network: shapes, errors, compilation, gradients, and an independent restatement in plain torch."""
 
-import copy
-import dataclasses
 import math
 
 import pytest
@@ -228,15 +226,6 @@ def test_wrong_shapes_are_named(name: str) -> None:
         model(*args)
 
 
-def test_the_cache_refuses_more_than_it_holds() -> None:
-    model = small_model()
-    tokens, neighbors = small_inputs(model)
-    with pytest.raises(ValueError, match="holds 10 tokens"):
-        model.step(tokens, model.new_cache(2, 10), neighbors)
-    with pytest.raises(ValueError, match="expected \\[2, 4"):
-        model.step(tokens, model.new_cache(2, 19), neighbors[:, :1])
-
-
 BROKEN = {
     "share_embeddings": {"share_embeddings": False},
     "as wide": {"encoder_hidden_size": 24, "encoder_num_attention_heads": 2},
@@ -292,53 +281,3 @@ def test_standard_biases_are_0() -> None:
     model = RetroModel(small_config(bias=True))
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     assert len(biases) > 20 and not any(bool(p.any()) for p in biases)
-
-
-def test_a_cache_goes_on_with_the_weights_it_began_with() -> None:
-    """`.to` gives parameters other memory; what C++ reads is not freed under it. At a chunk's end weights are read anew."""
-    model = RetroModel(small_config(bias=True, normalization="layernorm", init_method_std=0.2)).eval()
-    tokens = torch.randint(0, model.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
-    caches = [model.new_cache(1, 12) for _ in range(2)]
-    with torch.no_grad():
-        for number in range(10):  # the next token does not begin a chunk
-            for cache in caches:
-                model.step(tokens[:, number : number + 1], cache)
-        expected = model.step(tokens[:, 10:11], caches[0])
-        kept = [p.clone() for p in (*model.final_norm.parameters(), model.embedding.weight)]
-        model.double().float()
-        rubbish = [torch.full_like(p, 1e3) for p in model.parameters() for _ in range(3)]  # in memory that is free now
-        for layer in model.layers:
-            for parameter in layer.parameters():
-                parameter.fill_(1e3)
-        assert len(rubbish) and all(map(torch.equal, kept, (*model.final_norm.parameters(), model.embedding.weight)))
-        assert torch.equal(model.step(tokens[:, 10:11], caches[1]), expected)
-
-
-@torch.no_grad()
-def test_copies_of_a_cache_go_their_own_ways() -> None:
-    model = RetroModel(small_config(init_method_std=0.2)).eval()
-    tokens = torch.randint(0, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-    cache = model.new_cache(2, 9)
-    for number in range(6):
-        model.step(tokens[:, number : number + 1], cache)
-    clones = {name: [x.clone() for x in getattr(cache, name)] for name in ("keys_BSGE", "values_BSGE")}
-    places = {name: getattr(cache, name).clone() for name in ("is_token_BS", "hidden_BMD", "starts_B", "offsets_B")}
-    copies = [copy.deepcopy(cache), dataclasses.replace(cache, **clones, **places)]
-    for other in copies:
-        model.step(tokens[:, 8:], other)  # another token than the original's
-    whole = model.new_cache(2, 9)
-    expected = model.step(tokens[:, :7], whole)[:, -1:]
-    torch.testing.assert_close(model.step(tokens[:, 6:7], cache), expected, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_padding_on_the_left_may_come_token_by_token() -> None:
-    model = RetroModel(small_config(init_method_std=0.2, pad_id=0)).eval()
-    tokens = torch.randint(1, model.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
-    is_token = torch.tensor([[False, False, True, True, True, True], [True] * 6])
-    apart, together = model.new_cache(2, 6), model.new_cache(2, 6)
-    for number in range(6):
-        cut = slice(number, number + 1)
-        found = model.step(tokens[:, cut], apart, is_token=is_token[:, cut])
-    expected = model.step(tokens, together, is_token=is_token, last_only=True)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -14,6 +14,7 @@ from retro_engine.cli import main
 from retro_engine.config import Config, OptimConfig, TrainedModelConfig, base_config, load_config
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, UsageError
+from retro_engine.model.decoding import new_cache, step
 from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
@@ -132,11 +133,11 @@ def test_cached_decoding_equals_the_full_pass(more: dict[str, Any]) -> None:
     assert model.output_scale == 0.25
     tokens, neighbors = small_inputs(model)
     whole = model(tokens, neighbors)
-    cache, parts = model.new_cache(2, 19), []
+    cache, parts = new_cache(model, 2, 19), []
     for place in range(19):
         done = (place + 1) // 4 - place // 4
         fresh = neighbors[:, place // 4 : place // 4 + 1] if done else None
-        parts.append(model.step(tokens[:, place : place + 1], cache, fresh))
+        parts.append(step(model, cache, tokens[:, place : place + 1], fresh))
     assert float((torch.cat(parts, 1) - whole).detach().abs().max()) < 1e-10
 
 

@@ -1,0 +1,495 @@
+"""Decoding with a cache: prompts are taken in block by block, then every row gets one new token at a time.
+
+A row of the cache is a sequence at its own place; rows of equal length are the special case that `step` serves. Chunks are
+aligned to a sequence's beginning, so every entry is final once written: nothing is recomputed. Memory is reserved for
+`capacity` tokens a row; the system backs what is written.
+Letters: B rows, S capacity, T tokens of a block, N rows whose chunk ends, L chunks that a block completes, K neighbors,
+R tokens per neighbor, X neighbor tokens that a row reads (k*r), G key/value heads, E head width, M chunk length, D width,
+V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retro_engine.config import ModelConfig
+from retro_engine.model import ops
+from retro_engine.model.attention import ChunkedCrossAttention, Rotary, SelfAttention
+from retro_engine.model.decoder import offset_read
+from retro_engine.model.retro import RetroModel
+
+Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair a cross-attending layer
+ALL = slice(None)
+OF_ROWS = ("hidden_BMD", "cross_valid_BX", "lengths_B", "pads_B", "offsets_B")
+OF_ROWS_AND_LAYERS = ("keys_BSGE", "values_BSGE", "cross_keys_BXGE", "cross_values_BXGE")
+
+
+@dataclass
+class DecodeCache:
+    """The decoding state of B sequences; made by `new_cache`. Tensors are written in place, so parts share them."""
+
+    keys_BSGE: list[Tensor]  # one a decoder layer, rotated
+    values_BSGE: list[Tensor]
+    hidden_BMD: Tensor  # normed state of each row's open chunk at the first cross-attending layer
+    cross_keys_BXGE: list[Tensor]  # one a cross-attending layer, rotated: the last whole chunk's neighbors
+    cross_values_BXGE: list[Tensor]
+    cross_valid_BX: Tensor
+    lengths_B: Tensor  # tokens taken so far, padding included
+    pads_B: Tensor  # padding on the left
+    offsets_B: Tensor  # of a row's next token, in the table of cross-attention
+    rotary: tuple[Rotary, Rotary]  # tables of every position, and of those in a chunk
+    grows: bool  # wider neighbors take more memory; else they are refused
+    steps: ops.Steps | None = field(default=None, init=False, repr=False, compare=False)  # on this memory
+    parts: dict[tuple[int, int], "DecodeCache"] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "steps": None, "parts": {}}  # a copy has other memory
+
+    @property
+    def capacity(self) -> int:
+        return self.keys_BSGE[0].shape[1]
+
+    @property
+    def length(self) -> int:
+        """Tokens taken so far. Raises ValueError where that differs from row to row."""
+        if bool((self.lengths_B != self.lengths_B[0]).any()):
+            raise ValueError(f"the rows hold {self.lengths_B.tolist()} tokens; a block needs rows of one length")
+        return int(self.lengths_B[0])
+
+    def part(self, first: int, last: int) -> "DecodeCache":
+        """Rows first ... last - 1, sharing memory."""
+        if (first, last) not in self.parts:
+            cut = slice(first, last)
+            rows: dict[str, Any] = {name: getattr(self, name)[cut] for name in OF_ROWS}
+            lists: dict[str, Any] = {
+                name: [tensor[cut] for tensor in getattr(self, name)] for name in OF_ROWS_AND_LAYERS
+            }
+            self.parts[first, last] = replace(self, **rows, **lists, grows=False)
+        return self.parts[first, last]
+
+    def clear(self, row: int, pad: int) -> None:
+        """Make a row ready for a sequence with `pad` tokens of padding on the left."""
+        self.lengths_B[row], self.pads_B[row] = 0, pad
+        self.cross_valid_BX[row] = False
+
+    def move(self, source: int, target: int) -> None:
+        length = int(self.lengths_B[source])
+        for tensor in (*self.keys_BSGE, *self.values_BSGE):
+            tensor[target, :length] = tensor[source, :length]
+        width = self.cross_width(source)
+        for tensor in (*self.cross_keys_BXGE, *self.cross_values_BXGE):
+            tensor[target, :width] = tensor[source, :width]
+        for tensor in (self.hidden_BMD, self.cross_valid_BX, self.lengths_B, self.pads_B):
+            tensor[target] = tensor[source]
+
+    def cross_width(self, row: int) -> int:
+        """Neighbor tokens of a row, up to the last valid one."""
+        valid = self.cross_valid_BX[row].nonzero()
+        return int(valid[-1]) + 1 if len(valid) else 0
+
+    def put_cross(self, rows: list[int] | slice, pairs_NXGE: Pairs, valid_NX: Tensor) -> None:
+        """The rotated keys and values that these rows read from now on; no pairs = none."""
+        width = valid_NX.shape[1]
+        self._reserve(width)
+        self.cross_valid_BX[rows] = False
+        self.cross_valid_BX[rows, :width] = valid_NX
+        for place, (keys, values) in enumerate(pairs_NXGE):
+            self.cross_keys_BXGE[place][rows, :width] = keys.to(self.cross_keys_BXGE[place].dtype)
+            self.cross_values_BXGE[place][rows, :width] = values.to(self.cross_values_BXGE[place].dtype)
+
+    def _reserve(self, width: int) -> None:
+        held = self.cross_valid_BX.shape[1]
+        if width <= held:
+            return
+        if not self.grows:
+            raise ValueError(f"{width} neighbor tokens; the cache holds {held}")
+
+        def wider(narrow_BXGE: Tensor) -> Tensor:
+            heads_first = F.pad(narrow_BXGE.transpose(1, 2), (0, 0, 0, width - held))
+            return heads_first.contiguous().transpose(1, 2)
+
+        self.cross_keys_BXGE = [wider(keys) for keys in self.cross_keys_BXGE]
+        self.cross_values_BXGE = [wider(values) for values in self.cross_values_BXGE]
+        self.cross_valid_BX = F.pad(self.cross_valid_BX, (0, width - held))
+        self.steps, self.parts = None, {}
+
+    def bytes_per_token(self) -> int:
+        return sum(tensor[0, 0].nbytes for tensor in (*self.keys_BSGE, *self.values_BSGE))
+
+
+def new_cache(model: RetroModel, batch_size: int, capacity: int, neighbor_tokens: int | None = None) -> DecodeCache:
+    """An empty cache: at most `capacity` tokens a row, which reads at most `neighbor_tokens` (k*r) at a time (None: as
+    many as are given).
+    """
+    c, weight = model.config, model.embedding.weight
+    device, num_crossing = weight.device, len(c.cross_layers)
+    X = (neighbor_tokens or 0) if num_crossing else 0
+
+    def empty(tokens: int, count: int) -> list[Tensor]:
+        """In memory each head's tokens follow one another, as a step of decoding reads them."""
+        shape = (batch_size, c.key_value_heads, tokens, c.head_width)
+        return [torch.zeros(shape, dtype=model.cache_dtype, device=device).transpose(1, 2) for _ in range(count)]
+
+    def places() -> Tensor:
+        return torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    return DecodeCache(
+        keys_BSGE=empty(capacity, c.dec_num_layers),
+        values_BSGE=empty(capacity, c.dec_num_layers),
+        hidden_BMD=torch.zeros(batch_size, c.chunk_size, c.hidden_size, dtype=weight.dtype, device=device),
+        cross_keys_BXGE=empty(X, num_crossing),
+        cross_values_BXGE=empty(X, num_crossing),
+        cross_valid_BX=torch.zeros(batch_size, X, dtype=torch.bool, device=device),
+        lengths_B=places(),
+        pads_B=places(),
+        offsets_B=places(),
+        rotary=(model.decoder_rotary(capacity, device), model.cross_rotary(device)),
+        grows=neighbor_tokens is None,
+    )
+
+
+def step(
+    model: RetroModel,
+    cache: DecodeCache,
+    tokens_BT: Tensor,
+    neighbors_BLKR: Tensor | None = None,
+    lengths_BLK: Tensor | None = None,
+    is_token_BT: Tensor | None = None,
+    last_only: bool = False,
+) -> Tensor:
+    """The next t tokens of rows of equal length, of one document each -> logits [b, t, V] ([b, 1, V] with `last_only`).
+
+    Neighbors belong to the l chunks that these tokens complete; None = those chunks have none. `is_token_BT` False =
+    padding, before a row's first token. Equal to the full pass over all tokens so far, in which chunks without neighbors
+    are chunks whose neighbors are missing (with cca_bias_everywhere that is not retrieval off).
+    Raises ValueError for what does not fit.
+    """
+    if is_token_BT is not None:
+        _note_padding(cache, is_token_BT)
+    if tokens_BT.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return prefill(model, cache, tokens_BT, neighbors_BLKR, lengths_BLK, last_only)
+    start, M = cache.length, model.config.chunk_size
+    _check_block(model, cache, tokens_BT, start, neighbors_BLKR)
+    ending = list(range(len(tokens_BT))) if (start + 1) % M == 0 else []
+    newest = None if neighbors_BLKR is None or not ending else neighbors_BLKR[:, 0]
+    valid = None if lengths_BLK is None or not ending else lengths_BLK[:, 0]
+    return decode_one(model, cache, tokens_BT[:, 0], ending, newest, valid)[:, None]
+
+
+def prefill(
+    model: RetroModel,
+    cache: DecodeCache,
+    tokens_BT: Tensor,
+    neighbors_BLKR: Tensor | None = None,
+    lengths_BLK: Tensor | None = None,
+    last_only: bool = False,
+) -> Tensor:
+    """`step` for a block; padding is as the cache has it (`DecodeCache.clear`)."""
+    start = cache.length
+    _check_block(model, cache, tokens_BT, start, neighbors_BLKR)
+    reading = None
+    if model.config.cross_layers:
+        reading = _CachedReading(model, cache, start, tokens_BT.shape[1], neighbors_BLKR, lengths_BLK)
+    x = model.run_layers(model.embed(tokens_BT, start), _CachedAttention(cache, start, tokens_BT.shape[1]), reading)
+    if reading is not None:
+        reading.keep_last()
+    cache.lengths_B += tokens_BT.shape[1]
+    return model.logits(model.normed(x[:, -1:] if last_only else x))
+
+
+def decode_one(
+    model: RetroModel,
+    cache: DecodeCache,
+    tokens_B: Tensor,
+    ending: list[int],
+    neighbors_NKR: Tensor | None = None,
+    lengths_NK: Tensor | None = None,
+    advances_B: Tensor | None = None,
+) -> Tensor:
+    """The next token of every row -> logits [b, V]; no gradients.
+
+    `ending`: the rows whose chunk this token completes, in the order of `neighbors_NKR` (None = they have none).
+    `advances_B` False: the row waits; it is computed, and nothing of it counts.
+    """
+    c, M, starts = model.config, model.config.chunk_size, cache.lengths_B
+    longest = int(starts.max()) + 1
+    if longest > cache.capacity:
+        raise ValueError(f"the cache holds {cache.capacity} tokens; {longest} were given")
+    cache.offsets_B.copy_(_cross_position(c, starts))
+    x = model.embed(tokens_B[:, None], starts)[:, 0]
+    begun = 2 * c.cross_layers[0] + 1 if c.cross_layers else 0  # the parts before the first cross-attention
+    if begun:
+        x = _steps(model, cache)(x, 0, begun)
+        z = model.layers[c.cross_layers[0]].cross_norm(x.to(model.embedding.weight.dtype))
+        cache.hidden_BMD[torch.arange(len(starts), device=starts.device), starts % M] = z
+        if ending:
+            _read_anew(model, cache, ending, neighbors_NKR, lengths_NK)
+    x = _steps(model, cache)(x, begun)
+    cache.lengths_B += 1 if advances_B is None else advances_B.long()
+    return model.logits(model.normed(x.to(model.embedding.weight.dtype)))
+
+
+class _CachedAttention:
+    """Self-attention of a block over the cache, which it writes the block's keys and values to."""
+
+    def __init__(self, cache: DecodeCache, start: int, T: int):
+        self.cache, self.start, self.stop = cache, start, start + T
+        self.positions = torch.arange(start, start + T, device=cache.lengths_B.device)
+        self.mask = self._mask()
+
+    def _mask(self) -> Tensor | None:
+        keys, queries = torch.arange(self.stop, device=self.positions.device), self.positions[:, None]
+        if bool(self.cache.pads_B.any()):
+            is_token = keys >= self.cache.pads_B[:, None]
+            return ((keys <= queries) & (is_token[:, None] | (keys == queries)))[:, None]
+        return None if self.start == 0 or len(queries) == 1 else (keys <= queries)[None, None]
+
+    def __call__(self, layer: int, attention: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rotary = self.cache.rotary[0]
+        if rotary is not None:
+            q, k = ops.rope_qk(q, k, *rotary, positions=self.positions, interleaved=attention.interleaved)
+        keys, values = self.cache.keys_BSGE[layer], self.cache.values_BSGE[layer]
+        keys[:, self.start : self.stop], values[:, self.start : self.stop] = k, v
+        seen = keys[:, : self.stop].to(q.dtype), values[:, : self.stop].to(q.dtype)
+        is_causal = self.mask is None and len(self.positions) > 1
+        return ops.masked_attention(q, seen[0], seen[1], self.mask, is_causal, scale=attention.scale).flatten(-2)
+
+
+class _CachedReading:
+    """The neighbors of a block: its first tokens read what the rows have read so far, the others those of the chunks that
+    the block completes.
+    """
+
+    def __init__(
+        self,
+        model: RetroModel,
+        cache: DecodeCache,
+        start: int,
+        T: int,
+        neighbors_BLKR: Tensor | None,
+        lengths_BLK: Tensor | None,
+    ):
+        M = model.config.chunk_size
+        self.model, self.cache, self.start, self.T = model, cache, start, T
+        self.neighbors_BLKR, self.lengths_BLK = neighbors_BLKR, lengths_BLK
+        self.border = min(M - 1 - start % M, T)  # the first token of the block that ends a chunk
+        self.completed = (start + T) // M - start // M
+        self.pairs: Pairs = []  # of the completed chunks [b, l, k, r, g, e], not rotated; empty = no neighbors
+
+    def encode(self, z_BND: Tensor) -> None:
+        """Also keeps the state of the chunk that is open after the block."""
+        M, hidden = self.model.config.chunk_size, self.cache.hidden_BMD
+        state = torch.cat((hidden[:, : self.start % M], z_BND), 1)
+        whole, rest = state[:, : self.completed * M], state[:, self.completed * M :]
+        hidden[:, : rest.shape[1]] = rest
+        if self.completed and self.neighbors_BLKR is not None and self.neighbors_BLKR.shape[2]:
+            first_B = torch.full_like(self.cache.lengths_B, self.start // M * M)
+            chunks = whole.unflatten(1, (self.completed, M))
+            arguments = (chunks, first_B, self.cache.pads_B, self.neighbors_BLKR, self.lengths_BLK)
+            self.pairs, self.lengths_BLK = _encode(self.model, *arguments)
+
+    def encoded(self, layer: int) -> tuple[Tensor, ...]:
+        return self.pairs[self.model.config.cross_layers.index(layer)] if self.pairs else ()
+
+    def attend(self, layer: int, cross: ChunkedCrossAttention, q: Tensor, *encoded: Tensor) -> tuple[Tensor, Tensor]:
+        before, attends_before = self._read_before(layer, cross, q[:, : self.border])
+        after, attends_after = self._read_after(cross, q[:, self.border :], *encoded)
+        return torch.cat((before, after), 1), torch.cat((attends_before, attends_after), 1)
+
+    def _read_before(self, layer: int, cross: ChunkedCrossAttention, q: Tensor) -> tuple[Tensor, Tensor]:
+        c, cache = self.model.config, self.cache
+        valid_BX = cache.cross_valid_BX
+        has_any = valid_BX.any(-1, keepdim=True)
+        attends = has_any.expand(q.shape[:2])
+        if not q.shape[1] or not valid_BX.shape[1] or not bool(has_any.any()):
+            return torch.zeros_like(q).flatten(-2), attends
+        if cache.rotary[1] is not None:
+            places = torch.arange(self.start, self.start + q.shape[1], device=q.device)
+            q = ops.rope(q, *cache.rotary[1], positions=_cross_position(c, places))
+        place = c.cross_layers.index(layer)
+        keys, values = (part[place].to(q.dtype) for part in (cache.cross_keys_BXGE, cache.cross_values_BXGE))
+        allowed = (valid_BX | ~has_any)[:, None, None, :]
+        return ops.masked_attention(q, keys, values, allowed, scale=cross.scale).flatten(-2), attends
+
+    def _read_after(self, cross: ChunkedCrossAttention, q: Tensor, *encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """As in the full pass, of a sequence that begins with the first completed chunk."""
+        M = self.model.config.chunk_size
+        if not encoded:
+            return torch.zeros_like(q).flatten(-2), torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
+        assert self.lengths_BLK is not None
+        q_padded = F.pad(q, (0, 0, 0, 0, M - 1, 0))
+        out = cross.attend(q_padded, encoded[0], encoded[1], self.lengths_BLK, self.cache.rotary[1])
+        has_any = (self.lengths_BLK > 0).any(-1).repeat_interleave(M, 1)[:, : q.shape[1]]
+        return out[:, M - 1 :], has_any
+
+    def keep_last(self) -> None:
+        """What the rows read after the block: the last completed chunk's neighbors."""
+        if not self.completed:
+            return
+        if not self.pairs:
+            self.cache.cross_valid_BX[:] = False
+            return
+        assert self.lengths_BLK is not None
+        last = [(k[:, -1], v[:, -1]) for k, v in self.pairs]
+        _keep(self.cache, ALL, last, self.lengths_BLK[:, -1])
+
+
+def _read_anew(
+    model: RetroModel, cache: DecodeCache, ending: list[int], neighbors_NKR: Tensor | None, lengths_NK: Tensor | None
+) -> None:
+    """Encode the neighbors of the chunks that end here and put them where their rows read."""
+    if neighbors_NKR is None or not neighbors_NKR.shape[1]:
+        cache.cross_valid_BX[ending] = False
+        return
+    M = model.config.chunk_size
+    first_N = cache.lengths_B[ending] // M * M
+    lengths_NLK = None if lengths_NK is None else lengths_NK[:, None]
+    chunks = cache.hidden_BMD[ending][:, None]
+    pairs, lengths = _encode(model, chunks, first_N, cache.pads_B[ending], neighbors_NKR[:, None], lengths_NLK)
+    _keep(cache, ending, [(k[:, 0], v[:, 0]) for k, v in pairs], lengths[:, 0])
+
+
+def _encode(
+    model: RetroModel,
+    chunks_NLMD: Tensor,
+    first_N: Tensor,
+    pads_N: Tensor,
+    neighbors_NLKR: Tensor,
+    lengths_NLK: Tensor | None,
+) -> tuple[Pairs, Tensor]:
+    """Keys and values [n, l, k, r, g, e], not rotated, and how many tokens of each neighbor count.
+
+    `first_N`: where the first of the l chunks begins; padding is not read, and a chunk of nothing else has no neighbors.
+    """
+    L, M = chunks_NLMD.shape[1:3]
+    R, seen = neighbors_NLKR.shape[-1], None
+    if lengths_NLK is None or not model.config.mask_neighbors:
+        lengths_NLK = torch.full(neighbors_NLKR.shape[:3], R, device=chunks_NLMD.device)
+    if model.config.mask_neighbors and bool((pads_N > first_N).any()):
+        chunk_NL = first_N[:, None] + M * torch.arange(L, device=first_N.device)
+        pads_NL = (pads_N[:, None] - chunk_NL).clamp(0, M)  # in each chunk
+        lengths_NLK = torch.where((pads_NL < M)[..., None], lengths_NLK, 0)
+        seen = (pads_NL.clamp(max=M - 1), torch.full_like(pads_NL, M))
+    return model.encode_neighbors(chunks_NLMD, seen, neighbors_NLKR, lengths_NLK), lengths_NLK
+
+
+def _keep(cache: DecodeCache, rows: list[int] | slice, pairs_NKRGE: Pairs, lengths_NK: Tensor) -> None:
+    """Rotate keys, and put them with their values where the rows read."""
+    rotated, rotary = [], cache.rotary[1]
+    for k, v in pairs_NKRGE:
+        if rotary is not None:
+            k = ops.rope(k.flatten(0, 1), *rotary).reshape(v.shape)
+        rotated.append((k.flatten(1, 2), v.flatten(1, 2)))
+    R = pairs_NKRGE[0][0].shape[2]
+    valid = torch.arange(R, device=lengths_NK.device) < lengths_NK[..., None]
+    cache.put_cross(rows, rotated, valid.flatten(1))
+
+
+def _steps(model: RetroModel, cache: DecodeCache) -> ops.Steps:
+    """All layers for one new token a row, prepared on the cache's memory."""
+    if cache.steps is None:
+        decoder, reader = (tables or (None, None) for tables in cache.rotary)
+        crossing = iter(zip(cache.cross_keys_BXGE, cache.cross_values_BXGE))
+        parts: list[ops.Part] = []
+        for layer, keys, values in zip(model.layers, cache.keys_BSGE, cache.values_BSGE):
+            a, reading, starts = layer.attention, None, cache.lengths_B
+            attending = ops.Attending(
+                keys, values, a.scale, cache.pads_B, starts, None, starts, *decoder, a.interleaved
+            )
+            if layer.is_crossing:
+                places = (None, None, cache.cross_valid_BX, cache.offsets_B)
+                reading = ops.Attending(*next(crossing), layer.cross.scale, *places, *reader)
+            parts += layer.step_parts(attending, reading)
+        cache.steps = ops.Steps(parts)
+    return cache.steps
+
+
+def _cross_position(config: ModelConfig, places: Tensor) -> Tensor:
+    """The positions of queries in the table of cross-attention."""
+    return offset_read(places, config.chunk_size) + (config.chunk_size - 1 if config.cca_query_offset else 0)
+
+
+def _note_padding(cache: DecodeCache, is_token_BT: Tensor) -> None:
+    """Count padding on the left. Raises ValueError for padding after a token."""
+    after_a_token = is_token_BT.long().cummax(1).values.bool() | (cache.pads_B < cache.lengths_B)[:, None]
+    if bool((after_a_token & ~is_token_BT).any()):
+        raise ValueError("padding comes after a token: a row of the cache has it on the left alone")
+    cache.pads_B += (~is_token_BT).sum(1)
+
+
+def _check_block(
+    model: RetroModel, cache: DecodeCache, tokens_BT: Tensor, start: int, neighbors_BLKR: Tensor | None
+) -> None:
+    c, (B, T) = model.config, tokens_BT.shape
+    if c.partial_chunk != "last":
+        raise ValueError("model.partial_chunk=first cannot be decoded with a cache: use forward")
+    if c.eod_id is not None and c.reset_attention and bool((tokens_BT[:, :-1] == c.eod_id).any()):
+        raise ValueError(f"tokens hold the end-of-document id {c.eod_id}: a cache decodes one document")
+    if start + T > cache.capacity:
+        raise ValueError(f"the cache holds {cache.capacity} tokens; {start + T} were given")
+    if neighbors_BLKR is not None and model.encoder is None:
+        raise ValueError("this model is a plain decoder (model.retrieval=false): it takes no neighbors")
+    completed = (start + T) // c.chunk_size - start // c.chunk_size
+    if neighbors_BLKR is not None and neighbors_BLKR.shape[:2] != (B, completed):
+        raise ValueError(f"neighbors has shape {tuple(neighbors_BLKR.shape)}; expected [{B}, {completed}, k, r]")
+
+
+def greedy(logits_BV: Tensor) -> Tensor:
+    return logits_BV.argmax(-1)
+
+
+def decode(
+    model: RetroModel,
+    prompts: Sequence[Sequence[int]],
+    neighbors_BKR: Tensor | None,
+    lengths_BK: Tensor | None,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    choose: Callable[[Tensor], Tensor] = greedy,
+) -> list[list[int]]:
+    """A batch of prompts answered together, to the end of the longest answer; the stop id that ended one is not in it.
+
+    Prompts are padded on the left to the same whole number of chunks, so that each one's last token ends a chunk and its
+    given neighbors act from that token on. `neighbors_BKR` None = retrieval off; `choose` makes tokens [b] of logits [b, V]. Raises ValueError for an empty prompt.
+    """
+    if not all(prompts):
+        raise ValueError("a prompt is empty: there is nothing to continue")
+    device, M, B = model.embedding.weight.device, model.config.chunk_size, len(prompts)
+    is_reading = neighbors_BKR is not None and model.encoder is not None
+    longest = max(map(len, prompts))
+    length = -(-longest // M) * M if is_reading else longest
+    tokens = torch.full((B, length), pad_id)
+    is_token = torch.zeros(B, length, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = torch.tensor(list(prompt))
+        is_token[row, length - len(prompt) :] = True
+    cache = new_cache(model, B, length + max_new_tokens)
+    answers: list[list[int]] = [[] for _ in range(B)]
+    is_open = torch.ones(B, dtype=torch.bool)
+    block, block_is_token = tokens.to(device), is_token.to(device)
+    for _ in range(max_new_tokens):
+        chunks = (cache.length + block.shape[1]) // M - cache.length // M
+        neighbors = lengths = None
+        if is_reading and chunks:
+            assert neighbors_BKR is not None
+            neighbors = neighbors_BKR.to(device)[:, None].expand(-1, chunks, -1, -1)
+            full = torch.full(neighbors_BKR.shape[:2], neighbors_BKR.shape[2]) if lengths_BK is None else lengths_BK
+            lengths = full.to(device)[:, None].expand(-1, chunks, -1).clone()
+            lengths[:, :-1] = 0  # the chunks before the prompt's last one have none
+        with torch.no_grad():
+            logits = step(model, cache, block, neighbors, lengths, block_is_token, last_only=True)[:, 0]
+        chosen = choose(logits).cpu()
+        for row, token in enumerate(chosen.tolist()):
+            if is_open[row] and token in stop_ids:
+                is_open[row] = False
+            elif is_open[row]:
+                answers[row].append(token)
+        if not is_open.any():
+            break
+        block, block_is_token = chosen.to(device)[:, None], torch.ones(B, 1, dtype=torch.bool, device=device)
+    return answers

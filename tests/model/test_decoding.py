@@ -1,0 +1,218 @@
+"""Decoding with a cache: blocks, rows of different lengths, copies, padding and batches, against the full pass (float64)."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from helpers import small_config, small_inputs, small_model
+
+from retro_engine.model.decoding import DecodeCache, decode, decode_one, new_cache, prefill, step
+from retro_engine.model.retro import RetroModel
+
+M = 4
+STARTS = (3, 9, 4, 1)  # tokens of the prompts
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"num_query_groups": 1, "activation": "gelu"},
+    {"cca_bias_everywhere": True, "bias": True, "output_bias": True},
+    {"position_embedding": "learned", "cca_position_embedding": "none"},
+    {"encoder_hidden_size": 36, "encoder_num_attention_heads": 2, "share_embeddings": False},
+    {"mup": True, "mup_base_hidden_size": 12, "mup_base_ffn_hidden_size": 16},
+]
+
+
+def filled(model: RetroModel, tokens: torch.Tensor, neighbors: torch.Tensor, lengths: torch.Tensor) -> DecodeCache:
+    rows = new_cache(model, len(STARTS) + 1, 32, 2 * model.config.r)
+    for row, start in enumerate(STARTS):
+        rows.clear(row, 0)
+        cut, chunks = (slice(row, row + 1), slice(start)), (slice(row, row + 1), slice(start // M))
+        logits = prefill(
+            model, rows.part(row, row + 1), tokens[cut], neighbors[chunks], lengths[chunks], last_only=True
+        )
+        assert logits.shape == (1, 1, model.config.vocab_size)
+    return rows
+
+
+@pytest.mark.parametrize("overrides", VARIANTS, ids=lambda value: "-".join(value) or "default")
+@torch.no_grad()
+def test_rows_equal_the_full_pass(overrides: dict[str, Any]) -> None:
+    """18 steps; the rows end their chunks at different ones, some neighbors are short or missing; one row moves."""
+    model = small_model(**overrides)
+    tokens, neighbors = small_inputs(model, batch=4, n=28)
+    lengths = torch.randint(0, model.config.r + 1, neighbors.shape[:3], generator=torch.Generator().manual_seed(5))
+    exact = model(tokens, neighbors, lengths)
+    rows = filled(model, tokens, neighbors, lengths)
+    order, worst = [0, 1, 2, 3], 0.0
+    for number in range(18):
+        if number == 7:  # the first sequence leaves, the last takes its row
+            rows.move(3, 0)
+            order = [3, 1, 2]
+        part = rows.part(0, len(order))
+        places = [int(length) for length in part.lengths_B]
+        newest = torch.stack([tokens[s, place] for s, place in zip(order, places)])
+        ending = [row for row, place in enumerate(places) if place % M == M - 1]
+        chunks = [(order[row], places[row] // M) for row in ending]
+        found = torch.stack([neighbors[chunk] for chunk in chunks]) if ending else None
+        valid = torch.stack([lengths[chunk] for chunk in chunks]) if ending else None
+        logits = decode_one(model, part, newest, ending, found, valid)
+        for row, (sequence, place) in enumerate(zip(order, places)):
+            worst = max(worst, float((logits[row] - exact[sequence, place]).abs().max()))
+    assert worst <= 1e-9, worst
+
+
+@torch.no_grad()
+def test_a_row_that_waits_is_as_if_it_had_not_been_there() -> None:
+    model = small_model()
+    tokens, neighbors = small_inputs(model, batch=4, n=28)
+    lengths = torch.full(neighbors.shape[:3], model.config.r)
+    rows, twin = (filled(model, tokens, neighbors, lengths) for _ in range(2))
+    newest = torch.stack([tokens[s, start] for s, start in enumerate(STARTS)])
+    part = rows.part(0, 4)
+    for _ in range(3):  # row 0 ends a chunk and waits for its neighbors
+        before = part.lengths_B.clone()
+        decode_one(model, part, newest, [], advances_B=torch.tensor([False, False, False, False]))
+        assert torch.equal(part.lengths_B, before)
+    found = decode_one(model, part, newest, [0], neighbors[:1, 0], lengths[:1, 0])
+    expected = decode_one(model, twin.part(0, 4), newest, [0], neighbors[:1, 0], lengths[:1, 0])
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_padding_on_the_left_is_not_read() -> None:
+    """Rows with different padding equal the full pass over padded sequences."""
+    model = small_model()
+    tokens, neighbors = small_inputs(model, batch=2, n=20)
+    pads = (3, 1)
+    documents = torch.zeros_like(tokens)
+    for row, pad in enumerate(pads):
+        documents[row, :pad] = -1
+    lengths = torch.full(neighbors.shape[:3], model.config.r)
+    exact = model(tokens, neighbors, lengths, documents)
+    rows = new_cache(model, 2, 20, 2 * model.config.r)
+    for row, pad in enumerate(pads):
+        rows.clear(row, pad)
+        for piece in (slice(0, 4), slice(4, 8)):  # a prompt in two pieces
+            at = piece.start // M
+            cut, chunk = (slice(row, row + 1), piece), (slice(row, row + 1), slice(at, at + 1))
+            prefill(model, rows.part(row, row + 1), tokens[cut], neighbors[chunk], lengths[chunk])
+    for place in range(8, 20):
+        ending = [0, 1] if place % M == M - 1 else []
+        logits = decode_one(model, rows, tokens[:, place], ending, neighbors[:, place // M] if ending else None)
+        assert (logits - exact[:, place]).abs().max() <= 1e-9
+
+
+@torch.no_grad()
+def test_what_does_not_fit() -> None:
+    model = small_model()
+    rows = new_cache(model, 1, 2, model.config.r)
+    decode_one(model, rows, torch.tensor([1]), [])
+    decode_one(model, rows, torch.tensor([1]), [])
+    with pytest.raises(ValueError, match="the cache holds 2 tokens"):
+        decode_one(model, rows, torch.tensor([1]), [])
+    rows = new_cache(model, 1, 8, model.config.r)
+    with pytest.raises(ValueError, match="16 neighbor tokens; the cache holds 8"):
+        prefill(model, rows, torch.ones(1, 4, dtype=torch.long), torch.ones(1, 1, 2, 8, dtype=torch.long))
+
+
+def test_the_cache_refuses_more_than_it_holds() -> None:
+    model = small_model()
+    tokens, neighbors = small_inputs(model)
+    with pytest.raises(ValueError, match="holds 10 tokens"):
+        step(model, new_cache(model, 2, 10), tokens, neighbors)
+    with pytest.raises(ValueError, match="expected \\[2, 4"):
+        step(model, new_cache(model, 2, 19), tokens, neighbors[:, :1])
+
+
+def test_a_cache_goes_on_with_the_weights_it_began_with() -> None:
+    """`.to` gives parameters other memory; what C++ reads is not freed under it. At a chunk's end weights are read anew."""
+    model = RetroModel(small_config(bias=True, normalization="layernorm", init_method_std=0.2)).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
+    caches = [new_cache(model, 1, 12) for _ in range(2)]
+    with torch.no_grad():
+        for number in range(10):  # the next token does not begin a chunk
+            for cache in caches:
+                step(model, cache, tokens[:, number : number + 1])
+        expected = step(model, caches[0], tokens[:, 10:11])
+        kept = [p.clone() for p in (*model.final_norm.parameters(), model.embedding.weight)]
+        model.double().float()
+        rubbish = [torch.full_like(p, 1e3) for p in model.parameters() for _ in range(3)]  # in memory that is free now
+        for layer in model.layers:
+            for parameter in layer.parameters():
+                parameter.fill_(1e3)
+        assert len(rubbish) and all(map(torch.equal, kept, (*model.final_norm.parameters(), model.embedding.weight)))
+        assert torch.equal(step(model, caches[1], tokens[:, 10:11]), expected)
+
+
+@torch.no_grad()
+def test_copies_of_a_cache_go_their_own_ways() -> None:
+    model = RetroModel(small_config(init_method_std=0.2)).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache = new_cache(model, 2, 9)
+    for number in range(6):
+        step(model, cache, tokens[:, number : number + 1])
+    clones = {
+        name: [x.clone() for x in getattr(cache, name)]
+        for name in ("keys_BSGE", "values_BSGE", "cross_keys_BXGE", "cross_values_BXGE")
+    }
+    places = {
+        name: getattr(cache, name).clone()
+        for name in ("hidden_BMD", "cross_valid_BX", "lengths_B", "pads_B", "offsets_B")
+    }
+    copies = [copy.deepcopy(cache), dataclasses.replace(cache, **clones, **places)]
+    for other in copies:
+        step(model, other, tokens[:, 8:])  # another token than the original's
+    whole = new_cache(model, 2, 9)
+    expected = step(model, whole, tokens[:, :7])[:, -1:]
+    torch.testing.assert_close(step(model, cache, tokens[:, 6:7]), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_on_the_left_may_come_token_by_token() -> None:
+    model = RetroModel(small_config(init_method_std=0.2, pad_id=0)).eval()
+    tokens = torch.randint(1, model.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
+    is_token = torch.tensor([[False, False, True, True, True, True], [True] * 6])
+    apart, together = new_cache(model, 2, 6), new_cache(model, 2, 6)
+    for number in range(6):
+        cut = slice(number, number + 1)
+        found = step(model, apart, tokens[:, cut], is_token_BT=is_token[:, cut])
+    expected = step(model, together, tokens, is_token_BT=is_token, last_only=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_batch_is_its_rows_and_a_full_pass() -> None:
+    model = small_model(seed=5)
+    prompts = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], [1]]
+    _, neighbors = small_inputs(model, batch=3, n=4)
+    neighbors, lengths = neighbors[:, 0], torch.tensor([[8, 8], [8, 3], [0, 5]])
+    together = decode(model, prompts, neighbors, lengths, 6, [], 0)
+    for row, prompt in enumerate(prompts):
+        alone = decode(model, [prompt], neighbors[row : row + 1], lengths[row : row + 1], 6, [], 0)[0]
+        assert together[row] == alone
+        pad = -len(prompt) % 4
+        tokens = [0] * pad + prompt
+        first = len(tokens) // 4 - 1
+        for token in alone:
+            chunks = len(tokens) // 4
+            every = lengths[row].expand(1, chunks, -1).clone()
+            every[:, :first] = 0
+            documents = torch.tensor([[-1] * pad + [0] * (len(tokens) - pad)])
+            given = neighbors[row].expand(1, chunks, -1, -1)
+            assert int(model(torch.tensor([tokens]), given, every, documents)[0, -1].argmax()) == token
+            tokens.append(token)
+
+
+def test_stops_and_retrieval_off() -> None:
+    model = small_model(seed=5)
+    answer = decode(model, [[3, 4, 5]], None, None, 6, [], 0)[0]
+    place = next(i for i in range(1, 6) if answer[i] not in answer[:i])
+    assert decode(model, [[3, 4, 5]], None, None, 6, [answer[place]], 0)[0] == answer[:place]
+    off = torch.zeros(1, 2, dtype=torch.long)
+    assert decode(model, [[3, 4, 5, 6]], torch.zeros(1, 2, 8, dtype=torch.long), off, 4, [], 0) == decode(
+        model, [[3, 4, 5, 6]], None, None, 4, [], 0
+    )
+    plain = RetroModel(small_config(retrieval=False)).eval()
+    assert len(decode(plain, [[3]], torch.zeros(1, 2, 8, dtype=torch.long), None, 3, [], 0)[0]) == 3
+    with pytest.raises(ValueError, match="empty"):
+        decode(model, [[3], []], None, None, 2, [], 0)
