@@ -239,14 +239,7 @@ class _CachedAttention:
     def __init__(self, cache: DecodeCache, start: int, T: int):
         self.cache, self.start, self.stop = cache, start, start + T
         self.positions = torch.arange(start, start + T, device=cache.lengths_B.device)
-        self.mask = self._mask()
-
-    def _mask(self) -> Tensor | None:
-        keys, queries = torch.arange(self.stop, device=self.positions.device), self.positions[:, None]
-        if bool(self.cache.pads_B.any()):
-            is_token = keys >= self.cache.pads_B[:, None]
-            return ((keys <= queries) & (is_token[:, None] | (keys == queries)))[:, None]
-        return None if self.start == 0 or len(queries) == 1 else (keys <= queries)[None, None]
+        self.begins_B = cache.pads_B.clamp(max=self.stop) if bool(cache.pads_B.any()) else None
 
     def __call__(self, layer: int, attention: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rotary = self.cache.rotary[0]
@@ -255,8 +248,7 @@ class _CachedAttention:
         keys, values = self.cache.keys_BSGE[layer], self.cache.values_BSGE[layer]
         keys[:, self.start : self.stop], values[:, self.start : self.stop] = k, v
         seen = keys[:, : self.stop].to(q.dtype), values[:, : self.stop].to(q.dtype)
-        is_causal = self.mask is None and len(self.positions) > 1
-        return ops.masked_attention(q, seen[0], seen[1], self.mask, is_causal, scale=attention.scale).flatten(-2)
+        return ops.attention(q, *seen, True, key_begins=self.begins_B, scale=attention.scale).flatten(-2)
 
 
 class _CachedReading:
