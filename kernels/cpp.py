@@ -20,6 +20,7 @@ except ImportError:  # no compiler at installation
     _cpu = None
 
 _ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "swiglu": 3}
+_PRIMITIVES = {"gelu": 1, "gelu_tanh": 2, "silu": 3, "exp2": 4, "erf": 5, "sigmoid": 6, "bfloat16": 7}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -120,6 +121,14 @@ def linear(x_TD: Tensor, matrix: Matrix) -> Tensor:
     y = torch.empty(x_TD.shape[0], matrix.weight.shape[0])
     if y.numel():
         _cpu.linear(instruction_set(), [x_TD.shape[0], x_TD.data_ptr(), y.data_ptr(), *_matrix(matrix)])
+    return y
+
+
+def primitive(name: str, x: Tensor) -> Tensor:
+    """A function that the kernels compute themselves (`bfloat16` rounds to it), of float32: so that all of its domain is tested."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _cpu.apply(instruction_set(), _PRIMITIVES[name], (x.data_ptr(), y.data_ptr()), x.numel())
     return y
 
 

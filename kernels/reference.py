@@ -201,6 +201,7 @@ def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, has_gradient: bool) -> T
     """-log softmax(logits)[label] [t]; with `has_gradient` the gradient of their sum takes the logits' place."""
     values = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     normalizer, labels = values.logsumexp(-1, keepdim=True), labels_T[:, None]
+    normalizer = torch.where(normalizer.isinf(), torch.nan, normalizer)  # as log_softmax has it: inf - inf
     losses = (normalizer - values.gather(-1, labels))[:, 0]
     if has_gradient:
         probability = values.sub_(normalizer).exp_()

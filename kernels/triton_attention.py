@@ -110,7 +110,7 @@ def _attention_forward(
     low = tl.zeros([BM], tl.int32)
     if HAS_FIRST:
         low = tl.load(FIRST + b * N + token, mask=exists, other=0).to(tl.int32)
-    peak = tl.full([BM], -1.0e30, tl.float32)
+    peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, E], tl.float32)
     for j in range(NUM):
@@ -130,8 +130,9 @@ def _attention_forward(
             sees = _seen(i, key, low, end, begin, R, num_queries, CAUSAL)
             score = tl.where(sees, score * scale_log2, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(score, 1))
-            factor = tl.exp2(peak - new_peak)
-            weight = tl.exp2(score - new_peak[:, None])
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # no key so far: all weights 0
+            factor = tl.exp2(peak - base)
+            weight = tl.exp2(score - base[:, None])
             total = total * factor + tl.sum(weight, 1)
             at = b * v_b + u.to(tl.int64) * v_l + j * v_j + key.to(tl.int64) * v_s + g * v_h
             value = tl.load(V + at[:, None] + e[None, :], mask=inside[:, None] & (e < 2 * HALF)[None, :], other=0.0)
@@ -139,7 +140,7 @@ def _attention_forward(
                 value = value.to(tl.float32)
             out = tl.dot(weight.to(value.dtype), value, out * factor[:, None], input_precision="ieee")
             peak = new_peak
-    attends = total > 0
+    attends = total != 0  # NaN stays NaN
     out = out / tl.where(attends, total, 1.0)[:, None]
     rows = b * o_b + token.to(tl.int64) * o_n + head * o_h
     tl.store(O + rows[:, None] + e[None, :], out.to(O.dtype.element_ty), mask=exists[:, None] & (e < 2 * HALF)[None, :])

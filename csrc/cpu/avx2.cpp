@@ -18,7 +18,7 @@ namespace retro {
 namespace avx2 {
 #include "kernels.inc"
 }  // namespace avx2
-extern const Build avx2_build = {"avx2", avx2::attention_forward, avx2::attention_backward, avx2::rope, avx2::gather_neighbors, avx2::linear, avx2::norm, avx2::put, avx2::attend, avx2::cross_entropy};
+extern const Build avx2_build = {"avx2", avx2::attention_forward, avx2::attention_backward, avx2::rope, avx2::gather_neighbors, avx2::linear, avx2::norm, avx2::put, avx2::attend, avx2::cross_entropy, avx2::apply};
 }  // namespace retro
 #pragma GCC pop_options
 #endif

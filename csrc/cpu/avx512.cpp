@@ -18,7 +18,7 @@ namespace retro {
 namespace avx512 {
 #include "kernels.inc"
 }  // namespace avx512
-extern const Build avx512_build = {"avx512", avx512::attention_forward, avx512::attention_backward, avx512::rope, avx512::gather_neighbors, avx512::linear, avx512::norm, avx512::put, avx512::attend, avx512::cross_entropy};
+extern const Build avx512_build = {"avx512", avx512::attention_forward, avx512::attention_backward, avx512::rope, avx512::gather_neighbors, avx512::linear, avx512::norm, avx512::put, avx512::attend, avx512::cross_entropy, avx512::apply};
 }  // namespace retro
 #pragma GCC pop_options
 #endif

@@ -18,7 +18,7 @@ namespace retro {
 namespace avx512_bf16 {
 #include "kernels.inc"
 }  // namespace avx512_bf16
-extern const Build avx512_bf16_build = {"avx512_bf16", avx512_bf16::attention_forward, avx512_bf16::attention_backward, avx512_bf16::rope, avx512_bf16::gather_neighbors, avx512_bf16::linear, avx512_bf16::norm, avx512_bf16::put, avx512_bf16::attend, avx512_bf16::cross_entropy};
+extern const Build avx512_bf16_build = {"avx512_bf16", avx512_bf16::attention_forward, avx512_bf16::attention_backward, avx512_bf16::rope, avx512_bf16::gather_neighbors, avx512_bf16::linear, avx512_bf16::norm, avx512_bf16::put, avx512_bf16::attend, avx512_bf16::cross_entropy, avx512_bf16::apply};
 }  // namespace retro
 #pragma GCC pop_options
 #endif

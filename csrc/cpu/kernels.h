@@ -62,6 +62,9 @@ struct Matrix {
 
 enum Activation : int { NONE = 0, GELU = 1, GELU_TANH = 2, SILU = 3 };
 
+// The functions that the kernels compute themselves, beside the activations: for tests over all of float32.
+enum Primitive : int { EXP2 = 4, ERF = 5, SIGMOID = 6, ROUNDED = 7 };
+
 // y = activation(x w') * factor + residual for a few rows of x, as a step of decoding has: what counts is to read w once.
 struct Linear {
   int64_t T;
@@ -120,6 +123,7 @@ struct Build {
   void (*put)(const Step&, int64_t begin, int64_t end);       // rotates, and writes the cache; items are rows
   void (*attend)(const Step&, int64_t begin, int64_t end);    // items are b * G + g
   void (*cross_entropy)(const CrossEntropy&, Type, int64_t begin, int64_t end);  // items are rows
+  void (*apply)(Primitive, const float* x, float* y, int64_t count);  // an Activation's number too
 };
 
 extern const Build scalar_build;

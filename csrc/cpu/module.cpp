@@ -152,6 +152,13 @@ void cross_entropy(const std::string& name, int type, const std::array<int64_t, 
   parallel_for(T, std::max<int64_t>(1, 16384 / a.V), [&](int64_t begin, int64_t end) { run(a, Type(type), begin, end); });
 }
 
+// addresses: x y, `count` floats each.
+void apply(const std::string& name, int primitive, const std::array<uintptr_t, 2>& addresses, int64_t count) {
+  const auto run = find_build(name).apply;
+  const py::gil_scoped_release release;
+  run(Primitive(primitive), pointer<float>(addresses[0]), pointer<float>(addresses[1]), count);
+}
+
 // Numbers and addresses one after another, in the order in which kernels/cpp.py writes them.
 class Fields {
  public:
@@ -365,6 +372,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rope", &rope);
   m.def("gather_neighbors", &gather_neighbors);
   m.def("linear", &linear);
+  m.def("apply", &apply);
   m.def("cross_entropy", &cross_entropy);
   py::class_<Steps>(m, "Steps")
       .def(py::init<const std::string&, const std::vector<std::vector<int64_t>>&, const std::vector<std::array<float, 2>>&>())

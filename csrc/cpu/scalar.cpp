@@ -14,5 +14,5 @@ namespace retro {
 namespace scalar {
 #include "kernels.inc"
 }  // namespace scalar
-extern const Build scalar_build = {"scalar", scalar::attention_forward, scalar::attention_backward, scalar::rope, scalar::gather_neighbors, scalar::linear, scalar::norm, scalar::put, scalar::attend, scalar::cross_entropy};
+extern const Build scalar_build = {"scalar", scalar::attention_forward, scalar::attention_backward, scalar::rope, scalar::gather_neighbors, scalar::linear, scalar::norm, scalar::put, scalar::attend, scalar::cross_entropy, scalar::apply};
 }  // namespace retro

@@ -91,3 +91,23 @@ def test_gather_neighbors() -> None:
                 found = gather_neighbors(tokens, document, lengths, given, r, pad_id=7)
                 exact = reference.gather_neighbors(tokens, document, lengths, given.long(), r, 7)
                 assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, exact))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite(dtype: torch.dtype) -> None:
+    """A key that holds NaN or infinity reaches the output and the gradients; scores far below any mask's number do not vanish."""
+    for bad in (torch.nan, torch.inf):
+        for place in (0, 20, 69):
+            q, k, v = torch.ones(2, 3, 1, 32), torch.randn(2, 70, 1, 32), torch.randn(2, 70, 1, 32)
+            k[0, place, 0, 3] = bad
+            tensors = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+            out = attention(*tensors)
+            gradients = torch.autograd.grad(out.float().sum(), tensors)
+            assert out[0].isnan().all()
+            assert all(x[0].isnan().any() and x[1].isfinite().all() for x in (out, *gradients))
+    if dtype == torch.float32:
+        q, v = torch.ones(1, 1, 1, 2), torch.randn(1, 4, 1, 2)
+        for scores in ([-1e35, -2e35, -1e38, -1e35], [-torch.inf, 1, 2, 3], [-torch.inf] * 4):
+            k = torch.tensor(scores)[None, :, None, None] * torch.ones(2) / 2
+            exact = reference.attention(q, k, v, False, None, None, None, None, None, 0, 1, 1.0)
+            torch.testing.assert_close(attention(q, k, v, scale=1.0), exact)

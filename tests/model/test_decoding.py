@@ -216,3 +216,24 @@ def test_stops_and_retrieval_off() -> None:
     assert len(decode(plain, [[3]], torch.zeros(1, 2, 8, dtype=torch.long), None, 3, [], 0)[0]) == 3
     with pytest.raises(ValueError, match="empty"):
         decode(model, [[3], []], None, None, 2, [], 0)
+
+
+@pytest.mark.parametrize("size", [30, 1000])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
+@torch.no_grad()
+def test_large_activations_decode_as_the_full_pass(activation: str, size: int) -> None:
+    """What reaches the activations is in the hundreds and beyond, of both signs, as in trained models of many layers."""
+    overrides = {"activation": activation, "normalization": "layernorm" if activation == "gelu_tanh" else "rmsnorm"}
+    model = RetroModel(small_config(**overrides), torch.Generator().manual_seed(1)).eval()
+    for layer in model.layers:
+        for matrix in (layer.ffn.up, layer.ffn.gate):
+            if matrix is not None:
+                matrix.weight.mul_(size * 10)
+        layer.ffn.down.weight.div_(size)
+    tokens, neighbors = small_inputs(model, batch=2, n=24)
+    exact = model(tokens, neighbors)
+    cache = new_cache(model, 2, 24)
+    for place in range(24):
+        chunk = neighbors[:, place // M] if place % M == M - 1 else None
+        logits = decode_one(model, cache, tokens[:, place], [] if chunk is None else [0, 1], chunk)
+        torch.testing.assert_close(logits, exact[:, place], rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
