@@ -2,8 +2,21 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 MAX_HEAD_WIDTH = 256
+
+
+def is_dual(*tensors: Tensor | None) -> bool:
+    """Whether any carries a tangent of forward-mode differentiation (torch.func.jvp): kernels would compute without it."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def carries_derivative(*tensors: Tensor | None) -> bool:
+    """Whether any has a gradient to come, or a tangent."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors) or is_dual(*tensors)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

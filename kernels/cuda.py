@@ -60,10 +60,11 @@ def gather_neighbors(
     dtype = torch.int64 if table.dtype == torch.uint16 else table.dtype
     tokens = torch.empty((*ids.shape, retrieved_length), dtype=dtype, device=ids.device)
     lengths = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
+    table = table.contiguous()
     document, row_lengths, ids = document.int().contiguous(), row_lengths.int().contiguous(), ids.long().contiguous()
     with torch.cuda.device(ids.device):
         error = _library().retro_gather_neighbors(
-            *(table.element_size(), _address(table.contiguous()), int(not table.is_cuda)),
+            *(table.element_size(), _address(table), int(not table.is_cuda)),
             *(_address(document), _address(row_lengths), _address(ids), _address(tokens), _address(lengths)),
             *(ctypes.c_int64(x) for x in (ids.numel(), table.shape[0], table.shape[1], retrieved_length, pad_id)),
             _stream(ids),

@@ -217,9 +217,6 @@ class Matrix:
     bias: Tensor | None = None
     scale: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        _keep(self, "weight", "bias", "scale")
-
 
 @dataclass(frozen=True)
 class Norm:
@@ -229,17 +226,6 @@ class Norm:
     bias: Tensor | None
     eps: float
     is_rms: bool
-
-    def __post_init__(self) -> None:
-        _keep(self, "weight", "bias")
-
-
-def _keep(part: "Matrix | Norm", *names: str) -> None:
-    """Hold the memory itself: moving a module gives its parameters other memory, and C++ remembers addresses."""
-    for name in names:
-        tensor = getattr(part, name)
-        if tensor is not None:
-            object.__setattr__(part, name, tensor.detach())
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,14 @@ rows beside it. Elsewhere (a GPU, float64, many rows) the same in PyTorch.
 Shape letters: B rows, D width, S keys, G key/value heads, E head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from retro_kernels import cpp, reference
 from retro_kernels.backend import choose
+from retro_kernels.checks import carries_derivative
 from retro_kernels.linear import FEW_ROWS
 from retro_kernels.reference import Attending, CrossAttention, FeedForward, Matrix, Norm, Part, SelfAttention
 from torch import Tensor
@@ -25,30 +28,49 @@ _WEIGHTS = (*_FLOATS, torch.int8)
 class Steps:
     """Parts of layers, one after another. What does not change from step to step is looked at once, here.
 
-    The memory of weights, cache and places is held, and their values are read anew by every call: to be made again where one of
-    them is replaced. Raises ValueError for shapes that do not fit.
+    Every call reads the values of weights, cache and places anew, and looks at all of it again where a tensor has other memory
+    (`.data =`, `.to()`, `share_memory_()`). A copy, pickled or not, is made of the parts alone. Raises ValueError for shapes that
+    do not fit.
     """
 
     def __init__(self, parts: Sequence[Part]):
         if not parts:
             raise ValueError("there are no parts")
         self.parts = tuple(parts)
-        first = parts[0]
+        self._tensors = tuple(tensor for part in parts for tensor in _tensors(part))
+        self._look()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Steps, (self.parts,)
+
+    def _look(self) -> None:
+        """Remember what C++ is told of the parts."""
+        first = self.parts[0]
         self.width = (first.up if isinstance(first, FeedForward) else first.q).weight.shape[1]
-        for part in parts:
+        for part in self.parts:
             _check(part, self.width)
-        counts = {len(part.attending.keys) for part in parts if not isinstance(part, FeedForward)}
+        counts = {len(part.attending.keys) for part in self.parts if not isinstance(part, FeedForward)}
         if len(counts) > 1:
             raise ValueError(f"the parts attend {sorted(counts)} rows; expected one number")
         self.rows = counts.pop() if counts else None
-        self._is_packed = all(_is_packed(part) for part in parts)
+        self._is_packed = all(_is_packed(part) for part in self.parts)
         self._cpp: object = None
+        self._memory = _memory(self._tensors)
+        self._held = [tensor.detach() for tensor in self._tensors]  # else an address could return with other contents
 
     def __call__(self, x_BD: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Parts first ... last - 1: [b, d] -> [b, d]; writes the new keys and values into the caches.
 
-        Raises ValueError for another shape, a place outside the cache or a position outside the tables.
+        Raises ValueError for another shape, a place outside the cache or a position outside the tables, and RuntimeError where a
+        gradient or a derivative would be lost.
         """
+        if carries_derivative(x_BD, *(self._tensors if torch.is_grad_enabled() else ())):
+            raise RuntimeError(
+                "a step of decoding has no gradient\n  x or a weight requires one, or is a dual number\n  call it under "
+                "torch.no_grad(), or the model's full pass"
+            )
+        if _memory(self._tensors) != self._memory:
+            self._look()
         rows = x_BD.shape[0] if self.rows is None else self.rows
         if x_BD.shape != (rows, self.width):
             raise ValueError(f"x has shape {tuple(x_BD.shape)}; expected [{rows}, {self.width}]")
@@ -63,6 +85,21 @@ class Steps:
             weight = part.norm.weight  # an op before may have made x float32
             x_BD = reference.step(x_BD if weight is None else x_BD.to(weight.dtype), part)
         return x_BD
+
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    """All that a part reads and writes."""
+    for item in fields(part):  # type: ignore[arg-type]
+        value = getattr(part, item.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Matrix | Norm | Attending):
+            yield from _tensors(value)
+
+
+def _memory(tensors: tuple[Tensor, ...]) -> tuple[list[int], list[tuple[int, ...]], list[int]]:
+    """Where they lie, and how; called at every step."""
+    return list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors)), list(map(Tensor.numel, tensors))
 
 
 def _check(part: Part, D: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig
 from retro_engine.model import ops
@@ -26,6 +26,23 @@ Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair a cross-attendi
 ALL = slice(None)
 OF_ROWS = ("hidden_BMD", "cross_valid_BX", "lengths_B", "pads_B", "offsets_B")
 OF_ROWS_AND_LAYERS = ("keys_BSGE", "values_BSGE", "cross_keys_BXGE", "cross_values_BXGE")
+
+
+class PreparedSteps:
+    """`Steps` of a model's layers, and which weights they were made of: the layers may have got others since."""
+
+    def __init__(self, layers: Sequence[nn.Module], steps: ops.Steps):
+        assert isinstance(layers, nn.ModuleList)
+        self.run: ops.Steps = steps
+        self._layers: nn.ModuleList = layers
+        tables = [table for m in layers.modules() for table in (m._parameters, m._buffers, m._modules)]
+        self._slots: list[tuple[dict[str, Any], str, Any]] = [
+            (table, name, value) for table in tables for name, value in table.items()
+        ]
+
+    def is_of(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether these layers have the same weights still (with other values and other memory maybe: `Steps` sees that)."""
+        return layers is self._layers and all(table.get(name) is value for table, name, value in self._slots)
 
 
 @dataclass
@@ -43,7 +60,7 @@ class DecodeCache:
     offsets_B: Tensor  # of a row's next token, in the table of cross-attention
     rotary: tuple[Rotary, Rotary]  # tables of every position, and of those in a chunk
     grows: bool  # wider neighbors take more memory; else they are refused
-    steps: ops.Steps | None = field(default=None, init=False, repr=False, compare=False)  # on this memory
+    steps: PreparedSteps | None = field(default=None, init=False, repr=False, compare=False)  # on this memory
     parts: dict[tuple[int, int], "DecodeCache"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -222,13 +239,16 @@ def decode_one(
     cache.offsets_B.copy_(_cross_position(c, starts))
     x = model.embed(tokens_B[:, None], starts)[:, 0]
     begun = 2 * c.cross_layers[0] + 1 if c.cross_layers else 0  # the parts before the first cross-attention
+    run = _steps(model, cache)
     if begun:
-        x = _steps(model, cache)(x, 0, begun)
+        x = run(x, 0, begun)
         z = model.layers[c.cross_layers[0]].cross_norm(x.to(model.embedding.weight.dtype))
-        cache.hidden_BMD[torch.arange(len(starts), device=starts.device), starts % M] = z
+        rows = torch.arange(len(starts), device=starts.device)
+        cache.hidden_BMD[rows, starts % M] = z.to(cache.hidden_BMD.dtype)
         if ending:
             _read_anew(model, cache, ending, neighbors_NKR, lengths_NK)
-    x = _steps(model, cache)(x, begun)
+            run = _steps(model, cache)  # what is read may lie elsewhere now
+    x = run(x, begun)
     cache.lengths_B += 1 if advances_B is None else advances_B.long()
     return model.logits(model.normed(x.to(model.embedding.weight.dtype)))
 
@@ -275,7 +295,7 @@ class _CachedReading:
     def encode(self, z_BND: Tensor) -> None:
         """Also keeps the state of the chunk that is open after the block."""
         M, hidden = self.model.config.chunk_size, self.cache.hidden_BMD
-        state = torch.cat((hidden[:, : self.start % M], z_BND), 1)
+        state = torch.cat((hidden[:, : self.start % M].to(z_BND.dtype), z_BND), 1)
         whole, rest = state[:, : self.completed * M], state[:, self.completed * M :]
         hidden[:, : rest.shape[1]] = rest
         if self.completed and self.neighbors_BLKR is not None and self.neighbors_BLKR.shape[2]:
@@ -340,7 +360,7 @@ def _read_anew(
     M = model.config.chunk_size
     first_N = cache.lengths_B[ending] // M * M
     lengths_NLK = None if lengths_NK is None else lengths_NK[:, None]
-    chunks = cache.hidden_BMD[ending][:, None]
+    chunks = cache.hidden_BMD[ending][:, None].to(model.embedding.weight.dtype)
     pairs, lengths = _encode(model, chunks, first_N, cache.pads_B[ending], neighbors_NKR[:, None], lengths_NLK)
     _keep(cache, ending, [(k[:, 0], v[:, 0]) for k, v in pairs], lengths[:, 0])
 
@@ -383,7 +403,7 @@ def _keep(cache: DecodeCache, rows: list[int] | slice, pairs_NKRGE: Pairs, lengt
 
 def _steps(model: RetroModel, cache: DecodeCache) -> ops.Steps:
     """All layers for one new token a row, prepared on the cache's memory."""
-    if cache.steps is None:
+    if cache.steps is None or not cache.steps.is_of(model.layers):
         decoder, reader = (tables or (None, None) for tables in cache.rotary)
         crossing = iter(zip(cache.cross_keys_BXGE, cache.cross_values_BXGE))
         parts: list[ops.Part] = []
@@ -396,8 +416,8 @@ def _steps(model: RetroModel, cache: DecodeCache) -> ops.Steps:
                 places = (None, None, cache.cross_valid_BX, cache.offsets_B)
                 reading = ops.Attending(*next(crossing), layer.cross.scale, *places, *reader)
             parts += layer.step_parts(attending, reading)
-        cache.steps = ops.Steps(parts)
-    return cache.steps
+        cache.steps = PreparedSteps(model.layers, ops.Steps(parts))
+    return cache.steps.run
 
 
 def _cross_position(config: ModelConfig, places: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 """The layers of a step of decoding: C++ close to float64, the same bits whatever rows are beside, bad places named."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import pytest
 import torch
 from retro_kernels import cpp, reference
 from retro_kernels.step import Attending, CrossAttention, FeedForward, Matrix, Norm, Part, SelfAttention, Steps
-from torch import Tensor
+from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
 S, POSITIONS = 37, 50
@@ -224,3 +227,115 @@ def test_parts_in_a_row_are_each_after_the_other() -> None:
         assert torch.equal(steps(x), apart)
         attending.starts.random_(4, S)  # type: ignore[union-attr]
         reading.keys.normal_()
+
+
+class Layer(nn.Module):
+    """A module that keeps its `Steps`, as a model that is not ours may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(24, 50), nn.Linear(50, 24)
+        self.q, self.k, self.v, self.out = (nn.Linear(n, m) for n, m in ((24, 64), (24, 32), (24, 32), (64, 24)))
+        self.norm = nn.LayerNorm(24)
+        attending = self_attending((3, 4, 2, 16), torch.float32, 8, False)
+        self.steps = Steps(self.parts(attending))
+
+    def parts(self, attending: Attending) -> list[Part]:
+        plain = Norm(self.norm.weight, self.norm.bias, 1e-5, False)
+        weights = [Matrix(m.weight, m.bias) for m in (self.q, self.k, self.v, self.out, self.up, self.down)]
+        return [SelfAttention(plain, *weights[:4], attending), FeedForward(plain, None, *weights[4:], "gelu")]
+
+    def attending(self) -> Attending:
+        part = self.steps.parts[0]
+        assert isinstance(part, SelfAttention)
+        return part.attending
+
+
+def replaced(layer: Layer) -> None:
+    for parameter in layer.parameters():
+        parameter.data = parameter.data * 2 + 1
+
+
+def shared(layer: Layer) -> None:
+    layer.share_memory()
+    for tensor in vars(layer.attending()).values():
+        if isinstance(tensor, Tensor):
+            tensor.share_memory_()
+    _ = [torch.full((50, 24), 9.0) for _ in range(50)]  # takes the memory that was given back
+
+
+def optimized(layer: Layer) -> None:
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+
+
+def turned(layer: Layer) -> None:
+    """The same memory, read in another order."""
+    weight = layer.q.weight.data
+    layer.q.weight.data = weight.as_strided((64, 24), (1, 64) if weight.is_contiguous() else (24, 1))
+
+
+def given_another_cache(layer: Layer) -> None:
+    layer.attending().keys.data = torch.randn(3, S, 2, 16)
+
+
+CHANGES = [
+    replaced,
+    shared,
+    optimized,
+    turned,
+    given_another_cache,
+    lambda layer: layer.to(torch.bfloat16),
+    lambda layer: layer.half().to(torch.bfloat16),
+    lambda layer: layer.double(),
+    lambda layer: layer.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()}),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=range(len(CHANGES)))
+@torch.no_grad()
+def test_what_is_remembered_follows_the_weights(instruction_set: str, change: Callable[[Layer], object]) -> None:
+    """Whatever gives weights or cache other memory, another type or other values, once and again."""
+    torch.manual_seed(8)
+    layer = Layer()
+    for _ in range(2):
+        x = torch.randn(3, 24)
+        layer.steps(x)
+        change(layer)
+        x = x.to(layer.q.weight.dtype)
+        found = layer.steps(x)
+        assert torch.equal(found, Steps(layer.parts(layer.attending()))(x))
+        narrow = layer.q.weight.dtype == torch.bfloat16
+        exact = Steps([wide(part) for part in layer.parts(layer.attending())])(x.double())  # type: ignore[misc]
+        torch.testing.assert_close(
+            found.double(), exact, rtol=0, atol=float(exact.abs().max()) * (2e-2 if narrow else 1e-5)
+        )
+
+
+@torch.no_grad()
+def test_copies_are_made_of_the_parts() -> None:
+    torch.manual_seed(9)
+    layer, x = Layer(), torch.randn(3, 24)
+    expected = layer.steps(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin.steps(x), expected)
+        replaced(twin)  # the copy's weights are its own, and its steps read them
+        assert torch.equal(twin.steps(x), Steps(twin.parts(twin.attending()))(x))
+        assert not torch.equal(twin.steps(x), expected)
+        assert torch.equal(layer.steps(x), expected)
+
+
+def test_a_gradient_is_refused_not_lost() -> None:
+    torch.manual_seed(10)
+    layer, x = Layer(), torch.randn(3, 24)
+    with pytest.raises(RuntimeError, match="has no gradient\n.*\n.*torch.no_grad"):
+        layer.steps(x)
+    layer.requires_grad_(False)
+    layer.steps(x)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        layer.steps(x.requires_grad_())
+    with torch.no_grad():
+        layer.steps(x)
+    with pytest.raises(RuntimeError, match="dual number"):
+        torch.func.jvp(layer.steps, (x.detach(),), (x.detach(),))
