@@ -617,7 +617,9 @@ def _neighbor_source(args: argparse.Namespace, checkpoint: Path, resources: "Exi
     if not args.library:
         assert static is not None
         return static
-    return LiveRetriever(resources.enter_context(Library(args.library)), static, args.fusion, args.mode)
+    return LiveRetriever(
+        resources.enter_context(Library(args.library, is_read_only=True)), static, args.fusion, args.mode
+    )
 
 
 def _request(args: argparse.Namespace, retro: "Retro", prompt: str) -> "Request":
@@ -751,7 +753,7 @@ def _inspect(args: argparse.Namespace) -> int:
         _print(args, {"kind": "checkpoint", "path": str(folder), **checkpoint.read_trainer(folder)})
         return 0
     if (path / FILE).is_file():
-        with Library(path) as library:
+        with Library(path, is_read_only=True) as library:
             if args.verify:
                 library.verify()
             _print(args, {**library.statistics(), **({"verified": True} if args.verify else {})})

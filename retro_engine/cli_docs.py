@@ -74,7 +74,7 @@ def _is_url(args: argparse.Namespace) -> bool:
     return args.library.startswith(("http://", "https://"))
 
 
-def _open(args: argparse.Namespace) -> "Library | RemoteLibrary":
+def _open(args: argparse.Namespace, is_read_only: bool = False) -> "Library | RemoteLibrary":
     """The library; made first where a store is named."""
     if _is_url(args):
         from retro_engine.serve.client import RemoteLibrary
@@ -82,10 +82,10 @@ def _open(args: argparse.Namespace) -> "Library | RemoteLibrary":
         if getattr(args, "store", None):
             raise UsageError("--store is for a library in a folder", f"{args.library} is a server's", "leave it out")
         return RemoteLibrary(args.library)
-    return _open_folder(args)
+    return _open_folder(args, is_read_only)
 
 
-def _open_folder(args: argparse.Namespace) -> "Library":
+def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Library":
     from retro_engine.data.store import Store
     from retro_engine.retrieval.library import Library
     from retro_engine.retrieval.library_documents import HashEmbedder
@@ -98,7 +98,7 @@ def _open_folder(args: argparse.Namespace) -> "Library":
         store = Store(args.store)
         embedder = HashEmbedder(store.tokenizer) if args.embedder == "hash" else None
         Library.create(folder, store.tokenizer, store.chunk_size, args.stride, embedder)
-    return Library(folder)
+    return Library(folder, is_read_only=is_read_only)
 
 
 def _add(args: argparse.Namespace) -> int:
@@ -176,7 +176,7 @@ def _follow(importer: "Importer", number: int, reporter: "Reporter") -> "Job":
 
 
 def _list(args: argparse.Namespace) -> int:
-    with _open(args) as library:
+    with _open(args, is_read_only=True) as library:
         for entry in library.entries(args.namespace, args.after, args.limit):
             shown = vars(entry)
             print(
@@ -190,7 +190,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _get(args: argparse.Namespace) -> int:
-    with _open(args) as library:
+    with _open(args, is_read_only=True) as library:
         document = library.get(args.id, args.namespace)
     if document is None:
         raise MissingInputError(
@@ -220,7 +220,7 @@ def _query(args: argparse.Namespace) -> int:
     from retro_engine.retrieval.library_search import combined, static_source
     from retro_engine.retrieval.search import Retriever
 
-    with _open(args) as library:
+    with _open(args, is_read_only=True) as library:
         if args.store and isinstance(library, Library):
             static = static_source(Retriever([Store(path) for path in args.store]))
             live = library.source(args.mode, args.namespace, args.weights)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,3 +117,14 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         yield disk
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@contextlib.contextmanager
+def read_only_copy(source: Path, folder: Path) -> Iterator[Path]:
+    """A copy of a folder on a disk that refuses writes, even root's; the test is skipped where it cannot be mounted."""
+    folder.mkdir()
+    with small_disk(folder, "16m") as disk:
+        copy = shutil.copytree(source, disk / source.name)
+        if subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True).returncode:
+            pytest.skip("a disk cannot be made read-only here")
+        yield copy

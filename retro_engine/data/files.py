@@ -3,24 +3,29 @@
 Owns the array file that stores and tables are made of (docs/formats.md):
 128-byte little-endian header | rows x columns values | CRC-32 of every 1 MiB of values | nothing else.
 Every file is written under a temporary name in its folder, fsynced, made read-only and renamed; a folder is
-published by its `manifest.json`, written last.
+published by its `manifest.json`, written last. Every file is opened by `open_file`, which takes nothing but files, and
+every name that comes out of a file goes through `child`, which takes nothing that leads out of the folder.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
+import re
+import shutil
+import stat
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
+from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError, UsageError
 
 MAGIC = b"RETROARR"
 VERSION = 1
@@ -29,7 +34,84 @@ HEADER = struct.Struct("<8sIII12s8sQQQ32sII20sI")  # 128 bytes; the last field i
 BLOCK = 1 << 20  # bytes of values under one checksum
 DTYPES = {"u1": np.uint8, "u2": np.uint16, "u4": np.uint32, "i4": np.int32, "i8": np.int64}
 MANIFEST = "manifest.json"
+LOCK = ".lock"
+PLAIN_NAME = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9_.+-]{1,255}")
+KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISLNK: "a link",
+    stat.S_ISFIFO: "a pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
 assert HEADER.size == 128
+
+
+def child(folder: Path, name: object, depth: int = 1) -> Path:
+    """FOLDER/NAME for a name that was read from a file; `depth` > 1 allows that many plain names joined by /.
+
+    Raises StoreError for what could lead elsewhere: an absolute path, .., a NUL, nothing, what is no text.
+    """
+    parts = name.split("/") if isinstance(name, str) else []
+    if not 1 <= len(parts) <= depth or not all(PLAIN_NAME.fullmatch(part) for part in parts):
+        raise StoreError(
+            f"{folder} names a file {name!r:.80}",
+            "a name in a file is of letters, digits, _ . + and - alone: anything else could lead out of the folder",
+            "do not use it: it was not written by this program",
+        )
+    return folder.joinpath(*parts)
+
+
+def kind_of(path: Path) -> str:
+    """What lies at a path, not looking behind a link: "a file", "a link", "a pipe" ...; "" where nothing does."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
+    return _kind(mode)
+
+
+def _kind(mode: int) -> str:
+    return next((name for is_kind, name in KINDS.items() if is_kind(mode)), "a file")
+
+
+def own_folder(path: Path) -> bool:
+    """Whether there is this folder, in which files are removed. Raises StoreError for a link, or anything else."""
+    kind = kind_of(path)
+    if kind not in ("", "a folder"):
+        raise StoreError(f"{path} is {kind}", "files are removed there: it has to be a folder", f"remove {path}")
+    return bool(kind)
+
+
+def remove_folder(parent: Path, name: str) -> None:
+    """Remove PARENT/NAME and what is in it. A link is not followed, and what cannot be removed stays."""
+    if own_folder(parent):
+        shutil.rmtree(child(parent, name), ignore_errors=True)
+
+
+def open_file(path: Path) -> io.FileIO:
+    """Open a file for reading, unbuffered. Raises OSError as `open` does, StoreError for what is no file.
+
+    A pipe would wait for its writer, a device never ends.
+    """
+    return os.fdopen(_open(path, os.O_RDONLY), "rb", buffering=0)
+
+
+def _open(path: Path, flags: int) -> int:
+    """A descriptor of a file, and of nothing else."""
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        kind = _kind(os.fstat(descriptor).st_mode)
+        if kind == "a file":
+            return descriptor
+        os.close(descriptor)
+    except OSError:
+        kind = kind_of(path)
+        if kind in ("", "a file", "a link") and not (kind == "a link" and flags & os.O_NOFOLLOW):
+            raise
+    raise StoreError(f"{path} is {kind}", "a file was expected", "put the file in its place, or build it again")
 
 
 def publish(path: Path, parts: Iterable[bytes | memoryview], size: int | None = None) -> None:
@@ -42,7 +124,8 @@ def publish(path: Path, parts: Iterable[bytes | memoryview], size: int | None = 
         size = sum(memoryview(part).nbytes for part in parts)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a killed writer with this number: what is there is not followed
+        with open(temporary, "xb") as file:
             if size:
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, before anything is written
             for part in parts:
@@ -102,23 +185,46 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; it dies with its holder. Raises UsageError when another process has it."""
     is_new = not folder.is_dir()
     make_folder(folder)
-    try:
-        file = open(folder / ".lock", "a")  # noqa: SIM115 (held until the block ends)
-    except OSError as error:
-        raise io_error(error, folder) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(f"{folder} is in use", "another process is writing there", "wait for it to end") from error
+    with _lock_file(folder, os.O_RDWR | os.O_CREAT) as file:
+        _flock(file, folder, fcntl.LOCK_EX)
         try:
             yield
         except BaseException:
             with contextlib.suppress(OSError):
-                if is_new and os.listdir(folder) == [".lock"]:  # nothing came of it: leave nothing
-                    (folder / ".lock").unlink()
+                if is_new and os.listdir(folder) == [LOCK]:  # nothing came of it: leave nothing
+                    (folder / LOCK).unlink()
                     folder.rmdir()
             raise
+
+
+@contextlib.contextmanager
+def read_locked(folder: Path) -> Iterator[None]:
+    """Keep writers out while the folder is read, with other readers. Nothing is written: where there is no lock file,
+    nobody has written there either. Raises UsageError when another process has the lock.
+    """
+    if not kind_of(folder / LOCK):
+        yield
+        return
+    with _lock_file(folder, os.O_RDONLY) as file:
+        _flock(file, folder, fcntl.LOCK_SH)
+        yield
+
+
+def _lock_file(folder: Path, flags: int) -> IO[bytes]:
+    path = folder / LOCK
+    try:
+        return os.fdopen(_open(path, flags | os.O_NOFOLLOW), "rb")
+    except OSError as error:
+        if isinstance(error, RetroError):
+            raise
+        raise io_error(error, folder) from error
+
+
+def _flock(file: IO[bytes], folder: Path, kind: int) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UsageError(f"{folder} is in use", "another process is writing there", "wait for it to end") from error
 
 
 def array_parts(kind: str, values: np.ndarray, parent: str) -> list[bytes | memoryview]:
@@ -163,7 +269,7 @@ class ArrayFile:
         """Raises StoreError for a truncated, foreign, newer, damaged or mixed-up file, before mapping it."""
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 head = file.read(HEADER.size)
                 size = os.fstat(file.fileno()).st_size
         except FileNotFoundError as error:
@@ -244,7 +350,7 @@ class ArrayFile:
 
 
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -297,13 +403,19 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     return {**body, "fingerprint": mark}
 
 
-def verify_files(folder: Path, files: dict[str, str]) -> None:
-    """Compare every file of a manifest (name -> SHA-256) with the disk. Raises StoreError for the first that differs."""
+def verify_files(folder: Path, files: dict[str, str], depth: int = 1) -> None:
+    """Compare every file of a manifest (name -> SHA-256) with the disk; names are those that `child` allows.
+
+    Raises StoreError for the first that differs.
+    """
     for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise StoreError(f"{path} is missing", "the manifest names it", "build it again")
-        found = sha256_file(path)
+        path = child(folder, name, depth)
+        try:
+            found = sha256_file(path)
+        except FileNotFoundError as error:
+            raise StoreError(f"{path} is missing", "the manifest names it", "build it again") from error
+        except OSError as error:
+            raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
         if found != expected:
             raise StoreError(
                 f"{path} is damaged", f"SHA-256 {found[:12]}, the manifest says {expected[:12]}", "build it again"

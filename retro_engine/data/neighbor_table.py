@@ -104,7 +104,9 @@ class NeighborTable:
         self.fingerprint: str = m["fingerprint"]
         self.databases = [self._database(entry) for entry in m["databases"]]
         self.num_rows = sum(store.num_rows for store in self.databases)
-        self._shards = [ArrayFile(self.folder / name, "neighbors", query.fingerprint) for name in sorted(m["files"])]
+        self._shards = [
+            ArrayFile(files.child(self.folder, name), "neighbors", query.fingerprint) for name in sorted(m["files"])
+        ]
         rows = sum(shard.values.shape[0] for shard in self._shards)
         if rows != query.num_rows or any(s.values.shape[1] != self.num_neighbors for s in self._shards):
             raise StoreError(

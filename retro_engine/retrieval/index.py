@@ -411,7 +411,7 @@ class VectorIndex:
                 f"{store.folder} has {store.fingerprint[:12]}",
                 f"retro index {store.folder}",
             )
-        vectors = Vectors(store.folder / "embeddings" / manifest["retriever"], store)
+        vectors = Vectors(files.child(store.folder / "embeddings", manifest["retriever"]), store)
         if manifest["embeddings"] != vectors.fingerprint:
             raise StoreError(
                 f"{folder} indexes vectors {manifest['embeddings'][:12]} of {manifest['embedding']['name']}",

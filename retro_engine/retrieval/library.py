@@ -54,10 +54,17 @@ class Entry:
 class Library:
     """An open library. Close it, or use it as a context manager: its lock goes with it."""
 
-    def __init__(self, folder: str | Path, embedder: Embedder | None = None, delta_chunks: int = DELTA_CHUNKS):
+    def __init__(
+        self,
+        folder: str | Path,
+        embedder: Embedder | None = None,
+        delta_chunks: int = DELTA_CHUNKS,
+        is_read_only: bool = False,
+    ):
         """Open a library that `create` made, with the embedder it was made with.
 
         Without one, a library of `hash` takes its own, and another library can be searched but not added to.
+        `is_read_only`: nothing in the folder is written, made again or removed; several may read at once.
 
         Raises MissingInputError where there is none; UsageError when another process has it open; StoreError for a
         damaged, foreign or newer one, or another embedder.
@@ -68,8 +75,8 @@ class Library:
                 f"{self.folder} is not a library", f"it has no {library_file.FILE}", "retro docs add makes one"
             )
         with contextlib.ExitStack() as stack:
-            stack.enter_context(files.locked(self.folder))
-            self.file = LibraryFile(self.folder)
+            stack.enter_context((files.read_locked if is_read_only else files.locked)(self.folder))
+            self.file = LibraryFile(self.folder, is_read_only)
             stack.callback(self.file.close)
             if embedder is None and self.file.settings["embedder"] == HashEmbedder.name:
                 embedder = HashEmbedder(self.file.tokenizer)
@@ -336,6 +343,8 @@ class Library:
 
     def verify(self) -> None:
         """Compare everything with everything. Raises StoreError for the first thing that does not fit."""
+        if self.file.is_read_only and self._index.notes:
+            raise StoreError(f"{self.folder}: {self._index.notes[0]}", "", "retro docs vacuum makes its index again")
         with self._lock:
             self.file.verify()
             for namespace, views in self._index.snapshots.items():

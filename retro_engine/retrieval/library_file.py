@@ -1,17 +1,21 @@
 """The SQLite file that is the truth of a live library: LIBRARY/documents.sqlite (docs/library.md has the tables).
 
 WAL with synchronous=FULL, so what was acknowledged survives a kill and a power cut; one writing connection, any
-number of reading ones. A key counts up and is never used again: a replaced document gets a new one, so a segment of
+number of reading ones. The file may be anybody's: its schema has to be ours, word for word, before anything is asked of
+it. A key counts up and is never used again: a replaced document gets a new one, so a segment of
 the index, which knows keys, needs no record of what died since.
 """
 
 import contextlib
+import functools
 import json
+import os
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import apsw
 import numpy as np
@@ -25,6 +29,9 @@ FILE = "documents.sqlite"
 APPLICATION_ID = 0x5245544C  # "RETL", SQLite's mark of whose file it is
 VERSION = 1
 OLDEST_SQLITE = (3, 51, 3)  # older ones can corrupt a WAL file that two connections write to
+
+SIDE_FILES = ("-wal", "-shm", "-journal")  # of SQLite's, beside the file
+SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # ends a journal that names another file, which SQLite would remove
 
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -109,25 +116,69 @@ def create(folder: Path, tokenizer: Tokenizer, chunk_size: int, stride: int, emb
 
 
 def _connect(path: Path) -> apsw.Connection:
+    _check_side_files(path)
     connection = apsw.Connection(str(path))
     connection.set_busy_timeout(10_000)
+    connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     return connection
 
 
+def _connect_to_read(path: Path, is_still: bool) -> apsw.Connection:
+    """`is_still`: nobody writes, and all that was written is in the file itself: SQLite then makes no file beside it."""
+    options = "immutable=1" if is_still else "mode=ro"
+    flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+    connection = apsw.Connection(f"file:{quote(str(path.resolve()))}?{options}", flags=flags)
+    connection.set_busy_timeout(10_000)
+    connection.execute("PRAGMA trusted_schema = OFF")
+    return connection
+
+
+def _check_side_files(path: Path) -> None:
+    """Raises StoreError for what SQLite would wait for, follow or remove."""
+    for end in SIDE_FILES:
+        beside = path.with_name(path.name + end)
+        kind = files.kind_of(beside)
+        if kind not in ("", "a file"):
+            raise StoreError(f"{beside} is {kind}", "SQLite keeps a file there", f"remove {beside}")
+        if kind and end == "-journal":
+            with files.open_file(beside) as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)))
+                if file.read() == SUPER_JOURNAL:
+                    raise StoreError(f"{beside} names another file", "a library is of one", f"remove {beside}")
+
+
+def _schema(connection: apsw.Connection) -> set[tuple[str, str, str]]:
+    """What a file consists of, but for SQLite's own tables and the indexes that these statements imply."""
+    own = "(sql IS NULL AND type = 'index') OR (type = 'table' AND name IN ('sqlite_sequence', 'sqlite_stat1', 'sqlite_stat4'))"
+    rows: list[Any] = connection.execute(f"SELECT type, name, sql FROM sqlite_schema WHERE NOT ({own})").fetchall()
+    return set(rows)
+
+
+@functools.cache
+def _expected_schema() -> set[tuple[str, str, str]]:
+    connection = apsw.Connection(":memory:")
+    connection.execute(SCHEMA)
+    return _schema(connection)
+
+
 class LibraryFile:
     """An open documents.sqlite: one writer, whose caller holds a lock, and a pool of readers."""
 
-    def __init__(self, folder: Path):
-        """Raises MissingInputError where there is no library, StoreError for one that is damaged, foreign or newer."""
-        self.path = folder / FILE
+    def __init__(self, folder: Path, is_read_only: bool = False):
+        """`is_read_only`: nothing is written, also not beside the file; `writer` then only reads.
+
+        Raises MissingInputError where there is no library, StoreError for one that is damaged, foreign or newer.
+        """
+        self.path, self.is_read_only = folder / FILE, is_read_only
         if tuple(int(part) for part in apsw.sqlite_lib_version().split(".")) < OLDEST_SQLITE:
             raise StoreError(f"SQLite {apsw.sqlite_lib_version()} can corrupt files", "", "pip install --upgrade apsw")
         if not self.path.is_file():
             raise MissingInputError(f"{folder} is not a library", f"it has no {FILE}", "retro docs add makes one")
+        self._is_still = False
         with typed_errors(self.path):
-            self.writer = _connect(self.path)
+            self.writer = self._connect_to_read() if is_read_only else _connect(self.path)
             try:
                 self._check(folder)
                 found: list[Any] = self.writer.execute("SELECT name, value FROM settings").fetchall()
@@ -156,6 +207,24 @@ class LibraryFile:
             raise StoreError(
                 f"{self.path} has version {version}", f"this program reads {VERSION}", "update retro-engine"
             )
+        if _schema(self.writer) != _expected_schema():
+            raise StoreError(f"{self.path} is not as this program makes it", "its tables are others", "make it again")
+
+    def _connect_to_read(self) -> apsw.Connection:
+        """The first connection of a library that is only read."""
+        _check_side_files(self.path)
+        wal = self.path.with_name(self.path.name + "-wal")
+        self._is_still = not (wal.exists() and wal.stat().st_size)  # else it was killed: SQLite has to look there
+        try:
+            connection = _connect_to_read(self.path, self._is_still)
+            connection.execute("SELECT 1 FROM sqlite_schema").fetchall()
+        except (apsw.CantOpenError, apsw.ReadOnlyError) as error:
+            raise MissingInputError(
+                f"{self.path} cannot be read where it is",
+                "its last writer was killed, and SQLite cannot write beside it what its log holds",
+                "copy the folder to where files can be written",
+            ) from error
+        return connection
 
     def close(self) -> None:
         self.close_readers()
@@ -172,8 +241,7 @@ class LibraryFile:
             try:
                 connection = self._readers.pop()
             except IndexError:
-                connection = apsw.Connection(str(self.path), flags=apsw.SQLITE_OPEN_READONLY)
-                connection.set_busy_timeout(10_000)
+                connection = _connect_to_read(self.path, self._is_still)
             try:
                 yield connection
             finally:
@@ -182,6 +250,8 @@ class LibraryFile:
     @contextlib.contextmanager
     def transaction(self, is_write: bool = True) -> Iterator[apsw.Connection]:
         """All of the block's changes on the disk when it ends, or none. `is_write` counts the library's version up."""
+        if self.is_read_only:
+            raise UsageError(f"{self.path} is open for reading", "nothing is written", "open it for writing")
         with typed_errors(self.path):
             self.writer.execute("BEGIN IMMEDIATE")
             try:

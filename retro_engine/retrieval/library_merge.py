@@ -1,18 +1,21 @@
 """The index of an open library: each namespace's snapshot, and the thread that makes segments of deltas.
 
 A segment's folder is published first, then named in the library's file in the transaction that forgets those it
-replaces: a kill leaves a folder that nothing names, removed when the library is next opened. Segments cover ranges of
-keys that ascend, the delta all keys after them, so what is in the file says what belongs where.
+replaces: a kill leaves a folder that nothing names, removed when the library is next opened for writing. Segments cover
+ranges of keys that ascend, the delta all keys after them, so what is in the file says what belongs where. The file may be
+anybody's: only names of eight digits are a segment's, and a name that is not is never opened or removed.
 """
 
-import shutil
+import os
+import re
 import threading
 from collections.abc import Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 
+from retro_engine.data import files
 from retro_engine.errors import MissingInputError, RetroError, StoreError
 from retro_engine.retrieval.library_documents import Batch, Chunker, num_chunks
 from retro_engine.retrieval.library_file import LibraryFile
@@ -28,7 +31,11 @@ from retro_engine.retrieval.library_segments import open_segment, publish_segmen
 from retro_engine.retrieval.library_terms import terms_of
 
 SEGMENTS = "segments"
+SEGMENT_NAME = re.compile(r"[0-9]{8}")
+FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 READ_DOCUMENTS = 256  # read at once when the index is made from documents
+LAST = 10**8  # names of segments count up to here, then again from 1
+LARGEST_KEY = (1 << 63) - 1
 SegmentRow = tuple[str, str, int, int, str]  # name, namespace, first key, last key, fingerprint
 
 
@@ -38,6 +45,7 @@ class LibraryIndex:
     def __init__(self, file: LibraryFile, chunker: Chunker, delta_chunks: int, lock: "threading.RLock"):
         self.file, self.chunker, self.delta_chunks = file, chunker, delta_chunks
         self.folder = file.path.parent / SEGMENTS
+        files.own_folder(self.folder)
         self.notes: list[str] = []  # what was mended while opening, and merges that failed
         self._lock = lock
         self._merge_lock = threading.Lock()
@@ -48,14 +56,17 @@ class LibraryIndex:
         self._thread = threading.Thread(target=self._merge_when_due, name="library-merge", daemon=True)
 
     def start(self) -> None:
-        self._wake.set()
-        self._thread.start()
+        """Begin to merge; a library that is only read has nothing to merge."""
+        if not self.file.is_read_only:
+            self._wake.set()
+            self._thread.start()
 
     def stop(self) -> None:
         """End the background merges, and let go of the segments' files. The caller does not hold the lock."""
         self._is_stopping = True
         self._wake.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         self.snapshots = {}
 
     def show(self, namespace: str, dead: Sequence[int], keys: Sequence[int], batch: Batch | None) -> None:
@@ -75,7 +86,7 @@ class LibraryIndex:
         """Publish that these hold nothing; their segments are named by nothing any more."""
         gone = [view.part for name in namespaces for view in self.snapshots.get(name, ())]
         self.snapshots = {name: views for name, views in self.snapshots.items() if name not in namespaces}
-        _remove_folders(gone)
+        self._remove(gone)
 
     def parts(self, namespace: str) -> dict[str, Any]:
         views = self.snapshots.get(namespace, ())
@@ -126,7 +137,7 @@ class LibraryIndex:
                 current = self.snapshots.get(namespace, ())
                 replaced, after = current[first : first + len(inputs)], current[first + len(inputs) :]
                 if [id(view.part) for view in replaced] != [id(view.part) for view in inputs]:  # a reset came between
-                    _remove_folders([merged] if merged else [])
+                    self._remove([merged] if merged else [])
                     return
                 self._name(row, [view.part for view in replaced])
                 views = current[:first]
@@ -135,16 +146,17 @@ class LibraryIndex:
                     died = np.setdiff1d(merged.keys, alive, assume_unique=True).tolist()
                     views = (*views, View.whole(merged).without(died))
                 self.snapshots = {**self.snapshots, namespace: (*views, *after)}
-                _remove_folders([view.part for view in replaced])
+                self._remove([view.part for view in replaced])
 
     def _publish(self, namespace: str, segment: Segment) -> tuple[Segment, SegmentRow]:
         """Write a segment, and open what was written."""
-        numbers = [int(path.name) for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        folder = self.folder / f"{1 + max(numbers, default=0):08d}"
+        taken = {int(name) for name in self._names()}
+        number = next(n for n in count(1 + max(taken, default=0)) if n % LAST and n % LAST not in taken) % LAST
+        folder = self.folder / f"{number:08d}"
         try:
             mark = publish_segment(segment, folder, self.file.fingerprint)
         except RetroError:
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove_folder(self.folder, folder.name)
             raise
         row = (folder.name, namespace, int(segment.keys[0]), int(segment.keys[-1]), mark)
         return open_segment(folder, self.file.fingerprint, mark), row
@@ -162,42 +174,81 @@ class LibraryIndex:
 
     def load(self) -> None:
         """Every namespace's snapshot, from the segments there are and the documents that are in none."""
-        rows: list[Any] = self.file.writer.execute("SELECT * FROM segments ORDER BY first_key").fetchall()
-        names = {row[0] for row in rows}
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name not in names:  # of a merge that was killed
-                shutil.rmtree(path, ignore_errors=True)
+        rows: list[Any] = self.file.writer.execute("SELECT * FROM segments ORDER BY first_key, last_key").fetchall()
+        if not self.file.is_read_only:
+            for name in self._names() - {row[0] for row in rows}:  # of a merge that was killed
+                files.remove_folder(self.folder, name)
         names_there: list[Any] = self.file.writer.execute("SELECT name FROM namespaces").fetchall()
         self.snapshots = {
             name: self._load_one(name, [row for row in rows if row[1] == name]) for (name,) in names_there
         }
 
+    def _names(self) -> set[str]:
+        """The segments' folders; other things that lie there are left alone, and said once."""
+        names = set()
+        for name in os.listdir(self.folder) if files.own_folder(self.folder) else ():
+            if SEGMENT_NAME.fullmatch(name):
+                names.add(name)
+            else:
+                self._note(f"{self.folder / name} is not a segment: it is left alone")
+        return names
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
     def _load_one(self, namespace: str, rows: Sequence[SegmentRow]) -> Snapshot:
+        """Every living document is in one of the views, in the order of keys, whatever the table of segments says."""
         alive = self.file.keys(namespace)
         views: list[View] = []
+        last = 0
         for row in rows:
-            segment = self._open(row)
-            if segment is not None:
-                died = np.setdiff1d(segment.keys, alive, assume_unique=True).tolist()
-                views.append(View.whole(segment).without(died))
-        return (*views, View.whole(self._filled(namespace, rows[-1][3] if rows else 0, None)))
+            part = self._open(row, last)
+            if part is None or not len(part.keys):
+                continue
+            views += self._between(namespace, alive, last, int(part.keys[0]) - 1)
+            died = np.setdiff1d(part.keys, alive, assume_unique=True).tolist()
+            views.append(View.whole(part).without(died))
+            last = int(part.keys[-1])
+        return (*views, View.whole(self._filled(namespace, last, None)))
 
-    def _open(self, row: SegmentRow) -> Segment | None:
-        """A segment; one that is damaged is made again from its documents, None when they are all gone."""
+    def _between(self, namespace: str, alive: np.ndarray, after: int, last: int) -> list[View]:
+        """The documents between two segments, where the table of segments has lost them."""
+        first, end = np.searchsorted(alive, (after, last), "right")
+        return [View.whole(self._filled(namespace, after, last))] if first < end else []
+
+    def _open(self, row: SegmentRow, after: int) -> Segment | Delta | None:
+        """A segment of keys above `after`; one that is damaged is made again from its documents, None when they are
+        all gone. Of a library that is only read they are then searched as a delta.
+        """
         name, namespace, first_key, last_key, mark = row
         try:
-            return open_segment(self.folder / name, self.file.fingerprint, mark)
+            _check_row(row, after)
+            segment = open_segment(files.child(self.folder, name), self.file.fingerprint, mark)
+            if first_key <= segment.keys[0] and segment.keys[-1] <= last_key:
+                return segment
+            raise StoreError(f"{self.folder / name} has other documents", "the library names their keys")
         except (StoreError, MissingInputError) as error:
-            self.notes.append(f"segment {name} was made again: {error.what}")
-        delta = self._filled(namespace, first_key - 1, last_key)
-        segment, new = self._publish(namespace, delta.segment()) if delta.keys else (None, None)
+            made = "is damaged, its documents are searched one by one" if self.file.is_read_only else "was made again"
+            self._note(f"segment {name!s:.20} {made}: {error.what}")
+        after, last_key = max(after, first_key - 1), min(last_key, LARGEST_KEY)
+        delta = self._filled(namespace, after, last_key) if after < last_key else Delta(self.chunker.width)
+        if self.file.is_read_only:
+            return delta
+        made_again, new = self._publish(namespace, delta.segment()) if delta.keys else (None, None)
         with self.file.transaction(is_write=False) as connection:
             connection.execute("DELETE FROM segments WHERE name = ?", (name,))
             if new is not None:
-                row = (new[0], namespace, first_key, last_key, new[4])
-                connection.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?)", row)
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        return segment
+                connection.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?)", new)
+        if SEGMENT_NAME.fullmatch(name):
+            files.remove_folder(self.folder, name)
+        return made_again
+
+    def _remove(self, parts: Sequence[Segment | Delta]) -> None:
+        """Remove segments that nothing names any more; searches that still read them keep them mapped."""
+        for part in parts:
+            if isinstance(part, Segment) and part.folder is not None:
+                files.remove_folder(self.folder, part.folder.name)  # what stays is removed at the next opening
 
     def _filled(self, namespace: str, after: int, last: int | None) -> Delta:
         """A delta of the documents with keys after < key <= last."""
@@ -211,8 +262,10 @@ class LibraryIndex:
         return delta
 
 
-def _remove_folders(parts: Sequence[Segment | Delta]) -> None:
-    """Remove segments that nothing names any more; searches that still read them keep them mapped."""
-    for part in parts:
-        if isinstance(part, Segment) and part.folder is not None:
-            shutil.rmtree(part.folder, ignore_errors=True)  # what stays is removed when the library is opened
+def _check_row(row: SegmentRow, after: int) -> None:
+    """Raises StoreError for a row of the table of segments that this program has not written."""
+    name, _, first_key, last_key, mark = row
+    if not SEGMENT_NAME.fullmatch(name):
+        raise StoreError(f"the name {name!r:.80} is not a segment's", "it has eight digits")
+    if not after < first_key <= last_key <= LARGEST_KEY or not FINGERPRINT.fullmatch(mark):
+        raise StoreError(f"segment {name} is said to have keys {first_key} ... {last_key}", f"after {after}")

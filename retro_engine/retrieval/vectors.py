@@ -175,7 +175,8 @@ class Vectors:
         files.verify_files(folder, self.manifest["files"])
         try:
             self._shards = [
-                np.load(folder / n, mmap_mode="r", allow_pickle=False) for n in sorted(self.manifest["files"])
+                np.load(files.child(folder, n), mmap_mode="r", allow_pickle=False)
+                for n in sorted(self.manifest["files"])
             ]
         except (OSError, ValueError) as error:
             raise StoreError(f"{folder} cannot be read", str(error), "retro embed again") from error

@@ -8,6 +8,7 @@ SHA-256 of every other file. A checkpoint exists when COMPLETE does.
 
 import json
 import os
+import re
 import shutil
 import threading
 import warnings
@@ -205,7 +206,7 @@ def _staged(optimizer: Optimizer, folder: Path, parallel: Parallel) -> Callable[
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-[0-9]{1,18}", path.name)]
     return sorted((path for path in found if (path / COMPLETE).is_file()), key=lambda path: int(path.name[5:]))
 
 
@@ -244,7 +245,7 @@ def verify(checkpoint: Path) -> None:
             f"it does not name {', '.join(sorted(missing))}",
             "resume from another checkpoint",
         )
-    files.verify_files(checkpoint, entries)
+    files.verify_files(checkpoint, entries, depth=2)  # optimizer/shard-...
 
 
 def load_weights(checkpoint: Path, model: RetroModel) -> None:

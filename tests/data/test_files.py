@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -206,3 +207,107 @@ def test_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
         holder.wait()
         with files.locked(tmp_path):
             pass
+
+
+HOSTILE_NAMES = [
+    "../a",
+    "/etc/passwd",
+    "..",
+    ".",
+    "",
+    "a/b",
+    "a/../../b",
+    "a\0b",
+    "a\n",
+    "a b",
+    "é",
+    "~",
+    None,
+    3,
+    b"a",
+    "a" * 256,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_name_from_a_file_does_not_leave_its_folder(tmp_path: Path, name: object) -> None:
+    with pytest.raises(StoreError, match="names a file"):
+        files.child(tmp_path, name)
+    with pytest.raises(StoreError, match="names a file"):
+        files.verify_files(tmp_path, {name: "0" * 64})  # type: ignore[dict-item]
+    if name != "a/b":
+        with pytest.raises(StoreError, match="names a file"):
+            files.child(tmp_path, name, depth=3)
+
+
+def test_plain_names(tmp_path: Path) -> None:
+    for name in ("tokens-00000.bin", ".hidden", "a..b", "model-1+2_3.safetensors"):
+        assert files.child(tmp_path, name) == tmp_path / name
+    assert files.child(tmp_path, "optimizer/shard-1", depth=2) == tmp_path / "optimizer" / "shard-1"
+
+
+def test_a_link_is_not_removed_through(tmp_path: Path) -> None:
+    (tmp_path / "outside" / "inner").mkdir(parents=True)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "link").symlink_to(tmp_path / "outside")
+    files.remove_folder(tmp_path / "own", "link")
+    with pytest.raises(StoreError, match="is a link"):
+        files.remove_folder(tmp_path / "own" / "link", "inner")
+    with pytest.raises(StoreError, match="names a file"):
+        files.remove_folder(tmp_path / "own", "../outside")
+    assert (tmp_path / "outside" / "inner").is_dir()
+    files.remove_folder(tmp_path / "nothing", "a")
+    files.remove_folder(tmp_path / "outside", "inner")
+    assert not (tmp_path / "outside" / "inner").exists()
+
+
+def test_only_files_are_opened(tmp_path: Path) -> None:
+    """A pipe waits for its writer, a device never ends: neither is waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for name, kind in (("pipe", "pipe"), ("folder", "folder"), ("zeros", "device"), ("socket", "socket")):
+            for act in (files.open_file, files.sha256_file, lambda path: ArrayFile(path, "tokens")):
+                with pytest.raises(StoreError, match=f"is a {kind}"):
+                    act(tmp_path / name)  # type: ignore[operator]
+    with pytest.raises(FileNotFoundError):
+        files.open_file(tmp_path / "nothing")
+    with pytest.raises(OSError, match="symbolic links"):
+        files.open_file(tmp_path / "loop")
+    (tmp_path / "real").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("real")
+    with files.open_file(tmp_path / "link") as file:
+        assert file.read() == b"content"
+
+
+def test_a_lock_is_a_file(tmp_path: Path) -> None:
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink(tmp_path / "made", path)):
+        lock = tmp_path / ".lock"
+        make(lock)
+        for kind in (files.locked, files.read_locked):
+            with pytest.raises(StoreError, match=r"\.lock is a"), kind(tmp_path):
+                pass
+        lock.rmdir() if lock.is_dir() else lock.unlink()
+    assert not (tmp_path / "made").exists()
+
+
+def test_readers_lock_writers_out_and_each_other_not(tmp_path: Path) -> None:
+    with files.read_locked(tmp_path):
+        assert os.listdir(tmp_path) == []
+    with files.locked(tmp_path), pytest.raises(UsageError, match="in use"), files.read_locked(tmp_path):
+        pass
+    readers = files.read_locked(tmp_path), files.read_locked(tmp_path)
+    with readers[0], readers[1], pytest.raises(UsageError, match="in use"), files.locked(tmp_path):
+        pass
+
+
+def test_a_temporary_name_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("mine")
+    temporary = tmp_path / f".a.bin.{os.getpid()}.tmp"
+    temporary.symlink_to("outside")
+    files.publish(tmp_path / "a.bin", [b"content"])
+    assert (tmp_path / "a.bin").read_bytes() == b"content"
+    assert (tmp_path / "outside").read_text() == "mine"

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import apsw
 import numpy as np
 import pytest
-from helpers import WORDS, small_disk
+from helpers import WORDS, read_only_copy, small_disk
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -603,3 +604,172 @@ def test_an_interrupt_between_disk_and_snapshot(folder: Path, monkeypatch: pytes
         assert found(library, "arrival") == {"late"}
         assert library.version == 2
         library.verify()
+
+
+def tampered(folder: Path, statement: str, *values: object) -> None:
+    """What somebody else writes into a library's file."""
+    connection = apsw.Connection(str(folder / FILE))
+    connection.execute(statement, values)
+    connection.close()
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Everything that lies in a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.name != "documents.sqlite")
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def crafted_names(outside: Path) -> list[str]:
+    return [
+        str(outside),
+        f"../../{outside.name}",
+        "../imports",
+        "..",
+        ".",
+        "",
+        "00000001/..",
+        "1",
+        "00000001\n",
+        "٠١٢٣٤٥٦٧",
+    ]
+
+
+@pytest.mark.parametrize("is_read_only", [True, False])
+def test_a_crafted_library_removes_nothing_elsewhere(folder: Path, tmp_path: Path, is_read_only: bool) -> None:
+    """The table of segments names folders; they were removed, wherever they were."""
+    outside = tmp_path / "outside"
+    for place in (outside, folder / "imports"):
+        place.mkdir()
+        (place / "precious").write_text("all that I have")
+    with Library(folder) as library:
+        library.add(documents(5))
+    before = {**listing(outside), **listing(folder)}
+    for number, name in enumerate(crafted_names(outside)):
+        row = (name, "default", 1 + number % 2, 5, "0" * 64)
+        tampered(folder, "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?)", *row)
+        with Library(folder, is_read_only=is_read_only) as library:
+            assert len(library.entries()) == 5
+            assert found(library, "only3x") == {"d3"}
+        assert listing(outside).items() <= before.items()
+        assert (folder / "imports" / "precious").is_file()
+        if is_read_only:
+            assert {**listing(outside), **listing(folder)} == before, "reading writes nothing at all"
+    if not is_read_only:
+        with Library(folder) as library:
+            library.verify()
+            library.reset()
+        assert (outside / "precious").is_file()
+
+
+def test_links_in_a_library_are_refused(folder: Path, tmp_path: Path) -> None:
+    with Library(folder) as library:
+        library.add(documents(5))
+    outside = tmp_path / "outside"
+    (outside / "00000007").mkdir(parents=True)
+    (outside / "00000007" / "precious").write_text("mine")
+    (outside / "file").write_text("mine")
+    before = listing(outside)
+    (folder / "segments").symlink_to(outside)
+    for is_read_only in (True, False):
+        with pytest.raises(StoreError, match="segments is a link"):
+            Library(folder, is_read_only=is_read_only)
+    (folder / "segments").unlink()
+    (folder / "segments").mkdir()
+    (folder / "segments" / "00000009").symlink_to(outside)
+    with Library(folder) as library:
+        library.merge()
+    (folder / ".lock").unlink()
+    for target in ("file", "nothing"):
+        (folder / ".lock").symlink_to(outside / target)
+        for is_read_only in (True, False):
+            with pytest.raises(StoreError, match=r"\.lock is a link"):
+                Library(folder, is_read_only=is_read_only)
+        (folder / ".lock").unlink()
+    assert listing(outside) == before
+
+
+def test_a_journal_that_names_another_file(folder: Path, tmp_path: Path) -> None:
+    """SQLite removes the file that such a journal names as the journal of several databases."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    name = str(precious).encode()
+    checksum = sum(name) & 0xFFFFFFFF
+    magic = bytes.fromhex("d9d505f920a163d7")
+    header = magic + bytes(4) + bytes(4) + (1).to_bytes(4, "big") + (512).to_bytes(4, "big") + (4096).to_bytes(4, "big")
+    lock_page = ((1 << 30) // 4096 + 1).to_bytes(4, "big")
+    record = lock_page + name + len(name).to_bytes(4, "big") + checksum.to_bytes(4, "big") + magic
+    tampered(folder, "PRAGMA journal_mode = DELETE")
+    journal = folder / "documents.sqlite-journal"
+    for is_read_only in (True, False):
+        journal.write_bytes(header.ljust(512, b"\0") + record)
+        with pytest.raises(StoreError, match="names another file"):
+            Library(folder, is_read_only=is_read_only)
+        assert precious.is_file()
+    journal.unlink()
+    for end in ("-wal", "-shm", "-journal"):
+        os.mkfifo(folder / f"documents.sqlite{end}")
+        with pytest.raises(StoreError, match="is a pipe"):
+            Library(folder)
+        (folder / f"documents.sqlite{end}").unlink()
+
+
+def test_reading_alone(folder: Path) -> None:
+    """Nothing is written or made again; several read at once, and a writer waits for them."""
+    with Library(folder) as library:
+        library.add(documents(20))
+        library.merge()
+        library.add([Document("d1", "", "replaced text"), Document("new", "", "another text")])
+        before = library.search("river stone amber text", 30, "hybrid")
+    (segment,) = (folder / "segments").iterdir()
+    (segment / "keys.npy").unlink()
+    (folder / "segments" / "00000077").mkdir()  # of a merge that was killed
+    there = listing(folder)
+    with Library(folder, is_read_only=True) as library, Library(folder, is_read_only=True) as other:
+        assert library.get("new") == other.get("new") == Document("new", "", "another text")
+        assert library.search("river stone amber text", 30, "hybrid") == before
+        (note,) = library.statistics()["notes"]
+        assert "searched one by one" in note
+        with pytest.raises(StoreError, match="keys.npy"):
+            library.verify()
+        for act in (lambda: library.add(documents(1)), lambda: library.delete(["d1"]), library.reset):
+            with pytest.raises(UsageError, match="open for reading"):
+                act()
+        with pytest.raises(UsageError, match="is in use"):
+            Library(folder)
+    assert listing(folder) == there
+    with Library(folder) as library, pytest.raises(UsageError, match="is in use"):
+        Library(folder, is_read_only=True)
+    with Library(folder, is_read_only=True) as library:
+        library.verify()
+        assert library.search("river stone amber text", 30, "hybrid") == before
+
+
+def test_reading_where_nothing_can_be_written(folder: Path, tmp_path: Path) -> None:
+    with Library(folder) as library:
+        library.add(documents(3))
+        shutil.copytree(folder, tmp_path / "killed")  # its log is not in the file yet
+    (folder / ".lock").unlink()
+    with read_only_copy(folder, tmp_path / "a") as copy, Library(copy, is_read_only=True) as library:
+        assert found(library, "only2x") == {"d2"}
+        library.verify()
+    with Library(tmp_path / "killed", is_read_only=True) as library:
+        assert found(library, "only2x") == {"d2"}
+    for name in ("documents.sqlite-shm", ".lock"):
+        (tmp_path / "killed" / name).unlink(missing_ok=True)
+    with read_only_copy(tmp_path / "killed", tmp_path / "b") as copy:
+        with pytest.raises(MissingInputError, match="cannot be read where it is"):
+            Library(copy, is_read_only=True)
+        with pytest.raises((UsageError, MissingInputError)):
+            Library(copy)
+
+
+def test_a_foreign_schema_is_refused(folder: Path) -> None:
+    """A trigger or a view would run what its maker wants."""
+    tampered(folder, "CREATE TABLE own (x)")
+    with pytest.raises(StoreError, match="its tables are others"):
+        Library(folder)
+    tampered(folder, "DROP TABLE own")
+    tampered(folder, "CREATE TRIGGER t AFTER INSERT ON documents BEGIN DELETE FROM documents; END")
+    for is_read_only in (True, False):
+        with pytest.raises(StoreError, match="its tables are others"):
+            Library(folder, is_read_only=is_read_only)
