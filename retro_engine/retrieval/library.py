@@ -31,13 +31,13 @@ from retro_engine.retrieval.library_documents import (
 )
 from retro_engine.retrieval.library_file import LibraryFile, checksum
 from retro_engine.retrieval.library_index import Segment, Snapshot
-from retro_engine.retrieval.library_merge import LibraryIndex
+from retro_engine.retrieval.library_merge import LibraryIndex, Shown
 from retro_engine.retrieval.library_search import Hit, Ranking, Source, check_mode, drop_overlaps, rank
 
 DEFAULT = "default"  # the namespace
 DELTA_CHUNKS = 4096  # from then on the delta becomes a segment
 MAX_LIST = 1000
-TRIES = 5  # of a search whose hits were deleted while it ran
+TRIES = 100  # to read file and snapshot between two writes: one or two are enough
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,6 @@ class Library:
             self._lock = threading.RLock()  # writers, and whoever publishes a snapshot
             self._is_closed = False
             with library_file.typed_errors(self.file.path):
-                self._version = self.file.version()
                 self._index = LibraryIndex(self.file, self.chunker, delta_chunks, self._lock)
             self._resources = stack.pop_all()
         self._index.start()
@@ -141,8 +140,8 @@ class Library:
 
     @property
     def version(self) -> int:
-        """Counts up with every write that was acknowledged, across restarts."""
-        return self._version
+        """Counts up with every write that was acknowledged, across restarts; what it counted is found."""
+        return self._index.shown.version
 
     # Writing
 
@@ -153,15 +152,14 @@ class Library:
         """
         check_namespace(namespace)
         latest = {document.id: document for document in documents}  # the last of those with the same id
-        self.write(namespace, self.chunker.prepare(list(latest.values())), [])
-        return self._version
+        return self.write(namespace, self.chunker.prepare(list(latest.values())), [])[0]
 
     def delete(self, ids: Sequence[str], namespace: str = DEFAULT) -> int:
         """Delete documents by id; return how many there were."""
         check_namespace(namespace)
         for identifier in ids:
             check_id(identifier)
-        return self.write(namespace, None, list(ids))
+        return self.write(namespace, None, list(ids))[1]
 
     def write(
         self,
@@ -169,8 +167,8 @@ class Library:
         batch: Batch | None,
         deleted: Sequence[str],
         also: Callable[[apsw.Connection], None] | None = None,
-    ) -> int:
-        """Documents, deletions and the changes that `also` makes in one transaction; return the number deleted."""
+    ) -> tuple[int, int]:
+        """Documents, deletions and the changes that `also` makes in one transaction; the version, the number deleted."""
         with self._lock:
             self._check_open()
             try:
@@ -184,15 +182,14 @@ class Library:
                         keys = self.file.insert(namespace, batch)
                     if also is not None:
                         also(connection)
-                self._version = self.file.version()
-                self._index.show(namespace, gone + replaced, keys, batch)
+                version = self.file.version()
+                self._index.show(version, namespace, gone + replaced, keys, batch)
             except RetroError:  # rolled back: what is seen is what there is
                 raise
             except BaseException:  # stopped between disk and snapshot
-                self._version = self.file.version()
                 self._index.load()
                 raise
-        return len(gone)
+        return version, len(gone)
 
     @contextlib.contextmanager
     def locked_transaction(self) -> Iterator[apsw.Connection]:
@@ -216,8 +213,7 @@ class Library:
                     count += connection.changes()
                     connection.execute("DELETE FROM segments WHERE namespace = ?", (name,))
                     connection.execute("DELETE FROM namespaces WHERE name = ?", (name,))
-            self._version = self.file.version()
-            self._index.forget(names)
+            self._index.forget(self.file.version(), names)
         return count
 
     # Reading
@@ -227,34 +223,36 @@ class Library:
         check_namespace(namespace)
         check_id(identifier)
         statement = "SELECT key, text_crc, id, title, text FROM documents WHERE namespace = ? AND id = ?"
-        for key, mark, *parts in self.read(statement, namespace, identifier):
-            document = Document(*parts)
-            names = checksum(namespace, document.id, document.title)
-            self.file.check(key, mark, document.text, names)
-            return document
-        return None
+        with self._view() as (connection, _):
+            row: Any = connection.execute(statement, (namespace, identifier)).fetchone()
+        if row is None:
+            return None
+        document = Document(*row[2:])
+        names = checksum(namespace, document.id, document.title)
+        self.file.check(row[0], row[1], document.text, names)
+        return document
 
     def entries(self, namespace: str = DEFAULT, after: str = "", limit: int = 100) -> list[Entry]:
         """Documents in the order of their ids' UTF-8, those after the id `after`; the last id begins the next page."""
         check_namespace(namespace)
         if not 1 <= limit <= MAX_LIST:
             raise UsageError(f"limit={limit} cannot be used", f"a page has 1 to {MAX_LIST:,} documents")
-        rows = self.read(
-            "SELECT id, title, chunks, num_tokens, bytes FROM documents WHERE namespace = ? AND id > ? ORDER BY id LIMIT ?",
-            namespace,
-            after,
-            limit,
-        )
+        statement = "SELECT id, title, chunks, num_tokens, bytes FROM documents WHERE namespace = ? AND id > ? ORDER BY id LIMIT ?"
+        with self._view() as (connection, _):
+            rows: list[Any] = connection.execute(statement, (namespace, after, limit)).fetchall()
         return [Entry(*row) for row in rows]
 
     def statistics(self) -> dict[str, Any]:
         """Counts of each namespace, the index's parts, the version."""
         names = ("documents", "chunks", "tokens", "bytes")
-        rows = self.read("SELECT name, documents, chunks, tokens, bytes FROM namespaces ORDER BY name")
+        with self._view() as (connection, shown):
+            rows: list[Any] = connection.execute(
+                "SELECT name, documents, chunks, tokens, bytes FROM namespaces ORDER BY name"
+            ).fetchall()
         counts = {name: dict(zip(names, numbers)) for name, *numbers in rows}
         return {
             "kind": "library",
-            "version": self._version,
+            "version": shown.version,
             "chunk_size": self.file.chunk_size,
             "stride": self.file.stride,
             "embedder": self.file.settings["embedder"],
@@ -293,15 +291,11 @@ class Library:
             raise UsageError(f"mode {mode} needs vectors", f"{self.folder} was made without an embedder", "lexical")
         vector = None if mode == "lexical" else self.chunker.embed([text])[0]
         reach = -(-self.file.chunk_size // self.file.stride)
-        found: list[tuple[Hit, np.ndarray]] = []
-        for _ in range(TRIES):
-            self._check_open()
-            snapshot = self._index.snapshots.get(namespace, ())
+        with self._view() as (connection, shown):
+            snapshot = shown.snapshots.get(namespace, ())
             ranking = rank(snapshot, mode, text, vector, weights, k * (2 * reach - 1))
             ranking = drop_overlaps(snapshot, ranking, reach)[:k] if reach > 1 else ranking
-            found = self._hits(snapshot, ranking)
-            if len(found) == len(ranking):
-                break
+            found = self._hits(connection, snapshot, ranking)
         self._check_open()  # not closed while it searched
         return found
 
@@ -309,26 +303,38 @@ class Library:
         """This library as a source of `combined`."""
         return lambda text, k: self.search(text, k, mode, namespace, weights)
 
-    def _hits(self, snapshot: Snapshot, ranking: Ranking) -> list[tuple[Hit, np.ndarray]]:
+    def _hits(self, connection: apsw.Connection, snapshot: Snapshot, ranking: Ranking) -> list[tuple[Hit, np.ndarray]]:
         """The texts and tokens of a ranking, but for documents that were deleted since."""
         m, dtype = self.file.chunk_size, np.dtype(self.file.tokenizer.dtype).newbyteorder("<")
         found: list[tuple[str, str, int, float]] = []
         tokens: list[np.ndarray] = []
-        with self.file.reader() as connection:
-            for view, chunk, score in ranking:
-                key, number = snapshot[view].document(chunk)
-                row: Any = connection.execute(
-                    "SELECT tokens_crc, namespace, id, title, tokens FROM documents WHERE key = ?", (key,)
-                ).fetchone()
-                if row is not None:
-                    self.file.check(key, row[0], row[4], checksum(*row[1:4]))
-                    end = number * self.file.stride + m
-                    tokens.append(np.frombuffer(row[4], dtype)[end - m : end + m])
-                    found.append((row[2], row[3], number, score))
+        for view, chunk, score in ranking:
+            key, number = snapshot[view].document(chunk)
+            row: Any = connection.execute(
+                "SELECT tokens_crc, namespace, id, title, tokens FROM documents WHERE key = ?", (key,)
+            ).fetchone()
+            if row is not None:
+                self.file.check(key, row[0], row[4], checksum(*row[1:4]))
+                end = number * self.file.stride + m
+                tokens.append(np.frombuffer(row[4], dtype)[end - m : end + m])
+                found.append((row[2], row[3], number, score))
         texts = self.file.tokenizer.decode_batch([part.tolist() for row in tokens for part in (row[:m], row[m:])])
         pairs = zip(found, texts[::2], texts[1::2])
         hits = [Hit(*head, text, continuation, self.folder.name) for head, text, continuation in pairs]
         return list(zip(hits, tokens))
+
+    @contextlib.contextmanager
+    def _view(self) -> Iterator[tuple[apsw.Connection, Shown]]:
+        """The file and the snapshots of one version, so that whatever is asked for agrees, whoever writes meanwhile."""
+        self._check_open()
+        for attempt in range(1, TRIES + 1):
+            with self.file.reader() as connection, connection:  # the first question fixes what is seen of the file
+                ((version,),) = list[Any](connection.execute("SELECT version FROM counter"))
+                self._index.wait_for(version)
+                shown = self._index.shown
+                if shown.version == version or attempt == TRIES:
+                    yield connection, shown
+                    return
 
     def read(self, statement: str, *values: Any) -> list[Any]:
         """Rows of the library's tables."""

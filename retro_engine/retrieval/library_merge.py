@@ -10,13 +10,14 @@ import os
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
 import numpy as np
 
 from retro_engine.data import files
-from retro_engine.errors import MissingInputError, RetroError, StoreError
+from retro_engine.errors import MissingInputError, RetroError, StoreError, UnavailableError
 from retro_engine.retrieval.library_documents import Batch, Chunker, num_chunks
 from retro_engine.retrieval.library_file import LibraryFile
 from retro_engine.retrieval.library_index import (
@@ -34,9 +35,18 @@ SEGMENTS = "segments"
 SEGMENT_NAME = re.compile(r"[0-9]{8}")
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 READ_DOCUMENTS = 256  # read at once when the index is made from documents
+SHOWN_S = 60.0  # from a write's commit to its snapshot: longer only where a damaged index is made again
 LAST = 10**8  # names of segments count up to here, then again from 1
 LARGEST_KEY = (1 << 63) - 1
 SegmentRow = tuple[str, str, int, int, str]  # name, namespace, first key, last key, fingerprint
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is seen at one time. Replaced as a whole: no version is known before its documents are found."""
+
+    version: int
+    snapshots: dict[str, Snapshot]  # by namespace
 
 
 class LibraryIndex:
@@ -51,9 +61,28 @@ class LibraryIndex:
         self._merge_lock = threading.Lock()
         self._wake = threading.Event()
         self._is_stopping = False
-        self.snapshots: dict[str, Snapshot] = {}
+        self._changed = threading.Condition()
+        self.shown = Shown(0, {})
         self.load()
         self._thread = threading.Thread(target=self._merge_when_due, name="library-merge", daemon=True)
+
+    @property
+    def snapshots(self) -> dict[str, Snapshot]:
+        return self.shown.snapshots
+
+    def _show(self, snapshots: dict[str, Snapshot], version: int | None = None) -> None:
+        """Replace what is seen; without a version it is the same documents in other segments."""
+        with self._changed:
+            self.shown = Shown(self.shown.version if version is None else version, snapshots)
+            self._changed.notify_all()
+
+    def wait_for(self, version: int) -> None:
+        """Until what is on the disk in this version is seen too: its writer is between the two, for milliseconds."""
+        if self.shown.version >= version:
+            return
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.shown.version >= version or self._is_stopping, SHOWN_S):
+                raise UnavailableError("the index is behind the documents", f"for {SHOWN_S:.0f} s", "ask again")
 
     def start(self) -> None:
         """Begin to merge; a library that is only read has nothing to merge."""
@@ -67,10 +96,10 @@ class LibraryIndex:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
-        self.snapshots = {}
+        self._show({})
 
-    def show(self, namespace: str, dead: Sequence[int], keys: Sequence[int], batch: Batch | None) -> None:
-        """Publish a snapshot without the dead keys and with the new documents."""
+    def show(self, version: int, namespace: str, dead: Sequence[int], keys: Sequence[int], batch: Batch | None) -> None:
+        """Publish a snapshot without the dead keys and with the new documents, and with it the version."""
         old = self.snapshots.get(namespace) or (self._empty_delta(),)
         views = [view.without(dead) for view in old] if dead else list(old)
         delta = views[-1].part
@@ -78,14 +107,14 @@ class LibraryIndex:
         if batch is not None:
             delta.append(keys, batch.num_chunks, batch.terms, batch.vectors)
         views[-1] = views[-1].grown()
-        self.snapshots = {**self.snapshots, namespace: tuple(views)}
+        self._show({**self.snapshots, namespace: tuple(views)}, version)
         if len(views[-1].alive) >= self.delta_chunks:
             self._wake.set()
 
-    def forget(self, namespaces: Sequence[str]) -> None:
+    def forget(self, version: int, namespaces: Sequence[str]) -> None:
         """Publish that these hold nothing; their segments are named by nothing any more."""
         gone = [view.part for name in namespaces for view in self.snapshots.get(name, ())]
-        self.snapshots = {name: views for name, views in self.snapshots.items() if name not in namespaces}
+        self._show({name: views for name, views in self.snapshots.items() if name not in namespaces}, version)
         self._remove(gone)
 
     def parts(self, namespace: str) -> dict[str, Any]:
@@ -130,7 +159,7 @@ class LibraryIndex:
                 if not is_due:
                     return
                 first = tail_to_merge(views, is_all)
-                self.snapshots = {**self.snapshots, namespace: (*views, self._empty_delta())}
+                self._show({**self.snapshots, namespace: (*views, self._empty_delta())})
             inputs = views[first:]
             merged, row = self._publish(namespace, merge(inputs)) if any(v.num_alive for v in inputs) else (None, None)
             with self._lock:
@@ -145,7 +174,7 @@ class LibraryIndex:
                     alive = np.concatenate([view.alive_keys() for view in replaced])
                     died = np.setdiff1d(merged.keys, alive, assume_unique=True).tolist()
                     views = (*views, View.whole(merged).without(died))
-                self.snapshots = {**self.snapshots, namespace: (*views, *after)}
+                self._show({**self.snapshots, namespace: (*views, *after)})
                 self._remove([view.part for view in replaced])
 
     def _publish(self, namespace: str, segment: Segment) -> tuple[Segment, SegmentRow]:
@@ -179,9 +208,10 @@ class LibraryIndex:
             for name in self._names() - {row[0] for row in rows}:  # of a merge that was killed
                 files.remove_folder(self.folder, name)
         names_there: list[Any] = self.file.writer.execute("SELECT name FROM namespaces").fetchall()
-        self.snapshots = {
-            name: self._load_one(name, [row for row in rows if row[1] == name]) for (name,) in names_there
-        }
+        self._show(
+            {name: self._load_one(name, [row for row in rows if row[1] == name]) for (name,) in names_there},
+            self.file.version(),
+        )
 
     def _names(self) -> set[str]:
         """The segments' folders; other things that lie there are left alone, and said once."""

@@ -450,6 +450,104 @@ def test_readers_and_writers_at_once(folder: Path) -> None:
         library.verify()
 
 
+def test_what_a_version_counted_is_found(folder: Path) -> None:
+    """Generation remembers neighbors under the version: one that ran ahead of its documents hid them for good."""
+    errors: list[str] = []
+    is_over = threading.Event()
+    latest = {0: "", 1: ""}  # of each batch's version, a word that only it has
+
+    def write() -> None:
+        for number in range(30 if not IS_CAMPAIGN else 400):
+            latest[library.version + 1] = f"batch{number}x"
+            text = f"batch{number}x river stone"
+            library.add([Document(f"{number}-{i}", "", text) for i in range(20)] + [Document("same", "", text)])
+        is_over.set()
+
+    def read() -> None:
+        while not is_over.is_set() and not errors:
+            version = library.version
+            if version and not found(library, latest[version], 1):
+                errors.append(f"version {version} does not find its documents")
+            if version and len(found(library, "river", 10_000)) < 20 * version:
+                errors.append(f"version {version} misses documents of earlier ones")
+
+    def compare() -> None:
+        """What GET answers is what a query answers that comes after it."""
+        while not is_over.is_set() and not errors:
+            document = library.get("same")
+            if document is not None:
+                word = document.text.split()[0]
+                newest = library.get("same")
+                if "same" not in found(library, word, 1000) and newest == library.get("same") == document:
+                    errors.append(f"{word} is got and not found")
+            if "same" not in found(library, "river", 10_000) and document is not None:
+                errors.append("a document that is replaced is not found meanwhile")
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with Library(folder, delta_chunks=400) as library:
+            threads = [threading.Thread(target=act) for act in (write, read, read, compare)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            library.verify()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors, errors[0]
+
+
+def test_reads_between_disk_and_snapshot_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document is got when it is found, and gone when it is no more found: the version goes with the snapshot."""
+    with Library(folder) as library:
+        library.add([Document("old", "", "some old text"), Document("same", "", "an early quarry")])
+        show, is_written, may_show = library._index.show, threading.Event(), threading.Event()
+
+        def late(*arguments: Any) -> None:
+            is_written.set()
+            assert may_show.wait(20)
+            show(*arguments)
+
+        monkeypatch.setattr(library._index, "show", late)
+        changes = (
+            lambda: library.add([Document("new", "", "a late arrival"), Document("same", "", "a late quarry")]),
+            lambda: library.delete(["old", "new"]),
+        )
+        for number, change in enumerate(changes):
+            is_written.clear(), may_show.clear()
+            answers: dict[str, Any] = {}
+            asks = {
+                "get": lambda: [library.get(name) for name in ("old", "new")],
+                "list": lambda: [entry.id for entry in library.entries()],
+                "counts": lambda: library.statistics()["namespaces"]["default"]["documents"],
+                "query": lambda: found(library, "quarry"),
+            }
+            writer = threading.Thread(target=change)
+            writer.start()
+            assert is_written.wait(20)
+            assert library.version == 1 + number, "it is not seen yet"
+            readers = [
+                threading.Thread(target=lambda name, ask: answers.update({name: ask()}), args=item)
+                for item in asks.items()
+            ]
+            for thread in readers:
+                thread.start()
+            time.sleep(0.05)
+            assert not answers.keys() - ({"query"} if number else set()), "they tell of what no search finds"
+            may_show.set()
+            for thread in (writer, *readers):
+                thread.join()
+            new = [Document("old", "", "some old text"), Document("new", "", "a late arrival")]
+            assert answers == {
+                "get": [None, None] if number else new,
+                "list": ["same"] if number else ["new", "old", "same"],
+                "counts": 1 if number else 3,
+                "query": {"same"},
+            }
+            assert library.version == 2 + number
+
+
 def test_kills_lose_nothing_acknowledged(folder: Path) -> None:
     kills = 1000 if IS_CAMPAIGN else 25
     rng = random.Random(os.environ.get("RETRO_SEED", "0"))
