@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from retro_engine.errors import MissingInputError, UsageError, nearest
+from retro_engine.errors import UsageError, nearest
+from retro_engine.yaml_file import read_yaml
 
 ENVIRONMENT_PREFIX = "RETRO_CONFIG__"
 
@@ -443,7 +444,7 @@ def load_config(
     tree = OmegaConf.structured(Config)
     settings: list[tuple[str, Any]] = list(preset(preset_name).items()) if preset_name else []
     if file is not None:
-        settings += flat_keys(_read_yaml(file)).items()
+        settings += flat_keys(read_yaml(Path(file))).items()
     for name in sorted(os.environ):
         if name.startswith(ENVIRONMENT_PREFIX):
             key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
@@ -501,7 +502,7 @@ def _map_names(config: Config, say: Callable[[str], None]) -> None:
             + ("; megatron_amp_O2 keeps bf16 weights" if is_o2 else "")
         )
     if m.shape_file is not None:
-        for key, value in flat_keys(_read_yaml(m.shape_file)).items():
+        for key, value in flat_keys(read_yaml(Path(m.shape_file))).items():
             name = key.removeprefix("model.")
             is_width = name in [key for key, *_ in MODEL_BOUNDS if key.startswith("mup_base_")]
             is_whole = value is None or (isinstance(value, int) and not isinstance(value, bool))
@@ -509,22 +510,6 @@ def _map_names(config: Config, say: Callable[[str], None]) -> None:
             _require(is_width and is_whole, "model.shape_file", m.shape_file, rule, "retro mup base writes one")
             setattr(m, name, value)
         m.shape_file = None  # what it said is in the settings now
-
-
-def _read_yaml(file: str) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    if not Path(file).is_file():
-        raise MissingInputError(f"config file {file} does not exist", "", "retro config show > FILE writes one")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config file {file} is not YAML", str(error).splitlines()[0]) from error
-    if not isinstance(content, dict):
-        raise UsageError(f"config file {file} holds no settings", "expected a mapping of keys to values")
-    return {str(key): value for key, value in content.items()}
 
 
 def nearest_key(key: str, known: dict[str, Any]) -> str:

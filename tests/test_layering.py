@@ -10,7 +10,7 @@ PACKAGE = ROOT / "retro_engine"
 # A module may import from its own row and from the rows above it.
 ORDER = [
     ["errors", "jit"],
-    ["config", "progress"],
+    ["yaml_file", "config", "progress"],
     ["data"],
     ["retrieval"],
     ["model"],
