@@ -7,13 +7,13 @@ Reads YAML files; writes nothing.
 
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from retro_engine.errors import UsageError, nearest
+from retro_engine.progress import note
 from retro_engine.yaml_file import read_yaml
 
 ENVIRONMENT_PREFIX = "RETRO_CONFIG__"
@@ -423,15 +423,11 @@ NOT_BUILT = {
 }
 
 
-def _say(note: str) -> None:
-    print(f"note: {note}", file=sys.stderr)
-
-
 def load_config(
     overrides: Sequence[str | tuple[str, Any]] | None = None,
     preset_name: str | None = None,
     file: str | None = None,
-    say: Callable[[str], None] = _say,
+    say: Callable[[str], None] = note,
 ) -> Config:
     """Defaults, preset, file, environment and overrides, merged, typed and checked.
 

@@ -22,6 +22,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def note(text: str) -> None:
+    """A line to standard error, for what is no part of a command's progress."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 @dataclass
 class Reporter:
     """Where a command's words go: `mode` text, json or quiet; results go to standard output, the rest to stderr."""

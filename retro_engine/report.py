@@ -4,9 +4,7 @@ Reads RUN/{run.json,config.yaml,metrics.jsonl} and the newest checkpoint, evalua
 and writes RUN/report.html: no script, no other file, no other host. Letters: M chunk length, K neighbors.
 """
 
-import contextlib
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 from retro_engine.api import Retro
 from retro_engine.data import files
 from retro_engine.data.batches import Sequences
-from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.errors import StoreError, UsageError
 from retro_engine.evaluate.compare import Comparison, compare
 from retro_engine.evaluate.perplexity import show_interval
 from retro_engine.generate.explain import Explanation, removed_lengths, text_log_probs
@@ -26,6 +24,7 @@ from retro_engine.retrieval.overlap import chunk_overlaps
 from retro_engine.retrieval.search import Hit
 from retro_engine.train.checkpoint import find_checkpoint, read_trainer
 from retro_engine.train.loop import open_evaluation
+from retro_engine.train.record import METRICS_FILE, checked_lines, read_facts
 
 NUM_SAMPLES = 5
 COPIED = 3  # tokens in a row that also follow the chunk are marked
@@ -64,8 +63,9 @@ def write_report(
     reporter = reporter or Reporter("quiet")
     checkpoint = find_checkpoint(run)
     folder = checkpoint.parent.parent
-    metrics = _read_lines(folder / "metrics.jsonl")
-    facts = _read_facts(folder / "run.json")
+    say = lambda text: reporter.say(f"note: {text}")  # noqa: E731
+    metrics = [row for _, row in checked_lines(folder / METRICS_FILE, say) if isinstance(row.get("step"), int)]
+    facts = read_facts(folder, say)
     retro = Retro.from_pretrained(checkpoint)
     sequences = open_evaluation(checkpoint, retro.model.config, [], share)
     if not isinstance(sequences, Sequences):
@@ -382,20 +382,3 @@ def _decoder(name: str, path: Path, against: Path) -> RetroModel:
             f"{name} reads neighbors", "a decoder trained without retrieval is the rival", "model.retrieval=false"
         )
     return decoder
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise MissingInputError(f"{path} cannot be read", str(error), "name a whole run's folder") from error
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise MissingInputError(f"{path} does not exist", "a run's folder has one", "name the run's folder")
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # the last line of a run that was killed
-            rows.append(json.loads(line))
-    return rows

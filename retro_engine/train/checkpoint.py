@@ -3,10 +3,12 @@
 Reads and writes RUN/checkpoints/step-NNNNNN/: config.json, model.safetensors, tokenizer.json,
 generation_config.json, README.md, trainer.json, optimizer/*.safetensors (state and random numbers, each process writes
 its shards through torch.distributed.checkpoint; any number of processes reads them) and, last, COMPLETE, which has the
-SHA-256 of every other file. A checkpoint exists when COMPLETE does.
+SHA-256 of every other file. A checkpoint exists when COMPLETE and all that it names do. On its way in and out it has a
+name (.step-NNNNNN.tmp, .old) that nobody lists, so that a kill leaves no half of one.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -26,20 +28,40 @@ from retro_engine.errors import MissingInputError, OutOfResourceError, StoreErro
 from retro_engine.model.attention import is_sharded
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, load_state
+from retro_engine.progress import note
 from retro_engine.train.optimizer import Optimizer
 from retro_engine.train.parallel import Parallel
+from retro_engine.train.record import Say, read_json
 
 COMPLETE = "COMPLETE"
 OPTIMIZER_FOLDER = "optimizer"
 TRAINER_FILE = "trainer.json"
 GENERATION_FILE = "generation_config.json"
+_NAME = re.compile(r"step-([0-9]{1,18})")
+_LEFTOVER = re.compile(r"\.step-[0-9]{1,18}\.(tmp|old)")
+_STATE: dict[str, tuple[type, ...]] = {  # of trainer.json, that a resumed run reads
+    "tokens_seen": (int,),
+    "train_s": (int, float),
+    "precision": (str,),
+    "mean_loss": (int, float, type(None)),
+    "loss_scale": (int, float),
+    "good_steps": (int,),
+    "fingerprints": (dict,),
+    "stream": (dict,),
+}
 
 
 class Saver:
     """Saves in the background: a step waits only while the state is copied, and for the save before it."""
 
-    def __init__(self, run: Path, parallel: Parallel, keep_last_n: int, keeps_best: bool):
+    def __init__(self, run: Path, parallel: Parallel, keep_last_n: int, keeps_best: bool, say: Say = note):
+        """Removes what a killed writer left half-written or half-removed: the caller has the run's lock."""
         self.run, self.parallel, self.keep_last_n, self.keeps_best = run, parallel, keep_last_n, keeps_best
+        self.say = say
+        if parallel.is_main:
+            for path in (run / "checkpoints").glob(".step-*"):
+                if _LEFTOVER.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -56,7 +78,8 @@ class Saver:
         self.wait()
         final = self.run / "checkpoints" / f"step-{step:06d}"
         aside = final.with_name(f".step-{step:06d}.tmp")
-        if self.parallel.from_main((final / COMPLETE).is_file()):  # a run that was resumed at its end
+        is_there = self.parallel.is_main and (final / COMPLETE).is_file() and not flaw(final)
+        if self.parallel.from_main(is_there):  # a run that was resumed at its end
             return
         if self.parallel.is_main:
             files.make_folder(final.parent)
@@ -88,7 +111,7 @@ class Saver:
                 files.publish(aside / name, [content])
             for shard in (aside / OPTIMIZER_FOLDER).iterdir():
                 files.sync(shard)
-            shutil.rmtree(final, ignore_errors=True)  # never complete: see above
+            _discard(final)  # never whole: see above
             _complete(aside, final)
             self._prune()
         except BaseException as error:  # noqa: B036 (kept for `wait`, which raises it; nothing half-written is left)
@@ -116,15 +139,36 @@ class Saver:
         """Remove all but the last ones and the one with the lowest validation loss."""
         if self.keep_last_n == 0:
             return
-        complete = complete_checkpoints(self.run)
+        complete = complete_checkpoints(self.run, self.say)
         best: Path | None = None
         if self.keeps_best:
-            losses = {path: read_trainer(path).get("valid_loss") for path in complete}
-            measured = {path: loss for path, loss in losses.items() if loss is not None}
-            best = min(measured, key=lambda path: measured[path]) if measured else None
+            losses = {path: _valid_loss(path) for path in complete}
+            best = min(complete, key=lambda path: losses[path], default=None)
+            best = best if best is not None and math.isfinite(losses[best]) else None
         for path in complete[: -self.keep_last_n]:
             if path != best:
-                shutil.rmtree(path)
+                try:
+                    _discard(path)
+                except OSError as error:  # what was saved is saved
+                    self.say(f"{path} cannot be removed: {error.strerror}")
+
+
+def _valid_loss(checkpoint: Path) -> float:
+    """Infinite where none was measured, or none that is a number."""
+    loss = read_trainer(checkpoint).get("valid_loss")
+    return loss if isinstance(loss, float) and math.isfinite(loss) else math.inf
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint, or what is at its place: in one step it is no checkpoint any more, then it is emptied."""
+    if folder.is_symlink():  # somebody's own place for it: what is there stays
+        folder.unlink()
+    elif folder.exists():
+        aside = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+        files.sync(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def publish_model(
@@ -204,10 +248,29 @@ def _staged(optimizer: Optimizer, folder: Path, parallel: Parallel) -> Callable[
     return write
 
 
-def complete_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-[0-9]{1,18}", path.name)]
-    return sorted((path for path in found if (path / COMPLETE).is_file()), key=lambda path: int(path.name[5:]))
+def complete_checkpoints(run: Path, say: Say = note) -> list[Path]:
+    """The complete checkpoints of a run, oldest first. What is there and cannot be read is said by name and left out."""
+    steps = {path: _NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*")}
+    found = []
+    for path, step in sorted((path, int(name[1])) for path, name in steps.items() if name is not None):
+        if (path / COMPLETE).is_file():
+            if why := flaw(path):
+                say(f"{path} cannot be read and is passed over: {why}")
+            else:
+                found.append((step, path))
+    return [path for _, path in sorted(found)]
+
+
+def flaw(checkpoint: Path) -> str:
+    """Why a checkpoint cannot be read, as far as one sees without hashing it; "" = it can."""
+    try:
+        missing = [name for name in _hashes(checkpoint) if not (checkpoint / name).is_file()]
+        if missing:
+            return f"{missing[0]} is missing"
+        read_trainer(checkpoint)
+    except StoreError as error:
+        return ": ".join(part for part in (error.what, error.why) if part)
+    return ""
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -224,11 +287,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def verify(checkpoint: Path) -> None:
     """Compare every file with COMPLETE. Raises StoreError for the first that is damaged."""
-    try:
-        hashes = json.loads((checkpoint / COMPLETE).read_text())
-        entries = {str(name): str(value) for name, value in hashes.items()}
-    except (ValueError, AttributeError) as error:
-        raise StoreError(f"{checkpoint / COMPLETE} is damaged", str(error), "resume from another checkpoint") from error
+    entries = _hashes(checkpoint)
     missing = {
         CONFIG_FILE,
         WEIGHTS_FILE,
@@ -246,6 +305,18 @@ def verify(checkpoint: Path) -> None:
             "resume from another checkpoint",
         )
     files.verify_files(checkpoint, entries, depth=2)  # optimizer/shard-...
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    """COMPLETE: file -> SHA-256. Raises StoreError when it is damaged."""
+    path = checkpoint / COMPLETE
+    try:
+        hashes = read_json(path)
+    except MissingInputError as error:
+        raise StoreError(f"{path} cannot be read", error.why, "resume from another checkpoint") from error
+    if not all(isinstance(value, str) for value in hashes.values()):
+        raise StoreError(f"{path} is damaged", "it holds other things than hashes", "resume from another checkpoint")
+    return hashes
 
 
 def load_weights(checkpoint: Path, model: RetroModel) -> None:
@@ -289,21 +360,35 @@ def is_imported(checkpoint: Path) -> bool:
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:
     """trainer.json of a checkpoint. Raises StoreError when it is missing or damaged."""
+    path = checkpoint / TRAINER_FILE
     try:
-        state = json.loads((checkpoint / TRAINER_FILE).read_text())
-        return {**state, "step": int(state["step"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{checkpoint / TRAINER_FILE} is damaged", str(error), "resume from another checkpoint"
-        ) from error
+        state = read_json(path)
+    except (MissingInputError, StoreError) as error:
+        raise StoreError(f"{path} is damaged", error.why, "resume from another checkpoint") from error
+    if not isinstance(state.get("step"), int):
+        raise StoreError(f"{path} is damaged", "it has no step", "resume from another checkpoint")
+    return state
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """trainer.json of a checkpoint that a run goes on from. Raises StoreError naming what it does not have."""
+    state = read_trainer(checkpoint)
+    for name, kinds in _STATE.items():
+        if not isinstance(state.get(name), kinds):
+            raise StoreError(
+                f"{checkpoint / TRAINER_FILE} is damaged",
+                f"its {name} is {str(state.get(name))[:40]!r}",
+                "resume from another checkpoint",
+            )
+    return state
 
 
 def read_generation(checkpoint: Path) -> dict[str, Any]:
     """How the model samples when nothing is said: greedy, temperature, top_k, top_p."""
     try:
-        values = json.loads((checkpoint / GENERATION_FILE).read_text())
+        values = read_json(checkpoint / GENERATION_FILE)
         return {key: values[key] for key in ("greedy", "temperature", "top_k", "top_p")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise StoreError(f"{checkpoint / GENERATION_FILE} is damaged", str(error)) from error
 
 

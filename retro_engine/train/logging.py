@@ -1,11 +1,9 @@
 """What a run writes down: run.json, config.yaml, metrics.jsonl, TensorBoard events, WandB.
 
-metrics.jsonl has one JSON object a line, each with its step; after a resume the lines past the resumed step
-are dropped, so that the file tells of one run.
+metrics.jsonl has one JSON object a line, each with its step (record.py has the checksums); after a resume the lines past
+the resumed step are dropped, so that the file tells of one run.
 """
 
-import contextlib
-import json
 import math
 import os
 import platform
@@ -19,10 +17,11 @@ from typing import Any
 import torch
 
 from retro_engine import __version__
-from retro_engine.config import Config, flat_keys, to_yaml
+from retro_engine.config import Config, flat_keys
 from retro_engine.data import files
 from retro_engine.errors import MissingExtraError
 from retro_engine.progress import Reporter
+from retro_engine.train import record
 
 
 class RunLog:
@@ -52,9 +51,9 @@ class RunLog:
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
         }
-        for name, text in (("run.json", json.dumps(facts, indent=1) + "\n"), ("config.yaml", to_yaml(config))):
-            files.publish(run / name, [text.encode()])
-        self._metrics = run / "metrics.jsonl"
+        record.write_facts(run, facts)
+        record.write_settings(run, config)
+        self._metrics = run / record.METRICS_FILE
         if self._metrics.exists():
             self._drop_after(step)
         self._file = open(self._metrics, "a")  # noqa: SIM115 (closed by close)
@@ -66,7 +65,7 @@ class RunLog:
         if not self.is_main:
             return
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.write(record.checked_line({"step": step, **finite}))
         self._file.flush()
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self._tell(lambda tracker: tracker.log(numbers, step))
@@ -86,11 +85,8 @@ class RunLog:
                 self._trackers.remove(tracker)
 
     def _drop_after(self, step: int) -> None:
-        kept = []
-        for line in self._metrics.read_text().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a kill
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+        found = record.checked_lines(self._metrics, self.reporter.say)
+        kept = [line for line, row in found if isinstance(row.get("step"), int) and row["step"] <= step]
         temporary = self._metrics.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, self._metrics)

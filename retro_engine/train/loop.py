@@ -38,7 +38,7 @@ from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.search import Retriever
-from retro_engine.train import checkpoint, retrofit
+from retro_engine.train import checkpoint, record, retrofit
 from retro_engine.train.device_table import DeviceTable
 from retro_engine.train.logging import RunLog
 from retro_engine.train.optimizer import Optimizer, learning_rate
@@ -159,7 +159,7 @@ def question_search(stores: list[Store], retriever: str, retrieved_length: int) 
 def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
     """The settings a checkpoint's run was started with, with overrides; an imported checkpoint's are its model's.
 
-    Raises MissingInputError for a run without config.yaml.
+    Raises MissingInputError for a run without config.yaml, StoreError where it is not what the run wrote.
     """
     done = {
         "init_from": None,
@@ -168,10 +168,12 @@ def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
         "unfreeze_step": None,
         "unfreeze_every": None,
     }  # what they did is in the settings and weights
-    file: str | None = str(checkpoint_folder.parent.parent / "config.yaml")
+    file: str | None = None
     if checkpoint.is_imported(checkpoint_folder):
         done |= vars(read_config(checkpoint_folder))
-        file = None
+    else:
+        file = str(checkpoint_folder.parent.parent / record.SETTINGS_FILE)
+        record.check_settings(Path(file))
     settings = [(f"model.{key}", value) for key, value in done.items()]
     return load_config([*settings, *overrides], file=file)
 
@@ -438,7 +440,8 @@ class _Training:
         if start is not None:
             checkpoint.load_optimizer(start, self.optimizer, parallel)
             self.optimizer.scale, self.optimizer.good_steps = scale or self.optimizer.scale, state["good_steps"]
-        self.saver = checkpoint.Saver(run, parallel, config.exp_manager.keep_last_n, config.exp_manager.keep_best)
+        keep = config.exp_manager
+        self.saver = checkpoint.Saver(run, parallel, keep.keep_last_n, keep.keep_best, self.note)
         self.table: DeviceTable | None = None
         if data.train.table is not None and gathers_on_device(self.device):
             self.table = DeviceTable(data.train.table.databases, self.device)
@@ -449,6 +452,9 @@ class _Training:
             self.model.hidden = torch.compile(  # type: ignore[method-assign]
                 self.model.hidden, fullgraph=parallel.world == 1 and m.activations_checkpoint_granularity is None
             )
+
+    def note(self, text: str) -> None:
+        self.reporter.say(f"note: {text}")
 
     def _fit_cross_attention(self) -> None:
         """From some sequences of the training data; the same in every process."""
@@ -471,11 +477,11 @@ class _Training:
         """trainer.json of the checkpoint to go on from; its data and order must be this run's."""
         if self.parallel.is_main:
             checkpoint.verify(start)
-        state = checkpoint.read_trainer(start)
-        if "imported" in state:
+        if checkpoint.is_imported(start):
             raise UsageError(
                 f"{start} was imported", "there is no training to go on with", f"--init-from {start} begins one"
             )
+        state = checkpoint.read_state(start)
         for saved, now in (
             (state["fingerprints"], self.data.fingerprints),
             (state["stream"], _stream_settings(self.config)),
@@ -489,7 +495,7 @@ class _Training:
         return state
 
     def _find_start(self, resume: str) -> Path | None:
-        existing = checkpoint.complete_checkpoints(self.run)
+        existing = checkpoint.complete_checkpoints(self.run, self.note)
         if resume not in ("auto", "never"):
             start: Path | None = checkpoint.find_checkpoint(resume)
             if existing and start is not None and start.resolve() != existing[-1].resolve():
@@ -676,7 +682,7 @@ class _Training:
         if self.skipped < self.config.trainer.max_skipped_steps:
             return
         self.saver.wait()
-        existing = checkpoint.complete_checkpoints(self.run)
+        existing = checkpoint.complete_checkpoints(self.run, self.note)
         raise GateError(
             f"{self.skipped} steps in a row were skipped, the last for {problem}",
             f"at step {self.step + 1}; the last good checkpoint is {existing[-1] if existing else 'none'}",

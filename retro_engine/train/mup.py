@@ -24,6 +24,7 @@ from retro_engine.evaluate.perplexity import to_tensors
 from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
+from retro_engine.train import record
 from retro_engine.train.loop import TrainingData, open_data
 from retro_engine.train.optimizer import Optimizer, learning_rate
 
@@ -381,7 +382,7 @@ def sweep(
                     losses[cell] = _train_cell(config, data, models[cell[:2]], cell[2], cell[3], steps)
                     row = dict(zip(("mup", "width", "rate", "seed"), cell))
                     loss = losses[cell] if math.isfinite(losses[cell]) else None
-                    file.write(json.dumps({**row, "loss": loss}) + "\n")
+                    file.write(record.checked_line({**row, "loss": loss}))
                     file.flush()
                 meter.advance(1)
         result = Sweep(losses)
@@ -413,7 +414,7 @@ def _keep_facts(out: Path, facts: dict[str, Any], config: Config) -> None:
     if not path.exists():
         files.publish(path, [(json.dumps(facts, indent=1) + "\n").encode()])
         return
-    before = json.loads(path.read_text())
+    before = record.read_json(path, "choose another --out")
     keys = [key for key in facts if before.get(key) != facts[key]]
     if keys:
         raise UsageError(
@@ -427,14 +428,11 @@ def _read_cells(path: Path) -> dict[Cell, float]:
     """The cells that are done; a line that a kill cut short is dropped."""
     if not path.exists():
         return {}
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    rows = [json.loads(line) for line in whole.splitlines()]
+    found = list(record.checked_lines(path))
+    path.write_text("".join(line for line, _ in found))
     return {
         (row["mup"], row["width"], row["rate"], row["seed"]): math.nan if row["loss"] is None else row["loss"]
-        for row in rows
+        for _, row in found
     }
 
 

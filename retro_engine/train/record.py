@@ -1,0 +1,118 @@
+"""What a run's folder says of itself, each under a checksum: config.yaml, run.json, lines of JSON such as metrics.jsonl.
+
+config.yaml opens with a comment that holds the SHA-256 of the rest; run.json has the SHA-256 of its other fields as
+`fingerprint`; a line ends with its own CRC-32 as `crc32`. What an earlier version wrote has none and is read with a note.
+"""
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from retro_engine.config import Config, to_yaml
+from retro_engine.data import files
+from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.progress import note
+from retro_engine.yaml_file import read_bytes
+
+SETTINGS_FILE, FACTS_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.jsonl"
+MAX_JSON_BYTES = 16 << 20
+_MARK = re.compile(rb"# SHA-256 of what follows: ([0-9a-f]{64})\n")
+_LINE = re.compile(r'(\{.*), "crc32": "([0-9a-f]{8})"\}')
+
+Say = Callable[[str], None]
+
+
+def write_settings(run: Path, config: Config) -> None:
+    text = to_yaml(config).encode()
+    mark = f"# SHA-256 of what follows: {hashlib.sha256(text).hexdigest()}\n".encode()
+    files.publish(run / SETTINGS_FILE, [mark, text])
+
+
+def check_settings(path: Path, say: Say = note) -> None:
+    """Compare a run's config.yaml with its checksum. Raises StoreError where it is not what was written."""
+    raw = read_bytes(path)
+    mark = _MARK.match(raw)
+    if mark is None:
+        say(f"{path} has no checksum, as earlier versions wrote it: it is read as it is")
+    elif hashlib.sha256(raw[mark.end() :]).hexdigest() != mark[1].decode():
+        raise StoreError(
+            f"{path} is damaged or was edited",
+            "its checksum does not match",
+            "restore it; a setting is changed on the command line: key=value",
+        )
+
+
+def write_facts(run: Path, facts: dict[str, Any]) -> None:
+    whole = {**facts, "fingerprint": files.fingerprint(facts)}
+    files.publish(run / FACTS_FILE, [(json.dumps(whole, indent=1) + "\n").encode()])
+
+
+def read_facts(run: Path, say: Say = note) -> dict[str, Any]:
+    """run.json. Raises MissingInputError where there is none, StoreError where it is not what was written."""
+    path = run / FACTS_FILE
+    facts = read_json(path, "name a whole run's folder")
+    mark = facts.pop("fingerprint", None)
+    if mark is None:
+        say(f"{path} has no checksum, as earlier versions wrote it: it is read as it is")
+    elif files.fingerprint(facts) != mark:
+        raise StoreError(f"{path} is damaged or was edited", "its checksum does not match", "restore it")
+    return facts
+
+
+def read_json(path: Path, do: str = "") -> dict[str, Any]:
+    """An object from a file that a folder of ours holds. Raises MissingInputError, or StoreError for what is none."""
+    if not path.is_file():  # a pipe or a device neither
+        raise MissingInputError(f"{path} does not exist", "no such file", do)
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise StoreError(f"{path} is damaged", f"it is larger than {MAX_JSON_BYTES:,} bytes", do)
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path} is damaged", str(error), do) from error
+    except OSError as error:
+        raise MissingInputError(f"{path} cannot be read", error.strerror or "", do) from error
+    if not isinstance(value, dict):
+        raise StoreError(f"{path} is damaged", f"it holds a {type(value).__name__}", do)
+    return value
+
+
+def checked_line(values: dict[str, Any]) -> str:
+    """A line of JSON that ends with its checksum. `values` is not empty."""
+    body = json.dumps(values)
+    return f'{body[:-1]}, "crc32": "{zlib.crc32(body.encode()):08x}"}}\n'
+
+
+def checked_lines(path: Path, say: Say = note) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line, as it stands and as values. A damaged line is said by its number and passed over; so is the last
+    one where a kill cut it short, without a word.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+    except OSError as error:
+        raise MissingInputError(f"{path} cannot be read", error.strerror or "", "name the run's folder") from error
+    damaged = []
+    for number, line in enumerate(lines[:-1], 1):
+        marked = _LINE.fullmatch(line)
+        body = f"{marked[1]}}}" if marked is not None else line
+        is_right = marked is None or zlib.crc32(body.encode()) == int(marked[2], 16)
+        values = _object(body) if is_right else None
+        if values is None:
+            damaged.append(str(number))
+        else:
+            yield f"{line}\n", values
+    if damaged:
+        say(f"{path} is damaged in line {', '.join(damaged[:8])}{' ...' * (len(damaged) > 8)}: passed over")
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
