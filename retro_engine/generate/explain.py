@@ -4,17 +4,23 @@ The text is read after the prompt as generation would write it: the prompt is pa
 ends a chunk, and the neighbors act from that token on. Letters: K neighbors, R tokens per neighbor, T tokens of the text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
-from retro_engine.generate.generator import Generator, encode_neighbors
+from retro_engine.generate.generator import PIECE_CHUNKS, Generator, encode_neighbors
 from retro_engine.model.retro import RetroModel
+from retro_engine.model.rows import new_rows, prefill
 from retro_engine.retrieval.search import Hit
+
+PIECE_NEIGHBOR_TOKENS = 8192  # encoded at once, where a chunk has no more
+POSITIONS = 32  # whose logits are made fp64 at once
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,11 @@ def explain(
     text: str,
     neighbors: Sequence[str] | None = None,
     num_neighbors: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Explanation:
     """How much each of `neighbors` (texts; None = retrieved for the prompt's last chunk) changes `text` after `prompt`.
 
-    Raises UsageError for an empty prompt or text, for a plain decoder, and where there is no neighbor to explain.
+    `check` is called again and again and ends the work by raising. Raises UsageError for an empty prompt or text, for a plain decoder, and where there is no neighbor to explain.
     """
     model, tokenizer = generator.model, generator.tokenizer
     if model.encoder is None:
@@ -80,9 +87,15 @@ def explain(
         hits, tokens_KR, lengths_K = _retrieved(generator, prompt_ids, num_neighbors or model.config.num_neighbors)
     if not hits:
         raise UsageError("there are no neighbors", "none were given and none were found", "--neighbors TEXT")
-    rows = text_log_probs(model, prompt_ids, text_ids, tokens_KR, removed_lengths(lengths_K), tokenizer.pad_id)
+    rows = text_log_probs(model, prompt_ids, text_ids, tokens_KR, removed_lengths(lengths_K), tokenizer.pad_id, check)
     pieces = [text[start:end] for start, end in offsets]
     return Explanation(pieces, hits, rows[0], rows[1:-1], rows[-1])
+
+
+def cost(config: ModelConfig, prompt_length: int, text_length: int, num_neighbors: int) -> int:
+    """Tokens that an explanation computes, those of the neighbors of each chunk included; known before any work."""
+    choices, read = num_neighbors + 2, config.chunk_size + text_length
+    return prompt_length + choices * (read + read * num_neighbors * config.r // config.chunk_size)
 
 
 def removed_lengths(lengths_K: np.ndarray) -> np.ndarray:
@@ -92,6 +105,7 @@ def removed_lengths(lengths_K: np.ndarray) -> np.ndarray:
     return np.where(keeps, lengths_K, 0)
 
 
+@torch.no_grad()
 def text_log_probs(
     model: RetroModel,
     prompt_ids: Sequence[int],
@@ -99,32 +113,58 @@ def text_log_probs(
     tokens_KR: np.ndarray,
     lengths_VK: np.ndarray,
     pad_id: int,
+    check: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """[V, T] nats of `text_ids` after `prompt_ids`, for each of V choices of valid tokens of the same neighbors.
 
-    Raises UsageError where the model has too few learned positions.
+    One choice at a time, and in pieces of some chunks, as generation takes prompts in: memory is that of a piece and of
+    one sequence's cache. What comes before the prompt's last chunk is computed once. `check` is called before each piece
+    and ends the work by raising. Raises UsageError where the model has too few learned positions.
     """
     config, device = model.config, model.embedding.weight.device
-    M, (V, K) = config.chunk_size, lengths_VK.shape
+    M = config.chunk_size
     pad = -len(prompt_ids) % M
     tokens = [pad_id] * pad + [*prompt_ids, *text_ids]
     first = pad + len(prompt_ids)
-    rows = config.max_position_embeddings or config.encoder_seq_length
-    if config.position_embedding == "learned" and len(tokens) > rows:
+    learned = config.max_position_embeddings or config.encoder_seq_length
+    if config.position_embedding == "learned" and len(tokens) > learned:
         raise UsageError(
-            f"prompt and text have {len(tokens)} tokens", f"the model has {rows} positions", "shorten them"
+            f"prompt and text have {len(tokens)} tokens", f"the model has {learned} positions", "shorten them"
         )
-    L = len(tokens) // M
-    lengths = np.zeros((V, L, K), np.int64)
-    lengths[:, first // M - 1 :] = lengths_VK[:, None]
-    neighbors = torch.from_numpy(tokens_KR).to(device).expand(V, L, -1, -1)
-    documents = torch.tensor([-1] * pad + [0] * (len(tokens) - pad), device=device).expand(V, -1)
-    given = torch.tensor(tokens, device=device).expand(V, -1)
-    with torch.no_grad():
-        hidden = model.hidden(given, neighbors, torch.from_numpy(lengths).to(device), documents)
-        logits = model.logits(hidden[:, first - 1 : -1])
-        log_probs = logits.double().log_softmax(-1).gather(-1, given[:, first:, None])[..., 0]
-    return log_probs.cpu().numpy()
+    given = torch.tensor(tokens, device=device)
+    rows = new_rows(model, 1, len(tokens), tokens_KR.size)
+    rows.clear(0, pad)
+    shared = first - M  # the last chunk of the prompt is the first whose neighbors are read
+    for start in range(0, shared, PIECE_CHUNKS * M):
+        check()
+        prefill(model, rows, 0, given[start : min(start + PIECE_CHUNKS * M, shared)])
+    piece = M * max(1, min(PIECE_CHUNKS, PIECE_NEIGHBOR_TOKENS // max(1, tokens_KR.size)))
+    out = np.zeros((len(lengths_VK), len(text_ids)))
+    for choice, lengths_K in enumerate(lengths_VK):
+        rows.lengths_B[0], rows.cross_valid_BX[0] = shared, False
+        keeps = lengths_K > 0
+        neighbors_KR = torch.from_numpy(tokens_KR[keeps]).to(device)
+        kept_K = torch.from_numpy(lengths_K[keeps]).to(device)
+        for start in range(shared, len(tokens) - 1, piece):
+            check()
+            stop = min(start + piece, len(tokens) - 1)
+            L = stop // M - start // M if keeps.any() else 0
+            neighbors = (neighbors_KR.expand(L, -1, -1), kept_K.expand(L, -1)) if L else (None, None)
+            logits_TV = prefill(model, rows, 0, given[start:stop], *neighbors, False)
+            begin = max(start, first - 1)  # the logits before are of the prompt's own tokens
+            if begin < stop:
+                values = _log_probs(logits_TV[begin - start :], given[begin + 1 : stop + 1])
+                out[choice, begin + 1 - first : stop + 1 - first] = values.cpu().numpy()
+    return out
+
+
+def _log_probs(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """[T] fp64, from some positions at a time."""
+    parts = [
+        logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        for logits, targets in zip(logits_TV.split(POSITIONS), targets_T.split(POSITIONS))
+    ]
+    return torch.cat(parts)
 
 
 def _retrieved(generator: Generator, prompt_ids: list[int], count: int) -> tuple[list[Hit], np.ndarray, np.ndarray]:

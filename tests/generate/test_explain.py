@@ -1,5 +1,6 @@
 """Explanation: what each neighbor changed, against generation's own steps; what cannot be explained is refused."""
 
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -9,7 +10,7 @@ from helpers import small_config, small_model
 
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
-from retro_engine.generate.explain import explain
+from retro_engine.generate.explain import cost, explain
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.request import Request
 from retro_engine.generate.sampling import Sampling
@@ -82,3 +83,56 @@ def test_what_cannot_be_explained(generator: Generator, small_store: Store) -> N
     )
     with pytest.raises(UsageError, match="32 positions"):
         explain(Generator(RetroModel(learned).to(torch.float64), small_store.tokenizer), PROMPT, TEXT * 4, GIVEN)
+
+
+def test_pieces_change_nothing(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts and prompts of several pieces, and neighbors that fill a piece alone: as in one."""
+    prompt, text = "amber river lantern " * 23, TEXT * 5
+    whole = explain(generator, prompt, text, GIVEN)
+    monkeypatch.setattr("retro_engine.generate.explain.PIECE_CHUNKS", 1)
+    monkeypatch.setattr("retro_engine.generate.explain.POSITIONS", 3)
+    pieces = explain(generator, prompt, text, GIVEN)
+    np.testing.assert_allclose(pieces.without_KT, whole.without_KT, atol=1e-9)
+    np.testing.assert_allclose(pieces.off_T, whole.off_T, atol=1e-9)
+
+
+def test_memory_is_that_of_a_piece(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor has an entry for every position, entry of the vocabulary and removed neighbor."""
+    largest = 0
+    step = RetroModel.step
+
+    def seen_step(self: RetroModel, tokens: torch.Tensor, cache: Any, *rest: Any, **more: Any) -> torch.Tensor:
+        nonlocal largest
+        logits = step(self, tokens, cache, *rest, **more)
+        largest = max(largest, logits.numel(), rest[0].numel() if rest[0] is not None else 0)
+        return logits
+
+    monkeypatch.setattr(RetroModel, "step", seen_step)
+    monkeypatch.setattr(RetroModel, "hidden", lambda *_: pytest.fail("the full pass keeps every position"))
+    found = explain(generator, PROMPT, TEXT * 14, ["river stone"] * 4)
+    size, M = generator.model.config.vocab_size, generator.model.config.chunk_size
+    assert found.without_KT.shape[1] > 4 * M
+    assert largest <= 4 * M * size
+
+
+def test_it_ends_when_nobody_waits(generator: Generator) -> None:
+    class Left(Exception):
+        pass
+
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Left
+
+    with pytest.raises(Left):
+        explain(generator, PROMPT, TEXT * 20, GIVEN, check=check)
+    assert calls == 3
+
+
+def test_the_cost_is_known_before(generator: Generator) -> None:
+    config = generator.model.config
+    assert cost(config, 100, 16, 0) == 100 + 2 * 32
+    assert cost(config, 100, 16, 2) == 100 + 4 * (32 + 2 * 2 * config.r)
