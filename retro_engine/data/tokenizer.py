@@ -19,6 +19,7 @@ BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
 PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
 FILE = "tokenizer.json"
 FEW = 8  # rows that are decoded without waking the library's threads: they cost more than they save
+LONG = 4096  # characters; a longer text is encoded where other threads of Python go on meanwhile
 
 
 class Tokenizer:
@@ -121,7 +122,7 @@ class Tokenizer:
         return cls(backend.to_str())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if len(texts) == 1:  # without waking the library's threads: they cost more than they save
+        if len(texts) == 1 and len(texts[0]) <= LONG:  # without waking the library's threads
             return [self.backend.encode(texts[0], add_special_tokens=False).ids]
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 

@@ -10,12 +10,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence as ListOf
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from retro_engine.errors import RetroError, StoppedError, UsageError
+from retro_engine.errors import StoppedError, UsageError
+from retro_engine.generate.fair import BusyError, FairPool, FairQueue
 from retro_engine.generate.generator import Batch, Generator, neighbor_tokens
 from retro_engine.generate.prefix import PrefixCache
 from retro_engine.generate.request import Event, Generation, Request
@@ -27,12 +29,6 @@ __all__ = ["BusyError", "Engine", "Event", "Request", "Stream"]
 T = TypeVar("T")
 OnEvent = Callable[[Event], None]
 RATE_S = 10.0  # tokens/s are of this last time
-
-
-class BusyError(RetroError):
-    """The queue is full: ask again later."""
-
-    exit_code = 5
 
 
 class Stream:
@@ -67,6 +63,10 @@ class Stream:
         if self._error is not None:
             raise self._error
         return self.sequence.generation()
+
+    @property
+    def caller(self) -> str:
+        return self.sequence.request.caller
 
     @property
     def is_done(self) -> bool:
@@ -108,11 +108,12 @@ class Engine:
         max_tokens: int | None = None,
         max_neighbors: int = 8,
         prefix_bytes: int = 256 << 20,
+        shares_prefixes: bool = False,
     ):
         """`max_tokens`: of a sequence, prompt and answer (None: 2,048 or what the model was trained on, if more).
 
         `deterministic`: every request gets the same bits whatever is computed beside it; slower. Prompts that were
-        taken in before are kept in at most `prefix_bytes`.
+        taken in before are kept in at most `prefix_bytes`, each for its own caller unless `shares_prefixes`.
         """
         for name, value in {"max_batch": max_batch, "max_waiting": max_waiting, "retrieval_threads": retrieval_threads, "max_neighbors": max_neighbors}.items():  # fmt: skip
             if value < 1:
@@ -121,11 +122,12 @@ class Engine:
         self.generator, self.max_waiting = generator, max_waiting
         self.max_tokens = max(2048, config.encoder_seq_length) if max_tokens is None else max_tokens
         self.max_neighbors = max(max_neighbors, config.num_neighbors) * config.r
-        self.prefixes = PrefixCache(prefix_bytes)
+        self.prefixes = PrefixCache(prefix_bytes, shares_prefixes)
         self._batch = Batch(generator, max_batch, self.max_tokens, self.max_neighbors, deterministic, self.prefixes)
-        self._pool = ThreadPoolExecutor(retrieval_threads, thread_name_prefix="retrieval")
-        self._waiting: deque[Stream] = deque()
+        self._pool = FairPool(retrieval_threads, "retrieval")
+        self._waiting: FairQueue[Stream] = FairQueue()
         self._streams: dict[Sequence, Stream] = {}  # of those that have a row
+        self._most = max(1, max_batch - 1)  # rows of one caller
         self._counts: deque[float] = deque()  # when each token was made
         self._changed = threading.Condition()
         self._is_closed = False
@@ -143,10 +145,27 @@ class Engine:
 
         `on_event` is called from the engine's thread and must return at once.
         """
-        sequence = self.generator.open(request)
+        return self.submit_all([request], [on_event])[0]
+
+    def submit_all(self, requests: ListOf[Request], on_events: ListOf[OnEvent | None]) -> list[Stream]:
+        """`submit` for the requests of one caller: all of them, or none. What they share is computed once."""
+        sequences = self.generator.open_all(requests)
+        for sequence in sequences:
+            self._check(sequence)
+        streams = [Stream(self, sequence, on_event) for sequence, on_event in zip(sequences, on_events, strict=True)]
+        with self._changed:
+            if self._is_closed:
+                raise StoppedError(1, "the engine is closed", "start it again")
+            self._waiting.put(requests[0].caller, streams, self.max_waiting)
+            for stream in streams:
+                self._look_up(stream, stream.sequence.prompt_length)
+            self._changed.notify()
+        return streams
+
+    def _check(self, sequence: Sequence) -> None:
         if sequence.total > self.max_tokens:
             raise UsageError(
-                f"{sequence.prompt_length} prompt and {request.max_new_tokens} new tokens",
+                f"{sequence.prompt_length} prompt and {sequence.request.max_new_tokens} new tokens",
                 f"a sequence has at most {self.max_tokens}",
                 "ask for fewer",
             )
@@ -154,16 +173,6 @@ class Engine:
             raise UsageError(
                 f"{neighbor_tokens(sequence)} neighbor tokens", f"at most {self.max_neighbors} are read at a time"
             )
-        stream = Stream(self, sequence, on_event)
-        with self._changed:
-            if self._is_closed:
-                raise StoppedError(1, "the engine is closed", "start it again")
-            if len(self._waiting) >= self.max_waiting:
-                raise BusyError(f"{self.max_waiting} requests are waiting", "", "ask again in a moment")
-            self._look_up(stream, sequence.prompt_length)
-            self._waiting.append(stream)
-            self._changed.notify()
-        return stream
 
     def cancel(self, stream: Stream) -> None:
         with self._changed:
@@ -176,7 +185,7 @@ class Engine:
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
-        self._pool.shutdown()
+        self._pool.close()
 
     def stats(self) -> dict[str, Any]:
         """What it does now; tokens/s over the last ten seconds."""
@@ -200,7 +209,7 @@ class Engine:
             stream.found = Future()
             stream.found.set_result(self.generator.find(sequence, stop))
         else:
-            stream.found = self._pool.submit(self.generator.find, sequence, stop)
+            stream.found = self._pool.submit(stream.caller, self.generator.find, sequence, stop)
             stream.found.add_done_callback(self._wake)
 
     def _wake(self, _: object) -> None:
@@ -228,8 +237,7 @@ class Engine:
         finally:  # closed, or a bug: nobody waits for ever
             with self._changed:
                 self._is_closed = True
-                left = [*self._streams.values(), *self._waiting]
-                self._waiting.clear()
+                left = [*self._streams.values(), *self._waiting.clear()]
                 self._streams.clear()
             for stream in left:
                 self._send(stream, stream.sequence.end("cancelled"))
@@ -237,7 +245,7 @@ class Engine:
     def _has_work(self) -> bool:
         streams = (*self._waiting, *self._streams.values())
         is_ready = any(_is_found(self._streams[sequence]) for sequence in self._batch.decoding)
-        can_join = self._has_row() and any(_is_found(stream) for stream in self._waiting)
+        can_join = self._has_row() and self._waiting.next(_is_found, self._most) is not None
         is_cancelled = any(stream.is_cancelled for stream in streams)
         return self._is_closed or is_ready or can_join or is_cancelled or self._batch.joining is not None
 
@@ -245,22 +253,27 @@ class Engine:
         return self._batch.joining is None and len(self._batch.decoding) < self._batch.size
 
     def _next(self) -> Stream | None:
-        """The oldest that waits and has its neighbors, when there is a row for it."""
+        """The oldest that waits and has its neighbors, of the caller whose turn it is, when there is a row for it.
+
+        The last row is for another caller than the one who has all others.
+        """
         if not self._has_row():
             return None
-        stream = next((stream for stream in self._waiting if _is_found(stream)), None)
+        stream = self._waiting.take(_is_found, self._most)
         if stream is not None:
-            self._waiting.remove(stream)
             self._streams[stream.sequence] = stream
         return stream
 
     def _drop(self, stream: Stream) -> None:
         """Out of the queue, and out of the cache."""
         with self._changed:
-            if stream in self._waiting:
-                self._waiting.remove(stream)
-            if self._streams.pop(stream.sequence, None) is not None and self._batch.holds(stream.sequence):
-                self._batch.leave(stream.sequence)
+            self._waiting.remove(stream.caller, stream)
+            if stream.found is not None:
+                stream.found.cancel()
+            if self._streams.pop(stream.sequence, None) is not None:
+                self._waiting.give_back(stream.caller)
+                if self._batch.holds(stream.sequence):
+                    self._batch.leave(stream.sequence)
 
     def _join(self, stream: Stream) -> None:
         found = self._result(stream)

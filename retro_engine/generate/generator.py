@@ -36,7 +36,7 @@ class Generator:
                 f"model.partial_chunk={model.config.partial_chunk}", "such a model cannot be decoded with a cache"
             )
         self.model, self.tokenizer, self.retriever = model, tokenizer, retriever
-        self._found: OrderedDict[tuple[str, str, int, int, str | None], Found] = OrderedDict()
+        self._found: OrderedDict[tuple[str, str, str, int, int, str | None], Found] = OrderedDict()
         self._lock = threading.Lock()
         if retriever is not None and retriever.tokenizer_fingerprint != tokenizer.fingerprint:
             raise StoreError(
@@ -92,7 +92,14 @@ class Generator:
                     batch.leave(sequence)
         return [sequence.generation() for sequence in sequences]
 
-    def open(self, request: Request) -> Sequence:
+    def open_all(self, requests: ListOf[Request]) -> list[Sequence]:
+        """`open` of each; neighbors that are given to several are encoded once."""
+        known: dict[tuple[tuple[str, ...], int], tuple[Found, list[str]]] = {}
+        return [self.open(request, known) for request in requests]
+
+    def open(
+        self, request: Request, known: dict[tuple[tuple[str, ...], int], tuple[Found, list[str]]] | None = None
+    ) -> Sequence:
         """A sequence to work on. Raises UsageError for a request that cannot be answered."""
         config, sampling = self.model.config, request.sampling
         R = config.r if request.retrieved_length is None else request.retrieved_length
@@ -113,7 +120,12 @@ class Generator:
             chosen = list(texts)[request.passed_over :][: request.num_neighbors]
             if len(chosen) < len(texts):
                 notes.append(f"{len(texts)} neighbors were given, {len(chosen)} are read")
-            given = self._given(chosen, R, notes)
+            key = tuple(chosen), R
+            known = {} if known is None else known
+            if key not in known:
+                known[key] = self._given(*key)
+            given = known[key][0]
+            notes += known[key][1]
         M = config.chunk_size
         pad = -len(prompt_ids) % M if is_reading and request.pad_prompt else 0
         if is_reading and not request.pad_prompt and len(prompt_ids) < M:
@@ -170,12 +182,12 @@ class Generator:
         version, skip = self.retriever.version, sequence.request.passed_over
         K, R = sequence.K + skip, sequence.R
         mode = sequence.request.mode
-        keys = [(version, text, K, R, mode) for text in texts]
+        keys = [(sequence.request.caller, version, text, K, R, mode) for text in texts]
         with self._lock:
             known = {key: self._found[key] for key in keys if key in self._found}
         missing = [key for key in dict.fromkeys(keys) if key not in known]
         if missing:
-            known |= dict(zip(missing, self.retriever.neighbors([key[1] for key in missing], K, R, mode)))
+            known |= dict(zip(missing, self.retriever.neighbors([key[2] for key in missing], K, R, mode)))
         with self._lock:
             for key in keys:
                 self._found[key] = known[key]
@@ -185,15 +197,16 @@ class Generator:
         found = [known[key] for key in keys]
         return [Found(f.tokens_KR[skip:], f.lengths_K[skip:], f.hits[skip:]) for f in found] if skip else found
 
-    def _given(self, texts: list[str], R: int, notes: list[str]) -> Found:
-        tokens, lengths = encode_neighbors(self.tokenizer, texts, R)
-        for number, text in enumerate(texts):
+    def _given(self, texts: ListOf[str], R: int) -> tuple[Found, list[str]]:
+        """Given texts as neighbors, and what is to be said of them."""
+        rows, notes = self.tokenizer.encode_batch(texts), []
+        for number, (text, row) in enumerate(zip(texts, rows)):
             if not text:
                 notes.append(f"neighbor {number + 1} is empty: it is not read")
-            elif len(self.tokenizer.encode(text)) > R:
+            elif len(row) > R:
                 notes.append(f"neighbor {number + 1} is longer than {R} tokens: the rest is cut")
         hits = [Hit(-1, f"given {number + 1}", "", 0.0, text, "") for number, text in enumerate(texts)]
-        return Found(tokens, lengths, hits)
+        return Found(*_padded(rows, R, self.tokenizer.pad_id), hits), notes
 
 
 class Batch:
@@ -227,7 +240,8 @@ class Batch:
         if self.prefixes is not None:
             piece = PIECE_CHUNKS * sequence.chunk_size
             prompt = sequence.tokens[: sequence.prompt_length]
-            self._keys = keys_of(prompt, sequence.pad, found, piece, PIECE_CHUNKS)
+            caller = "" if self.prefixes.is_shared else sequence.request.caller
+            self._keys = keys_of(prompt, sequence.pad, found, piece, PIECE_CHUNKS, caller)
 
     @torch.no_grad()
     def take_in(self) -> Tensor | None:
@@ -324,10 +338,12 @@ def neighbor_tokens(sequence: Sequence) -> int:
 
 def encode_neighbors(tokenizer: Tokenizer, texts: ListOf[str], R: int) -> tuple[np.ndarray, np.ndarray]:
     """Texts -> tokens [K, R] padded and lengths [K]; what is past R tokens is cut, an empty text has length 0."""
-    tokens = np.full((len(texts), R), tokenizer.pad_id, np.int64)
-    lengths = np.zeros(len(texts), np.int64)
-    for number, text in enumerate(texts):
-        ids = tokenizer.encode(text)[:R] if text else []
-        tokens[number, : len(ids)] = ids
-        lengths[number] = len(ids)
+    return _padded(tokenizer.encode_batch(texts), R, tokenizer.pad_id)
+
+
+def _padded(rows: ListOf[list[int]], R: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.full((len(rows), R), pad_id, np.int64)
+    lengths = np.array([min(R, len(row)) for row in rows], np.int64)
+    for number, row in enumerate(rows):
+        tokens[number, : lengths[number]] = row[:R]
     return tokens, lengths

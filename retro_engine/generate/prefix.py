@@ -1,7 +1,8 @@
 """Prompts that were taken in before: their keys and values, and what their last chunk read, least used forgotten first.
 
 A prompt is kept in pieces of some chunks. A piece's key is a hash of all tokens up to its end, the padding before them
-and the neighbors of their chunks, so a piece is used again only where it would be computed the same.
+and the neighbors of their chunks, so a piece is used again only where it would be computed the same; and of who asks:
+the time of an answer would tell one caller what another has asked.
 """
 
 import hashlib
@@ -33,8 +34,9 @@ class _Piece:
 class PrefixCache:
     """At most `max_bytes` of pieces."""
 
-    def __init__(self, max_bytes: int):
-        self.max_bytes, self.nbytes = max_bytes, 0
+    def __init__(self, max_bytes: int, is_shared: bool = False):
+        """`is_shared`: callers use each other's pieces."""
+        self.max_bytes, self.nbytes, self.is_shared = max_bytes, 0, is_shared
         self.reused = 0  # tokens
         self._pieces: OrderedDict[bytes, _Piece] = OrderedDict()
 
@@ -87,9 +89,12 @@ class PrefixCache:
             self.nbytes -= self._pieces.popitem(last=False)[1].nbytes
 
 
-def keys_of(tokens: list[int], pad: int, found: list[Found], piece_tokens: int, piece_chunks: int) -> list[bytes]:
-    """The key of every piece of a prompt; `found` has the neighbors of its chunks, or nothing."""
-    digest, keys = hashlib.sha256(struct.pack("<q", pad)), []
+def keys_of(
+    tokens: list[int], pad: int, found: list[Found], piece_tokens: int, piece_chunks: int, caller: str = ""
+) -> list[bytes]:
+    """The key of every piece of a caller's prompt; `found` has the neighbors of its chunks, or nothing."""
+    who = caller.encode()
+    digest, keys = hashlib.sha256(struct.pack("<2q", len(who), pad) + who), []
     for number, start in enumerate(range(0, len(tokens), piece_tokens)):
         part = tokens[start : start + piece_tokens]
         digest.update(struct.pack(f"<q{len(part)}q", len(part), *part))

@@ -44,6 +44,7 @@ class Request:
     pad_prompt: bool = True  # left-pad so that the prompt's last token ends a chunk and reads neighbors
     passed_over: int = 0  # of the best neighbors, which the prompt itself holds
     mode: str | None = None  # of a live library's search: lexical, dense, hybrid; None = as it was opened
+    caller: str = ""  # who asks: each has a share of the engine and prefixes of his own; "" = nobody else is there
 
     def __post_init__(self) -> None:
         rules = (
