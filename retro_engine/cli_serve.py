@@ -52,6 +52,7 @@ def add_serve(sub: argparse.ArgumentParser) -> None:
     flag("max-batch", 8, type=int, metavar="N", help="sequences generated at once")
     flag("dtype", metavar="TYPE", help="of the model's weights: fp32, bf16 or int8 (default: as saved)")
     flag("max-waiting", 64, type=int, metavar="N", help="requests in the queue; more get 429")
+    flag("share-prefixes", False, action="store_true", help="callers use each other's remembered prompts: the time of an answer then tells what others have asked")  # fmt: skip
 
 
 def add_accounts(sub: argparse.ArgumentParser, kind: str) -> None:
@@ -154,6 +155,7 @@ def _serve(args: argparse.Namespace) -> int:
         args.max_batch,
         args.max_waiting,
         args.dtype,
+        args.share_prefixes,
     )
     address = Address(args.host, args.port, args.allow_host, args.proxy, args.metrics_token, args.nemo_compat)
     serve(options, address, _accounts(args), _reporter(args))

@@ -149,8 +149,9 @@ def text_log_probs(
             check()
             stop = min(start + piece, len(tokens) - 1)
             L = stop // M - start // M if keeps.any() else 0
-            neighbors = (neighbors_KR.expand(L, -1, -1), kept_K.expand(L, -1)) if L else (None, None)
-            logits_TV = prefill(model, rows, 0, given[start:stop], *neighbors, False)
+            neighbors = neighbors_KR.expand(L, -1, -1) if L else None
+            lengths = kept_K.expand(L, -1) if L else None
+            logits_TV = prefill(model, rows, 0, given[start:stop], neighbors, lengths, last_only=False)
             begin = max(start, first - 1)  # the logits before are of the prompt's own tokens
             if begin < stop:
                 values = _log_probs(logits_TV[begin - start :], given[begin + 1 : stop + 1])

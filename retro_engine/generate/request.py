@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
 from retro_engine.generate.sampling import Sampling
 from retro_engine.retrieval.search import Hit
@@ -62,6 +63,16 @@ class Request:
         least = self.sampling.min_tokens
         if least > self.max_new_tokens:
             raise UsageError(f"min_tokens={least} cannot be used", f"at most {self.max_new_tokens} are generated")
+
+
+def cost(request: Request, config: ModelConfig, has_retriever: bool) -> int:
+    """Tokens that a request for a prompt of ids computes at most, those of each chunk's neighbors included."""
+    tokens = len(request.prompt) + request.max_new_tokens
+    if not config.retrieval or not (has_retriever if request.neighbors is None else request.neighbors):
+        return tokens
+    K = request.num_neighbors or (config.num_neighbors if request.neighbors is None else len(request.neighbors))
+    R = config.r if request.retrieved_length is None else request.retrieved_length
+    return tokens + tokens * K * R // config.chunk_size
 
 
 @dataclass(frozen=True)

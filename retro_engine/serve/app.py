@@ -17,7 +17,7 @@ from retro_engine.errors import MissingExtraError, OutOfResourceError, RetroErro
 from retro_engine.generate.engine import BusyError
 from retro_engine.serve import documents, nemo, openai, schema, session, tools
 from retro_engine.serve.gate import Gate
-from retro_engine.serve.limits import ApiError
+from retro_engine.serve.limits import ApiError, ClientLeft
 from retro_engine.serve.service import Service
 from retro_engine.serve.state import State, client_of, state_of
 
@@ -128,7 +128,8 @@ def make_app(
                 await asyncio.to_thread(service.close)
 
     handlers = {RetroError: _retro_error, OSError: _os_error, HTTPException: _http_error, ApiError: _api_error}
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={**handlers, 500: _bug})
+    more = {ClientLeft: _client_left, 500: _bug}
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={**handlers, **more})
     app.router.redirect_slashes = False
     app.state.retro = state
     scopes = {(method, path): scope for method, path, _, scope in guarded}
@@ -146,6 +147,9 @@ async def _load(state: State, load: Callable[[], Service], stop: Callable[[BaseE
     stats = service.engine.stats
     state.metrics.watch("retro_engine_running", "Sequences being generated", lambda: stats()["running"])
     state.metrics.watch("retro_engine_waiting", "Requests in the queue", lambda: stats()["waiting"])
+    state.metrics.watch(
+        "retro_beside_engine_waiting", "Work beside the engine that waits", lambda: service.work.stats()["waiting"]
+    )
     state.metrics.watch("retro_index_version", "Changes of the documents", lambda: service.index_version)
     state.service = service
 
@@ -153,6 +157,10 @@ async def _load(state: State, load: Callable[[], Service], stop: Callable[[BaseE
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
+
+
+async def _client_left(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # for the counts: nobody reads it
 
 
 async def _retro_error(request: Request, error: Exception) -> Response:

@@ -13,7 +13,7 @@ import secrets
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,15 @@ class Caller:
     name: str
     scope: str
     kind: str  # key or user
+    key_id: str = field(default="", compare=False)  # names of keys may repeat
+
+    @property
+    def id(self) -> str:
+        """Tells callers apart."""
+        return f"{self.kind} {self.key_id or self.name}"
+
+    def about(self) -> dict[str, str]:
+        return {"name": self.name, "scope": self.scope, "kind": self.kind}
 
     def may(self, scope: str) -> bool:
         return SCOPES.index(self.scope) >= SCOPES.index(scope)
@@ -149,7 +158,7 @@ class Accounts:
             "SELECT hash, name, scope, expires FROM keys WHERE id = ?", digest[:12]
         ):
             if hmac.compare_digest(hashed, digest) and (expires is None or time.time() < expires):
-                return Caller(name, scope, "key")
+                return Caller(name, scope, "key", digest[:12])
         return None
 
     def of_session(self, token: str) -> Caller | None:

@@ -15,7 +15,7 @@ from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_import import Importer
 from retro_engine.retrieval.library_search import MODES
 from retro_engine.serve.limits import ApiError, Strict, parse, read_chunks, read_json
-from retro_engine.serve.state import audit, limits_of, service_of
+from retro_engine.serve.state import audit, brief, limits_of, service_of
 
 MAX_DOCUMENTS = 1000  # of one request
 MAX_K = 1000
@@ -161,7 +161,7 @@ async def retrieve(request: Request) -> Response:
     if query.mode is not None and query.mode not in MODES:
         raise ApiError(400, f"mode {query.mode!r} is not one of {', '.join(MODES)}", "mode")
     version = service.index_version
-    hits = await asyncio.to_thread(service.search, query.query, query.k, query.mode, query.weights)
+    hits = await brief(request, service.search, query.query, query.k, query.mode, query.weights)
     return JSONResponse({"object": "list", "index_version": version, "data": [vars(hit) for hit in hits]})
 
 

@@ -6,16 +6,21 @@ Errors have OpenAI's form, so that its client raises the right class:
 
 import asyncio
 import json
+import re
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # one that does not end goes to the end
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+MAX_VALUES = 1 << 19  # of one body: token ids
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -23,13 +28,18 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 class Limits:
     """Bounds of one server."""
 
+    sign_in_bytes: int = 16 << 10  # of a body before anybody is known
     body_bytes: int = 1 << 20
     documents_bytes: int = 8 << 20
     import_bytes: int = 1 << 30
     json_depth: int = 32
+    json_nodes: int = 1 << 15  # lists, objects and members of objects
     prompt_tokens: int = 4096
     new_tokens: int = 2048
     choices: int = 32  # prompts x n of one request
+    work_tokens: int = 1 << 19  # that one request computes: of prompts and answers, and of the neighbors of each chunk
+    logprobs: int = 1 << 17  # numbers of one answer
+    sent_bytes: int = 64 << 20  # of given neighbors, which are sent back with each piece that could read them
     header_bytes: int = 16 << 10
     connections: int = 800
     header_s: float = 10.0  # from the first byte of a request, or of a connection, to the end of its headers
@@ -60,6 +70,10 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class ClientLeft(Exception):
+    """There is nobody to answer."""
 
 
 class Strict(BaseModel):
@@ -102,46 +116,41 @@ async def read_json(request: Request, limits: Limits, max_bytes: int | None = No
     if kind != "application/json":
         raise ApiError(415, f"content-type {kind!r} is not application/json", "content-type")
     parts = [c async for c in read_chunks(request, max_bytes or limits.body_bytes, limits.progress_s)]
-    return parse_json(b"".join(parts), limits.json_depth)
+    return parse_json(b"".join(parts), limits.json_depth, limits.json_nodes)
 
 
-def parse_json(raw: bytes, max_depth: int) -> Any:
-    """Strict JSON: UTF-8, no NaN, no half of a surrogate pair, nested at most `max_depth` deep."""
+def parse_json(raw: bytes, max_depth: int, max_nodes: int = 1 << 15) -> Any:
+    """Strict JSON: UTF-8, no NaN, no half of a surrogate pair, nested at most `max_depth` deep, of at most `max_nodes`
+    lists, objects and members. Both are counted in the bytes: what is refused costs next to nothing.
+    """
+    _check_shape(raw, max_depth, max_nodes)
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-    except (UnicodeDecodeError, ValueError) as error:
+        if SURROGATE.search(raw) is not None:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "the body holds half of a surrogate pair", code="invalid_json") from None
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-    except RecursionError:
-        raise ApiError(400, f"the body is nested more than {max_depth} deep", code="invalid_json") from None
-    waiting = [(value, 1)]
-    while waiting:
-        item, depth = waiting.pop()
-        if isinstance(item, str):
-            _check_text(item)
-        elif isinstance(item, list | dict):
-            if depth > max_depth:
-                raise ApiError(400, f"the body is nested more than {max_depth} deep", code="invalid_json")
-            if isinstance(item, dict):
-                for key in item:
-                    _check_text(key)
-                waiting += [(part, depth + 1) for part in item.values()]
-            elif not item or not isinstance(item[0], int | float):
-                waiting += [(part, depth + 1) for part in item]
-            else:  # token ids and vectors: a long list of numbers costs no more than one look
-                waiting += [(part, depth + 1) for part in item if not isinstance(part, int | float)]
     return value
+
+
+def _check_shape(raw: bytes, max_depth: int, max_nodes: int) -> None:
+    """Raises ApiError 400. Up to the first byte that is not JSON the counts are right, and there reading ends."""
+    codes = np.frombuffer(STRING.sub(b"", raw), np.uint8)
+    is_open = (codes == ord("[")) | (codes == ord("{"))
+    is_close = (codes == ord("]")) | (codes == ord("}"))
+    depths = np.where(is_open, 1, -1)[is_open | is_close].cumsum()
+    if depths.max(initial=0) > max_depth:
+        raise ApiError(400, f"the body is nested more than {max_depth} deep", code="invalid_json")
+    if int(np.count_nonzero(is_open)) + int(np.count_nonzero(codes == ord(":"))) > max_nodes:
+        raise ApiError(400, f"the body has more than {max_nodes:,} lists, objects and members", code="invalid_json")
+    if int(np.count_nonzero(codes == ord(","))) > MAX_VALUES:
+        raise ApiError(400, f"the body has more than {MAX_VALUES:,} values", code="invalid_json")
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number of JSON")
-
-
-def _check_text(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ApiError(400, "the body holds half of a surrogate pair", code="invalid_json") from None
 
 
 def parse(model: type[Body], value: Any) -> Body:

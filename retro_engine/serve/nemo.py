@@ -5,6 +5,8 @@ Bodies and answers as theirs, in JSON only (theirs also exchanged pickles); behi
 
 import asyncio
 import secrets
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
@@ -17,12 +19,14 @@ from retro_engine.generate.request import TokenLogprob
 from retro_engine.generate.sampling import Sampling
 from retro_engine.serve.documents import open_library
 from retro_engine.serve.limits import ApiError, Strict, parse, read_json
-from retro_engine.serve.openai import encode_prompts, neighbors_json
-from retro_engine.serve.state import audit, caller_of, limits_of, service_of, state_of
+from retro_engine.serve.openai import check_cost, encode_prompts, neighbors_json
+from retro_engine.serve.state import audit, brief, caller_id, caller_of, limits_of, long, service_of, state_of
 from retro_engine.serve.stream import Running
+from retro_engine.serve.work import Check
 
 MAX_SENTENCES = 128
 MAX_PROBS = 1 << 20  # numbers of `full_logprob` in one answer
+MAX_ROWS = 1 << 13  # of /knn in one answer: sentences x neighbors
 
 
 class Generate(Strict):
@@ -63,10 +67,14 @@ async def generate(request: HttpRequest) -> Response:
         raise ApiError(400, f"all_probs would be more than {MAX_PROBS:,} numbers", "all_probs")
     if body.tokens_to_generate > limits.new_tokens:
         raise ApiError(400, f"at most {limits.new_tokens:,} tokens are generated", "tokens_to_generate")
-    prompts = await asyncio.to_thread(encode_prompts, service, body.sentences, limits, "sentences")
+    prompts = await brief(request, encode_prompts, service, body.sentences, limits, "sentences")
     seed = secrets.randbits(48) if body.random_seed is None else body.random_seed
-    asked = [_request(body, prompt, seed + number, size) for number, prompt in enumerate(prompts)]
-    running = await Running.start(service.engine, asked, request.receive)
+    caller = caller_id(request)
+    asked = [_request(body, prompt, seed + number, size, caller) for number, prompt in enumerate(prompts)]
+    check_cost(
+        asked if not body.all_probs else [replace(one, logprobs=0) for one in asked], service, limits, "sentences"
+    )
+    running = await Running.start(service, asked, request.receive)
     events: list[list[Event]] = [[] for _ in asked]
     async with running:
         async for index, event in running:
@@ -90,7 +98,7 @@ def _row(entry: TokenLogprob, size: int) -> list[float | None]:
     return row
 
 
-def _request(body: Generate, prompt: list[int], seed: int, size: int) -> Request:
+def _request(body: Generate, prompt: list[int], seed: int, size: int, caller: str) -> Request:
     cuts: dict[str, Any] = (
         {} if body.greedy else {"temperature": body.temperature, "top_k": body.top_k, "top_p": body.top_p or 1.0}
     )
@@ -110,6 +118,7 @@ def _request(body: Generate, prompt: list[int], seed: int, size: int) -> Request
         stop=tuple(text for text in body.end_strings if text),
         logprobs=size if body.all_probs else 0 if body.compute_logprob else None,
         add_bos=body.add_BOS,
+        caller=caller,
     )
 
 
@@ -143,14 +152,17 @@ async def knn(request: HttpRequest) -> Response:
     sentences = [body.sentences] if isinstance(body.sentences, str) else body.sentences
     if not sentences or len(sentences) > 1000:
         raise ApiError(400, "1 to 1,000 sentences are taken", "sentences")
-    texts = [one if isinstance(one, str) else service.tokenizer.decode(_ids(one, service)) for one in sentences]
+    if len(sentences) * (body.neighbors or 1) > MAX_ROWS:
+        what = f"{len(sentences):,} sentences x {body.neighbors} neighbors: at most {MAX_ROWS:,} rows"
+        raise ApiError(400, what, "neighbors", "too_much_work")
+    texts = await brief(request, _texts, service, sentences)
     if body.neighbors is None:
         _check_scope(request, "write")
         documents = [Document(f"doc-{secrets.token_hex(8)}", "", text) for text in texts]
         await asyncio.to_thread(library.add, documents)
         audit(request, "documents.add", count=len(documents))
         return JSONResponse("success")
-    rows = await asyncio.to_thread(_search, service, texts, body.neighbors)
+    rows = await long(request, _search, service, texts, body.neighbors)
     return JSONResponse(rows[0] if isinstance(body.sentences, str) else rows)
 
 
@@ -160,12 +172,17 @@ def _ids(ids: list[int], service: Any) -> list[int]:
     return ids
 
 
-def _search(service: Any, texts: list[str], count: int) -> list[list[list[int]]]:
+def _texts(service: Any, sentences: Sequence[str | list[int]]) -> list[str]:
+    return [one if isinstance(one, str) else service.tokenizer.decode(_ids(one, service)) for one in sentences]
+
+
+def _search(service: Any, texts: list[str], count: int, check: Check) -> list[list[list[int]]]:
     tokenizer, width = service.tokenizer, 2 * service.generator.model.config.chunk_size
     out = []
     for text in texts:
+        check()
         hits = service.search(text, count) if count else []
-        rows = [tokenizer.encode(hit.text + hit.continuation)[:width] for hit in hits]
+        rows = [row[:width] for row in tokenizer.encode_batch([hit.text + hit.continuation for hit in hits])]
         rows += [[]] * (max(1, count) - len(rows))  # as theirs: always a row, of padding where there is nothing
         out.append([row + [tokenizer.pad_id] * (width - len(row)) for row in rows])
     return out

@@ -4,7 +4,6 @@ What is ours is in `retro`: asked for with extra_body={"retro": {...}}, answered
 retrieval, or beside the choices.
 """
 
-import asyncio
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -17,12 +16,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from retro_engine.generate.engine import Event, Request
-from retro_engine.generate.request import TokenLogprob
+from retro_engine.generate.request import TokenLogprob, cost
 from retro_engine.generate.sampling import Sampling
 from retro_engine.serve.chat import Message, chat_prompt
 from retro_engine.serve.limits import ApiError, Limits, Strict, parse, read_json
 from retro_engine.serve.service import Service
-from retro_engine.serve.state import limits_of, service_of, state_of
+from retro_engine.serve.state import brief, caller_id, limits_of, service_of, state_of
 from retro_engine.serve.stream import EventStream, Running
 
 MAX_STOPS = 16
@@ -130,7 +129,7 @@ async def completions(request: HttpRequest) -> Response:
     check_model(service, body.model)
     if body.best_of not in (None, body.n):
         raise ApiError(400, "best_of other than n is not supported", "best_of", "unsupported")
-    prompts = await asyncio.to_thread(encode_prompts, service, body.prompt, limits)
+    prompts = await brief(request, encode_prompts, service, body.prompt, limits)
     form = _CompletionForm(service, body.stream)
     return await _answer(request, body, prompts, COMPLETION_TOKENS, body.logprobs, form, body.echo)
 
@@ -146,19 +145,24 @@ async def chat_completions(request: HttpRequest) -> Response:
         if body.max_tokens not in (None, body.max_completion_tokens):
             raise ApiError(400, "max_tokens and max_completion_tokens contradict each other", "max_tokens")
         body.max_tokens = body.max_completion_tokens
-    text, stops = chat_prompt(body.messages, service.chat_template)
+    text, stops = await brief(request, chat_prompt, body.messages, service.chat_template)
     body.stop = [*_stops(body.stop), *stops]
-    prompts = await asyncio.to_thread(encode_prompts, service, text, limits, "messages")
+    prompts = await brief(request, encode_prompts, service, text, limits, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return await _answer(request, body, prompts, CHAT_TOKENS, logprobs, _ChatForm(service, body.stream))
 
 
-def encode_prompts(service: Service, prompt: Any, limits: Limits, param: str = "prompt") -> list[list[int]]:
-    """Prompts in any of their forms as token ids. Raises ApiError for what cannot be continued."""
+def encode_prompts(
+    service: Service, prompt: Any, limits: Limits, param: str = "prompt", most: int | None = None
+) -> list[list[int]]:
+    """Prompts in any of their forms as token ids, at most `most` (None: as many as choices). Raises ApiError for what
+    cannot be continued.
+    """
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
-    if len(prompt) > limits.choices:
-        raise ApiError(400, f"{len(prompt)} prompts: at most {limits.choices} are taken at once", param)
+    most = limits.choices if most is None else most
+    if len(prompt) > most:
+        raise ApiError(400, f"{len(prompt)} prompts: at most {most} are taken at once", param)
     return [_encode(service, one, limits, param) for one in prompt] or _refuse_empty(param)
 
 
@@ -255,11 +259,12 @@ async def _answer(
 ) -> Response:
     service, limits = service_of(request), limits_of(request)
     asked = requests_of(body, service, prompts, limits, default)
-    asked = [replace(one, logprobs=logprobs, echo=echo) for one in asked]
+    asked = [replace(one, logprobs=logprobs, echo=echo, caller=caller_id(request)) for one in asked]
+    check_cost(asked, service, limits, "n" if body.n > 1 else "prompt" if len(prompts) > 1 else "max_tokens")
     form.prompt_tokens = sum(map(len, prompts))
     if echo:  # an event's tokens begin with the prompt's
         form.completion_tokens = -sum(len(one.prompt) for one in asked)
-    running = await Running.start(service.engine, asked, request.receive)
+    running = await Running.start(service, asked, request.receive)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     if body.stream:
         return EventStream(running, form, with_usage, state_of(request).metrics)
@@ -267,7 +272,27 @@ async def _answer(
         async for index, event in running:
             form.add(index, event)
     state_of(request).metrics.tokens(form.prompt_tokens, form.completion_tokens)
-    return JSONResponse(form.whole(len(asked)))
+    return JSONResponse(await brief(request, form.whole, len(asked)))
+
+
+def check_cost(asked: Sequence[Request], service: Service, limits: Limits, param: str) -> None:
+    """Raises ApiError for requests of one body that are each allowed and too much together, before any work."""
+    config, has_retriever = service.generator.model.config, service.generator.retriever is not None
+    tokens = sum(cost(one, config, has_retriever) for one in asked)
+    if tokens > limits.work_tokens:
+        why = f"prompts, answers and their neighbors would be {tokens:,} tokens: at most {limits.work_tokens:,}"
+        raise ApiError(400, why, param, "too_much_work")
+    first = asked[0]
+    shown = sum(one.max_new_tokens + (len(one.prompt) if one.echo else 0) for one in asked)
+    numbers = 0 if first.logprobs is None else shown * (1 + first.logprobs)
+    if numbers > limits.logprobs:
+        why = f"the answer would have {numbers:,} log-probabilities: at most {limits.logprobs:,}"
+        raise ApiError(400, why, "logprobs", "too_much_work")
+    size = sum(len(text.encode()) for text in first.neighbors or ())
+    sent = size * sum(1 + one.max_new_tokens // config.chunk_size for one in asked)
+    if sent > limits.sent_bytes:
+        why = f"the answer would repeat {sent:,} bytes of neighbors: at most {limits.sent_bytes:,}"
+        raise ApiError(400, why, "retro.neighbors", "too_much_work")
 
 
 class _Form(ABC):
@@ -327,10 +352,13 @@ class _Form(ABC):
 
     def whole(self, count: int) -> dict[str, Any]:
         """The answer of a request that does not stream: `retro.segments` splits each choice at its retrievals."""
-        choices, neighbors, notes = [], list[dict[str, Any]](), list[str]()
+        choices, notes = [], list[str]()
+        places: dict[tuple[Any, ...], int] = {}  # of neighbors
         segments: list[dict[str, Any]] = []
-        for index in range(count):
-            mine = [event for i, event in self.events if i == index]
+        events: list[list[Event]] = [[] for _ in range(count)]
+        for index, event in self.events:
+            events[index].append(event)
+        for index, mine in enumerate(events):
             entries = [entry for event in mine for entry in event.logprobs or []]
             logprobs = self.logprobs(entries, 0) if any(e.logprobs is not None for e in mine) else None
             text = "".join(event.text for event in mine)
@@ -338,13 +366,14 @@ class _Form(ABC):
             for event in mine:
                 notes += [note for note in event.notes if note not in notes]
                 if event.new_hits is not None:
-                    shown = neighbors_json(event.new_hits)
-                    neighbors += [one for one in shown if one not in neighbors]
-                    segments.append({"choice": index, "text": "", "neighbors": [neighbors.index(one) for one in shown]})
+                    found = [tuple(one.items()) for one in neighbors_json(event.new_hits)]
+                    numbers = [places.setdefault(one, len(places)) for one in found]
+                    segments.append({"choice": index, "text": "", "neighbors": numbers})
                 if event.text:
                     if not segments or segments[-1]["choice"] != index:
                         segments.append({"choice": index, "text": "", "neighbors": []})
                     segments[-1]["text"] += event.text
+        neighbors = [dict(one) for one in places]
         retro = {**self._retro(), "neighbors": neighbors, "segments": segments, "notes": notes}
         return {**self.head, "choices": choices, "usage": self.usage(), "retro": retro}
 

@@ -21,6 +21,7 @@ from retro_engine.retrieval.library_import import Importer
 from retro_engine.retrieval.library_search import Hit, Source, check_mode, combined, static_source
 from retro_engine.retrieval.live import LiveRetriever
 from retro_engine.retrieval.search import Retriever
+from retro_engine.serve.work import Work
 from retro_engine.train import checkpoint
 from retro_engine.train.loop import run_databases
 
@@ -38,6 +39,7 @@ class Options:
     max_batch: int = 8
     max_waiting: int = 64
     dtype: str | None = None  # of the model's weights: fp32, bf16, int8; None: as saved
+    shares_prefixes: bool = False  # callers use each other's: faster, and times tell what others have asked
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Service:
     chat_template: str | None = None
     mode: str = "lexical"
     weights: Sequence[float] = (1.0, 1.0)
+    work: Work = field(default_factory=Work)  # beside the engine
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -90,6 +93,7 @@ class Service:
 
     def close(self) -> None:
         """End the requests that run, then the imports, then the library."""
+        self.work.close()
         self.engine.close()
         if self.importer is not None:
             self.importer.stop()
@@ -122,7 +126,7 @@ def open_service(options: Options, shared: tuple[Library, Importer] | None = Non
         raise UsageError(f"{options.run} is a plain decoder", "it reads no documents", "leave --library out")
     retriever = None if library is None else LiveRetriever(library, static, options.weights, options.mode)
     generator = Generator(model.eval(), tokenizer, retriever)
-    engine = Engine(generator, options.max_batch, options.max_waiting)
+    engine = Engine(generator, options.max_batch, options.max_waiting, shares_prefixes=options.shares_prefixes)
     defaults = checkpoint.read_generation(folder)
     Sampling(**defaults)
     name = options.name or run_folder(folder).resolve().name
@@ -137,6 +141,7 @@ def open_service(options: Options, shared: tuple[Library, Importer] | None = Non
         chat_template(folder),
         options.mode,
         tuple(options.weights),
+        Work(options.max_waiting),
     )
 
 

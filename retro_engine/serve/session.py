@@ -22,8 +22,8 @@ class Login(Strict):
 
 async def login(request: Request) -> Response:
     """A new session, also where there was one. Refused before any hashing after too many failures."""
-    state = state_of(request)
-    asked = parse(Login, await read_json(request, limits_of(request)))
+    state, limits = state_of(request), limits_of(request)
+    asked = parse(Login, await read_json(request, limits, limits.sign_in_bytes))
     client = client_of(request)
     keys = [f"client {client}", f"name {asked.name}"]
     wait_s = max(state.throttle.wait_s(key) for key in keys)
@@ -52,7 +52,7 @@ async def login(request: Request) -> Response:
         state.accounts.sign_out(before)
     caller = state.accounts.of_session(token)
     assert caller is not None, "a session that was just made"
-    response = JSONResponse({"user": vars(caller)})
+    response = JSONResponse({"user": caller.about()})
     is_secure = request.url.scheme == "https"
     response.set_cookie(COOKIE, token, SESSION_S, httponly=True, samesite="strict", secure=is_secure)
     return response
@@ -74,4 +74,6 @@ async def logout(request: Request) -> Response:
 async def me(request: Request) -> Response:
     """Who is signed in, and whether anybody can be."""
     caller = caller_of(request)
-    return JSONResponse({"user": vars(caller) if caller else None, "needs_setup": state_of(request).accounts.is_empty})
+    return JSONResponse(
+        {"user": caller.about() if caller else None, "needs_setup": state_of(request).accounts.is_empty}
+    )

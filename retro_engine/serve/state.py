@@ -1,8 +1,9 @@
 """What routes know of the server they run in."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -10,6 +11,8 @@ from retro_engine.serve.auth import Accounts, Caller
 from retro_engine.serve.limits import ApiError, Limits, Throttle
 from retro_engine.serve.metrics import Metrics
 from retro_engine.serve.service import Service
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -48,6 +51,22 @@ def caller_of(request: Request) -> Caller | None:
     found = request.scope["state"]["caller"]
     assert found is None or isinstance(found, Caller)
     return found
+
+
+def caller_id(request: Request) -> str:
+    """Whose share of the work a request takes."""
+    caller = caller_of(request)
+    return "nobody" if caller is None else caller.id
+
+
+async def brief(request: Request, work: Callable[..., T], *arguments: Any) -> T:
+    """`Work.brief` in the share of who asks."""
+    return await service_of(request).work.brief(caller_id(request), work, *arguments)
+
+
+async def long(request: Request, work: Callable[..., T], *arguments: Any) -> T:
+    """`Work.long` in the share of who asks: `work(*arguments, check)`."""
+    return await service_of(request).work.long(caller_id(request), request.receive, work, *arguments)
 
 
 def client_of(request: Request) -> str:

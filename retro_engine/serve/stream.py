@@ -5,19 +5,17 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from retro_engine.errors import RetroError
-from retro_engine.generate.engine import Engine, Event, Request, Stream
-from retro_engine.serve.limits import ApiError
+from retro_engine.generate.engine import Event, Request, Stream
+from retro_engine.serve.limits import ApiError, ClientLeft
 from retro_engine.serve.metrics import Metrics
-
-
-class ClientLeft(Exception):
-    """There is nobody to answer."""
+from retro_engine.serve.service import Service
 
 
 class Running:
@@ -32,14 +30,15 @@ class Running:
         self._gone: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, engine: Engine, requests: Sequence[Request], receive: Receive) -> "Running":
-        """Submit all of them, or none. Raises what the engine raises."""
+    async def start(cls, service: Service, requests: Sequence[Request], receive: Receive) -> "Running":
+        """Submit all of them, or none, in the share of their caller. Raises what the engine raises."""
         running = cls(receive)
+        arrivals = [running._arrival(index) for index in range(len(requests))]
+        submitted = service.work.submit(requests[0].caller, service.engine.submit_all, requests, arrivals)
         try:
-            for index, request in enumerate(requests):
-                running._streams.append(engine.submit(request, running._arrival(index)))
-        except RetroError:
-            running.cancel()
+            running._streams = await asyncio.wrap_future(submitted)
+        except asyncio.CancelledError:  # nobody waits, and the thread may be at it
+            submitted.add_done_callback(_cancel_all)
             raise
         running._left = len(requests)
         return running
@@ -98,6 +97,12 @@ class Running:
             raise ApiError(503, "the server is stopping", headers={"retry-after": "5"})
         self._left -= item[1].finish_reason is not None
         return item
+
+
+def _cancel_all(submitted: "Future[list[Stream]]") -> None:
+    if not submitted.cancelled() and submitted.exception() is None:
+        for stream in submitted.result():
+            stream.cancel()
 
 
 class Pieces(Protocol):

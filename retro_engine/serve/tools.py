@@ -1,7 +1,7 @@
 """Embeddings, tokens, and what each neighbor was worth."""
 
-import asyncio
 import base64
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -9,12 +9,16 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from retro_engine.generate.explain import Explanation, cost
 from retro_engine.generate.explain import explain as explain_text
 from retro_engine.serve.limits import ApiError, Strict, parse, read_json
 from retro_engine.serve.openai import check_model, encode_prompts, neighbors_json
-from retro_engine.serve.state import limits_of, service_of
+from retro_engine.serve.service import Service
+from retro_engine.serve.state import brief, limits_of, long, service_of
+from retro_engine.serve.work import Check
 
 MAX_INPUTS = 256
+EMBEDDED = 16  # texts between two looks at whether somebody still waits
 MAX_TOKENS = 1 << 18  # of one call of tokenize or detokenize
 
 
@@ -61,9 +65,11 @@ async def embeddings(request: Request) -> Response:
     rows: Any = [body.input] if is_one else body.input
     if not rows or len(rows) > MAX_INPUTS:
         raise ApiError(400, f"input has {len(rows)} texts: 1 to {MAX_INPUTS} are taken", "input")
-    ids = await asyncio.to_thread(encode_prompts, service, rows, limits, "input")
-    texts = [row if isinstance(row, str) else service.tokenizer.decode(row) for row in rows]
-    vectors = np.asarray(await asyncio.to_thread(service.embedder.encode, texts), "<f4")
+    ids = await brief(request, partial(encode_prompts, most=MAX_INPUTS), service, rows, limits, "input")
+    count = sum(map(len, ids))
+    if count > limits.work_tokens:
+        raise ApiError(400, f"input has {count:,} tokens: at most {limits.work_tokens:,}", "input", "too_much_work")
+    vectors = await long(request, _embed, service, rows)
     if body.dimensions not in (None, vectors.shape[1]):
         raise ApiError(400, f"the embedder has {vectors.shape[1]} dimensions", "dimensions")
 
@@ -72,16 +78,25 @@ async def embeddings(request: Request) -> Response:
         return vector.tolist() if is_float else base64.b64encode(vector.tobytes()).decode()
 
     data = [{"object": "embedding", "index": i, "embedding": shown(vector)} for i, vector in enumerate(vectors)]
-    count = sum(map(len, ids))
     usage = {"prompt_tokens": count, "total_tokens": count}
     return JSONResponse({"object": "list", "data": data, "model": service.name, "usage": usage})
+
+
+def _embed(service: Service, rows: list[str | list[int]], check: Check) -> np.ndarray:
+    parts = []
+    for start in range(0, len(rows), EMBEDDED):
+        check()
+        part = rows[start : start + EMBEDDED]
+        texts = [row if isinstance(row, str) else service.tokenizer.decode(row) for row in part]
+        parts.append(np.asarray(service.embedder.encode(texts), "<f4"))
+    return np.concatenate(parts)
 
 
 async def tokenize(request: Request) -> Response:
     service, limits = service_of(request), limits_of(request)
     body = parse(Tokenize, await read_json(request, limits))
     check_model(service, body.model or service.name)
-    tokens = await asyncio.to_thread(service.tokenizer.encode, body.prompt)
+    tokens = await brief(request, service.tokenizer.encode, body.prompt)
     return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": limits.prompt_tokens})
 
 
@@ -93,7 +108,7 @@ async def detokenize(request: Request) -> Response:
     outside = next((i for i in body.tokens if not 0 <= i < top), None)
     if outside is not None:
         raise ApiError(400, f"token id {outside} is outside the vocabulary of {top:,}", "tokens", "token_not_found")
-    return JSONResponse({"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)})
+    return JSONResponse({"prompt": await brief(request, service.tokenizer.decode, body.tokens)})
 
 
 async def explain(request: Request) -> Response:
@@ -106,18 +121,24 @@ async def explain(request: Request) -> Response:
     config = service.generator.model.config
     if not config.retrieval:
         raise ApiError(400, "this model is a plain decoder: it reads no neighbors", code="no_library")
-    (prompt,) = await asyncio.to_thread(encode_prompts, service, body.prompt, limits)
-    (text,) = await asyncio.to_thread(encode_prompts, service, body.text, limits, "text")
+    (prompt,) = await brief(request, encode_prompts, service, body.prompt, limits)
+    (text,) = await brief(request, encode_prompts, service, body.text, limits, "text")
     if len(prompt) + len(text) > limits.prompt_tokens:
         raise ApiError(400, f"prompt and text have more than {limits.prompt_tokens:,} tokens", "text")
+    count = body.k or config.num_neighbors if body.neighbors is None else len(body.neighbors)
+    tokens = cost(config, len(prompt), len(text), count)
+    if tokens > limits.work_tokens:
+        param = "text" if count <= config.num_neighbors else "k" if body.neighbors is None else "neighbors"
+        why = f"{len(text):,} tokens of text without each of {count} neighbors are {tokens:,} tokens to compute"
+        raise ApiError(400, f"{why}: at most {limits.work_tokens:,}", param, "too_much_work")
     if body.neighbors is not None:
         shown = [{"text": text, "source": "given"} for text in body.neighbors]
         texts = body.neighbors
     else:
         query = service.tokenizer.decode(prompt[-config.chunk_size :])
-        hits = await asyncio.to_thread(service.search, query, body.k or config.num_neighbors)
+        hits = await brief(request, service.search, query, count)
         shown, texts = neighbors_json(hits), [hit.text + hit.continuation for hit in hits]
-    found = await asyncio.to_thread(explain_text, service.generator, body.prompt, body.text, texts)
+    found = await long(request, _explain, service, body.prompt, body.text, texts)
     rows = [
         {**about, "removed": float(change), "token_changes": [float(value) for value in row]}
         for about, change, row in zip(shown, found.changes, found.token_changes)
@@ -133,3 +154,7 @@ async def explain(request: Request) -> Response:
             "index_version": service.index_version,
         }
     )
+
+
+def _explain(service: Service, prompt: str, text: str, neighbors: list[str], check: Check) -> Explanation:
+    return explain_text(service.generator, prompt, text, neighbors, check=check)

@@ -9,6 +9,7 @@ import torch
 from helpers import small_config, small_model
 
 from retro_engine.data.store import Store
+from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoppedError, StoreError, UsageError
 from retro_engine.generate.engine import BusyError, Engine, Event, Request
 from retro_engine.generate.generator import Generator
@@ -344,3 +345,53 @@ def test_generation_is_not_half_done(generator: Generator) -> None:
     out = generator.run([])
     assert out == []
     assert isinstance(generator.generate("river", 1), Generation)
+
+
+def test_neighbors_of_many_choices_are_encoded_once(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, encoded = ["river stone copper", "falcon ember"], list[str]()
+    backend = type(generator.tokenizer).encode_batch
+
+    def noted(self: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        encoded.extend(texts)
+        return backend(self, texts)
+
+    ids = generator.tokenizer.encode(PROMPTS[1])
+    alone = generator.run([Request(ids, 6, neighbors=given)])[0]
+    monkeypatch.setattr(type(generator.tokenizer), "encode_batch", noted)
+    with Engine(generator, max_batch=4) as engine:
+        streams = engine.submit_all([Request(ids, 6, neighbors=list(given)) for _ in range(5)], [None] * 5)
+        assert [stream.result().tokens for stream in streams] == [alone.tokens] * 5
+    assert [text for text in encoded if text in given] == given
+
+
+def test_prompts_are_remembered_for_their_caller_alone(generator: Generator) -> None:
+    """The time of an answer tells nobody what another has asked; unless the engine is told that callers share."""
+    ids = generator.tokenizer.encode("orchard " * 70)
+
+    def reused(engine: Engine, caller: str) -> int:
+        before = engine.stats()["prefix_tokens_reused"]
+        engine.submit(Request(ids, 2, neighbors=[], caller=caller)).result()
+        return int(engine.stats()["prefix_tokens_reused"]) - before
+
+    with Engine(generator) as engine:
+        assert [reused(engine, name) for name in ("a", "b", "a", "b", "ab")] == [0, 0, len(ids), len(ids), 0]
+    with Engine(generator, shares_prefixes=True) as engine:
+        assert [reused(engine, name) for name in ("a", "b")] == [0, len(ids)]
+
+
+def test_a_caller_leaves_a_row_and_half_of_the_queue(generator: Generator) -> None:
+    long = [Request("river", 400, Sampling(min_tokens=400), neighbors=[], caller="a") for _ in range(7)]
+    with Engine(generator, max_batch=3, max_waiting=8) as engine:
+        held = [engine.submit(request) for request in long[:1]]
+        held += engine.submit_all(long[1:4], [None] * 3)
+        deadline = time.monotonic() + 20
+        while engine.stats()["running"] < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        with pytest.raises(BusyError):
+            engine.submit_all(long[:4], [None] * 4)
+        engine.submit(Request("tide", 3, neighbors=[], caller="b")).result()
+        assert not any(stream.is_done for stream in held)
+        assert engine.stats()["running"] == 2
+        for stream in held:
+            stream.cancel()

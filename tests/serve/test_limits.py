@@ -1,6 +1,8 @@
 """JSON that is refused before it is used, and the throttle."""
 
 import contextlib
+import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -20,8 +22,6 @@ JSON = st.recursive(
 @settings(max_examples=40, deadline=None)
 @given(JSON)
 def test_good_json_passes(value: object) -> None:
-    import json
-
     raw = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
     try:
         expected = json.loads(raw.decode())
@@ -92,3 +92,35 @@ def test_the_throttle_counts_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
             throttle.failed(key)
     assert throttle.wait_s("f") > 0
     assert throttle.wait_s("a") == 0
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"[" + b"[]," * 349_000 + b"[]]", b"[" * 500_000, b'{"a":' * 200_000, b"[" + b"{}," * 300_000 + b"1]",
+        b"{" + b",".join(b'"%d":1' % n for n in range(90_000)) + b"}", b'["\\"' * 200_000, b'"' + b'\\"' * 500_000,
+        b"[" + b"1," * 530_000 + b"1]",
+    ],
+)  # fmt: skip
+def test_what_is_large_and_nested_is_refused_for_next_to_nothing(raw: bytes) -> None:
+    """From the bytes: nothing is made of it first."""
+    start = time.process_time()
+    with pytest.raises(ApiError) as caught:
+        parse_json(raw, 32)
+    assert caught.value.status == 400
+    assert time.process_time() - start < 0.2
+
+
+def test_what_looks_nested_inside_of_a_text_is_a_text() -> None:
+    for text in ("[" * 100, '"{' * 100, '\\"[' * 100, "\\" * 7 + "[" * 40, ":" * 40_000):
+        value = {"a": [text, {text: text}]}
+        assert parse_json(json.dumps(value).encode(), 32) == value
+    depth = lambda n: b"[" * n + b"]" * n  # noqa: E731
+    assert parse_json(depth(32), 32)
+    with pytest.raises(ApiError, match="nested more than 32 deep"):
+        parse_json(depth(33), 32)
+    for text in (r"\ud83d\ude00", r"\\ud800", r"\\\\ud800"):
+        assert parse_json(b'["%s"]' % text.encode(), 32) == json.loads(f'["{text}"]')
+    for text in (r"\ud800", r"\ude00\ud83d", r"\\\ud83d"):
+        with pytest.raises(ApiError, match="half of a surrogate pair"):
+            parse_json(b'["%s"]' % text.encode(), 32)

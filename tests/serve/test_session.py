@@ -96,6 +96,14 @@ def test_cookies_that_are_nonsense(client: httpx.Client, cookie: str) -> None:
     assert client.post("/auth/logout", headers={"cookie": cookie}).status_code == 200
 
 
+def test_a_large_body_is_refused_before_anybody_is_known(client: httpx.Client) -> None:
+    headers = {"content-type": "application/json"}
+    for raw in (b"[" + b"[]," * 300_000 + b"[]]", b'{"name": "ada", "password": "' + b"x" * 20_000 + b'"}'):
+        assert client.post("/auth/login", content=raw, headers=headers).status_code == 413
+    raw = b"[" + b"[]," * 5000 + b"[]]"
+    assert client.post("/auth/login", content=raw, headers=headers).status_code == 400
+
+
 def test_bodies_that_are_refused(client: httpx.Client, site: Server) -> None:
     for body in ({}, {"name": "ada"}, {"name": "ada", "password": ""}, {"name": ["ada"], "password": "x"}, {"name": "ada", "password": "x" * 2000}, {"name": "ada", "password": PASSWORD, "scope": "admin"}):  # fmt: skip
         assert client.post("/auth/login", json=body).status_code == 400, body
