@@ -25,9 +25,9 @@ from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingInputError
+from retro_engine.errors import MissingInputError, StoreError
 from retro_engine.evaluate.perplexity import DocumentLosses, evaluate
-from retro_engine.generate.generator import Generation, Generator
+from retro_engine.generate.generator import Generation, Generator, model_coding
 from retro_engine.generate.sampling import Sampling
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
@@ -120,6 +120,7 @@ class Corpus:
         folder = self.store.folder / "neighbors" / (name or short_name(retriever.kind))
         if folder.is_dir() and (folder / "manifest.json").is_file():
             table = NeighborTable(folder, self.store)
+            _check_same_databases(table, retriever)
         else:
             width = max(k, TABLE_WIDTH)
             table = build_neighbors(
@@ -127,6 +128,19 @@ class Corpus:
             )
         table.ids(np.zeros(0, np.int64), k)
         return Data(self.store, table, k, splits)
+
+
+def _check_same_databases(table: NeighborTable, retriever: Retriever) -> None:
+    """Raise StoreError where a table that is there has its neighbors from other stores than those of the index."""
+    found = [store.fingerprint for store in table.databases]
+    wanted = [store.fingerprint for store in retriever.stores]
+    if found != wanted:
+        shown = ["+".join(mark[:12] for mark in marks) for marks in (found, wanted)]
+        raise StoreError(
+            f"{table.folder} has neighbors from stores {shown[0]}",
+            f"the index is of {shown[1]}",
+            "name=NAME makes another",
+        )
 
 
 class Index:
@@ -183,7 +197,9 @@ class Retro:
         return cls(model, Tokenizer.load(folder), checkpoint.read_generation(folder))
 
     def sequences(self, share: Share) -> Sequences:
+        """Raises StoreError for a store of another tokenizer or chunk size."""
         c = self.model.config
+        model_coding(self.model, self.tokenizer).check(share.store.coding)
         table = share.table if c.retrieval else None
         return Sequences(
             share.store, share.documents, c.encoder_seq_length, table, c.num_neighbors, c.r, share.database_documents

@@ -1,6 +1,7 @@
 """The command `retro docs`: a live library from the command line, a folder's or a server's."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -90,15 +91,21 @@ def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Libra
     from retro_engine.retrieval.library import Library
     from retro_engine.retrieval.library_documents import HashEmbedder
     from retro_engine.retrieval.library_file import FILE
+    from retro_engine.retrieval.live import library_coding
 
     folder = Path(args.library)
+    store = Store(args.store) if hasattr(args, "embedder") and args.store is not None else None
     if hasattr(args, "embedder") and not (folder / FILE).exists():
-        if args.store is None:
+        if store is None:
             raise MissingInputError(f"{folder} does not exist", "a new library needs a tokenizer", "--store STORE")
-        store = Store(args.store)
         embedder = HashEmbedder(store.tokenizer) if args.embedder == "hash" else None
         Library.create(folder, store.tokenizer, store.chunk_size, args.stride, embedder)
-    return Library(folder, is_read_only=is_read_only)
+    with contextlib.ExitStack() as stack:
+        library = stack.enter_context(Library(folder, is_read_only=is_read_only))
+        if store is not None:  # one that was there keeps what it was made with
+            store.coding.check(library_coding(library))
+        stack.pop_all()
+    return library
 
 
 def _add(args: argparse.Namespace) -> int:

@@ -190,8 +190,8 @@ def _open_questions(args: argparse.Namespace, checkpoint: Path, retro: "Retro") 
     from retro_engine.config import DataConfig
     from retro_engine.data.questions import Questions, read_questions
     from retro_engine.data.store import Store
+    from retro_engine.train.checkpoint import read_coding
     from retro_engine.train.loop import question_search, run_config
-    from retro_engine.train.retrofit import check_tokenizer
 
     try:
         data = run_config(checkpoint, args.overrides).model.data
@@ -202,7 +202,7 @@ def _open_questions(args: argparse.Namespace, checkpoint: Path, retro: "Retro") 
     if args.index is None and data.store is None:
         raise UsageError("there is no store", "it has the documents of the questions", "--index STORE")
     stores = [Store(path) for path in (args.index or [str(data.store)])]
-    check_tokenizer(checkpoint, stores[0])
+    read_coding(checkpoint, stores[0].chunk_size).check(*(store.coding for store in stores))
     config = retro.model.config
     rows = read_questions(args.questions, data.question_template)
     search = question_search(stores, args.retriever, config.r)

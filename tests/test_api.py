@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from helpers import write_corpus
+from helpers import small_model, write_corpus
 
 from retro_engine import Corpus, Index, Retro, fit
-from retro_engine.errors import MissingInputError
+from retro_engine.errors import MissingInputError, StoreError
 
 SMALL = ["model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_attention_heads=2", "model.init=standard",
          "model.encoder_seq_length=64", "trainer.precision=32", "trainer.val_check_interval=100"]  # fmt: skip
@@ -57,3 +57,22 @@ def test_importing_the_package_does_no_work() -> None:
 
     with pytest.raises(AttributeError):
         _ = retro_engine.nothing
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    """A model and the data of another tokenizer; an index of other stores than those of the table that is there."""
+    stores = []
+    for seed in (0, 1):
+        source = write_corpus(tmp_path / f"{seed}.jsonl", 8, seed=seed)
+        stores.append(Corpus.from_files(source, out=tmp_path / f"store{seed}", chunk_size=16, vocab_size=300))
+    one, other = stores
+    data = one.with_neighbors(Index.build(one, retriever="hash"))
+    model = small_model(vocab_size=300, chunk_size=16, encoder_seq_length=64)
+    assert Retro(model, one.store.tokenizer).sequences(data.valid)
+    with pytest.raises(StoreError, match="the model has tokenizer .*\n.*store0 has"):
+        Retro(model, other.store.tokenizer).evaluate(data.valid)
+    with pytest.raises(StoreError, match="store0 has tokenizer .*\n.*store1 has"):
+        one.with_neighbors(Index.build(other, retriever="hash"), name="far")
+    same = Corpus.from_files(tmp_path / "1.jsonl", out=tmp_path / "s", tokenizer=str(one.store.folder), chunk_size=16)
+    with pytest.raises(StoreError, match="has neighbors from stores .*\n.*the index is of"):
+        one.with_neighbors(Index.build(same, retriever="hash"))

@@ -9,6 +9,7 @@ import pytest
 from helpers import write_corpus
 
 from retro_engine.cli import main
+from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 
 
@@ -87,3 +88,14 @@ def test_refusals(run: Any, small_store: Store, tmp_path: Path) -> None:
     assert "needs vectors" in run("query", library, "river", "--mode", "dense", code=2)[1]
     with pytest.raises(SystemExit):
         main(["docs", "reset", library])
+
+
+def test_a_library_that_is_there_keeps_its_tokenizer(run: Any, small_store: Store, tmp_path: Path) -> None:
+    """A --store of another one is refused, not passed over."""
+    library, source = str(tmp_path / "library"), str(write_corpus(tmp_path / "c.jsonl", 3))
+    run("add", library, source, "--store", str(small_store.folder))
+    run("add", library, source, "--store", str(small_store.folder))
+    other = prepare([source], tmp_path / "other", vocab_size=300, chunk_size=16)
+    for what in ("add", "import"):
+        assert "tokenizer" in run(what, library, source, "--store", str(other.folder), code=3)[1]
+    run("list", library)

@@ -28,17 +28,7 @@ class NeighborLoader:
         stores that were verified before. Raises StoreError when the stores do not go together.
         """
         first = stores[0]
-        for store in stores[1:]:
-            for what, here, there in (
-                ("tokenizer", first.manifest["tokenizer"][:12], store.manifest["tokenizer"][:12]),
-                ("chunk_size", first.chunk_size, store.chunk_size),
-            ):
-                if here != there:
-                    raise StoreError(
-                        f"{first.folder} has {what} {here}",
-                        f"{store.folder} has {there}",
-                        f"retro prepare --tokenizer {first.folder} --chunk-size {first.chunk_size}",
-                    )
+        first.coding.check(*(store.coding for store in stores[1:]))
         self.pad_id = first.pad_id
         self.num_rows = sum(store.num_rows for store in stores)
         self.is_native = has_native_loader() if is_native is None else is_native

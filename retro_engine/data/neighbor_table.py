@@ -29,7 +29,7 @@ class NeighborTableWriter:
         if num_neighbors < 1:
             raise UsageError(f"K={num_neighbors} cannot be used", "a table holds at least one neighbor a chunk")
         refuse_existing(folder)
-        check_databases(databases)
+        check_databases(databases, query)
         files.make_folder(folder)
         self.folder, self.query, self.databases = folder, query, list(databases)
         self.num_neighbors, self.retriever = num_neighbors, retriever
@@ -90,7 +90,9 @@ class NeighborTable:
     """A published table, opened for its query store and with its database stores."""
 
     def __init__(self, folder: str | Path, query: Store):
-        """Raises StoreError, naming both sides, when the table or a database is of another store."""
+        """Raises StoreError, naming both sides, when the table or a database is of another store, and when a database's
+        ids or chunks are not those of `query`.
+        """
         self.folder, self.query = Path(folder), query
         self.manifest = files.read_manifest(self.folder, "neighbors")
         m = self.manifest
@@ -103,6 +105,7 @@ class NeighborTable:
         self.num_neighbors: int = m["num_neighbors"]
         self.fingerprint: str = m["fingerprint"]
         self.databases = [self._database(entry) for entry in m["databases"]]
+        query.coding.check(*(database.coding for database in self.databases))
         self.num_rows = sum(store.num_rows for store in self.databases)
         self._shards = [
             ArrayFile(files.child(self.folder, name), "neighbors", query.fingerprint) for name in sorted(m["files"])
@@ -180,8 +183,12 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
-def check_databases(databases: Sequence[Store]) -> None:
-    """Raise UsageError when a store is named twice: its chunks would be two neighbors."""
+def check_databases(databases: Sequence[Store], query: Store | None = None) -> None:
+    """Raise UsageError when a store is named twice: its chunks would be two neighbors; StoreError when the ids or chunks
+    of one are not those of `query`, whose model will read them.
+    """
+    if query is not None:
+        query.coding.check(*(database.coding for database in databases))
     marks = [store.fingerprint for store in databases]
     for number, store in enumerate(databases):
         if store.fingerprint in marks[:number]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from retro_engine.data import files
+from retro_engine.data.coding import Coding
 from retro_engine.data.corpus import Document, SetAside
 from retro_engine.data.files import ArrayFile
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
@@ -256,6 +257,11 @@ class Store:
                     "retro prepare again",
                 )
         return self._tokenizer
+
+    @property
+    def coding(self) -> Coding:
+        """What a reader of its ids must have too."""
+        return Coding(str(self.folder), self.manifest["tokenizer"], self.chunk_size)
 
     @property
     def documents(self) -> np.ndarray:

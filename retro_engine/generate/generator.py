@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retro_engine.data.coding import Coding
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import StoreError, UsageError
+from retro_engine.errors import UsageError
 from retro_engine.generate.prefix import PrefixCache, keys_of
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
@@ -30,7 +31,7 @@ class Generator:
     """A model with its tokenizer and, with a retriever, live retrieval."""
 
     def __init__(self, model: RetroModel, tokenizer: Tokenizer, retriever: NeighborSource | None = None):
-        """Raises StoreError when the retriever's texts were made with another tokenizer."""
+        """Raises StoreError when the retriever's texts were made with another tokenizer or in other chunks."""
         if model.config.partial_chunk != "last":
             raise UsageError(
                 f"model.partial_chunk={model.config.partial_chunk}", "such a model cannot be decoded with a cache"
@@ -38,12 +39,8 @@ class Generator:
         self.model, self.tokenizer, self.retriever = model, tokenizer, retriever
         self._found: OrderedDict[tuple[str, str, str, int, int, str | None], Found] = OrderedDict()
         self._lock = threading.Lock()
-        if retriever is not None and retriever.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise StoreError(
-                f"the model has tokenizer {tokenizer.fingerprint[:12]}",
-                f"{retriever.name} has {retriever.tokenizer_fingerprint[:12]}",
-                "retro prepare --tokenizer CHECKPOINT",
-            )
+        if retriever is not None:
+            model_coding(model, tokenizer).check(retriever.coding)
 
     def generate(
         self,
@@ -327,6 +324,11 @@ class Batch:
         self.decoding.pop()
         if self.joining is not None:
             self.cache.move(last + 1, last)
+
+
+def model_coding(model: RetroModel, tokenizer: Tokenizer, owner: str = "the model") -> Coding:
+    """What whatever the model reads must have too."""
+    return Coding(owner, tokenizer.fingerprint, model.config.chunk_size, "model")
 
 
 def neighbor_tokens(sequence: Sequence) -> int:

@@ -9,13 +9,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from retro_engine.errors import StoreError, UsageError
+from retro_engine.data.coding import Coding
+from retro_engine.errors import UsageError
 from retro_engine.retrieval.library import DEFAULT, Library
 from retro_engine.retrieval.library_documents import MAX_QUERY_CHARACTERS
 from retro_engine.retrieval.library_search import check_mode, check_weights, fuse
 from retro_engine.retrieval.search import Found, Hit, Retriever
 
 SPAN = 3  # results asked for per neighbor kept: its own chunk and both beside it
+
+
+def library_coding(library: Library) -> Coding:
+    """What a reader of its chunks must have too."""
+    return Coding(str(library.folder), library.file.tokenizer.fingerprint, library.file.chunk_size, "library")
 
 
 class LiveRetriever:
@@ -29,27 +35,23 @@ class LiveRetriever:
         mode: str = "lexical",
         namespace: str = DEFAULT,
     ):
-        """`weights`: of the library and of the stores. Raises StoreError where their tokenizers differ."""
+        """`weights`: of the library and of the stores. Raises StoreError where their tokenizers or chunks differ."""
         check_mode(mode, (1.0, 1.0))
         check_weights(weights)
         if mode != "lexical" and library.chunker.width is None:
             raise UsageError(f"mode {mode} needs vectors", f"{library.folder} was made without an embedder", "lexical")
         self.library, self.static, self.weights = library, static, tuple(weights)
         self.mode, self.namespace = mode, namespace
-        if static is not None and static.tokenizer_fingerprint != self.tokenizer_fingerprint:
-            raise StoreError(
-                f"{library.folder} has tokenizer {self.tokenizer_fingerprint[:12]}",
-                f"{static.name} has {static.tokenizer_fingerprint[:12]}",
-                "retro docs add LIBRARY --store STORE makes one that fits",
-            )
+        if static is not None:
+            static.coding.check(self.coding)
 
     @property
     def name(self) -> str:
         return str(self.library.folder)
 
     @property
-    def tokenizer_fingerprint(self) -> str:
-        return self.library.file.tokenizer.fingerprint
+    def coding(self) -> Coding:
+        return library_coding(self.library)
 
     @property
     def version(self) -> str:

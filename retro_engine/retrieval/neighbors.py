@@ -17,7 +17,7 @@ import numpy as np
 
 from retro_engine.data import files
 from retro_engine.data.batches import split_documents
-from retro_engine.data.neighbor_table import NeighborTable, ids_name, publish_table, refuse_existing
+from retro_engine.data.neighbor_table import NeighborTable, check_databases, ids_name, publish_table, refuse_existing
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.progress import Reporter, duration
@@ -76,6 +76,7 @@ def build_neighbors(
     if num_neighbors < 1:
         raise UsageError(f"--k {num_neighbors} cannot be used", "a table holds at least one neighbor a chunk")
     check_retriever(retriever)
+    check_databases(databases, query)  # before hours of indexing
     folder = query.folder / "neighbors" / (name or index_folder(query, retriever).name)
     refuse_existing(folder)
     with files.locked(folder):

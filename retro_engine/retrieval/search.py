@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from retro_engine.data.coding import Coding
 from retro_engine.data.loader import NeighborLoader
 from retro_engine.data.neighbor_table import check_databases
 from retro_engine.data.store import Store
@@ -69,7 +70,9 @@ class NeighborSource(Protocol):
     def name(self) -> str: ...
 
     @property
-    def tokenizer_fingerprint(self) -> str: ...
+    def coding(self) -> Coding:
+        """Whose ids these are: what reads them must have the same."""
+        ...
 
     @property
     def version(self) -> str:
@@ -266,8 +269,8 @@ class Retriever:
         return str(self.stores[0].folder)
 
     @property
-    def tokenizer_fingerprint(self) -> str:
-        return str(self.stores[0].manifest["tokenizer"])
+    def coding(self) -> Coding:
+        return self.stores[0].coding
 
     @property
     def version(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retro_engine.data.coding import Coding
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
@@ -19,7 +20,7 @@ from retro_engine.retrieval.library_documents import Embedder, HashEmbedder
 from retro_engine.retrieval.library_file import FILE
 from retro_engine.retrieval.library_import import Importer
 from retro_engine.retrieval.library_search import Hit, Source, check_mode, combined, static_source
-from retro_engine.retrieval.live import LiveRetriever
+from retro_engine.retrieval.live import LiveRetriever, library_coding
 from retro_engine.retrieval.search import Retriever
 from retro_engine.serve.work import Work
 from retro_engine.train import checkpoint
@@ -169,17 +170,14 @@ def chat_template(folder: Path) -> str | None:
 def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int) -> Library:
     """The library, made with the model's tokenizer and chunk size when it is not there.
 
-    Raises StoreError for one of another tokenizer.
+    Raises StoreError for one of another tokenizer or chunk size.
     """
     if not (folder / FILE).exists():
         Library.create(folder, tokenizer, chunk_size, embedder=HashEmbedder(tokenizer))
     library = Library(folder)
-    if library.file.tokenizer.fingerprint != tokenizer.fingerprint:
-        other = library.file.tokenizer.fingerprint[:12]
+    try:
+        Coding("the model", tokenizer.fingerprint, chunk_size, "model").check(library_coding(library))
+    except StoreError:
         library.close()
-        raise StoreError(
-            f"{folder} was made with tokenizer {other}",
-            f"the model has {tokenizer.fingerprint[:12]}",
-            "name another folder with --library",
-        )
+        raise
     return library

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from retro_engine.data import files
+from retro_engine.data.coding import Coding
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
 from retro_engine.model.attention import is_sharded
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, load_state
+from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, load_state, read_config
 from retro_engine.progress import note
 from retro_engine.train.optimizer import Optimizer
 from retro_engine.train.parallel import Parallel
@@ -271,6 +272,13 @@ def flaw(checkpoint: Path) -> str:
     except StoreError as error:
         return ": ".join(part for part in (error.what, error.why) if part)
     return ""
+
+
+def read_coding(folder: Path, chunk_size: int) -> Coding:
+    """What the stores that a checkpoint's model reads must have; a plain decoder reads chunks of any size, `chunk_size`."""
+    config = read_config(folder)
+    tokenizer = Tokenizer.load(folder).fingerprint
+    return Coding(str(folder), tokenizer, config.chunk_size if config.retrieval else chunk_size, "model")
 
 
 def find_checkpoint(path: str | Path) -> Path:

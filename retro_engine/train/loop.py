@@ -109,12 +109,7 @@ def open_data(config: Config) -> TrainingData:
     if has_own_valid:
         other = Store(str(data.valid_store))
         _check_store(config, other)
-        if other.manifest["tokenizer"] != store.manifest["tokenizer"]:
-            raise StoreError(
-                f"{other.folder} has tokenizer {other.manifest['tokenizer'][:12]}",
-                f"{store.folder} has {store.manifest['tokenizer'][:12]}",
-                f"retro prepare --tokenizer {store.folder}",
-            )
+        store.coding.check(other.coding)
         other_table = NeighborTable(find_table(other, data.valid_neighbors), other) if m.retrieval else None
         if other_table is not None:
             data.valid_neighbors = table_name(other_table)
@@ -183,10 +178,13 @@ def open_evaluation(
 ) -> Sequences | Questions:
     """The documents of a share (train, valid, test, all) of a run's data, for the model of one of its checkpoints.
 
-    With a validation store of its own, valid is that store and the other shares are of the training store.
+    With a validation store of its own, valid is that store and the other shares are of the training store. Raises
+    StoreError for a store of another tokenizer, or for a RETRO of another chunk size.
     """
     config = run_config(checkpoint_folder, overrides)
     data = open_data(config)
+    coding = checkpoint.read_coding(checkpoint_folder, data.store.chunk_size)
+    coding.check(data.store.coding)  # a validation store has the same
     if share == "valid" and data.valid is not None:
         return data.valid
     if isinstance(data.train, Questions):

@@ -134,3 +134,28 @@ def test_a_store_named_twice_and_a_linked_store(stores: tuple[Store, Store], tmp
     linked = Store(tmp_path / "elsewhere" / "link")
     table, _ = write_table(a, [linked])
     assert NeighborTable(table.folder, a).databases[0].fingerprint == b.fingerprint
+
+
+@pytest.mark.parametrize(("tokenizer", "chunk_size"), [(Tokenizer.train(["yz"], 300), 4), (TOKENIZER, 8)])
+def test_a_database_of_other_ids_or_chunks(
+    stores: tuple[Store, Store], tmp_path: Path, tokenizer: Tokenizer, chunk_size: int
+) -> None:
+    """Neither written nor, where an earlier version has, opened: its ids would be read as the query store's."""
+    a, _ = stores
+    writer = StoreWriter(tmp_path / "other", tokenizer, chunk_size)
+    writer.add(Document("0", "", "x", "f"), [5, 6, 7])
+    other = writer.close()
+    named = (
+        rf"{a.folder} has (tokenizer|chunk_size) .*\n.*{other.folder} has .*\n.*retro prepare --tokenizer {a.folder}"
+    )
+    with pytest.raises(StoreError, match=named):
+        NeighborTableWriter(a.folder / "neighbors" / "x", a, [a, other], 1, {})
+    folder = a.folder / "neighbors" / "before"
+    folder.mkdir(parents=True)
+    ids = np.zeros((a.num_rows, 1), np.int32)
+    hashes = {"ids-00000.bin": files.write_array(folder / "ids-00000.bin", "neighbors", ids, a.fingerprint)}
+    entry = {"fingerprint": other.fingerprint, "rows": other.num_rows, "path": str(other.folder.resolve())}
+    content = {"num_neighbors": 1, "rows": a.num_rows, "query": a.fingerprint, "databases": [entry], "files": hashes}
+    files.write_manifest(folder, "neighbors", {**content, "retriever": {"name": "bm25"}})
+    with pytest.raises(StoreError, match=named):
+        NeighborTable(folder, a)

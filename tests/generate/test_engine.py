@@ -77,7 +77,7 @@ class SlowSource:
 
     def __init__(self, source: Retriever, word: str = "falcon"):
         self.source, self.word, self.gate = source, word, threading.Event()
-        self.name, self.tokenizer_fingerprint = source.name, source.tokenizer_fingerprint
+        self.name, self.coding = source.name, source.coding
         self.version = "1"
         self.asked: list[str] = []
 

@@ -1,12 +1,14 @@
 """Generation: equal to recomputing everything, neighbors that act from the prompt's last token on, attribution."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import small_config, small_model
+from helpers import small_config, small_model, write_corpus
 
+from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
@@ -253,3 +255,10 @@ def test_text_is_never_half_a_character() -> None:
     for token in tokenizer.encode("\u65e5")[:2]:  # and ends in the middle
         sequence.accept(torch.eye(tokenizer.vocab_size)[token])
     assert sequence.generation().text == "\ufffd"
+
+
+def test_a_source_in_other_chunks_is_refused(generator: Generator, small_store: Store, tmp_path: Path) -> None:
+    """Its neighbors would be of half the length that the model was trained on."""
+    store = prepare([write_corpus(tmp_path / "c.jsonl", 4)], tmp_path / "s", str(small_store.folder), chunk_size=8)
+    with pytest.raises(StoreError, match="the model has chunk_size 16\n.*has 8"):
+        Generator(generator.model, small_store.tokenizer, Retriever([store]))

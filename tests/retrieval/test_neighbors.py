@@ -11,7 +11,7 @@ from helpers import write_corpus
 from retro_engine.data.batches import split_documents
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
-from retro_engine.errors import RetroError, UsageError
+from retro_engine.errors import RetroError, StoreError, UsageError
 from retro_engine.progress import Reporter
 from retro_engine.retrieval import neighbors as neighbors_module
 from retro_engine.retrieval.executor import Executor
@@ -184,3 +184,16 @@ def test_the_kth_io_call_of_a_whole_build_fails(tmp_path: Path, monkeypatch: pyt
             build_neighbors(store, [store], "hash", 2)
         found_files = {path.relative_to(work): path.read_bytes() for path in work.rglob("*") if path.is_file()}
         assert found_files == whole
+
+
+def test_a_database_of_another_tokenizer_is_refused_before_it_is_indexed(small_store: Store, tmp_path: Path) -> None:
+    """Two stores prepared apart have two tokenizers of one size: nothing but the fingerprint tells."""
+    source = write_corpus(tmp_path / "c.jsonl", 6, seed=3)
+    other = prepare([source], tmp_path / "s", vocab_size=300, chunk_size=16)
+    assert other.vocab_size == small_store.vocab_size
+    wide = prepare([source], tmp_path / "w", str(small_store.folder), chunk_size=32)
+    for store, what in ((other, "tokenizer"), (wide, "chunk_size")):
+        with pytest.raises(StoreError, match=f"{small_store.folder} has {what} .*\n.*{store.folder} has"):
+            build_neighbors(small_store, [store], "hash", 2, name=f"far-{what}")
+        assert not (store.folder / "index").exists()
+        assert not (small_store.folder / "neighbors" / f"far-{what}").exists()

@@ -23,6 +23,7 @@ from retro_engine.retrieval.library import Library
 from retro_engine.serve.auth import Accounts
 from retro_engine.serve.run import Address, serve
 from retro_engine.serve.service import Options, open_service
+from retro_engine.train.checkpoint import find_checkpoint
 
 CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
 
@@ -121,11 +122,15 @@ def test_a_library_in_use_is_refused(small_run: Path, small_store: Store, tmp_pa
         serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
 
 
-def test_a_library_of_another_tokenizer_is_refused(small_run: Path, tmp_path: Path) -> None:
-    Library.create(tmp_path / "library", Tokenizer.train(["other text"], 260), 16)
-    options = Options(str(small_run), library=str(tmp_path / "library"))
-    with pytest.raises(StoreError, match="was made with tokenizer"):
-        serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
+def test_a_library_of_another_tokenizer_or_chunk_size_is_refused(small_run: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(find_checkpoint(small_run))
+    for name, given, what in (("a", Tokenizer.train(["other text"], 260), "tokenizer"), ("b", tokenizer, "chunk_size")):
+        Library.create(tmp_path / name, given, 32)
+        options = Options(str(small_run), library=str(tmp_path / name))
+        with pytest.raises(StoreError, match=f"the model has {what} .*\n.*{tmp_path / name} has"):
+            serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
+        with Library(tmp_path / name):  # it was closed again
+            pass
 
 
 def test_weights_of_a_byte(small_run: Path, tmp_path: Path) -> None:

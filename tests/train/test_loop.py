@@ -13,16 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import small_disk
+from helpers import small_disk, write_corpus
 from training_helpers import NEMO_INFERENCE, NEMO_TRAINING, SMALL, config, losses, settings
 
 from retro_engine.cli import main
 from retro_engine.config import load_config
+from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, MissingExtraError, OutOfResourceError, RetroError, StoreError, UsageError
+from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
+from retro_engine.retrieval.neighbors import build_neighbors
 from retro_engine.train import checkpoint
-from retro_engine.train.loop import train
+from retro_engine.train.loop import open_evaluation, train
 
 
 @pytest.fixture(scope="module")
@@ -427,3 +430,16 @@ def test_the_plain_decoder_trains_without_a_table(small_store: Store, tmp_path: 
     )
     assert "valid_bits_per_byte_off" in result.metrics
     assert "valid_bits_per_byte_on" not in result.metrics
+
+
+def test_evaluation_on_a_store_of_another_tokenizer_is_refused(small_store: Store, whole: Path, tmp_path: Path) -> None:
+    """`retro eval RUN model.data.store=OTHER`: its ids are not the model's, whatever their range."""
+    source = write_corpus(tmp_path / "c.jsonl", 12, seed=3)
+    other = prepare([source], tmp_path / "s", vocab_size=300, chunk_size=16)
+    build_neighbors(other, [other], "hash", 4)
+    folder = checkpoint.find_checkpoint(whole)
+    given = [f"model.data.store={other.folder}", "model.data.neighbors=hash"]
+    with pytest.raises(StoreError, match=f"{folder} has tokenizer .*\n.*{other.folder} has .*\n.*retro prepare"):
+        open_evaluation(folder, read_config(folder), given, "valid")
+    found = open_evaluation(folder, read_config(folder), [], "valid")
+    assert found.store.fingerprint == small_store.fingerprint
