@@ -357,10 +357,11 @@ def _embed(args: argparse.Namespace) -> int:
 
 def _neighbors(args: argparse.Namespace) -> int:
     from retro_engine.config import DataConfig
-    from retro_engine.data.batches import Sequences, split_documents
+    from retro_engine.data.batches import Sequences, describe_copies, split_documents
     from retro_engine.data.store import Store
     from retro_engine.retrieval.ceiling import copy_ceiling, describe_ceiling
     from retro_engine.retrieval.neighbors import Filters, build_neighbors, share_without_neighbors
+    from retro_engine.retrieval.overlap import repeated_share
 
     query = Store(args.query)
     databases = [Store(path) for path in args.database] if args.database else [query]
@@ -384,7 +385,11 @@ def _neighbors(args: argparse.Namespace) -> int:
         length = CEILING_CHUNKS * query.chunk_size
         heldout = Sequences(query, shares["valid"], length, table, min(2, args.k), database_documents=shares["train"])
         result["copy_ceiling"], count = copy_ceiling(heldout)
-        reporter.say(describe_ceiling(result["copy_ceiling"], count))
+        result["repeated_share"] = repeated_share(heldout)
+        reporter.say(describe_ceiling(result["copy_ceiling"], count, result["repeated_share"]))
+        trained = Sequences(query, shares["train"], length)
+        if (copies := describe_copies(heldout, trained)) is not None:
+            reporter.say(copies)
     _print(args, result)
     return 0
 
@@ -456,7 +461,8 @@ def _eval(args: argparse.Namespace) -> int:
 
     checkpoint = find_checkpoint(args.path)
     retro = Retro.from_pretrained(checkpoint)
-    sequences = open_evaluation(checkpoint, retro.model.config, args.overrides, args.share)
+    reporter = _reporter(args)
+    sequences = open_evaluation(checkpoint, retro.model.config, args.overrides, args.share, reporter.say)
     modes = (args.modes or ("on,off,random" if retro.model.config.retrieval else "off")).split(",")
     is_plain = not retro.model.config.retrieval
     if is_plain and (args.neighbors or set(modes) - {"off"}):
@@ -475,7 +481,6 @@ def _eval(args: argparse.Namespace) -> int:
             )
     if "given" in modes and given is None:
         raise UsageError("mode given needs neighbors", "", "--neighbors TEXT")
-    reporter = _reporter(args)
     batches = len(sequences.in_order()) if args.limit is None else min(8 * args.limit, len(sequences.in_order()))
     with reporter.progress("evaluating", batches * len(modes), "sequences") as meter:
         results = evaluate(

@@ -128,3 +128,23 @@ def read_only_copy(source: Path, folder: Path) -> Iterator[Path]:
         if subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True).returncode:
             pytest.skip("a disk cannot be made read-only here")
         yield copy
+
+
+def random_texts(count: int, seed: int = 0, words: int = 90) -> list[str]:
+    """Texts of which no part says anything about another: made-up words in random order."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    vocabulary = ["".join(rng.choice(letters, 6)) for _ in range(200)]
+    return [" ".join(rng.choice(vocabulary, words)) for _ in range(count)]
+
+
+def as_version_0(folder: Path) -> None:
+    """Make a store what an earlier version wrote: without the contents of its documents."""
+    from retro_engine.data import files
+
+    manifest = files.read_manifest(folder, "store")
+    body = {key: value for key, value in manifest.items() if key not in ("fingerprint", "kind", "version", "minor")}
+    body["files"] = {name: mark for name, mark in body["files"].items() if not name.startswith("contents-")}
+    for path in (*folder.glob("contents-*"), folder / "manifest.json"):
+        path.unlink()
+    files.write_manifest(folder, "store", body)

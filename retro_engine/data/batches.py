@@ -6,7 +6,6 @@ which neighbors is a pure function of the arguments: nothing but a step number i
 Letters: B sequences, N tokens, M tokens per row, L rows per sequence, K neighbors, R tokens per neighbor.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,15 +57,22 @@ def deal(count: int, shares: str) -> dict[str, np.ndarray]:
     }
 
 
-def copies_of(store: Store, documents: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Those of `documents` whose text is also that of one of `others`, token by token."""
+def copies_of(store: Store, documents: np.ndarray, others: np.ndarray, other_store: Store | None = None) -> np.ndarray:
+    """Those of `documents` that say what one of `others` (of `other_store`, where it is another) says."""
+    return documents[np.isin(store.contents[documents], (other_store or store).contents[others])]
 
-    def mark(document: int) -> bytes:
-        tokens, lengths = store.rows(*store.document_rows(document))
-        return hashlib.sha256(tokens.tobytes() + lengths.tobytes()).digest()
 
-    known = {mark(int(document)) for document in others}
-    return np.array([document for document in documents if mark(int(document)) in known], np.int64)
+def describe_copies(valid: "Sequences", train: "Sequences") -> str | None:
+    """A warning that names held-out documents whose copies are trained on; None where there are none."""
+    copies = copies_of(valid.store, valid.documents, train.documents, train.store)
+    if not len(copies):
+        return None
+    named = ", ".join(" ".join(valid.store.name(int(document))).strip() for document in copies[:3])
+    return (
+        f"WARNING: {len(copies):,} of {len(valid.documents):,} held-out documents are also among those trained on: {named}\n"
+        "  what is measured on them is how well they were learned by heart\n"
+        "  leave copies out of the files (or hold out a store of others, model.data.valid_store) and retro prepare again"
+    )
 
 
 def pack(first_rows: np.ndarray, num_rows: np.ndarray, rows_per_sequence: int) -> np.ndarray:
@@ -150,11 +156,10 @@ class Sequences:
             table.ids(np.zeros(0, np.int64), num_neighbors)  # refuses k > K
             self._neighbor_loader = NeighborLoader(table.databases)
             self._own_start = self._find_own(table)
-            allowed = np.ones(store.num_documents, bool)
+            self._is_allowed = np.ones(store.num_documents, bool)
             if database_documents is not None:
-                allowed[:] = False
-                allowed[database_documents] = True
-            self._is_allowed_row = allowed[self._row_documents]
+                self._is_allowed = np.isin(np.arange(store.num_documents), database_documents)
+            self._held_out = np.unique(store.contents[~self._is_allowed])
         self._evaluation_rows = np.concatenate([np.arange(f, f + c) for f, c in zip(self._first_rows, self._num_rows)])
         self._lengths: dict[tuple[int, int], int] = {}
         self._epoch: tuple[tuple[int, int] | None, np.ndarray] = (None, np.zeros((0, self.rows_per_sequence), np.int64))
@@ -263,8 +268,8 @@ class Sequences:
     def neighbor_ids(self, rows_BL: np.ndarray, mode: str = "on") -> np.ndarray:
         """[B, L, k] neighbor ids of each row, -1 = missing.
 
-        Neighbors of the row's own document and of documents held out are passed over for the next best. random:
-        those of another row; one_right: all but the first are other rows' first ones; self: the row itself.
+        Neighbors that say what the row's own document says (itself, its copies) and what is held out are passed over for
+        the next best. random: those of another row; one_right: all but the first are other rows' first ones; self: the row itself.
         """
         rows = np.where(rows_BL < 0, 0, rows_BL)
         if mode == "self":
@@ -289,15 +294,31 @@ class Sequences:
         """The first k neighbors of `rows` that `readers` may see."""
         assert self.table is not None
         ids = self.table.ids(rows, self.table.num_neighbors)
-        is_good = ids >= 0
-        if self._own_start is not None:
-            own = ids - self._own_start
-            is_own = is_good & (own >= 0) & (own < self.store.num_rows)
-            own = np.where(is_own, own, 0)
-            same = self._row_documents[own] == self._row_documents[readers][..., None]
-            is_good &= ~is_own | (self._is_allowed_row[own] & ~same)
+        is_good = self._may_read(ids, readers[..., None])
         order = np.argsort(~is_good, axis=-1, kind="stable")[..., : self.num_neighbors]
         return np.take_along_axis(np.where(is_good, ids, -1), order, -1)
+
+    def _may_read(self, ids: np.ndarray, readers: np.ndarray) -> np.ndarray:
+        """Whether neighbors say something else than the readers' documents [..., 1], and nothing that is held out.
+
+        What is held out is known by its number in the store itself, by what it says elsewhere.
+        """
+        assert self.table is not None
+        own = np.broadcast_to(self.store.contents[self._row_documents[readers]], ids.shape)
+        out = np.zeros(ids.shape, bool)
+        start = 0
+        for database in self.table.databases:
+            here = (ids >= start) & (ids < start + database.num_rows)
+            rows = ids[here] - start
+            contents = database.contents_of(rows)
+            if start == self._own_start:
+                is_shown = self._is_allowed[self._row_documents[rows]]
+            else:
+                place = np.searchsorted(self._held_out, contents) % max(1, len(self._held_out))
+                is_shown = self._held_out[place] != contents if len(self._held_out) else True
+            out[here] = is_shown & (contents != own[here])
+            start += database.num_rows
+        return out
 
     def _other_rows(self, rows: np.ndarray, number: int = 1) -> np.ndarray:
         """Fixed other rows of these documents for each row: 1/2, 1/3, 2/3, 1/4 ... of them further on, in their order."""

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from retro_engine.data import corpus, files, store
 from retro_engine.data.corpus import Document, Reader, SetAside
 from retro_engine.data.store import Store, StoreWriter
@@ -68,6 +70,11 @@ def prepare(
                 spooled.unlink(missing_ok=True)
     if made.counts["set_aside"]:
         say(f"{made.counts['set_aside']} rows set aside, listed in {out}/set_aside.jsonl")
+    copies = made.num_documents - len(np.unique(made.contents))
+    if copies:
+        say(
+            f"note: {copies:,} of {made.num_documents:,} documents repeat others, white space aside: they are no neighbors"
+        )
     if made.num_rows == made.num_documents:
         say(f"note: every document is shorter than one chunk of {chunk_size} tokens; --chunk-size takes a smaller one")
     if made.num_documents == 1:

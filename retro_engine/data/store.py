@@ -2,7 +2,8 @@
 
 A chunk id is a row number; the continuation of row c is row c + 1 when it is of the same document. Every row's
 count of valid tokens is stored, so that padding is never read as text. Reads and writes STORE/manifest.json,
-tokenizer.json and, for each shard, tokens-, lengths-, rows-, documents- and names-NNNNN.bin (docs/formats.md).
+tokenizer.json and, for each shard, tokens-, lengths-, rows-, documents-, names- and contents-NNNNN.bin
+(docs/formats.md); a store of minor version 0 has no contents: they are computed from its tokens when they are asked for.
 """
 
 import json
@@ -16,6 +17,7 @@ import numpy as np
 
 from retro_engine.data import files
 from retro_engine.data.coding import Coding
+from retro_engine.data.contents import content_mark
 from retro_engine.data.corpus import Document, SetAside
 from retro_engine.data.files import ArrayFile
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
@@ -24,7 +26,8 @@ from retro_engine.errors import StoreError, UsageError
 
 SHARD_ROWS = 1 << 18  # a shard closes at the first document end past this many rows
 DOCUMENT_COLUMNS = ("first_row", "num_tokens", "num_bytes", "name_end")  # of documents-NNNNN.bin, shard-relative
-PARTS = ("tokens", "lengths", "rows", "documents", "names")
+MINOR_VERSION = 1  # 1: with the contents of the documents; a reader of 0 passes over them
+PARTS = ("tokens", "lengths", "rows", "documents", "names", "contents")
 SET_ASIDE_FILE = "set_aside.jsonl"
 
 
@@ -73,6 +76,7 @@ class StoreWriter:
         lengths = np.full(num_rows, m, np.uint16)
         lengths[-1] = len(tokens) - m * (num_rows - 1)
         self._names += _as_json([document.id, document.title]).encode()
+        self._contents.append(content_mark(document.text))
         self._documents.append((self._num_rows, len(tokens), num_bytes, len(self._names)))
         self._tokens.append(rows)
         self._lengths.append(lengths)
@@ -100,6 +104,7 @@ class StoreWriter:
             self.folder,
             "store",
             {
+                "minor": MINOR_VERSION,
                 "chunk_size": self.chunk_size,
                 "dtype": np.dtype(self.tokenizer.dtype).name,
                 "vocab_size": self.tokenizer.vocab_size,
@@ -125,6 +130,7 @@ class StoreWriter:
             "rows": np.repeat(np.arange(len(documents), dtype=np.uint32), rows_of)[:, None],
             "documents": documents,
             "names": np.frombuffer(bytes(self._names), np.uint8)[:, None],
+            "contents": np.array(self._contents, np.int64)[:, None],
         }
         for part, values in arrays.items():
             name = f"{part}-{number:05d}.bin"
@@ -156,6 +162,7 @@ class StoreWriter:
         self._tokens: list[np.ndarray] = []
         self._lengths: list[np.ndarray] = []
         self._documents: list[tuple[int, int, int, int]] = []
+        self._contents: list[int] = []
         self._names = bytearray()
         self._num_rows = 0
 
@@ -227,10 +234,13 @@ class Store:
         self.shards: list[Shard] = []
         first_row = first_document = 0
         widths = {"tokens": self.chunk_size, "documents": len(DOCUMENT_COLUMNS)}
+        self.has_contents: bool = m.get("minor", 0) >= 1
+        parts = PARTS if self.has_contents else PARTS[:-1]
         for number, shard in enumerate(m["shards"]):
-            arrays = {part: ArrayFile(self.folder / f"{part}-{number:05d}.bin", part, m["tokenizer"]) for part in PARTS}
+            arrays = {part: ArrayFile(self.folder / f"{part}-{number:05d}.bin", part, m["tokenizer"]) for part in parts}
+            of_documents = dict.fromkeys(("documents", "contents"), shard["documents"])
             for part, array in arrays.items():
-                rows = {"names": array.values.shape[0], "documents": shard["documents"]}.get(part, shard["rows"])
+                rows = {"names": array.values.shape[0], **of_documents}.get(part, shard["rows"])
                 if array.values.shape != (rows, widths.get(part, 1)):
                     raise StoreError(
                         f"{array.path} has shape {array.values.shape}",
@@ -245,6 +255,7 @@ class Store:
             )
         self._tokenizer: Tokenizer | None = None
         self._documents: np.ndarray | None = None
+        self._contents: np.ndarray | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -274,6 +285,36 @@ class Store:
                 parts.append(table)
             self._documents = np.concatenate(parts)
         return self._documents
+
+    @property
+    def contents(self) -> np.ndarray:
+        """[documents] i64: the mark of what each document says (`contents.content_mark`).
+
+        A store without them has those of the text that its tokens decode to: the same, where its tokenizer loses nothing.
+        """
+        if self._contents is None:
+            if self.has_contents:
+                parts = [shard.arrays["contents"].checked()[:, 0].astype(np.int64) for shard in self.shards]
+                self._contents = np.concatenate(parts)
+            else:
+                self._contents = np.fromiter(self._computed_contents(), np.int64, self.num_documents)
+        return self._contents
+
+    def contents_of(self, rows: np.ndarray) -> np.ndarray:
+        """The mark of what the document of each row says."""
+        return self.contents[np.searchsorted(self.documents[:, 0], rows, "right") - 1]
+
+    def _computed_contents(self, batch: int = 8192) -> Iterator[int]:
+        starts = np.append(self.documents[:, 0], self.num_rows)
+        first = 0
+        while first < self.num_documents:
+            last = max(first + 1, int(np.searchsorted(starts, starts[first] + batch, "right")) - 1)
+            tokens, lengths = self.rows(int(starts[first]), int(starts[last]))
+            flat = tokens[np.arange(self.chunk_size) < lengths[:, None]]
+            ends = np.cumsum(self.documents[first:last, 1])
+            texts = self.tokenizer.decode_batch([part[:-1].tolist() for part in np.split(flat, ends[:-1])])
+            yield from map(content_mark, texts)
+            first = last
 
     def row_documents(self) -> np.ndarray:
         """[rows] the document of every row."""

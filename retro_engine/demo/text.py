@@ -25,6 +25,7 @@ from retro_engine.model.flops import training_flops
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.ceiling import copy_ceiling, describe_ceiling
 from retro_engine.retrieval.neighbors import build_neighbors
+from retro_engine.retrieval.overlap import repeated_share
 from retro_engine.train.loop import train
 
 CHUNK_SIZE, LENGTH, VOCABULARY = 32, 256, 4096  # tokens of a chunk and of a sequence, entries
@@ -81,7 +82,7 @@ def run_text(
     model = load_config(overrides, preset).model
     heldout = Sequences(store, tested, LENGTH, table, model.num_neighbors, database_documents=shares["train"])
     ceiling, count = copy_ceiling(heldout)
-    reporter.say(describe_ceiling(ceiling, count))
+    reporter.say(describe_ceiling(ceiling, count, repeated_share(heldout)))
     figures: dict[str, Any] = {
         "what": what,
         "ceiling": ceiling,

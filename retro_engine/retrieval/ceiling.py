@@ -12,6 +12,8 @@ from retro_engine.jit import numba
 CONTEXT = 128  # tokens of the own text that are looked at
 REALIZED = 0.5  # the share of the ceiling that small models reach at best (docs/retrieval-ready.md)
 MAX_TOKENS = 200_000
+LARGE = 0.25  # ceilings of text that is not made of other documents are below .1
+MANY_REPEATED = 0.05
 
 
 def copy_ceiling(sequences: Sequences, max_tokens: int = MAX_TOKENS) -> tuple[float, int]:
@@ -32,7 +34,19 @@ def copyable(batch: Batch, chunk_size: int) -> np.ndarray:
     return _copyable(batch.tokens, batch.labels, batch.document_ids, batch.neighbors, batch.lengths, chunk_size)
 
 
-def describe_ceiling(share: float, count: int) -> str:
+def describe_ceiling(share: float, count: int, repeated: float = 0.0) -> str:
+    """What to hope for; a warning where the neighbors state so much of what follows that it tells of copies.
+
+    `repeated`: the share of chunks whose neighbors state nine tenths of what follows (`overlap.repeated_share`).
+    """
+    if share > LARGE or repeated > MANY_REPEATED:
+        return (
+            f"WARNING: the neighbors state what follows: duplicates? {share:.1%} of {count:,} held-out tokens can be copied "
+            f"from them and not from the text before (copy ceiling), and of {repeated:.1%} of the chunks they state more "
+            "than nine tenths of what follows, word for word\n"
+            "  what is gained there by reading is not gained on new text; copies are left out, near-copies are not\n"
+            "  retro neighbors STORE --near-duplicates .8 --leak-limit .3 --name clean leaves them out"
+        )
     if share == 0:
         return f"copy ceiling: nothing in {count:,} held-out tokens can be copied from neighbors: nothing to gain here"
     return (

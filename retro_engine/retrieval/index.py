@@ -25,6 +25,7 @@ from retro_engine.progress import Reporter
 from retro_engine.retrieval import vectors as vectors_module
 from retro_engine.retrieval.embed import open_embedder, short_name
 from retro_engine.retrieval.executor import Executor, Part, Stage, Stream, is_finished, remove_shards, run_stage
+from retro_engine.retrieval.left_out import LeftOut
 from retro_engine.retrieval.vectors import ExactSearch, Vectors, build_vectors
 
 INDEX_ROWS = 10**8  # chunks in one index file
@@ -476,11 +477,11 @@ class VectorIndex:
         return self.manifest["fingerprint"]
 
     def search_vectors(
-        self, queries_QZ: np.ndarray, k: int, exclude: np.ndarray | None = None
+        self, queries_QZ: np.ndarray, k: int, exclude: LeftOut | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best chunks of each vector: ids [Q, k] (-1 = fewer) and scores [Q, k], best first.
 
-        `exclude` [Q, 2]: rows first ... last - 1 that a query must not find. The score of l2 is 1 / (1 + d^2).
+        `exclude`: rows that a query must not find. The score of l2 is 1 / (1 + d^2).
         """
         if k < 1:
             raise UsageError(f"k={k} cannot be used", "at least one neighbor is searched for")
@@ -491,7 +492,7 @@ class VectorIndex:
             return self._nearest(queries, k)
         ids = np.full((len(queries), k), -1, np.int64)
         scores = np.zeros((len(queries), k), np.float32)
-        left_out = np.zeros(len(queries), np.int64) if exclude is None else exclude[:, 1] - exclude[:, 0]
+        left_out = np.zeros(len(queries), np.int64) if exclude is None else exclude.counts
         waiting = np.arange(len(queries))
         extra = min(EXTRA, int(left_out.max(initial=0)))
         while len(waiting):
@@ -499,7 +500,7 @@ class VectorIndex:
             found, value = self._nearest(queries[waiting], fetch)
             dropped = found < 0
             if exclude is not None:
-                dropped |= (found >= exclude[waiting, :1]) & (found < exclude[waiting, 1:])
+                dropped |= exclude.holds(found, waiting)
             is_short = ((~dropped).sum(1) < k) & (found[:, -1] >= 0) & (fetch < k + left_out[waiting])
             is_short &= fetch < self.num_chunks
             order = np.argsort(dropped, axis=1, kind="stable")[:, :k]
@@ -554,7 +555,7 @@ class VectorIndex:
         return np.square(near - queries[:, None]).sum(2)
 
     def search(
-        self, tokens_QM: np.ndarray, lengths_Q: np.ndarray, k: int, exclude: np.ndarray | None = None
+        self, tokens_QM: np.ndarray, lengths_Q: np.ndarray, k: int, exclude: LeftOut | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """`search_vectors` for rows of token ids."""
         if self.vectors.embedding.name == "hash":

@@ -23,6 +23,7 @@ from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.jit import numba
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.executor import Executor, Part, Stage, Stream, is_finished, remove_shards, run_stage
+from retro_engine.retrieval.left_out import LeftOut
 
 ARRAYS = ("scores", "chunks", "starts", "frequencies")
 OUTPUTS = ("vocabulary.json", *(f"{name}.npy" for name in ARRAYS))
@@ -124,13 +125,13 @@ class Bm25Index:
         self,
         texts: Sequence[str],
         k: int,
-        exclude: np.ndarray | None = None,
+        exclude: LeftOut | None = None,
         frequencies: dict[str, int] | None = None,
         num_chunks: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best chunks of each text: ids [Q, k] (-1 = fewer were found) and scores [Q, k], best first.
 
-        `exclude` [Q, 2]: rows first ... last - 1 that a query must not find. `frequencies` and `num_chunks`:
+        `exclude`: rows that a query must not find. `frequencies` and `num_chunks`:
         document frequencies and size of a larger collection that scores shall be comparable across.
         """
         if k < 1:
@@ -145,14 +146,16 @@ class Bm25Index:
             for place, term in enumerate(flat):
                 here = _idf(int(self.frequencies[term]), self.num_chunks)
                 weights[place] = _idf(frequencies[names[int(term)]], num_chunks) / here
-        if exclude is None:
-            exclude = np.zeros((len(texts), 2), np.int64)
+        contents, own = np.empty(0, np.int32), np.empty(0, np.int32)
+        if exclude is not None:
+            contents, own = exclude.contents_N, exclude.own_Q
         workers = min(numba.get_num_threads(), max(1, len(texts)))
         return _search(
             flat,
             offsets,
             weights,
-            exclude.astype(np.int64),
+            contents,
+            own,
             self.scores,
             self.chunks,
             self.starts,
@@ -309,7 +312,7 @@ def _idf(frequency: int, num_chunks: int) -> float:
 
 
 @numba.njit(parallel=True, cache=True)
-def _search(terms, offsets, weights, exclude, scores, chunks, starts, num_chunks, k, workers):  # type: ignore[no-untyped-def]
+def _search(terms, offsets, weights, contents, own, scores, chunks, starts, num_chunks, k, workers):  # type: ignore[no-untyped-def]
     num_queries = len(offsets) - 1
     ids = np.full((num_queries, k), -1, np.int64)
     best = np.zeros((num_queries, k), np.float32)
@@ -320,12 +323,13 @@ def _search(terms, offsets, weights, exclude, scores, chunks, starts, num_chunks
                 weight = weights[place]
                 for entry in range(starts[terms[place]], starts[terms[place] + 1]):
                     total[chunks[entry]] += weight * scores[entry]
-            total[exclude[query, 0] : exclude[query, 1]] = 0
             found = 0
             floor = np.float32(0)  # the worst score kept, once k are kept
             for chunk in range(num_chunks):
                 score = total[chunk]
                 if score > floor:  # ties keep the lower id: the result does not depend on the order of search
+                    if len(contents) and (contents[chunk] < 0 or contents[chunk] == own[query]):
+                        continue
                     slot = found if found < k else k - 1
                     while slot > 0 and best[query, slot - 1] < score:
                         best[query, slot] = best[query, slot - 1]

@@ -1,4 +1,4 @@
-"""`retro neighbors`: fills a neighbor table, shard by shard, leaving out the chunk's own document.
+"""`retro neighbors`: fills a neighbor table, shard by shard, leaving out the chunk's own document and its copies.
 
 Options: several databases with weights; near-duplicates of the chunk left out; for held-out documents neighbors
 left out that state what follows. Reads stores and indexes; writes TABLE/ids-NNNNN.bin (32,768 chunks each) with
@@ -17,6 +17,7 @@ import numpy as np
 
 from retro_engine.data import files
 from retro_engine.data.batches import split_documents
+from retro_engine.data.contents import number_contents
 from retro_engine.data.neighbor_table import NeighborTable, check_databases, ids_name, publish_table, refuse_existing
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
@@ -25,7 +26,15 @@ from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.executor import Part, Stage, run_stage
 from retro_engine.retrieval.lexical import terms_of
 from retro_engine.retrieval.overlap import NGRAM, stated_shares
-from retro_engine.retrieval.search import Building, Retriever, check_retriever, halves, index_folder, make_index
+from retro_engine.retrieval.search import (
+    Building,
+    Retriever,
+    check_retriever,
+    copies_left_out,
+    halves,
+    index_folder,
+    make_index,
+)
 
 SHARD_ROWS = 1 << 15
 BATCH_ROWS = 8192
@@ -67,7 +76,8 @@ def build_neighbors(
 ) -> NeighborTable:
     """Publish QUERY/neighbors/NAME: the `num_neighbors` best chunks of `databases` for every chunk of `query`.
 
-    Neighbors from the chunk's own document are never kept; `merge_overlaps` (for r > m) keeps no two that overlap.
+    Neighbors from the chunk's own document and from copies of it, in whichever store, are never kept, nor is more than one
+    copy of any other document; `merge_overlaps` (for r > m) keeps no two that overlap.
     An interrupted build goes on where it ended. Prints what the search will cost, measured on a sample, before it
     starts. Raises UsageError for a table that exists, StoreError for stores that do not fit.
     """
@@ -92,6 +102,7 @@ def build_neighbors(
             "name": short_name(retriever),
             "fingerprint": search.fingerprint,
             "merge_overlaps": merge_overlaps,
+            "copies": "left out",
         }
         if len(search.halves) > 1:
             described["fusion"] = list(building.fusion)
@@ -163,6 +174,9 @@ class _TableSearch:
         self.retriever = Retriever(self.databases, retriever, merge_overlaps, building, weights)
         self.filters = Filters(**described.get("filters", {}))
         self._own_rows = _own_document_rows(self.query)
+        own, *others = number_contents([self.query.contents, *(store.contents for store in self.databases)])
+        self._own_contents = own[self.query.row_documents()]
+        self._left_out = copies_left_out(self.databases, others)
         self._is_heldout = np.zeros(self.query.num_rows, bool)
         if self.filters.leak_limit is not None:
             shares = split_documents(self.query, self.filters.splits)
@@ -171,8 +185,7 @@ class _TableSearch:
 
     def find(self, first: int, last: int) -> np.ndarray:
         """[last - first, K] ids."""
-        own, mark = self._own_rows[first:last], self.query.fingerprint
-        exclude = [own if database.fingerprint == mark else None for database in self.databases]
+        exclude = [rows.for_queries(self._own_contents[first:last]) for rows in self._left_out]
         k = self.num_neighbors * (2 if self.filters.is_on else 1)
         ids = self.retriever.search_rows(self.query, first, last, k, exclude)[0]
         if not self.filters.is_on:

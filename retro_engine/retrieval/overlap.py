@@ -7,10 +7,12 @@ R tokens per neighbor, M chunk length.
 
 import numpy as np
 
-from retro_engine.data.batches import Batch
+from retro_engine.data.batches import Batch, Sequences
 from retro_engine.jit import numba
 
 NGRAM = 8  # tokens
+REPEATED = 0.9  # a neighbor that states more of what follows is of a copy, whole or nearly
+MAX_CHUNKS = 4096
 
 
 def overlaps(batch: Batch, chunk_size: int, n: int = NGRAM) -> np.ndarray:
@@ -24,6 +26,18 @@ def chunk_overlaps(batch: Batch, chunk_size: int, n: int = NGRAM) -> np.ndarray:
     """[B, L] the largest overlap of a chunk's neighbors."""
     found = overlaps(batch, chunk_size, n)
     return found.max(-1) if found.shape[-1] else np.zeros(found.shape[:2])
+
+
+def repeated_share(sequences: Sequences, max_chunks: int = MAX_CHUNKS) -> float:
+    """The share of chunks, of at most `max_chunks`, whose neighbors state more than REPEATED of what follows."""
+    count = total = 0
+    for batch in sequences.batches(64):
+        found = chunk_overlaps(batch, sequences.store.chunk_size)
+        last = batch.document_ids.reshape(*found.shape, -1)[..., -1]
+        count, total = count + int((found > REPEATED).sum()), total + int((last >= 0).sum())
+        if total >= max_chunks:
+            break
+    return count / max(1, total)
 
 
 def drop_leaks(batch: Batch, chunk_size: int, limit: float, n: int = NGRAM) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 
 from retro_engine.data.loader import NeighborLoader
 from retro_engine.data.neighbor_table import NeighborTable
+from retro_engine.retrieval.ceiling import MANY_REPEATED
 from retro_engine.retrieval.embed import embed
 from retro_engine.retrieval.overlap import NGRAM, stated_shares
 
@@ -68,6 +69,12 @@ def describe_quality(report: dict[str, Any]) -> list[str]:
             f"  {edge:.1f} {'#' * round(40 * count / total):<40} {count / total:.1%}"
             for edge, count in zip(EDGES, counts)
         ]
+    follows = report["next_overlap"]
+    if follows[-1] > MANY_REPEATED * max(1, sum(follows)):
+        lines.append(
+            f"WARNING: {follows[-1] / sum(follows):.1%} of the neighbors state nine tenths of the next chunk or more: "
+            "duplicates?\n  retro neighbors STORE --near-duplicates .8 --leak-limit .3 --name clean leaves them out"
+        )
     return lines
 
 

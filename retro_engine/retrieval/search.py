@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from retro_engine.data.coding import Coding
+from retro_engine.data.contents import hide_copies, number_contents
 from retro_engine.data.loader import NeighborLoader
 from retro_engine.data.neighbor_table import check_databases
 from retro_engine.data.store import Store
@@ -20,6 +21,7 @@ from retro_engine.progress import Reporter
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.executor import Executor
 from retro_engine.retrieval.index import VectorIndex, build_index
+from retro_engine.retrieval.left_out import LeftOut
 from retro_engine.retrieval.lexical import Bm25Index
 from retro_engine.retrieval.vectors import Vectors, build_vectors, vectors_folder
 
@@ -170,6 +172,7 @@ class Retriever:
         self.starts = np.cumsum([0] + [store.num_rows for store in stores])
         first_documents = np.cumsum([0] + [store.num_documents for store in stores])
         self._row_documents = np.concatenate([s.row_documents() + first for s, first in zip(stores, first_documents)])
+        self._copies = _copies(stores)
         self._span = 3 if merge_overlaps else 1  # results asked for per neighbor kept: its own chunk and both beside it
 
     @property
@@ -181,21 +184,24 @@ class Retriever:
         return "+".join(index.fingerprint[:12] for index in self.indexes)
 
     def search(self, texts: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [q, k] (-1 = fewer were found) and scores [q, k], best first."""
+        """Ids [q, k] (-1 = fewer were found) and scores [q, k], best first; of copies only the first."""
+        nothing = np.full(len(texts), -1, np.int32)
+        exclude = [None if copies is None else copies.for_queries(nothing) for copies in self._copies]
         found = []
         for half in self.halves:
             if half == "bm25":
-                each = self._search_bm25(texts, self._depth(k), [None] * len(self.stores))
+                each = self._search_bm25(texts, self._depth(k), exclude)
             else:
                 vectors = self._dense(half)[0].embed_texts(texts)
-                each = [index.search_vectors(vectors, self._depth(k)) for index in self._dense(half)]
+                pairs = zip(self._dense(half), exclude)
+                each = [index.search_vectors(vectors, self._depth(k), without) for index, without in pairs]
             found.append(self._over_stores(each, self._depth(k)))
         return self._best(found, k)
 
     def search_rows(
-        self, query: Store, first: int, last: int, k: int, exclude: Sequence[np.ndarray | None]
+        self, query: Store, first: int, last: int, k: int, exclude: Sequence[LeftOut | None]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`search` for rows first ... last - 1 of a store; `exclude` gives, per database, [q, 2] rows to leave out.
+        """`search` for rows first ... last - 1 of a store; `exclude` gives, per database, rows to leave out.
 
         Dense retrievers compare chunks as documents, by the stored vectors of both stores.
         """
@@ -246,7 +252,7 @@ class Retriever:
         return ids[:, :k], scores[:, :k]
 
     def _search_bm25(
-        self, texts: Sequence[str], k: int, exclude: Sequence[np.ndarray | None]
+        self, texts: Sequence[str], k: int, exclude: Sequence[LeftOut | None]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Each store's best, scored with the document frequencies of all stores together."""
         indexes = [index for index in self._indexes["bm25"] if isinstance(index, Bm25Index)]
@@ -291,6 +297,25 @@ class Retriever:
         store, row = self.stores[number], chunk - int(self.starts[number])
         name = store.name(store.document_of(row))
         return Hit(chunk, *name, score, store.text(row), store.folder.name, store.continuation(row))
+
+
+def _copies(stores: Sequence[Store]) -> list[LeftOut | None]:
+    """For each store what of it repeats a document of it or of those before; None where nothing does.
+
+    Old stores, whose contents would have to be computed from all their tokens, are searched with their copies.
+    """
+    none: list[LeftOut | None] = [None] * len(stores)
+    if not all(store.has_contents for store in stores):
+        return none
+    numbers = number_contents([store.contents for store in stores])
+    if len(np.unique(np.concatenate(numbers))) == sum(map(len, numbers)):
+        return none
+    return list(copies_left_out(stores, numbers))
+
+
+def copies_left_out(stores: Sequence[Store], numbers: Sequence[np.ndarray]) -> list[LeftOut]:
+    """For the content numbers [documents] of each store: rows of all but the first copy are found by no query."""
+    return [LeftOut.of(part[store.row_documents()]) for store, part in zip(stores, hide_copies(numbers))]
 
 
 def _check_embeddings(vectors: Sequence[Vectors]) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from retro_kernels.backend import backend
 
 from retro_engine.config import Config, ModelConfig, architecture, load_config
 from retro_engine.data import files
-from retro_engine.data.batches import Batch, Sequences, split_documents
+from retro_engine.data.batches import Batch, Sequences, describe_copies, split_documents
 from retro_engine.data.loader import has_native_loader
 from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
 from retro_engine.data.questions import Questions, Search, fingerprint, read_questions
@@ -65,6 +65,7 @@ class TrainingData:
     valid: Sequences | Questions | None
     store: Store
     fingerprints: dict[str, str]
+    warning: str | None = None  # held-out documents that are trained on too
 
 
 def open_data(config: Config) -> TrainingData:
@@ -116,7 +117,8 @@ def open_data(config: Config) -> TrainingData:
         valid = sequences(other, np.arange(other.num_documents), other_table, None)
     elif len(shares["valid"]):
         valid = sequences(store, shares["valid"], table, trained)
-    return TrainingData(train, valid, store, fingerprints)
+    warning = describe_copies(valid, train) if valid is not None else None
+    return TrainingData(train, valid, store, fingerprints, warning)
 
 
 def _open_questions(config: Config, store: Store) -> TrainingData:
@@ -174,7 +176,11 @@ def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
 
 
 def open_evaluation(
-    checkpoint_folder: Path, model: ModelConfig, overrides: list[str], share: str
+    checkpoint_folder: Path,
+    model: ModelConfig,
+    overrides: list[str],
+    share: str,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Sequences | Questions:
     """The documents of a share (train, valid, test, all) of a run's data, for the model of one of its checkpoints.
 
@@ -186,6 +192,8 @@ def open_evaluation(
     coding = checkpoint.read_coding(checkpoint_folder, data.store.chunk_size)
     coding.check(data.store.coding)  # a validation store has the same
     if share == "valid" and data.valid is not None:
+        if data.warning is not None:
+            say(data.warning)
         return data.valid
     if isinstance(data.train, Questions):
         if share != "train":
@@ -205,9 +213,12 @@ def open_evaluation(
             "--share valid, or train",
         )
     documents = everything if share == "all" else shares[share]
-    return Sequences(
+    sequences = Sequences(
         store, documents, m.encoder_seq_length, data.train.table, model.num_neighbors, model.r, shares["train"]
     )
+    if share == "test" and (copies := describe_copies(sequences, data.train)) is not None:
+        say(copies)
+    return sequences
 
 
 def run_databases(checkpoint_folder: Path) -> list[Store]:
@@ -523,6 +534,8 @@ class _Training:
         with torch.random.fork_rng(devices=[]):  # measuring takes nothing from the run's random numbers
             peak = peak_flops(self.device)
         self.reporter.say(describe(self.config, self.data))
+        if self.data.warning is not None:
+            self.reporter.say(self.data.warning)
         self.reporter.say(
             f"on {self.device.type} in {self.precision}, kernels: {backend(self.device.type)}, "
             f"loader: {'C++' if has_native_loader() else 'NumPy (no compiler at installation)'}, {torch.get_num_threads()} threads"

@@ -1,12 +1,17 @@
 """Sequences, packing, splits and who may be whose neighbor."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from helpers import random_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_engine.data.batches import Sequences, pack, split_documents
-from retro_engine.data.neighbor_table import NeighborTable, find_table
+from retro_engine.data.batches import Sequences, copies_of, describe_copies, pack, split_documents
+from retro_engine.data.neighbor_table import NeighborTable, NeighborTableWriter, find_table
+from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
 
@@ -147,3 +152,46 @@ def test_what_does_not_fit_is_refused(small_store: Store, table: NeighborTable) 
         Sequences(small_store, everything, 64, table, 7)
     with pytest.raises(StoreError, match="no document in this share"):
         Sequences(small_store, everything[:0], 64, table)
+
+
+def copied_store(folder: Path, texts: list[str], tokenizer: str = "auto") -> Store:
+    folder.mkdir()
+    lines = (json.dumps({"id": f"{folder.name}{n}", "text": text}) + "\n" for n, text in enumerate(texts))
+    (folder / "c.jsonl").write_text("".join(lines))
+    return prepare([folder / "c.jsonl"], folder / "store", tokenizer, vocab_size=400, chunk_size=16)
+
+
+def test_no_batch_has_a_copy_whatever_the_table_says(tmp_path: Path) -> None:
+    """A table of an earlier version: neighbors of copies of the own document, and of copies of held-out documents."""
+    texts = random_texts(10)
+    store = copied_store(tmp_path / "a", [*texts, texts[0], texts[9] + "\n"])  # 10 repeats 0, 11 repeats 9
+    other = copied_store(tmp_path / "b", texts, str(store.folder))
+    total = store.num_rows + other.num_rows
+    rng = np.random.default_rng(0)
+    writer = NeighborTableWriter(store.folder / "neighbors" / "t", store, [store, other], 40, {"name": "test"})
+    writer.write(np.stack([rng.permutation(total)[:40] for _ in range(store.num_rows)]))
+    table = writer.close()
+    held_out = np.array([4, 9])
+    trained = np.setdiff1d(np.arange(store.num_documents), held_out)
+    contents = np.concatenate([s.contents_of(np.arange(s.num_rows)) for s in (store, other)])
+    for documents in (trained, held_out):
+        data = Sequences(store, documents, 64, table, 4, database_documents=trained)
+        for mode in ("on", "random", "one_right"):
+            rows = data.in_order()
+            ids = data.neighbor_ids(rows, mode)
+            there = ids >= 0
+            assert there.mean() > 0.5
+            own = store.contents_of(np.maximum(rows, 0))[..., None]
+            assert not (there & (contents[ids] == own)).any(), "a copy of the own document"
+            in_other = there & (ids >= store.num_rows)
+            assert in_other.any()
+            assert not (in_other & np.isin(contents[ids], store.contents[held_out])).any(), "a copy of a held-out one"
+            here = there & (ids < store.num_rows)
+            assert not np.isin(store.row_documents()[ids[here]], held_out).any()
+    assert copies_of(store, held_out, trained).tolist() == [9]
+    assert copies_of(other, np.arange(10), held_out, store).tolist() == [4, 9]
+    train, valid = (Sequences(store, documents, 64) for documents in (trained, held_out))
+    warning = describe_copies(valid, train)
+    assert warning is not None
+    assert warning.startswith("WARNING: 1 of 2 held-out documents are also among those trained on: a9\n")
+    assert describe_copies(Sequences(store, np.array([4]), 64), train) is None

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import as_version_0
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retro_engine.data import files
+from retro_engine.data.contents import content_mark
 from retro_engine.data.corpus import Document
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer
@@ -150,3 +153,28 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
 def test_nothing_of_the_machine_is_in_the_manifest(tmp_path: Path) -> None:
     write(tmp_path / "store", ["text"])
     assert str(tmp_path) not in json.dumps(Store(tmp_path / "store").manifest)
+
+
+def test_contents_are_of_the_text_alone(tmp_path: Path) -> None:
+    """Over shards, whatever ids and titles are; and the same where an earlier version wrote none."""
+    texts = ["one two\n three", "four" * 9, "one two three\n", "a café", "four" * 9, "cafe\u0301 a"]
+    store = write(tmp_path / "s", texts, 4, shard_rows=4)
+    assert len(store.shards) > 1
+    assert store.contents.tolist() == [content_mark(text) for text in texts]
+    assert [int(np.flatnonzero(store.contents == mark)[0]) for mark in store.contents] == [0, 1, 0, 3, 1, 5]
+    rows = np.arange(store.num_rows)
+    np.testing.assert_array_equal(store.contents_of(rows), store.contents[store.row_documents()])
+    kept = store.contents
+    as_version_0(tmp_path / "s")
+    old = Store(tmp_path / "s")
+    old.verify()
+    assert (old.has_contents, store.has_contents) == (False, True)
+    np.testing.assert_array_equal(old.contents, kept)
+
+
+def test_a_later_minor_version_is_read(tmp_path: Path) -> None:
+    store = write(tmp_path / "s", ["one two"], 4)
+    body = {key: value for key, value in store.manifest.items() if key not in ("fingerprint", "kind", "version")}
+    (tmp_path / "s" / "manifest.json").unlink()
+    files.write_manifest(tmp_path / "s", "store", {**body, "minor": 2, "more": True})
+    assert Store(tmp_path / "s").contents.tolist() == store.contents.tolist()

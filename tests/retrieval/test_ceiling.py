@@ -57,3 +57,12 @@ def test_it_says_what_to_expect() -> None:
     assert "nothing to gain" in describe_ceiling(0.0, 10)
     assert "4.0% of 1,000" in describe_ceiling(0.04, 1000)
     assert "about 2.0% fewer" in describe_ceiling(0.04, 1000)
+
+
+def test_too_much_is_a_warning() -> None:
+    """Neither a ceiling that only copies have, nor chunks whose neighbors state all that follows, is good news."""
+    for share, repeated in ((0.6, 0.0), (0.02, 0.3)):
+        text = describe_ceiling(share, 1000, repeated)
+        assert text.startswith("WARNING: the neighbors state what follows: duplicates?")
+        assert "expect" not in text
+        assert "retro neighbors STORE --near-duplicates" in text

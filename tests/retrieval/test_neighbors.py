@@ -1,21 +1,26 @@
 """Filling the table: same-document filter, several databases, reproducible, refused when it is there."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_corpus
+from helpers import as_version_0, random_texts, write_corpus
 
-from retro_engine.data.batches import split_documents
+from retro_engine.cli import main
+from retro_engine.data.batches import Sequences, split_documents
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import RetroError, StoreError, UsageError
 from retro_engine.progress import Reporter
 from retro_engine.retrieval import neighbors as neighbors_module
+from retro_engine.retrieval.ceiling import copy_ceiling, describe_ceiling
 from retro_engine.retrieval.executor import Executor
 from retro_engine.retrieval.neighbors import DUPLICATE_NGRAM, Filters, build_neighbors
+from retro_engine.retrieval.overlap import repeated_share
+from retro_engine.retrieval.quality import quality
 from retro_engine.retrieval.search import Building
 
 
@@ -197,3 +202,77 @@ def test_a_database_of_another_tokenizer_is_refused_before_it_is_indexed(small_s
             build_neighbors(small_store, [store], "hash", 2, name=f"far-{what}")
         assert not (store.folder / "index").exists()
         assert not (small_store.folder / "neighbors" / f"far-{what}").exists()
+
+
+def write_texts(path: Path, texts: list[str], name: str, end: str) -> Path:
+    rows = ({"id": f"{name}{n}", "title": f"{name} {n}", "text": text + end} for n, text in enumerate(texts))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("retriever", ["bm25", "hash", "hybrid"])
+@pytest.mark.parametrize("case", ["two stores", "one store", "two old stores"])
+def test_no_neighbor_is_of_a_copy_of_the_own_document(tmp_path: Path, case: str, retriever: str) -> None:
+    """Random words: whatever a neighbor states of what follows its chunk, it has from a copy."""
+    texts = random_texts(12)
+    once = write_texts(tmp_path / "once.jsonl", texts, "a", "")
+    again = write_texts(tmp_path / "again.jsonl", texts, "b", "\r\n\n")
+    if case == "one store":
+        query = prepare([once, again], tmp_path / "s", vocab_size=400, chunk_size=16)
+        databases = [query]
+    else:
+        query = prepare([once], tmp_path / "s", vocab_size=400, chunk_size=16)
+        databases = [query, prepare([again], tmp_path / "t", str(query.folder), chunk_size=16)]
+    if "old" in case:
+        for store in databases:
+            as_version_0(store.folder)
+        query, *others = (Store(store.folder) for store in databases)
+        databases = [query, *others]
+    table = build_neighbors(query, databases, retriever, 6, building=Building(embedder="hash"))
+    rows = np.arange(query.num_rows)
+    ids = table.ids(rows, 6)
+    contents = np.concatenate([store.contents_of(np.arange(store.num_rows)) for store in databases])
+    own = query.contents_of(rows)[:, None]
+    assert not ((contents[ids] == own) & (ids >= 0)).any()
+    assert (ids[:, 2] >= 0).mean() > 0.9, "others are found, each once"
+    places = np.concatenate(
+        [np.arange(store.num_rows) - store.documents[store.row_documents(), 0] for store in databases]
+    )
+    for row in ids:
+        found = row[row >= 0]
+        assert len({(contents[i], places[i]) for i in found}) == len(found)
+    report = quality(table)
+    assert report["mean_next_overlap"] < 0.05
+    sequences = Sequences(query, np.arange(query.num_documents), 64, table, 2)
+    ceiling, count = copy_ceiling(sequences)
+    assert ceiling < 0.05
+    assert repeated_share(sequences) == 0
+    assert "WARNING" not in describe_ceiling(ceiling, count, repeated_share(sequences))
+
+
+def test_near_copies_are_a_warning_that_names_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One word more in each copy: only what it states tells, and the option that it names leaves them out."""
+    texts = random_texts(30)
+    once = write_texts(tmp_path / "once.jsonl", texts, "a", "")
+    again = write_texts(tmp_path / "again.jsonl", texts, "b", " more")
+    store = prepare([once, again], tmp_path / "s", vocab_size=400, chunk_size=16)
+    said, shares = [], []
+    for options in ([], ["--near-duplicates", ".8", "--leak-limit", ".3", "--name", "clean"]):
+        assert main(["neighbors", str(store.folder), "--k", "4", "--json", *options]) == 0
+        out, error = capsys.readouterr()
+        said.append(error)
+        shares.append(json.loads(out)["repeated_share"])
+    assert "WARNING: the neighbors state what follows: duplicates?" in said[0]
+    assert "--near-duplicates .8 --leak-limit .3" in said[0]
+    assert "WARNING" not in said[1]
+    assert shares[0] > 0.5 > 0.05 > shares[1]
+
+
+def test_held_out_copies_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = random_texts(20)
+    store = prepare([write_texts(tmp_path / "c.jsonl", texts + texts, "d", "")], tmp_path / "s", vocab_size=400)
+    assert main(["neighbors", str(store.folder), "--retriever", "hash", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["neighbors", str(store.folder), "--retriever", "hash", "--name", "again"]) == 0
+    (held_out,) = split_documents(store, "98,2,0")["valid"]
+    assert f"held-out documents are also among those trained on: d{held_out} d {held_out}" in capsys.readouterr().err

@@ -35,6 +35,7 @@ def test_copies_and_strangers(tmp_path: Path) -> None:
     text = "\n".join(describe_quality(report))
     assert "25.0% of the neighbors missing" in text
     assert "own overlap: mean 0.667" in text
+    assert "WARNING: 66.7% of the neighbors state nine tenths of the next chunk" in text
 
 
 def test_the_report_of_a_real_table_is_reproducible(small_store: Store) -> None:

@@ -1,10 +1,11 @@
 """One retriever over several stores, and neighbors that do not overlap."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_corpus
+from helpers import random_texts, write_corpus
 
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
@@ -98,3 +99,20 @@ def test_hybrid_is_the_fusion_of_its_halves(small_store: Store) -> None:
     only = Retriever([small_store], "hybrid", building=Building(embedder="hash", fusion=(1.0, 0.0)))
     lexical = Retriever([small_store], "bm25")
     assert only.hits("Document doc7.", 3)[0].chunk == lexical.hits("Document doc7.", 3)[0].chunk
+
+
+def test_copies_are_found_once(tmp_path: Path) -> None:
+    """A document that stands in two stores, and twice in one, takes one place: the first's."""
+    texts = random_texts(6)
+    sides = []
+    for name, given in (("a", [*texts, texts[0]]), ("b", [texts[1] + "\n", "falcon " + texts[2]])):
+        rows = (json.dumps({"id": f"{name}{number}", "text": text}) + "\n" for number, text in enumerate(given))
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+        tokenizer = str(sides[0].folder) if sides else "auto"
+        sides.append(prepare([tmp_path / f"{name}.jsonl"], tmp_path / name, tokenizer, vocab_size=300, chunk_size=16))
+    for retriever in ("bm25", "hash"):
+        found = Retriever(sides, retriever).hits(texts[0][:80], 40)
+        assert "a6" not in {hit.document for hit in found}
+        assert found[0].document == "a0"
+        assert "b0" not in {hit.document for hit in Retriever(sides, retriever).hits(texts[1][:80], 40)}
+    assert Retriever(sides).hits("falcon", 4)[0].document == "b1"

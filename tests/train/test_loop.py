@@ -25,7 +25,7 @@ from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.neighbors import build_neighbors
 from retro_engine.train import checkpoint
-from retro_engine.train.loop import open_evaluation, train
+from retro_engine.train.loop import open_data, open_evaluation, train
 
 
 @pytest.fixture(scope="module")
@@ -443,3 +443,23 @@ def test_evaluation_on_a_store_of_another_tokenizer_is_refused(small_store: Stor
         open_evaluation(folder, read_config(folder), given, "valid")
     found = open_evaluation(folder, read_config(folder), [], "valid")
     assert found.store.fingerprint == small_store.fingerprint
+
+
+def test_copies_of_held_out_documents_are_named(small_store: Store, tmp_path: Path) -> None:
+    """In one store, and where a validation store repeats what is trained on."""
+    source = write_corpus(tmp_path / "c.jsonl", 12, seed=5)
+    tokenizer = str(small_store.folder)
+    one = prepare([source], tmp_path / "one", tokenizer, chunk_size=16)
+    source.write_text(source.read_text() * 2)
+    twice = prepare([source], tmp_path / "twice", tokenizer, chunk_size=16)
+    plain = ["model.retrieval=false", "model.data.splits_string='50,50,0'"]
+    for store, more, count in (
+        (one, [], 0),
+        (twice, [], 1),
+        (one, [f"model.data.valid_store={twice.folder}"], 24),
+        (one, [f"model.data.valid_store={small_store.folder}"], 0),
+    ):
+        data = open_data(load_config([*settings(store, tmp_path / "run", *plain), *more]))
+        assert (data.warning is not None) == (count > 0)
+        assert count == 0 or (data.warning or "").startswith("WARNING: ")
+        assert count < 2 or f"{count} of 24 held-out documents" in (data.warning or "")
