@@ -21,7 +21,7 @@ from helpers import shared
 
 from retro_engine.data.corpus import Document, Reader
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.retrieval.lexical import terms_of
+from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import HashEmbedder
 
@@ -57,7 +57,7 @@ class Texts:
     def question(self, num_terms: int) -> str:
         """The first terms of the next passage, stop words left out; all of it for 0."""
         (document,) = self.documents(1)
-        return " ".join(terms_of([document.text])[0][:num_terms]) if num_terms else document.text
+        return " ".join(Analyzer().words(document.text)[:num_terms]) if num_terms else document.text
 
 
 @pytest.fixture(scope="module")

@@ -242,6 +242,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_building(sub: argparse.ArgumentParser, default: str) -> None:
     """Flags of the commands that build vectors and indexes."""
+    from retro_engine.cli_docs import add_reading
+
     sub.add_argument("--retriever", default=default, help=f"{RETRIEVER_HELP} (default {default})")
     sub.add_argument("--embedder", default="minilm", metavar="MODEL", help="hybrid: its dense half (default minilm)")
     sub.add_argument("--fusion", nargs=2, type=float, default=[1.0, 1.0], metavar="W", help="hybrid: weights of both")
@@ -251,18 +253,27 @@ def _add_building(sub: argparse.ArgumentParser, default: str) -> None:
     sub.add_argument("--pooling", default="model", choices=["model", "mean"], help="the model's own, or mean of tokens")
     sub.add_argument("--query-prompt", metavar="TEXT", help="put before queries (default: the model's own)")
     sub.add_argument("--document-prompt", metavar="TEXT", help="put before chunks (default: the model's own)")
+    add_reading(sub)
     sub.add_argument("--executor", default="inline", help="inline, processes or ray")
     sub.add_argument("--workers", type=int, metavar="N", help="processes or Ray tasks at once (default: one a core)")
     sub.add_argument("--yes", action="store_true", help="do not ask before long work")
 
 
 def _building(args: argparse.Namespace) -> "Building":
+    from retro_engine.cli_docs import reading
     from retro_engine.retrieval.executor import Executor
     from retro_engine.retrieval.search import Building
 
     if min(args.fusion) < 0 or max(args.fusion) <= 0:
         raise UsageError(f"--fusion {args.fusion} cannot be used", "two weights, none below 0, not both 0")
     choices = {key: getattr(args, key) for key in ("precision", "pooling", "query_prompt", "document_prompt")}
+    analyzer = reading(args)
+    if analyzer is not None and args.retriever not in ("bm25", "hybrid"):
+        raise UsageError(
+            f"--stemmer and --stop-words do not apply to --retriever {args.retriever}",
+            "bm25 alone reads words",
+            "leave them out",
+        )
     return Building(
         Executor(args.executor, args.workers),
         _reporter(args),
@@ -271,6 +282,7 @@ def _building(args: argparse.Namespace) -> "Building":
         args.embedder,
         tuple(args.fusion),
         choices,
+        analyzer,
     )
 
 

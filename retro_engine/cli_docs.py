@@ -13,6 +13,7 @@ from retro_engine.errors import MissingInputError, UsageError
 
 if TYPE_CHECKING:
     from retro_engine.progress import Reporter
+    from retro_engine.retrieval.analyzer import Analyzer
     from retro_engine.retrieval.library import Library
     from retro_engine.retrieval.library_import import Importer, Job
     from retro_engine.serve.client import RemoteLibrary
@@ -37,6 +38,7 @@ def add_docs(sub: argparse.ArgumentParser) -> None:
         what.add_argument("--store", metavar="STORE", help="make LIBRARY with its tokenizer and chunk size")
         what.add_argument("--stride", type=int, metavar="TOKENS", help="between starts of chunks (default: no overlap)")
         what.add_argument("--embedder", choices=["none", "hash"], default="none", help="vectors for dense and hybrid")
+        add_reading(what)
 
     what = command("add", _add, "add files, or replace what has their names")
     what.add_argument("inputs", nargs="+", metavar="IN", help=".txt .md .jsonl[.gz|.zst], folders; - for one text")
@@ -63,6 +65,25 @@ def add_docs(sub: argparse.ArgumentParser) -> None:
     what.add_argument("--store-weight", type=float, default=1.0, metavar="W", help="of the stores; the library has 1")
 
 
+def add_reading(sub: argparse.ArgumentParser) -> None:
+    """Flags of the commands that decide how words are read."""
+    sub.add_argument(
+        "--stemmer", metavar="LANGUAGE", help="Snowball's, of words before BM25 compares them (default none)"
+    )
+    sub.add_argument(
+        "--stop-words", metavar="LANG", help="what BM25 leaves out: a language, none, or a file (default en)"
+    )
+
+
+def reading(args: argparse.Namespace) -> "Analyzer | None":
+    """The analyzer of `add_reading`'s flags, None where none is given."""
+    from retro_engine.retrieval.analyzer import make_analyzer
+
+    if args.stemmer is None and args.stop_words is None:
+        return None
+    return make_analyzer(None if args.stemmer == "none" else args.stemmer, args.stop_words or "en")
+
+
 def with_url(words: list[str]) -> list[str]:
     """`retro docs WHAT ... --url URL` as `retro docs WHAT URL ...`."""
     for place, word in enumerate(words[:-1]):
@@ -80,10 +101,16 @@ def _open(args: argparse.Namespace, is_read_only: bool = False) -> "Library | Re
     if _is_url(args):
         from retro_engine.serve.client import RemoteLibrary
 
-        if getattr(args, "store", None):
-            raise UsageError("--store is for a library in a folder", f"{args.library} is a server's", "leave it out")
+        _refuse_folder_flags(args)
         return RemoteLibrary(args.library)
     return _open_folder(args, is_read_only)
+
+
+def _refuse_folder_flags(args: argparse.Namespace) -> None:
+    for name in ("store", "stemmer", "stop_words"):
+        if getattr(args, name, None):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} is for a library in a folder", f"{args.library} is a server's", "leave it out")
 
 
 def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Library":
@@ -99,11 +126,18 @@ def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Libra
         if store is None:
             raise MissingInputError(f"{folder} does not exist", "a new library needs a tokenizer", "--store STORE")
         embedder = HashEmbedder(store.tokenizer) if args.embedder == "hash" else None
-        Library.create(folder, store.tokenizer, store.chunk_size, args.stride, embedder)
+        Library.create(folder, store.tokenizer, store.chunk_size, args.stride, embedder, reading(args))
     with contextlib.ExitStack() as stack:
         library = stack.enter_context(Library(folder, is_read_only=is_read_only))
         if store is not None:  # one that was there keeps what it was made with
             store.coding.check(library_coding(library))
+        wanted = reading(args) if hasattr(args, "stemmer") else None
+        if wanted is not None and wanted != library.file.analyzer:
+            raise UsageError(
+                f"{folder} reads words with {library.file.analyzer.describe()}",
+                f"the flags say {wanted.describe()}: a library keeps the reading it was made with",
+                "leave --stemmer and --stop-words out, or make another library",
+            )
         stack.pop_all()
     return library
 
@@ -156,8 +190,7 @@ def _import_remotely(args: argparse.Namespace) -> "Job":
     from retro_engine.data.corpus import spool_json_lines
     from retro_engine.serve.client import RemoteLibrary
 
-    if getattr(args, "store", None):
-        raise UsageError("--store is for a library in a folder", f"{args.library} is a server's", "leave it out")
+    _refuse_folder_flags(args)
     with tempfile.TemporaryFile() as file, RemoteLibrary(args.library) as remote:
         if args.input != "-":
             spool_json_lines(Path(args.input), file)
@@ -234,11 +267,18 @@ def _query(args: argparse.Namespace) -> int:
             hits = combined(args.text, args.k, [(live, 1.0), (static, args.store_weight)])
         else:
             hits = library.search(args.text, args.k, args.mode, args.namespace, args.weights)
+        if not hits:
+            _reporter(args).say(f"no hit: {why_nothing(args, library)}")
     for hit in hits:
         text = " ".join(hit.text.split())
         shown = f"{hit.score:8.3f}  {hit.source}/{hit.document} {hit.title} chunk {hit.chunk}: {text}"
         print(json.dumps(vars(hit)) if args.json else shown)
     return 0
+
+
+def why_nothing(args: argparse.Namespace, library: "Library | RemoteLibrary") -> str:
+    """Why a query has no hit, in the library or in the stores that were searched with it."""
+    return library.why_nothing(args.text, args.namespace) + (f", nor in {' '.join(args.store)}" if args.store else "")
 
 
 def _reporter(args: argparse.Namespace) -> "Reporter":

@@ -13,10 +13,10 @@ import numpy as np
 from helpers import WORDS
 
 from retro_engine.data.corpus import Document
+from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_index import Delta, View, merge
 from retro_engine.retrieval.library_search import lexical
-from retro_engine.retrieval.library_terms import terms_of
 
 
 def say(**event: Any) -> None:
@@ -45,9 +45,9 @@ def warm_up() -> None:
     import faiss  # noqa: F401
 
     delta = Delta(None)
-    delta.append([1], [1], terms_of(["a river of words"]), None)
+    delta.append([1], [1], Analyzer().terms(["a river of words"]), None)
     merge([View.whole(delta)])
-    lexical((View.whole(delta),), "river", 1)
+    lexical((View.whole(delta),), Analyzer().query("river"), 1)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.retrieval.index import build_index
-from retro_engine.retrieval.lexical import K1, B, Bm25Index, terms_of
+from retro_engine.retrieval.lexical import K1, B, Bm25Index
 
 CPU = torch.device("cpu")
 QUERIES, K, ROUNDS = 2000, 20, 3
@@ -97,7 +97,8 @@ def _bm25(folder: Path, store: Store, chunks: list[str], size: float, numbers: I
     queries = chunks[:QUERIES]
 
     def search_other() -> None:
-        other.retrieve(terms_of(queries), k=K, show_progress=False, n_threads=numba.get_num_threads())
+        terms = bm25s.tokenize(queries, stopwords="en", return_ids=False, show_progress=False)
+        other.retrieve(terms, k=K, show_progress=False, n_threads=numba.get_num_threads())
 
     asked = sum(len(query.encode()) for query in queries)
     return rows + _stage("chunks to BM25 neighbors", asked, lambda: index.search(queries, K), "bm25s", search_other)

@@ -1,9 +1,10 @@
 """BM25 over the chunks of a store: blocks of 65,536 chunks are counted apart, merged term by term, searched by numba.
 
-bm25s reads the terms. Its own index needs the whole corpus in memory and its search cannot leave out the query's
-own document while it scores (asking for more and filtering afterwards would need hundreds), nor weigh terms by the
-document frequencies of several stores together. Reads and writes INDEX/manifest.json, vocabulary.json and four
-.npy files whose hashes the manifest has, opened memory-mapped. Letters: Q queries, U chunks, K neighbors.
+`analyzer` reads the terms, those of a document's title with each of its chunks. bm25s' own index needs the whole corpus
+in memory and its search cannot leave out the query's own document while it scores (asking for more and filtering
+afterwards would need hundreds), nor weigh terms by the document frequencies of several stores together. Reads and writes
+INDEX/manifest.json and five .npy files whose hashes the manifest has, opened memory-mapped; an index of version 1 has
+vocabulary.json, the words themselves, instead of terms.npy. Letters: Q queries, U chunks, K neighbors.
 """
 
 import io
@@ -22,22 +23,18 @@ from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.jit import numba
 from retro_engine.progress import Reporter
+from retro_engine.retrieval import analyzer_loops
+from retro_engine.retrieval.analyzer import FIRST, Analyzer, Terms, code_points, from_json, titled
 from retro_engine.retrieval.executor import Executor, Part, Stage, Stream, is_finished, remove_shards, run_stage
 from retro_engine.retrieval.left_out import LeftOut
 
 ARRAYS = ("scores", "chunks", "starts", "frequencies")
-OUTPUTS = ("vocabulary.json", *(f"{name}.npy" for name in ARRAYS))
+OUTPUTS = ("terms.npy", *(f"{name}.npy" for name in ARRAYS))
 K1, B = 1.5, 0.75
 BLOCK_ROWS = 1 << 16
+TEXT_ROWS = 1 << 13  # texts read at once
 MERGE_POSTINGS = 1 << 22  # postings (a chunk that has a term) sorted at once
-BLOCK_HEADER = 4  # i8: terms, postings, chunks, bytes of terms
-
-
-def terms_of(texts: Sequence[str]) -> list[list[str]]:
-    """Lower-case words of two letters or more, English stop words removed, no stemmer."""
-    import bm25s
-
-    return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+BLOCK_HEADER = 3  # i8: terms, postings, chunks
 
 
 class Bm25Index:
@@ -56,19 +53,32 @@ class Bm25Index:
         files.verify_files(folder, self.manifest["files"])
         try:
             load = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
-            self.vocabulary: dict[str, int] = json.loads((folder / "vocabulary.json").read_text())
+            terms, self._numbers = self._read_terms()
         except (OSError, ValueError) as error:
             raise StoreError(f"{folder} cannot be read", str(error), f"retro index {store.folder}") from error
+        self.terms = terms  # [terms] u8 hashes, ascending
         self.scores, self.chunks = load["scores"], load["chunks"]
         self.starts, self.frequencies = np.array(load["starts"]), np.array(load["frequencies"])
         self.num_chunks: int = store.num_rows
         self._check()
 
+    def _read_terms(self) -> tuple[np.ndarray, np.ndarray]:
+        """The hashes of the terms, ascending, and the number of each in the arrays."""
+        self.analyzer = from_json(self.manifest.get("analyzer"), str(self.folder))
+        if self.analyzer != FIRST:
+            terms = np.array(np.load(self.folder / "terms.npy", allow_pickle=False))
+            return terms, np.arange(len(terms))
+        words = list(json.loads((self.folder / "vocabulary.json").read_text()))
+        nothing = np.empty(0, np.uint8), np.empty(0, np.uint32)
+        hashes = analyzer_loops.hash_words(*code_points(words), *nothing)
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
+
     def _check(self) -> None:
         """Everything that the search loop takes for granted: numba checks no bounds."""
-        terms = len(self.vocabulary)
-        types = [(a.dtype, a.ndim) for a in (self.scores, self.chunks, self.starts, self.frequencies)]
-        wanted = [(np.dtype(t), 1) for t in (np.float32, np.int32, np.int64, np.int64)]
+        terms = len(self.terms)
+        types = [(a.dtype, a.ndim) for a in (self.scores, self.chunks, self.starts, self.frequencies, self.terms)]
+        wanted = [(np.dtype(t), 1) for t in (np.float32, np.int32, np.int64, np.int64, np.uint64)]
         holds = (
             types == wanted
             and len(self.scores) == len(self.chunks)
@@ -77,7 +87,7 @@ class Bm25Index:
             and self.starts[-1] == len(self.scores)
             and bool((np.diff(self.starts) >= 0).all())
             and (not len(self.chunks) or (int(self.chunks.min()) >= 0 and int(self.chunks.max()) < self.num_chunks))
-            and sorted(self.vocabulary.values()) == list(range(terms))
+            and bool((self.terms[1:] > self.terms[:-1]).all())
         )
         if not holds:
             raise StoreError(
@@ -90,15 +100,23 @@ class Bm25Index:
 
     @classmethod
     def build(
-        cls, store: Store, folder: Path, executor: Executor | None = None, reporter: Reporter | None = None
+        cls,
+        store: Store,
+        folder: Path,
+        executor: Executor | None = None,
+        reporter: Reporter | None = None,
+        analyzer: Analyzer | None = None,
     ) -> "Bm25Index":
         """Index every chunk of `store` and publish the index in `folder`; goes on where an earlier build ended.
 
+        An index that is there keeps its reading of words unless `analyzer` is another, or it is of version 1.
         Peak memory: the vocabulary, and a block or 2^22 postings, whichever is more.
         """
         executor, reporter = executor or Executor(), reporter or Reporter("quiet")
+        analyzer = analyzer or known_analyzer(folder) or Analyzer()
         blocks = -(-store.num_rows // BLOCK_ROWS)
-        spec = {"store": store.fingerprint, "k1": K1, "b": B, "stopwords": "en", "block_rows": BLOCK_ROWS}
+        described = {"store": store.fingerprint, "k1": K1, "b": B, "analyzer": analyzer.to_json()}
+        spec = {**described, "block_rows": BLOCK_ROWS}
         text, here = json.dumps(spec, sort_keys=True), folder.resolve()
         paths = (str(store.folder.resolve()),)
         count = Stage("bm25 terms", count_block, text, here, tuple(block_name(n) for n in range(blocks)), paths)
@@ -107,15 +125,7 @@ class Bm25Index:
             if not is_finished(join):
                 run_stage(count, executor, reporter)
             hashes = run_stage(join, executor, reporter)
-            content = {
-                "retriever": "bm25",
-                "store": store.fingerprint,
-                "chunks": store.num_rows,
-                "k1": K1,
-                "b": B,
-                "stopwords": "en",
-                "files": hashes,
-            }
+            content = {"retriever": "bm25", "chunks": store.num_rows, **described, "files": hashes}
             if not _is_published(folder, content):
                 files.write_manifest(folder, "index", content)
             remove_shards(count)
@@ -126,26 +136,25 @@ class Bm25Index:
         texts: Sequence[str],
         k: int,
         exclude: LeftOut | None = None,
-        frequencies: dict[str, int] | None = None,
+        frequencies: dict[int, int] | None = None,
         num_chunks: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best chunks of each text: ids [Q, k] (-1 = fewer were found) and scores [Q, k], best first.
 
-        `exclude`: rows that a query must not find. `frequencies` and `num_chunks`:
-        document frequencies and size of a larger collection that scores shall be comparable across.
+        `exclude`: rows that a query must not find. `frequencies`, by a term's hash, and `num_chunks`: document
+        frequencies and size of a larger collection that scores shall be comparable across.
         """
         if k < 1:
             raise UsageError(f"k={k} cannot be used", "at least one neighbor is searched for")
-        terms = terms_of(texts)
-        ids = [np.unique([self.vocabulary[t] for t in row if t in self.vocabulary]).astype(np.int64) for row in terms]
-        offsets = np.cumsum([0] + [len(row) for row in ids])
-        flat = np.concatenate(ids) if len(ids) and offsets[-1] else np.zeros(0, np.int64)
+        terms = self.analyzer.terms(texts, is_query=True)
+        numbers, is_known = self._numbers_of(terms.hashes)
+        flat = numbers[is_known]
+        offsets = np.concatenate(([0], np.concatenate(([0], np.cumsum(is_known)))[terms.ends])).astype(np.int64)
         weights = np.ones(len(flat), np.float32)
         if frequencies is not None and num_chunks is not None:
-            names = {self.vocabulary[t]: t for row in terms for t in row if t in self.vocabulary}
-            for place, term in enumerate(flat):
+            for place, (term, mark) in enumerate(zip(flat, terms.hashes[is_known].tolist())):
                 here = _idf(int(self.frequencies[term]), self.num_chunks)
-                weights[place] = _idf(frequencies[names[int(term)]], num_chunks) / here
+                weights[place] = _idf(frequencies[mark], num_chunks) / here
         contents, own = np.empty(0, np.int32), np.empty(0, np.int32)
         if exclude is not None:
             contents, own = exclude.contents_N, exclude.own_Q
@@ -164,10 +173,22 @@ class Bm25Index:
             workers,
         )
 
-    def frequencies_of(self, texts: Sequence[str]) -> dict[str, int]:
-        """Chunks that hold each term of `texts`."""
-        words = {term for row in terms_of(texts) for term in row}
-        return {t: int(self.frequencies[self.vocabulary[t]]) if t in self.vocabulary else 0 for t in words}
+    def _numbers_of(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The number of each term in the arrays, and whether the index has it."""
+        places = np.searchsorted(self.terms, hashes)
+        is_known = places < len(self.terms)
+        places[~is_known] = 0
+        if len(self.terms):
+            is_known &= self.terms[places] == hashes
+        return (self._numbers[places] if len(self.terms) else places), is_known
+
+    def frequencies_of(self, texts: Sequence[str]) -> dict[int, int]:
+        """Chunks that hold each term of `texts`, by its hash."""
+        hashes = np.unique(self.analyzer.terms(texts, is_query=True).hashes)
+        numbers, is_known = self._numbers_of(hashes)
+        counts = np.zeros(len(hashes), np.int64)
+        counts[is_known] = self.frequencies[numbers[is_known]]
+        return dict(zip(hashes.tolist(), counts.tolist()))
 
     def verify(self) -> None:
         """Compare every file with the manifest (opening has done so too)."""
@@ -175,7 +196,28 @@ class Bm25Index:
 
     def summary(self) -> dict[str, Any]:
         shown = {key: self.manifest[key] for key in ("kind", "retriever", "chunks", "store", "fingerprint")}
-        return {**shown, "terms": len(self.vocabulary), "postings": len(self.scores)}
+        read = {"words": self.analyzer.describe(), "terms": len(self.terms), "postings": len(self.scores)}
+        return {**shown, **read}
+
+
+def known_analyzer(folder: Path) -> Analyzer | None:
+    """How the index in `folder` reads words; None where there is none, or one of version 1, which is made again."""
+    try:
+        found = from_json(files.read_manifest(folder, "index").get("analyzer"), str(folder))
+    except (MissingInputError, StoreError):
+        return None
+    return None if found == FIRST else found
+
+
+def check_analyzers(indexes: Sequence[Bm25Index]) -> None:
+    """Raise StoreError when indexes that shall be searched together read words in different ways."""
+    for other in indexes[1:]:
+        if other.analyzer != indexes[0].analyzer:
+            raise StoreError(
+                f"{indexes[0].folder} reads words with {indexes[0].analyzer.describe()}",
+                f"{other.folder} with {other.analyzer.describe()}",
+                f"retro index {indexes[0].store.folder} {other.store.folder}, with the same --stemmer and --stop-words",
+            )
 
 
 def _is_published(folder: Path, content: dict[str, Any]) -> bool:
@@ -191,32 +233,47 @@ def block_name(number: int) -> str:
 
 
 def count_block(stage: Stage, shard: int) -> Sequence[Part]:
-    """How often each term is in each chunk of one block; terms sorted, chunks in order within a term."""
-    import bm25s
-
+    """How often each term is in each chunk of one block; terms ascending, chunks in order within a term."""
     spec = json.loads(stage.spec)
-    store = Store(stage.paths[0])
+    store, analyzer = Store(stage.paths[0]), from_json(spec["analyzer"], stage.paths[0])
     first = shard * spec["block_rows"]
-    texts = [text for batch in store.texts(first, min(first + spec["block_rows"], store.num_rows)) for text in batch]
-    tokens = bm25s.tokenize(texts, stopwords="en", show_progress=False)
-    terms = sorted(term for term in tokens.vocab if term)
-    place = np.full(max(tokens.vocab.values(), default=-1) + 1, -1, np.int64)
-    place[[tokens.vocab[term] for term in terms]] = np.arange(len(terms))
-    lengths = np.array([len(row) for row in tokens.ids], np.int64)
-    flat = place[np.fromiter((i for row in tokens.ids for i in row), np.int64, int(lengths.sum()))]
-    chunks = np.repeat(np.arange(len(texts)), lengths)
-    chunks, flat = chunks[flat >= 0], flat[flat >= 0]  # bm25s gives a text without terms the term ""
-    keys, counts = np.unique(flat * len(texts) + chunks, return_counts=True)
-    starts = np.searchsorted(keys, np.arange(len(terms) + 1) * len(texts))
-    raw = "\n".join(terms).encode()
+    last = min(first + spec["block_rows"], store.num_rows)
+    parts = []
+    for start in range(first, last, TEXT_ROWS):
+        end = min(start + TEXT_ROWS, last)
+        texts = [text for batch in store.texts(start, end) for text in batch]
+        parts.append(analyzer.terms(titled(row_titles(store, start, end), texts)))
+    hashes, counts, sizes, lengths = _joined(parts)
+    order = np.argsort(hashes, kind="stable")
+    terms, starts = np.unique(hashes[order], return_index=True)
     return [
-        np.array([len(terms), len(keys), len(texts), len(raw)], "<i8").tobytes(),
-        starts.astype("<i8").tobytes(),
-        (first + keys % len(texts)).astype("<i4").tobytes(),
-        counts.astype("<i4").tobytes(),
-        np.bincount(chunks, minlength=len(texts)).astype("<i4").tobytes(),
-        raw,
+        np.array([len(terms), len(hashes), last - first], "<i8").tobytes(),
+        np.append(starts, len(hashes)).astype("<i8").tobytes(),
+        terms.astype("<u8").tobytes(),
+        np.repeat(np.arange(first, last), sizes)[order].astype("<i4").tobytes(),
+        counts[order].astype("<i4").tobytes(),
+        lengths.astype("<i4").tobytes(),
     ]
+
+
+def _joined(parts: Sequence[Terms]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes and counts of all chunks, and of each chunk how many there are, and its length."""
+    sizes = [np.diff(part.ends, prepend=0) for part in parts]
+    columns = [part.hashes for part in parts], [part.counts for part in parts], sizes, [part.lengths for part in parts]
+    return tuple(np.concatenate(column) for column in columns)  # type: ignore[return-value]
+
+
+def row_titles(store: Store, first: int, last: int) -> list[str]:
+    """The title of the document of each of rows first ... last - 1."""
+    documents: list[int] = []
+    for shard in store.shards:
+        rows = shard.arrays["rows"]
+        begin, end = max(first - shard.first_row, 0), min(last - shard.first_row, rows.values.shape[0])
+        if begin < end:
+            rows.check_range(begin, end)
+            documents += (rows.values[begin:end, 0].astype(np.int64) + shard.first_document).tolist()
+    known = {number: store.name(number)[1] for number in set(documents)}
+    return [known[number] for number in documents]
 
 
 class Block:
@@ -224,12 +281,11 @@ class Block:
 
     def __init__(self, path: Path, first: int):
         raw = np.memmap(path, np.uint8, "r")
-        num_terms, postings, rows, num_bytes = raw[: 8 * BLOCK_HEADER].view("<i8").tolist()
-        ends = np.cumsum([8 * BLOCK_HEADER, 8 * (num_terms + 1), 4 * postings, 4 * postings, 4 * rows, num_bytes])
+        num_terms, postings, rows = raw[: 8 * BLOCK_HEADER].view("<i8").tolist()
+        ends = np.cumsum([8 * BLOCK_HEADER, 8 * (num_terms + 1), 8 * num_terms, 4 * postings, 4 * postings, 4 * rows])
         parts = [raw[start:end] for start, end in zip(ends, ends[1:])]
-        self.first, self.starts = first, parts[0].view("<i8")
-        self.chunks, self.counts, self.lengths = (part.view("<i4") for part in parts[1:4])
-        self.terms = parts[4].tobytes().decode().split("\n") if num_bytes else []
+        self.first, self.starts, self.terms = first, parts[0].view("<i8"), parts[1].view("<u8")
+        self.chunks, self.counts, self.lengths = (part.view("<i4") for part in parts[2:])
         self.numbers = np.zeros(0, np.int64)
 
 
@@ -240,13 +296,13 @@ class Merger:
         starts = range(0, num_rows, spec["block_rows"])
         self.k1, self.b, self.num_rows = spec["k1"], spec["b"], num_rows
         self.blocks = [Block(folder / block_name(number), first) for number, first in enumerate(starts)]
-        self.vocabulary = sorted(set().union(*(block.terms for block in self.blocks)))
-        number_of = {term: number for number, term in enumerate(self.vocabulary)}
+        self.vocabulary = np.empty(0, np.uint64)
+        for block in self.blocks:
+            self.vocabulary = np.union1d(self.vocabulary, block.terms)
         self.frequencies = np.zeros(len(self.vocabulary), np.int64)
         total = 0
         for block in self.blocks:
-            block.numbers = np.fromiter((number_of[term] for term in block.terms), np.int64, len(block.terms))
-            block.terms = []
+            block.numbers = np.searchsorted(self.vocabulary, block.terms)
             self.frequencies[block.numbers] += np.diff(block.starts)
             total += int(block.lengths.sum())
         self.starts = np.concatenate(([0], np.cumsum(self.frequencies)))
@@ -288,9 +344,8 @@ def merge_blocks(stage: Stage, shard: int) -> Sequence[Part] | Stream:
     """One file of the index from all blocks."""
     merger = _open_merger(stage.folder, stage.spec, Store(stage.paths[0]).num_rows)
     name = stage.outputs[shard]
-    if name == "vocabulary.json":
-        words = {term: number for number, term in enumerate(merger.vocabulary)}
-        return [json.dumps(words, ensure_ascii=False).encode()]
+    if name == "terms.npy":
+        return [_npy_header("<u8", len(merger.vocabulary)), merger.vocabulary.astype("<u8").tobytes()]
     if name in ("starts.npy", "frequencies.npy"):
         values = merger.starts if name == "starts.npy" else merger.frequencies
         return [_npy_header("<i8", len(values)), values.astype("<i8").tobytes()]

@@ -20,6 +20,7 @@ from retro_engine.data.corpus import Document
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, RetroError, StoreError, UsageError
 from retro_engine.retrieval import library_file
+from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.library_documents import (
     Batch,
     Chunker,
@@ -81,7 +82,12 @@ class Library:
             if embedder is None and self.file.settings["embedder"] == HashEmbedder.name:
                 embedder = HashEmbedder(self.file.tokenizer)
             self.chunker = Chunker(
-                self.file.tokenizer, self.file.chunk_size, self.file.stride, embedder, self.file.settings["width"]
+                self.file.tokenizer,
+                self.file.chunk_size,
+                self.file.stride,
+                embedder,
+                self.file.settings["width"],
+                self.file.analyzer,
             )
             self._check_embedder(embedder)
             self._lock = threading.RLock()  # writers, and whoever publishes a snapshot
@@ -99,8 +105,12 @@ class Library:
         chunk_size: int = 64,
         stride: int | None = None,
         embedder: Embedder | None = None,
+        analyzer: Analyzer | None = None,
     ) -> None:
-        """Make an empty library; `stride` tokens lie between the starts of chunks (None: chunk_size, no overlap)."""
+        """Make an empty library; `stride` tokens lie between the starts of chunks (None: chunk_size, no overlap).
+
+        `analyzer`: how it reads words, from then on.
+        """
         stride = chunk_size if stride is None else stride
         if not 1 <= chunk_size < 1 << 16 or not 1 <= stride <= chunk_size:
             raise UsageError(
@@ -108,7 +118,7 @@ class Library:
             )
         width = 0 if embedder is None else int(np.asarray(embedder.encode(["width"])).shape[-1])
         name = None if embedder is None else embedder.name
-        library_file.create(Path(folder), tokenizer, chunk_size, stride, name, width)
+        library_file.create(Path(folder), tokenizer, chunk_size, stride, name, width, analyzer or Analyzer())
 
     def _check_embedder(self, embedder: Embedder | None) -> None:
         name = self.file.settings["embedder"]
@@ -256,6 +266,7 @@ class Library:
             "chunk_size": self.file.chunk_size,
             "stride": self.file.stride,
             "embedder": self.file.settings["embedder"],
+            "words": self.file.analyzer.describe(),
             "namespaces": {name: count | self._index.parts(name) for name, count in counts.items()},
             "notes": list(self._index.notes),
         }
@@ -293,11 +304,17 @@ class Library:
         reach = -(-self.file.chunk_size // self.file.stride)
         with self._view() as (connection, shown):
             snapshot = shown.snapshots.get(namespace, ())
-            ranking = rank(snapshot, mode, text, vector, weights, k * (2 * reach - 1))
+            ranking = rank(snapshot, mode, self.file.analyzer.query(text), vector, weights, k * (2 * reach - 1))
             ranking = drop_overlaps(snapshot, ranking, reach)[:k] if reach > 1 else ranking
             found = self._hits(connection, snapshot, ranking)
         self._check_open()  # not closed while it searched
         return found
+
+    def why_nothing(self, text: str, namespace: str = DEFAULT) -> str:
+        """Why a search for a text has no hit."""
+        if not any(view.num_alive for view in self._index.snapshots.get(namespace, ())):
+            return f"namespace {namespace} holds no document"
+        return self.file.analyzer.why_nothing(text) or "none of its words is in a document"
 
     def source(self, mode: str = "lexical", namespace: str = DEFAULT, weights: Sequence[float] = (1.0, 1.0)) -> Source:
         """This library as a source of `combined`."""

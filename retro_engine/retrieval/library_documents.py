@@ -8,7 +8,7 @@ Z embedding width.
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +16,8 @@ import numpy as np
 from retro_engine.data.corpus import Document
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
+from retro_engine.retrieval.analyzer import Analyzer, Terms, titled, word_edges
 from retro_engine.retrieval.embed import embed
-from retro_engine.retrieval.library_terms import Terms, terms_of
 
 MAX_DOCUMENT_BYTES = 8 << 20
 MAX_ID_BYTES = 512
@@ -77,6 +77,7 @@ class Chunker:
     stride: int  # tokens from the start of one chunk to the next, at most M
     embedder: Embedder | None
     width: int | None  # Z; None = the library has no vectors
+    analyzer: Analyzer = field(default_factory=Analyzer)
 
     def prepare(self, documents: Sequence[Document]) -> Batch:
         """Check, cut and embed. Raises UsageError for a document or an embedder that cannot be used."""
@@ -87,7 +88,13 @@ class Chunker:
         texts, words = self.texts(tokens)
         vectors = None if self.width is None else self.embed(texts)
         counts = [num_chunks(len(t), self.chunk_size, self.stride) for t in tokens]
-        return Batch(list(documents), tokens, counts, terms_of(words), vectors)
+        return Batch(list(documents), tokens, counts, self.terms([d.title for d in documents], counts, words), vectors)
+
+    def terms(self, titles: Sequence[str], counts: Sequence[int], words: Sequence[str]) -> Terms:
+        """The terms of documents' chunks, the title's with those of each."""
+        if self.analyzer.has_titles:
+            words = titled([title for title, count in zip(titles, counts) for _ in range(count)], words)
+        return self.analyzer.terms(words)
 
     def texts(self, documents: Sequence[np.ndarray]) -> tuple[list[str], list[str]]:
         """The text of every chunk of documents of tokens, and what its terms are taken from.
@@ -130,15 +137,26 @@ def num_chunks(num_tokens: int, chunk_size: int, stride: int) -> int:
 
 
 def cut_word(text: str, more: str) -> str:
-    """With a space before it, the word that the end of `text` cuts; `more` is the same text and what follows it."""
+    """With a space before it, the word that the end of `text` cuts; `more` is the same text and what follows it.
+
+    In a script without spaces that is the character before the cut and the one after it, which make a term.
+    """
     known = text.rstrip(HALF)  # half of a character's bytes decode to this
     if not more.startswith(known) or known == more:
         return ""
-    rest = re.match(r"\w+", more[len(known) :])
-    before = re.search(r"\w*$", known[-MAX_WORD:])
-    if rest is None or before is None or (known == text and not before[0]):
+    rest, back = more[len(known) :], known[: -MAX_WORD - 1 : -1]  # what follows, and backwards what is before
+    edges = word_edges()
+    is_mark = edges.mark.match(rest) is not None
+    is_within = is_mark or known != text  # a character is cut, and whole in neither chunk
+    left = edges.characters_before[is_mark].match(back)
+    if left is not None or (is_within and edges.character.match(rest)):
+        right = edges.characters_after[is_within].match(rest)
+        if right is not None and right[0]:
+            return f" {left[0][::-1] if left is not None else ''}{right[0]}"
+    before, following = edges.before.match(back), edges.after.match(rest)
+    if following is None or before is None or (known == text and not before[0]):
         return ""
-    return f" {before[0]}{rest[0]}"
+    return f" {before[0][::-1]}{following[0]}"
 
 
 def check_document(document: Document) -> None:

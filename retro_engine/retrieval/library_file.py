@@ -23,11 +23,12 @@ import numpy as np
 from retro_engine.data import files
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
+from retro_engine.retrieval.analyzer import Analyzer, from_json
 from retro_engine.retrieval.library_documents import Batch
 
 FILE = "documents.sqlite"
 APPLICATION_ID = 0x5245544C  # "RETL", SQLite's mark of whose file it is
-VERSION = 1
+VERSION = 2  # 1 had no analyzer: it reads words as its first version did
 OLDEST_SQLITE = (3, 51, 3)  # older ones can corrupt a WAL file that two connections write to
 
 SIDE_FILES = ("-wal", "-shm", "-journal")  # of SQLite's, beside the file
@@ -85,7 +86,15 @@ def typed_errors(path: Path) -> Iterator[None]:
         raise MissingInputError(f"{path} cannot be read or written", str(error), "look at the disk") from error
 
 
-def create(folder: Path, tokenizer: Tokenizer, chunk_size: int, stride: int, embedder: str | None, width: int) -> None:
+def create(
+    folder: Path,
+    tokenizer: Tokenizer,
+    chunk_size: int,
+    stride: int,
+    embedder: str | None,
+    width: int,
+    analyzer: Analyzer,
+) -> None:
     """Make an empty library. Raises UsageError where there is one."""
     path = folder / FILE
     settings = {
@@ -94,6 +103,7 @@ def create(folder: Path, tokenizer: Tokenizer, chunk_size: int, stride: int, emb
         "stride": stride,
         "embedder": embedder,
         "width": width if embedder else None,
+        "analyzer": analyzer.to_json(),
     }
     with files.locked(folder), typed_errors(path):
         connection = _connect(path)
@@ -195,6 +205,7 @@ class LibraryFile:
             raise StoreError(f"{self.path} is damaged", f"its settings: {error}", "restore it from a copy") from error
         if files.fingerprint(self.settings) != self.fingerprint:
             raise StoreError(f"{self.path} is damaged", "the checksum of its settings", "restore it from a copy")
+        self.analyzer = from_json(self.settings.get("analyzer"), str(self.path))
         self._readers: deque[apsw.Connection] = deque()
 
     def _check(self, folder: Path) -> None:
@@ -203,9 +214,9 @@ class LibraryFile:
             raise MissingInputError(f"{folder} is not a library", "making it was never finished", "make it again")
         if mark != APPLICATION_ID:
             raise StoreError(f"{self.path} is not a library of retro-engine", f"its application id is {mark:#x}")
-        if version != VERSION:
+        if version not in (1, VERSION):
             raise StoreError(
-                f"{self.path} has version {version}", f"this program reads {VERSION}", "update retro-engine"
+                f"{self.path} has version {version}", f"this program reads 1 to {VERSION}", "update retro-engine"
             )
         if _schema(self.writer) != _expected_schema():
             raise StoreError(f"{self.path} is not as this program makes it", "its tables are others", "make it again")
@@ -344,8 +355,8 @@ class LibraryFile:
 
     def contents(
         self, namespace: str, after: int, last: int | None = None
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-        """Key, tokens and vectors of the documents with keys after < key <= last, ascending."""
+    ) -> Iterator[tuple[int, str, np.ndarray, np.ndarray | None]]:
+        """Key, title, tokens and vectors of the documents with keys after < key <= last, ascending."""
         width, dtype = self.settings["width"], np.dtype(self.tokenizer.dtype).newbyteorder("<")
         with self.reader() as connection:
             for key, identifier, title, tokens_crc, vectors_crc, tokens, vectors in connection.execute(
@@ -356,4 +367,4 @@ class LibraryFile:
                 self.check(key, tokens_crc, tokens, checksum(namespace, identifier, title))
                 self.check(key, vectors_crc, b"" if vectors is None else vectors)
                 rows = None if vectors is None else np.frombuffer(vectors, "<f4").reshape(-1, width)
-                yield key, np.frombuffer(tokens, dtype), rows
+                yield key, title, np.frombuffer(tokens, dtype), rows

@@ -29,7 +29,6 @@ from retro_engine.retrieval.library_index import (
     tail_to_merge,
 )
 from retro_engine.retrieval.library_segments import open_segment, publish_segment
-from retro_engine.retrieval.library_terms import terms_of
 
 SEGMENTS = "segments"
 SEGMENT_NAME = re.compile(r"[0-9]{8}")
@@ -285,9 +284,9 @@ class LibraryIndex:
         delta = Delta(self.chunker.width)
         rows = self.file.contents(namespace, after, last)
         while batch := list(islice(rows, READ_DOCUMENTS)):
-            keys, tokens, vectors = zip(*batch)
+            keys, titles, tokens, vectors = zip(*batch)
             counts = [num_chunks(len(ids), self.chunker.chunk_size, self.chunker.stride) for ids in tokens]
-            terms = terms_of(self.chunker.texts(tokens)[1])
+            terms = self.chunker.terms(titles, counts, self.chunker.texts(tokens)[1])
             delta.append(keys, counts, terms, None if vectors[0] is None else np.concatenate(vectors))
         return delta
 

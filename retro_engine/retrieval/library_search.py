@@ -16,7 +16,6 @@ from retro_engine.jit import numba
 from retro_engine.retrieval.lexical import K1, B
 from retro_engine.retrieval.library_documents import check_query
 from retro_engine.retrieval.library_index import Snapshot
-from retro_engine.retrieval.library_terms import query_terms
 from retro_engine.retrieval.search import Retriever
 
 MODES = ("lexical", "dense", "hybrid")
@@ -53,26 +52,25 @@ def check_weights(weights: Sequence[float]) -> None:
 
 
 def rank(
-    snapshot: Snapshot, mode: str, text: str, vector: np.ndarray | None, weights: Sequence[float], k: int
+    snapshot: Snapshot, mode: str, hashes: np.ndarray, vector: np.ndarray | None, weights: Sequence[float], k: int
 ) -> Ranking:
-    """The k best chunks of a snapshot; `vector` is the query's, for dense and hybrid."""
+    """The k best chunks of a snapshot; `hashes` are the query's terms, `vector` is for dense and hybrid."""
     k = min(k, sum(view.num_alive for view in snapshot))
     if k == 0:
         return []
     if mode == "lexical":
-        return lexical(snapshot, text, k)
+        return lexical(snapshot, hashes, k)
     assert vector is not None, mode
     if mode == "dense":
         return dense(snapshot, vector, k)
     depth = max(MIN_DEPTH, k)
-    rankings = [lexical(snapshot, text, depth), dense(snapshot, vector, depth)]
+    rankings = [lexical(snapshot, hashes, depth), dense(snapshot, vector, depth)]
     places = [[(view, chunk) for view, chunk, _ in ranking] for ranking in rankings]
     return [(view, chunk, score) for (view, chunk), score in fuse(places, weights)[:k]]
 
 
-def lexical(snapshot: Snapshot, text: str, k: int) -> Ranking:
+def lexical(snapshot: Snapshot, hashes: np.ndarray, k: int) -> Ranking:
     """The k best chunks by BM25; fewer when fewer have a term of the query."""
-    hashes = query_terms(text)
     num_chunks = sum(view.num_alive for view in snapshot)
     found = [view.part.postings(hashes, len(view.alive)) for view in snapshot]
     frequencies = np.zeros(len(hashes), np.int64)

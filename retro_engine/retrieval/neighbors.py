@@ -22,9 +22,10 @@ from retro_engine.data.neighbor_table import NeighborTable, check_databases, ids
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.progress import Reporter, duration
+from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.executor import Part, Stage, run_stage
-from retro_engine.retrieval.lexical import terms_of
+from retro_engine.retrieval.lexical import Bm25Index
 from retro_engine.retrieval.overlap import NGRAM, stated_shares
 from retro_engine.retrieval.search import (
     Building,
@@ -40,6 +41,7 @@ SHARD_ROWS = 1 << 15
 BATCH_ROWS = 8192
 SAMPLE_ROWS = 256
 DUPLICATE_NGRAM = 13  # tokens
+MANY_MISSING = 0.5  # of the chunks: from then on the build says what may be the reason
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ def build_neighbors(
         table = publish_table(folder, query, databases, num_neighbors, described, hashes)
     missing = share_without_neighbors(table)
     reporter.say(f"{missing:.1%} of the chunks have no neighbor from another document")
+    if missing > MANY_MISSING and "bm25" in search.halves:
+        reporter.say(describe_missing(search))
     return table
 
 
@@ -237,14 +241,24 @@ def share_without_neighbors(table: NeighborTable) -> float:
     return count / table.query.num_rows
 
 
+def describe_missing(search: Retriever) -> str:
+    """What may be the reason when most chunks have no neighbor."""
+    read = next(index.analyzer.describe() for index in search.indexes if isinstance(index, Bm25Index))
+    return (
+        f"note: bm25 finds no word of theirs in another document (it reads words with {read}); where script or language "
+        "is the reason, --stemmer and --stop-words read otherwise, and --retriever hash or minilm needs no common word"
+    )
+
+
 def say_index_cost(store: Store, retriever: str, reporter: Reporter) -> None:
     """Say what BM25 indexing will take when the index is not there, measured on a sample; embedding says it itself."""
     if retriever != "bm25" or (index_folder(store, retriever) / files.MANIFEST).exists():
         return
     sample = min(SAMPLE_ROWS, store.num_rows)
-    terms_of([text for batch in store.texts(0, sample) for text in batch])  # the first call loads the libraries
+    analyzer = Analyzer()
+    analyzer.terms([text for batch in store.texts(0, sample) for text in batch])  # the first call compiles the loops
     start = time.monotonic()
-    terms_of([text for batch in store.texts(0, sample) for text in batch])
+    analyzer.terms([text for batch in store.texts(0, sample) for text in batch])
     seconds = 2 * (time.monotonic() - start) / sample * store.num_rows  # reading terms is half of indexing
     reporter.confirm(
         f"indexing {store.num_rows:,} chunks of {store.folder} for {retriever}: about {duration(seconds)}", seconds

@@ -18,11 +18,12 @@ from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError, UsageError, nearest
 from retro_engine.jit import numba
 from retro_engine.progress import Reporter
+from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.executor import Executor
 from retro_engine.retrieval.index import VectorIndex, build_index
 from retro_engine.retrieval.left_out import LeftOut
-from retro_engine.retrieval.lexical import Bm25Index
+from retro_engine.retrieval.lexical import Bm25Index, check_analyzers
 from retro_engine.retrieval.vectors import Vectors, build_vectors, vectors_folder
 
 RETRIEVERS = ("bm25", "hash", "hybrid", "minilm")
@@ -41,6 +42,7 @@ class Building:
     embedder: str = "minilm"  # the dense half of hybrid
     fusion: tuple[float, float] = (1.0, 1.0)  # weights of hybrid's lexical and dense half
     choices: dict[str, Any] = field(default_factory=dict)  # of embed.choose_embedding
+    analyzer: Analyzer | None = None  # how bm25 reads words; None = as the index that is there, or the default
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def make_index(store: Store, retriever: str, building: Building) -> Bm25Index | 
     check_retriever(retriever)
     folder = index_folder(store, retriever)
     if retriever == "bm25":
-        return Bm25Index.build(store, folder, building.executor, building.reporter)
+        return Bm25Index.build(store, folder, building.executor, building.reporter, building.analyzer)
     return build_index(
         store,
         retriever,
@@ -169,6 +171,7 @@ class Retriever:
         self._indexes = {half: [find_index(store, half, self.building) for store in stores] for half in self.halves}
         for half in self.halves:
             _check_embeddings([index.vectors for index in self._dense(half)])
+        check_analyzers([index for index in self.indexes if isinstance(index, Bm25Index)])
         self.starts = np.cumsum([0] + [store.num_rows for store in stores])
         first_documents = np.cumsum([0] + [store.num_documents for store in stores])
         self._row_documents = np.concatenate([s.row_documents() + first for s, first in zip(stores, first_documents)])
@@ -258,7 +261,7 @@ class Retriever:
         indexes = [index for index in self._indexes["bm25"] if isinstance(index, Bm25Index)]
         if len(indexes) == 1:
             return [indexes[0].search(texts, k, exclude[0])]
-        together: dict[str, int] = {}
+        together: dict[int, int] = {}
         for index in indexes:
             for term, count in index.frequencies_of(texts).items():
                 together[term] = together.get(term, 0) + count

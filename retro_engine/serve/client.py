@@ -34,6 +34,7 @@ class RemoteLibrary:
         self._key = os.environ.get("RETRO_API_KEY", "") if key is None else key
         self._host, self._port, self._is_tls = parts.hostname, parts.port, parts.scheme == "https"
         self.version = 0  # of the last answer
+        self._note = ""
 
     def __enter__(self) -> "RemoteLibrary":
         return self
@@ -76,7 +77,13 @@ class RemoteLibrary:
         weights: Sequence[float] = (1.0, 1.0),
     ) -> list[Hit]:
         body = {"query": text, "k": k, "mode": mode, "weights": list(weights)}
-        return [Hit(**row) for row in self._whole("POST", "retrieve", namespace, body)["data"]]
+        answer = self._whole("POST", "retrieve", namespace, body)
+        self._note = str(answer.get("note", "the server does not say why")).removeprefix("no hit: ")
+        return [Hit(**row) for row in answer["data"]]
+
+    def why_nothing(self, text: str, namespace: str = DEFAULT) -> str:
+        """Why the last search had no hit, as the server said."""
+        return self._note
 
     def import_rows(self, source: BinaryIO, namespace: str = DEFAULT) -> Iterator[Job]:
         """Send JSON lines, then give the job until it has ended."""

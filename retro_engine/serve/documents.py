@@ -155,14 +155,15 @@ async def reset(request: Request) -> Response:
 
 
 async def retrieve(request: Request) -> Response:
-    """The best chunks for a text: document, chunk, score, text, continuation."""
+    """The best chunks for a text: document, chunk, score, text, continuation; where there is none, a note why."""
     service = service_of(request)
     query = parse(Query, await read_json(request, limits_of(request)))
     if query.mode is not None and query.mode not in MODES:
         raise ApiError(400, f"mode {query.mode!r} is not one of {', '.join(MODES)}", "mode")
     version = service.index_version
     hits = await brief(request, service.search, query.query, query.k, query.mode, query.weights)
-    return JSONResponse({"object": "list", "index_version": version, "data": [vars(hit) for hit in hits]})
+    note = {} if hits else {"note": f"no hit: {await brief(request, service.why_nothing, query.query)}"}
+    return JSONResponse({"object": "list", "index_version": version, "data": [vars(hit) for hit in hits], **note})
 
 
 def number(request: Request, name: str, default: int) -> int:

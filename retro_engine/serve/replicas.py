@@ -33,7 +33,7 @@ from retro_engine.serve.run import Address, make_state
 from retro_engine.serve.service import Options, Service, library_folder, open_library, open_service
 from retro_engine.train import checkpoint
 
-FORWARDED = ("add", "delete", "get", "entries", "statistics", "reset", "find")  # methods of a library
+FORWARDED = ("add", "delete", "get", "entries", "statistics", "reset", "find", "why_nothing")  # methods of a library
 CALLS = (*FORWARDED, "job", "start", "version", "settings")
 ANSWER_S = 60.0  # that a replica waits for the Shelf
 SHELF, SERVER = "Shelf", "Server"  # names of the deployments

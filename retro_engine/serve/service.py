@@ -87,6 +87,12 @@ class Service:
             sources.append((static_source(self.static), self.weights[1]))
         return combined(text, k, sources) if sources else []
 
+    def why_nothing(self, text: str) -> str:
+        """Why a search for a text has no hit."""
+        if self.library is not None:
+            return self.library.why_nothing(text) + (", nor in the stores" if self.static is not None else "")
+        return "there is nothing to search" if self.static is None else "none of its words is in the stores"
+
     def check_search(self, mode: str | None) -> None:
         """Raises UsageError for a mode that the library has no vectors for."""
         if mode not in (None, "lexical") and self.library is not None and self.library.chunker.width is None:

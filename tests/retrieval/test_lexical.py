@@ -1,5 +1,6 @@
 """BM25: the search loop against bm25s itself, and against the definition."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,13 +8,15 @@ import numpy as np
 import pytest
 from helpers import write_corpus
 
+from retro_engine.data import files
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.retrieval import lexical
+from retro_engine.retrieval.analyzer import ENGLISH, FIRST, Analyzer, make_analyzer, titled
 from retro_engine.retrieval.executor import Executor
 from retro_engine.retrieval.left_out import LeftOut
-from retro_engine.retrieval.lexical import K1, B, Bm25Index, terms_of
+from retro_engine.retrieval.lexical import K1, B, Bm25Index, row_titles
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +26,20 @@ def index(small_store: Store) -> Bm25Index:
 
 @pytest.fixture(scope="module")
 def texts(small_store: Store) -> list[str]:
-    return [text for batch in small_store.texts() for text in batch]
+    """What is read of every chunk: its document's title and its text."""
+    texts = [text for batch in small_store.texts() for text in batch]
+    return titled(row_titles(small_store, 0, small_store.num_rows), texts)
+
+
+words = Analyzer().words
 
 
 def test_scores_are_bm25(index: Bm25Index, texts: list[str]) -> None:
     """idf(t) tf (k1 + 1) / (tf + k1 (1 - b + b len / mean)), without the constant factor k1 + 1 (Lucene's form)."""
-    rows = terms_of(texts)
+    rows = [words(text) for text in texts]
     lengths = np.array([len(row) for row in rows])
     query = texts[17]
-    terms = set(terms_of([query])[0])
+    terms = set(words(query))
     expected = np.zeros(len(texts))
     for term in terms:
         tf = np.array([row.count(term) for row in rows])
@@ -49,9 +57,9 @@ def test_equals_bm25s(index: Bm25Index, texts: list[str]) -> None:
     import bm25s
 
     other = bm25s.BM25(k1=K1, b=B)
-    other.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+    other.index([words(text) for text in texts], show_progress=False)
     queries = texts[::7]
-    tokens = [sorted(set(row)) for row in terms_of(queries)]
+    tokens = [sorted(set(words(query))) for query in queries]
     _, theirs = other.retrieve(tokens, k=5, show_progress=False)
     _, mine = index.search(queries, 5)
     np.testing.assert_allclose(mine, theirs, rtol=1e-4)
@@ -96,7 +104,7 @@ def test_two_builds_same_bytes_and_mixtures_are_refused(small_store: Store, tmp_
 
 
 def test_a_store_without_words(tmp_path: Path) -> None:
-    (tmp_path / "c.jsonl").write_text('{"text": "! ? ."}\n{"text": "a I"}\n')
+    (tmp_path / "c.jsonl").write_text('{"text": "! ? ."}\n{"text": "a the"}\n')
     store = prepare([tmp_path / "c.jsonl"], tmp_path / "s", vocab_size=300)
     index = Bm25Index.build(store, tmp_path / "i")
     ids, _ = index.search(["anything"], 3)
@@ -152,3 +160,100 @@ def test_queries_of_no_and_of_a_million_characters(index: Bm25Index) -> None:
     for k in (0, -1):
         with pytest.raises(UsageError, match=f"k={k}"):
             index.search(["river"], k)
+
+
+CITIES = ("城堡", "河流", "磨坊", "小镇", "桥梁", "塔楼", "港口", "花园", "市场", "森林")
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_text_without_spaces_has_neighbors(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    rows = [{"id": f"d{i}", "text": "".join(rng.choice(CITIES, 40)) + "。"} for i in range(12)]
+    store = prepare([write_rows(tmp_path / "c.jsonl", rows)], tmp_path / "s", vocab_size=300, chunk_size=32)
+    index = Bm25Index.build(store, tmp_path / "i")
+    texts = [text for batch in store.texts() for text in batch]
+    exclude = np.array([store.document_rows(int(document)) for document in store.row_documents()])
+    ids, _ = index.search(texts, 1, exclude)
+    assert (ids >= 0).mean() > 0.9
+    assert (index.search(["港口"], 1)[0] >= 0).all()
+
+
+def test_titles_are_searched_with_every_chunk(tmp_path: Path) -> None:
+    rows = [
+        {"title": "Harbour cranes", "text": "They lift containers from ships all day long. " * 30},
+        {"title": "Silos", "text": "Grain is stored beside the quay."},
+        {"text": "Nothing of it here."},
+    ]
+    store = prepare([write_rows(tmp_path / "c.jsonl", rows)], tmp_path / "s", vocab_size=300, chunk_size=32)
+    first, last = store.document_rows(0)
+    assert last > 2
+    index = Bm25Index.build(store, tmp_path / "i")
+    ids, _ = index.search(["harbour cranes", "silos"], store.num_rows)
+    assert sorted(ids[0][ids[0] >= 0]) == list(range(first, last))
+    assert ids[1][ids[1] >= 0].tolist() == [store.document_rows(1)[0]]
+    assert row_titles(store, 1, store.num_rows)[-2:] == ["Silos", ""]
+
+
+def test_the_reading_is_recorded_kept_and_not_mixed(small_store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "i"
+    plain = Bm25Index.build(small_store, tmp_path / "plain")
+    own = Bm25Index.build(small_store, folder, analyzer=Analyzer(stop_words=("river",)))
+    assert (own.search(["river"], 1)[0] == -1).all()
+    assert (plain.search(["river"], 1)[0] >= 0).all()
+    assert Bm25Index.build(small_store, folder).fingerprint == own.fingerprint, "what is there keeps its reading"
+    assert Bm25Index.build(small_store, folder, analyzer=Analyzer()).fingerprint == plain.fingerprint
+    other = Bm25Index.build(small_store, tmp_path / "other", analyzer=make_analyzer(stop_words="de"))
+    with pytest.raises(StoreError, match="reads words with"):
+        lexical.check_analyzers([plain, other])
+    lexical.check_analyzers([plain, plain])
+    assert "English stop words" in plain.summary()["words"]
+
+
+def write_first_version(store: Store, folder: Path) -> None:
+    """An index as version 1 was: no analyzer, no titles, the words in vocabulary.json in their order."""
+    rows = [FIRST.words(text) for batch in store.texts() for text in batch]
+    vocabulary = sorted({word for row in rows for word in row})
+    lengths = np.array([len(row) for row in rows])
+    scores, chunks = [], []
+    for word in vocabulary:
+        counts = np.array([row.count(word) for row in rows], float)
+        having = np.flatnonzero(counts)
+        idf = math.log(1 + (len(rows) - len(having) + 0.5) / (len(having) + 0.5))
+        tf = counts[having]
+        scores.append(idf * tf / (tf + K1 * (1 - B + B * lengths[having] / lengths.mean())))
+        chunks.append(having)
+    frequencies = np.array([len(having) for having in chunks], "<i8")
+    arrays = {
+        "scores": np.concatenate(scores).astype("<f4"),
+        "chunks": np.concatenate(chunks).astype("<i4"),
+        "starts": np.concatenate(([0], np.cumsum(frequencies))).astype("<i8"),
+        "frequencies": frequencies,
+    }
+    folder.mkdir()
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values)
+    (folder / "vocabulary.json").write_text(json.dumps({word: i for i, word in enumerate(vocabulary)}))
+    hashes = {name: files.sha256_file(folder / name) for name in ("vocabulary.json", *(f"{a}.npy" for a in arrays))}
+    content = {"retriever": "bm25", "store": store.fingerprint, "chunks": len(rows), "k1": K1, "b": B}
+    files.write_manifest(folder, "index", {**content, "stopwords": "en", "files": hashes})
+
+
+def test_an_index_of_version_1_is_read_as_it_was_written(small_store: Store, tmp_path: Path) -> None:
+    write_first_version(small_store, tmp_path / "i")
+    index = Bm25Index(tmp_path / "i", small_store)
+    texts = [text for batch in small_store.texts() for text in batch]
+    assert index.analyzer == FIRST
+    rows = [set(FIRST.words(text)) for text in texts]
+    for query in (texts[17], "River stone", "c++"):
+        ids, _ = index.search([query], len(texts))
+        expected = {number for number, row in enumerate(rows) if row & set(FIRST.words(query))}
+        assert set(ids[0][ids[0] >= 0].tolist()) == expected
+    word = FIRST.words(texts[0])[0]
+    assert index.frequencies_of([word]) == {int(FIRST.query(word)[0]): sum(word in row for row in rows)}
+    again = Bm25Index.build(small_store, tmp_path / "i")
+    assert again.analyzer == Analyzer() and again.analyzer.stop_words == ENGLISH
+    assert again.fingerprint == Bm25Index.build(small_store, tmp_path / "new").fingerprint

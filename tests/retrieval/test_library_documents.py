@@ -9,6 +9,7 @@ from helpers import write_corpus
 from retro_engine.data.corpus import Document, Reader
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
+from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.library_documents import (
     MAX_DOCUMENT_BYTES,
     MAX_QUERY_CHARACTERS,
@@ -21,7 +22,6 @@ from retro_engine.retrieval.library_documents import (
     cut_word,
     num_chunks,
 )
-from retro_engine.retrieval.library_terms import query_terms
 
 BAD_IDS = ["", " ", " a", "a ", "a\nb", "a\0b", "\x7f", "a\u2028b", "\ud800", "x" * 513, "é" * 257, 7, None]
 
@@ -102,7 +102,7 @@ def test_every_word_is_whole_in_some_chunk(small_store: Store) -> None:
     for size, stride in ((5, 5), (8, 3), (16, 16)):
         chunker = Chunker(small_store.tokenizer, size, stride, None, None)
         batch = chunker.prepare([Document("a", "", text)])
-        assert set(batch.terms.hashes) >= set(query_terms(text))
+        assert set(batch.terms.hashes) >= set(Analyzer().query(text))
         texts, words = chunker.texts(batch.tokens)
         assert all(word.startswith(own) for own, word in zip(texts, words))
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers import WORDS
 
+from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.library_index import (
     Delta,
     Segment,
@@ -11,7 +12,6 @@ from retro_engine.retrieval.library_index import (
     merge,
     tail_to_merge,
 )
-from retro_engine.retrieval.library_terms import query_terms, terms_of
 
 
 def delta_of(documents: dict[int, list[str]], width: int | None = 3) -> Delta:
@@ -21,7 +21,7 @@ def delta_of(documents: dict[int, list[str]], width: int | None = 3) -> Delta:
         vectors = None
         if width is not None:
             vectors = np.array([[len(text), text.count("e"), 1.0] for text in texts], np.float32)
-        delta.append([key], [len(texts)], terms_of(texts), vectors)
+        delta.append([key], [len(texts)], Analyzer().terms(texts), vectors)
     return delta
 
 
@@ -57,7 +57,7 @@ def test_views_count_what_is_alive() -> None:
         view = View.whole(part).without([3, 5]).without([5, 8, 1000])
         left = {key: texts for key, texts in documents.items() if key not in (3, 5, 8)}
         assert view.num_alive == view.alive.sum() == sum(map(len, left.values()))
-        assert view.num_terms == int(terms_of([t for texts in left.values() for t in texts]).lengths.sum())
+        assert view.num_terms == int(Analyzer().terms([t for texts in left.values() for t in texts]).lengths.sum())
         assert view.alive_keys().tolist() == list(left)
         seen = [view.document(chunk) for chunk in np.flatnonzero(view.alive)]
         assert seen == [(key, number) for key, texts in left.items() for number in range(len(texts))]
@@ -66,9 +66,9 @@ def test_views_count_what_is_alive() -> None:
 def test_a_view_does_not_see_what_is_appended_later() -> None:
     delta = delta_of({1: ["river stone"]})
     view = View.whole(delta)
-    terms = query_terms("river falcon")
+    terms = Analyzer().query("river falcon")
     for key in range(2, 200):
-        delta.append([key], [1], terms_of(["river falcon"]), np.ones((1, 3), np.float32))
+        delta.append([key], [1], Analyzer().terms(["river falcon"]), np.ones((1, 3), np.float32))
     firsts, lasts, chunks, _ = delta.postings(terms, len(view.alive))
     assert (lasts - firsts).sum() == 1
     assert chunks.tolist() == [0]
@@ -82,7 +82,7 @@ def test_a_view_does_not_see_what_is_appended_later() -> None:
 def test_postings_of_deltas_and_segments_are_the_same() -> None:
     delta = delta_of(random_documents(2, range(1, 40)))
     segment = delta.segment()
-    terms = query_terms(" ".join(WORDS) + " unknown words beyond")
+    terms = Analyzer().query(" ".join(WORDS) + " unknown words beyond")
     found = []
     for part in (delta, segment):
         firsts, lasts, chunks, counts = part.postings(terms, delta.starts[-1])

@@ -10,7 +10,8 @@ from helpers import WORDS
 from retro_engine.data.corpus import Document
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
-from retro_engine.retrieval.lexical import K1, B, terms_of
+from retro_engine.retrieval.analyzer import Analyzer
+from retro_engine.retrieval.lexical import K1, B
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import HashEmbedder
 from retro_engine.retrieval.library_search import Hit, combined, fuse, static_source
@@ -45,7 +46,9 @@ def test_lexical_scores_are_those_of_bm25s(library: Library, alive: dict[str, st
     index = bm25s.BM25(k1=K1, b=B)
     index.index(bm25s.tokenize(list(alive.values()), stopwords="en", show_progress=False), show_progress=False)
     for query in ("river", "river stone amber", " ".join(WORDS), "tide cedar unknown"):
-        expected = index.get_scores([term for term in dict.fromkeys(terms_of([query])[0]) if term in index.vocab_dict])
+        expected = index.get_scores(
+            [term for term in dict.fromkeys(Analyzer().words(query)) if term in index.vocab_dict]
+        )
         hits = library.search(query, 1000)
         assert {hit.document for hit in hits} == {names[i] for i in np.flatnonzero(expected > 0)}
         for hit in hits:

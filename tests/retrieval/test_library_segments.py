@@ -8,9 +8,9 @@ from helpers import WORDS
 
 from retro_engine.errors import MissingInputError, StoreError
 from retro_engine.retrieval import library_codes
+from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.library_index import Delta, Segment
 from retro_engine.retrieval.library_segments import open_segment, publish_segment
-from retro_engine.retrieval.library_terms import terms_of
 
 PARENT = "0" * 64
 
@@ -20,7 +20,9 @@ def random_segment() -> Segment:
     delta = Delta(3)
     for key in range(1, 60):
         texts = [" ".join(rng.choice(WORDS, int(rng.integers(0, 12)))) for _ in range(int(rng.integers(1, 5)))]
-        delta.append([key], [len(texts)], terms_of(texts), rng.standard_normal((len(texts), 3)).astype(np.float32))
+        delta.append(
+            [key], [len(texts)], Analyzer().terms(texts), rng.standard_normal((len(texts), 3)).astype(np.float32)
+        )
     return delta.segment()
 
 
