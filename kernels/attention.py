@@ -176,6 +176,13 @@ def _gradients(ctx, grad_o, grad_lse):  # type: ignore[no-untyped-def]
     none = (None,) * 9
     if grad_o is None:
         return None, None, None, *none
+    if torch.is_grad_enabled():  # a gradient of this gradient may be asked for
+        first_keys, begins, ends, cos, sin = data
+        is_causal, *numbers = ctx.numbers
+        again = lambda q, k, v: reference.attention(  # noqa: E731
+            q, k, v, is_causal, first_keys, begins, ends, cos, sin, *numbers
+        )
+        return *reference.gradients(again, grad_o, q, k, v), *none
     return *_attention_backward(grad_o, q, k, v, o, lse, *data, *ctx.numbers), *none
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from retro_kernels import cpp, cuda
+from retro_kernels.checks import is_transformed
 from torch import Tensor
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -40,7 +41,10 @@ def is_forced() -> bool:
 
 
 def choose(op: str, *tensors: Tensor | None) -> str:
-    """The backend of one call of `op` on `tensors`. Raises ValueError when a forced backend cannot take them."""
+    """The backend of one call of `op` on `tensors`. Raises ValueError when a forced backend cannot take them.
+
+    Dual numbers and what torch.func wraps are for the reference, which PyTorch differentiates in every mode.
+    """
     forced = _forced()
     if forced == "cuda" and op not in _CUDA_OPS:
         forced = "triton"
@@ -56,9 +60,11 @@ def choose(op: str, *tensors: Tensor | None) -> str:
     if op != "gather_neighbors":
         dtypes = {tensor.dtype for tensor in given}
         fits = fits and len(dtypes) <= 1 and dtypes <= types
-    if name != "reference" and not fits:
+    is_wrapped = is_transformed(*given)
+    if name != "reference" and (is_wrapped or not fits):
         if forced:
             kinds = sorted({f"{tensor.dtype} on {tensor.device.type}" for tensor in given})
+            kinds += ["wrapped by torch.func or forward-mode differentiation"] if is_wrapped else []
             raise ValueError(
                 f"RETRO_BACKEND={forced} cannot run {op}\n  the tensors are {', '.join(kinds)}\n  unset RETRO_BACKEND"
             )

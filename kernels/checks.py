@@ -7,16 +7,21 @@ from torch.autograd import forward_ad
 MAX_HEAD_WIDTH = 256
 
 
-def is_dual(*tensors: Tensor | None) -> bool:
-    """Whether any carries a tangent of forward-mode differentiation (torch.func.jvp): kernels would compute without it."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether any is a dual number, or wrapped by torch.func (jvp, grad, vmap): a kernel would compute without what it carries."""
+    if torch.compiler.is_compiling():
+        return False
+    if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
+        return True
+    if forward_ad._current_level < 0:
         return False
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def carries_derivative(*tensors: Tensor | None) -> bool:
-    """Whether any has a gradient to come, or a tangent."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors) or is_dual(*tensors)
+    """Whether any has a gradient to come, or is transformed."""
+    requires_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return requires_grad or is_transformed(*tensors)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -55,8 +60,10 @@ def check_tables(cos: Tensor | None, sin: Tensor | None, num_positions: int, hea
 
 
 def check_range(name: str, values: Tensor | None, top: int, low: int = 0) -> None:
-    """Values in low ... top; on a GPU, and while compiling, they are data and stay unread. Raises ValueError."""
-    if values is None or not values.numel() or values.is_cuda or torch.compiler.is_compiling():
+    """Values in low ... top; where they cannot be read without waiting (a GPU, compiling, vmap) they stay unread. Raises ValueError."""
+    if values is None or not values.numel() or values.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if is_transformed(values):
         return
     least, most = int(values.min()), int(values.max())
     if least < low or most > top:

@@ -145,6 +145,13 @@ def _gradients(ctx, grad_o, grad_lse):  # type: ignore[no-untyped-def]
     none = (None,) * 6
     if grad_o is None:
         return None, None, None, *none
+    if torch.is_grad_enabled():  # a gradient of this gradient may be asked for
+        q, k, v, _, _, lengths, cos, sin = ctx.saved_tensors
+        M, offset, scale = ctx.numbers
+        again = lambda q, k, v: reference.chunked_cross_attention(  # noqa: E731
+            q, k, v, lengths, M, cos, sin, scale, offset
+        )
+        return *reference.gradients(again, grad_o, q, k, v), *none
     return *_chunked_cross_attention_backward(grad_o, *ctx.saved_tensors, *ctx.numbers), *none
 
 

@@ -8,16 +8,21 @@ Shape letters: T tokens, V vocabulary.
 import torch
 from retro_kernels import cpp, reference
 from retro_kernels.backend import choose
-from retro_kernels.checks import check_range
+from retro_kernels.checks import carries_derivative, check_range
 from torch import Tensor
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, has_gradient: bool = True) -> Tensor:
     """logits [t, V], labels int64 [t] -> [t] in float32 (float64 of float64).
 
-    With `has_gradient` the logits are overwritten by the gradient of the sum, without it they keep their values. Has no gradient of
-    its own. Raises ValueError for other shapes and types and for labels outside 0 ... V - 1.
+    With `has_gradient` the logits are overwritten by the gradient of the sum, without it they keep their values. Raises ValueError
+    for other shapes and types and for labels outside 0 ... V - 1, and RuntimeError where a gradient or a derivative would be lost.
     """
+    if carries_derivative(logits):
+        raise RuntimeError(
+            "cross_entropy_ gives a gradient and has none\n  the logits require one, or are a dual number or wrapped by torch.func"
+            "\n  call it under torch.no_grad() or in an autograd.Function, or take torch.nn.functional.cross_entropy"
+        )
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} {labels.dtype}: expected [t, V] and int64 [t]"

@@ -1,4 +1,4 @@
-"""y = x w' + bias for a few rows of x, as a step of decoding has them; no gradients.
+"""y = x w' + bias for a few rows of x, as a step of decoding has them; where a gradient or a derivative is asked for, PyTorch's.
 
 Reads o * d weights once and t * d inputs, writes t * o: while t is small the roofline is the memory's bandwidth, so
 bf16 weights take half of the time and int8 weights a quarter. Sums are float32, and each of a few rows' results is the same
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from retro_kernels import cpp, reference
 from retro_kernels.backend import choose
+from retro_kernels.checks import carries_derivative
 from retro_kernels.reference import Matrix
 from torch import Tensor
 
@@ -40,11 +41,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         )
     matrix, is_many = Matrix(weight, bias, scale), x.numel() > FEW_ROWS * D
     is_packed = x.dtype in (torch.float32, torch.bfloat16) and all(part.is_contiguous() for part in parts[1:])
-    if not x.numel() or not is_packed or choose("linear", x) != "cpp":
+    x = x.resolve_neg()  # a sign that is still to be applied
+    is_packed = is_packed and not any(part.is_neg() for part in parts[1:])
+    if not x.numel() or not is_packed or carries_derivative(*parts) or choose("linear", x) != "cpp":
         return reference.linear(x, matrix)
     if not is_many:
         y = cpp.linear(x.reshape(-1, D).float().contiguous(), matrix)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return y.to(x.dtype).reshape(*x.shape[:-1], outputs)
     if scale is None or not cpp.multiplies_bf16():
         return reference.linear(x, matrix)
     y = F.linear(x.bfloat16(), weight.bfloat16()).float() * scale  # a byte is exact in bfloat16

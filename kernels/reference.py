@@ -4,11 +4,14 @@ Shape letters: B batch, N tokens, M chunk length, L chunks, K neighbors, R token
 heads, G key/value heads, E head width, P rotated pairs. Half-precision inputs are rotated in fp32.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from retro_kernels.checks import is_transformed
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def rope(
@@ -49,7 +52,7 @@ def attention(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Softmax attention over each query's range of keys; exactly 0 where it is empty."""
+    """Softmax attention over each query's range of keys; exactly 0 where it is empty, whatever the values hold."""
     N, S = q_BNHE.shape[1], k_BSGE.shape[1]
     query, key = torch.arange(N, device=q_BNHE.device), torch.arange(S, device=q_BNHE.device)
     if cos is not None and sin is not None:
@@ -72,17 +75,47 @@ def attention(
         any_seen = seen.any(-1, keepdim=True)
         k_BSGE, v_BSGE = (x.masked_fill(~seen.any(1)[:, :, None, None], 0) for x in (k_BSGE, v_BSGE))
         seen = seen | ~any_seen
-    out = F.scaled_dot_product_attention(
-        q_BNHE.transpose(1, 2),
-        k_BSGE.transpose(1, 2),
-        v_BSGE.transpose(1, 2),
-        attn_mask=None if seen is None else seen[:, None],
-        dropout_p=dropout,
-        is_causal=is_causal and seen is None,
-        scale=scale,
-        enable_gqa=q_BNHE.shape[2] != k_BSGE.shape[2],
-    ).transpose(1, 2)
-    return out if any_seen is None else out * any_seen[..., None].to(out.dtype)
+    mask = None if seen is None else seen[:, None]
+    out = masked_attention(q_BNHE, k_BSGE, v_BSGE, mask, is_causal and seen is None, dropout, scale)
+    return out if any_seen is None else torch.where(any_seen[..., None], out, 0)
+
+
+def masked_attention(
+    q_BNHE: Tensor,
+    k_BSGE: Tensor,
+    v_BSGE: Tensor,
+    mask: Tensor | None,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q k' scale) v; mask True = attend, broadcastable to [b, h, n, s]; 0 where a query attends nothing."""
+
+    def attend() -> Tensor:
+        return F.scaled_dot_product_attention(
+            q_BNHE.transpose(1, 2),
+            k_BSGE.transpose(1, 2),
+            v_BSGE.transpose(1, 2),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=q_BNHE.shape[2] != k_BSGE.shape[2],
+        ).transpose(1, 2)
+
+    if q_BNHE.dtype != torch.float64 and not is_transformed(q_BNHE, k_BSGE, v_BSGE):
+        return attend()
+    with sdpa_kernel(SDPBackend.MATH):  # the fused ones have gradients of the first order alone; float64 is for checks
+        return attend()
+
+
+def gradients(function: Callable[..., Tensor], grad_o: Tensor, *tensors: Tensor) -> list[Tensor | None]:
+    """Of function(*tensors), to be differentiated further."""
+    inputs = [x.view_as(x) for x in tensors]  # one may have been made of another: only what `function` does counts
+    wanted = [x for x in inputs if x.requires_grad]
+    with sdpa_kernel(SDPBackend.MATH):
+        found = iter(torch.autograd.grad(function(*inputs), wanted, grad_o, create_graph=True, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in tensors]
 
 
 def chunked_cross_attention(
@@ -102,7 +135,7 @@ def chunked_cross_attention(
     _, L, K, R, G, _ = k_BLKRGE.shape
     M = chunk_length
     if L == 0 or N < M or K * R == 0:
-        return q_BNHE * 0
+        return q_BNHE.masked_fill(torch.ones((), dtype=torch.bool, device=q_BNHE.device), 0)
     attending = q_BNHE[:, M - 1 : M - 1 + L * M]  # the last chunk's queries end with the sequence
     tail = L * M - attending.shape[1]
     q = F.pad(attending, (0, 0, 0, 0, 0, tail)).reshape(B * L, M, H, E)
@@ -120,17 +153,9 @@ def chunked_cross_attention(
         q = rope(q, cos, sin, torch.arange(query_offset, query_offset + M, device=q.device))
         k = rope(k, cos, sin)
     k, v = k.reshape(B * L, K * R, G, E), v.reshape(B * L, K * R, G, E)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=G != H,
-    ).transpose(1, 2)
+    out = masked_attention(q, k, v, mask, dropout=dropout, scale=scale)
     if any_valid is not None:
-        out = out * any_valid[:, None, None, None].to(out.dtype)
+        out = torch.where(any_valid[:, None, None, None], out, 0)
     out = out.reshape(B, L * M, H, E)[:, : L * M - tail]
     return F.pad(out, (0, 0, 0, 0, M - 1, N - (M - 1) - (L * M - tail)))
 
@@ -246,7 +271,8 @@ class Attending:
 
 @dataclass(frozen=True)
 class SelfAttention:
-    """x + out(attention) for one new token a row, whose keys and values are written into the cache."""
+    """x + out(attention) for one new token a row, whose keys and values are written into the cache; attention is 0 in a row
+    that has no valid key (its first key, or all that `valid` allows, behind the new token)."""
 
     norm: Norm
     q: Matrix
@@ -314,7 +340,7 @@ def step(x_BD: Tensor, part: Part) -> Tensor:
         a.values[rows, a.starts] = value.to(a.values.dtype)
         return x_BD + linear(_read(query, a)[0], part.out)
     read, has_any = _read(query, a)
-    added = linear(torch.where(has_any, read, 0), part.out)
+    added = linear(read, part.out)
     return x_BD + (added if part.adds_bias else torch.where(has_any, added, 0))
 
 
@@ -327,7 +353,7 @@ def _heads(normed_BD: Tensor, matrix: Matrix, a: Attending) -> Tensor:
 
 
 def _read(query_B1HE: Tensor, a: Attending) -> tuple[Tensor, Tensor]:
-    """[b, h * e], and which rows [b, 1] read anything."""
+    """[b, h * e], 0 in a row that reads nothing, and which rows [b, 1] read anything."""
     last = a.keys.shape[1] if a.starts is None else int(a.starts.max()) + 1
     places = torch.arange(last, device=a.keys.device)
     mask = torch.ones(len(a.keys), last, dtype=torch.bool, device=a.keys.device)
@@ -338,12 +364,6 @@ def _read(query_B1HE: Tensor, a: Attending) -> tuple[Tensor, Tensor]:
     if a.valid is not None:
         mask = mask & a.valid[:, :last]
     has_any = mask.any(-1, keepdim=True)
-    read = F.scaled_dot_product_attention(
-        query_B1HE.transpose(1, 2),
-        a.keys[:, :last].to(query_B1HE.dtype).transpose(1, 2),
-        a.values[:, :last].to(query_B1HE.dtype).transpose(1, 2),
-        attn_mask=(mask | ~has_any)[:, None, None],
-        scale=a.scale,
-        enable_gqa=query_B1HE.shape[2] != a.keys.shape[2],
-    )
-    return read.transpose(1, 2).flatten(1), has_any
+    keys, values = (x[:, :last].to(query_B1HE.dtype) for x in (a.keys, a.values))
+    read = masked_attention(query_B1HE, keys, values, (mask | ~has_any)[:, None, None], scale=a.scale)
+    return torch.where(has_any, read.flatten(1), 0), has_any

@@ -80,7 +80,7 @@ class Steps:
         is_few = 0 < rows <= FEW_ROWS and x_BD.dtype in _FLOATS
         if is_few and self._is_packed and choose("linear", x_BD) == "cpp":
             self._cpp = self._cpp or cpp.new_steps(self.parts)
-            return cpp.steps(self._cpp, x_BD.float().contiguous(), first, last)
+            return cpp.steps(self._cpp, x_BD.float().contiguous().resolve_neg(), first, last)
         for part in self.parts[first:last]:
             weight = part.norm.weight  # an op before may have made x float32
             x_BD = reference.step(x_BD if weight is None else x_BD.to(weight.dtype), part)

@@ -93,17 +93,11 @@ def masked_attention(
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k' scale) v, scale None = 1/sqrt(e), for masks that are no ranges; True = attend, broadcastable to [b, h, n, s]."""
-    return F.scaled_dot_product_attention(
-        q_BNHE.transpose(1, 2),
-        k_BSGE.transpose(1, 2),
-        v_BSGE.transpose(1, 2),
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=q_BNHE.shape[2] != k_BSGE.shape[2],
-    ).transpose(1, 2)
+    """softmax(q k' scale) v, scale None = 1/sqrt(e), for masks that are no ranges; True = attend, broadcastable to [b, h, n, s].
+
+    A query that attends nothing gets 0, as in every op.
+    """
+    return reference.masked_attention(q_BNHE, k_BSGE, v_BSGE, mask, is_causal, dropout, scale)
 
 
 def rotary_tables(

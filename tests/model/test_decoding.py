@@ -282,6 +282,28 @@ def test_other_weights_while_decoding(change: Callable[[RetroModel], Any]) -> No
 
 
 @torch.no_grad()
+def test_a_cache_goes_on_with_the_weights_that_the_model_has() -> None:
+    """`.to` gives parameters other memory: C++ neither reads what was freed nor what the weights were."""
+    model = RetroModel(small_config(bias=True, normalization="layernorm", init_method_std=0.2)).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
+    caches = [new_cache(model, 1, 12) for _ in range(3)]
+    for number in range(10):  # the next token does not begin a chunk
+        for cache in caches:
+            step(model, cache, tokens[:, number : number + 1])
+    expected = step(model, caches[0], tokens[:, 10:11])
+    model.double().float()
+    rubbish = [torch.full_like(p, 1e3) for p in model.parameters() for _ in range(3)]  # in memory that is free now
+    assert len(rubbish) and torch.equal(step(model, caches[1], tokens[:, 10:11]), expected)
+    for layer in model.layers:
+        for parameter in layer.parameters():
+            parameter.mul_(2)
+    fresh = copy.deepcopy(caches[2])
+    changed = step(model, caches[2], tokens[:, 10:11])
+    assert torch.equal(step(model, fresh, tokens[:, 10:11]), changed)
+    assert not torch.equal(changed, expected)
+
+
+@torch.no_grad()
 def test_a_cache_that_another_model_goes_on_with() -> None:
     model = RetroModel(small_config(), torch.Generator().manual_seed(0)).eval()
     tokens, _ = small_inputs(model, batch=2, n=12)
