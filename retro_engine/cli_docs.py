@@ -56,6 +56,7 @@ def add_docs(sub: argparse.ArgumentParser) -> None:
     what.add_argument("ids", nargs="+", metavar="ID")
     what = command("reset", _reset, "delete every document of the namespace")
     what.add_argument("--yes", action="store_true", required=True, help="there is no way back")
+    command("vacuum", _vacuum, "give the space of what was deleted back, and make one segment of the index")
     what = command("query", _query, "the best chunks for a text")
     what.add_argument("text", metavar="TEXT")
     what.add_argument("--k", type=int, default=5)
@@ -251,6 +252,14 @@ def _rm(args: argparse.Namespace) -> int:
 def _reset(args: argparse.Namespace) -> int:
     with _open(args) as library:
         _print(args, {"deleted": library.reset(args.namespace), "version": library.version})
+    return 0
+
+
+def _vacuum(args: argparse.Namespace) -> int:
+    if _is_url(args):
+        raise UsageError("vacuum is for a library in a folder", f"{args.library} is a server's", "run it where it lies")
+    with _open_folder(args) as library:
+        _print(args, {"bytes": library.vacuum(), "version": library.version})
     return 0
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from retro_engine.data import files
 from retro_engine.data.corpus import Document
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingInputError, RetroError, StoreError, UsageError
+from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError, UsageError
 from retro_engine.retrieval import library_file
 from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.library_documents import (
@@ -224,7 +224,17 @@ class Library:
                     connection.execute("DELETE FROM segments WHERE namespace = ?", (name,))
                     connection.execute("DELETE FROM namespaces WHERE name = ?", (name,))
             self._index.forget(self.file.version(), names)
+            if self.file.is_mostly_free():
+                with contextlib.suppress(OutOfResourceError):  # no room to write it anew: its space is used again
+                    self.file.vacuum()
         return count
+
+    def vacuum(self) -> int:
+        """Give the space of what was deleted back to the disk; return the bytes. Needs that much free as stays in use."""
+        self.merge(is_all=True)
+        with self._lock:
+            self._check_open()
+            return self.file.vacuum()
 
     # Reading
 
@@ -268,8 +278,14 @@ class Library:
             "embedder": self.file.settings["embedder"],
             "words": self.file.analyzer.describe(),
             "namespaces": {name: count | self._index.parts(name) for name, count in counts.items()},
+            "merging": self._index.failure or "yes",
             "notes": list(self._index.notes),
         }
+
+    @property
+    def is_merging(self) -> bool:
+        """Whether deltas become segments in the background, or would: False once that has failed for good."""
+        return not self._index.failure
 
     def search(
         self,
@@ -362,12 +378,15 @@ class Library:
     def merge(self, is_all: bool = False) -> None:
         """Make segments of the deltas now (`is_all`: one of each namespace), as the background thread does."""
         self._check_open()
+        self.file.check_writable()
         self._index.merge_all(is_all)
 
     def verify(self) -> None:
         """Compare everything with everything. Raises StoreError for the first thing that does not fit."""
         if self.file.is_read_only and self._index.notes:
             raise StoreError(f"{self.folder}: {self._index.notes[0]}", "", "retro docs vacuum makes its index again")
+        if self._index.failure:
+            raise StoreError(f"{self.folder} merges no more", self._index.failure, "open it again")
         with self._lock:
             self.file.verify()
             for namespace, views in self._index.snapshots.items():

@@ -31,6 +31,7 @@ APPLICATION_ID = 0x5245544C  # "RETL", SQLite's mark of whose file it is
 VERSION = 2  # 1 had no analyzer: it reads words as its first version did
 OLDEST_SQLITE = (3, 51, 3)  # older ones can corrupt a WAL file that two connections write to
 
+LITTLE_PAGES = 256  # of 4 KiB
 SIDE_FILES = ("-wal", "-shm", "-journal")  # of SQLite's, beside the file
 SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # ends a journal that names another file, which SQLite would remove
 
@@ -261,8 +262,7 @@ class LibraryFile:
     @contextlib.contextmanager
     def transaction(self, is_write: bool = True) -> Iterator[apsw.Connection]:
         """All of the block's changes on the disk when it ends, or none. `is_write` counts the library's version up."""
-        if self.is_read_only:
-            raise UsageError(f"{self.path} is open for reading", "nothing is written", "open it for writing")
+        self.check_writable()
         with typed_errors(self.path):
             self.writer.execute("BEGIN IMMEDIATE")
             try:
@@ -274,6 +274,26 @@ class LibraryFile:
                 if self.writer.in_transaction:  # a full disk has ended it already
                     self.writer.execute("ROLLBACK")
                 raise
+
+    def check_writable(self) -> None:
+        if self.is_read_only:
+            raise UsageError(f"{self.path} is open for reading", "nothing is written", "open it for writing")
+
+    def is_mostly_free(self) -> bool:
+        """Whether more than half of the file, and more than a little, is of things that were deleted."""
+        free, pages = self.writer.pragma("freelist_count"), self.writer.pragma("page_count")
+        return 2 * free > pages and free > LITTLE_PAGES
+
+    def vacuum(self) -> int:
+        """Write the file anew without what was deleted; return the bytes saved. Raises OutOfResourceError where there
+        is no room for that.
+        """
+        with typed_errors(self.path):
+            before: Any = self.writer.pragma("page_count")
+            self.writer.execute("VACUUM")
+            self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            after: Any = self.writer.pragma("page_count")
+            return (before - after) * int(self.writer.pragma("page_size"))
 
     def version(self) -> int:
         rows: list[Any] = self.writer.execute("SELECT version FROM counter").fetchall()

@@ -1,11 +1,14 @@
 """Bulk import into a live library: JSON lines in the background, with progress and the reason of every row not used.
 
 A job is a row of the library. Each batch of documents is written in one transaction with the job's progress, so a job
-that was killed goes on where it was: no document half, none twice. A stream is first kept in LIBRARY/imports/.
+that was killed goes on where it was: no document half, none twice. A stream is first kept in LIBRARY/imports/, and its
+job names it by its place there, so a library may be moved. Of the rows that are not used the first are told, all counted.
 """
 
 import contextlib
 import itertools
+import os
+import re
 import secrets
 import shutil
 import threading
@@ -27,8 +30,15 @@ IMPORTS = "imports"
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 4 << 20
 MAX_LINE_BYTES = 2 * MAX_DOCUMENT_BYTES  # JSON escapes make a line longer than its text
-ERRORS_SHOWN = 100
+ERRORS_KEPT = 100  # of a job's rows that are not used: more are only counted, or small rows would fill the disk
+ERROR_CHARACTERS = 500
+STREAM = re.compile(r"[0-9a-f]{16}\.jsonl")
+STREAM_FILE = re.compile(rf"{STREAM.pattern}|\.{STREAM.pattern}\.tmp")
 KEPT_S = 3600.0  # a stream whose job has not begun
+TRIM = """
+DELETE FROM job_errors WHERE rowid IN (SELECT place FROM (
+  SELECT rowid AS place, row_number() OVER (PARTITION BY job ORDER BY rowid) AS n FROM job_errors) WHERE n > ?)
+"""
 COLUMNS = "number, path, namespace, state, done, added, failed, reason"
 
 
@@ -56,6 +66,7 @@ class Importer:
         self._is_stopping = False
         with library.locked_transaction() as connection:
             connection.execute("UPDATE jobs SET state = 'interrupted' WHERE state = 'running'")
+            connection.execute(TRIM, (ERRORS_KEPT,))  # of earlier versions, which kept all
 
     def __enter__(self) -> "Importer":
         return self
@@ -81,10 +92,11 @@ class Importer:
                 f"{path} is of an unknown kind", f"known: {', '.join(SUFFIXES[2:])}", "rename or convert it"
             )
         size, modified = _state_of(path)
+        place = self._place(path)
         rows = self.library.read(
             "SELECT number FROM jobs WHERE path = ? AND size = ? AND modified = ? AND namespace = ? AND state != 'done' "
             "ORDER BY number DESC LIMIT 1",
-            *(str(path), size, modified, namespace),
+            *(place, size, modified, namespace),
         )
         if rows:
             return self.resume(rows[0][0])
@@ -92,7 +104,7 @@ class Importer:
             connection.execute(
                 "INSERT INTO jobs (path, size, modified, namespace, state, done, added, failed, reason) "
                 "VALUES (?, ?, ?, ?, 'running', 0, 0, 0, '')",
-                (str(path), size, modified, namespace),
+                (place, size, modified, namespace),
             )
             number = connection.last_insert_rowid()
         return self._run_in_thread(number)
@@ -102,8 +114,14 @@ class Importer:
         job = self.job(number)
         if job.state == "done" or (number in self._threads and self._threads[number].is_alive()):
             return number
-        (expected,) = self.library.read("SELECT size, modified FROM jobs WHERE number = ?", number)
-        if _state_of(Path(job.path)) != tuple(expected):
+        ((place, *expected),) = self.library.read("SELECT path, size, modified FROM jobs WHERE number = ?", number)
+        stream = self._stream(place)
+        if stream is not None and not (files.own_folder(stream.parent) and files.kind_of(stream) == "a file"):
+            raise MissingInputError(
+                f"{stream} is {files.kind_of(stream) or 'gone'}", "it held what was sent", "send it again"
+            )
+        found = _state_of(Path(job.path))
+        if found[0] != expected[0] or (found[1] != expected[1] and stream is None):
             raise UsageError(
                 f"{job.path} has changed", f"import {number} read {job.done:,} rows of it", "import it anew"
             )
@@ -116,16 +134,37 @@ class Importer:
 
         Kept streams that no unfinished job names are removed, once they are too old to be still on their way.
         """
-        folder = self.library.folder.resolve() / IMPORTS
-        rows = self.library.read("SELECT number, path, state FROM jobs WHERE state != 'done'")
-        for number, path, state in rows:
-            if state == "interrupted" and Path(path).parent == folder:
-                with contextlib.suppress(RetroError):  # a stream that is gone stays interrupted
+        folder = self.library.folder / IMPORTS
+        rows = self.library.read("SELECT number, path FROM jobs WHERE state != 'done'")
+        known = set()
+        for number, place in rows:
+            stream = self._stream(place)
+            if stream is not None:
+                known.add(stream.name)
+                try:
                     self.resume(number)
-        known = {path for _, path, _ in rows}
-        for file in folder.glob("*") if folder.is_dir() else ():
-            if str(file) not in known and time.time() - file.stat().st_mtime > KEPT_S:
+                except RetroError as error:  # a stream that is gone stays as it was
+                    self._end(number, self.job(number).state, str(error))
+        for name in os.listdir(folder) if files.own_folder(folder) else ():
+            file = folder / name
+            if STREAM_FILE.fullmatch(name) and name not in known and time.time() - file.lstat().st_mtime > KEPT_S:
                 file.unlink(missing_ok=True)
+
+    def _stream(self, place: str) -> Path | None:
+        """The stream of this library that a job names; None where it names a file elsewhere.
+
+        Earlier versions wrote down a whole path, which a library that was moved leaves behind.
+        """
+        path = Path(place)
+        is_stream = path.parent.name == IMPORTS and STREAM.fullmatch(path.name) is not None
+        own = self.library.folder.resolve() / IMPORTS / path.name
+        is_own = not path.is_absolute() or path.parent == own.parent or files.kind_of(own) == "a file"
+        return own if is_stream and is_own else None
+
+    def _place(self, path: Path) -> str:
+        """What a job writes down of its file."""
+        is_own = path.parent == self.library.folder.resolve() / IMPORTS and STREAM.fullmatch(path.name) is not None
+        return f"{IMPORTS}/{path.name}" if is_own else str(path)
 
     def wait(self, number: int, timeout_s: float | None = None) -> Job:
         """The job once it has ended, or when the time is over."""
@@ -139,10 +178,10 @@ class Importer:
         if not rows:
             raise UsageError(f"import {number} does not exist", "", "look at the list of imports")
         errors: list[Any] = self.library.read(
-            "SELECT source, reason FROM job_errors WHERE job = ? ORDER BY rowid LIMIT ?", number, ERRORS_SHOWN
+            "SELECT source, reason FROM job_errors WHERE job = ? ORDER BY rowid LIMIT ?", number, ERRORS_KEPT
         )
-        number, path, namespace, state, done, added, failed, reason = rows[0]
-        return Job(number, path, namespace, state, done, added, failed, reason, errors)
+        number, place, namespace, state, done, added, failed, reason = rows[0]
+        return Job(number, str(self._stream(place) or place), namespace, state, done, added, failed, reason, errors)
 
     def jobs(self) -> list[Job]:
         """Every job, the newest first."""
@@ -151,12 +190,13 @@ class Importer:
 
     def _keep(self, stream: IO[bytes]) -> Path:
         """The stream's bytes as a file of the library, published when it has ended."""
-        folder = self.library.folder / IMPORTS
+        folder = self.library.folder.resolve() / IMPORTS
+        files.own_folder(folder)
         files.make_folder(folder)
         path = folder / f"{secrets.token_hex(8)}.jsonl"  # no number: several servers may keep one here at once
         temporary = folder / f".{path.name}.tmp"
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "xb") as file:
                 shutil.copyfileobj(stream, file, 1 << 20)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -180,11 +220,17 @@ class Importer:
                     return  # stays running in the file: the next to open it calls it interrupted
                 self._write(job, batch)
             self._end(number, "done", "")
-            if Path(job.path).parent == self.library.folder.resolve() / IMPORTS:
-                Path(job.path).unlink(missing_ok=True)
+            ((place,),) = self.library.read("SELECT path FROM jobs WHERE number = ?", number)
+            stream = self._stream(place)
+            if stream is not None and files.own_folder(stream.parent):
+                stream.unlink(missing_ok=True)
         except RetroError as error:  # a full disk, an embedder: nothing of the batch was kept
             with contextlib.suppress(RetroError):
                 self._end(number, "failed", str(error))
+        except BaseException as error:  # a bug: the job must not say "running" for ever
+            with contextlib.suppress(RetroError):
+                self._end(number, "failed", f"{type(error).__name__}: {error}")
+            raise
 
     def _write(self, job: Job, batch: list[Document | SetAside]) -> None:
         """One batch and the job's progress, in one transaction."""
@@ -207,7 +253,9 @@ class Importer:
                 "UPDATE jobs SET done = done + ?, added = added + ?, failed = failed + ? WHERE number = ?",
                 (len(batch), num_good, len(bad), job.number),
             )
-            connection.executemany("INSERT INTO job_errors VALUES (?, ?, ?)", bad)
+            ((kept,),) = list[Any](connection.execute("SELECT count(*) FROM job_errors WHERE job = ?", (job.number,)))
+            told = [(number, *(text[:ERROR_CHARACTERS] for text in texts)) for number, *texts in bad]
+            connection.executemany("INSERT INTO job_errors VALUES (?, ?, ?)", told[: max(0, ERRORS_KEPT - kept)])
 
         self.library.write(job.namespace, self.library.chunker.prepare(list(good.values())), [], progress)
 
@@ -232,8 +280,8 @@ def _batches(rows: Iterator[Document | SetAside]) -> Iterator[list[Document | Se
 def _state_of(path: Path) -> tuple[int, int]:
     """Size and time of change: a file with the same is taken to be the same."""
     try:
-        found = path.stat()
-        with open(path, "rb"):
+        with files.open_file(path) as file:
+            found = os.fstat(file.fileno())
             return found.st_size, found.st_mtime_ns
     except FileNotFoundError as error:
         raise MissingInputError(f"{path} does not exist", "", "name a file that does") from error

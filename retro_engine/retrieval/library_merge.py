@@ -35,6 +35,7 @@ SEGMENT_NAME = re.compile(r"[0-9]{8}")
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 READ_DOCUMENTS = 256  # read at once when the index is made from documents
 SHOWN_S = 60.0  # from a write's commit to its snapshot: longer only where a damaged index is made again
+MAX_NOTES = 100
 LAST = 10**8  # names of segments count up to here, then again from 1
 LARGEST_KEY = (1 << 63) - 1
 SegmentRow = tuple[str, str, int, int, str]  # name, namespace, first key, last key, fingerprint
@@ -56,6 +57,7 @@ class LibraryIndex:
         self.folder = file.path.parent / SEGMENTS
         files.own_folder(self.folder)
         self.notes: list[str] = []  # what was mended while opening, and merges that failed
+        self.failure = ""  # why nothing is merged any more
         self._lock = lock
         self._merge_lock = threading.Lock()
         self._wake = threading.Event()
@@ -143,9 +145,13 @@ class LibraryIndex:
                     if not self._is_stopping:
                         self._merge(namespace, False, self.delta_chunks)
             except RetroError as error:  # a full disk, say: the delta serves, and the next write tries again
-                note = f"merge failed: {error.what}"
-                if self.notes[-1:] != [note]:
-                    self.notes.append(note)
+                self._note(f"merge failed: {error.what}")
+            except OSError as error:
+                self._note(f"merge failed: {error}")
+            except BaseException as error:  # a bug: searches go on, and it is said where a user looks
+                self.failure = f"the merging thread died: {type(error).__name__}: {error}"
+                self._note(self.failure)
+                raise
 
     def _merge(self, namespace: str, is_all: bool, min_chunks: int) -> None:
         with self._merge_lock:
@@ -223,7 +229,7 @@ class LibraryIndex:
         return names
 
     def _note(self, note: str) -> None:
-        if note not in self.notes:
+        if note not in self.notes and len(self.notes) < MAX_NOTES:
             self.notes.append(note)
 
     def _load_one(self, namespace: str, rows: Sequence[SegmentRow]) -> Snapshot:

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from retro_engine.errors import MissingExtraError, OutOfResourceError, RetroError, UnavailableError, UsageError, typed
 from retro_engine.generate.engine import BusyError
+from retro_engine.retrieval.library import Library
 from retro_engine.serve import documents, nemo, openai, schema, session, tools
 from retro_engine.serve.gate import Gate
 from retro_engine.serve.limits import ApiError, ClientLeft
@@ -151,6 +152,9 @@ async def _load(state: State, load: Callable[[], Service], stop: Callable[[BaseE
         "retro_beside_engine_waiting", "Work beside the engine that waits", lambda: service.work.stats()["waiting"]
     )
     state.metrics.watch("retro_index_version", "Changes of the documents", lambda: service.index_version)
+    library = service.library
+    if type(library) is Library:  # that of replicas is merged elsewhere
+        state.metrics.watch("retro_library_merging", "0: its merging thread died", lambda: library.is_merging)
     state.service = service
 
 

@@ -871,3 +871,60 @@ def test_a_foreign_schema_is_refused(folder: Path) -> None:
     for is_read_only in (True, False):
         with pytest.raises(StoreError, match="its tables are others"):
             Library(folder, is_read_only=is_read_only)
+
+
+def test_stray_files_do_not_end_merging(folder: Path) -> None:
+    (folder / "segments").mkdir()
+    for name in ("notes.txt", ".DS_Store", "00000001.bak", "٠٠٠٠٠٠٠١"):
+        (folder / "segments" / name).write_text("mine")
+    (folder / "segments" / "99999999").mkdir()  # the last name there is, of a merge that was killed
+    with Library(folder) as library:
+        (folder / "segments" / "99999999").mkdir()
+        library.add(documents(10))
+        library.merge()
+        assert library.is_merging
+        assert library.statistics()["merging"] == "yes"
+        assert sum("is left alone" in note for note in library.statistics()["notes"]) == 4
+        library.verify()
+        assert found(library, "only3x") == {"d3"}
+    assert sorted(path.name for path in (folder / "segments").iterdir())[:2] == [".DS_Store", "00000001"]
+    with Library(folder) as library:
+        assert library.statistics()["namespaces"]["default"]["segments"], "it is found again"
+        assert (folder / "segments" / "notes.txt").is_file()
+
+
+def test_a_merging_thread_that_died_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with Library(folder, delta_chunks=4) as library:
+        merge = library._index._merge
+        monkeypatch.setattr(library._index, "_merge", lambda *_: 1 // 0)
+        library.add(documents(10))
+        library._index._thread.join(20)
+        assert not library.is_merging
+        assert "ZeroDivisionError" in library.statistics()["merging"]
+        assert "ZeroDivisionError" in library.statistics()["notes"][0]
+        with pytest.raises(StoreError, match="merges no more"):
+            library.verify()
+        library.add(documents(12))
+        assert found(library, "only11x") == {"d11"}, "it serves on"
+        monkeypatch.setattr(library._index, "_merge", merge)
+
+
+def test_vacuum_gives_space_back(folder: Path) -> None:
+    with Library(folder) as library:
+        library.add([Document(f"d{i}", "x" * 4096, f"only{i}x river stone") for i in range(400)])
+        library.delete([f"d{i}" for i in range(1, 400)])
+        version = library.version
+        assert library.vacuum() > 1 << 20
+        assert library.version == version
+        assert found(library, "river") == {"d0"}
+        library.verify()
+        assert (folder / FILE).stat().st_size < 1 << 20
+        library.add([Document("later", "", "a later quarry")])
+    with Library(folder) as library:
+        assert found(library, "quarry") == {"later"}
+        library.verify()
+    with Library(folder, is_read_only=True) as library:
+        for act in (library.vacuum, library.merge):
+            with pytest.raises(UsageError, match="open for reading"):
+                act()

@@ -4,18 +4,21 @@ import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import apsw
 import numpy as np
 import pytest
 from helpers import WORDS, small_disk
 
 from retro_engine.data.store import Store
-from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.retrieval import library_import
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_import import Importer
@@ -185,7 +188,7 @@ def test_streams_that_a_killed_process_left_go_on(
         numbers = [importer.start(io.BytesIO(path.read_bytes()), "streams"), importer.start(path, "files")]
         importer.stop()  # the rows say "running", as after a kill
         assert [importer.job(number).state for number in numbers] == ["running", "running"]
-    old, new = kept / "old.jsonl", kept / ".new.jsonl.tmp"
+    old, new = kept / f"{'0' * 16}.jsonl", kept / f".{'1' * 16}.jsonl.tmp"
     for stale in (old, new):
         stale.write_text("{}\n")
     os.utime(old, (0, 0))
@@ -203,3 +206,109 @@ def test_streams_that_a_killed_process_left_go_on(
     with Library(folder) as library, Importer(library) as importer:
         importer.recover()
         assert importer.job(number).state == "interrupted"
+
+
+def interrupted_stream(folder: Path) -> int:
+    """A stream that was acknowledged, and the server stopped."""
+    raw = ("\n".join(rows(500)) + "\n").encode()
+    with Library(folder) as library, Importer(library) as importer:
+        number = importer.start(io.BytesIO(raw))
+        importer.stop()
+    return number
+
+
+def test_a_stream_goes_on_in_a_library_that_was_moved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs name streams by their place in the library; those of earlier versions by a whole path."""
+    monkeypatch.setattr(library_import, "BATCH_DOCUMENTS", 5)
+    for is_old in (False, True):
+        number = interrupted_stream(folder)
+        (stream,) = (folder / "imports").iterdir()
+        connection = apsw.Connection(str(folder / "documents.sqlite"))
+        (path,) = connection.execute("SELECT path FROM jobs WHERE number = ?", (number,)).fetchone()  # type: ignore[misc]
+        assert path == f"imports/{stream.name}"
+        if is_old:
+            connection.execute("UPDATE jobs SET path = ? WHERE number = ?", (str(stream), number))
+        connection.close()
+        moved = tmp_path / f"moved{is_old}"
+        shutil.copytree(folder, moved, copy_function=shutil.copyfile)  # also loses the time of change
+        shutil.rmtree(folder)
+        with Library(moved) as library, Importer(library) as importer:
+            importer.recover()
+            job = importer.wait(number)
+            assert (job.state, job.added) == ("done", 500), job
+            assert list((moved / "imports").iterdir()) == []
+        folder = moved
+
+
+def test_jobs_of_a_crafted_library_remove_and_read_nothing_elsewhere(folder: Path, tmp_path: Path) -> None:
+    precious = write(tmp_path / "precious.jsonl", rows(3))
+    (tmp_path / "imports").mkdir()
+    other = write(tmp_path / "imports" / f"{'a' * 16}.jsonl", rows(3))
+    (folder / "imports").mkdir()
+    link = folder / "imports" / f"{'b' * 16}.jsonl"
+    link.symlink_to(precious)
+    stray = write(folder / "imports" / "notes.jsonl", rows(1))
+    os.utime(stray, (0, 0))
+    insert = "INSERT INTO jobs (path, size, modified, namespace, state, done, added, failed, reason) VALUES (?, ?, 0, 'default', 'interrupted', 0, 0, 0, '')"
+    names = [
+        precious,
+        other,
+        f"imports/../../{precious.name}",
+        f"../imports/{other.name}",
+        "imports/..",
+        f"imports/{link.name}",
+    ]
+    with Library(folder) as library, Importer(library) as importer:
+        with library.locked_transaction() as connection:
+            for name in names:
+                connection.execute(insert, (str(name), precious.stat().st_size))
+        importer.recover()
+        for job in importer.jobs():
+            importer.wait(job.number)
+        assert library.entries() == [], "a link shows files of others"
+        assert precious.is_file()
+        assert other.is_file()
+        assert stray.is_file()
+    shutil.rmtree(folder / "imports")
+    (folder / "imports").symlink_to(tmp_path / "imports")
+    with Library(folder) as library, Importer(library) as importer:
+        with pytest.raises(StoreError, match="imports is a link"):
+            importer.recover()
+        with pytest.raises(StoreError, match="imports is a link"):
+            importer.start(io.BytesIO(b"{}\n"))
+    assert other.is_file()
+
+
+def test_many_bad_rows_are_counted_and_the_first_told(folder: Path, tmp_path: Path) -> None:
+    """4 MB of them made a library of 287 MB."""
+    path = tmp_path / "bad.jsonl"
+    path.write_text("[1]\n" * 20_000 + '{"id": "' + "x" * 5000 + '", "text": "long"}\n')
+    database = folder / "documents.sqlite"
+    with Library(folder) as library, Importer(library) as importer:
+        job = importer.wait(importer.start(path))
+        assert (job.state, job.failed, len(job.errors)) == ("done", 20_001, 100)
+        assert job.errors[-1][0] == f"{path}:100"
+    assert database.stat().st_size < 1 << 20
+    connection = apsw.Connection(str(database))  # as earlier versions did
+    connection.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) "
+                       "INSERT INTO job_errors SELECT 1 + i % 2, i, printf('%.200c', 'x') FROM n")  # fmt: skip
+    connection.close()
+    large = database.stat().st_size
+    assert large > 4 << 20
+    with Library(folder) as library, Importer(library) as importer:
+        assert len(importer.job(1).errors) == 100
+        assert importer.job(1).errors == job.errors
+        library.reset()
+    assert database.stat().st_size < 1 << 20, "reset gives the space back"
+
+
+def test_a_job_whose_thread_meets_a_bug_has_failed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Library(folder) as library, Importer(library) as importer:
+        monkeypatch.setattr(importer, "_write", lambda *_: 1 // 0)
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        job = importer.wait(importer.start(write(tmp_path / "in.jsonl", rows(1))))
+        assert (job.state, job.reason.split(":")[0]) == ("failed", "ZeroDivisionError")
