@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from retro_engine.errors import UsageError, nearest
+from retro_engine.nemo_names import map_names
 from retro_engine.progress import note
 from retro_engine.yaml_file import read_yaml
 
@@ -162,9 +163,11 @@ class SchedConfig:
 
     name: str = "CosineAnnealing"  # CosineAnnealing | WSD | constant
     warmup_steps: int = 100
-    constant_steps: int = 0  # at the full rate after the warm-up, before the decay
+    constant_steps: int = 0  # CosineAnnealing: at min_lr, at the end, as NeMo's; WSD: at lr, before the decay
     min_lr: float = 6e-5
     max_steps: int | None = None  # None = trainer.max_steps
+    warmup_ratio: float | None = None  # NeMo's other way to say warmup_steps and constant_steps: shares of max_steps
+    constant_ratio: float | None = None
 
 
 @dataclass
@@ -189,11 +192,11 @@ class DataConfig:
     question_template: str = "question: {question}\nanswer:"  # NeMo's
     question_retriever: str = "bm25"
     splits_string: str = "98,2,0"  # shares of the documents: train, validation, test
-    dataloader_type: str = "cyclic"  # cyclic (shuffled anew each epoch) | single (one pass, in order)
-    shuffle_documents: bool = True
+    dataloader_type: str = "cyclic"  # cyclic (sequences shuffled anew each epoch) | single (one pass, in order)
+    shuffle_documents: bool | None = None  # before they are packed; None = with cyclic; the corpus' order is single's
     neighbor_dropout: float = 0.0  # share of the training batches that see no neighbors
     self_neighbor_steps: int = 0  # first steps in which a chunk's neighbor is the chunk itself with what follows it
-    num_workers: int = 1  # steps whose batches are made ahead, in the background
+    num_workers: int = 1  # steps whose batches are made ahead, in the background; 0 = none
     data_prefix: list[str] | None = None  # NeMo's name of `store`; ["none"] = see model.retro
 
 
@@ -233,7 +236,7 @@ class TrainedModelConfig(ModelConfig):
 @dataclass
 class TrainerConfig:
     num_nodes: int = 1
-    devices: int | None = None  # processes a node; None = as many as torchrun started
+    devices: int | None = None  # processes a node; -1 = one a GPU; None = as many as torchrun started
     strategy: str = "auto"  # auto | ddp | fsdp; auto = fsdp with distributed_fused_adam or tensor parallelism
     accelerator: str = "auto"  # auto | cpu | gpu
     precision: str = "auto"  # auto | 32 | bf16-mixed (bf16 is NeMo's name) | 16-mixed | 64; auto times 32 and bf16 here
@@ -241,8 +244,11 @@ class TrainerConfig:
     loss_spike: float | None = None  # skip a step whose loss is this many times the running mean; None = off
     max_steps: int = 1000
     max_time_s: float | None = None  # stop, with a checkpoint, after this many seconds of training
-    val_check_interval: int = 100  # steps
-    limit_val_batches: int | None = 32  # batches of a validation pass while training; None = all
+    val_check_interval: int | float = 100  # steps; with a point a share of an epoch of the training data: 0.25, 1.0
+    limit_val_batches: int | float | None = (
+        32  # of a validation pass; 0 = no validation, with a point a share, None = all
+    )
+    gradient_clip_val: float | None = None  # NeMo's name of model.optim.clip; 0 = off
     accumulate_grad_batches: int = 1
     log_every_n_steps: int = 10
     compile: bool = False  # torch.compile(fullgraph=True) of the training forward
@@ -438,16 +444,11 @@ def load_config(
     from omegaconf.errors import OmegaConfBaseException
 
     tree = OmegaConf.structured(Config)
-    settings: list[tuple[str, Any]] = list(preset(preset_name).items()) if preset_name else []
-    if file is not None:
-        settings += flat_keys(read_yaml(Path(file))).items()
-    for name in sorted(os.environ):
-        if name.startswith(ENVIRONMENT_PREFIX):
-            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
-            settings.append(_parse_override(f"{key}={os.environ[name]}"))
-    settings += [_parse_override(item) if isinstance(item, str) else item for item in overrides or []]
     known = flat_keys(Config())
-    leaves = [leaf for key, value in settings for leaf in (flat_keys({key: value}) if value else {key: value}).items()]
+    from_preset = preset(preset_name) if preset_name else {}
+    from_file = flat_keys(read_yaml(Path(file))) if file is not None else {}
+    typed = _environment(known) + [_parse_override(item) if isinstance(item, str) else item for item in overrides or []]
+    leaves = _leaves([*from_preset.items(), *from_file.items(), *typed])
     for key in dict.fromkeys(key for key, _ in leaves if key in MEANINGLESS):
         say(f"{key} means nothing here: {MEANINGLESS[key]}")
     leaves = [(key, value) for key, value in leaves if key not in MEANINGLESS]
@@ -469,43 +470,43 @@ def load_config(
     except OmegaConfBaseException as error:
         raise UsageError("the settings do not resolve", str(error).splitlines()[0], "retro config show") from error
     assert isinstance(config, Config), type(config)
-    _map_names(config, say)
+    # a file that a run, or `config show`, wrote says every default: nobody asked for those
+    asked = {key for key, value in from_file.items() if value != known.get(key)}
+    map_names(config, asked | {key for key, _ in _leaves(typed)}, say)
+    _read_shape_file(config.model)
     if config.model.init_from is None:  # else what the model inherits is not known yet: train/retrofit.py checks
         check(config)
     return config
 
 
-def _map_names(config: Config, say: Callable[[str], None]) -> None:
-    """NeMo's names for settings that have another here, each with one note."""
-    m, trainer = config.model, config.trainer
-    prefix = [path for path in m.data.data_prefix or [] if path != "none"]
-    for key, path in (("model.data.data_prefix", prefix), ("model.retro.retro_project_dir", m.retro.retro_project_dir)):
-        if not path or m.data.store is not None:
-            continue
-        if isinstance(path, list):
-            _require(len(path) == 1, key, path, "one store is trained on", "retro prepare takes many files")
-        m.data.store = path[0] if isinstance(path, list) else path
-        say(f"{key} is model.data.store={m.data.store} here")
-    m.data.data_prefix, m.retro.retro_project_dir = None, None
-    if m.add_position_embedding:
-        m.add_position_embedding, m.position_embedding = False, "learned"
-        say("model.add_position_embedding=true is model.position_embedding=learned here")
-    if trainer.precision == "bf16":
-        trainer.precision = "bf16-mixed"
-        is_o2 = m.megatron_amp_O2
-        say(
-            "trainer.precision=bf16 is bf16-mixed, as in NeMo"
-            + ("; megatron_amp_O2 keeps bf16 weights" if is_o2 else "")
-        )
-    if m.shape_file is not None:
-        for key, value in flat_keys(read_yaml(Path(m.shape_file))).items():
-            name = key.removeprefix("model.")
-            is_width = name in [key for key, *_ in MODEL_BOUNDS if key.startswith("mup_base_")]
-            is_whole = value is None or (isinstance(value, int) and not isinstance(value, bool))
-            rule = f"it holds {key}: {value}; expected base widths"
-            _require(is_width and is_whole, "model.shape_file", m.shape_file, rule, "retro mup base writes one")
-            setattr(m, name, value)
-        m.shape_file = None  # what it said is in the settings now
+def _environment(known: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Settings in environment variables; some of NeMo's names have capitals, which those lose."""
+    names = {key.lower(): key for key in known}
+    found = []
+    for name in sorted(os.environ):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+            found.append(_parse_override(f"{names.get(key, key)}={os.environ[name]}"))
+    return found
+
+
+def _leaves(settings: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Settings of single keys; a value that is a section gives several."""
+    return [leaf for key, value in settings for leaf in (flat_keys({key: value}) if value else {key: value}).items()]
+
+
+def _read_shape_file(m: TrainedModelConfig) -> None:
+    """The base widths that model.shape_file holds; what it said is in the settings then."""
+    if m.shape_file is None:
+        return
+    for key, value in flat_keys(read_yaml(Path(m.shape_file))).items():
+        name = key.removeprefix("model.")
+        is_width = name in [key for key, *_ in MODEL_BOUNDS if key.startswith("mup_base_")]
+        is_whole = value is None or (isinstance(value, int) and not isinstance(value, bool))
+        rule = f"it holds {key}: {value}; expected base widths"
+        _require(is_width and is_whole, "model.shape_file", m.shape_file, rule, "retro mup base writes one")
+        setattr(m, name, value)
+    m.shape_file = None
 
 
 def nearest_key(key: str, known: dict[str, Any]) -> str:
@@ -619,13 +620,10 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("model.data.num_workers", 0, 1024),
     ("model.tensor_model_parallel_size", 1, _MANY),
     ("trainer.num_nodes", 1, _MANY),
-    ("trainer.devices", 1, _MANY),
     ("trainer.max_skipped_steps", 1, _MANY),
     ("trainer.loss_spike", 1, math.inf),
     ("trainer.max_steps", 1, _MANY),
     ("trainer.max_time_s", 1e-3, math.inf),
-    ("trainer.val_check_interval", 1, _MANY),
-    ("trainer.limit_val_batches", 1, _MANY),
     ("trainer.accumulate_grad_batches", 1, _MANY),
     ("trainer.log_every_n_steps", 1, _MANY),
     ("exp_manager.checkpoint_every_n_steps", 1, _MANY),
@@ -781,9 +779,46 @@ def check(config: Config) -> None:
         repr(m.data.question_template),
         "it has no {question}",
     )
+    _check_trainer(config.trainer)
+    _check_schedule(config)
     _check_freezing(m)
     _check_parallel(config)
     splits(m.data.splits_string)
+
+
+def _check_trainer(trainer: TrainerConfig) -> None:
+    devices = trainer.devices
+    _require(
+        devices is None or devices >= 1 or devices == -1, "trainer.devices", devices, "at least 1, or -1: all GPUs"
+    )
+    for name, low in (("val_check_interval", 1), ("limit_val_batches", 0)):
+        key, value = f"trainer.{name}", getattr(trainer, name)
+        if isinstance(value, float):
+            is_share = low < value + 1 <= 2 if low else 0 <= value <= 1
+            _require(is_share, key, value, "with a point it is a share, at most 1.0", f"{key}={max(1, int(value))}")
+        else:
+            _check_bounds(key, value, low, _MANY)
+
+
+def _check_schedule(config: Config) -> None:
+    optim, sched = config.model.optim, config.model.optim.sched
+    key = "model.optim.sched.constant_steps"
+    if sched.name == "constant":
+        rule = "sched.name=constant keeps the rate anyway"
+        _require(not sched.constant_steps, key, sched.constant_steps, rule, f"{key}=0")
+        return
+    _require(
+        optim.lr >= sched.min_lr,
+        "model.optim.lr",
+        optim.lr,
+        f"the rate cannot come down to model.optim.sched.min_lr={sched.min_lr:g}: it is below",
+        f"model.optim.sched.min_lr={optim.lr / 10:g}, or model.optim.sched.name=constant",
+    )
+    total = sched.max_steps or config.trainer.max_steps
+    room = total - sched.warmup_steps
+    is_cosine = sched.name == "CosineAnnealing"
+    rule = f"of {total} steps {sched.warmup_steps} are warm-up: none is left to come down in"
+    _require(not is_cosine or not sched.constant_steps or sched.constant_steps < room, key, sched.constant_steps, rule)
 
 
 def _check_freezing(m: TrainedModelConfig) -> None:
@@ -829,9 +864,9 @@ def _check_parallel(config: Config) -> None:
     _require(
         config.trainer.strategy != "ddp" or not is_fsdp, "trainer.strategy", "ddp", "distributed_fused_adam shards"
     )
-    is_16 = config.trainer.precision in ("32", "16-mixed")
+    is_other = config.trainer.precision in ("32", "64", "16-mixed")
     _require(
-        not m.megatron_amp_O2 or not is_16,
+        not m.megatron_amp_O2 or not is_other,
         "model.megatron_amp_O2",
         True,
         "keeps bf16 weights",

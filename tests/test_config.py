@@ -132,3 +132,87 @@ def test_the_settings_that_a_run_wrote_are_read_without_a_note(tmp_path: Path) -
 def test_settings_of_many_processes_that_cannot_be_used(override: str, found: str) -> None:
     with pytest.raises((UsageError, MissingInputError), match=found):
         load_config([override])
+
+
+def asked(*overrides: str) -> tuple[Config, list[str]]:
+    notes: list[str] = []
+    return load_config(list(overrides), say=notes.append), notes
+
+
+@pytest.mark.parametrize(("override", "key", "value"), [
+    ("trainer.precision=16", "trainer.precision", "16-mixed"),
+    ("trainer.precision=32", "trainer.precision", "32"),
+    ("trainer.precision=32-true", "trainer.precision", "32"),
+    ("trainer.precision=64-true", "trainer.precision", "64"),
+    ("trainer.precision=bf16", "trainer.precision", "bf16-mixed"),
+    ("trainer.precision=bf16-true", "trainer.precision", "bf16-mixed"),
+    ("trainer.precision=bf16-true", "model.megatron_amp_O2", True),
+    ("model.optim.name=fused_adam", "model.optim.name", "adamw"),
+    ("model.optim.name=mcore_distributed_optim", "model.optim.name", "distributed_fused_adam"),
+    ("trainer.gradient_clip_val=0.5", "model.optim.clip", 0.5),
+    ("trainer.gradient_clip_val=0", "model.optim.clip", None),
+    ("trainer.gradient_clip_val=null", "model.optim.clip", None),
+    ("model.optim.sched.warmup_ratio=0.03", "model.optim.sched.warmup_steps", 30),
+    ("model.optim.sched.constant_ratio=0.2", "model.optim.sched.constant_steps", 200),
+    ("trainer.limit_val_batches=0", "trainer.limit_val_batches", 0),
+    ("trainer.limit_val_batches=0.5", "trainer.limit_val_batches", 0.5),
+    ("trainer.val_check_interval=0.25", "trainer.val_check_interval", 0.25),
+    ("trainer.devices=-1", "trainer.devices", -1),
+    ("model.data.data_prefix=[store/a]", "model.data.store", "store/a"),
+    ("model.data.data_prefix=[1.0,store/a]", "model.data.store", "store/a"),
+])  # fmt: skip
+def test_nemos_spellings_of_values(override: str, key: str, value: object) -> None:
+    config, notes = asked(override)
+    assert flat_keys(config)[key] == value
+    assert type(flat_keys(config)[key]) is type(value)
+    again = to_yaml(config)
+    assert "_ratio: 0" not in again
+    assert len(notes) <= 2
+
+
+def test_a_share_and_a_count_are_told_apart(tmp_path: Path) -> None:
+    """1 is one step or batch, 1.0 a whole epoch or pass; also after a run wrote them down."""
+    for value in (1, 1.0):
+        config, _ = asked(f"trainer.val_check_interval={value}", f"trainer.limit_val_batches={value}")
+        (tmp_path / "c.yaml").write_text(to_yaml(config))
+        trainer = load_config(file=str(tmp_path / "c.yaml")).trainer
+        assert type(trainer.val_check_interval) is type(trainer.limit_val_batches) is type(value)
+
+
+@pytest.mark.parametrize(("overrides", "found"), [
+    (["model.optim.lr=1e-5"], "model.optim.sched.min_lr=6e-05"),
+    (["model.optim.lr=1e-5", "model.optim.sched.name=WSD"], "cannot come down"),
+    (["model.optim.sched.name=constant", "model.optim.sched.constant_steps=5"], "keeps the rate anyway"),
+    (["model.optim.sched.constant_steps=900"], "none is left to come down in"),
+    (["model.optim.sched.warmup_ratio=0.1", "model.optim.sched.warmup_steps=5"], "warmup_steps=5 says otherwise"),
+    (["model.optim.sched.warmup_ratio=1.5"], "from 0 to 1"),
+    (["trainer.gradient_clip_val=0.5", "model.optim.clip=1"], "clip=1.0 says otherwise"),
+    (["trainer.gradient_clip_val=-1"], "at least 0"),
+    (["trainer.precision=16-true"], "16-mixed"),
+    (["trainer.precision=64", "model.megatron_amp_O2=true"], "bf16 weights"),
+    (["model.optim.name=adam"], "decoupled"),
+    (["trainer.val_check_interval=1.5"], "a share"),
+    (["trainer.val_check_interval=0.0"], "a share"),
+    (["trainer.limit_val_batches=-1"], "at least 0"),
+    (["trainer.devices=0"], "at least 1, or -1"),
+    (["trainer.devices=-2"], "at least 1, or -1"),
+    (["model.data.data_prefix=[0.3,a,0.7,b]"], "one store is trained on"),
+    (["model.data.data_prefix=[0.3,a,0.7,b]", "model.data.store=c"], "one store is trained on"),
+    (["model.data.data_prefix=[a]", "model.data.store=c"], "so does model.data.store=c"),
+    (["model.data.data_prefix=[a]", "model.retro.retro_project_dir=b"], "so does model.data.store=a"),
+])  # fmt: skip
+def test_settings_that_contradict_or_would_be_ignored_are_refused(overrides: list[str], found: str) -> None:
+    with pytest.raises(UsageError, match=found):
+        asked(*overrides)
+
+
+def test_a_rate_below_min_lr_can_be_constant() -> None:
+    config, _ = asked("model.optim.lr=1e-5", "model.optim.sched.name=constant")
+    assert config.model.optim.lr == 1e-5
+    asked("model.optim.lr=1e-5", "model.optim.sched.min_lr=1e-6")
+    asked("model.data.data_prefix=[store/a]", "model.data.store=./store/a")
+
+
+def test_environment_names_with_capitals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETRO_CONFIG__MODEL__MEGATRON_AMP_O2", "true")
+    assert asked()[0].model.megatron_amp_O2

@@ -9,6 +9,7 @@ Letters: B sequences, N tokens, M tokens per row, L rows per sequence, K neighbo
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -106,6 +107,23 @@ def pack(first_rows: np.ndarray, num_rows: np.ndarray, rows_per_sequence: int) -
     return np.concatenate((full, packed))
 
 
+def pack_in_order(first_rows: np.ndarray, num_rows: np.ndarray, rows_per_sequence: int) -> np.ndarray:
+    """`pack` without changing the order: rows follow each other as the documents do. A document that does not fit in
+    what is left of a sequence begins the next one.
+    """
+    L = rows_per_sequence
+    sequences: list[list[int]] = [[]]
+    for first, count in zip(first_rows.tolist(), num_rows.tolist()):
+        if len(sequences[-1]) + min(count, L) > L:
+            sequences.append([])
+        for start in range(first, first + count, L):
+            piece = range(start, min(start + L, first + count))
+            if len(sequences[-1]) + len(piece) > L:
+                sequences.append([])
+            sequences[-1] += piece
+    return np.array([rows + [-1] * (L - len(rows)) for rows in sequences], np.int64)
+
+
 def _counter(counts: np.ndarray) -> np.ndarray:
     """0 ... counts[0]-1, 0 ... counts[1]-1, ..."""
     ends = np.cumsum(counts)
@@ -161,8 +179,8 @@ class Sequences:
                 self._is_allowed = np.isin(np.arange(store.num_documents), database_documents)
             self._held_out = np.unique(store.contents[~self._is_allowed])
         self._evaluation_rows = np.concatenate([np.arange(f, f + c) for f, c in zip(self._first_rows, self._num_rows)])
-        self._lengths: dict[tuple[int, int], int] = {}
-        self._epoch: tuple[tuple[int, int] | None, np.ndarray] = (None, np.zeros((0, self.rows_per_sequence), np.int64))
+        self._lengths: dict[tuple[int, int, bool, bool], int] = {}
+        self._epoch: tuple[Any, np.ndarray] = (None, np.zeros((0, self.rows_per_sequence), np.int64))
 
     @property
     def num_documents(self) -> int:
@@ -187,32 +205,41 @@ class Sequences:
         """All sequences, [S, L] rows; every token of the documents is in exactly one."""
         return pack(self._first_rows, self._num_rows, self.rows_per_sequence)
 
-    def epoch(self, seed: int, number: int, is_shuffled: bool = True) -> np.ndarray:
-        """The sequences of one pass over the documents, in that pass's order."""
-        if self._epoch[0] != (seed, number):
-            if is_shuffled:
-                rng = np.random.default_rng((seed, number))
-                order = rng.permutation(len(self.documents))
-                sequences = pack(self._first_rows[order], self._num_rows[order], self.rows_per_sequence)
+    def epoch(self, seed: int, number: int, is_shuffled: bool = True, is_cyclic: bool = True) -> np.ndarray:
+        """The sequences of one pass over the documents, in that pass's order.
+
+        `is_shuffled`: the documents are, before they are packed; `is_cyclic`: the sequences are, anew each pass. With
+        neither the rows come in the corpus' order.
+        """
+        key = (seed, number, is_shuffled, is_cyclic)
+        if self._epoch[0] != key:
+            rng = np.random.default_rng((seed, number))
+            count = len(self.documents)
+            order = rng.permutation(count) if is_shuffled else np.arange(count)
+            put = pack if is_cyclic else pack_in_order
+            sequences = put(self._first_rows[order], self._num_rows[order], self.rows_per_sequence)
+            if is_cyclic:
                 sequences = sequences[rng.permutation(len(sequences))]
-            else:
-                sequences = self.in_order()
-            self._epoch = ((seed, number), sequences)
+            self._epoch = (key, sequences)
         return self._epoch[1]
+
+    def num_sequences(self, seed: int, is_shuffled: bool = True, is_cyclic: bool = True) -> int | None:
+        """How many there are to train on: known to every process alike; None = without end."""
+        return None if is_cyclic else self._epoch_length(seed, 0, is_shuffled, is_cyclic)
 
     def training_batch(
         self, index: int, size: int, seed: int, is_shuffled: bool, is_cyclic: bool, mode: str = "on"
     ) -> Batch:
-        """Batch number `index` of a run: sequences index*size ... of the endless stream of epochs.
+        """Batch number `index` of a run: sequences index*size ... of the endless stream of epochs, or of one.
 
-        Raises StopIteration past the first epoch unless `is_cyclic`.
+        Raises StopIteration past the end, which `num_sequences` says beforehand.
         """
         rows: list[np.ndarray] = []
         position, number = index * size, 0
         while len(rows) < size:
-            length = self._epoch_length(seed, number, is_shuffled)
+            length = self._epoch_length(seed, number, is_shuffled, is_cyclic)
             if position < length:
-                rows.append(self.epoch(seed, number, is_shuffled)[position])
+                rows.append(self.epoch(seed, number, is_shuffled, is_cyclic)[position])
                 position += 1
             elif is_cyclic:
                 position -= length
@@ -221,12 +248,12 @@ class Sequences:
                 raise StopIteration
         return self.batch(np.stack(rows), mode)
 
-    def _epoch_length(self, seed: int, number: int, is_shuffled: bool) -> int:
+    def _epoch_length(self, seed: int, number: int, is_shuffled: bool, is_cyclic: bool) -> int:
         """Sequences of an epoch: shuffled documents pack a little differently each time."""
-        number = number if is_shuffled else 0
-        if (seed, number) not in self._lengths:
-            self._lengths[seed, number] = len(self.epoch(seed, number, is_shuffled))
-        return self._lengths[seed, number]
+        key = (seed, number if is_shuffled else 0, is_shuffled, is_cyclic)
+        if key not in self._lengths:
+            self._lengths[key] = len(self.epoch(*key))
+        return self._lengths[key]
 
     def batch_rows(self, size: int, limit: int | None = None) -> list[np.ndarray]:
         """The sequences in order, `size` at a time; with `limit`, that many batches spread evenly over them."""

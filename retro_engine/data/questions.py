@@ -189,20 +189,25 @@ class Questions:
         """[q, 1] question numbers."""
         return self.documents[:, None]
 
-    def epoch(self, seed: int, number: int, is_shuffled: bool = True) -> np.ndarray:
-        """One pass over the questions, in that pass's order."""
+    def epoch(self, seed: int, number: int, is_shuffled: bool = True, is_cyclic: bool = True) -> np.ndarray:
+        """One pass over the questions, in that pass's order: the file's without `is_shuffled` and `is_cyclic`."""
         rng = np.random.default_rng((seed, number))
-        return self.in_order()[rng.permutation(len(self.questions))] if is_shuffled else self.in_order()
+        in_order = self.in_order()
+        return in_order[rng.permutation(len(self.questions))] if is_shuffled or is_cyclic else in_order
+
+    def num_sequences(self, seed: int, is_shuffled: bool = True, is_cyclic: bool = True) -> int | None:
+        """How many there are to train on; None = without end."""
+        return None if is_cyclic else len(self.questions)
 
     def training_batch(
         self, index: int, size: int, seed: int, is_shuffled: bool, is_cyclic: bool, mode: str = "on"
     ) -> Batch:
-        """Batch number `index` of a run. Raises StopIteration past the first epoch unless `is_cyclic`."""
+        """Batch number `index` of a run, as of `batches.Sequences`. Raises StopIteration past the end."""
         places = np.arange(index * size, (index + 1) * size)
         epochs, places = places // len(self.questions), places % len(self.questions)
         if epochs[-1] and not is_cyclic:
             raise StopIteration
-        orders = {int(epoch): self.epoch(seed, int(epoch), is_shuffled) for epoch in np.unique(epochs)}
+        orders = {int(epoch): self.epoch(seed, int(epoch), is_shuffled, is_cyclic) for epoch in np.unique(epochs)}
         return self.batch(np.stack([orders[int(e)][p] for e, p in zip(epochs, places)]), mode)
 
     def batch_rows(self, size: int, limit: int | None = None) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ bit-identical on the same machine with the same threads. Letters: B sequences, N
 """
 
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from retro_kernels.backend import backend
 
-from retro_engine.config import Config, ModelConfig, architecture, load_config
+from retro_engine.config import Config, ModelConfig, architecture, flat_keys, load_config, to_yaml
 from retro_engine.data import files
 from retro_engine.data.batches import Batch, Sequences, describe_copies, split_documents
 from retro_engine.data.loader import has_native_loader
@@ -45,6 +46,7 @@ from retro_engine.train.optimizer import Optimizer, learning_rate
 from retro_engine.train.parallel import Parallel
 
 H100_BF16_FLOPS = 989e12  # datasheet
+SAMPLING = ("greedy", "temperature", "top_k", "top_p")  # of `inference`, that a checkpoint keeps
 FIT_TOKENS = 16_384  # that model.fit_cross_attention reads
 
 
@@ -164,6 +166,8 @@ def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
         "freeze_decoder": False,
         "unfreeze_step": None,
         "unfreeze_every": None,
+        "optim.sched.min_lr": 0.0,  # of schedules that earlier versions took
+        "optim.sched.constant_steps": 0,
     }  # what they did is in the settings and weights
     file: str | None = None
     if checkpoint.is_imported(checkpoint_folder):
@@ -314,19 +318,22 @@ def describe(config: Config, data: TrainingData) -> str:
     valid = len(data.valid.documents) if data.valid is not None else 0
     return (
         f"{count / 1e6:.2f} M parameters, {config.trainer.max_steps:,} steps; {len(data.train.documents):,} documents in "
-        f"{len(data.train.epoch(config.seed, 0)):,} sequences of {model.encoder_seq_length} tokens an epoch, {valid:,} held out"
+        f"{len(data.train.epoch(config.seed, 0, *_order(config))):,} sequences of {model.encoder_seq_length} tokens an epoch, {valid:,} held out"
     )
 
 
 def _stream_settings(config: Config) -> dict[str, Any]:
     """The settings that decide which batch a step sees: a resumed run must have the same."""
     m = config.model
+    is_shuffled, is_cyclic = _order(config)
+    kept = {} if is_cyclic and is_shuffled else {"order": "sequences shuffled" if is_cyclic else "the corpus'"}
     return {
         "seed": config.seed,
         "sequences_per_step": _sequences_per_step(config),
         "splits_string": m.data.splits_string,
         "dataloader_type": m.data.dataloader_type,
-        "shuffle_documents": m.data.shuffle_documents,
+        "shuffle_documents": is_shuffled,
+        **kept,  # earlier versions had another order there, and no such entry
         "neighbor_dropout": m.data.neighbor_dropout,
         **({"self_neighbor_steps": m.data.self_neighbor_steps} if m.data.self_neighbor_steps else {}),
     }
@@ -336,6 +343,31 @@ def _sequences_per_step(config: Config) -> int:
     m = config.model
     world = int(os.environ.get("WORLD_SIZE", "1")) // m.tensor_model_parallel_size
     return m.global_batch_size or m.micro_batch_size * config.trainer.accumulate_grad_batches * max(1, world)
+
+
+def _order(config: Config) -> tuple[bool, bool]:
+    """Whether documents are shuffled, and whether sequences are, anew in every pass."""
+    data = config.model.data
+    is_cyclic = data.dataloader_type == "cyclic"
+    return is_cyclic if data.shuffle_documents is None else data.shuffle_documents, is_cyclic
+
+
+def steps_of_data(config: Config, data: TrainingData) -> int | None:
+    """Optimizer steps that the training data gives; None = any number. Raises UsageError where it is less than one.
+
+    A function of what every process has, so that all stop at the same step.
+    """
+    count = data.train.num_sequences(config.seed, *_order(config))
+    if count is None:
+        return None
+    steps = count // _sequences_per_step(config)
+    if not steps:
+        raise UsageError(
+            f"model.data.dataloader_type=single gives {count:,} sequences",
+            f"a step takes {_sequences_per_step(config):,}: there is none",
+            "a smaller model.global_batch_size, or model.data.dataloader_type=cyclic",
+        )
+    return steps
 
 
 class _StoppedError(Exception):
@@ -371,6 +403,7 @@ def train(config: Config, reporter: Reporter | None = None, resume: str = "auto"
     Raises a RetroError before the first step for anything in the settings or data that cannot work.
     """
     reporter = reporter or Reporter()
+    _refuse_unread(config)
     if config.exp_manager.exp_dir is None:
         raise UsageError("exp_manager.exp_dir is not set", "a run needs a folder", "--out runs/NAME")
     run = Path(config.exp_manager.exp_dir)
@@ -385,6 +418,15 @@ def train(config: Config, reporter: Reporter | None = None, resume: str = "auto"
             return _Training(config, data, run, reporter, resume, parallel, source).run_all()
     finally:
         parallel.close()
+
+
+def _refuse_unread(config: Config) -> None:
+    """Raise UsageError for a setting of generation that a checkpoint does not keep."""
+    defaults, now = flat_keys(Config()), flat_keys(config)
+    generation = [key for key in now if key.startswith("inference.") and key.split(".")[1] not in SAMPLING]
+    for key in (*generation, "checkpoint_dir", "checkpoint_name", "prompt", "neighbors"):
+        if now[key] != defaults[key]:
+            raise UsageError(f"{key}={now[key]} cannot be used", "training does not read it", "retro generate does")
 
 
 class _Training:
@@ -411,17 +453,28 @@ class _Training:
                 f"use a multiple of {per_round}",
             )
         self.accumulate = _sequences_per_step(config) // per_round
-        start = self._find_start(resume)
+        of_data = steps_of_data(config, data)
+        self.last_step = min(config.trainer.max_steps, of_data or config.trainer.max_steps)
+        self.validates_every, self.valid_batches = self._validation()
+        valid = data.valid and (data.valid.store.fingerprint, len(data.valid.documents))
+        parallel.agree(
+            {"data": data.fingerprints, "validation data": valid, "order of the data": _stream_settings(config),
+             "number of steps": self.last_step, "settings": to_yaml(config)}
+        )  # fmt: skip
+        start = parallel.from_main(self._find_start(resume) if parallel.is_main else None)
         torch.manual_seed(config.seed)
         self.model = RetroModel(m)
         widths = width_multipliers(self.model)
         self.step, self.tokens_seen, self.train_s = 0, 0, 0.0
         self.precision, self.skipped, self.mean_loss = "", 0, None
-        scale: float | None = None
+        scale, good_steps = None, 0
         if start is not None:
             state = self._read_start(start)
             self.step, self.tokens_seen, self.train_s = state["step"], state["tokens_seen"], state["train_s"]
-            self.precision, self.mean_loss, scale = state["precision"], state["mean_loss"], state["loss_scale"]
+            self.mean_loss = state["mean_loss"]
+            self.precision = self._precision_from_here(state["precision"])
+            if self.precision == state["precision"] == "16-mixed":
+                scale, good_steps = state["loss_scale"], state["good_steps"]
             checkpoint.load_weights(start, self.model)
             self.reporter.say(f"resuming at step {self.step} from {start}")
         elif source is not None:
@@ -448,7 +501,7 @@ class _Training:
         torch.manual_seed(config.seed + parallel.data_rank)  # processes that share matrices drop the same features
         if start is not None:
             checkpoint.load_optimizer(start, self.optimizer, parallel)
-            self.optimizer.scale, self.optimizer.good_steps = scale or self.optimizer.scale, state["good_steps"]
+            self.optimizer.scale, self.optimizer.good_steps = scale or self.optimizer.scale, good_steps
         keep = config.exp_manager
         self.saver = checkpoint.Saver(run, parallel, keep.keep_last_n, keep.keep_best, self.note)
         self.table: DeviceTable | None = None
@@ -462,8 +515,29 @@ class _Training:
                 self.model.hidden, fullgraph=parallel.world == 1 and m.activations_checkpoint_granularity is None
             )
 
+    def _validation(self) -> tuple[int, int | None]:
+        """Steps between two validations, and batches of one; shares are of an epoch, and of the validation data."""
+        config, trainer = self.config, self.config.trainer
+        every, limit = trainer.val_check_interval, trainer.limit_val_batches
+        if isinstance(every, float):
+            epoch = len(self.data.train.epoch(config.seed, 0, *_order(config))) // _sequences_per_step(config)
+            every = max(1, int(every * epoch))
+        if isinstance(limit, float) and self.data.valid is not None:
+            count = len(self.data.valid.batch_rows(config.model.micro_batch_size))
+            limit = max(1, int(limit * count)) if limit else 0
+        return every, None if limit is None else int(limit)
+
     def note(self, text: str) -> None:
         self.reporter.say(f"note: {text}")
+
+    def _precision_from_here(self, before: str) -> str:
+        """Of a resumed run: what is asked for now; with auto what it had before."""
+        asked = self.config.trainer.precision
+        if asked == "auto" and self.config.model.megatron_amp_O2:
+            asked = "bf16-mixed"
+        if asked not in ("auto", before):
+            self.note(f"trainer.precision={asked} from step {self.step + 1} on; before it was {before}")
+        return before if asked == "auto" else asked
 
     def _fit_cross_attention(self) -> None:
         """From some sequences of the training data; the same in every process."""
@@ -531,11 +605,18 @@ class _Training:
 
     def run_all(self) -> TrainingResult:
         m, trainer = self.config.model, self.config.trainer
+        saved = self.run / "checkpoints" / f"step-{self.step:06d}"
+        if self.step >= self.last_step and self.parallel.from_main((saved / checkpoint.COMPLETE).is_file()):
+            return self._finished_before(saved)
         with torch.random.fork_rng(devices=[]):  # measuring takes nothing from the run's random numbers
             peak = peak_flops(self.device)
         self.reporter.say(describe(self.config, self.data))
         if self.data.warning is not None:
             self.reporter.say(self.data.warning)
+        if self.last_step < trainer.max_steps:
+            self.note(
+                f"the data gives {self.last_step:,} of trainer.max_steps={trainer.max_steps:,} steps: single reads it once"
+            )
         self.reporter.say(
             f"on {self.device.type} in {self.precision}, kernels: {backend(self.device.type)}, "
             f"loader: {'C++' if has_native_loader() else 'NumPy (no compiler at installation)'}, {torch.get_num_threads()} threads"
@@ -548,17 +629,14 @@ class _Training:
             with (
                 _Signals() as signals,
                 self._prefetched() as batches,
-                self.reporter.progress("training", trainer.max_steps, "steps") as meter,
+                self.reporter.progress("training", self.last_step, "steps") as meter,
             ):
                 meter.advance(self.step)
-                while self.step < trainer.max_steps:
+                while self.step < self.last_step:
                     if received := self._stop_code(signals):
                         break
                     start = time.perf_counter()
-                    micro_batches = next(batches, None)
-                    if micro_batches is None:
-                        self.reporter.say("the data is used up (model.data.dataloader_type=single)")
-                        break
+                    micro_batches = next(batches)
                     waited = time.perf_counter() - start
                     result = self._train_step(micro_batches)
                     elapsed = time.perf_counter() - start
@@ -569,7 +647,7 @@ class _Training:
                     meter.advance(1)
                     if self.step % trainer.log_every_n_steps == 0:
                         window = self._log(log, window, peak)
-                    if self.step % trainer.val_check_interval == 0:
+                    if self.step % self.validates_every == 0:
                         with contextlib.suppress(_StoppedError):
                             self._validate(log, signals)
                     if self.step % self.config.exp_manager.checkpoint_every_n_steps == 0:
@@ -587,6 +665,16 @@ class _Training:
             self.reporter.say(f"stopped by signal {received} at step {self.step}, checkpoint saved")
         saved = self.run / "checkpoints" / f"step-{self.step:06d}"
         return TrainingResult(self.run, saved, self.step, self.metrics, 0 if received is None else 128 + received)
+
+    def _finished_before(self, saved: Path) -> TrainingResult:
+        """A run that has all its steps is left as it is."""
+        steps = self.config.trainer.max_steps
+        has_data = self.last_step == steps
+        more = f"trainer.max_steps={2 * self.step} goes on" if has_data else "dataloader_type=single has no more data"
+        self.note(
+            f"{self.run} is finished: it has {self.step:,} of trainer.max_steps={steps:,}. Nothing was done; {more}"
+        )
+        return TrainingResult(self.run, saved, self.step, self.metrics)
 
     def _stop_code(self, signals: "_Signals") -> int:
         """The signal that any process got, 1 = out of time, 0 = go on: the same in every process."""
@@ -606,37 +694,30 @@ class _Training:
     def _prefetched(self) -> Iterator[Iterator[list[Batch]]]:
         """The micro-batches of each step from here on; the next step's are made while this one trains."""
         m, data = self.config.model, self.config.model.data
-        is_shuffled = data.shuffle_documents and data.dataloader_type == "cyclic"
+        is_shuffled, is_cyclic = _order(self.config)
 
-        def make(step: int) -> list[Batch] | None:
+        def make(step: int) -> list[Batch]:
             is_dropped = np.random.default_rng((self.config.seed, step, 1)).random() < data.neighbor_dropout
             mode = "on" if m.retrieval and not is_dropped else "off"
             if mode == "on" and step < data.self_neighbor_steps:
                 mode = "self"
-            with contextlib.suppress(StopIteration):
-                first = step * self.accumulate * self.parallel.data + self.parallel.data_rank
-                return [
-                    self.data.train.training_batch(
-                        first + i * self.parallel.data,
-                        m.micro_batch_size,
-                        self.config.seed,
-                        is_shuffled,
-                        data.dataloader_type == "cyclic",
-                        mode,
-                    )
-                    for i in range(self.accumulate)
-                ]
-            return None
+            first = step * self.accumulate * self.parallel.data + self.parallel.data_rank
+            numbers = range(first, first + self.accumulate * self.parallel.data, self.parallel.data)
+            size, seed = m.micro_batch_size, self.config.seed
+            return [self.data.train.training_batch(n, size, seed, is_shuffled, is_cyclic, mode) for n in numbers]
 
         def stream(pool: ThreadPoolExecutor) -> Iterator[list[Batch]]:
-            ahead = max(1, data.num_workers)
-            waiting: deque[Future[list[Batch] | None]] = deque(pool.submit(make, self.step + i) for i in range(ahead))
-            step = self.step + ahead
-            while (batches := waiting.popleft().result()) is not None:
-                waiting.append(pool.submit(make, step))
-                step += 1
+            steps = iter(range(self.step, self.last_step))
+            waiting: deque[Future[list[Batch]]] = deque()
+            waiting.extend(pool.submit(make, step) for step in itertools.islice(steps, data.num_workers))
+            while waiting:
+                batches = waiting.popleft().result()
+                waiting.extend(pool.submit(make, step) for step in itertools.islice(steps, 1))
                 yield batches
 
+        if not data.num_workers:
+            yield map(make, range(self.step, self.last_step))
+            return
         with ThreadPoolExecutor(1) as pool:  # one: the batches of an epoch share its order
             yield stream(pool)
 
@@ -702,7 +783,7 @@ class _Training:
 
     def _validate(self, log: RunLog, signals: "_Signals") -> None:
         """Raises _StoppedError between two batches when a signal has come."""
-        if self.data.valid is None:
+        if self.data.valid is None or self.valid_batches == 0:
             return
 
         def advance(_: int) -> None:
@@ -716,7 +797,7 @@ class _Training:
             self.data.store.tokenizer.token_bytes(),
             modes,
             self.config.model.micro_batch_size,
-            self.config.trainer.limit_val_batches,
+            self.valid_batches,
             self.autocast,
             advance,
             shard=(self.parallel.data_rank, self.parallel.data),
@@ -732,13 +813,7 @@ class _Training:
         )
 
     def _save(self) -> None:
-        inference = self.config.inference
-        generation = {
-            "greedy": inference.greedy,
-            "temperature": inference.temperature,
-            "top_k": inference.top_k,
-            "top_p": inference.top_p,
-        }
+        generation = {name: getattr(self.config.inference, name) for name in SAMPLING}
         trainer = {
             "tokens_seen": self.tokens_seen,
             "train_s": self.train_s,

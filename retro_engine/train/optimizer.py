@@ -129,16 +129,20 @@ class Optimizer:
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
-    """The rate of 0-based step `step`: linear warm-up, a constant part, then cosine or linear down to min_lr."""
+    """The rate of 0-based step `step`: linear warm-up, then cosine or linear down to min_lr at `max_steps`.
+
+    constant_steps: CosineAnnealing reaches min_lr so much earlier and stays there, as NeMo's; WSD keeps the full rate so
+    long before it decays.
+    """
     sched = config.sched
     total = sched.max_steps or max_steps
-    floor = min(sched.min_lr, config.lr)
     if step < sched.warmup_steps:
         return config.lr * (step + 1) / sched.warmup_steps
-    decay_from = sched.warmup_steps + sched.constant_steps
-    if sched.name == "constant" or step < decay_from:
+    if sched.name == "constant":
         return config.lr
-    share = min(1.0, (step - decay_from) / max(1, total - decay_from))
-    if sched.name == "WSD":
-        return config.lr + share * (floor - config.lr)
-    return floor + 0.5 * (config.lr - floor) * (1 + math.cos(math.pi * share))
+    is_wsd = sched.name == "WSD"
+    start = sched.warmup_steps + (sched.constant_steps if is_wsd else 0)
+    end = total - (0 if is_wsd else sched.constant_steps)
+    share = min(1.0, max(0, step - start) / max(1, end - start))
+    left = 1 - share if is_wsd else 0.5 * (1 + math.cos(math.pi * share))
+    return sched.min_lr + left * (config.lr - sched.min_lr)

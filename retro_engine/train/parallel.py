@@ -122,6 +122,21 @@ class Parallel:
         dist.broadcast_object_list(box, src=0, group=self.background)
         return box[0]
 
+    def agree(self, what: dict[str, Any]) -> None:
+        """Raise UsageError, in every process, where one sees other data or settings than the first: what each decides
+        from them (how many steps there are, when it validates) would differ, and the others would wait for it.
+        """
+        main = self.from_main(what)
+        differing = [key for key, value in what.items() if main.get(key) != value]
+        if self.any(int(bool(differing))):
+            raise UsageError(
+                f"process {self.rank} sees what the first one does: another process does not"
+                if not differing
+                else f"process {self.rank} has another {', '.join(differing)} than the first",
+                "every process reads the same settings and the same files",
+                "start all of them with one command, and let every node see the same stores",
+            )
+
     def close(self) -> None:
         if self.is_own_group and dist.is_initialized():
             dist.destroy_process_group()

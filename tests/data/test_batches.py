@@ -9,7 +9,7 @@ from helpers import random_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_engine.data.batches import Sequences, copies_of, describe_copies, pack, split_documents
+from retro_engine.data.batches import Sequences, copies_of, describe_copies, pack, pack_in_order, split_documents
 from retro_engine.data.neighbor_table import NeighborTable, NeighborTableWriter, find_table
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
@@ -122,10 +122,56 @@ def test_training_batches_are_a_function_of_the_step(small_store: Store, table: 
     first, second = data.epoch(7, 0), data.epoch(7, 1)
     assert sorted(first[first >= 0]) == sorted(second[second >= 0])
     assert not np.array_equal(first, second[: len(first)])
-    in_order = data.in_order()
-    np.testing.assert_array_equal(data.training_batch(1, 2, 7, False, True).tokens, data.batch(in_order[2:4]).tokens)
+
+
+def test_single_reads_the_corpus_in_its_order(small_store: Store, table: NeighborTable) -> None:
+    """Row after row, whatever the documents' lengths; no document that fits is cut."""
+    data = sequences(small_store, table)
+    once = data.epoch(7, 0, is_shuffled=False, is_cyclic=False)
+    rows = once[once >= 0]
+    assert (np.diff(rows) > 0).all()
+    assert sorted(rows) == sorted(data.in_order()[data.in_order() >= 0])
+    count = data.num_sequences(7, False, False)
+    assert count == len(once)
+    for index in range(count):
+        np.testing.assert_array_equal(
+            data.training_batch(index, 1, 7, False, False).tokens, data.batch(once[[index]]).tokens
+        )
     with pytest.raises(StopIteration):
-        data.training_batch(len(in_order), 1, 7, False, False)
+        data.training_batch(count, 1, 7, False, False)
+    documents = small_store.row_documents()
+    for document in np.unique(documents[rows]):
+        holding = [n for n, sequence in enumerate(once) if (documents[sequence[sequence >= 0]] == document).any()]
+        assert (
+            len(holding) == 1
+            or small_store.document_rows(int(document))[1] - small_store.document_rows(int(document))[0] > 4
+        )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 9))
+def test_packing_in_order_keeps_the_order(counts: list[int], L: int) -> None:
+    num_rows = np.array(counts)
+    packed = pack_in_order(np.cumsum(num_rows) - num_rows, num_rows, L)
+    assert packed[packed >= 0].tolist() == list(range(int(num_rows.sum())))
+    for sequence in packed:
+        used = (sequence >= 0).sum()
+        assert (sequence[:used] >= 0).all()
+        assert used
+
+
+@pytest.mark.parametrize("is_shuffled", [True, False])
+def test_cyclic_shuffles_sequences_in_every_epoch(small_store: Store, table: NeighborTable, is_shuffled: bool) -> None:
+    """Whatever is done with the documents: without, every epoch has the same sequences in another order."""
+    data = sequences(small_store, table)
+    first, second = (data.epoch(7, number, is_shuffled, True) for number in (0, 1))
+    assert sorted(first[first >= 0]) == sorted(second[second >= 0])
+    assert not np.array_equal(first, second)
+    in_order = data.in_order()
+    if not is_shuffled:
+        assert sorted(map(tuple, first)) == sorted(map(tuple, second)) == sorted(map(tuple, in_order))
+        assert not np.array_equal(first, in_order)
+    assert data.num_sequences(7, is_shuffled, True) is None
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 1000])

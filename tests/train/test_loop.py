@@ -24,7 +24,7 @@ from retro_engine.errors import GateError, MissingExtraError, OutOfResourceError
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.neighbors import build_neighbors
-from retro_engine.train import checkpoint
+from retro_engine.train import checkpoint, loop
 from retro_engine.train.loop import open_data, open_evaluation, train
 
 
@@ -463,3 +463,87 @@ def test_copies_of_held_out_documents_are_named(small_store: Store, tmp_path: Pa
         assert (data.warning is not None) == (count > 0)
         assert count == 0 or (data.warning or "").startswith("WARNING: ")
         assert count < 2 or f"{count} of 24 held-out documents" in (data.warning or "")
+
+
+PLAIN = ["model.retrieval=false", "exp_manager.create_tensorboard_logger=false"]
+
+
+def test_a_finished_run_says_so_and_is_left_as_it_is(
+    small_store: Store, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    for steps in (12, 5):
+        again = train(config(small_store, run, f"trainer.max_steps={steps}"), Reporter())
+        said = capsys.readouterr().err
+        assert f"is finished: it has 12 of trainer.max_steps={steps}" in said
+        assert "trainer.max_steps=24 goes on" in said
+        assert (again.step, again.checkpoint) == (12, checkpoint.find_checkpoint(run))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(("first", "then"), [("32", "64"), ("64", "16-mixed"), ("16-mixed", "bf16-mixed")])
+def test_another_precision_is_applied_on_resume_and_said(
+    small_store: Store,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    first: str,
+    then: str,
+) -> None:
+    monkeypatch.setattr(loop, "peak_flops", lambda device: 1e12)  # it takes a second to measure
+    run, sched = tmp_path / "run", "model.optim.sched.max_steps=12"
+    for precision, steps in ((first, 2), (then, 4), ("auto", 6)):
+        more = [*PLAIN, sched, f"trainer.precision={precision}", f"trainer.max_steps={steps}"]
+        train(config(small_store, run, *more), Reporter())
+    said = capsys.readouterr().err
+    assert f"trainer.precision={then} from step 3 on; before it was {first}" in said
+    assert said.count("from step") == 1, "auto goes on with what was"
+    state = checkpoint.read_trainer(checkpoint.find_checkpoint(run))
+    assert state["precision"] == then
+    assert state["loss_scale"] == (2.0**16 if then == "16-mixed" else 1.0)
+    weights = state_of(checkpoint.find_checkpoint(run))
+    expected = torch.float64 if then == "64" else torch.float32
+    assert {value.dtype for name, value in weights.items() if "random" not in name and "step" not in name} == {expected}
+    found = losses(run)
+    assert found[6] < found[1]
+
+
+def test_validation_by_shares_and_none(small_store: Store, tmp_path: Path) -> None:
+    """NeMo's spellings: a share of an epoch between validations, a share of the validation data, 0 = none."""
+    none = [*PLAIN, "trainer.max_steps=4", "trainer.val_check_interval=1", "trainer.limit_val_batches=0"]
+    assert "valid_loss_off" not in train(config(small_store, tmp_path / "none", *none), Reporter("quiet")).metrics
+    shares = [*PLAIN, "trainer.max_steps=8", "trainer.val_check_interval=0.1", "trainer.limit_val_batches=0.25",
+              "model.micro_batch_size=4"]  # fmt: skip
+    asked = config(small_store, tmp_path / "shares", *shares)
+    train(asked, Reporter("quiet"))
+    every = int(0.1 * (len(open_data(asked).train.epoch(asked.seed, 0)) // 4))
+    assert 1 < every < 8
+    rows = [json.loads(line) for line in (tmp_path / "shares" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "valid_loss_off" in row] == list(range(every, 9, every))
+
+
+def test_runs_of_another_order_are_not_gone_on_with(small_store: Store, tmp_path: Path) -> None:
+    """Earlier versions ordered unshuffled data by length, and did not shuffle its sequences."""
+    run, more = tmp_path / "run", [*PLAIN, "model.data.shuffle_documents=false"]
+    train(config(small_store, run, *more, "trainer.max_steps=2"), Reporter("quiet"))
+    folder = checkpoint.find_checkpoint(run)
+    state = json.loads((folder / "trainer.json").read_text())
+    assert state["stream"].pop("order") == "sequences shuffled"
+    content = json.dumps(state).encode()
+    hashes = json.loads((folder / "COMPLETE").read_text()) | {"trainer.json": hashlib.sha256(content).hexdigest()}
+    for path, raw in ((folder / "trainer.json", content), (folder / "COMPLETE", json.dumps(hashes).encode())):
+        path.unlink()
+        path.write_bytes(raw)
+    with pytest.raises(StoreError, match="order None -> sequences"):
+        train(config(small_store, run, *more, "trainer.max_steps=3"), Reporter("quiet"))
+
+
+def test_settings_that_training_does_not_read_are_refused(small_store: Store, tmp_path: Path) -> None:
+    for setting in ("inference.repetition_penalty=1.2", "inference.tokens_to_generate=7", "prompt=x", "neighbors=[x]"):
+        with pytest.raises(UsageError, match="training does not read it"):
+            train(config(small_store, tmp_path / "r", setting), Reporter("quiet"))
+    more = ["model.data.dataloader_type=single", "model.global_batch_size=1000"]
+    with pytest.raises(UsageError, match="gives .* sequences"):
+        train(config(small_store, tmp_path / "r", *more), Reporter("quiet"))

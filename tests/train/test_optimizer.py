@@ -1,5 +1,7 @@
 """Learning-rate schedules, what is decayed, master weights, the loss scale, muP's rates."""
 
+import math
+
 import pytest
 import torch
 from helpers import small_config, small_model
@@ -28,6 +30,22 @@ def test_schedules() -> None:
     assert wsd[75] == pytest.approx(0.55)
     assert wsd[100:] == pytest.approx([0.1] * 10)
     assert rates("constant")[10:] == [1.0] * 100
+
+
+def nemo_cosine(step: int, total: int, warmup: int, constant: int, lr: float, min_lr: float) -> float:
+    """NeMo's CosineAnnealing with constant_steps: it decays in total - warmup - constant steps, then min_lr is held."""
+    decay = total - warmup - constant
+    if step > warmup + decay:
+        return min_lr
+    return min_lr + 0.5 * (math.cos(math.pi * (step - warmup) / decay) + 1.0) * (lr - min_lr)
+
+
+@pytest.mark.parametrize("constant", [0, 1, 30, 89])
+def test_constant_steps_are_nemos(constant: int) -> None:
+    found = rates("CosineAnnealing", constant_steps=constant)
+    expected = [nemo_cosine(step, 100, 10, constant, 1.0, 0.1) for step in range(10, 110)]
+    assert found[10:] == pytest.approx([max(0.1, rate) for rate in expected])
+    assert found[100 - constant :] == pytest.approx([0.1] * (10 + constant))
 
 
 def test_only_matrices_are_decayed() -> None:

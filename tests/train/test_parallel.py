@@ -15,7 +15,7 @@ from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint
-from retro_engine.train.loop import train
+from retro_engine.train.loop import open_data, steps_of_data, train
 from retro_engine.train.parallel import Parallel
 
 EXACT = [
@@ -140,3 +140,53 @@ def workers(launcher: int) -> list[int]:
         if int(with_parent[1]) == launcher:
             found.append(int(status.parent.name))
     return sorted(found)
+
+
+def test_a_single_pass_ends_in_every_process_at_the_same_step(small_store: Store, tmp_path: Path) -> None:
+    """Whatever is left over: the last batches are not enough for both, and neither waits for the other."""
+    once = ["model.data.dataloader_type=single", "trainer.max_steps=1000", "model.retrieval=false",
+            "model.micro_batch_size=5", "trainer.val_check_interval=2", "trainer.precision=32"]  # fmt: skip
+    run = torchrun(2, settings(small_store, tmp_path / "run", *once))
+    assert run.returncode == 0, run.output[-3000:]
+    alone = load_config(settings(small_store, tmp_path / "alone", *once, "model.global_batch_size=10"))
+    count = open_data(alone).train.num_sequences(alone.seed, False, False)
+    assert count is not None
+    assert count // 5 % 2 == 1, "else the test shows nothing"
+    steps = count // 10
+    assert sorted(losses(tmp_path / "run")) == list(range(1, steps + 1))
+    assert checkpoint.find_checkpoint(tmp_path / "run").name == f"step-{steps:06d}"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_the_number_of_steps_is_what_every_process_can_make(
+    small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    once = ["model.data.dataloader_type=single", "model.micro_batch_size=1", "trainer.accumulate_grad_batches=2"]
+    config = load_config(settings(small_store, tmp_path / "run", *once))
+    data = open_data(config)
+    steps = steps_of_data(config, data)
+    assert steps is not None
+    for rank in range(world):
+        last = (steps - 1) * 2 * world + rank + world
+        data.train.training_batch(last, 1, config.seed, False, False)
+    with pytest.raises(StopIteration):
+        data.train.training_batch((steps + 1) * 2 * world - 1, 1, config.seed, False, False)
+
+
+def test_processes_that_see_other_data_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Second(Parallel):
+        rank = 1
+
+        def __init__(self) -> None:
+            pass
+
+        def from_main(self, value: object) -> object:
+            return {"data": "a", "number of steps": 7}
+
+        def any(self, value: int) -> int:
+            return value
+
+    Second().agree({"data": "a", "number of steps": 7})
+    with pytest.raises(UsageError, match="process 1 has another number of steps than the first"):
+        Second().agree({"data": "a", "number of steps": 8})
