@@ -479,6 +479,13 @@ def load_config(
     return config
 
 
+def named_keys(overrides: Sequence[str]) -> set[str]:
+    """The keys that overrides and the environment name."""
+    return {
+        key for key, _ in _leaves(_environment(flat_keys(Config())) + [_parse_override(text) for text in overrides])
+    }
+
+
 def _environment(known: dict[str, Any]) -> list[tuple[str, Any]]:
     """Settings in environment variables; some of NeMo's names have capitals, which those lose."""
     names = {key.lower(): key for key in known}

@@ -22,6 +22,7 @@ from retro_engine.data import files
 from retro_engine.errors import MissingExtraError
 from retro_engine.progress import Reporter
 from retro_engine.train import record
+from retro_engine.train.places import with_absolute_paths
 
 
 class RunLog:
@@ -52,7 +53,7 @@ class RunLog:
             "threads": torch.get_num_threads(),
         }
         record.write_facts(run, facts)
-        record.write_settings(run, config)
+        record.write_settings(run, with_absolute_paths(config))
         self._metrics = run / record.METRICS_FILE
         if self._metrics.exists():
             self._drop_after(step)

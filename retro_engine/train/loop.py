@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from retro_kernels.backend import backend
 
-from retro_engine.config import Config, ModelConfig, architecture, flat_keys, load_config, to_yaml
+from retro_engine.config import Config, ModelConfig, architecture, flat_keys, load_config, named_keys, to_yaml
 from retro_engine.data import files
 from retro_engine.data.batches import Batch, Sequences, describe_copies, split_documents
 from retro_engine.data.loader import has_native_loader
@@ -39,7 +39,7 @@ from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.search import Retriever
-from retro_engine.train import checkpoint, record, retrofit
+from retro_engine.train import checkpoint, places, record, retrofit
 from retro_engine.train.device_table import DeviceTable
 from retro_engine.train.logging import RunLog
 from retro_engine.train.optimizer import Optimizer, learning_rate
@@ -155,10 +155,12 @@ def question_search(stores: list[Store], retriever: str, retrieved_length: int) 
     return search
 
 
-def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
-    """The settings a checkpoint's run was started with, with overrides; an imported checkpoint's are its model's.
+def run_config(checkpoint_folder: Path, overrides: list[str], is_strict: bool = False) -> Config:
+    """The settings a checkpoint's run was started with, with overrides; an imported checkpoint's are its model's. Paths
+    are those where the data lie now (places.py; `is_strict`: another store in the place of the run's is refused).
 
-    Raises MissingInputError for a run without config.yaml, StoreError where it is not what the run wrote.
+    Raises MissingInputError for a run without config.yaml, or whose data are not there, StoreError where it is not what
+    the run wrote.
     """
     done = {
         "init_from": None,
@@ -170,13 +172,17 @@ def run_config(checkpoint_folder: Path, overrides: list[str]) -> Config:
         "optim.sched.constant_steps": 0,
     }  # what they did is in the settings and weights
     file: str | None = None
+    found: dict[str, str] = {}
     if checkpoint.is_imported(checkpoint_folder):
         done |= vars(read_config(checkpoint_folder))
     else:
-        file = str(checkpoint_folder.parent.parent / record.SETTINGS_FILE)
+        run = checkpoint_folder.parent.parent
+        file = str(run / record.SETTINGS_FILE)
         record.check_settings(Path(file))
+        trained = checkpoint.read_trainer(checkpoint_folder).get("fingerprints", {})
+        found = places.located(run, Path(file), named_keys(overrides), trained, is_strict)
     settings = [(f"model.{key}", value) for key, value in done.items()]
-    return load_config([*settings, *overrides], file=file)
+    return load_config([*settings, *found.items(), *overrides], file=file)
 
 
 def open_evaluation(
@@ -191,7 +197,7 @@ def open_evaluation(
     With a validation store of its own, valid is that store and the other shares are of the training store. Raises
     StoreError for a store of another tokenizer, or for a RETRO of another chunk size.
     """
-    config = run_config(checkpoint_folder, overrides)
+    config = run_config(checkpoint_folder, overrides, is_strict=True)
     data = open_data(config)
     coding = checkpoint.read_coding(checkpoint_folder, data.store.chunk_size)
     coding.check(data.store.coding)  # a validation store has the same
