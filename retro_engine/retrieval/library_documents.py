@@ -28,6 +28,8 @@ EDGE = 16  # tokens after a chunk in which the end of its last word is looked fo
 MAX_WORD = 64  # characters of it before the cut
 HALF = "\ufffd"
 CONTROL = ("Cc", "Cs", "Zl", "Zp")  # control characters, half surrogates, line and paragraph separators
+UNSEEN = ("Cf", "Cn", "Co")  # zero widths and what turns the direction of a line, unassigned, of private use
+UNSEEN_LETTERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")  # fillers that show nothing
 
 
 class Embedder(Protocol):
@@ -162,6 +164,7 @@ def cut_word(text: str, more: str) -> str:
 def check_document(document: Document) -> None:
     """Raises UsageError for an id, a title or a text that cannot be kept."""
     check_id(document.id)
+    check_seen(document.id)
     name = f"document {document.id!r}"
     if not isinstance(document.title, str) or _utf8_length(document.title) not in range(MAX_TITLE_BYTES + 1):
         raise UsageError(f"{name} has a title that cannot be used", f"a title is text of {MAX_TITLE_BYTES} bytes")
@@ -193,6 +196,19 @@ def check_id(identifier: str) -> None:
             f"an id is 1 to {MAX_ID_BYTES} bytes of printable text without space around it",
             "give the document another id",
         )
+
+
+def check_seen(identifier: str) -> None:
+    """Raises UsageError for an id with characters that nobody sees, or that show the others in another order: it would
+    look like another document's. A document that has one already can be read and deleted.
+    """
+    for character in identifier:
+        if unicodedata.category(character) in UNSEEN or character in UNSEEN_LETTERS:
+            raise UsageError(
+                f"id {ascii(identifier)[:80]} is not allowed",
+                f"it holds U+{ord(character):04X}, which is not seen or changes how the rest is",
+                "give the document another id",
+            )
 
 
 def check_namespace(namespace: str) -> None:

@@ -1,18 +1,22 @@
 """Who calls: users with passwords and sessions, keys with scopes; in one SQLite file, with an audit log beside it.
 
-Passwords are hashed by scrypt, sessions and keys (256 random bits) by SHA-256; hashes are compared in constant time.
+Passwords are hashed by scrypt, sessions, devices and keys (256 random bits) by SHA-256; hashes are compared in constant
+time. A device is a browser that a user has signed in with before: guessing at his name elsewhere does not hold it up.
 The file may be changed by `retro users` and `retro keys` while a server has it open.
 """
 
+import contextlib
 import hashlib
 import hmac
 import json
 import os
 import re
 import secrets
+import stat
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,8 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}")
 MIN_PASSWORD, MAX_PASSWORD = 10, 1024  # characters
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 1 << 15, 8, 1  # 32 MiB and 50-100 ms a try
 SESSION_S = 12 * 3600
-MAX_SESSIONS = 64  # of one user; the oldest go
+DEVICE_S = 180 * 86_400
+MAX_SESSIONS = 64  # of one user, and devices; the oldest go
 APPLICATION_ID = 0x52455441  # "RETA", SQLite's mark of whose file it is
 SCHEMA = """
 CREATE TABLE users (name TEXT PRIMARY KEY, password TEXT NOT NULL, scope TEXT NOT NULL) STRICT;
@@ -36,6 +41,9 @@ CREATE TABLE keys (id TEXT PRIMARY KEY, hash TEXT NOT NULL, name TEXT NOT NULL, 
 CREATE TABLE sessions (hash TEXT PRIMARY KEY, user TEXT NOT NULL REFERENCES users (name) ON DELETE CASCADE,
   expires REAL NOT NULL) STRICT;
 """
+DEVICES = """CREATE TABLE IF NOT EXISTS devices (hash TEXT PRIMARY KEY,
+  user TEXT NOT NULL REFERENCES users (name) ON DELETE CASCADE, expires REAL NOT NULL) STRICT"""  # files before have none
+SOMEBODY = "SELECT 1 FROM users UNION ALL SELECT 1 FROM keys LIMIT 1"
 
 
 @dataclass(frozen=True)
@@ -67,53 +75,78 @@ class Accounts:
         self.path = Path(path)
         files.make_folder(self.path.parent)
         try:
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            os.close(_open_private(self.path, os.O_RDWR))
         except OSError as error:
             raise files.io_error(error, self.path) from error
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # writers take turns
         self._setup: str | None = None
-        self._db = apsw.Connection(str(self.path))
+        self._free: list[apsw.Connection] = []
         try:
-            self._db.set_busy_timeout(10_000)
-            self._db.execute("PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON")
-            found = self._db.pragma("application_id")
-            if found == 0 and not self._rows("SELECT name FROM sqlite_schema"):
-                with self._db:
-                    self._db.execute(f"{SCHEMA} PRAGMA application_id = {APPLICATION_ID}")
-            elif found != APPLICATION_ID:
-                raise apsw.NotADBError("it is another program's")
+            with self._connection() as db:
+                db.execute("PRAGMA journal_mode = WAL")
+            with self._transaction() as db:
+                found = db.pragma("application_id")
+                if found == 0 and not db.execute("SELECT name FROM sqlite_schema").fetchall():
+                    db.execute(f"{SCHEMA} PRAGMA application_id = {APPLICATION_ID}")
+                elif found != APPLICATION_ID:
+                    raise apsw.NotADBError("it is another program's")
+                db.execute(DEVICES)
         except (apsw.NotADBError, apsw.CorruptError) as error:
-            self._db.close()
+            self.close()
             raise StoreError(f"{self.path} holds no accounts", str(error), "name another with --accounts") from error
 
     def close(self) -> None:
-        self._db.close()
+        while self._free:
+            self._free.pop().close()
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[apsw.Connection]:
+        """A connection that no other thread has."""
+        try:
+            db = self._free.pop()
+        except IndexError:
+            db = apsw.Connection(str(self.path))
+            db.set_busy_timeout(10_000)
+            db.execute("PRAGMA foreign_keys = ON")
+        try:
+            yield db
+        finally:
+            self._free.append(db)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[apsw.Connection]:
+        """All of the block's changes on the disk when it ends, or none; what it reads is so until then."""
+        with self._lock, self._connection() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
 
     def _rows(self, statement: str, *values: Any) -> list[Any]:
-        return self._db.execute(statement, values).fetchall()
+        with self._connection() as db:
+            return db.execute(statement, values).fetchall()
 
     def _write(self, statement: str, *values: Any) -> int:
         """Number of rows changed, once they are on the disk."""
-        with self._lock:
-            self._db.execute(statement, values)
-            return self._db.changes()
+        with self._transaction() as db:
+            db.execute(statement, values)
+            return db.changes()
 
     # Users
 
     def add_user(self, name: str, password: str, scope: str = "admin") -> None:
-        """Add a user, or give one a new password and scope; ends the user's sessions."""
-        _check_name(name)
-        _check_scope(scope)
-        if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
-            raise UsageError(
-                "this password cannot be used", f"it has {len(password)} characters", f"take {MIN_PASSWORD} or more"
-            )
-        hashed = hash_password(password)
-        with self._lock, self._db:
-            self._db.execute("DELETE FROM sessions WHERE user = ?", (name,))
-            self._db.execute(
+        """Add a user, or give one a new password and scope; ends the user's sessions, and forgets his devices."""
+        row = _user(name, password, scope)
+        with self._transaction() as db:
+            db.execute("DELETE FROM sessions WHERE user = ?", (name,))
+            db.execute("DELETE FROM devices WHERE user = ?", (name,))
+            db.execute(
                 "INSERT INTO users VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET password = ?, scope = ?",
-                (name, hashed, scope, hashed, scope),
+                (*row, *row[1:]),
             )
 
     def remove_user(self, name: str) -> None:
@@ -148,7 +181,7 @@ class Accounts:
 
     @property
     def is_empty(self) -> bool:
-        return not self._rows("SELECT 1 FROM users UNION ALL SELECT 1 FROM keys LIMIT 1")
+        return not self._rows(SOMEBODY)
 
     # Who calls
 
@@ -176,17 +209,36 @@ class Accounts:
         stored = found[0][0] if found else _UNKNOWN
         if not check_password(password, stored) or not found:
             return None
-        token = secrets.token_urlsafe(32)
-        now = time.time()
-        with self._lock, self._db:
-            self._db.execute("DELETE FROM sessions WHERE expires < ?", (now,))
-            self._db.execute("INSERT INTO sessions VALUES (?, ?, ?)", (_sha256(token), name, now + SESSION_S))
-            self._db.execute(
-                "DELETE FROM sessions WHERE user = ? AND hash NOT IN "
-                "(SELECT hash FROM sessions WHERE user = ? ORDER BY expires DESC LIMIT ?)",
+        return self._new_token("sessions", name, SESSION_S)
+
+    def _new_token(self, table: str, name: str, seconds: float) -> str | None:
+        """A secret of a user, kept as a hash; None for a user who was removed meanwhile."""
+        token, now = secrets.token_urlsafe(32), time.time()
+        with self._transaction() as db:
+            if not db.execute("SELECT 1 FROM users WHERE name = ?", (name,)).fetchall():
+                return None
+            db.execute(f"DELETE FROM {table} WHERE expires < ?", (now,))
+            db.execute(f"INSERT INTO {table} VALUES (?, ?, ?)", (_sha256(token), name, now + seconds))
+            db.execute(
+                f"DELETE FROM {table} WHERE user = ? AND hash NOT IN "
+                f"(SELECT hash FROM {table} WHERE user = ? ORDER BY expires DESC LIMIT ?)",
                 (name, name, MAX_SESSIONS),
             )
         return token
+
+    def add_device(self, name: str) -> str | None:
+        """A secret for the browser that a user has signed in with."""
+        return self._new_token("devices", name, DEVICE_S)
+
+    def device_of(self, token: str, name: str) -> str | None:
+        """What tells a device of this user apart, or None where it is not one."""
+        digest = _sha256(token)
+        for hashed, expires in self._rows(
+            "SELECT hash, expires FROM devices WHERE hash = ? AND user = ?", digest, name
+        ):
+            if hmac.compare_digest(hashed, digest) and time.time() < expires:
+                return digest[:12]
+        return None
 
     def sign_out(self, token: str) -> None:
         self._write("DELETE FROM sessions WHERE hash = ?", _sha256(token))
@@ -202,21 +254,48 @@ class Accounts:
         return token
 
     def set_up(self, token: str, name: str, password: str) -> bool:
-        """Make the first user. False for a wrong secret, one that was used, or when there is somebody already."""
-        if self._setup is None or not hmac.compare_digest(self._setup, _sha256(token)) or not self.is_empty:
+        """Make the first user. False for a wrong secret, one that was used, or when there is somebody already: also of
+        several at the same time only one is made.
+        """
+        if self._setup is None or not hmac.compare_digest(self._setup, _sha256(token)):
             return False
-        self.add_user(name, password, "admin")
-        self._setup = None
+        row = _user(name, password, "admin")
+        with self._transaction() as db:
+            if self._setup is None or db.execute(SOMEBODY).fetchall():
+                return False
+            db.execute("INSERT INTO users VALUES (?, ?, ?)", row)
+            self._setup = None
         return True
 
     def audit(self, action: str, caller: str, client: str, **about: Any) -> None:
         """Append a line to audit.jsonl. A full disk loses the line and says so, not the answer."""
         row = {"time": round(time.time(), 3), "action": action, "caller": caller, "client": client, **about}
         try:
-            with self._lock, open(self.path.with_name("audit.jsonl"), "a", encoding="utf-8") as file:
+            path = self.path.with_name("audit.jsonl")
+            with self._lock, os.fdopen(_open_private(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             print(f"retro: audit.jsonl cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def _open_private(path: Path, flags: int) -> int:
+    """A file that its owner alone reads, made when it is not there; also one that others could read before."""
+    descriptor = os.open(path, os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+    about = os.fstat(descriptor)
+    if stat.S_IMODE(about.st_mode) & 0o077 and about.st_uid == os.geteuid():
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def _user(name: str, password: str, scope: str) -> tuple[str, str, str]:
+    """A row of users. Raises UsageError for what cannot be used."""
+    _check_name(name)
+    _check_scope(scope)
+    if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
+        raise UsageError(
+            "this password cannot be used", f"it has {len(password)} characters", f"take {MIN_PASSWORD} or more"
+        )
+    return name, hash_password(password), scope
 
 
 def hash_password(password: str) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import tempfile
+import unicodedata
 from typing import Any
 
 from pydantic import Field
@@ -93,8 +94,13 @@ async def add_documents(request: Request) -> Response:
     body = await read_json(request, limits, limits.documents_bytes)
     is_many = isinstance(body, dict) and "documents" in body
     rows = parse(ManyDocuments, body).documents if is_many else [parse(NewDocument, body)]
-    if any(row.id in (".", "..") for row in rows):
-        raise ApiError(400, "no URL can name the ids . and ..", "id")
+    for row in rows:
+        if row.id in (".", ".."):
+            raise ApiError(400, "no URL can name the ids . and ..", "id")
+        if row.id is not None and not unicodedata.is_normalized("NFC", row.id):
+            raise ApiError(
+                400, f"id {ascii(row.id)[:80]} is not in Unicode's form NFC: it would look like another's", "id"
+            )
     documents = [Document(row.id or f"doc-{secrets.token_hex(8)}", row.title, row.text) for row in rows]
     version = await asyncio.to_thread(library.add, documents)
     ids = [document.id for document in documents]

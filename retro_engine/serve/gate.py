@@ -33,7 +33,7 @@ PUBLIC = frozenset(
     }
 )
 OWN_CHECK = ("GET", "/metrics")  # its own token, or a client on this machine
-COOKIE = "retro_session"
+COOKIE, DEVICE = "retro_session", "retro_device"  # `cookie_name` adds the port
 HEADERS = {
     "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; "
     "object-src 'none'",
@@ -103,7 +103,7 @@ class Gate:
         headers = Headers(scope=scope)
         self._check_host(headers)
         asked = ("GET" if scope["method"] == "HEAD" else scope["method"], scope["path"])
-        caller = self._caller(headers)
+        caller = self._caller(scope, headers)
         scope["state"]["caller"] = caller
         if asked in PUBLIC or asked == OWN_CHECK:
             return
@@ -142,18 +142,24 @@ class Gate:
             return False
         return True
 
-    def _caller(self, headers: Headers) -> Caller | None:
+    def _caller(self, scope: Scope, headers: Headers) -> Caller | None:
         kind, _, key = headers.get("authorization", "").partition(" ")
         if kind:
             return self.accounts.of_key(key.strip()) if kind.lower() == "bearer" else None
-        token = session_token(headers)
+        token = cookie(scope, COOKIE)
         return self.accounts.of_session(token) if token else None
 
 
-def session_token(headers: Headers) -> str:
-    """The session of a request's cookie, or an empty string."""
+def cookie_name(scope: Scope, name: str) -> str:
+    """Of this server: browsers send the cookies of a host to all of its ports."""
+    server = scope.get("server")
+    return f"{name}_{server[1]}" if server and server[1] else name
+
+
+def cookie(scope: Scope, name: str) -> str:
+    """The value of one of this server's cookies, or an empty string."""
     try:
-        morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        morsel = SimpleCookie(Headers(scope=scope).get("cookie", "")).get(cookie_name(scope, name))
     except CookieError:
         return ""
     return morsel.value if morsel else ""

@@ -40,7 +40,8 @@ class Limits:
     work_tokens: int = 1 << 19  # that one request computes: of prompts and answers, and of the neighbors of each chunk
     logprobs: int = 1 << 17  # numbers of one answer
     sent_bytes: int = 64 << 20  # of given neighbors, which are sent back with each piece that could read them
-    header_bytes: int = 16 << 10
+    header_bytes: int = 16 << 10  # of a request's first line and headers together
+    path_bytes: int = 8 << 10  # of the first line
     connections: int = 800
     header_s: float = 10.0  # from the first byte of a request, or of a connection, to the end of its headers
     progress_s: float = 15.0  # without a byte of a body that is read, or of an answer that is sent
@@ -188,8 +189,11 @@ class Throttle:
         while len(self._failures) > self.max_keys:
             self._failures.popitem(last=False)
 
-    def forget(self, key: str) -> None:
-        self._failures.pop(key, None)
+    def take_back(self, key: str) -> None:
+        """The newest failure was none."""
+        times = self._failures.get(key)
+        if times:
+            times.pop()
 
     def forget_all(self) -> None:
         self._failures.clear()

@@ -18,7 +18,8 @@ from retro_engine.serve.server import bind, make_server
 from retro_engine.serve.service import Options, Service, open_service
 from retro_engine.serve.state import State
 
-SIGN_INS, SIGN_IN_WINDOW_S = 10, 300.0  # failures of a client, or for a name
+SIGN_INS, SIGN_IN_WINDOW_S = 10, 300.0  # failures of an address, or of a known device
+NAME_SIGN_INS = 100  # failures for a name, from all addresses together: one alone cannot shut it
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def serve(options: Options, address: Address, accounts: Accounts, reporter: Repo
 
 
 def make_state(accounts: Accounts, limits: Limits, address: Address) -> State:
-    throttle = Throttle(SIGN_INS, SIGN_IN_WINDOW_S)
-    return State(accounts, limits, Metrics(), throttle, address.metrics_token, address.is_behind_proxy)
+    throttles = Throttle(SIGN_INS, SIGN_IN_WINDOW_S), Throttle(NAME_SIGN_INS, SIGN_IN_WINDOW_S)
+    return State(accounts, limits, Metrics(), *throttles, address.metrics_token, address.is_behind_proxy)
 
 
 def _then(load: Callable[[], Service], reporter: Reporter) -> Callable[[], Service]:

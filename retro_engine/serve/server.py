@@ -1,10 +1,14 @@
 """The HTTP server: uvicorn, with a connection that slow, idle and vanished clients cannot hold.
 
 uvicorn by itself waits for ever for the rest of a request's headers, and for a client that does not read its answer;
-hypercorn's read_timeout ends both, and with them every answer that takes longer (docs/decisions.md).
+hypercorn's read_timeout ends both, and with them every answer that takes longer (docs/decisions.md). Its parser, h11,
+limits only headers that have not ended, and forgives what proxies read in another way: `check_head` does neither.
 """
 
 import asyncio
+import http
+import json
+import re
 import socket
 from typing import Any
 
@@ -13,9 +17,54 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from retro_engine.errors import UsageError
-from retro_engine.serve.limits import Limits
+from retro_engine.serve.limits import ApiError, Limits
 
 BACKLOG = 512
+REFUSED_S = 1.0  # that a refused client has to read why, before the connection ends
+END = re.compile(rb"\r?\n\r?\n")
+LONE_CR = re.compile(rb"\r(?!\n)")
+FOLDED = re.compile(rb"\n[ \t]")
+
+
+def check_head(raw: bytes, limits: Limits) -> None:
+    """Raises h11.RemoteProtocolError with its status for a request line and headers, as far as they have come, that are
+    too large, or that others on the way could read differently.
+    """
+    end = END.search(raw)
+    head = raw if end is None else raw[: end.start()]
+    line_end = head.find(b"\n")
+    if (len(head) if line_end < 0 else line_end) > limits.path_bytes:
+        raise h11.RemoteProtocolError(f"the path has more than {limits.path_bytes:,} bytes", 414)
+    if len(head) > limits.header_bytes:
+        raise h11.RemoteProtocolError(f"the headers have more than {limits.header_bytes:,} bytes", 431)
+    if end is None:
+        return
+    if LONE_CR.search(head) or FOLDED.search(head):
+        raise h11.RemoteProtocolError("a header goes on in another line")
+    fields = [line.partition(b":") for line in head.split(b"\n")[1:]]
+    named = [(name.strip().lower(), value) for name, _, value in fields]
+    lengths = [value for name, value in named if name == b"content-length"]
+    codings = [value for name, value in named if name == b"transfer-encoding"]
+    if len(lengths) + len(codings) > 1 or any(b"," in value for value in lengths):
+        raise h11.RemoteProtocolError("the length of the body is said more than once")
+
+
+class Heads(h11.Connection):
+    """A parser that looks at each request's head first."""
+
+    def __init__(self, limits: Limits):
+        super().__init__(h11.SERVER, limits.header_bytes + 2)
+        self.limits = limits
+        self.refusal: h11.RemoteProtocolError | None = None
+
+    def next_event(self) -> Any:
+        try:
+            if self.their_state is h11.IDLE:
+                check_head(self.trailing_data[0], self.limits)
+            return super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.refusal = error
+            raise
 
 
 class Connection(H11Protocol):
@@ -23,13 +72,23 @@ class Connection(H11Protocol):
 
     limits = Limits()  # replaced by a subclass of each server
     _cut: asyncio.TimerHandle | None = None
+    _is_refused = False
+    conn: "Heads"
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.conn = Heads(self.limits)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._cut_in(self.limits.header_s)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         super().data_received(data)
+        if self._is_refused:
+            return
         if self.flow.write_paused or self.transport.is_closing():
             return
         if self.conn.their_state is h11.IDLE:  # inside the headers of a request
@@ -37,6 +96,26 @@ class Connection(H11Protocol):
                 self._cut_in(self.limits.header_s)
         elif self.cycle is not None and not self.cycle.response_complete:
             self._keep()  # from here on the application's own limits hold
+
+    def send_400_response(self, msg: str) -> None:
+        """What is wrong and with which status, as an error of the API; then the client has a moment to read it."""
+        self._is_refused = True
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun
+            self.transport.close()
+            return
+        refusal = self.conn.refusal or h11.RemoteProtocolError(msg)
+        status = refusal.error_status_hint if refusal.error_status_hint in (414, 431) else 400
+        body = json.dumps(ApiError(status, f"this is not a request: {str(refusal)[:200]}").body()).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        reason = http.HTTPStatus(status).phrase.encode()
+        answer = h11.Response(status_code=status, headers=headers, reason=reason)
+        for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.write_eof()
+        self._cut_in(REFUSED_S)
 
     def pause_writing(self) -> None:
         super().pause_writing()

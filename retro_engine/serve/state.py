@@ -22,7 +22,8 @@ class State:
     accounts: Accounts
     limits: Limits
     metrics: Metrics
-    throttle: Throttle
+    throttle: Throttle  # of addresses, and of known devices
+    names: Throttle  # of a name, from all addresses together
     metrics_token: str | None = None
     is_behind_proxy: bool = False
     service: Service | None = None

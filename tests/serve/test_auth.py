@@ -3,6 +3,8 @@
 import json
 import sqlite3
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -158,3 +160,73 @@ def test_the_audit_log_appends_and_a_full_disk_is_said(
     path.mkdir()
     accounts.audit("sign-in", "ada", "127.0.0.1")
     assert "audit.jsonl cannot be written" in capsys.readouterr().err
+
+
+def test_the_set_up_link_makes_one_user_in_a_race(accounts: Accounts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have passed every look at whether somebody is there before the first one is written."""
+    token = accounts.begin_setup()
+    assert token is not None
+    together = threading.Barrier(4)
+    hashed = auth.hash_password
+
+    def wait_and_hash(password: str) -> str:
+        together.wait(20)
+        return hashed(password)
+
+    monkeypatch.setattr(auth, "hash_password", wait_and_hash)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: accounts.set_up(token, f"user{n}", PASSWORD), range(4)))
+    assert sorted(found) == [False, False, False, True]
+    assert len(accounts.users()) == 1
+
+
+def test_a_file_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
+    accounts = Accounts(tmp_path / "accounts.sqlite")
+    accounts.close()
+    accounts.path.chmod(0o644)
+    log = tmp_path / "audit.jsonl"
+    log.write_text("")
+    log.chmod(0o644)
+    accounts = Accounts(accounts.path)
+    accounts.audit("sign-in", "ada", "127.0.0.1")
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (accounts.path, log)] == [0o600] * 2
+
+
+def test_a_new_audit_log_is_its_owners(accounts: Accounts) -> None:
+    accounts.audit("sign-in", "ada", "127.0.0.1")
+    assert stat.S_IMODE(accounts.path.with_name("audit.jsonl").stat().st_mode) == 0o600
+
+
+def test_a_file_of_before_devices_is_read(accounts: Accounts) -> None:
+    accounts.add_user("ada", PASSWORD)
+    accounts.close()
+    with sqlite3.connect(accounts.path) as old:
+        old.execute("DROP TABLE devices")
+    again = Accounts(accounts.path)
+    assert again.add_device("ada") is not None
+
+
+def test_threads_at_once(accounts: Accounts) -> None:
+    """One connection that several threads use is an error of SQLite's."""
+    accounts.add_user("ada", PASSWORD)
+    token = accounts.add_device("ada")
+    assert token is not None
+    key = accounts.add_key("ci")
+
+    def use(number: int) -> None:
+        for _ in range(40):
+            assert accounts.of_key(key) is not None
+            assert number % 4 or accounts.add_device("ada")
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(use, range(12)))
+
+
+@pytest.mark.parametrize(
+    "name", ["a\u200bb", "a\u202eb", "\u2066ada", "ada\u00ad", "e\u0301", "\u3000", "ａda", "\x00"]
+)
+def test_names_that_look_like_others_are_refused(accounts: Accounts, name: str) -> None:
+    with pytest.raises(UsageError, match="cannot be used"):
+        accounts.add_user(name, PASSWORD)
+    with pytest.raises(UsageError, match="cannot be used"):
+        accounts.add_key(name)

@@ -274,3 +274,17 @@ def test_a_client_that_stops_in_the_middle_of_an_import_leaves_nothing(own: Serv
             client.post("/v1/documents/import", content=body())
         time.sleep(0.1)
         assert client.get("/v1/documents").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    "identifier",
+    ["a\u200bb", "\u202egpj.a", "a\u2066b", "\u00ad", "a\ufeff", "\u3164", "\u2800", " ", "\t", "a\nb", "e\u0301", "\ufb01\u0301a\u0301", "\u115f"],
+)  # fmt: skip
+def test_ids_that_look_like_others_are_refused(server: Server, identifier: str) -> None:
+    with server.client("write") as client:
+        for body in ({"id": identifier, "text": "amber"}, {"documents": [{"id": identifier, "text": "amber"}]}):
+            answer = client.post("/v1/documents", json=body)
+            assert answer.status_code == 400, ascii(identifier)
+        for good in ("\u00e9t\u00e9", "\u65e5\u672c", "a b", "\U0001f642"):
+            assert client.post("/v1/documents", json={"id": good, "text": "amber"}).status_code == 200
+            assert client.delete(f"/v1/documents/{good}").status_code == 200

@@ -84,8 +84,11 @@ def test_the_throttle_counts_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     assert throttle.wait_s("b") == 0
     now = 61
     assert throttle.wait_s("a") == 0
-    throttle.failed("a")
-    throttle.forget("a")
+    for _ in range(3):
+        throttle.failed("a")
+    assert throttle.wait_s("a") > 0
+    throttle.take_back("a")
+    throttle.take_back("never")
     assert throttle.wait_s("a") == 0
     for key in "abcdef":  # two keys are held, the oldest go
         for _ in range(3):

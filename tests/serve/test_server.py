@@ -306,3 +306,63 @@ def test_small_answers_are_not_held_back(short: Server) -> None:
                 seen += client.recv(65536)
             times.append(time.perf_counter() - start)
     assert sorted(times)[4] < 0.03, times
+
+
+def sent(server: Server, raw: bytes) -> bytes:
+    with connected(server) as client:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(raw)
+        return read_all(client)
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * (20 << 10) + b"\r\n\r\n", 431),
+        (b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"".join(b"x%d: %s\r\n" % (n, b"a" * 900) for n in range(20)) + b"\r\n", 431),
+        (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * (20 << 10), 431),
+        (b"GET /" + b"a" * (20 << 10) + b" HTTP/1.1\r\nhost: localhost\r\n\r\n", 414),
+        (b"GET /health?" + b"a" * (9 << 10) + b" HTTP/1.1\r\nhost: localhost\r\n\r\n", 414),
+        (b"GET /" + b"a" * (60 << 10), 414),
+    ],
+)  # fmt: skip
+def test_heads_that_are_too_large(short: Server, raw: bytes, status: int) -> None:
+    answer = sent(short, raw)
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+LOGIN = b"POST /auth/login HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        LOGIN + b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        LOGIN + b"transfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n0\r\n\r\n",
+        LOGIN + b"content-length: 2\r\ncontent-length: 2\r\n\r\n{}", LOGIN + b"content-length: 2, 2\r\n\r\n{}",
+        LOGIN + b"content-length: 2\r\nContent-Length: 2\r\n\r\n{}",
+        LOGIN + b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        LOGIN + b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n", LOGIN + b"transfer-encoding: identity\r\n\r\n",
+        LOGIN + b"x: a\r\n b\r\ncontent-length: 2\r\n\r\n{}", LOGIN + b"x: a\r\n\tb\r\ncontent-length: 2\r\n\r\n{}",
+        LOGIN + b"x: a\rb\r\ncontent-length: 2\r\n\r\n{}", LOGIN + b"x: a\r\rcontent-length: 2\r\n\r\n{}",
+        LOGIN + b"content-length : 2\r\n\r\n{}", LOGIN + b"content-length: +2\r\n\r\n{}", LOGIN + b"content-length: 0x2\r\n\r\n{}",
+        LOGIN + b"content-length: " + b"1" * 5000 + b"\r\n\r\n{}",
+    ],
+)  # fmt: skip
+def test_heads_that_a_proxy_may_read_differently(short: Server, raw: bytes) -> None:
+    assert sent(short, raw).startswith(b"HTTP/1.1 400 "), raw
+
+
+def test_a_second_request_on_a_connection_is_looked_at_too(short: Server) -> None:
+    first = head(short, "GET", "/health")
+    for second, status in (
+        (LOGIN + b"content-length: 2\r\ncontent-length: 2\r\n\r\n{}", 400),
+        (b"GET /" + b"a" * 9000, 414),
+    ):
+        answer = sent(short, first + second)
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert b"HTTP/1.1 %d " % status in answer
+    body = ask(2)
+    answer = sent(short, head(short, content_length=len(body), connection="close", **JSON) + body)
+    assert answer.startswith(b"HTTP/1.1 200 OK")
