@@ -1,6 +1,6 @@
 """A conversation as a prompt: the checkpoint's chat template, or question and answer for a base model."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,8 +20,16 @@ class Message(Strict):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
     name: str | None = Field(None, max_length=64)
+    # an answer that is sent back has these, with nothing in them
+    refusal: Literal[""] | None = None
+    tool_calls: list[Any] | None = Field(None, max_length=0)
+    function_call: None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+    audio: None = None
+    reasoning_content: Literal[""] | None = None
+    reasoning: Literal[""] | None = None
 
     @property
     def text(self) -> str:

@@ -33,7 +33,7 @@ class NewDocument(Strict):
 class ManyDocuments(Strict):
     """Several at once: all of them are added, or none."""
 
-    documents: list[NewDocument] = Field(min_length=1, max_length=MAX_DOCUMENTS)
+    documents: list[NewDocument] = Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)
 
 
 class Confirmation(Strict):
@@ -48,7 +48,7 @@ class Query(Strict):
     query: str
     k: int = Field(5, ge=1, le=MAX_K)
     mode: str | None = None
-    weights: list[float] = Field([1.0, 1.0], min_length=2, max_length=2)
+    weights: list[float] = Field([1.0, 1.0], min_length=2, max_length=2, fail_fast=True)
 
 
 def open_library(request: Request) -> tuple[Library, Importer]:

@@ -11,10 +11,11 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, Union
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
@@ -78,11 +79,36 @@ class ClientLeft(Exception):
 
 
 class Strict(BaseModel):
-    """A request's body: no conversions, and an unknown field is an error that names it."""
+    """A request's body: no conversions, and an unknown field is an error that names it. Null in a field that may be left
+    out is its default, as in OpenAI's.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        """Of many unknown fields one is kept: each would be an error that is made and not shown."""
+        if not isinstance(value, dict):
+            return value
+        fields = cls.model_fields
+        unknown = [name for name in value if name not in fields][:1]
+        return {
+            name: value[name]
+            for name in (*fields, *unknown)
+            if name in value and (value[name] is not None or not _has_default(fields.get(name)))
+        }
 
+
+def _has_default(field: FieldInfo | None) -> bool:
+    """Apart from null."""
+    return field is not None and not field.is_required() and field.default is not None
+
+
+# The first wrong item ends each: a list of others would make an error of every one
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Prompts = Union[str, Texts, Ids, Annotated[list[Ids], Field(fail_fast=True)]]  # noqa: UP007 - Field is no type
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -160,12 +186,27 @@ def parse(model: type[Body], value: Any) -> Body:
         return model.model_validate(value)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
-        first = max(errors, key=lambda one: len(one["loc"]))  # of a union, the form that was meant goes deepest
-        names = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "str", "int", "constrained"))]
+        named = [(_named(value, one["loc"], one["type"]), one) for one in errors]
+        names, first = max(named, key=lambda one: len(one[0]))  # of a union, the form that was meant goes deepest
         param = ".".join(names) or None
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"unknown field {param}", param, "unknown_field") from None
         raise ApiError(400, f"{param or 'the body'}: {first['msg']}", param, first["type"]) from None
+
+
+def _named(value: Any, steps: tuple[int | str, ...], kind: str) -> list[str]:
+    """The steps of an error that lead through the body; the others name forms that were tried on a value."""
+    names = []
+    for number, step in enumerate(steps):
+        is_missing = kind == "missing" and number + 1 == len(steps)
+        if isinstance(value, dict) and isinstance(step, str) and (step in value or is_missing):
+            value = value.get(step)
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+        else:
+            continue
+        names.append(str(step))
+    return names
 
 
 class Throttle:

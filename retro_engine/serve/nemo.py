@@ -7,7 +7,7 @@ import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Union
 
 from pydantic import Field
 from starlette.requests import Request as HttpRequest
@@ -18,7 +18,7 @@ from retro_engine.generate.engine import Event, Request
 from retro_engine.generate.request import TokenLogprob
 from retro_engine.generate.sampling import Sampling
 from retro_engine.serve.documents import open_library
-from retro_engine.serve.limits import ApiError, Strict, parse, read_json
+from retro_engine.serve.limits import ApiError, Ids, Strict, Texts, parse, read_json
 from retro_engine.serve.openai import check_cost, encode_prompts, neighbors_json
 from retro_engine.serve.state import audit, brief, caller_id, caller_of, limits_of, long, service_of, state_of
 from retro_engine.serve.stream import Running
@@ -32,7 +32,7 @@ MAX_ROWS = 1 << 13  # of /knn in one answer: sentences x neighbors
 class Generate(Strict):
     """The body of PUT /generate, with NeMo's defaults."""
 
-    sentences: list[str] = Field(min_length=1, max_length=MAX_SENTENCES)
+    sentences: Texts = Field(min_length=1, max_length=MAX_SENTENCES)
     tokens_to_generate: int = Field(64, ge=1)
     all_probs: bool = False
     temperature: float = Field(1.0, gt=0, le=100)
@@ -42,7 +42,7 @@ class Generate(Strict):
     top_p: float = Field(0.9, ge=0, le=1)  # 0 is off
     repetition_penalty: float = Field(1.2, ge=1)
     min_tokens_to_generate: int = Field(0, ge=0)
-    end_strings: list[str] = Field(["<|endoftext|>"], max_length=16)
+    end_strings: Texts = Field(["<|endoftext|>"], max_length=16)
     neighbors: int | None = Field(None, ge=0, le=64)  # how many a chunk; 0 = retrieval off
     compute_logprob: bool = False
     random_seed: int | None = Field(None, ge=0, lt=1 << 62)
@@ -52,7 +52,7 @@ class Generate(Strict):
 class Knn(Strict):
     """The body of PUT /knn: with `neighbors` a search, without one documents to add, with `reset` neither."""
 
-    sentences: str | list[str] | list[list[int]] | None = None
+    sentences: Union[str, Texts, Annotated[list[Ids], Field(fail_fast=True)], None] = None  # noqa: UP007 - as Prompts
     neighbors: int | None = Field(None, ge=0, le=1000)
     add_eos: bool = False  # every document is closed by the end-of-document token anyway
     reset: Any = None

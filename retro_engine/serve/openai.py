@@ -19,7 +19,7 @@ from retro_engine.generate.engine import Event, Request
 from retro_engine.generate.request import TokenLogprob, cost
 from retro_engine.generate.sampling import Sampling
 from retro_engine.serve.chat import Message, chat_prompt
-from retro_engine.serve.limits import ApiError, Limits, Strict, parse, read_json
+from retro_engine.serve.limits import ApiError, Limits, Prompts, Strict, Texts, parse, read_json
 from retro_engine.serve.service import Service
 from retro_engine.serve.state import brief, caller_id, limits_of, service_of, state_of
 from retro_engine.serve.stream import EventStream, Running
@@ -34,7 +34,7 @@ class RetroOptions(Strict):
     """Retrieval of one request."""
 
     k: int | None = Field(None, ge=1, le=64)  # neighbors a chunk; None: the model's
-    neighbors: list[str] | None = Field(None, max_length=64)  # texts to read instead; [] = retrieval off
+    neighbors: Texts | None = Field(None, max_length=64)  # texts to read instead; [] = retrieval off
     mode: Literal["lexical", "dense", "hybrid"] | None = None
     refresh: Literal["chunk", "never"] = "chunk"
     retrieved_length: int | None = Field(None, ge=1)
@@ -44,6 +44,7 @@ class StreamOptions(Strict):
     """What a stream has besides its pieces."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Sampled(Strict):
@@ -55,10 +56,15 @@ class Sampled(Strict):
     n: int = Field(1, ge=1, le=32)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     seed: int | None = Field(None, ge=0, lt=1 << 62)
     max_tokens: int | None = Field(None, ge=1)
     user: str | None = Field(None, max_length=512)
+    safety_identifier: str | None = Field(None, max_length=512)
+    prompt_cache_key: str | None = Field(None, max_length=512)
+    metadata: dict[str, str] | None = Field(None, max_length=0)
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
@@ -71,21 +77,32 @@ class Sampled(Strict):
 class Completion(Sampled):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool = False
     best_of: int | None = Field(None, ge=1, le=32)
-    suffix: None = None
+    suffix: Literal[""] | None = None
 
 
 class Chat(Sampled):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: list[Message] = Field(min_length=1, max_length=1000, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tools: list[Any] | None = Field(None, max_length=0)
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = Field(None, max_length=0)
+    function_call: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = Field(None, max_length=1)
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    web_search_options: None = None
 
 
 async def models(request: HttpRequest) -> Response:
@@ -139,7 +156,7 @@ async def chat_completions(request: HttpRequest) -> Response:
     service, limits = service_of(request), limits_of(request)
     body = parse(Chat, await read_json(request, limits))
     check_model(service, body.model)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs takes logprobs=true", "top_logprobs")
     if body.max_completion_tokens is not None:
         if body.max_tokens not in (None, body.max_completion_tokens):

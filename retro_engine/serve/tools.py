@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from retro_engine.generate.explain import Explanation, cost
 from retro_engine.generate.explain import explain as explain_text
-from retro_engine.serve.limits import ApiError, Strict, parse, read_json
+from retro_engine.serve.limits import ApiError, Ids, Prompts, Strict, Texts, parse, read_json
 from retro_engine.serve.openai import check_model, encode_prompts, neighbors_json
 from retro_engine.serve.service import Service
 from retro_engine.serve.state import brief, limits_of, long, service_of
@@ -26,7 +26,7 @@ class Embeddings(Strict):
     """The body of POST /v1/embeddings."""
 
     model: str
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Prompts
     encoding_format: Literal["base64", "float"] = "base64"
     dimensions: int | None = Field(None, ge=1)
     user: str | None = Field(None, max_length=512)
@@ -42,7 +42,7 @@ class Tokenize(Strict):
 class Detokenize(Strict):
     """The body of POST /detokenize."""
 
-    tokens: list[int] = Field(max_length=MAX_TOKENS)
+    tokens: Ids = Field(max_length=MAX_TOKENS)
     model: str | None = None
 
 
@@ -51,7 +51,7 @@ class Explain(Strict):
 
     prompt: str
     text: str
-    neighbors: list[str] | None = Field(None, min_length=1, max_length=32)
+    neighbors: Texts | None = Field(None, min_length=1, max_length=32)
     k: int | None = Field(None, ge=1, le=32)
     model: str | None = None
 

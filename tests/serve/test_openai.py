@@ -8,6 +8,8 @@ import pytest
 from serve_helpers import Server
 
 from retro_engine.generate.sampling import Sampling
+from retro_engine.serve.limits import ApiError, parse
+from retro_engine.serve.openai import Chat, Completion
 
 openai = pytest.importorskip("openai")
 PROMPT = "Document doc7. river stone"
@@ -235,7 +237,7 @@ def test_refusals_that_name_no_field(server: Server) -> None:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}, "messages.0.content.0.type"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -305,3 +307,74 @@ def test_the_stream_on_the_wire(server: Server) -> None:
     events = answer.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     assert all(json.loads(event.removeprefix("data: "))["object"] == "text_completion" for event in events[:-2])
+
+
+def test_an_answer_is_a_message_of_the_next_request(server: Server) -> None:
+    """The official client sends its own object back, and what it says when it is asked for all of it."""
+    client = server.openai("read")
+    messages: list[Any] = [{"role": "user", "content": "What is amber?"}]
+    ask = {"model": "tiny", "temperature": 0, "max_tokens": 4}
+    first = client.chat.completions.create(messages=messages, **ask).choices[0].message
+    for mine in (first, first.model_dump(), {**first.model_dump(), "annotations": [], "reasoning_content": None}):
+        again = [*messages, mine, {"role": "user", "content": "And granite?"}]
+        assert client.chat.completions.create(messages=again, **ask).choices[0].message.role == "assistant"
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.mark.parametrize("model", [Completion, Chat])
+def test_null_is_the_default_of_every_field_that_may_be_left_out(model: type[Any]) -> None:
+    body = {"model": "x", **({"prompt": "a"} if model is Completion else CHAT)}
+    plain = parse(model, body)
+    for name, field in model.model_fields.items():
+        if field.is_required():
+            with pytest.raises(ApiError) as caught:
+                parse(model, {**body, name: None})
+            assert caught.value.param == name
+        else:
+            assert parse(model, {**body, name: None}) == plain, name
+    assert parse(model, {**body, "retro": {"refresh": None, "k": None}, "stream_options": {"include_usage": None}})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}}, {"store": False}, {"metadata": {}},
+        {"tools": []}, {"tool_choice": "none"}, {"tool_choice": "auto"}, {"parallel_tool_calls": True}, {"service_tier": "auto"},
+        {"response_format": {"type": "text"}}, {"logit_bias": {}}, {"presence_penalty": 0}, {"frequency_penalty": 0.0}, {"user": "ada"},
+        {"functions": [], "function_call": "none"}, {"modalities": ["text"]}, {"top_logprobs": 0}, {"safety_identifier": "a"},
+    ],
+)  # fmt: skip
+def test_fields_that_say_nothing_are_taken(fields: dict[str, Any]) -> None:
+    parse(Chat, {"model": "x", **CHAT, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"store": True}, "store"), ({"metadata": {"a": "b"}}, "metadata"), ({"tools": [{}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"), ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"stream": "yes"}, "stream"), ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+        ({"stream_options": {"other": 1}}, "stream_options.other"), ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"string": 1}, "string"), ({"integer": 1}, "integer"), ({"list[x]": 1}, "list[x]"), ({"stop": {"a": 1}}, "stop"), ({"stop": ["a", 1]}, "stop.1"),
+        ({"messages": [{"role": "user", "content": "a", "strange": 1}]}, "messages.0.strange"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"messages": [*CHAT["messages"], {"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}]}, "messages.1.tool_calls"),
+        ({"retro": {"strict": 1}}, "retro.strict"), ({"retro": {"neighbors": [1]}}, "retro.neighbors.0"),
+    ],
+)  # fmt: skip
+def test_every_field_that_is_wrong_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(Chat, {"model": "x", **CHAT, **fields})
+    assert caught.value.status == 400
+    assert caught.value.param == param
+
+
+def test_a_list_of_wrong_items_is_no_list_of_errors() -> None:
+    start = time.process_time()
+    for fields in ({"prompt": [1, "a"] * 120_000}, {"prompt": [[1, "a"]] * 9000}, {f"a{n}": 1 for n in range(20_000)}):
+        with pytest.raises(ApiError):
+            parse(Completion, {"model": "x", "prompt": "a", **fields})
+    assert time.process_time() - start < 0.5
