@@ -155,7 +155,7 @@ class Index:
         return cls(Retriever([corpus.store for corpus in corpora], retriever, building=building))
 
     def search(self, text: str, k: int = 5) -> list[Any]:
-        """The k best chunks (Hit: document, title, score, text)."""
+        """The k best chunks (Hit: document, title, chunk, score, text, continuation, source)."""
         return self.retriever.hits(text, k)
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from retro_engine.generate.request import Generation, Request
     from retro_engine.model.retro import RetroModel
     from retro_engine.progress import Reporter
-    from retro_engine.retrieval.search import Building, NeighborSource
+    from retro_engine.retrieval.hit import NeighborSource
+    from retro_engine.retrieval.search import Building
 
 TAKES_SETTINGS = ("demo", "train", "eval", "generate", "config", "mup")
 RETRIEVER_HELP = "bm25, hash, minilm, hybrid, or a SentenceTransformers model: a folder or a hub id"
@@ -681,7 +682,7 @@ def _print_generation(args: argparse.Namespace, request: "Request", out: "Genera
     for note in out.notes:
         _reporter(args).say(f"note: {note}")
     if args.json:
-        segments = [{"text": s.text, "neighbors": [vars(hit) for hit in s.neighbors]} for s in out.segments]
+        segments = [{"text": s.text, "neighbors": [hit.to_json() for hit in s.neighbors]} for s in out.segments]
         result = {"prompt": request.prompt, "text": out.text, "segments": segments, "finish_reason": out.finish_reason}
         if out.logprobs is not None:
             result["logprobs"] = [vars(logprob) for logprob in out.logprobs]
@@ -694,7 +695,7 @@ def _print_generation(args: argparse.Namespace, request: "Request", out: "Genera
         print(f"\n-- {segment.text!r} could read:")
         for hit in segment.neighbors:
             shown = " ".join(hit.text.split())
-            print(f"   {hit.score:8.2f}  {hit.store}/{hit.document} {hit.title}: {shown[:160]}")
+            print(f"   {hit.score:8.2f}  {hit.where}: {shown[:160]}")
 
 
 def _named_checkpoint(config: "Config") -> Path:

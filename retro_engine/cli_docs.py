@@ -266,21 +266,21 @@ def _vacuum(args: argparse.Namespace) -> int:
 def _query(args: argparse.Namespace) -> int:
     from retro_engine.data.store import Store
     from retro_engine.retrieval.library import Library
-    from retro_engine.retrieval.library_search import combined, static_source
+    from retro_engine.retrieval.live import LiveRetriever
     from retro_engine.retrieval.search import Retriever
 
     with _open(args, is_read_only=True) as library:
-        if args.store and isinstance(library, Library):
-            static = static_source(Retriever([Store(path) for path in args.store]))
-            live = library.source(args.mode, args.namespace, args.weights)
-            hits = combined(args.text, args.k, [(live, 1.0), (static, args.store_weight)])
+        if isinstance(library, Library):
+            static = Retriever([Store(path) for path in args.store]) if args.store else None
+            source = LiveRetriever(library, static, (1.0, args.store_weight), args.mode, args.namespace)
+            hits = source.search(args.text, args.k, weights=args.weights).hits
         else:
             hits = library.search(args.text, args.k, args.mode, args.namespace, args.weights)
         if not hits:
             _reporter(args).say(f"no hit: {why_nothing(args, library)}")
     for hit in hits:
         text = " ".join(hit.text.split())
-        shown = f"{hit.score:8.3f}  {hit.source}/{hit.document} {hit.title} chunk {hit.chunk}: {text}"
+        shown = f"{hit.score:8.3f}  {hit.where}: {text}"
         print(json.dumps(vars(hit)) if args.json else shown)
     return 0
 

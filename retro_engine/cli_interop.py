@@ -118,7 +118,7 @@ def _explain(args: argparse.Namespace) -> int:
     for hit, change, row in zip(found.neighbors, found.changes, found.token_changes):
         best = sorted(zip(row, found.pieces), reverse=True)[:5]
         shown = ", ".join(f"{piece!r} {value:+.2f}" for value, piece in best)
-        print(f"{change:+9.3f}  {hit.store}/{hit.document} {hit.title}: {' '.join(hit.text.split())[:120]}")
+        print(f"{change:+9.3f}  {hit.where}: {' '.join(hit.text.split())[:120]}")
         print(f"{'':11}most on {shown}")
     return 0
 

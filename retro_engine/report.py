@@ -6,6 +6,7 @@ and writes RUN/report.html: no script, no other file, no other host. Letters: M 
 
 import html
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from retro_engine.generate.explain import Explanation, removed_lengths, text_log
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.overlap import chunk_overlaps
-from retro_engine.retrieval.search import Hit
+from retro_engine.retrieval.search import store_hit
 from retro_engine.train.checkpoint import find_checkpoint, read_trainer
 from retro_engine.train.loop import open_evaluation
 from retro_engine.train.record import METRICS_FILE, checked_lines, read_facts
@@ -324,8 +325,9 @@ def _explanations(retro: Retro, sequences: Sequences) -> list[str]:
         for chunk, text, length in zip(ids[keeps], tokens[keeps], lengths[keeps]):
             assert sequences.table is not None
             database, local = sequences.table.locate(int(chunk))
-            identifier, title = database.name(database.document_of(local))
-            hits.append(Hit(int(chunk), identifier, title, 0.0, store.tokenizer.decode(text[:length]), ""))
+            hits.append(
+                replace(store_hit(database, local), text=store.tokenizer.decode(text[:length]), continuation="")
+            )
         pieces = [store.tokenizer.decode([token]) for token in follows]
         found = Explanation(pieces, hits, values[0], values[1:-1], values[-1])
         out.append(

@@ -22,7 +22,7 @@ from retro_engine.generate.generator import Batch, Generator, neighbor_tokens
 from retro_engine.generate.prefix import PrefixCache
 from retro_engine.generate.request import Event, Generation, Request
 from retro_engine.generate.sequence import Sequence
-from retro_engine.retrieval.search import Found
+from retro_engine.retrieval.hit import Found
 
 __all__ = ["BusyError", "Engine", "Event", "Request", "Stream"]
 

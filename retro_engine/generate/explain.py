@@ -15,9 +15,9 @@ from torch import Tensor
 from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
 from retro_engine.generate.generator import PIECE_CHUNKS, Generator, encode_neighbors
+from retro_engine.model.decoding import new_cache, prefill
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.rows import new_rows, prefill
-from retro_engine.retrieval.search import Hit
+from retro_engine.retrieval.hit import Hit
 
 PIECE_NEIGHBOR_TOKENS = 8192  # encoded at once, where a chunk has no more
 POSITIONS = 32  # whose logits are made fp64 at once
@@ -53,7 +53,7 @@ class Explanation:
                 for piece, on, off in zip(self.pieces, self.log_probs_T, self.off_T)
             ],
             "neighbors": [
-                {**vars(hit), "change": float(change), "token_changes": [float(value) for value in row]}
+                {**hit.to_json(), "change": float(change), "token_changes": [float(value) for value in row]}
                 for hit, change, row in zip(self.neighbors, self.changes, self.token_changes)
             ],
         }
@@ -81,7 +81,7 @@ def explain(
             raise UsageError(f"the {name} is empty", "a text after a prompt is explained")
     R = model.config.r
     if neighbors is not None:
-        hits = [Hit(-1, f"given {number + 1}", "", 0.0, given, "") for number, given in enumerate(neighbors)]
+        hits = [Hit.given(number, given) for number, given in enumerate(neighbors)]
         tokens_KR, lengths_K = encode_neighbors(tokenizer, neighbors, R)
     else:
         hits, tokens_KR, lengths_K = _retrieved(generator, prompt_ids, num_neighbors or model.config.num_neighbors)
@@ -131,17 +131,17 @@ def text_log_probs(
         raise UsageError(
             f"prompt and text have {len(tokens)} tokens", f"the model has {learned} positions", "shorten them"
         )
-    given = torch.tensor(tokens, device=device)
-    rows = new_rows(model, 1, len(tokens), tokens_KR.size)
-    rows.clear(0, pad)
+    given = torch.tensor([tokens], device=device)
+    cache = new_cache(model, 1, len(tokens), tokens_KR.size)
+    cache.clear(0, pad)
     shared = first - M  # the last chunk of the prompt is the first whose neighbors are read
     for start in range(0, shared, PIECE_CHUNKS * M):
         check()
-        prefill(model, rows, 0, given[start : min(start + PIECE_CHUNKS * M, shared)])
+        prefill(model, cache, given[:, start : min(start + PIECE_CHUNKS * M, shared)])
     piece = M * max(1, min(PIECE_CHUNKS, PIECE_NEIGHBOR_TOKENS // max(1, tokens_KR.size)))
     out = np.zeros((len(lengths_VK), len(text_ids)))
     for choice, lengths_K in enumerate(lengths_VK):
-        rows.lengths_B[0], rows.cross_valid_BX[0] = shared, False
+        cache.lengths_B[0], cache.cross_valid_BX[0] = shared, False
         keeps = lengths_K > 0
         neighbors_KR = torch.from_numpy(tokens_KR[keeps]).to(device)
         kept_K = torch.from_numpy(lengths_K[keeps]).to(device)
@@ -149,12 +149,12 @@ def text_log_probs(
             check()
             stop = min(start + piece, len(tokens) - 1)
             L = stop // M - start // M if keeps.any() else 0
-            neighbors = neighbors_KR.expand(L, -1, -1) if L else None
-            lengths = kept_K.expand(L, -1) if L else None
-            logits_TV = prefill(model, rows, 0, given[start:stop], neighbors, lengths, last_only=False)
+            neighbors = neighbors_KR.expand(1, L, -1, -1) if L else None
+            lengths = kept_K.expand(1, L, -1) if L else None
+            logits_TV = prefill(model, cache, given[:, start:stop], neighbors, lengths)[0]
             begin = max(start, first - 1)  # the logits before are of the prompt's own tokens
             if begin < stop:
-                values = _log_probs(logits_TV[begin - start :], given[begin + 1 : stop + 1])
+                values = _log_probs(logits_TV[begin - start :], given[0, begin + 1 : stop + 1])
                 out[choice, begin + 1 - first : stop + 1 - first] = values.cpu().numpy()
     return out
 

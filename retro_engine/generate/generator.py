@@ -21,7 +21,7 @@ from retro_engine.generate.sampling import Sampling
 from retro_engine.generate.sequence import Sequence, stacked
 from retro_engine.model.decoding import decode_one, new_cache, prefill
 from retro_engine.model.retro import RetroModel
-from retro_engine.retrieval.search import Found, Hit, NeighborSource
+from retro_engine.retrieval.hit import Found, Hit, NeighborSource
 
 PIECE_CHUNKS = 4  # of a prompt, taken in at once
 MAX_FOUND = 1024  # texts whose neighbors are remembered
@@ -202,7 +202,7 @@ class Generator:
                 notes.append(f"neighbor {number + 1} is empty: it is not read")
             elif len(row) > R:
                 notes.append(f"neighbor {number + 1} is longer than {R} tokens: the rest is cut")
-        hits = [Hit(-1, f"given {number + 1}", "", 0.0, text, "") for number, text in enumerate(texts)]
+        hits = [Hit.given(number, text) for number, text in enumerate(texts)]
         return Found(*_padded(rows, R, self.tokenizer.pad_id), hits), notes
 
 

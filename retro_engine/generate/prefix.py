@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from retro_engine.model.decoding import DecodeCache
-from retro_engine.retrieval.search import Found
+from retro_engine.retrieval.hit import Found
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Literal
 from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
 from retro_engine.generate.sampling import Sampling
-from retro_engine.retrieval.search import Hit
+from retro_engine.retrieval.hit import Hit
 
 REFRESHES = ("chunk", "never")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.generate.request import Event, FinishReason, Generation, Request, Segment, TokenLogprob
 from retro_engine.generate.sampling import adjusted, choose
-from retro_engine.retrieval.search import Found, Hit
+from retro_engine.retrieval.hit import Found, Hit
 
 HALF = "\ufffd"  # what a tokenizer makes of half a character
 

@@ -21,6 +21,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError, UsageError
 from retro_engine.retrieval import library_file
 from retro_engine.retrieval.analyzer import Analyzer
+from retro_engine.retrieval.hit import Hit
 from retro_engine.retrieval.library_documents import (
     Batch,
     Chunker,
@@ -33,7 +34,7 @@ from retro_engine.retrieval.library_documents import (
 from retro_engine.retrieval.library_file import LibraryFile, checksum
 from retro_engine.retrieval.library_index import Segment, Snapshot
 from retro_engine.retrieval.library_merge import LibraryIndex, Shown
-from retro_engine.retrieval.library_search import Hit, Ranking, Source, check_mode, drop_overlaps, rank
+from retro_engine.retrieval.library_search import Ranking, check_mode, rank, without_overlaps
 
 DEFAULT = "default"  # the namespace
 DELTA_CHUNKS = 4096  # from then on the delta becomes a segment
@@ -309,19 +310,23 @@ class Library:
         mode: str = "lexical",
         namespace: str = DEFAULT,
         weights: Sequence[float] = (1.0, 1.0),
+        retrieved_length: int | None = None,
     ) -> list[tuple[Hit, np.ndarray]]:
-        """`search`, with the tokens of each chunk and its continuation."""
+        """`search`, with the tokens of each chunk and its continuation.
+
+        Where `retrieved_length` tokens of each will be read, none is kept that shares one of them with a better one.
+        """
         check_namespace(namespace)
         check_query(text, k)
         check_mode(mode, weights)
         if mode != "lexical" and self.chunker.width is None:
             raise UsageError(f"mode {mode} needs vectors", f"{self.folder} was made without an embedder", "lexical")
         vector = None if mode == "lexical" else self.chunker.embed([text])[0]
-        reach = -(-self.file.chunk_size // self.file.stride)
+        reach = -(-(retrieved_length or self.file.chunk_size) // self.file.stride)
         with self._view() as (connection, shown):
             snapshot = shown.snapshots.get(namespace, ())
             ranking = rank(snapshot, mode, self.file.analyzer.query(text), vector, weights, k * (2 * reach - 1))
-            ranking = drop_overlaps(snapshot, ranking, reach)[:k] if reach > 1 else ranking
+            ranking = without_overlaps(snapshot, ranking, reach)[:k] if reach > 1 else ranking
             found = self._hits(connection, snapshot, ranking)
         self._check_open()  # not closed while it searched
         return found
@@ -331,10 +336,6 @@ class Library:
         if not any(view.num_alive for view in self._index.snapshots.get(namespace, ())):
             return f"namespace {namespace} holds no document"
         return self.file.analyzer.why_nothing(text) or "none of its words is in a document"
-
-    def source(self, mode: str = "lexical", namespace: str = DEFAULT, weights: Sequence[float] = (1.0, 1.0)) -> Source:
-        """This library as a source of `combined`."""
-        return lambda text, k: self.search(text, k, mode, namespace, weights)
 
     def _hits(self, connection: apsw.Connection, snapshot: Snapshot, ranking: Ranking) -> list[tuple[Hit, np.ndarray]]:
         """The texts and tokens of a ranking, but for documents that were deleted since."""

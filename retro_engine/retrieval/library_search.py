@@ -1,4 +1,4 @@
-"""Searching a snapshot of a live library, and several collections together.
+"""Searching a snapshot of a live library.
 
 BM25 as in `lexical` (Lucene's form, k1 = 1.5, b = 0.75), with the statistics of the chunks that are alive: for term t
 of a query, idf(t) tf / (tf + k1 (1 - b + b length / average)). Rankings are joined by reciprocal rank fusion:
@@ -6,36 +6,20 @@ sum of weight / (60 + rank). Letters: T terms, K results.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import numpy as np
 
 from retro_engine.errors import UsageError, nearest
 from retro_engine.jit import numba
+from retro_engine.retrieval.hit import drop_overlaps, fuse
 from retro_engine.retrieval.lexical import K1, B
-from retro_engine.retrieval.library_documents import check_query
 from retro_engine.retrieval.library_index import Snapshot
-from retro_engine.retrieval.search import Retriever
 
 MODES = ("lexical", "dense", "hybrid")
-RANK_OFFSET = 60  # of reciprocal rank fusion
 MIN_DEPTH = 100  # of the rankings that are fused
 
 Ranking = list[tuple[int, int, float]]  # view, chunk, score; best first
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One retrieved chunk: what a model reads is `text` and `continuation`."""
-
-    document: str
-    title: str
-    chunk: int  # number within its document
-    score: float
-    text: str
-    continuation: str  # the tokens of the document that follow, at most a chunk's length; may be empty
-    source: str  # name of the library's or the store's folder
 
 
 def check_mode(mode: str, weights: Sequence[float]) -> None:
@@ -156,60 +140,11 @@ def dense(snapshot: Snapshot, vector_Z: np.ndarray, k: int) -> Ranking:
     return sorted(out, key=lambda hit: -hit[2])[:k]
 
 
-def fuse(
-    rankings: Sequence[Sequence[tuple[int, int]]], weights: Sequence[float]
-) -> list[tuple[tuple[int, int], float]]:
-    """Reciprocal rank fusion; what only a ranking of weight 0 has is not in it."""
-    scores: dict[tuple[int, int], float] = {}
-    for ranking, weight in zip(rankings, weights):
-        if weight:
-            for place, item in enumerate(ranking, 1):
-                scores[item] = scores.get(item, 0.0) + weight / (RANK_OFFSET + place)
-    return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))
-
-
-def drop_overlaps(snapshot: Snapshot, ranking: Ranking, reach: int) -> Ranking:
+def without_overlaps(snapshot: Snapshot, ranking: Ranking, reach: int) -> Ranking:
     """Without chunks that share tokens with better ones: those fewer than `reach` chunks away in one document."""
-    kept: dict[int, list[int]] = {}
-    out = []
-    for view, chunk, score in ranking:
-        key, number = snapshot[view].document(chunk)
-        if all(abs(number - other) >= reach for other in kept.get(key, [])):
-            kept.setdefault(key, []).append(number)
-            out.append((view, chunk, score))
-    return out
-
-
-Source = Callable[[str, int], list[Hit]]  # text, k -> hits, best first
-
-
-def combined(text: str, k: int, sources: Sequence[tuple[Source, float]]) -> list[Hit]:
-    """Search several collections, static and live, as one: ranks are fused, each collection with its weight.
-
-    Scores of different collections and retrievers do not compare, ranks do. A tie goes to the source named first.
-    """
-    check_query(text, k)
-    weights = [weight for _, weight in sources]
-    check_weights(weights)
-    hits = [source(text, k) if weight else [] for source, weight in sources]
-    rankings = [[(number, place) for place in range(len(found))] for number, found in enumerate(hits)]
-    best = fuse(rankings, weights)[:k]
-    return [replace(hits[number][place], score=score) for (number, place), score in best]
-
-
-def static_source(retriever: Retriever) -> Source:
-    """Published stores as a source of `combined`."""
-
-    def search(text: str, k: int) -> list[Hit]:
-        ids, scores = retriever.search([text], k)
-        return [_static_hit(retriever, int(i), float(s)) for i, s in zip(ids[0], scores[0]) if i >= 0]
-
-    return search
-
-
-def _static_hit(retriever: Retriever, chunk: int, score: float) -> Hit:
-    number = int(np.searchsorted(retriever.starts, chunk, "right")) - 1
-    store, row = retriever.stores[number], chunk - int(retriever.starts[number])
-    document = store.document_of(row)
-    place = row - store.document_rows(document)[0]
-    return Hit(*store.name(document), place, score, store.text(row), store.continuation(row), store.folder.name)
+    if not ranking:
+        return []
+    places = np.array([snapshot[view].document(chunk) for view, chunk, _ in ranking], np.int64)
+    documents, chunks = places.T[:, None]
+    kept = drop_overlaps(documents.copy(), chunks.copy(), np.zeros(chunks.shape, bool), reach)[0]
+    return [ranking[place] for place in kept.tolist() if place >= 0]

@@ -1,4 +1,4 @@
-"""Neighbors for generation from a live library, alone or together with published stores.
+"""The one search over a live library and published stores: what generation reads, routes answer and commands print.
 
 A document that was added is read from the next chunk on that asks; one that was deleted is not. Rankings of library and
 stores are joined by reciprocal rank fusion, each with its weight.
@@ -11,12 +11,11 @@ import numpy as np
 
 from retro_engine.data.coding import Coding
 from retro_engine.errors import UsageError
+from retro_engine.retrieval.hit import Found, Hit, fuse
 from retro_engine.retrieval.library import DEFAULT, Library
-from retro_engine.retrieval.library_documents import MAX_QUERY_CHARACTERS
-from retro_engine.retrieval.library_search import check_mode, check_weights, fuse
-from retro_engine.retrieval.search import Found, Hit, Retriever
-
-SPAN = 3  # results asked for per neighbor kept: its own chunk and both beside it
+from retro_engine.retrieval.library_documents import MAX_QUERY_CHARACTERS, check_query
+from retro_engine.retrieval.library_search import check_mode, check_weights
+from retro_engine.retrieval.search import Retriever
 
 
 def library_coding(library: Library) -> Coding:
@@ -57,44 +56,53 @@ class LiveRetriever:
     def version(self) -> str:
         return f"{self.library.version} {self.static.version if self.static is not None else ''}"
 
-    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None) -> list[Found]:
+    def search(
+        self,
+        text: str,
+        k: int,
+        mode: str | None = None,
+        weights: Sequence[float] = (1.0, 1.0),
+        retrieved_length: int | None = None,
+    ) -> Found:
+        """What generation would read for a text. Raises UsageError for an empty or huge one, and what else is refused.
+
+        `weights`: of the halves of the library's hybrid mode. None: a chunk and as much of what follows it.
+        """
+        check_query(text, k)
+        check_mode(mode or self.mode, weights)
+        length = 2 * self.coding.chunk_size if retrieved_length is None else retrieved_length
+        return self.neighbors([text], k, length, mode, weights)[0]
+
+    def neighbors(
+        self,
+        texts: Sequence[str],
+        k: int,
+        retrieved_length: int,
+        mode: str | None = None,
+        weights: Sequence[float] = (1.0, 1.0),
+    ) -> list[Found]:
         """The k best of each text, as tokens; `mode` is of this search."""
-        live = [self._live(text, k, retrieved_length, mode or self.mode) for text in texts]
+        live = [self._live(text, k, retrieved_length, mode or self.mode, weights) for text in texts]
         if self.static is None:
             return live
         fixed = self.static.neighbors(texts, k, retrieved_length)
-        return [self._fused(pair, k) for pair in zip(live, fixed)]
+        return [self._fused(pair, k, retrieved_length) for pair in zip(live, fixed)]
 
-    def _live(self, text: str, k: int, R: int, mode: str) -> Found:
-        tokens_KR = np.full((k, R), self.library.file.tokenizer.pad_id, np.int64)
-        lengths_K, hits = np.zeros(k, np.int64), list[Hit]()
+    def _live(self, text: str, k: int, retrieved_length: int, mode: str, weights: Sequence[float]) -> Found:
+        found: list[tuple[Hit, np.ndarray]] = []
         if text.strip():
             query = text[:MAX_QUERY_CHARACTERS]
-            reach = -(-R // self.library.file.stride)  # chunks nearer than that share tokens as neighbors
-            kept: dict[str, list[int]] = {}
-            for hit, tokens in self.library.find(query, SPAN * k, mode, self.namespace):
-                near = [other for other in kept.get(hit.document, []) if abs(other - hit.chunk) < reach]
-                if len(hits) < k and not near:
-                    kept.setdefault(hit.document, []).append(hit.chunk)
-                    lengths_K[len(hits)] = min(R, len(tokens))
-                    tokens_KR[len(hits), : min(R, len(tokens))] = tokens[:R]
-                    hits.append(
-                        Hit(hit.chunk, hit.document, hit.title, hit.score, hit.text, hit.source, hit.continuation)
-                    )
-        return Found(tokens_KR, lengths_K, hits)
+            found = self.library.find(query, k, mode, self.namespace, weights, retrieved_length)
+        return Found.of(found, k, retrieved_length, self.library.file.tokenizer.pad_id)
 
-    def _fused(self, sides: Sequence[Found], k: int) -> Found:
-        """Ties go to the library."""
-        rankings = [[(side, place) for place in range(len(found.hits))] for side, found in enumerate(sides)]
-        best = fuse(rankings, self.weights)[:k]
-        tokens_KR, lengths_K = (
-            np.full_like(sides[0].tokens_KR, self.library.file.tokenizer.pad_id),
-            np.zeros(k, np.int64),
-        )
-        hits = []
-        for number, ((side, place), score) in enumerate(best):
-            found = sides[side]
-            tokens_KR[number], lengths_K[number] = found.tokens_KR[place], found.lengths_K[place]
-            hit = found.hits[place]
-            hits.append(replace(hit, score=score))
-        return Found(tokens_KR, lengths_K, hits)
+    def _fused(self, sides: Sequence[Found], k: int, retrieved_length: int) -> Found:
+        """Ties go to the library; a chunk that stands in both is read once."""
+        pairs = [found.pairs() for found in sides]
+        rankings = [[(side, place) for place in range(len(found))] for side, found in enumerate(pairs)]
+        best: list[tuple[Hit, np.ndarray]] = []
+        sides_of: dict[tuple[str, str], int] = {}
+        for (side, place), score in fuse(rankings, self.weights):
+            hit, tokens = pairs[side][place]
+            if sides_of.setdefault((hit.text, hit.continuation), side) == side:
+                best.append((replace(hit, score=score), tokens))
+        return Found.of(best[:k], k, retrieved_length, self.library.file.tokenizer.pad_id)

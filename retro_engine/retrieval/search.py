@@ -6,7 +6,7 @@ Letters: Q queries, K neighbors.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,18 +16,17 @@ from retro_engine.data.loader import NeighborLoader
 from retro_engine.data.neighbor_table import check_databases
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError, UsageError, nearest
-from retro_engine.jit import numba
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.executor import Executor
+from retro_engine.retrieval.hit import Found, Hit, drop_overlaps, fuse
 from retro_engine.retrieval.index import VectorIndex, build_index
 from retro_engine.retrieval.left_out import LeftOut
 from retro_engine.retrieval.lexical import Bm25Index, check_analyzers
 from retro_engine.retrieval.vectors import Vectors, build_vectors, vectors_folder
 
 RETRIEVERS = ("bm25", "hash", "hybrid", "minilm")
-RANK_CONSTANT = 60  # of reciprocal rank fusion: weight / (60 + rank)
 FUSION_DEPTH = 100  # results of each retriever that are fused
 
 
@@ -43,49 +42,6 @@ class Building:
     fusion: tuple[float, float] = (1.0, 1.0)  # weights of hybrid's lexical and dense half
     choices: dict[str, Any] = field(default_factory=dict)  # of embed.choose_embedding
     analyzer: Analyzer | None = None  # how bm25 reads words; None = as the index that is there, or the default
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One retrieved chunk. `chunk` counts through the retriever's stores."""
-
-    chunk: int
-    document: str
-    title: str
-    score: float
-    text: str
-    store: str
-    continuation: str = ""  # what is read after it, where it is known
-
-
-@dataclass(frozen=True)
-class Found:
-    """The neighbors of one text as a model reads them, and what they are."""
-
-    tokens_KR: np.ndarray  # i64, padded
-    lengths_K: np.ndarray  # valid tokens, 0 = missing
-    hits: list[Hit]
-
-
-class NeighborSource(Protocol):
-    """Where generation gets its neighbors: published stores, or a live library."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def coding(self) -> Coding:
-        """Whose ids these are: what reads them must have the same."""
-        ...
-
-    @property
-    def version(self) -> str:
-        """Changes with what can be found."""
-        ...
-
-    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None) -> list[Found]:
-        """The k best of each text; any thread may call. `mode` is of a live library's search."""
-        ...
 
 
 def index_folder(store: Store, retriever: str) -> Path:
@@ -249,10 +205,21 @@ class Retriever:
         return merge(weighted, self.starts, k)
 
     def _best(self, found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-        ids, scores = found[0] if len(found) == 1 else fuse(found, self.building.fusion, k * self._span)
+        ids, scores = found[0] if len(found) == 1 else _fused(found, self.building.fusion, k * self._span)
         if self.merge_overlaps:
-            drop_overlaps(ids, scores, self._row_documents)
+            ids, scores = self._without_overlaps(ids, scores)
         return ids[:, :k], scores[:, :k]
+
+    def _without_overlaps(self, ids: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of hits beside each other in one document the better; what is dropped leaves -1 at the end."""
+        rows = np.maximum(ids, 0)
+        documents = np.where(ids >= 0, self._row_documents[rows], -1)
+        following = self._row_documents[np.minimum(rows + 1, self.starts[-1] - 1)]
+        is_last = (following != documents) | (rows + 1 == self.starts[-1])
+        kept = drop_overlaps(documents, rows, is_last, 2)  # rows of one document count as its chunks do
+        place, is_kept = np.maximum(kept, 0), kept >= 0
+        ids = np.where(is_kept, np.take_along_axis(rows, place, 1), -1)
+        return ids, np.where(is_kept, np.take_along_axis(scores, place, 1), 0).astype(scores.dtype, copy=False)
 
     def _search_bm25(
         self, texts: Sequence[str], k: int, exclude: Sequence[LeftOut | None]
@@ -296,10 +263,16 @@ class Retriever:
         return [Found(*found) for found in zip(tokens, lengths, hits)]
 
     def hit(self, chunk: int, score: float = 0.0) -> Hit:
+        """What chunk `chunk` of the stores, counted through them, is."""
         number = int(np.searchsorted(self.starts, chunk, "right")) - 1
-        store, row = self.stores[number], chunk - int(self.starts[number])
-        name = store.name(store.document_of(row))
-        return Hit(chunk, *name, score, store.text(row), store.folder.name, store.continuation(row))
+        return store_hit(self.stores[number], chunk - int(self.starts[number]), score)
+
+
+def store_hit(store: Store, row: int, score: float = 0.0) -> Hit:
+    """What a store's row is."""
+    document = store.document_of(row)
+    chunk = row - store.document_rows(document)[0]
+    return Hit(*store.name(document), chunk, score, store.text(row), store.continuation(row), store.folder.name)
 
 
 def _copies(stores: Sequence[Store]) -> list[LeftOut | None]:
@@ -341,56 +314,15 @@ def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], starts: np.ndarray, k:
     return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
 
 
-def fuse(
+def _fused(
     found: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[float], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reciprocal rank fusion: the k chunks with the largest sum of weight / (60 + rank); ties keep the lower id."""
+    """The k best of several retrievers' results by `fuse`; ties keep the lower id."""
     num_queries = len(found[0][0])
     out_ids = np.full((num_queries, k), -1, np.int64)
     out_scores = np.zeros((num_queries, k), np.float32)
     for query in range(num_queries):
-        ids = np.concatenate([ids[query] for ids, _ in found])
-        gains = [weight / (RANK_CONSTANT + 1 + np.arange(len(i[query]))) for (i, _), weight in zip(found, weights)]
-        unique, place = np.unique(ids, return_inverse=True)
-        total = np.bincount(place, np.concatenate(gains), len(unique))
-        total[unique < 0] = -1
-        best = np.argsort(-total, kind="stable")[:k]
-        best = best[total[best] > 0]
-        out_ids[query, : len(best)], out_scores[query, : len(best)] = unique[best], total[best]
+        best = fuse([ids[query][ids[query] >= 0].tolist() for ids, _ in found], weights)[:k]
+        if best:
+            out_ids[query, : len(best)], out_scores[query, : len(best)] = zip(*best)
     return out_ids, out_scores
-
-
-@numba.njit(cache=True)
-def drop_overlaps(ids, scores, row_documents):  # type: ignore[no-untyped-def]
-    """Of hits beside each other in one document keep the better: as a neighbor it brings its continuation.
-
-    Where the better one is its document's last chunk, nothing follows it: it moves one back, so that both are shown.
-    Works in place; what is dropped leaves -1 at the end.
-    """
-    for query in range(ids.shape[0]):
-        kept = 0
-        for place in range(ids.shape[1]):
-            chunk, score = ids[query, place], scores[query, place]
-            if chunk < 0:
-                break
-            beside = -1
-            for other in range(kept):
-                better = ids[query, other]
-                if abs(better - chunk) <= 1 and row_documents[better] == row_documents[chunk]:
-                    beside = other
-                    break
-            if beside < 0:
-                ids[query, kept], scores[query, kept] = chunk, score
-                kept += 1
-                continue
-            better = ids[query, beside]
-            is_last = better + 1 == len(row_documents) or row_documents[better + 1] != row_documents[better]
-            if chunk == better - 1 and is_last:
-                is_free = True
-                for other in range(kept):
-                    if ids[query, other] == chunk - 1 and row_documents[chunk - 1] == row_documents[chunk]:
-                        is_free = False
-                if is_free:
-                    ids[query, beside] = chunk
-        ids[query, kept:] = -1
-        scores[query, kept:] = 0

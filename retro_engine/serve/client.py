@@ -13,9 +13,9 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from retro_engine.data.corpus import Document
 from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, UsageError
+from retro_engine.retrieval.hit import Hit
 from retro_engine.retrieval.library import DEFAULT, Entry
 from retro_engine.retrieval.library_import import Job
-from retro_engine.retrieval.library_search import Hit
 
 TIMEOUT_S = 120
 BATCH_BYTES = 4 << 20  # of documents in one request: servers take 8 MiB
@@ -79,7 +79,7 @@ class RemoteLibrary:
         body = {"query": text, "k": k, "mode": mode, "weights": list(weights)}
         answer = self._whole("POST", "retrieve", namespace, body)
         self._note = str(answer.get("note", "the server does not say why")).removeprefix("no hit: ")
-        return [Hit(**row) for row in answer["data"]]
+        return [Hit(**{name: row[name] for name in Hit.__annotations__}) for row in answer["data"]]
 
     def why_nothing(self, text: str, namespace: str = DEFAULT) -> str:
         """Why the last search had no hit, as the server said."""

@@ -15,6 +15,7 @@ from retro_engine.errors import UsageError
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_import import Importer
 from retro_engine.retrieval.library_search import MODES
+from retro_engine.serve.hits import neighbors_json
 from retro_engine.serve.limits import ApiError, Strict, parse, read_chunks, read_json
 from retro_engine.serve.state import audit, brief, limits_of, service_of
 
@@ -161,15 +162,18 @@ async def reset(request: Request) -> Response:
 
 
 async def retrieve(request: Request) -> Response:
-    """The best chunks for a text: document, chunk, score, text, continuation; where there is none, a note why."""
+    """The best chunks for a text, as generation reads them: document, chunk, score, text, continuation, source; where there
+    is none, a note why.
+    """
     service = service_of(request)
     query = parse(Query, await read_json(request, limits_of(request)))
     if query.mode is not None and query.mode not in MODES:
         raise ApiError(400, f"mode {query.mode!r} is not one of {', '.join(MODES)}", "mode")
     version = service.index_version
-    hits = await brief(request, service.search, query.query, query.k, query.mode, query.weights)
-    note = {} if hits else {"note": f"no hit: {await brief(request, service.why_nothing, query.query)}"}
-    return JSONResponse({"object": "list", "index_version": version, "data": [vars(hit) for hit in hits], **note})
+    found = await brief(request, service.find, query.query, query.k, query.mode, query.weights)
+    note = {} if found.hits else {"note": f"no hit: {await brief(request, service.why_nothing, query.query)}"}
+    data = neighbors_json(found.hits)
+    return JSONResponse({"object": "list", "index_version": version, "data": data, **note})
 
 
 def number(request: Request, name: str, default: int) -> int:

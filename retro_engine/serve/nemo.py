@@ -19,7 +19,7 @@ from retro_engine.generate.request import TokenLogprob
 from retro_engine.generate.sampling import Sampling
 from retro_engine.serve.documents import open_library
 from retro_engine.serve.limits import ApiError, Ids, Strict, Texts, parse, read_json
-from retro_engine.serve.openai import check_cost, encode_prompts, neighbors_json
+from retro_engine.serve.openai import check_cost, encode_prompts
 from retro_engine.serve.state import audit, brief, caller_id, caller_of, limits_of, long, service_of, state_of
 from retro_engine.serve.stream import Running
 from retro_engine.serve.work import Check
@@ -135,7 +135,7 @@ def _answer(tokenizer: Any, prompt: list[int], events: list[Event]) -> dict[str,
         "logprob": [entry.logprob for event in events for entry in event.logprobs or []],
         "token_ids": ids,
         "offsets": offsets,
-        "retrieved": [hit["text"] + hit["continuation"] for hit in neighbors_json(hits)],
+        "retrieved": [hit.text + hit.continuation for hit in hits],
     }
 
 
@@ -177,14 +177,13 @@ def _texts(service: Any, sentences: Sequence[str | list[int]]) -> list[str]:
 
 
 def _search(service: Any, texts: list[str], count: int, check: Check) -> list[list[list[int]]]:
-    tokenizer, width = service.tokenizer, 2 * service.generator.model.config.chunk_size
+    pad_id, width = service.tokenizer.pad_id, 2 * service.generator.model.config.chunk_size
     out = []
     for text in texts:
         check()
-        hits = service.search(text, count) if count else []
-        rows = [row[:width] for row in tokenizer.encode_batch([hit.text + hit.continuation for hit in hits])]
+        rows = [tokens[:width].tolist() for _, tokens in service.find(text, count).pairs()] if count else []
         rows += [[]] * (max(1, count) - len(rows))  # as theirs: always a row, of padding where there is nothing
-        out.append([row + [tokenizer.pad_id] * (width - len(row)) for row in rows])
+        out.append([row + [pad_id] * (width - len(row)) for row in rows])
     return out
 
 

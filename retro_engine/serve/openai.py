@@ -19,6 +19,7 @@ from retro_engine.generate.engine import Event, Request
 from retro_engine.generate.request import TokenLogprob, cost
 from retro_engine.generate.sampling import Sampling
 from retro_engine.serve.chat import Message, chat_prompt
+from retro_engine.serve.hits import neighbors_json
 from retro_engine.serve.limits import ApiError, Limits, Prompts, Strict, Texts, parse, read_json
 from retro_engine.serve.service import Service
 from retro_engine.serve.state import brief, caller_id, limits_of, service_of, state_of
@@ -393,22 +394,6 @@ class _Form(ABC):
         neighbors = [dict(one) for one in places]
         retro = {**self._retro(), "neighbors": neighbors, "segments": segments, "notes": notes}
         return {**self.head, "choices": choices, "usage": self.usage(), "retro": retro}
-
-
-def neighbors_json(hits: Sequence[Any]) -> list[dict[str, Any]]:
-    """Neighbors of a library, of a store, or given ones, all in one form."""
-    return [
-        {
-            "document": hit.document,
-            "title": hit.title,
-            "chunk": hit.chunk,
-            "score": round(float(hit.score), 6),
-            "text": hit.text,
-            "continuation": getattr(hit, "continuation", ""),
-            "source": getattr(hit, "source", "") or getattr(hit, "store", ""),
-        }
-        for hit in hits
-    ]
 
 
 class _CompletionForm(_Form):

@@ -15,11 +15,12 @@ from retro_engine.generate.generator import Generator
 from retro_engine.generate.sampling import Sampling
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.weights import load_model
+from retro_engine.retrieval.hit import Found
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import Embedder, HashEmbedder
 from retro_engine.retrieval.library_file import FILE
 from retro_engine.retrieval.library_import import Importer
-from retro_engine.retrieval.library_search import Hit, Source, check_mode, combined, static_source
+from retro_engine.retrieval.library_search import check_mode
 from retro_engine.retrieval.live import LiveRetriever, library_coding
 from retro_engine.retrieval.search import Retriever
 from retro_engine.serve.work import Work
@@ -74,18 +75,12 @@ class Service:
         known = self.library.chunker.embedder if self.library is not None else None
         return known or HashEmbedder(self.tokenizer)
 
-    def search(self, text: str, k: int, mode: str | None = None, weights: Sequence[float] = (1.0, 1.0)) -> list[Hit]:
-        """The k best chunks of the library (`mode`, with `weights` for hybrid) and of the stores together."""
-        mode = mode or self.mode
-        check_mode(mode, weights)
-        sources: list[tuple[Source, float]] = []
-        if self.library is not None:
-            if self.static is None:
-                return self.library.search(text, k, mode, weights=weights)
-            sources.append((self.library.source(mode, weights=weights), self.weights[0]))
-        if self.static is not None:
-            sources.append((static_source(self.static), self.weights[1]))
-        return combined(text, k, sources) if sources else []
+    def find(self, text: str, k: int, mode: str | None = None, weights: Sequence[float] = (1.0, 1.0)) -> Found:
+        """What generation would read for a text: the k best chunks of library and stores (`mode`, with `weights` of hybrid)."""
+        R, source = self.generator.model.config.r, self.generator.retriever
+        if not isinstance(source, LiveRetriever):  # a plain decoder
+            return Found.of([], k, R, self.tokenizer.pad_id)
+        return source.search(text, k, mode, weights, R)
 
     def why_nothing(self, text: str) -> str:
         """Why a search for a text has no hit."""

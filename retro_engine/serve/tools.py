@@ -11,8 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from retro_engine.generate.explain import Explanation, cost
 from retro_engine.generate.explain import explain as explain_text
+from retro_engine.serve.hits import neighbors_json
 from retro_engine.serve.limits import ApiError, Ids, Prompts, Strict, Texts, parse, read_json
-from retro_engine.serve.openai import check_model, encode_prompts, neighbors_json
+from retro_engine.serve.openai import check_model, encode_prompts
 from retro_engine.serve.service import Service
 from retro_engine.serve.state import brief, limits_of, long, service_of
 from retro_engine.serve.work import Check
@@ -131,14 +132,11 @@ async def explain(request: Request) -> Response:
         param = "text" if count <= config.num_neighbors else "k" if body.neighbors is None else "neighbors"
         why = f"{len(text):,} tokens of text without each of {count} neighbors are {tokens:,} tokens to compute"
         raise ApiError(400, f"{why}: at most {limits.work_tokens:,}", param, "too_much_work")
+    found = await long(request, _explain, service, body, count)
     if body.neighbors is not None:
         shown = [{"text": text, "source": "given"} for text in body.neighbors]
-        texts = body.neighbors
     else:
-        query = service.tokenizer.decode(prompt[-config.chunk_size :])
-        hits = await brief(request, service.search, query, count)
-        shown, texts = neighbors_json(hits), [hit.text + hit.continuation for hit in hits]
-    found = await long(request, _explain, service, body.prompt, body.text, texts)
+        shown = neighbors_json(found.neighbors)
     rows = [
         {**about, "removed": float(change), "token_changes": [float(value) for value in row]}
         for about, change, row in zip(shown, found.changes, found.token_changes)
@@ -156,5 +154,5 @@ async def explain(request: Request) -> Response:
     )
 
 
-def _explain(service: Service, prompt: str, text: str, neighbors: list[str], check: Check) -> Explanation:
-    return explain_text(service.generator, prompt, text, neighbors, check=check)
+def _explain(service: Service, body: Explain, count: int, check: Check) -> Explanation:
+    return explain_text(service.generator, body.prompt, body.text, body.neighbors, count, check)

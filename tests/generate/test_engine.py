@@ -331,7 +331,7 @@ def test_a_plain_decoder_and_learned_positions(small_store: Store) -> None:
         {"retrieval": False},
         {"position_embedding": "learned", "cca_bias_everywhere": True, "bias": True},
     ):
-        config = small_config(vocab_size=small_store.vocab_size, encoder_seq_length=64, chunk_size=4, **overrides)
+        config = small_config(vocab_size=small_store.vocab_size, encoder_seq_length=64, chunk_size=16, **overrides)
         model = RetroModel(config, torch.Generator().manual_seed(0)).double().eval()
         retriever = None if "retrieval" in overrides else Retriever([small_store])
         generator = Generator(model, small_store.tokenizer, retriever)

@@ -9,13 +9,10 @@ from helpers import WORDS
 
 from retro_engine.data.corpus import Document
 from retro_engine.data.store import Store
-from retro_engine.errors import UsageError
 from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.lexical import K1, B
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import HashEmbedder
-from retro_engine.retrieval.library_search import Hit, combined, fuse, static_source
-from retro_engine.retrieval.search import Retriever
 
 
 def texts_of(count: int) -> dict[str, str]:
@@ -78,36 +75,3 @@ def test_hybrid_fuses_the_ranks(library: Library) -> None:
         best = sorted((score for score in scores.values() if score), reverse=True)[: len(hits)]
         assert [hit.score for hit in hits] == pytest.approx(best)
         assert all(hit.score == pytest.approx(scores[hit.document]) for hit in hits)
-
-
-def test_fusion() -> None:
-    assert fuse([], []) == []
-    fused = fuse([[(0, 1), (0, 2)], [(0, 2), (1, 5)]], [1.0, 2.0])
-    assert fused == [((0, 2), 1 / 62 + 2 / 61), ((1, 5), 2 / 62), ((0, 1), 1 / 61)]
-    assert fuse([[(0, 1)], [(0, 2)]], [0.0, 1.0]) == [((0, 2), 1 / 61)]
-
-
-def test_stores_and_library_together(library: Library, small_store: Store) -> None:
-    static = static_source(Retriever([small_store]))
-    query = "river stone amber lantern"
-    alone = {"live": library.search(query, 8), "static": static(query, 8)}
-    assert alone["static"][0].source == small_store.folder.name
-    for hit in alone["static"]:
-        document = next(d for d in range(small_store.num_documents) if small_store.name(d)[0] == hit.document)
-        first, last = small_store.document_rows(document)
-        assert hit.text == small_store.text(first + hit.chunk)
-        following = small_store.text(first + hit.chunk + 1) if first + hit.chunk + 1 < last else ""
-        assert hit.continuation == following
-    together = combined(query, 8, [(library.source(), 1.0), (static, 1.0)])
-    taken = [(hit.source, hit.document, hit.chunk) for hit in together]
-    expected = [hit for pair in zip(alone["live"], alone["static"]) for hit in pair][:8]
-    assert taken == [(hit.source, hit.document, hit.chunk) for hit in expected]
-    assert combined(query, 3, [(library.source(), 0.0), (static, 1.0)])[0].document == alone["static"][0].document
-    heavy = combined(query, 8, [(library.source(), 1.0), (static, 100.0)])
-    assert [hit.document for hit in heavy] == [hit.document for hit in alone["static"]]
-    for weights in ((0.0, 0.0), (-1.0, 1.0)):
-        with pytest.raises(UsageError, match="weights"):
-            combined(query, 3, list(zip((library.source(), static), weights)))
-    with pytest.raises(UsageError, match="k=0"):
-        combined(query, 0, [(static, 1.0)])
-    assert all(isinstance(hit, Hit) for hit in together)

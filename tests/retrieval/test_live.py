@@ -13,6 +13,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.generate.engine import Engine, Request
 from retro_engine.generate.generator import Generator
+from retro_engine.retrieval.hit import Hit
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import HashEmbedder
 from retro_engine.retrieval.live import LiveRetriever
@@ -100,3 +101,33 @@ def test_what_does_not_go_together(library: Library, small_store: Store, tmp_pat
         model = small_model(vocab_size=small_store.vocab_size, chunk_size=M)
         with pytest.raises(StoreError, match="the model has tokenizer"):
             Generator(model, small_store.tokenizer, LiveRetriever(other))
+
+
+def test_stores_and_library_in_one_search(library: Library, small_store: Store) -> None:
+    """Ranks are fused, each side with its weight; chunks are numbered in their documents; what stands in both is read once."""
+    library.add(
+        [Document(f"n{number}", f"N {number}", f"river stone amber lantern note{number}") for number in range(9)]
+    )
+    static = Retriever([small_store])
+    query = "river stone amber lantern"
+    live, fixed = LiveRetriever(library).search(query, 8).hits, static.hits(query, 8)
+    both = LiveRetriever(library, static)
+    expected = [hit for pair in zip(live, fixed) for hit in pair][:8]
+
+    def places(hits: list[Hit]) -> list[tuple[str, str, int]]:
+        return [(hit.source, hit.document, hit.chunk) for hit in hits]
+
+    assert places(both.search(query, 8).hits) == places(expected)
+    assert places(both.neighbors([query], 8, 2 * M)[0].hits) == places(expected)
+    assert places(LiveRetriever(library, static, (0.0, 1.0)).search(query, 3).hits) == places(fixed[:3])
+    assert places(LiveRetriever(library, static, (1.0, 100.0)).search(query, 8).hits) == places(fixed)
+    for text, k in (("", 3), (query, 0), ("x" * 70_000, 3)):
+        with pytest.raises(UsageError):
+            both.search(text, k)
+    best = fixed[0]
+    number = next(n for n in range(small_store.num_documents) if small_store.name(n)[0] == best.document)
+    rows, lengths = small_store.rows(*small_store.document_rows(number))
+    text = small_store.tokenizer.decode([i for row, length in zip(rows, lengths) for i in row[:length]])
+    library.add([Document("copy", "A copy", text)])
+    hits = both.search(best.text, 8).hits
+    assert [hit.text for hit in hits].count(best.text) == 1

@@ -10,7 +10,7 @@ from helpers import random_texts, write_corpus
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
-from retro_engine.retrieval.search import Building, Retriever, check_retriever, drop_overlaps, fuse
+from retro_engine.retrieval.search import Building, Retriever, check_retriever
 
 
 def test_two_stores_score_as_one(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_two_stores_score_as_one(tmp_path: Path) -> None:
     one, two = together.hits(query, 5), apart.hits(query, 5)
     assert one[0].document == two[0].document == "d29"
     assert {hit.document for hit in one[:3]} == {hit.document for hit in two[:3]}
-    assert two[0].store == "b"
+    assert two[0].source == "b"
     assert two[0].score == pytest.approx(one[0].score, rel=0.1)
 
 
@@ -36,28 +36,14 @@ def test_hits_name_their_documents(small_store: Store) -> None:
     assert hits[0].document == "d7"
     assert hits[0].title == "Title 7"
     assert "Document doc7." in hits[0].text
-    rows = [small_store.document_rows(small_store.document_of(hit.chunk)) for hit in hits]
-    follows = [small_store.text(h.chunk + 1) if h.chunk + 1 < last else "" for h, (_, last) in zip(hits, rows)]
-    assert [hit.continuation for hit in hits] == follows
-    assert any(follows)
+    numbers = {small_store.name(number)[0]: number for number in range(small_store.num_documents)}
+    for hit in hits:
+        first, last = small_store.document_rows(numbers[hit.document])
+        assert hit.text == small_store.text(first + hit.chunk)
+        assert hit.continuation == (small_store.text(first + hit.chunk + 1) if first + hit.chunk + 1 < last else "")
+        assert hit.source == small_store.folder.name
+    assert any(hit.continuation for hit in hits)
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
-
-
-def test_overlaps_are_dropped() -> None:
-    document = np.array([0, 0, 0, 0, 1, 1, 2])
-    cases = {
-        (2, 1, 4, 5, 3): [2, 4, -1, -1, -1],  # the better one stays: its continuation is shown
-        (3, 4, 6, -1, -1): [3, 4, 6, -1, -1],  # other documents do not overlap
-        (5, 4, 0, -1, -1): [4, 0, -1, -1, -1],  # nothing follows a document's last chunk: it moves one back
-        (3, 1, 2, -1, -1): [3, 1, -1, -1, -1],  # but not onto another neighbor
-        (6, 3, 0, 2, 1): [6, 2, 0, -1, -1],
-    }
-    for before, after in cases.items():
-        ids, scores = np.array([before]), np.arange(5, 0, -1, dtype=np.float32)[None]
-        drop_overlaps(ids, scores, document)
-        assert ids[0].tolist() == after, before
-        assert (np.diff(scores[0]) <= 0).all()
-        assert (scores[0][ids[0] < 0] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["bm25", "hash"])
@@ -76,18 +62,6 @@ def test_no_two_neighbors_overlap(small_store: Store, kind: str) -> None:
 def test_an_unknown_retriever() -> None:
     with pytest.raises(UsageError, match="did you mean bm25"):
         check_retriever("bm52")
-
-
-def test_reciprocal_rank_fusion() -> None:
-    lexical = (np.array([[3, 5, 7, -1]]), np.array([[9.0, 2.0, 1.0, 0.0]]))
-    dense = (np.array([[7, 3, 8, 9]]), np.array([[0.9, 0.8, 0.7, 0.1]]))
-    ids, scores = fuse([lexical, dense], (1.0, 1.0), 6)
-    assert ids[0].tolist() == [3, 7, 5, 8, 9, -1]
-    np.testing.assert_allclose(scores[0, :2], [1 / 61 + 1 / 62, 1 / 63 + 1 / 61], rtol=1e-6)
-    assert fuse([lexical, dense], (0.0, 1.0), 3)[0][0].tolist() == [7, 3, 8]
-    assert fuse([lexical, dense], (5.0, 1.0), 3)[0][0].tolist() == [3, 7, 5]
-    none = (np.full((1, 4), -1), np.zeros((1, 4)))
-    assert fuse([none, none], (1.0, 1.0), 2)[0].tolist() == [[-1, -1]]
 
 
 def test_hybrid_is_the_fusion_of_its_halves(small_store: Store) -> None:
