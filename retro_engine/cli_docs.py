@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from retro_engine.errors import MissingInputError, UsageError
 
 if TYPE_CHECKING:
+    from retro_engine.data.corpus import Document
     from retro_engine.progress import Reporter
     from retro_engine.retrieval.analyzer import Analyzer
     from retro_engine.retrieval.library import Library
@@ -168,12 +169,22 @@ def _add(args: argparse.Namespace) -> int:
                     num_set_aside += 1
                     _reporter(args).say(f"set aside: {error.what} {error.why}".rstrip())
             if good:
-                library.add(good, args.namespace)
+                library.add(_identified(library, good, args.namespace), args.namespace)
             num_added += len(good)
         _print(args, {"added": num_added, "set_aside": num_set_aside, "version": library.version})
     if not num_added:
         raise MissingInputError("nothing was added", "every document was set aside", "name other files")
     return 0
+
+
+def _identified(library: "Library | RemoteLibrary", documents: "list[Document]", namespace: str) -> "list[Document]":
+    """Documents with ids that do not depend on how they came in; a server's are paths from here."""
+    from retro_engine.retrieval.library import Library
+    from retro_engine.retrieval.library_identity import identified, identified_in
+
+    if isinstance(library, Library):
+        return identified_in(library, documents, namespace)
+    return [identified(document, Path.cwd()) for document in documents]
 
 
 def _import(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from retro_engine.data.identity import ID_KEYS, own_id
 from retro_engine.errors import MissingExtraError, MissingInputError, UsageError
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -92,7 +93,7 @@ class Reader:
             yield SetAside(f"{path}:{number + 1}", f"the file cannot be read further: {error}")
 
     def _parquet(self, path: Path) -> Iterator[Document | SetAside]:
-        """Rows of a Parquet file: the columns text_key and, where they are there, id and title."""
+        """Rows of a Parquet file: the columns text_key and, where they are there, id (or _id) and title."""
         parquet, arrow = _import_parquet()
         number = 0
         try:
@@ -102,7 +103,7 @@ class Reader:
                     shown = ", ".join(names[:6])
                     yield SetAside(str(path), f"no column {self.text_key!r} (it has {shown}); --text-key names another")
                     return
-                columns = [name for name in (self.text_key, "id", "title") if name in names]
+                columns = [name for name in (self.text_key, *ID_KEYS, "title") if name in names]
                 for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
                     values = {name: batch.column(batch.schema.names.index(name)) for name in columns}
                     for row in range(batch.num_rows):
@@ -139,17 +140,20 @@ class Reader:
             raise _Unusable(f"{self.text_key!r} is {type(value).__name__}, not text")
         if len(value) > self.max_document_bytes:
             raise _Unusable(f"larger than {self.max_document_bytes:,} bytes")
-        name = row.get("id")
         title = row.get("title")
+        try:
+            name = own_id(row)
+        except ValueError as error:
+            raise _Unusable(str(error)) from error
         return Document(
-            self._label(name if isinstance(name, str | int) else source),
+            self._label(source if name is None else name),
             self._label(title) if isinstance(title, str) else "",
             self._usable(value),
             source,
         )
 
-    def _label(self, value: str | int) -> str:
-        return str(value).encode("utf-8", "replace").decode()
+    def _label(self, value: str) -> str:
+        return value.encode("utf-8", "replace").decode()
 
     def _decode(self, raw: bytes) -> str:
         raw = raw.removeprefix(b"\xef\xbb\xbf")

@@ -28,6 +28,7 @@ from retro_engine.retrieval.library_documents import Batch
 
 FILE = "documents.sqlite"
 APPLICATION_ID = 0x5245544C  # "RETL", SQLite's mark of whose file it is
+IDENTITY = 1  # of ids by real path and content; a library without it has them by place (`library_identity`)
 VERSION = 2  # 1 had no analyzer: it reads words as its first version did
 OLDEST_SQLITE = (3, 51, 3)  # older ones can corrupt a WAL file that two connections write to
 
@@ -105,6 +106,7 @@ def create(
         "embedder": embedder,
         "width": width if embedder else None,
         "analyzer": analyzer.to_json(),
+        "identity": IDENTITY,
     }
     with files.locked(folder), typed_errors(path):
         connection = _connect(path)

@@ -25,6 +25,7 @@ from retro_engine.data.corpus import SUFFIXES, Document, Reader, SetAside
 from retro_engine.errors import MissingInputError, RetroError, UsageError
 from retro_engine.retrieval.library import DEFAULT, Library
 from retro_engine.retrieval.library_documents import MAX_DOCUMENT_BYTES, check_document, check_namespace
+from retro_engine.retrieval.library_identity import identified_in
 
 IMPORTS = "imports"
 BATCH_DOCUMENTS = 256
@@ -240,13 +241,14 @@ class Importer:
         for row in batch:
             try:
                 if isinstance(row, Document):
-                    check_document(row)
-                    good[row.id] = row  # the last of those with the same id
+                    (document,) = identified_in(self.library, [row], job.namespace)
+                    check_document(document)
+                    good[document.id] = document  # the last of those with the same id
                     num_good += 1
                 else:
-                    bad.append((job.number, row.source, row.reason))
+                    bad.append((job.number, self._place(job, row.source), row.reason))
             except UsageError as error:
-                bad.append((job.number, row.source, f"{error.what}: {error.why}"))
+                bad.append((job.number, self._place(job, row.source), f"{error.what}: {error.why}"))
 
         def progress(connection: apsw.Connection) -> None:
             connection.execute(
@@ -258,6 +260,11 @@ class Importer:
             connection.executemany("INSERT INTO job_errors VALUES (?, ?, ?)", told[: max(0, ERRORS_KEPT - kept)])
 
         self.library.write(job.namespace, self.library.chunker.prepare(list(good.values())), [], progress)
+
+    def _place(self, job: Job, source: str) -> str:
+        """Where a row is, for who sent it: of a stream the line, not the file in which it is kept."""
+        is_stream = Path(job.path).resolve().parent == (self.library.folder / IMPORTS).resolve()
+        return f"line {source.rpartition(':')[2]}" if is_stream else source
 
     def _end(self, number: int, state: str, reason: str) -> None:
         with self.library.locked_transaction() as connection:

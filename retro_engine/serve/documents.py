@@ -1,7 +1,6 @@
 """Documents over HTTP: list, read, add, replace, delete, import in the background, reset, search."""
 
 import asyncio
-import secrets
 import tempfile
 import unicodedata
 from typing import Any
@@ -11,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from retro_engine.data.corpus import Document
+from retro_engine.data.identity import content_id
 from retro_engine.errors import UsageError
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_import import Importer
@@ -24,7 +24,7 @@ MAX_K = 1000
 
 
 class NewDocument(Strict):
-    """A document as it is sent; without an id it gets one."""
+    """A document as it is sent; without an id it gets that of its content."""
 
     text: str
     id: str | None = None
@@ -102,7 +102,7 @@ async def add_documents(request: Request) -> Response:
             raise ApiError(
                 400, f"id {ascii(row.id)[:80]} is not in Unicode's form NFC: it would look like another's", "id"
             )
-    documents = [Document(row.id or f"doc-{secrets.token_hex(8)}", row.title, row.text) for row in rows]
+    documents = [Document(row.id or content_id(row.title, row.text), row.title, row.text) for row in rows]
     version = await asyncio.to_thread(library.add, documents)
     ids = [document.id for document in documents]
     audit(request, "documents.add", ids=ids[:20], count=len(ids))
