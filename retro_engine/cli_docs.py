@@ -58,6 +58,8 @@ def add_docs(sub: argparse.ArgumentParser) -> None:
     what = command("reset", _reset, "delete every document of the namespace")
     what.add_argument("--yes", action="store_true", required=True, help="there is no way back")
     command("vacuum", _vacuum, "give the space of what was deleted back, and make one segment of the index")
+    what = command("reread", _reread, "read the words of all documents anew, as this version does or the flags say")
+    add_reading(what)
     what = command("query", _query, "the best chunks for a text")
     what.add_argument("text", metavar="TEXT")
     what.add_argument("--k", type=int, default=5)
@@ -271,6 +273,22 @@ def _vacuum(args: argparse.Namespace) -> int:
         raise UsageError("vacuum is for a library in a folder", f"{args.library} is a server's", "run it where it lies")
     with _open_folder(args) as library:
         _print(args, {"bytes": library.vacuum(), "version": library.version})
+    return 0
+
+
+def _reread(args: argparse.Namespace) -> int:
+    from retro_engine.retrieval.analyzer import Analyzer
+    from retro_engine.retrieval.library import Library
+    from retro_engine.retrieval.library_file import set_analyzer
+
+    if _is_url(args):
+        raise UsageError(
+            "reread is for a library in a folder", f"{args.library} is a server's", "stop the server first"
+        )
+    Library(args.library).close()  # raises where there is none, or it is in use
+    set_analyzer(Path(args.library), reading(args) or Analyzer())
+    with Library(args.library) as library:
+        _print(args, {"words": library.file.analyzer.describe(), "version": library.version})
     return 0
 
 

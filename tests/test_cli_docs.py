@@ -99,3 +99,47 @@ def test_a_library_that_is_there_keeps_its_tokenizer(run: Any, small_store: Stor
     for what in ("add", "import"):
         assert "tokenizer" in run(what, library, source, "--store", str(other.folder), code=3)[1]
     run("list", library)
+
+
+def test_no_hit_says_why(run: Any, small_store: Store, tmp_path: Path) -> None:
+    library = str(tmp_path / "library")
+    (tmp_path / "a.txt").write_text("The castle and C++.")
+    run("add", library, str(tmp_path / "a.txt"), "--store", str(small_store.folder))
+    for text, why in (("to be or not to be", "stop words"), ("zebra", "none of its words"), ("?!", "no word")):
+        out, error = run("query", library, text)
+        assert out == "" and "no hit: " in error and why in error
+    assert "nor in" in run("query", library, "zebra", "--store", str(small_store.folder))[1]
+    assert json.loads(run("query", library, "zebra", "--json")[1])["text"].startswith("no hit")
+    assert run("query", library, "zebra", "--quiet") == ("", "")
+    assert run("query", library, "c++")[1] == ""
+
+
+def test_the_reading_of_a_library(run: Any, small_store: Store, tmp_path: Path) -> None:
+    library = str(tmp_path / "library")
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    made = ("--store", str(small_store.folder), "--stop-words", "none")
+    run("add", library, str(tmp_path / "a.txt"), *made)
+    assert "a.txt" in run("query", library, "to be")[0]
+    run("add", library, str(tmp_path / "a.txt"), "--stop-words", "none")
+    assert "another library" in run("add", library, str(tmp_path / "a.txt"), "--stop-words", "de", code=2)[1]
+    assert "0 stop words" in run("reread", library, "--stop-words", "none")[0]
+    assert "English" in run("reread", library)[0]
+    assert "stop words" in run("query", library, "to be")[1]
+    assert "folder" in run("add", "http://127.0.0.1:9", str(tmp_path / "a.txt"), "--stop-words", "de", code=2)[1]
+
+
+def test_one_document_by_every_spelling(
+    run: Any, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_text("river")
+    (tmp_path / "c.jsonl").write_text('{"text": "a row"}\n{"_id": "own", "text": "b"}\n{"id": true, "text": "c"}\n')
+    run("add", "library", "d", "c.jsonl", "--store", str(small_store.folder))
+    for name in (str(tmp_path / "d"), "./d/", "d/a.txt", "c.jsonl"):
+        run("add", "library", name)
+    run("import", "library", str(tmp_path / "c.jsonl"))
+    out, _ = run("list", "library", "--quiet")
+    names = [line.split("\t")[0] for line in out.splitlines()]
+    assert names[:2] == ["d/a.txt", "own"] and len(names) == 3 and names[2].startswith("row-")
+    assert "'id' is bool" in run("add", "library", "c.jsonl")[1]

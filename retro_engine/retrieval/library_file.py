@@ -128,6 +128,21 @@ def create(
         files.sync(folder)
 
 
+def set_analyzer(folder: Path, analyzer: Analyzer) -> None:
+    """Let a library that nobody has open read words in another way; its index is made again when it is opened."""
+    with files.locked(folder):
+        file = LibraryFile(folder)
+        try:
+            with file.transaction(is_write=False) as connection:
+                settings = {**file.settings, "analyzer": analyzer.to_json()}
+                marked = {**settings, "fingerprint": files.fingerprint(settings)}
+                rows = [(name, json.dumps(value)) for name, value in marked.items()]
+                connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows)
+                connection.execute(f"PRAGMA user_version = {VERSION}")
+        finally:
+            file.close()
+
+
 def _connect(path: Path) -> apsw.Connection:
     _check_side_files(path)
     connection = apsw.Connection(str(path))

@@ -1,15 +1,21 @@
 """What a library keeps: ids, texts and queries that are allowed; chunks as a store's; embedders that misbehave."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import apsw
 import numpy as np
 import pytest
 from helpers import write_corpus
 
+from retro_engine.data import files
 from retro_engine.data.corpus import Document, Reader
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.retrieval.analyzer import Analyzer
+from retro_engine.retrieval import library_file
+from retro_engine.retrieval.analyzer import Analyzer, make_analyzer
+from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import (
     MAX_DOCUMENT_BYTES,
     MAX_QUERY_CHARACTERS,
@@ -117,6 +123,21 @@ def test_cut_words() -> None:
         ("a", "b", ""),  # a decoder that does not give the same text again
         ("", "river", ""),
         ("a river", "a river", ""),
+        ("the end", "the end. Next", ""),
+        ("x C", "x C++ and", " C++"),
+        ("x C+", "x C++ and", " C++"),
+        ("node.", "node.js is", " node.js"),
+        ("a .", "a .NET", " .NET"),
+        ("中国", "中国人民", " 国人"),
+        ("中国", "中国, a", ""),
+        ("中\ufffd", "中国人民", " 中国人"),
+        ("手\ufffd", "手é x", " é"),
+        ("iPhone", "iPhone手机", ""),
+        ("गं", "गंगा के", " गंगा"),
+        ("กรุง", "กรุงเทพ", " งเ"),
+        ("เป", "เป็นเ", " เป็นเ"),
+        ("서", "서울은 대", " 서울은"),
+        ("3", "3.14", " 3.14"),
     ):
         assert cut_word(text, more) == word, (text, more)
 
@@ -150,3 +171,87 @@ def test_the_hash_embedder_gives_what_a_store_gives(small_store: Store) -> None:
     ids = np.array([small_store.tokenizer.encode(text)])
     expected = embed(ids, np.array([ids.shape[1]]))
     np.testing.assert_array_equal(HashEmbedder(small_store.tokenizer).encode(["", text])[1:], expected)
+
+
+SCRIPTS = {
+    "zh": ("黄山位于安徽省南部，是中国著名的山岳风景区。", "黄山"),
+    "ja": ("東京は日本の首都です。", "東京"),
+    "ko": ("서울은 대한민국의 수도이다.", "서울"),
+    "th": ("กรุงเทพเป็นเมืองหลวงของประเทศไทย", "ประเทศไทย"),
+    "hi": ("बनारस गंगा के किनारे बसा एक प्राचीन शहर है।", "गंगा"),
+    "nfd": ("Das Cafe\u0301 in Zu\u0308rich ist geschlossen.", "Zürich"),
+    "cpp": ("It is written in C++ and C.", "C++"),
+}
+
+
+@pytest.mark.parametrize("chunk_size", [4, 64])
+def test_words_of_every_script_are_found(tmp_path: Path, small_store: Store, chunk_size: int) -> None:
+    """Also where chunks are so short that they cut words and characters; in the delta, a segment and opened again."""
+    Library.create(tmp_path / "library", small_store.tokenizer, chunk_size)
+    with Library(tmp_path / "library") as library:
+        library.add([Document(name, "", text) for name, (text, _) in SCRIPTS.items()])
+        for _ in range(2):
+            for name, (_, query) in SCRIPTS.items():
+                assert library.search(query, 1)[0].document == name
+            library.merge()
+    with Library(tmp_path / "library") as library:
+        assert [library.search(query, 1)[0].document for _, query in SCRIPTS.values()] == list(SCRIPTS)
+
+
+def test_titles_are_searched(tmp_path: Path, small_store: Store) -> None:
+    Library.create(tmp_path / "library", small_store.tokenizer, 8)
+    text = "They lift containers from ships all day long and by night they stand still."
+    with Library(tmp_path / "library") as library:
+        library.add([Document("c", "Harbour cranes", text), Document("d", "Silos", text), Document("e", "", text)])
+        for _ in range(2):
+            hits = library.search("harbour", 100)
+            assert {hit.document for hit in hits} == {"c"}
+            assert sorted(hit.chunk for hit in hits) == list(range(library.entries()[0].chunks)), "with every chunk"
+            library.merge()
+    library_file.set_analyzer(tmp_path / "library", Analyzer())
+    with Library(tmp_path / "library") as library:
+        assert {hit.document for hit in library.search("Silos", 100)} == {"d"}, "an index made from the documents again"
+
+
+def make_first_version(folder: Path, store: Store) -> None:
+    """A library as version 1 made it."""
+    Library.create(folder, store.tokenizer, 16)
+    connection = apsw.Connection(str(folder / "documents.sqlite"))
+    rows: list[Any] = connection.execute("SELECT name, value FROM settings").fetchall()
+    settings = {name: json.loads(value) for name, value in rows if name not in ("analyzer", "identity", "fingerprint")}
+    connection.execute("DELETE FROM settings WHERE name IN ('analyzer', 'identity')")
+    mark = json.dumps(files.fingerprint(settings))
+    connection.execute("UPDATE settings SET value = ? WHERE name = 'fingerprint'", (mark,))
+    connection.execute("PRAGMA user_version = 1")
+    connection.close()
+
+
+def test_a_library_of_version_1_reads_as_it_did_until_it_is_reread(tmp_path: Path, small_store: Store) -> None:
+    folder = tmp_path / "library"
+    make_first_version(folder, small_store)
+    documents = [Document("a", "A title", "river stone"), Document("b", "", "黄山位于安徽省")]
+    with Library(folder) as library:
+        library.add(documents)
+        library.merge()
+        assert [hit.document for hit in library.search("River", 3)] == ["a"]
+        assert not library.search("黄山", 3) and not library.search("title", 3)
+        assert "reading 1" in library.statistics()["words"]
+    library_file.set_analyzer(folder, make_analyzer(stop_words="none"))
+    with Library(folder) as library:
+        assert [hit.document for hit in library.search("黄山", 3)] == ["b"]
+        assert [hit.document for hit in library.search("title", 3)] == ["a"]
+        assert library.file.analyzer == make_analyzer(stop_words="none")
+        library.verify()
+    with Library(folder) as library:
+        assert library.statistics()["notes"] == [], "made again once"
+
+
+def test_why_there_is_no_hit(tmp_path: Path, small_store: Store) -> None:
+    Library.create(tmp_path / "library", small_store.tokenizer, 16)
+    with Library(tmp_path / "library") as library:
+        assert "no document" in library.why_nothing("river")
+        library.add([Document("a", "", "river stone")])
+        assert "stop words" in library.why_nothing("to be or not to be")
+        assert "no word" in library.why_nothing("?!")
+        assert "none of its words" in library.why_nothing("falcon")
+        assert "no document" in library.why_nothing("river", "other")

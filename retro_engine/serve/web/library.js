@@ -49,7 +49,7 @@ async function search(query) {
   const found = await call("POST", "/v1/retrieve", { query, k: PAGE });
   const hits = found.data.filter((hit) => isLive(hit));
   const shown = hits.length ? make("ol", { className: "hits" }, ...hits.map((hit) => neighbor(hit, true)))
-    : make("p", { className: "hint" }, "No document has any of these words.");
+    : make("p", { className: "hint" }, found.note ?? "No document has any of these words.");
   $("doc-list").replaceChildren(shown);
   $("next-page").disabled = true;
   $("first-page").disabled = false;
@@ -101,7 +101,7 @@ async function retrieve() {
   const body = { query: $("query").value, k: Number($("query-k").value), mode: $("query-mode").value, weights };
   const found = await call("POST", "/v1/retrieve", body);
   const ms = Math.round(performance.now() - start);
-  $("query-state").textContent = `${found.data.length} chunks in ${ms} ms, version ${found.index_version}`;
+  $("query-state").textContent = `${found.data.length} chunks in ${ms} ms, version ${found.index_version}${found.note ? `: ${found.note}` : ""}`;
   $("hits").replaceChildren(...found.data.map((hit) => neighbor(hit, true)));
 }
 
