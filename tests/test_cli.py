@@ -412,6 +412,8 @@ def test_flags_of_building_that_cannot_be_used(work: Path, capsys: pytest.Captur
         ("--near-duplicates", "1.5"): 2,
         ("--k", "0"): 2,
         ("--k", "-3"): 2,
+        ("--retriever", "hash", "--stop-words", "none"): 2,
+        ("--stop-words", "englisch"): 2,
     }
     for number, (flags, code) in enumerate(wrong.items()):
         assert run("neighbors", work / "store", "--name", f"no{number}", *flags) == code, flags

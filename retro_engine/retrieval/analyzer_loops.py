@@ -97,17 +97,35 @@ def _put(out, spans, found, value, begin, end, is_word):  # type: ignore[no-unty
 
 
 @numba.njit(nogil=True, cache=True)
-def _read_words(points, place, first, end, kinds, folded, out, spans, found):  # type: ignore[no-untyped-def]
-    """Words that begin at `place` and are joined by signs: each, and where it means more, the whole."""
-    begin = place
+def _read_word(points, place, first, end, kinds, folded, out, spans, found):  # type: ignore[no-untyped-def]
+    """The word that begins at `place`, with what signs join to it."""
+    part, last, length = BASIS, place, 0
+    while last < end and kinds[points[last]] >= WORD:
+        kind = kinds[points[last]]
+        if kind != IGNORED:
+            part = _hashed(part, folded[points[last]])
+            length += kind != MARK
+        last += 1
     before = points[place - 1] if place > first else np.uint32(32)
     kind_before = kinds[points[place - 2]] if place - 1 > first else np.uint8(BREAK)
-    is_clitic = folded[before] == 39 and kind_before != BREAK  # 39 is the apostrophe: the s of it's is no word
+    is_dotted = before == 46 and kind_before == BREAK and kinds[points[place]] == WORD  # 46 is the full stop: .NET
+    kind = kinds[points[last]] if last < end else np.uint8(BREAK)
+    is_clitic = length == 1 and folded[before] == 39 and kind_before != BREAK  # 39 is the apostrophe: it's
+    if is_dotted or kind == SIGN or (kind == JOINER and last + 1 < end and kinds[points[last + 1]] >= WORD):
+        return _read_joined(points, place, end, kinds, folded, out, spans, found, is_dotted, is_clitic)
+    if part != BASIS and not is_clitic:
+        found = _put(out, spans, found, part, place, last, 1)
+    return last, found
+
+
+@numba.njit(nogil=True, cache=True)
+def _read_joined(points, place, end, kinds, folded, out, spans, found, is_dotted, is_clitic):  # type: ignore[no-untyped-def]
+    """Words that signs join: each, and where it means more, the whole. `is_clitic`: the first one is no word."""
+    begin, is_more = place - is_dotted, is_dotted
     whole = letters = BASIS
-    is_more = before == 46 and kind_before == BREAK and kinds[points[place]] == WORD  # 46 is the full stop: .NET
-    if is_more:
-        whole, begin = _hashed(whole, 46), place - 1
-    is_acronym = not is_more
+    if is_dotted:
+        whole = _hashed(whole, 46)
+    is_acronym = not is_dotted
     while True:
         part, start, length = BASIS, place, 0
         while place < end and kinds[points[place]] >= WORD:
@@ -117,7 +135,7 @@ def _read_words(points, place, first, end, kinds, folded, out, spans, found):  #
                 length += kinds[points[place]] != MARK
             place += 1
         is_acronym = is_acronym and length == 1 and kinds[points[start]] == WORD
-        if part != BASIS and not (is_clitic and length == 1):
+        if part != BASIS and not is_clitic:
             found = _put(out, spans, found, part, start, place, 1)
         if place + 1 >= end or kinds[points[place]] != JOINER or kinds[points[place + 1]] < WORD:
             break
@@ -200,7 +218,7 @@ def read(points, text_ends, kinds, folded, stop_words, is_query, has_spans):  # 
         while place < end:
             kind = kinds[points[place]]
             if kind >= WORD and kind < IGNORED:
-                place, found = _read_words(points, place, first, end, kinds, folded, out, spans, found)
+                place, found = _read_word(points, place, first, end, kinds, folded, out, spans, found)
             elif kind >= HANGUL and kind < WORD:
                 place, found = _read_run(points, place, end, kinds, folded, out, spans, found, is_query)
             else:

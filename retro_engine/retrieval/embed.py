@@ -1,6 +1,6 @@
 """Chunk -> vector: hashed n-gram random projections that need no download, and any SentenceTransformers model.
 
-Hashed: every word and pair of neighboring words of a chunk's tokens goes to a fixed random direction; a chunk is
+Hashed: every token and pair of neighboring tokens of a chunk goes to a fixed random direction; a chunk is
 the normalised sum. A model: a local folder, a hub id, or `minilm`, which the extra `offline` brings along.
 Its weights are read from safetensors only. Letters: U chunks, M tokens per row, Z embedding width.
 """

@@ -216,7 +216,7 @@ def check_analyzers(indexes: Sequence[Bm25Index]) -> None:
             raise StoreError(
                 f"{indexes[0].folder} reads words with {indexes[0].analyzer.describe()}",
                 f"{other.folder} with {other.analyzer.describe()}",
-                f"retro index {indexes[0].store.folder} {other.store.folder}, with the same --stemmer and --stop-words",
+                f"retro index {other.store.folder} with the --stemmer and --stop-words of the first",
             )
 
 

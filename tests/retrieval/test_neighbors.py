@@ -120,9 +120,11 @@ def test_near_duplicates_are_left_out(small_store: Store) -> None:
 
 def test_leaks_are_left_out_for_held_out_documents_only(small_store: Store) -> None:
     splits = "60,40,0"
-    plain = build_neighbors(small_store, [small_store], num_neighbors=4, name="p2")
+    plain = build_neighbors(small_store, [small_store], num_neighbors=4, name="p2", merge_overlaps=False)
     filters = Filters(leak_limit=0.3, splits=splits)
-    table = build_neighbors(small_store, [small_store], num_neighbors=4, name="leak", filters=filters)
+    table = build_neighbors(
+        small_store, [small_store], num_neighbors=4, name="leak", merge_overlaps=False, filters=filters
+    )
     rows = np.arange(small_store.num_rows)
     a, b = plain.ids(rows, 4), table.ids(rows, 4)
     is_heldout = np.isin(small_store.row_documents(), split_documents(small_store, splits)["valid"])
@@ -279,3 +281,17 @@ def test_held_out_copies_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["neighbors", str(store.folder), "--retriever", "hash", "--name", "again"]) == 0
     (held_out,) = split_documents(store, "98,2,0")["valid"]
     assert f"held-out documents are also among those trained on: d{held_out} d {held_out}" in capsys.readouterr().err
+
+
+def test_text_that_shares_no_word_is_not_blamed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What reads words otherwise, or needs none, is named."""
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(f'{{"text": "{" ".join(f"w{n}x{i}" for i in range(9))}"}}\n' for n in range(9)))
+    store = prepare([path], tmp_path / "s", vocab_size=300, chunk_size=128)
+    build_neighbors(store, [store], reporter=Reporter("text"))
+    said = capsys.readouterr().err
+    assert "100.0% of the chunks have no neighbor" in said
+    for word in ("script or language", "--stemmer", "--stop-words", "--retriever hash"):
+        assert word in said
+    build_neighbors(store, [store], "hash", reporter=Reporter("text"))
+    assert "--stemmer" not in capsys.readouterr().err

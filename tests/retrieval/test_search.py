@@ -9,8 +9,9 @@ from helpers import random_texts, write_corpus
 
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
-from retro_engine.errors import UsageError
-from retro_engine.retrieval.search import Building, Retriever, check_retriever
+from retro_engine.errors import StoreError, UsageError
+from retro_engine.retrieval.analyzer import Analyzer
+from retro_engine.retrieval.search import Building, Retriever, check_retriever, make_index
 
 
 def test_two_stores_score_as_one(tmp_path: Path) -> None:
@@ -90,3 +91,14 @@ def test_copies_are_found_once(tmp_path: Path) -> None:
         assert found[0].document == "a0"
         assert "b0" not in {hit.document for hit in Retriever(sides, retriever).hits(texts[1][:80], 40)}
     assert Retriever(sides).hits("falcon", 4)[0].document == "b1"
+
+
+def test_stores_whose_words_are_read_otherwise_are_not_searched_together(small_store: Store, tmp_path: Path) -> None:
+    path = write_corpus(tmp_path / "c.jsonl", 4, seed=9)
+    other = prepare([path], tmp_path / "s", str(small_store.folder), chunk_size=16)
+    make_index(other, "bm25", Building(analyzer=Analyzer(stop_words=("river",))))
+    assert (Retriever([other]).search(["river"], 1)[0] == -1).all()
+    with pytest.raises(StoreError, match="reads words with"):
+        Retriever([small_store, other])
+    make_index(other, "bm25", Building(analyzer=Analyzer()))
+    assert (Retriever([small_store, other]).search(["river"], 1)[0] >= 0).all()

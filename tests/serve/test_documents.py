@@ -288,3 +288,24 @@ def test_ids_that_look_like_others_are_refused(server: Server, identifier: str) 
         for good in ("\u00e9t\u00e9", "\u65e5\u672c", "a b", "\U0001f642"):
             assert client.post("/v1/documents", json={"id": good, "text": "amber"}).status_code == 200
             assert client.delete(f"/v1/documents/{good}").status_code == 200
+
+
+def test_what_has_no_id_is_one_document_however_often_it_comes(own: Server) -> None:
+    line = b'{"text": "a row without an id"}\nnot json\n'
+    with own.client("write") as client:
+        for _ in range(2):
+            job = client.post("/v1/documents/import", content=line).json()
+            while job["state"] == "running":
+                job = client.get(f"/v1/jobs/{job['id']}").json()
+            assert [error["source"] for error in job["errors"]] == ["line 2"]
+            (identifier,) = client.post("/v1/documents", json={"text": "a row without an id"}).json()["ids"]
+        assert [entry["id"] for entry in client.get("/v1/documents").json()["data"]] == [identifier]
+
+
+def test_a_search_without_hits_says_why(own: Server) -> None:
+    with own.client("write") as client:
+        client.post("/v1/documents", json={"id": "a", "text": "The heron."})
+        for query, why in (("to be or not to be", "stop words"), ("qqqq", "none of its words"), ("?!", "no word")):
+            answer = client.post("/v1/retrieve", json={"query": query}).json()
+            assert answer["data"] == [] and why in answer["note"]
+        assert "note" not in client.post("/v1/retrieve", json={"query": "heron"}).json()
