@@ -9,7 +9,6 @@ print(model.evaluate(data.valid))
 print(model.generate("The neighbor table", index=index).text)
 """
 
-import glob
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.errors import StoreError
 from retro_engine.evaluate.perplexity import DocumentLosses, evaluate
 from retro_engine.generate.generator import Generation, Generator, model_coding
 from retro_engine.generate.sampling import Sampling
@@ -92,21 +91,18 @@ class Corpus:
         out: str | Path | None = None,
         chunk_size: int = 64,
         tokenizer: str = "auto",
+        quiet: bool = False,
         **reading: Any,
     ) -> "Corpus":
         """Read files, folders and glob patterns into a store at `out` (None = a temporary folder).
 
-        Raises MissingInputError when nothing matches; further arguments are those of `data.prepare.prepare`.
+        What is passed over or set aside is said, and listed in the store's set_aside.jsonl. Raises MissingInputError
+        when nothing matches; further arguments are those of `data.prepare.prepare`.
         """
-        paths: list[str] = []
-        for pattern in map(str, patterns):
-            found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-            if not found:
-                raise MissingInputError(f"nothing matches {pattern}", "", "name a file, a folder or another pattern")
-            paths += found
+        reading = {"say": Reporter("quiet" if quiet else "text").say, **reading}
         temporary = tempfile.TemporaryDirectory(prefix="retro-store-") if out is None else None
         folder = Path(temporary.name) / "store" if temporary is not None else Path(str(out))
-        corpus = cls(prepare(paths, folder, tokenizer, chunk_size=chunk_size, **reading))
+        corpus = cls(prepare(patterns, folder, tokenizer, chunk_size=chunk_size, **reading))
         corpus._temporary = temporary
         return corpus
 

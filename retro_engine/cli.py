@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 bug (trace saved), 2 usage or settings, 3 input missing, cor
 """
 
 import argparse
+import io
 import json
 import os
 import re
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from retro_engine.cli_docs import with_url
     from retro_engine.train.__main__ import parse
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8 go out as the bytes that they are
     parser = _parser()
     args = parse(parser, with_url(list(sys.argv[1:] if argv is None else argv)))
     if args.command is None:
@@ -111,7 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-gate", action="store_true", help="facts: exit 0 also when the proof fails")
 
     sub = command("prepare", _prepare, "files -> tokens and chunks")
-    sub.add_argument("inputs", nargs="+", metavar="IN", help=".txt .md .jsonl[.gz|.zst], folders, - for standard input")
+    sub.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="IN",
+        help="text, HTML, JSON, TSV, CSV, Parquet, compressed or not; folders; - for standard input",
+    )
     sub.add_argument("--out", "-o", metavar="DIR", help="the store (default store/NAME of the first input)")
     sub.add_argument("--tokenizer", default="auto", help="auto trains one; or a tokenizer.json or a folder with one")
     sub.add_argument("--vocab-size", type=int, help="entries of a trained tokenizer (default by corpus size)")

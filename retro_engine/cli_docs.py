@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -42,11 +41,20 @@ def add_docs(sub: argparse.ArgumentParser) -> None:
         add_reading(what)
 
     what = command("add", _add, "add files, or replace what has their names")
-    what.add_argument("inputs", nargs="+", metavar="IN", help=".txt .md .jsonl[.gz|.zst], folders; - for one text")
+    what.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="IN",
+        help="text, HTML, JSON, TSV, CSV, Parquet, compressed or not; folders; - for one text",
+    )
     what.add_argument("--id", metavar="ID", help="of the text from standard input")
     makes(what)
-    what = command("import", _import, "add a large file of JSON lines; goes on when it was interrupted")
-    what.add_argument("input", metavar="IN", help=".jsonl[.gz|.zst], or - for standard input")
+    what = command("import", _import, "add a large file of rows; goes on when it was interrupted")
+    what.add_argument(
+        "input",
+        metavar="IN",
+        help=".jsonl .json .tsv .csv .parquet, compressed or not; - for JSON lines from standard input",
+    )
     makes(what)
     what = command("list", _list, "documents by id, and the library's counts")
     what.add_argument("--after", default="", metavar="ID", help="documents after this one")
@@ -147,16 +155,20 @@ def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Libra
 
 
 def _add(args: argparse.Namespace) -> int:
-    from retro_engine.data.corpus import Document, Reader, SetAside, find_files
+    from retro_engine.data.corpus import Document, Reader
+    from retro_engine.data.inputs import SetAside, find_files, standard_input, tell
+    from retro_engine.data.streams import read_text
     from retro_engine.retrieval.library_documents import MAX_DOCUMENT_BYTES, check_document
 
     rows: Iterator[Document | SetAside]
     if args.inputs == ["-"]:
         if args.id is None:
             raise UsageError("a text from standard input needs an id", "", "--id ID")
-        rows = iter([Document(args.id, "", sys.stdin.buffer.read().decode("utf-8", "replace"))])
+        rows = iter([Document(args.id, "", read_text(standard_input(), MAX_DOCUMENT_BYTES, "standard input"))])
     else:
-        rows = Reader(max_document_bytes=MAX_DOCUMENT_BYTES).read(find_files(args.inputs)[0])
+        paths, passed_over = find_files(args.inputs)
+        tell(passed_over, _reporter(args).say)
+        rows = Reader(max_document_bytes=MAX_DOCUMENT_BYTES).read(paths)
     num_added = num_set_aside = 0
     with _open(args) as library:
         while batch := list(islice(rows, BATCH)):
@@ -202,21 +214,23 @@ def _import_remotely(args: argparse.Namespace) -> "Job":
     import tempfile
 
     from retro_engine.data.corpus import spool_json_lines
+    from retro_engine.data.inputs import standard_input
     from retro_engine.serve.client import RemoteLibrary
 
     _refuse_folder_flags(args)
     with tempfile.TemporaryFile() as file, RemoteLibrary(args.library) as remote:
         if args.input != "-":
             spool_json_lines(Path(args.input), file)
-        *_, job = remote.import_rows(sys.stdin.buffer if args.input == "-" else file, args.namespace)
+        *_, job = remote.import_rows(standard_input() if args.input == "-" else file, args.namespace)
     return job
 
 
 def _import_here(args: argparse.Namespace) -> "Job":
+    from retro_engine.data.inputs import standard_input
     from retro_engine.retrieval.library_import import Importer
 
     with _open_folder(args) as library, Importer(library) as importer:
-        number = importer.start(sys.stdin.buffer if args.input == "-" else args.input, args.namespace)
+        number = importer.start(standard_input() if args.input == "-" else args.input, args.namespace)
         return _follow(importer, number, _reporter(args))
 
 

@@ -128,8 +128,9 @@ def add_task_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--questions",
         metavar="FILE",
-        help="exact match and F1 on JSON lines; --modes of retrieved,gold,random,off,prompt",
+        help="exact match and F1 on questions (JSON, TSV, Parquet); --modes of retrieved,gold,random,off,prompt",
     )
+    sub.add_argument("--strict", action="store_true", help="questions: stop at the first row that cannot be used")
     sub.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas between them")
     sub.add_argument("--lm-eval-path", metavar="DIR", help="task files of yours")
     sub.add_argument(
@@ -173,8 +174,8 @@ def _eval_questions(args: argparse.Namespace, checkpoint: Path, retro: "Retro") 
     for mode in modes:
         if mode not in MODES:
             raise UsageError(f"mode {mode!r} does not exist", "", f"one of {', '.join(MODES)}")
-    questions = _open_questions(args, checkpoint, retro)
     reporter = Reporter("json" if args.json else "quiet" if args.quiet else "text")
+    questions = _open_questions(args, checkpoint, retro, reporter.say)
     if questions.num_left_out:
         reporter.say(f"{questions.num_left_out} questions are longer than the model's sequences: left out")
     results = {}
@@ -186,9 +187,12 @@ def _eval_questions(args: argparse.Namespace, checkpoint: Path, retro: "Retro") 
     return results
 
 
-def _open_questions(args: argparse.Namespace, checkpoint: Path, retro: "Retro") -> "Questions":
+def _open_questions(
+    args: argparse.Namespace, checkpoint: Path, retro: "Retro", say: Callable[[str], None]
+) -> "Questions":
     from retro_engine.config import DataConfig
-    from retro_engine.data.questions import Questions, read_questions
+    from retro_engine.data.question_files import load_questions, tell_bad
+    from retro_engine.data.questions import Questions
     from retro_engine.data.store import Store
     from retro_engine.train.checkpoint import read_coding
     from retro_engine.train.loop import question_search, run_config
@@ -204,10 +208,12 @@ def _open_questions(args: argparse.Namespace, checkpoint: Path, retro: "Retro") 
     stores = [Store(path) for path in (args.index or [str(data.store)])]
     read_coding(checkpoint, stores[0].chunk_size).check(*(store.coding for store in stores))
     config = retro.model.config
-    rows = read_questions(args.questions, data.question_template)
+    rows, bad = load_questions(args.questions, data.question_template)
+    tell_bad(rows, bad, args.questions, None if args.strict else say)
     search = question_search(stores, args.retriever, config.r)
     length = config.encoder_seq_length
-    return Questions(rows, stores[0], args.questions, length, config.num_neighbors, config.r, "data", search)
+    K, r = config.num_neighbors, config.r
+    return Questions(rows, stores[0], args.questions, length, K, r, "data", search, num_set_aside=len(bad))
 
 
 def _eval_lm(args: argparse.Namespace, checkpoint: Path, retro: "Retro") -> dict[str, dict[str, Any]]:

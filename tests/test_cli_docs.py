@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,26 @@ def test_one_document_by_every_spelling(
     names = [line.split("\t")[0] for line in out.splitlines()]
     assert names[:2] == ["d/a.txt", "own"] and len(names) == 3 and names[2].startswith("row-")
     assert "'id' is bool" in run("add", "library", "c.jsonl")[1]
+
+
+def test_what_is_passed_over_is_named(
+    run: Any, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it: no file lists the rest. A FIFO is not waited for, and text that is not UTF-8 is not changed silently."""
+    library, folder = str(tmp_path / "library"), tmp_path / "in"
+    folder.mkdir()
+    for name in [f"{number}.png" for number in range(25)] + ["A.MD", "b.csv"]:
+        (folder / name).write_text("id,text\n1,words")
+    os.mkfifo(folder / "f.jsonl")
+    out, error = run("add", library, str(folder), "--store", str(small_store.folder))
+    assert "added: 2" in out
+    assert error.count("of an unknown kind") == 25
+    assert f"passed over: {folder}/f.jsonl: a FIFO, not a file" in error
+    for command in ("add", "import"):
+        assert "is a FIFO" in run(command, library, str(folder / "f.jsonl"), code=3)[1]
+    assert json.loads(run("import", library, str(folder / "b.csv"), "--json")[0])["added"] == 1
+    monkeypatch.setattr("sys.stdin", type("Stdin", (), {"buffer": io.BytesIO(b"caf\xe9")}))
+    assert "not UTF-8 at byte 3" in run("add", library, "-", "--id", "x", code=3)[1]
+    with open("/dev/zero") as endless:
+        monkeypatch.setattr("sys.stdin", endless)
+        assert "is a device" in run("import", library, "-", code=3)[1]

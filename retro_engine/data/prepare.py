@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from retro_engine.data import corpus, files, store
-from retro_engine.data.corpus import Document, Reader, SetAside
+from retro_engine.data.corpus import Document, Reader
+from retro_engine.data.inputs import KNOWN, SetAside, find_files, shown, tell
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer, auto_vocab_size
 from retro_engine.errors import MissingInputError, StoreError
@@ -39,22 +40,17 @@ def prepare(
     Raises MissingInputError, UsageError or StoreError; with `is_strict` also for the first row set aside.
     """
     reader = reader or Reader()
-    paths: list[Path] = []
     has_stdin = "-" in map(str, inputs)
-    for given in inputs:
-        if str(given) == "-":
-            continue
-        found, passed_over = corpus.find_files([given])
-        paths += found
-        if passed_over:
-            say(f"{len(passed_over)} files of other kinds passed over, the first {passed_over[0]}")
+    paths, passed_over = find_files([given for given in inputs if str(given) != "-"])
+    tell(passed_over, say, f"{shown(out)}/{store.SET_ASIDE_FILE}")
+    for row in passed_over:
+        _refuse_if_strict(row, is_strict)
     if not paths and not has_stdin:
-        names = ", ".join(map(str, inputs))
-        raise MissingInputError(f"no input in {names}", f"known kinds: {', '.join(corpus.SUFFIXES)}")
+        raise MissingInputError(f"no input in {', '.join(map(shown, inputs))}", KNOWN)
     trained = None if tokenizer == "auto" else Tokenizer.load(tokenizer)
     with files.locked(out):
         store.refuse_published(out)
-        spooled = corpus.spool_standard_input(out) if has_stdin else None
+        spooled = corpus.spool_standard_input(out, reader.max_document_bytes) if has_stdin else None
         try:
             if spooled is not None:
                 paths.append(spooled)
@@ -63,13 +59,15 @@ def prepare(
             writer = StoreWriter(out, chosen, chunk_size, store.SHARD_ROWS, inputs)
             if writer.counts["documents"]:
                 say(f"{writer.counts['documents']:,} documents are in finished shards already")
+            for row in passed_over:
+                writer.pass_over(row)
             _fill(writer, reader.read(paths), is_strict)
             made = writer.close()
         finally:
             if spooled is not None:
                 spooled.unlink(missing_ok=True)
     if made.counts["set_aside"]:
-        say(f"{made.counts['set_aside']} rows set aside, listed in {out}/set_aside.jsonl")
+        say(f"{made.counts['set_aside']} rows set aside, listed in {shown(out)}/{store.SET_ASIDE_FILE}")
     copies = made.num_documents - len(np.unique(made.contents))
     if copies:
         say(
@@ -180,5 +178,5 @@ def _train_tokenizer(
 
 
 def _refuse_if_strict(row: SetAside, is_strict: bool) -> None:
-    if is_strict:
+    if is_strict and row.is_fault:
         raise StoreError(f"{row.source}: {row.reason}", "--strict stops at the first row that cannot be used")

@@ -1,111 +1,24 @@
-"""Questions with answers, and the batches made of them: the loss is on the answer, neighbors act from the prompt's end on.
+"""Questions with answers as batches: the loss is on the answer, neighbors act from the prompt's end on.
 
-Reads JSON lines: {"question", "answer" or "answers", and "neighbors" (texts) or "documents" (ids of the store)}, or
-{"messages": [{"role", "content"}, ...]} whose last is the assistant's; NeMo's "ctxs" are neighbors, SQuAD's "passage" is a
-document. A sequence is one question: the prompt, padded on the left to whole chunks, then the answer and the end of
-document. Letters: B questions, N tokens, M chunk length, L chunks, K neighbors, R tokens per neighbor.
+A sequence is one question: the prompt, padded on the left to whole chunks, then the answer and the end of document.
+Letters: B questions, N tokens, M chunk length, L chunks, K neighbors, R tokens per neighbor.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from retro_engine.data import files
 from retro_engine.data.batches import Batch, deal
+from retro_engine.data.question_files import Question as Question
+from retro_engine.data.question_files import read_questions as read_questions
 from retro_engine.data.store import Store
-from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.errors import StoreError, UsageError
 
-TEMPLATE = "question: {question}\nanswer:"  # NeMo's
 SOURCES = ("data", "retrieval", "both")
 MODES = ("on", "off", "random", "gold", "retrieved")
 Search = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]  # texts, k -> tokens [q, k, R], lengths [q, k]
-
-
-@dataclass(frozen=True)
-class Question:
-    """One row: the prompt as the model reads it, what retrieval asks with, and what the row says."""
-
-    id: str
-    prompt: str
-    query: str
-    answers: tuple[str, ...]
-    neighbors: tuple[str, ...]
-    documents: tuple[str, ...]
-    line: int
-
-
-def read_questions(path: str | Path, template: str = TEMPLATE) -> list[Question]:
-    """Raises StoreError naming file and line of a row that lacks something."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise StoreError(f"{path} is not UTF-8", str(error)) from error
-    except OSError as error:
-        raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
-    found = [
-        _question(line, f"{path}:{number}", number, template) for number, line in enumerate(lines, 1) if line.strip()
-    ]
-    if not found:
-        raise MissingInputError(f"{path} has no questions", "expected a JSON object a line")
-    return found
-
-
-def _question(line: str, where: str, number: int, template: str) -> Question:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise StoreError(f"{where} is not JSON", str(error)) from error
-    if not isinstance(row, dict):
-        raise StoreError(f"{where} is not an object", f"it is a {type(row).__name__}")
-    if "messages" in row:
-        prompt, query, answers = _of_messages(row["messages"], where)
-    else:
-        query = _text(row, "question", where)
-        prompt = template.replace("{question}", query)
-        key = "answers" if "answers" in row else "answer"
-        answers = _texts([row[key]] if key == "answer" and key in row else row.get(key), key, where)
-        if not answers:
-            raise StoreError(f"{where} has no answer", 'expected "answer", or "answers" with at least one')
-    neighbors = _texts(row.get("neighbors", row.get("ctxs", [])), "neighbors", where)
-    named = row.get("documents", [row["passage"]] if "passage" in row else [])
-    return Question(
-        str(row.get("id", number)), prompt, query, answers, neighbors, _texts(named, "documents", where), number
-    )
-
-
-def _of_messages(messages: Any, where: str) -> tuple[str, str, tuple[str, ...]]:
-    if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(m, dict) for m in messages):
-        raise StoreError(f"{where}: messages cannot be read", "expected two or more objects with role and content")
-    parts = [(_text(m, "role", where), _text(m, "content", where)) for m in messages]
-    if parts[-1][0] != "assistant":
-        raise StoreError(
-            f"{where}: the last message is the {parts[-1][0]}'s", "the assistant's answer is what is learned"
-        )
-    prompt = "".join(f"{role}: {content}\n" for role, content in parts[:-1]) + "assistant:"
-    asked = [content for role, content in parts[:-1] if role == "user"]
-    return prompt, asked[-1] if asked else prompt, (parts[-1][1],)
-
-
-def _text(row: dict[str, Any], key: str, where: str) -> str:
-    if key not in row:
-        raise StoreError(f"{where} has no {key}", f"expected a text under {key!r}")
-    value = row[key]
-    if not isinstance(value, str) or not value.strip():
-        raise StoreError(f"{where}: {key} is no text", f"it is {str(value)[:60]!r}")
-    return value.strip()
-
-
-def _texts(values: Any, key: str, where: str) -> tuple[str, ...]:
-    if values is None:
-        values = []
-    if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
-        raise StoreError(f"{where}: {key} are no texts", f"it is {str(values)[:60]!r}")
-    return tuple(value.strip() for value in values)
 
 
 class Questions:
@@ -125,8 +38,10 @@ class Questions:
         retrieved_length: int,
         source: str = "data",
         search: Search | None = None,
+        num_set_aside: int = 0,
     ):
-        """`store` has the tokenizer and the documents that rows name, `search` retrieves.
+        """`store` has the tokenizer and the documents that rows name, `search` retrieves; `num_set_aside` is what their
+        file holds besides.
 
         Questions of more than `sequence_length` tokens are left out (`num_left_out`). Raises StoreError naming the line
         of a document that is not there, UsageError where neighbors are to be retrieved and nothing can be searched.
@@ -137,6 +52,7 @@ class Questions:
             raise UsageError(f"question_neighbors={source} cannot be used", "there is nothing to retrieve from")
         self.store, self.source, self.search, self.sequence_length = store, source, search, sequence_length
         self.K, self.R, self.M = num_neighbors, retrieved_length, store.chunk_size
+        self.num_set_aside = num_set_aside
         tokenizer = store.tokenizer
         prompts = tokenizer.encode_batch([question.prompt for question in questions])
         answers = tokenizer.encode_batch([f" {question.answers[0]}" for question in questions])

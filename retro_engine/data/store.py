@@ -18,8 +18,9 @@ import numpy as np
 from retro_engine.data import files
 from retro_engine.data.coding import Coding
 from retro_engine.data.contents import content_mark
-from retro_engine.data.corpus import Document, SetAside
+from retro_engine.data.corpus import Document
 from retro_engine.data.files import ArrayFile
+from retro_engine.data.inputs import SetAside
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
@@ -89,6 +90,10 @@ class StoreWriter:
     def set_aside(self, row: SetAside) -> None:
         """Note a row that is not used."""
         self.counts["set_aside"] += 1
+        self.pass_over(row)
+
+    def pass_over(self, row: SetAside) -> None:
+        """Note a file that is not read; it is listed, but no row that is counted."""
         self._set_aside.append(json.dumps({"source": row.source, "reason": row.reason}) + "\n")
 
     def close(self) -> "Store":

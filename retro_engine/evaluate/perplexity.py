@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retro_engine.data.batches import Batch, Sequences
+from retro_engine.data.inputs import open_file, shown
 from retro_engine.data.questions import Questions
+from retro_engine.data.streams import read_text
 from retro_engine.errors import MissingInputError
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.overlap import drop_leaks
@@ -25,6 +27,7 @@ from retro_engine.retrieval.overlap import drop_leaks
 BOOTSTRAP_DRAWS = 1000
 MIN_UNITS = 5  # fewer documents or entities make no interval
 CONFIDENCE = 0.95
+MAX_TEXT_BYTES = 1 << 32  # of a share whose words are counted
 
 
 @dataclass
@@ -69,10 +72,8 @@ class DocumentLosses:
 
 def count_words(path: Path) -> int:
     """Words of a text as WikiText-103's papers count them: what stands between spaces, and one end a line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MissingInputError(f"{path} cannot be read", str(error), "--words FILE") from error
+    with open_file(path) as file:
+        text = read_text(file, MAX_TEXT_BYTES, shown(path))
     words = len(text.split()) + text.count("\n")
     if not words:
         raise MissingInputError(f"{path} has no words", "", "--words FILE")

@@ -55,9 +55,15 @@ class Answers:
     texts: list[str]
     exact: np.ndarray
     f1: np.ndarray
+    set_aside: int = 0  # rows of the file that cannot be used
+    left_out: int = 0  # questions longer than the model's sequences
 
     def summary(self) -> dict[str, Any]:
-        result: dict[str, Any] = {"questions": len(self.texts)}
+        result: dict[str, Any] = {
+            "questions": len(self.texts),
+            "set_aside": self.set_aside,
+            "left_out": self.left_out,
+        }
         for name, values in (("exact_match", self.exact), ("f1", self.f1)):
             low, high = bootstrap(lambda draw, values=values: values[draw].mean(), len(values))  # type: ignore[misc]
             result[name] = float(values.mean())
@@ -96,13 +102,14 @@ def answer_questions(
         asked = [prompts[number] for number in group]
         ids = decode(model, asked, neighbors, lengths, max_new_tokens, [tokenizer.eod_id], tokenizer.pad_id)
         for number, answer in zip(group, tokenizer.decode_batch(ids)):
-            texts[number] = (answer.strip().splitlines() or [""])[0]
+            texts[number] = answer.strip().split("\n", 1)[0].strip()  # no other sign ends a line
         advance(len(group))
         place += len(group)
     said = [texts[int(number)] for number in numbers]
     right = [questions.questions[number].answers for number in numbers]
     exact = np.array([exact_match(answer, of) for answer, of in zip(said, right)])
-    return Answers(said, exact, np.array([f1(answer, of) for answer, of in zip(said, right)]))
+    words = np.array([f1(answer, of) for answer, of in zip(said, right)])
+    return Answers(said, exact, words, questions.num_set_aside, questions.num_left_out)
 
 
 def _with_passages(questions: Questions, number: int) -> list[int]:

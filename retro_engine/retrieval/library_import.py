@@ -21,7 +21,8 @@ from typing import IO, Any
 import apsw
 
 from retro_engine.data import files
-from retro_engine.data.corpus import SUFFIXES, Document, Reader, SetAside
+from retro_engine.data.corpus import Document, Reader
+from retro_engine.data.inputs import ROW_KINDS, SetAside, check_file, kind_of, shown
 from retro_engine.errors import MissingInputError, RetroError, UsageError
 from retro_engine.retrieval.library import DEFAULT, Library
 from retro_engine.retrieval.library_documents import MAX_DOCUMENT_BYTES, check_document, check_namespace
@@ -88,10 +89,9 @@ class Importer:
         """
         check_namespace(namespace)
         path = Path(source).resolve() if isinstance(source, str | Path) else self._keep(source)
-        if not path.name.endswith(SUFFIXES[2:]):
-            raise UsageError(
-                f"{path} is of an unknown kind", f"known: {', '.join(SUFFIXES[2:])}", "rename or convert it"
-            )
+        if kind_of(path) not in ROW_KINDS:
+            known = f"known: {', '.join(ROW_KINDS)}, compressed or not"
+            raise UsageError(f"{shown(path)} is of an unknown kind", known, "rename or convert it")
         size, modified = _state_of(path)
         place = self._place(path)
         rows = self.library.read(
@@ -246,9 +246,9 @@ class Importer:
                     good[document.id] = document  # the last of those with the same id
                     num_good += 1
                 else:
-                    bad.append((job.number, self._place(job, row.source), row.reason))
+                    bad.append((job.number, self._sender_place(job, row.source), row.reason))
             except UsageError as error:
-                bad.append((job.number, self._place(job, row.source), f"{error.what}: {error.why}"))
+                bad.append((job.number, self._sender_place(job, row.source), f"{error.what}: {error.why}"))
 
         def progress(connection: apsw.Connection) -> None:
             connection.execute(
@@ -261,7 +261,7 @@ class Importer:
 
         self.library.write(job.namespace, self.library.chunker.prepare(list(good.values())), [], progress)
 
-    def _place(self, job: Job, source: str) -> str:
+    def _sender_place(self, job: Job, source: str) -> str:
         """Where a row is, for who sent it: of a stream the line, not the file in which it is kept."""
         is_stream = Path(job.path).resolve().parent == (self.library.folder / IMPORTS).resolve()
         return f"line {source.rpartition(':')[2]}" if is_stream else source
@@ -286,11 +286,5 @@ def _batches(rows: Iterator[Document | SetAside]) -> Iterator[list[Document | Se
 
 def _state_of(path: Path) -> tuple[int, int]:
     """Size and time of change: a file with the same is taken to be the same."""
-    try:
-        with files.open_file(path) as file:
-            found = os.fstat(file.fileno())
-            return found.st_size, found.st_mtime_ns
-    except FileNotFoundError as error:
-        raise MissingInputError(f"{path} does not exist", "", "name a file that does") from error
-    except OSError as error:
-        raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
+    found = check_file(path)
+    return found.st_size, found.st_mtime_ns

@@ -70,9 +70,10 @@ class TrainingData:
     warning: str | None = None  # held-out documents that are trained on too
 
 
-def open_data(config: Config) -> TrainingData:
+def open_data(config: Config, say: Callable[[str], None] | None = None) -> TrainingData:
     """The sequences to train and to validate on; which tables were found is written into `config`.
 
+    `say` is told which questions cannot be used (None = standard error is).
     Raises UsageError or StoreError for data that do not fit.
     """
     m, data = config.model, config.model.data
@@ -85,7 +86,7 @@ def open_data(config: Config) -> TrainingData:
     store = Store(data.store)
     _check_store(config, store)
     if data.questions is not None:
-        return _open_questions(config, store)
+        return _open_questions(config, store, say or Reporter().say)
     table = NeighborTable(find_table(store, data.neighbors), store) if m.retrieval else None
     if table is not None:  # so that the run keeps it when there are more tables later
         data.neighbors = table_name(table)
@@ -123,14 +124,14 @@ def open_data(config: Config) -> TrainingData:
     return TrainingData(train, valid, store, fingerprints, warning)
 
 
-def _open_questions(config: Config, store: Store) -> TrainingData:
+def _open_questions(config: Config, store: Store, say: Callable[[str], None]) -> TrainingData:
     m, data = config.model, config.model.data
     if data.self_neighbor_steps:
         raise UsageError("model.data.self_neighbor_steps cannot be used", "questions have neighbors of their own")
     search = question_search([store], data.question_retriever, m.r) if data.question_neighbors != "data" else None
 
     def opened(path: str) -> Questions:
-        rows = read_questions(path, data.question_template)
+        rows = read_questions(path, data.question_template, say)
         length = m.encoder_seq_length
         return Questions(rows, store, path, length, m.num_neighbors, m.r, data.question_neighbors, search)
 
@@ -416,7 +417,7 @@ def train(config: Config, reporter: Reporter | None = None, resume: str = "auto"
     source = retrofit.inherit(config)
     parallel = Parallel(config)
     try:
-        data = open_data(config)
+        data = open_data(config, (reporter if parallel.is_main else Reporter("quiet")).say)
         if source is not None:
             retrofit.check_tokenizer(source, data.store)
         config.model.vocab_size = config.model.vocab_size or data.store.vocab_size

@@ -31,9 +31,36 @@ def test_rows_set_aside_are_listed_and_the_rest_is_kept(tmp_path: Path) -> None:
     listed = [json.loads(line) for line in (tmp_path / "s" / "set_aside.jsonl").read_text().splitlines()]
     assert [row["source"] for row in listed] == [f"{source}:{i}" for i in (6, 7, 8)]
     assert "3 rows set aside" in said[-1]
+    assert store.counts["set_aside"] == 3
     with pytest.raises(StoreError, match=r"c.jsonl:6: no key 'text'"):
         prepare([source], tmp_path / "t", vocab_size=300, is_strict=True)
     assert not (tmp_path / "t" / "manifest.json").exists()
+
+
+def test_files_passed_over_are_said_and_listed_but_no_rows(tmp_path: Path) -> None:
+    """Whatever their names are made of; a stray file does not change the store, and only a fault stops --strict."""
+    import os
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in (b"caf\xe9.txt", b"notes.pdf", b".hidden"):
+        with open(os.fsencode(folder) + b"/" + name, "w") as file:
+            file.write("words of a text")
+    said: list[str] = []
+    store = prepare([folder], tmp_path / "s", vocab_size=300, say=said.append, is_strict=True)
+    assert store.name(0) == (f"{folder}/caf\\xe9.txt", "caf\\xe9")
+    assert said[:3] == [
+        f"passed over: {folder}/.hidden: hidden: its name starts with a dot",
+        f"passed over: {folder}/notes.pdf: of an unknown kind",
+        f"2 passed over, listed in {tmp_path}/s/set_aside.jsonl",
+    ]
+    listed = [json.loads(line) for line in (tmp_path / "s" / "set_aside.jsonl").read_text().split("\n")[:-1]]
+    assert [row["reason"] for row in listed] == ["hidden: its name starts with a dot", "of an unknown kind"]
+    assert store.counts["set_aside"] == 0
+    (folder / "gone.txt").symlink_to("nowhere")
+    assert prepare([folder], tmp_path / "t", vocab_size=300).fingerprint == store.fingerprint
+    with pytest.raises(StoreError, match=r"gone.txt: a link to nothing"):
+        prepare([folder], tmp_path / "u", vocab_size=300, is_strict=True)
 
 
 def test_nothing_usable(tmp_path: Path) -> None:

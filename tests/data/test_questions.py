@@ -9,69 +9,12 @@ import pytest
 
 from retro_engine.data.questions import Question, Questions, read_questions
 from retro_engine.data.store import Store
-from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.errors import StoreError, UsageError
 
 
 def write(path: Path, *rows: Any) -> Path:
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
     return path
-
-
-def test_the_forms_of_a_row(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "q.jsonl",
-        {"question": "Who built it?", "answer": "Adelheid", "neighbors": ["Adelheid built it."]},
-        {"id": "x", "question": "When? ", "answers": ["1302", "in 1302"], "documents": ["d1", "d2"]},
-        "",
-        {"question": "Where?", "answers": ["here"], "passage": "d3", "ctxs": ["a"]},
-        {"messages": [
-            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"},
-            {"role": "assistant", "content": "I."}, {"role": "user", "content": "Which tower?"},
-            {"role": "assistant", "content": "The north one."}], "neighbors": ["It is the north tower."]},
-    )  # fmt: skip
-    one, two, three, four = read_questions(path)
-    assert one == Question(
-        "1", "question: Who built it?\nanswer:", "Who built it?", ("Adelheid",), ("Adelheid built it.",), (), 1
-    )
-    assert (two.id, two.prompt, two.answers) == ("x", "question: When?\nanswer:", ("1302", "in 1302"))
-    assert two.documents == ("d1", "d2")
-    assert (three.documents, three.neighbors, three.line) == (("d3",), ("a",), 4)
-    assert four.prompt == "system: Be brief.\nuser: Who?\nassistant: I.\nuser: Which tower?\nassistant:"
-    assert (four.query, four.answers) == ("Which tower?", ("The north one.",))
-    assert read_questions(path, "Q {question} A")[0].prompt == "Q Who built it? A"
-
-
-GOOD = {"question": "Who?", "answer": "I"}
-
-
-@pytest.mark.parametrize(("row", "message"), [
-    ({"answer": "I"}, "q.jsonl:2 has no question"),
-    ({"question": "Who?"}, "q.jsonl:2 has no answer"),
-    ({"question": "Who?", "answers": []}, "q.jsonl:2 has no answer"),
-    ({"question": "", "answer": "I"}, "q.jsonl:2: question is no text"),
-    ({"question": 3, "answer": "I"}, "q.jsonl:2: question is no text"),
-    ({"question": "Who?", "answer": None}, "q.jsonl:2: answer are no texts"),
-    (GOOD | {"neighbors": "one"}, "q.jsonl:2: neighbors are no texts"),
-    (GOOD | {"documents": [3]}, "q.jsonl:2: documents are no texts"),
-    ("{", "q.jsonl:2 is not JSON"),
-    ([1], "q.jsonl:2 is not an object"),
-    ({"messages": [{"role": "user", "content": "x"}]}, "q.jsonl:2: messages cannot be read"),
-    ({"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}, "q.jsonl:2: the last message is the user's"),
-    ({"messages": [{"role": "user"}, {"role": "assistant", "content": "y"}]}, "q.jsonl:2 has no content"),
-])  # fmt: skip
-def test_rows_that_lack_something(tmp_path: Path, row: Any, message: str) -> None:
-    with pytest.raises(StoreError, match=message):
-        read_questions(write(tmp_path / "q.jsonl", GOOD, row))
-
-
-def test_files_that_hold_nothing(tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match="cannot be read"):
-        read_questions(tmp_path / "gone.jsonl")
-    with pytest.raises(MissingInputError, match="has no questions"):
-        read_questions(write(tmp_path / "q.jsonl", ""))
-    (tmp_path / "q.jsonl").write_bytes(b"\xff\n")
-    with pytest.raises(StoreError, match="not UTF-8"):
-        read_questions(tmp_path / "q.jsonl")
 
 
 @pytest.fixture(scope="module")

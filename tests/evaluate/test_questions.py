@@ -74,6 +74,14 @@ def test_tuning_on_questions_is_seen_in_the_score(
     assert cli.main(["report", str(run), "--share", "train"]) == 2, "the report is on text"
     (tmp_path / "bad.jsonl").write_text('{"question": "x"}')
     assert cli.main([*asked[:3], str(tmp_path / "bad.jsonl")]) == 3
+    (tmp_path / "bad.jsonl").write_text('{"question": "x"}\n\ufeff' + json.dumps(rows[0]) + "\n")
+    asked = [*asked[:3], str(tmp_path / "bad.jsonl"), "--modes", "off"]
+    capsys.readouterr()
+    assert cli.main([*asked, "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert (json.loads(out)["off"]["questions"], json.loads(out)["off"]["set_aside"]) == (1, 1)
+    assert "bad.jsonl:1: no answer" in error
+    assert cli.main([*asked, "--strict"]) == 3
     assert cli.main([*command, "model.data.self_neighbor_steps=2"]) == 2
 
 

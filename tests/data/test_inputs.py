@@ -1,0 +1,162 @@
+"""Finding files: what is read once, and what is passed over with which reason; nothing is passed over without a word."""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from retro_engine.data.inputs import (
+    check_file,
+    find_files,
+    kind_of,
+    open_file,
+    read_bounded,
+    shown,
+    standard_input,
+    tell,
+)
+from retro_engine.errors import MissingInputError, UsageError
+
+
+def found(*inputs: Path) -> tuple[list[str], dict[str, str]]:
+    files, passed_over = find_files(inputs)
+    return [path.name for path in files], {Path(row.source).name: row.reason for row in passed_over}
+
+
+def test_everything_in_a_folder_is_read_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "B.TXT", "c.JSONL.GZ", "d.pdf", ".hidden.txt", "e.parquet.gz", "locked.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "z.html").write_text("x")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    os.mkfifo(tmp_path / "f.txt")
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("s.txt")
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked.txt" and real(path, mode))
+    names, reasons = found(tmp_path)
+    assert names == ["B.TXT", "a.txt", "c.JSONL.GZ", "z.html"]
+    assert reasons == {
+        ".git": "hidden: its name starts with a dot",
+        ".hidden.txt": "hidden: its name starts with a dot",
+        "d.pdf": "of an unknown kind",
+        "e.parquet.gz": "of an unknown kind",
+        "f.txt": "a FIFO, not a file",
+        "gone.txt": "a link to nothing",
+        "locked.txt": "it cannot be read: permission denied",
+        "loop.txt": "Too many levels of symbolic links",
+        "s.txt": "a socket, not a file",
+    }
+    faults = {Path(row.source).name for row in find_files([tmp_path])[1] if row.is_fault}
+    assert faults == {"f.txt", "gone.txt", "locked.txt", "loop.txt", "s.txt"}, "these stop --strict"
+
+
+def test_links_are_followed_and_everything_is_read_once(tmp_path: Path) -> None:
+    real, top = tmp_path / "real", tmp_path / "top"
+    real.mkdir()
+    top.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (real / name).write_text("x")
+    (top / "part").symlink_to(real)
+    (top / "part2").symlink_to(real)
+    (top / "again").symlink_to(top)
+    (top / "c.txt").symlink_to(real / "a.txt")
+    (top / "hard.txt").hardlink_to(real / "b.txt")
+    names, reasons = found(top)
+    assert names == ["c.txt", "hard.txt"], "files come before folders, and are read once"
+    assert reasons == {
+        "again": f"the same folder as {top}",
+        "a.txt": f"the same file as {top}/c.txt",
+        "b.txt": f"the same file as {top}/hard.txt",
+        "part2": f"the same folder as {top}/part",
+    }
+    assert found(real, real, real / "a.txt")[0] == ["a.txt", "b.txt"]
+
+
+def test_folders_deeper_than_the_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1100):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("a.txt").write_text("x")
+    os.chdir(tmp_path)
+    try:
+        assert found(Path("d"))[0] == ["a.txt"]
+    finally:
+        subprocess.run(["rm", "-r", "d"], check=True)  # shutil.rmtree, which pytest uses, ends with a RecursionError
+
+
+def test_names_are_printable_text(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path)
+    for name in (b"caf\xe9.txt", b"a\nb.txt", b"\xff.bin", "Zürich 黄山\u3000.txt".encode()):
+        with open(folder + b"/" + name, "w") as file:
+            file.write("x")
+    files, passed_over = find_files([tmp_path])
+    names = [shown(path) for path in files]
+    assert sorted(names) == sorted(f"{tmp_path}/{n}" for n in ("a\\nb.txt", "Zürich 黄山\u3000.txt", "caf\\xe9.txt"))
+    assert passed_over[0].source == f"{tmp_path}/\\xff.bin"
+
+
+def test_patterns_and_named_files(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a.txt", "sub/b.txt", "sub/c.docx", "[x].txt"):
+        (tmp_path / name).write_text("x")
+    assert found(tmp_path / "**" / "*")[0] == ["[x].txt", "a.txt", "b.txt"]
+    assert found(tmp_path / "**" / "*")[1]["c.docx"] == "of an unknown kind"
+    assert found(tmp_path / "[x].txt")[0] == ["[x].txt"], "a name that is there is no pattern"
+    with pytest.raises(MissingInputError, match="nothing matches"):
+        found(tmp_path / "*.md")
+    with pytest.raises(MissingInputError, match=r"no.txt does not exist"):
+        found(tmp_path / "no.txt")
+    with pytest.raises(UsageError, match="unknown kind"):
+        found(tmp_path / "sub" / "c.docx")
+
+
+def test_what_has_no_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "f.txt")
+    for path, what in ((tmp_path / "f.txt", "a FIFO"), (Path("/dev/zero"), "a device"), (tmp_path, "a folder")):
+        for function in (check_file, open_file, lambda path: read_bounded(path, 10)):
+            with pytest.raises(MissingInputError, match=f"is {what}"):
+                function(path)
+    (tmp_path / "a.txt").write_text("x" * 11)
+    with pytest.raises(UsageError, match="larger than 10 bytes"):
+        read_bounded(tmp_path / "a.txt", 10)
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(MissingInputError, match="no standard input"):
+        standard_input()
+    with open("/dev/null") as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        assert standard_input().read() == b""
+
+
+def test_many_are_named_or_listed(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number:02d}.png").write_text("x")
+    passed_over = find_files([tmp_path])[1]
+    said: list[str] = []
+    tell(passed_over, said.append)
+    assert said == [f"passed over: {tmp_path}/{number:02d}.png: of an unknown kind" for number in range(30)]
+    said.clear()
+    tell(passed_over, said.append, "list.jsonl")
+    assert said[19:] == [f"passed over: {tmp_path}/19.png: of an unknown kind", "30 passed over, listed in list.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.TXT", ".txt"),
+        ("a.b.jsonl.gz", ".jsonl"),
+        ("a.html.ZST", ".html"),
+        ("a.gz", ""),
+        ("a", ""),
+        ("txt", ""),
+        (".txt", ""),
+    ],
+)
+def test_kinds(name: str, kind: str) -> None:
+    assert kind_of(Path(name)) == kind
