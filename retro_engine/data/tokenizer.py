@@ -1,8 +1,10 @@
 """Text to token ids and back: trains byte-level BPE, loads tokenizer.json and GPT-2's encoder.json + vocab.bpe.
 
-The work is Hugging Face tokenizers'. Text never becomes a special token, whatever it contains.
+The work is Hugging Face tokenizers'. Text never becomes a special token, whatever it contains; `encode_controlled` is for
+what a chat template wrote.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from retro_engine.data.chat_files import ChatFiles, read_chat_files
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 
 EOD = "<|endoftext|>"
@@ -47,6 +50,16 @@ class Tokenizer:
         pad = next((i for i in map(self.backend.token_to_id, PAD_NAMES) if i is not None), None)
         self.pad_id: int = eod if pad is None else pad
         self.bos_id: int | None = next((i for i in map(self.backend.token_to_id, BOS_NAMES) if i is not None), None)
+        self._controlled: Backend | None = None
+        self._pieces: dict[int, str] = {}
+        self.chat_files = ChatFiles()  # what lies beside it
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Any of them ends a text that is generated: `eod_id`, and what the model's own files name."""
+        named = self.chat_files.tokens.get("eos_token")
+        ids = (*self.chat_files.end_ids, None if named is None else self.backend.token_to_id(named), self.eod_id)
+        return [i for i in dict.fromkeys(ids) if i is not None]
 
     @property
     def fingerprint(self) -> str:
@@ -59,8 +72,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """A tokenizer.json, or a folder with one, or with encoder.json + vocab.bpe (vocab.json + merges.txt)."""
-        path = Path(path)
+        """A tokenizer.json, or a folder with one, or with encoder.json + vocab.bpe (vocab.json + merges.txt).
+
+        Of a folder also the chat template and the tokens that end a text (`chat_files`).
+        """
+        tokenizer = cls._load(Path(path))
+        if Path(path).is_dir():
+            tokenizer.chat_files = read_chat_files(Path(path))
+        return tokenizer
+
+    @classmethod
+    def _load(cls, path: Path) -> "Tokenizer":
         if path.is_dir():
             pairs = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
             for vocab, merges in pairs:
@@ -134,8 +156,61 @@ class Tokenizer:
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
+    def encode_after(self, prompt: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same of a text that follows another: not what begins a text, where tokenizers tell the two apart."""
+        ids, offsets = self.encode_with_offsets(prompt + text)
+        before = self.encode(prompt)
+        if ids[: len(before)] != before:  # a token lies across the boundary
+            return self.encode_with_offsets(text)
+        places = [(max(0, start - len(prompt)), max(0, end - len(prompt))) for start, end in offsets[len(before) :]]
+        return ids[len(before) :], places
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token that is written so."""
+        index = self.backend.token_to_id(text)
+        return index if index is not None and index in self.special_ids else None
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the control tokens, which decoding leaves out."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    def encode_controlled(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text whose special tokens are control tokens, and for each id its characters [start, end).
+
+        For what the model's own template wrote, never for what a user did.
+        """
+        if self._controlled is None:  # a second one: the switch of the first is read by other threads
+            from tokenizers import Tokenizer as Backend
+
+            self._controlled = Backend.from_str(self.json)
+            self._controlled.encode_special_tokens = False
+        encoding = self._controlled.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token alone adds to a text before it. Half a character is U+FFFD.
+
+        Tokenizers like SentencePiece's drop the space of what comes first, so each is decoded after another token.
+        """
+        missing = [i for i in dict.fromkeys(ids) if i not in self._pieces]
+        if missing:
+            before = self.decode(self._anchor)
+            texts = self.decode_batch([[*self._anchor, i] for i in missing])
+            self._pieces |= {i: text[common(before, text) :] for i, text in zip(missing, texts)}
+        return [self._pieces[i] for i in ids]
+
+    def within(self, ids: Sequence[int]) -> str:
+        """The text of tokens after whatever text."""
+        before, text = self.decode(self._anchor), self.decode([*self._anchor, *ids])
+        return text[common(before, text) :]
+
+    @functools.cached_property
+    def _anchor(self) -> list[int]:
+        return self.encode("a")[-1:]
 
     def decode_batch(self, rows: list[list[int]]) -> list[str]:
         if len(rows) <= FEW:
@@ -157,6 +232,13 @@ class Tokenizer:
             else:
                 lengths[index] = len(token.replace("\u2581", " ").removeprefix("##").encode())
         return lengths
+
+
+def common(one: str, other: str) -> int:
+    """Characters that both begin with; `one` is nearly always all of it."""
+    if other.startswith(one):
+        return len(one)
+    return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def auto_vocab_size(num_bytes: int) -> int:

@@ -100,7 +100,7 @@ def answer_questions(
             tokens, valid = questions.neighbors(group, mode)
             neighbors, lengths = torch.from_numpy(tokens), torch.from_numpy(valid)
         asked = [prompts[number] for number in group]
-        ids = decode(model, asked, neighbors, lengths, max_new_tokens, [tokenizer.eod_id], tokenizer.pad_id)
+        ids = decode(model, asked, neighbors, lengths, max_new_tokens, tokenizer.end_ids, tokenizer.pad_id)
         for number, answer in zip(group, tokenizer.decode_batch(ids)):
             texts[number] = answer.strip().split("\n", 1)[0].strip()  # no other sign ends a line
         advance(len(group))

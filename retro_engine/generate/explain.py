@@ -75,7 +75,7 @@ def explain(
     if model.encoder is None:
         raise UsageError("there is nothing to explain", "this model is a plain decoder (model.retrieval=false)")
     prompt_ids = tokenizer.encode(prompt)
-    text_ids, offsets = tokenizer.encode_with_offsets(text)
+    text_ids, offsets = tokenizer.encode_after(prompt, text)
     for name, ids in (("prompt", prompt_ids), ("text", text_ids)):
         if not ids:
             raise UsageError(f"the {name} is empty", "a text after a prompt is explained")

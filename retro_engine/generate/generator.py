@@ -137,7 +137,7 @@ class Generator:
                 f"the model has {learned} positions",
                 "ask for fewer",
             )
-        if sampling.min_tokens and self.tokenizer.vocab_size < 2:
+        if sampling.min_tokens and self.tokenizer.vocab_size <= len(self.tokenizer.end_ids):
             raise UsageError("min_tokens cannot be used", "the vocabulary has no other token")
         return Sequence(request, self.tokenizer, M, tokens, pad, K, R, is_reading, given, notes)
 
@@ -150,14 +150,16 @@ class Generator:
             wrong = next((i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < size), None)
             if wrong is not None:
                 raise UsageError(f"token {wrong} in the prompt", f"ids are whole numbers from 0 to {size - 1}")
-            if eod in ids:
+            resets = self.model.config.eod_id == eod and self.model.config.reset_attention
+            if eod in ids and (resets or not request.is_chat):
                 raise UsageError(f"token {eod} in the prompt", "it ends a document: one document is continued")
         if not ids:
             raise UsageError("the prompt is empty", "there is nothing to continue")
         if request.add_bos:
             if self.tokenizer.bos_id is None:
                 raise UsageError("add_BOS=true", "the tokenizer has no beginning-of-document token", "add_BOS=false")
-            ids.insert(0, self.tokenizer.bos_id)
+            if ids[0] != self.tokenizer.bos_id:  # a chat template may have written it
+                ids.insert(0, self.tokenizer.bos_id)
         return ids
 
     def find(self, sequence: Sequence, stop: int) -> list[Found]:

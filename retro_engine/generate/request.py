@@ -22,9 +22,10 @@ class TokenLogprob:
     """A token's natural log-probability under the model alone (before temperature, penalties and cuts)."""
 
     token: int
-    text: str  # of the token alone: half a character is U+FFFD
+    text: str  # that the token alone adds: half a character is U+FFFD
     logprob: float | None  # None: the first token of a prompt, which nothing predicts
     top: tuple[tuple[int, str, float], ...] = ()  # the likeliest tokens, best first
+    offset: int = 0  # characters of the text before it
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Request:
     add_bos: bool = False  # begin with the tokenizer's beginning-of-document token
     pad_prompt: bool = True  # left-pad so that the prompt's last token ends a chunk and reads neighbors
     passed_over: int = 0  # of the best neighbors, which the prompt itself holds
+    is_chat: bool = False  # a chat template wrote the prompt: tokens that end a text may end its turns
     mode: str | None = None  # of a live library's search: lexical, dense, hybrid; None = as it was opened
     caller: str = ""  # who asks: each has a share of the engine and prefixes of his own; "" = nobody else is there
 

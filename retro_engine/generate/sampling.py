@@ -22,7 +22,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     repetition_penalty: float = 1.0  # logits of tokens seen are divided (above 0) or multiplied (below) by it
-    min_tokens: int = 0  # the end-of-document token is not chosen before
+    min_tokens: int = 0  # a token that ends the text is not chosen before
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value that cannot be used, and for two that contradict each other."""
@@ -43,7 +43,7 @@ class Sampling:
                 raise UsageError(f"inference.{NAMES.get(name, name)}={getattr(self, name)} cannot be used", rule)
 
 
-def adjusted(logits_V: Tensor, sampling: Sampling, seen: Iterable[int], num_produced: int, eod_id: int) -> Tensor:
+def adjusted(logits_V: Tensor, sampling: Sampling, seen: Iterable[int], num_produced: int, end_ids: Iterable[int]) -> Tensor:  # fmt: skip
     """The logits after the penalty for tokens in `seen` (arXiv 1909.05858 section 4.1) and the minimum length."""
     penalty, is_short = sampling.repetition_penalty, num_produced < sampling.min_tokens
     if penalty == 1 and not is_short:
@@ -53,8 +53,8 @@ def adjusted(logits_V: Tensor, sampling: Sampling, seen: Iterable[int], num_prod
         ids = torch.tensor(sorted(set(seen)), device=logits.device)
         values = logits[ids]
         logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
-    if is_short and eod_id < len(logits):
-        logits[eod_id] = -torch.inf
+    if is_short:
+        logits[[i for i in end_ids if 0 <= i < len(logits)]] = -torch.inf
     return logits
 
 

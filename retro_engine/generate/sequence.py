@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.generate.detokenizer import Detokenizer
 from retro_engine.generate.request import Event, FinishReason, Generation, Request, Segment, TokenLogprob
 from retro_engine.generate.sampling import adjusted, choose
 from retro_engine.retrieval.hit import Found, Hit
-
-HALF = "\ufffd"  # what a tokenizer makes of half a character
 
 
 @dataclass(eq=False)
@@ -41,9 +40,13 @@ class Sequence:
         self.prompt_length = len(self.tokens)  # padding included
         self.seen = set(self.tokens[self.pad :])
         self._random = torch.Generator().manual_seed(self.request.sampling.seed)
+        self._text = Detokenizer(self.tokenizer, () if self.request.echo else self.tokens[self.pad :])
+        self._echoed, self._num_echoed = "", self.pad  # with echo: text of the prompt, and its tokens so far
+        special = [self.tokenizer.special_id(stop.strip()) for stop in self.request.stop]  # never in a decoded text
+        self.end_ids = {*self.tokenizer.end_ids, *(i for i in special if i is not None)}
         self._shown_tokens = self.pad - self.prompt_length if self.request.echo else 0
         self._shown_logprobs = 0
-        self._decoded, self._begin, self._end = "", 0, 0  # generated text not shown; tokens that are decoded together
+        self._decoded = ""  # generated text that is not shown yet
         self._new_hits: list[Hit] | None = None
 
     @property
@@ -77,50 +80,46 @@ class Sequence:
         """Log-probabilities of the prompt's tokens after each of tokens start ... start + t - 1."""
         if start <= self.pad:
             self.logprobs.append(self._logprob(None, self.tokens[self.pad]))
+            self._echo(self.pad + 1)
         for place in range(max(start, self.pad), min(start + len(logits_TV), self.prompt_length - 1)):
             self.logprobs.append(self._logprob(logits_TV[place - start], self.tokens[place + 1]))
+            self._echo(place + 2)
+
+    def _echo(self, stop: int) -> None:
+        """The text of the prompt's tokens up to `stop`."""
+        if self._num_echoed < stop:
+            self._echoed += self._text.push(self.tokens[self._num_echoed : stop])
+            self._num_echoed = stop
 
     def _logprob(self, logits_V: Tensor | None, token: int) -> TokenLogprob:
         if logits_V is None:
-            return TokenLogprob(token, self.tokenizer.decode([token]), None)
+            return TokenLogprob(token, self.tokenizer.decode([token]), None)  # what comes first has no text before it
         values = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32)).log_softmax(-1)
         best = values.topk(min(self.request.logprobs or 0, len(values)))
         ids = best.indices.tolist()
-        texts = self.tokenizer.decode_batch([[token], *([i] for i in ids)])
+        texts = self.tokenizer.pieces([token, *ids])
         top = tuple(zip(ids, texts[1:], best.values.tolist()))
-        return TokenLogprob(token, texts[0], float(values[token]), top)
+        return TokenLogprob(token, texts[0], float(values[token]), top, self._text.length)
 
     def accept(self, logits_V: Tensor) -> Event | None:
         """Choose the next token; what there is to show of it, if anything."""
-        sampling, eod = self.request.sampling, self.tokenizer.eod_id
-        count = len(self.tokens) - self.prompt_length
-        token = choose(adjusted(logits_V, sampling, self.seen, count, eod), sampling, self._random)
-        if token == eod:
+        sampling, count = self.request.sampling, len(self.tokens) - self.prompt_length
+        if count == 0 and self.request.echo:
+            self._echo(self.prompt_length)
+        token = choose(adjusted(logits_V, sampling, self.seen, count, self.end_ids), sampling, self._random)
+        if token in self.end_ids:
             self.finish_reason = "stop"
             return self._event(self._flush())
         self.tokens.append(token)
         self.seen.add(token)
         if self.request.logprobs is not None:
             self.logprobs.append(self._logprob(logits_V, token))
-        self._decoded += self._decode()
+        self._decoded += self._text.push([token])
         shown = self._before_stop()
         if self.finish_reason is None and count + 1 >= self.request.max_new_tokens:
             shown += self._flush()
             self.finish_reason = self.finish_reason or "length"
         return self._event(shown)
-
-    def _decode(self, is_last: bool = False) -> str:
-        """The text of the newest tokens, once it ends in a whole character.
-
-        Decoded together with the tokens before, because some tokenizers drop the space of what comes first.
-        """
-        produced = self.tokens[self.prompt_length + self._begin :]
-        before = self.tokenizer.decode(produced[: self._end - self._begin])
-        text = self.tokenizer.decode(produced)
-        if len(text) <= len(before) or (text.endswith(HALF) and not is_last):
-            return ""
-        self._begin, self._end = self._end, len(self.tokens) - self.prompt_length
-        return text[len(before) :]
 
     def _before_stop(self) -> str:
         """What can be shown of the decoded text: all before a stop string, or before what may become one."""
@@ -137,14 +136,14 @@ class Sequence:
 
     def _flush(self) -> str:
         """The rest, at the end: half a character is U+FFFD."""
-        self._decoded += self._decode(is_last=True)
+        self._decoded += self._text.push([], is_last=True)
         shown = self._before_stop() + self._decoded
         self._decoded = ""
         return shown
 
     def _event(self, text: str) -> Event | None:
         if not self.segments and self.request.echo:
-            text = self.tokenizer.decode(self.tokens[self.pad : self.prompt_length]) + text
+            text = self._echoed + text
         if not text and self.segments and self.finish_reason is None:
             return None
         return self._shown(text)

@@ -11,15 +11,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from retro_engine.config import architecture
+from torch import Tensor
+
+from retro_engine.config import ModelConfig, architecture
 from retro_engine.data import files
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import UsageError
-from retro_engine.model.weights import load_model
+from retro_engine.errors import StoreError, UsageError
+from retro_engine.model.weights import load_model, read_architecture
 from retro_engine.train import checkpoint
 
 MODEL_TYPE = "retro_engine_hf"  # of retro_engine.interop.transformers_model
+PREFIX = "model."  # of its tensors' names
 MODULE = (
     '"""Loads retro-engine\'s model for transformers; pip install retro-engine."""\n\n'
     "from retro_engine.interop.transformers_model import RetroConfig, RetroForCausalLM  # noqa: F401\n"
@@ -35,9 +38,9 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already", "it is not overwritten", "choose another --out")
     model, tokenizer = load_model(source), Tokenizer.load(source)
-    weights = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    weights = {f"{PREFIX}{name}": value.contiguous() for name, value in model.state_dict().items()}
     sampling = checkpoint.read_generation(source)
-    ids = {"eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
+    ids = {"eos_token_id": _one_or_all(tokenizer.end_ids), "pad_token_id": tokenizer.pad_id}
     config: dict[str, Any] = {
         "model_type": MODEL_TYPE,
         "architectures": ["RetroForCausalLM"],
@@ -56,7 +59,8 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
     }
     special = {"eos_token": tokenizer.backend.id_to_token(tokenizer.eod_id)}
     special["pad_token"] = tokenizer.backend.id_to_token(tokenizer.pad_id)
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    named = tokenizer.chat_files.tokenizer_config()
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **special, **named}
     contents = {
         "config.json": _json(config),
         "generation_config.json": _json(generation),
@@ -78,6 +82,23 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def read_export(values: dict[str, Any], state: dict[str, Tensor], name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and weights of what `export_model` wrote, from its config.json and its tensors."""
+    kept = values.get("retro")
+    if not isinstance(kept, dict):
+        raise StoreError(f"{name} has no architecture", "config.json of an export has it under retro")
+    odd = sorted(key for key in state if not key.startswith(PREFIX))
+    if odd:
+        raise StoreError(
+            f"{name} has tensors that are none of an export: {', '.join(odd[:8])}", f"they begin with {PREFIX}"
+        )
+    return read_architecture(kept, f"{name}: retro"), {key.removeprefix(PREFIX): value for key, value in state.items()}
+
+
+def _one_or_all(ids: list[int]) -> int | list[int]:
+    return ids[0] if len(ids) == 1 else list(ids)
 
 
 def _json(values: dict[str, Any]) -> bytes:

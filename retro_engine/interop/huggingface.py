@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from retro_engine.config import ModelConfig, check_model
+from retro_engine.data.chat_files import DEFAULT, ChatFiles, named_templates
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingExtraError, MissingInputError, StoreError, nearest
 from retro_engine.interop.archives import read_archive
+from retro_engine.interop.exports import MODEL_TYPE, read_export
 
 LLAMA_FAMILY = ("llama", "mistral", "qwen2")
 KNOWN = ("gpt2", *LLAMA_FAMILY)
@@ -30,7 +32,10 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, State, list[str]]:
     """
     folder = Path(folder)
     values = read_json(folder / "config.json")
-    return convert(values, read_weights(folder), str(folder))
+    state = read_weights(folder)
+    if values.get("model_type") == MODEL_TYPE:
+        return *read_export(values, state, str(folder)), []
+    return convert(values, state, str(folder))
 
 
 def convert(values: dict[str, Any], state: State, name: str) -> tuple[ModelConfig, State, list[str]]:
@@ -53,8 +58,7 @@ def convert(values: dict[str, Any], state: State, name: str) -> tuple[ModelConfi
     window = values.get("sliding_window")
     if kind != "gpt2" and window and (kind == "mistral" or values.get("use_sliding_window")):
         notes.append(f"attention beyond {window} tokens differs from the original's sliding window")
-    eos = values.get("eos_token_id")
-    return config, _renamed(state, names, prefix, name), notes + ([f"eos_token_id={eos}"] if eos is not None else [])
+    return config, _renamed(state, names, prefix, name), notes
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, name: str) -> None:
@@ -367,4 +371,27 @@ def _gguf_tokenizer(fields: dict[str, Any], name: str) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     control = 3  # token_type of control tokens
     backend.add_special_tokens([AddedToken(t, special=True) for t, k in zip(tokens, kinds) if k == control])
-    return Tokenizer(backend.to_str(), name)
+    tokenizer = Tokenizer(backend.to_str(), name)
+    tokenizer.chat_files = _gguf_chat(fields, tokens, name)
+    return tokenizer
+
+
+def _gguf_chat(fields: dict[str, Any], tokens: list[str], name: str) -> ChatFiles:
+    """Chat templates, special tokens by name, and the ids that end a text, a turn or a message."""
+    templates = {
+        key.removeprefix("tokenizer.chat_template").removeprefix(".") or DEFAULT: value
+        for key, value in fields.items()
+        if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template.")
+    }
+    ids = {
+        key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "eom", "unknown", "padding")
+    }
+    wrong = [f"{key}_token_id={i}" for key, i in ids.items() if i is not None and not 0 <= i < len(tokens)]
+    if wrong:
+        raise StoreError(
+            f"{name}: {wrong[0]} is outside its {len(tokens)} tokens", "the file's metadata contradicts itself"
+        )
+    names = {"bos_token": ids["bos"], "eos_token": ids["eos"], "unk_token": ids["unknown"], "pad_token": ids["padding"]}
+    named = {key: tokens[i] for key, i in names.items() if i is not None}
+    ends = [ids[key] for key in ("eos", "eot", "eom")]
+    return ChatFiles(named_templates(templates, name), named, tuple(dict.fromkeys(i for i in ends if i is not None)))

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from retro_engine.config import ModelConfig
+from retro_engine.data.chat_files import read_chat_files
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, UsageError, nearest
 from retro_engine.interop import huggingface, megatron_files
 from retro_engine.model.megatron import convert
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import load_state
+from retro_engine.model.weights import new_model
 from retro_engine.train.checkpoint import publish_model
 
 FORMATS = ("auto", "hf", "gguf", "nemo", "mcore", "megatron")
@@ -73,13 +74,13 @@ def import_model(
     if kind == "hf":
         config, state, notes = huggingface.read_folder(path)
         given = given or Tokenizer.load(path)
-        eos = [note for note in notes if note.startswith("eos_token_id=")]
-        notes = [note for note in notes if note not in eos]
-        if eos and eos[0] != f"eos_token_id={given.eod_id}":
-            notes.append(f"the original ends at {eos[0]}, this model's end-of-document id is {given.eod_id}")
+        given.chat_files = read_chat_files(
+            path
+        )  # also where the tokenizer is not the model's: that ends and chats as it did
     elif kind == "gguf":
         config, state, own = huggingface.read_gguf(path)
         given = given or own
+        given.chat_files = own.chat_files
     else:
         if kind == "nemo":
             state, meta, given = megatron_files.read_nemo(path, given)
@@ -89,8 +90,11 @@ def import_model(
     if given is None:
         raise MissingInputError(f"{path} has no tokenizer that is known", "", "--tokenizer PATH")
     huggingface.check_tokenizer(given, config, str(path))
-    model = RetroModel(config)
-    load_state(model, state, str(path))
+    ends = [given.backend.id_to_token(i) or str(i) for i in given.end_ids]
+    if len(ends) > 1 or given.chat_files.templates:
+        chats = "there is a chat template" if given.chat_files.templates else "there is no chat template"
+        notes.append(f"a text ends at {' or '.join(ends)}; {chats}")
+    model = new_model(config, state, str(path))
     return Imported(model.to(dtype).eval(), given, kind, notes)
 
 

@@ -105,10 +105,9 @@ class RetroLM(LM):
             sampling = Sampling(False, temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)))
         count = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
         room = max(1, self.max_length - count)
-        ids = self.tokenizer.encode(prompt)
-        text = prompt if len(ids) <= room else self.tokenizer.decode(ids[-room:])
+        ids = self.tokenizer.encode(prompt)[-room:]
         neighbors: list[str] | None = None if self.generator.retriever is not None else []
-        return self.generator.run([Request(text, count, sampling, neighbors, stop=stops)])[0].text
+        return self.generator.run([Request(ids, count, sampling, neighbors, stop=stops)])[0].text
 
 
 def run_tasks(

@@ -4,14 +4,15 @@ Reads and writes `model.safetensors` and `config.json`; nothing is unpickled.
 """
 
 import json
-from dataclasses import fields
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from retro_engine.config import ModelConfig, architecture
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.config import ModelConfig, architecture, check_model
+from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.model.megatron import convert
 from retro_engine.model.retro import RetroModel
 
@@ -39,10 +40,35 @@ def read_config(folder: str | Path) -> ModelConfig:
     if version != VERSION:
         do = "update retro-engine" if isinstance(version, int) and version > VERSION else "train it again"
         raise StoreError(f"{path} has version {version}", f"this program reads version {VERSION}", do)
-    unknown = sorted(set(values) - {item.name for item in fields(ModelConfig)})
+    return read_architecture(values, str(path))
+
+
+def read_architecture(values: dict[str, Any], name: str) -> ModelConfig:
+    """The config that `architecture` wrote. Raises StoreError for fields or values that no version of it had."""
+    kinds = get_type_hints(ModelConfig)
+    unknown = sorted(set(values) - set(kinds))
     if unknown:
-        raise StoreError(f"{path} has unknown fields: {', '.join(unknown)}", "it was written by another version")
-    return ModelConfig(**values)
+        raise StoreError(f"{name} has unknown fields: {', '.join(unknown)}", "it was written by another version")
+    for key, value in values.items():
+        if not _is_of(value, kinds[key]):
+            raise StoreError(f"{name}: {key}={str(value)[:80]} cannot be used", f"it is a {type(value).__name__}")
+    config = ModelConfig(**values)
+    try:
+        check_model(config)
+    except UsageError as error:
+        raise StoreError(f"{name}: {error.what}", error.why) from error
+    return config
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of a field's type: int for float, but no bool for a number."""
+    if get_origin(kind) is UnionType:
+        return any(_is_of(value, one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(one, get_args(kind)[0]) for one in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> RetroModel:
@@ -63,8 +89,29 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> RetroMod
     return model.to(dtype or model.embedding.weight.dtype).eval()
 
 
+def new_model(config: ModelConfig, state: dict[str, Tensor], name: str) -> RetroModel:
+    """A model of these weights. What does not fit is refused (`load_state`) before anything of its size is made."""
+    if config.dec_num_layers + config.enc_num_layers * config.retrieval > len(state):
+        raise StoreError(
+            f"{name} does not fit the model",
+            f"{config.dec_num_layers} layers, and {len(state)} tensors",
+            "check the config beside the weights",
+        )
+    with torch.device("meta"):
+        _check_shapes(RetroModel(config), state, name)
+    model = RetroModel(config)
+    load_state(model, state, name)
+    return model
+
+
 def load_state(model: RetroModel, state: dict[str, Tensor], name: str) -> None:
     """Copy `state` into `model`, whose type becomes the state's. Raises StoreError listing what does not fit."""
+    _check_shapes(model, state, name)
+    model.to(state["embedding.weight"].dtype)
+    model.load_state_dict(state)
+
+
+def _check_shapes(model: RetroModel, state: dict[str, Tensor], name: str) -> None:
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
@@ -74,8 +121,6 @@ def load_state(model: RetroModel, state: dict[str, Tensor], name: str) -> None:
     if missing or extra or wrong:
         parts = [f"missing {missing[:8]}"] * bool(missing) + [f"extra {extra[:8]}"] * bool(extra) + wrong[:8]
         raise StoreError(f"{name} does not fit the model", "; ".join(parts), "check the config beside the weights")
-    model.to(state["embedding.weight"].dtype)
-    model.load_state_dict(state)
 
 
 def import_state_dict(state_dict: dict[str, Tensor], metadata: dict[str, str], source: str) -> RetroModel:

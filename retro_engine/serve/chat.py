@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from retro_engine.errors import UsageError
+from retro_engine.generate.chat import ChatTemplate
 from retro_engine.serve.limits import ApiError, Strict
 
 STOPS = ("\nQuestion:",)
@@ -36,12 +38,12 @@ class Message(Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-def chat_prompt(messages: list[Message], template: str | None) -> tuple[str, tuple[str, ...]]:
-    """The prompt that an answer continues, and the texts that end it."""
+def chat_prompt(messages: list[Message], template: ChatTemplate | None) -> tuple[str | list[int], tuple[str, ...]]:
+    """The prompt that an answer continues, token ids where the model has a template, and the texts that end it."""
     if messages[-1].role not in ("user", "system", "developer"):
         raise ApiError(400, "the last message is the assistant's own: there is nothing to answer", "messages")
     if template is not None:
-        return _render(messages, template), ()
+        return _rendered(messages, template), template.stops
     parts = []
     for message in messages:
         if message.role == "user":
@@ -53,19 +55,12 @@ def chat_prompt(messages: list[Message], template: str | None) -> tuple[str, tup
     return f"{''.join(parts)}Answer:", STOPS
 
 
-def _render(messages: list[Message], template: str) -> str:
-    from jinja2.exceptions import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    turns: list[dict[str, Any]] = [{"role": m.role, "content": m.text} for m in messages]
+def _rendered(messages: list[Message], template: ChatTemplate) -> list[int]:
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        name = {} if message.name is None else {"name": message.name}
+        turns.append({"role": message.role, "content": message.text, **name})
     try:
-        return environment.from_string(template).render(
-            messages=turns, add_generation_prompt=True, bos_token="", eos_token=""
-        )
-    except TemplateError as error:
-        raise ApiError(400, f"the model's chat template refuses this: {error}", "messages") from None
+        return template.encode(turns)
+    except UsageError as error:
+        raise ApiError(400, f"{error.what}: {error.why}", "messages") from None

@@ -124,7 +124,7 @@ def _request(body: Generate, prompt: list[int], seed: int, size: int, caller: st
 
 def _answer(tokenizer: Any, prompt: list[int], events: list[Event]) -> dict[str, Any]:
     ids = [*prompt, *(token for event in events for token in event.tokens)]
-    texts = tokenizer.decode_batch([[i] for i in ids])
+    texts = [tokenizer.decode(ids[:1]), *tokenizer.pieces(ids[1:])]
     offsets = [0]
     for text in texts[:-1]:
         offsets.append(offsets[-1] + len(text))

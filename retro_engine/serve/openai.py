@@ -163,11 +163,13 @@ async def chat_completions(request: HttpRequest) -> Response:
         if body.max_tokens not in (None, body.max_completion_tokens):
             raise ApiError(400, "max_tokens and max_completion_tokens contradict each other", "max_tokens")
         body.max_tokens = body.max_completion_tokens
-    text, stops = await brief(request, chat_prompt, body.messages, service.chat_template)
+    prompt, stops = await brief(request, chat_prompt, body.messages, service.chat)
     body.stop = [*_stops(body.stop), *stops]
-    prompts = await brief(request, encode_prompts, service, text, limits, "messages")
+    prompts = await brief(request, encode_prompts, service, prompt, limits, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return await _answer(request, body, prompts, CHAT_TOKENS, logprobs, _ChatForm(service, body.stream))
+    is_chat = service.chat is not None
+    form = _ChatForm(service, body.stream)
+    return await _answer(request, body, prompts, CHAT_TOKENS, logprobs, form, is_chat=is_chat)
 
 
 def encode_prompts(
@@ -274,10 +276,12 @@ async def _answer(
     logprobs: int | None,
     form: "_Form",
     echo: bool = False,
+    is_chat: bool = False,
 ) -> Response:
     service, limits = service_of(request), limits_of(request)
     asked = requests_of(body, service, prompts, limits, default)
-    asked = [replace(one, logprobs=logprobs, echo=echo, caller=caller_id(request)) for one in asked]
+    more: dict[str, Any] = {"logprobs": logprobs, "echo": echo, "is_chat": is_chat, "caller": caller_id(request)}
+    asked = [replace(one, **more) for one in asked]
     check_cost(asked, service, limits, "n" if body.n > 1 else "prompt" if len(prompts) > 1 else "max_tokens")
     form.prompt_tokens = sum(map(len, prompts))
     if echo:  # an event's tokens begin with the prompt's
@@ -338,7 +342,7 @@ class _Form(ABC):
         """A choice of a stream."""
 
     @abstractmethod
-    def logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> Any: ...
+    def logprobs(self, entries: Sequence[TokenLogprob]) -> Any: ...
 
     def add(self, index: int, event: Event) -> None:
         self.completion_tokens += len(event.tokens)
@@ -378,7 +382,7 @@ class _Form(ABC):
             events[index].append(event)
         for index, mine in enumerate(events):
             entries = [entry for event in mine for entry in event.logprobs or []]
-            logprobs = self.logprobs(entries, 0) if any(e.logprobs is not None for e in mine) else None
+            logprobs = self.logprobs(entries) if any(e.logprobs is not None for e in mine) else None
             text = "".join(event.text for event in mine)
             choices.append(self.choice(index, text, logprobs, mine[-1].finish_reason))
             for event in mine:
@@ -399,29 +403,19 @@ class _Form(ABC):
 class _CompletionForm(_Form):
     name, prefix = "text_completion", "cmpl"
 
-    def __init__(self, service: Service, is_stream: bool):
-        super().__init__(service, is_stream)
-        self._lengths: dict[int, int] = {}  # characters sent of each choice
-
     def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def delta(self, index: int, event: Event) -> dict[str, Any]:
-        start = self._lengths.get(index, 0)
-        self._lengths[index] = start + len(event.text)
-        logprobs = None if event.logprobs is None else self.logprobs(event.logprobs, start)
+        logprobs = None if event.logprobs is None else self.logprobs(event.logprobs)
         return self.choice(index, event.text, logprobs, event.finish_reason)
 
-    def logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> Any:
-        offsets = []
-        for entry in entries:
-            offsets.append(offset)
-            offset += len(entry.text)
+    def logprobs(self, entries: Sequence[TokenLogprob]) -> Any:
         return {
             "tokens": [entry.text for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
             "top_logprobs": [{text: value for _, text, value in entry.top} for entry in entries],
-            "text_offset": offsets,
+            "text_offset": [entry.offset for entry in entries],
         }
 
 
@@ -439,11 +433,11 @@ class _ChatForm(_Form):
     def delta(self, index: int, event: Event) -> dict[str, Any]:
         role = {} if index in self._begun else {"role": "assistant"}
         self._begun.add(index)
-        logprobs = None if event.logprobs is None else self.logprobs(event.logprobs, 0)
+        logprobs = None if event.logprobs is None else self.logprobs(event.logprobs)
         delta = {**role, "content": event.text}
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
 
-    def logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> Any:
+    def logprobs(self, entries: Sequence[TokenLogprob]) -> Any:
         def token(text: str, value: float | None) -> dict[str, Any]:
             return {"token": text, "logprob": value, "bytes": list(text.encode())}
 

@@ -1,6 +1,5 @@
 """What one server serves: a model in its engine, a live library, and the published stores that are read beside it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from retro_engine.data.coding import Coding
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
+from retro_engine.generate.chat import ChatTemplate
 from retro_engine.generate.engine import Engine
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.sampling import Sampling
@@ -55,7 +55,7 @@ class Service:
     importer: Importer | None
     static: Retriever | None
     defaults: dict[str, Any] = field(default_factory=dict)  # of sampling, from the checkpoint
-    chat_template: str | None = None
+    chat: ChatTemplate | None = None  # None: question and answer
     mode: str = "lexical"
     weights: Sequence[float] = (1.0, 1.0)
     work: Work = field(default_factory=Work)  # beside the engine
@@ -97,6 +97,8 @@ class Service:
         """End the requests that run, then the imports, then the library."""
         self.work.close()
         self.engine.close()
+        if self.chat is not None:
+            self.chat.close()
         if self.importer is not None:
             self.importer.stop()
         if self.library is not None:
@@ -140,7 +142,7 @@ def open_service(options: Options, shared: tuple[Library, Importer] | None = Non
         importer,
         static,
         defaults,
-        chat_template(folder),
+        ChatTemplate(tokenizer) if tokenizer.chat_files.templates else None,
         options.mode,
         tuple(options.weights),
         Work(options.max_waiting),
@@ -155,17 +157,6 @@ def run_folder(checkpoint_folder: Path) -> Path:
 
 def library_folder(options: Options, checkpoint_folder: Path) -> Path:
     return Path(options.library or run_folder(checkpoint_folder) / "library")
-
-
-def chat_template(folder: Path) -> str | None:
-    """The chat template that lies beside a tokenizer, if one does."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    try:
-        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, str) else None
 
 
 def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int) -> Library:

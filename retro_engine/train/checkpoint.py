@@ -1,7 +1,8 @@
 """Checkpoints: one folder a step, written aside and renamed; the training checkpoint is the inference checkpoint.
 
 Reads and writes RUN/checkpoints/step-NNNNNN/: config.json, model.safetensors, tokenizer.json,
-generation_config.json, README.md, trainer.json, optimizer/*.safetensors (state and random numbers, each process writes
+generation_config.json, tokenizer_config.json (where the model has a chat template or names of its own for special tokens:
+`data.chat_files`), README.md, trainer.json, optimizer/*.safetensors (state and random numbers, each process writes
 its shards through torch.distributed.checkpoint; any number of processes reads them) and, last, COMPLETE, which has the
 SHA-256 of every other file. A checkpoint exists when COMPLETE and all that it names do. On its way in and out it has a
 name (.step-NNNNNN.tmp, .old) that nobody lists, so that a kill leaves no half of one.
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from retro_engine.data import files
+from retro_engine.data.chat_files import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from retro_engine.data.coding import Coding
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
 from retro_engine.data.tokenizer import Tokenizer
@@ -202,13 +204,19 @@ def _contents(
     model: RetroModel, tokenizer: Tokenizer, trainer: dict[str, Any], generation: dict[str, Any]
 ) -> dict[str, bytes]:
     """The files of a checkpoint but for tensors."""
+    named = tokenizer.chat_files.tokenizer_config()
     return {
         CONFIG_FILE: config_to_json(model.config).encode(),
         TOKENIZER_FILE: tokenizer.json.encode(),
-        GENERATION_FILE: (json.dumps(generation, indent=1) + "\n").encode(),
+        GENERATION_FILE: _json(generation | {"eos_token_id": tokenizer.end_ids}),
+        **({TOKENIZER_CONFIG_FILE: _json(named)} if named else {}),
         "README.md": _readme(model, trainer["step"]).encode(),
-        TRAINER_FILE: (json.dumps(trainer, indent=1) + "\n").encode(),
+        TRAINER_FILE: _json(trainer),
     }
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode()
 
 
 def _complete(aside: Path, final: Path) -> None:

@@ -26,6 +26,7 @@ from retro_kernels.backend import backend
 from retro_engine.config import Config, ModelConfig, architecture, flat_keys, load_config, named_keys, to_yaml
 from retro_engine.data import files
 from retro_engine.data.batches import Batch, Sequences, describe_copies, split_documents
+from retro_engine.data.chat_files import read_chat_files
 from retro_engine.data.loader import has_native_loader
 from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
 from retro_engine.data.questions import Questions, Search, fingerprint, read_questions
@@ -489,6 +490,9 @@ class _Training:
             self.reporter.say(f"weights of {source}")
             if m.fit_cross_attention:
                 self._fit_cross_attention()
+        origin = start or source
+        if origin is not None:  # a chat model stays one
+            data.store.tokenizer.chat_files = read_chat_files(origin)
         with torch.random.fork_rng(devices=[]):
             self.precision = parallel.from_main(self.precision or pick_precision(config, self.device))
         is_o2 = m.megatron_amp_O2

@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 import torch
 from helpers import small_config, small_model, write_corpus
+from tokenizer_helpers import llama2
 
+from retro_engine.data.chat_files import ChatFiles
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.generate.generator import Batch, Generator, encode_neighbors, neighbor_tokens
-from retro_engine.generate.request import Request
+from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
 from retro_engine.model.retro import RetroModel
-from retro_engine.retrieval.search import Retriever
+from retro_engine.retrieval.search import Found, Retriever
 
 M = 16
 
@@ -262,3 +264,67 @@ def test_a_source_in_other_chunks_is_refused(generator: Generator, small_store: 
     store = prepare([write_corpus(tmp_path / "c.jsonl", 4)], tmp_path / "s", str(small_store.folder), chunk_size=8)
     with pytest.raises(StoreError, match="the model has chunk_size 16\n.*has 8"):
         Generator(generator.model, small_store.tokenizer, Retriever([store]))
+
+
+def forced(generator: Generator, request: Request, tokens: list[int]) -> Generation:
+    """What a request says where the model's choices are `tokens`."""
+    sequence = generator.open(request)
+    sequence.keep_found(Found(np.zeros((0, 1), np.int64), np.zeros(0, np.int64), []))
+    for token in tokens:
+        if sequence.finish_reason is None:
+            logits = torch.full((generator.model.config.vocab_size,), -9.0)
+            logits[token] = 9.0
+            sequence.accept(logits)
+    sequence.finish_reason = sequence.finish_reason or "cancelled"
+    return sequence.generation()
+
+
+@pytest.fixture
+def llama() -> Generator:
+    tokenizer = llama2()
+    return Generator(small_model(retrieval=False, vocab_size=tokenizer.vocab_size), tokenizer)
+
+
+def test_any_end_token_ends(llama: Generator) -> None:
+    ids = llama.tokenizer.encode("The castle was")
+    assert forced(llama, Request("The", 9), [*ids, 2, *ids]).finish_reason == "stop"
+    llama.tokenizer.chat_files = ChatFiles(end_ids=(ids[1], 0))
+    out = forced(llama, Request("The", 9), [*ids, 2, *ids])
+    assert (out.text, out.finish_reason, out.tokens) == (" The", "stop", ids[:1])
+    out = llama.generate("The", 12, Sampling(min_tokens=12))
+    assert not {ids[1], 0, 2} & set(out.tokens)
+
+
+@pytest.mark.parametrize("stop", ["<s>", "<s>\n"])
+def test_a_special_token_as_a_stop(llama: Generator, stop: str) -> None:
+    ids = llama.tokenizer.encode("The castle")
+    out = forced(llama, Request("The", 9, stop=(stop,)), [*ids, 1, *ids])
+    assert (out.text, out.finish_reason) == (" The castle", "stop")
+    assert forced(llama, Request("The", 9), [*ids, 1, *ids]).text == " The castle The castle"
+
+
+def test_the_space_of_the_first_word(llama: Generator) -> None:
+    tokenizer = llama.tokenizer
+    prompt, ids = "The castle", tokenizer.encode("The castle was built")[2:]
+    assert forced(llama, Request(prompt, 9, logprobs=1), ids).text == " was built"
+    out = forced(llama, Request(prompt, 9, logprobs=1, echo=True), ids)
+    assert out.text == "The castle was built"
+    assert [entry.text for entry in out.logprobs or []] == [" was", " built"]
+    assert [entry.offset for entry in out.logprobs or []] == [10, 14]
+    whole = llama.run([Request(prompt, 6, logprobs=2, echo=True)])[0]
+    assert whole.text.startswith(prompt)
+    assert [entry.offset for entry in whole.logprobs or []][:3] == [0, 3, 10]
+
+
+def test_a_prompt_that_ends_within_a_character(llama: Generator) -> None:
+    ids = llama.tokenizer.encode("The é")
+    assert forced(llama, Request(ids[:-1], 9, echo=True), ids[-1:]).text == "The é"
+    assert forced(llama, Request(ids[:-1], 9), ids[-1:]).text == "é"
+
+
+def test_end_tokens_between_the_turns_of_a_chat(llama: Generator) -> None:
+    ids = [1, *llama.tokenizer.encode("The"), 2]
+    with pytest.raises(UsageError, match="it ends a document"):
+        llama.open(Request(ids))
+    assert llama.open(Request(ids, is_chat=True)).tokens == ids
+    assert llama.open(Request(ids, is_chat=True, add_bos=True)).tokens == ids  # which has it already

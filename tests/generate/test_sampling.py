@@ -33,11 +33,11 @@ def test_a_seed_gives_the_same_tokens() -> None:
 
 
 def test_repetition_penalty_and_minimum_length() -> None:
-    found = adjusted(LOGITS, Sampling(repetition_penalty=2.0), [1, 3, 1], 0, eod_id=2)
+    found = adjusted(LOGITS, Sampling(repetition_penalty=2.0), [1, 3, 1], 0, [2])
     assert found.tolist() == [0.0, 1.5, 2.0, -2.0]
     short = Sampling(min_tokens=2)
-    assert adjusted(LOGITS, short, [], 1, eod_id=1).tolist() == [0.0, -math.inf, 2.0, -1.0]
-    assert torch.equal(adjusted(LOGITS, short, [], 2, eod_id=1), LOGITS)
+    assert adjusted(LOGITS, short, [], 1, [1]).tolist() == [0.0, -math.inf, 2.0, -1.0]
+    assert torch.equal(adjusted(LOGITS, short, [], 2, [1]), LOGITS)
     assert LOGITS.tolist() == [0.0, 3.0, 2.0, -1.0]  # it is not changed
 
 

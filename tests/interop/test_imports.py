@@ -1,14 +1,18 @@
 """`import_model` and the checkpoint it publishes: generation from it, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import small_config
+from interop_helpers import chat_folder
+from tokenizer_helpers import CHATML, chatml
 
 from retro_engine.api import Retro
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.interop.exports import export_model
 from retro_engine.interop.imports import Imported, find_format, import_model, write_checkpoint
 from retro_engine.model.retro import RetroModel
 from retro_engine.train import checkpoint
@@ -30,7 +34,8 @@ def folder(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_an_imported_checkpoint_is_one_of_ours(folder: Path, tmp_path: Path) -> None:
     imported = import_model(folder)
-    assert imported.notes == ["the original ends at eos_token_id=5, this model's end-of-document id is 0"]
+    ends = [imported.tokenizer.backend.id_to_token(i) for i in (5, 0)]
+    assert imported.notes == [f"a text ends at {ends[0]} or {ends[1]}; there is no chat template"]
     write_checkpoint(imported, tmp_path / "out", folder)
     retro = Retro.from_pretrained(tmp_path / "out")
     assert len(retro.generate("river", max_new_tokens=4).tokens) <= 4
@@ -76,3 +81,27 @@ def test_an_imported_model_has_no_optimizer(small_store: Store, tmp_path: Path) 
     model = RetroModel(small_config(vocab_size=small_store.vocab_size))
     write_checkpoint(Imported(model, small_store.tokenizer, "hf"), tmp_path / "out", "x")
     checkpoint.verify(tmp_path / "out")
+
+
+def test_a_chat_model_stays_one(tmp_path: Path) -> None:
+    """Template, names and all end tokens: imported, exported, and imported again."""
+    source = chat_folder(tmp_path / "hf")
+    write_checkpoint(import_model(source), tmp_path / "ours", source)
+    checkpoint.verify(tmp_path / "ours")
+    retro = Retro.from_pretrained(tmp_path / "ours")
+    files = retro.tokenizer.chat_files
+    assert retro.tokenizer.end_ids == [2, 3, 0]
+    assert (files.templates, files.tokens) == ({"default": CHATML, "rag": "x"}, {"eos_token": "<|im_end|>"})
+    theirs = json.loads((export_model(tmp_path / "ours", tmp_path / "out") / "config.json").read_text())
+    assert theirs["eos_token_id"] == [2, 3, 0]
+    again = import_model(tmp_path / "out").tokenizer
+    assert again.end_ids == [2, 3, 0]
+    assert again.chat_files.templates == files.templates
+
+
+def test_another_tokenizer_leaves_the_models_template(tmp_path: Path) -> None:
+    source = chat_folder(tmp_path / "hf")
+    (tmp_path / "plain.json").write_text(chatml().json)
+    found = import_model(source, tokenizer=tmp_path / "plain.json").tokenizer
+    assert found.end_ids == [2, 3, 0]
+    assert found.chat_files.templates["default"] == CHATML

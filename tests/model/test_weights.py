@@ -34,6 +34,11 @@ def test_round_trip(folder: Path) -> None:
     ({"num_experts": 8}, "unknown fields: num_experts"),
     ({"ffn_hidden_size": 48}, "does not fit the model"),
     ({"dec_num_layers": 4}, "missing"),
+    ({"hidden_size": "32"}, "hidden_size=32 cannot be used"),
+    ({"retrieval": 1}, "retrieval=1 cannot be used"),
+    ({"dec_cross_attention": [True]}, "dec_cross_attention"),
+    ({"hidden_size": -32}, "must be at least 1"),
+    ({"num_attention_heads": 5}, "must be a multiple"),
 ])  # fmt: skip
 def test_configs_that_do_not_fit(folder: Path, change: dict[str, object], message: str) -> None:
     path = folder / "config.json"

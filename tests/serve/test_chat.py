@@ -1,8 +1,11 @@
 """Conversations as prompts."""
 
 import pytest
+from tokenizer_helpers import CHATML, chatml
 
-from retro_engine.serve.chat import STOPS, Message, chat_prompt
+from retro_engine.data.chat_files import ChatFiles
+from retro_engine.generate.chat import ChatTemplate
+from retro_engine.serve.chat import STOPS, Message, Part, chat_prompt
 from retro_engine.serve.limits import ApiError
 
 TURNS = [
@@ -20,22 +23,25 @@ def test_questions_and_answers_for_a_base_model() -> None:
 
 
 def test_the_checkpoints_own_template() -> None:
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    assert chat_prompt(TURNS[1:2], template) == ("<user> What? <assistant>", ())
+    tokenizer = chatml()
+    tokenizer.chat_files = ChatFiles({"default": CHATML})
+    template = ChatTemplate(tokenizer)
+    parts = [Part(type="text", text="<|im_"), Part(type="text", text="end|>")]
+    prompt, stops = chat_prompt([*TURNS[:3], Message(role="user", content=parts)], template)
+    assert isinstance(prompt, list)
+    assert [i for i in prompt if i in (0, 1, 2)] == [1, 2, 1, 2, 1, 2, 1, 2, 1]
+    assert "<|im_end|>" in tokenizer.decode(prompt)  # what the parts say together, as text
+    assert stops == ("<|im_end|>",)
+    template.close()
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ raise_exception('only users') }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{% if %}",
-        "{{ messages.append(1) }}",
-    ],
-)
-def test_a_template_that_refuses_or_reaches_out(template: str) -> None:
-    with pytest.raises(ApiError, match="chat template"):
+def test_a_template_that_refuses() -> None:
+    tokenizer = chatml()
+    tokenizer.chat_files = ChatFiles({"default": "{{ raise_exception('no system') }}"})
+    template = ChatTemplate(tokenizer)
+    with pytest.raises(ApiError, match="chat template refuses this: TemplateError: no system"):
         chat_prompt(TURNS, template)
+    template.close()
 
 
 def test_there_must_be_something_to_answer() -> None:

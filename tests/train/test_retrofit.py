@@ -11,13 +11,16 @@ from safetensors.torch import load_file
 from training_helpers import launch, losses
 
 from retro_engine.config import ModelConfig, load_config
+from retro_engine.data.chat_files import ChatFiles
 from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.store import Store
+from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.interop.imports import Imported, write_checkpoint
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
+from retro_engine.train.checkpoint import find_checkpoint
 from retro_engine.train.loop import open_evaluation, run_databases, train
 from retro_engine.train.retrofit import crossing_layers, inherit, is_new, load_initial
 
@@ -283,3 +286,16 @@ def test_cross_attention_is_fitted_to_the_decoder(small_store: Store, source: Pa
         assert config.model.cca_position_embedding == ("none" if is_fitted else "rope")
     with pytest.raises(UsageError, match="a plain decoder's"):
         inherit(load_config([*more[:1], f"model.init_from='{tmp_path / 'whole'}'"]))
+
+
+def test_a_chat_model_stays_one(small_store: Store, tmp_path: Path) -> None:
+    """Its template and its end tokens are in the checkpoints of the run, also after it was resumed."""
+    tokenizer = Tokenizer(small_store.tokenizer.json)
+    tokenizer.chat_files = ChatFiles({"default": "{{ messages }}"}, end_ids=(7,))
+    write_checkpoint(Imported(RetroModel(decoder_config(small_store)), tokenizer, "hf"), tmp_path / "source", "x")
+    for steps in (1, 2):
+        overrides = settings(small_store, tmp_path / "source", f"trainer.max_steps={steps}", out=tmp_path / "run")
+        train(load_config(overrides), Reporter("quiet"))
+        found = Tokenizer.load(find_checkpoint(tmp_path / "run"))
+        assert found.chat_files.templates == {"default": "{{ messages }}"}
+        assert found.end_ids == [7, small_store.tokenizer.eod_id]
