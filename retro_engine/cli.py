@@ -789,8 +789,8 @@ def _inspect(args: argparse.Namespace) -> int:
             f"{path} is not a store, table, index, library, run or checkpoint", "it has no manifest.json"
         )
     try:
-        kind = json.loads((path / files.MANIFEST).read_text()).get("kind")
-    except (ValueError, AttributeError):
+        kind = files.read_json(path / files.MANIFEST).get("kind")
+    except (ValueError, AttributeError, OSError):
         kind = "store"  # reading it as one says what is wrong
     query = Store(path.parent.parent if kind in ("neighbors", "index", "embeddings") else path)
     if kind == "neighbors":

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from retro_engine.data.manifests import check_manifest, check_names
 from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError, UsageError
 
 MAGIC = b"RETROARR"
@@ -35,6 +37,7 @@ BLOCK = 1 << 20  # bytes of values under one checksum
 DTYPES = {"u1": np.uint8, "u2": np.uint16, "u4": np.uint32, "i4": np.int32, "i8": np.int64}
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+MOST_JSON_BYTES = 1 << 28
 PLAIN_NAME = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9_.+-]{1,255}")
 KINDS = {
     stat.S_ISDIR: "a folder",
@@ -112,6 +115,49 @@ def _open(path: Path, flags: int) -> int:
         if kind in ("", "a file", "a link") and not (kind == "a link" and flags & os.O_NOFOLLOW):
             raise
     raise StoreError(f"{path} is {kind}", "a file was expected", "put the file in its place, or build it again")
+
+
+def read_bytes(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
+    """A whole file. Raises as `open_file` does, and StoreError for one of more than `most` bytes."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise StoreError(f"{path} has {size:,} bytes", f"at most {most:,} are read", "it was not written by us")
+        return file.readall()
+
+
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Any:
+    """The content of a JSON file. Raises as `read_bytes` does, and ValueError for what is no JSON, or nested too deep."""
+    try:
+        return json.loads(read_bytes(path, most))
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def map_npy(path: Path, dtype: Any, ndim: int) -> np.ndarray:
+    """A .npy file of this type, memory-mapped. Raises StoreError unless it is that, and as long as it says."""
+    from numpy.lib import format as npy
+
+    wanted = np.dtype(dtype)
+    try:
+        with open_file(path) as file:
+            version = npy.read_magic(file)
+            read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+            shape, is_fortran, found = read_header(file)
+            start, size = file.tell(), os.fstat(file.fileno()).st_size
+        if found != wanted or is_fortran or len(shape) != ndim or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"it holds {shape!s:.60} of {found}, not {ndim} dimensions of {wanted}")
+        if math.prod(shape) * wanted.itemsize != size - start:
+            raise ValueError(f"{shape!s:.60} values of {found} in {size - start:,} bytes")
+        if size == start:
+            return np.empty(shape, wanted)
+        return np.memmap(path, wanted, "r", start, shape).view(np.ndarray)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read", error.strerror or str(error), "build it again") from error
+    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path} is not the array that was written", f"{error}", "build it again") from error
 
 
 def publish(path: Path, parts: Iterable[bytes | memoryview], size: int | None = None) -> None:
@@ -364,6 +410,7 @@ def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> str:
 
     What a killed writer of it left is removed: the folder is the caller's alone.
     """
+    check_names(kind, content)
     for stale in folder.glob(f".{MANIFEST}.*.tmp"):
         stale.unlink(missing_ok=True)
     body = {"kind": kind, "version": VERSION, **content}
@@ -375,13 +422,13 @@ def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> str:
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     """The manifest of a published folder.
 
-    Raises MissingInputError when there is none (the folder was never finished), StoreError when it is damaged,
-    of another kind, or newer.
+    Every field is what manifests.py says of it. Raises MissingInputError when there is none (the folder was never
+    finished), StoreError when it is damaged, of another kind, newer, or was not written by this program.
     """
     path = folder / MANIFEST
     build = {"store": "retro prepare", "neighbors": "retro neighbors", "index": "retro index"}.get(kind, "build it")
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path)
     except FileNotFoundError as error:
         why = "it has no manifest.json: it was never finished" if folder.is_dir() else "there is no such folder"
         raise MissingInputError(f"{folder} is not a {kind}", why, f"{build} makes one") from error
@@ -390,16 +437,21 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     try:
         body = json.loads(raw)
         mark = body.pop("fingerprint")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        found = fingerprint(body)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise StoreError(f"{path} is damaged", "it is not the JSON that was written", f"{build} again") from error
-    if body.get("version") != VERSION:
+    if body.get("version") != VERSION or isinstance(body["version"], bool):
         raise StoreError(
-            f"{path} has version {body.get('version')}", f"this program reads {VERSION}", "update retro-engine"
+            f"{path} has version {body.get('version')!r:.40}", f"this program reads {VERSION}", "update retro-engine"
         )
     if body.get("kind") != kind:
-        raise StoreError(f"{folder} is a {body.get('kind')}", f"a {kind} was expected", "name another folder")
-    if fingerprint(body) != mark:
+        raise StoreError(f"{folder} is a {body.get('kind')!s:.40}", f"a {kind} was expected", "name another folder")
+    if found != mark:
         raise StoreError(f"{path} is damaged", "its fingerprint does not match", f"{build} again")
+    try:
+        check_manifest(kind, body)
+    except ValueError as error:
+        raise StoreError(f"{path} is not as {kind} manifests are", str(error), f"{build} again") from error
     return {**body, "fingerprint": mark}
 
 

@@ -107,6 +107,10 @@ class NeighborTable:
         self.databases = [self._database(entry) for entry in m["databases"]]
         query.coding.check(*(database.coding for database in self.databases))
         self.num_rows = sum(store.num_rows for store in self.databases)
+        if m["rows"] != query.num_rows or self.num_rows != sum(entry["rows"] for entry in m["databases"]):
+            raise StoreError(
+                f"{self.folder} contradicts itself", "its rows are not its stores'", "retro neighbors again"
+            )
         self._shards = [
             ArrayFile(files.child(self.folder, name), "neighbors", query.fingerprint) for name in sorted(m["files"])
         ]

@@ -136,7 +136,7 @@ def _make_tokenizer(
     marker_path = path.with_name(path.name + ".ok")
     mark = files.fingerprint([inputs, vocab_size, SAMPLE_BYTES])
     try:
-        marker = json.loads(marker_path.read_bytes())
+        marker = files.read_json(marker_path)
         if marker["inputs"] == mark and marker["sha256"] == files.sha256_file(path):
             return Tokenizer.load(path)
     except (OSError, ValueError, KeyError, TypeError):

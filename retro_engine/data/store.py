@@ -6,6 +6,7 @@ tokenizer.json and, for each shard, tokens-, lengths-, rows-, documents-, names-
 (docs/formats.md); a store of minor version 0 has no contents: they are computed from its tokens when they are asked for.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,13 @@ SHARD_ROWS = 1 << 18  # a shard closes at the first document end past this many 
 DOCUMENT_COLUMNS = ("first_row", "num_tokens", "num_bytes", "name_end")  # of documents-NNNNN.bin, shard-relative
 MINOR_VERSION = 1  # 1: with the contents of the documents; a reader of 0 passes over them
 PARTS = ("tokens", "lengths", "rows", "documents", "names", "contents")
+ARRAY_DTYPES = {
+    "lengths": "<u2",
+    "rows": "<u4",
+    "documents": "<i8",
+    "names": "u1",
+    "contents": "<i8",
+}  # tokens: the manifest's
 SET_ASIDE_FILE = "set_aside.jsonl"
 
 
@@ -153,7 +161,7 @@ class StoreWriter:
         while self._mark:
             number = len(self._shards)
             try:
-                marker = json.loads((self.folder / marker_name(number)).read_bytes())
+                marker = files.read_json(self.folder / marker_name(number))
                 if marker["inputs"] != self._mark or set(marker["files"]) != set(shard_files(number)):
                     return
                 files.verify_files(self.folder, marker["files"])
@@ -218,6 +226,7 @@ class Shard:
     arrays: dict[str, ArrayFile]
     first_row: int
     first_document: int
+    documents: np.ndarray | None = None  # once its table was checked
 
 
 class Store:
@@ -246,15 +255,18 @@ class Store:
             of_documents = dict.fromkeys(("documents", "contents"), shard["documents"])
             for part, array in arrays.items():
                 rows = {"names": array.values.shape[0], **of_documents}.get(part, shard["rows"])
-                if array.values.shape != (rows, widths.get(part, 1)):
+                expected = (rows, widths.get(part, 1))
+                dtype = np.dtype(ARRAY_DTYPES.get(part, m["dtype"]))
+                if array.values.shape != expected or array.values.dtype != dtype:
                     raise StoreError(
-                        f"{array.path} has shape {array.values.shape}",
-                        f"the manifest says {(rows, widths.get(part, 1))}",
+                        f"{array.path} has shape {array.values.shape} of {array.values.dtype}",
+                        f"the manifest says {expected} of {dtype}",
                     )
             self.shards.append(Shard(arrays, first_row, first_document))
             first_row += shard["rows"]
             first_document += shard["documents"]
-        if (first_row, first_document) != (self.num_rows, self.num_documents):
+        are_ids = max(self.eod_id, self.pad_id) < self.vocab_size
+        if (first_row, first_document) != (self.num_rows, self.num_documents) or not self.num_documents or not are_ids:
             raise StoreError(
                 f"{self.folder} contradicts itself", "its shards do not add up to its counts", "retro prepare again"
             )
@@ -265,13 +277,23 @@ class Store:
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer.load(self.folder / TOKENIZER_FILE)
-            if self._tokenizer.fingerprint != self.manifest["tokenizer"]:
+            path = self.folder / TOKENIZER_FILE
+            with contextlib.suppress(FileNotFoundError):  # the tokenizer says what is missing
+                files.open_file(path).close()  # it would wait for a pipe
+            found = Tokenizer.load(path)
+            if found.fingerprint != self.manifest["tokenizer"]:
                 raise StoreError(
-                    f"{self.folder / TOKENIZER_FILE} is {self._tokenizer.fingerprint[:12]}",
+                    f"{path} is {found.fingerprint[:12]}",
                     f"the store was made with {self.manifest['tokenizer'][:12]}",
                     "retro prepare again",
                 )
+            if (found.vocab_size, found.eod_id, found.pad_id) != (self.vocab_size, self.eod_id, self.pad_id):
+                raise StoreError(
+                    f"{path} has {found.vocab_size} entries, end {found.eod_id}, padding {found.pad_id}",
+                    f"the manifest says {self.vocab_size}, {self.eod_id}, {self.pad_id}",
+                    "retro prepare again",
+                )
+            self._tokenizer = found
         return self._tokenizer
 
     @property
@@ -285,7 +307,7 @@ class Store:
         if self._documents is None:
             parts = []
             for shard in self.shards:
-                table = shard.arrays["documents"].checked()[:, :3].astype(np.int64)
+                table = self._checked_documents(shard)[:, :3].astype(np.int64)
                 table[:, 0] += shard.first_row
                 parts.append(table)
             self._documents = np.concatenate(parts)
@@ -321,9 +343,34 @@ class Store:
             yield from map(content_mark, texts)
             first = last
 
+    def _checked_documents(self, shard: Shard) -> np.ndarray:
+        """The table of a shard's documents, which says where everything of theirs lies."""
+        if shard.documents is not None:
+            return shard.documents
+        table, rows = shard.arrays["documents"].checked(), shard.arrays["rows"].values.shape[0]
+        first_row, num_tokens, _, name_end = table.T
+        row_counts = np.diff(first_row, append=rows)
+        holds = (
+            first_row[0] == 0
+            and (row_counts > 0).all()
+            and bool((row_counts == (num_tokens - 1) // self.chunk_size + 1).all())
+            and (np.diff(name_end, prepend=0) >= 0).all()
+            and name_end[-1] == shard.arrays["names"].values.shape[0]
+        )
+        if not holds:
+            raise StoreError(f"{shard.arrays['documents'].path} contradicts itself", "", "retro prepare again")
+        shard.documents = table
+        return table
+
     def row_documents(self) -> np.ndarray:
         """[rows] the document of every row."""
-        parts = [s.arrays["rows"].checked()[:, 0].astype(np.int64) + s.first_document for s in self.shards]
+        parts = []
+        for shard in self.shards:
+            found, starts = shard.arrays["rows"].checked()[:, 0], self._checked_documents(shard)[:, 0]
+            expected = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(found)))
+            if not np.array_equal(found, expected):
+                raise StoreError(f"{shard.arrays['rows'].path} contradicts itself", "", "retro prepare again")
+            parts.append(expected + shard.first_document)
         return np.concatenate(parts)
 
     def document_rows(self, document: int) -> tuple[int, int]:
@@ -339,11 +386,17 @@ class Store:
         """Id and title of a document."""
         shard = max((s for s in self.shards if s.first_document <= document), key=lambda s: s.first_document)
         number = document - shard.first_document
-        ends = shard.arrays["documents"].checked()[:, 3]
+        ends = self._checked_documents(shard)[:, 3]
         start = int(ends[number - 1]) if number else 0
-        raw = shard.arrays["names"].checked()[start : int(ends[number]), 0].tobytes()
-        identifier, title = json.loads(raw)
-        return identifier, title
+        names = shard.arrays["names"]
+        raw = names.checked()[start : int(ends[number]), 0].tobytes()
+        try:
+            identifier, title = json.loads(raw)
+            if isinstance(identifier, str) and isinstance(title, str):
+                return identifier, title
+        except (ValueError, TypeError, RecursionError):
+            pass
+        raise StoreError(f"{names.path} has no name of document {document}", f"{raw[:60]!r}", "retro prepare again")
 
     def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [rows, m] and lengths [rows] of rows first ... last - 1."""
@@ -358,7 +411,18 @@ class Store:
                     out.append(shard.arrays[part].values[begin:end])
         if not tokens:
             return np.empty((0, self.chunk_size), np.uint16), np.empty(0, np.uint16)
-        return np.concatenate(tokens), np.concatenate(lengths)[:, 0]
+        found, valid = np.concatenate(tokens), np.concatenate(lengths)[:, 0]
+        if (
+            found.max(initial=0) >= self.vocab_size
+            or valid.min(initial=1) < 1
+            or valid.max(initial=1) > self.chunk_size
+        ):
+            raise StoreError(
+                f"{self.folder} has a token or a length that cannot be in rows {first} ... {last - 1}",
+                f"the vocabulary has {self.vocab_size} entries, a row {self.chunk_size} tokens",
+                "retro prepare again",
+            )
+        return found, valid
 
     def texts(self, first: int = 0, last: int | None = None, batch: int = 8192) -> Iterator[list[str]]:
         """The text of every chunk, in order, in lists of at most `batch`."""

@@ -137,7 +137,7 @@ def _finished(stage: Stage, name: str) -> tuple[str | None, bool]:
     """The SHA-256 of a finished shard, else None; and whether it was finished by this stage and is damaged."""
     path = stage.folder / name
     try:
-        marker = json.loads(path.with_name(name + MARKER).read_bytes())
+        marker = files.read_json(path.with_name(name + MARKER))
         is_own = marker["stage"] == stage.mark
         if is_own and path.stat().st_size == marker["bytes"] and files.sha256_file(path) == marker["sha256"]:
             return str(marker["sha256"]), False

@@ -28,6 +28,7 @@ from retro_engine.retrieval.executor import Executor, Part, Stage, Stream, is_fi
 from retro_engine.retrieval.left_out import LeftOut
 from retro_engine.retrieval.vectors import ExactSearch, Vectors, build_vectors
 
+MOST_FILES = 1 << 12
 INDEX_ROWS = 10**8  # chunks in one index file
 TRAIN_PER_LIST = 40  # training vectors for each list: Faiss warns below 39
 MIN_PER_LIST = 39
@@ -198,7 +199,7 @@ def read_faiss(path: Path) -> Any:
     """A Faiss index from a file whose hash was checked; with limits. Raises StoreError for what Faiss cannot read."""
     import faiss
 
-    raw = np.fromfile(path, np.uint8)
+    raw = np.frombuffer(files.read_bytes(path, 1 << 40), np.uint8)
     faiss.set_deserialization_vector_byte_limit(max(1 << 20, 64 * len(raw)))
     try:
         return faiss.deserialize_index(raw)
@@ -427,6 +428,8 @@ class VectorIndex:
         self.folder, self.store, self.vectors, self.manifest = folder, store, vectors, manifest
         self.factory, self.metric, self.nprobe = manifest["factory"], manifest["metric"], int(manifest["nprobe"])
         self.num_chunks = store.num_rows
+        if -(-self.num_chunks // manifest["index_rows"]) > MOST_FILES:
+            raise StoreError(f"{folder} is in more than {MOST_FILES} files", "index_rows", f"rm -r {folder}")
         self._mapped: list[Any] = []  # Faiss does not keep the lists that it is given
         self._indexes = [(start, self._read(start)) for start in range(0, self.num_chunks, manifest["index_rows"])]
 

@@ -28,7 +28,7 @@ from retro_engine.retrieval.analyzer import FIRST, Analyzer, Terms, code_points,
 from retro_engine.retrieval.executor import Executor, Part, Stage, Stream, is_finished, remove_shards, run_stage
 from retro_engine.retrieval.left_out import LeftOut
 
-ARRAYS = ("scores", "chunks", "starts", "frequencies")
+ARRAYS = {"scores": "<f4", "chunks": "<i4", "starts": "<i8", "frequencies": "<i8"}
 OUTPUTS = ("terms.npy", *(f"{name}.npy" for name in ARRAYS))
 K1, B = 1.5, 0.75
 BLOCK_ROWS = 1 << 16
@@ -52,7 +52,7 @@ class Bm25Index:
             )
         files.verify_files(folder, self.manifest["files"])
         try:
-            load = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+            load = {name: files.map_npy(folder / f"{name}.npy", ARRAYS[name], 1) for name in ARRAYS}
             terms, self._numbers = self._read_terms()
         except (OSError, ValueError) as error:
             raise StoreError(f"{folder} cannot be read", str(error), f"retro index {store.folder}") from error
@@ -66,9 +66,13 @@ class Bm25Index:
         """The hashes of the terms, ascending, and the number of each in the arrays."""
         self.analyzer = from_json(self.manifest.get("analyzer"), str(self.folder))
         if self.analyzer != FIRST:
-            terms = np.array(np.load(self.folder / "terms.npy", allow_pickle=False))
+            terms = np.array(files.map_npy(self.folder / "terms.npy", "<u8", 1))
             return terms, np.arange(len(terms))
-        words = list(json.loads((self.folder / "vocabulary.json").read_text()))
+        path = self.folder / "vocabulary.json"
+        vocabulary = files.read_json(path, 1 << 33)
+        if not isinstance(vocabulary, dict) or list(vocabulary.values()) != list(range(len(vocabulary))):
+            raise StoreError(f"{path} is damaged", "it does not number its words", f"retro index {self.store.folder}")
+        words = list(vocabulary)
         nothing = np.empty(0, np.uint8), np.empty(0, np.uint32)
         hashes = analyzer_loops.hash_words(*code_points(words), *nothing)
         order = np.argsort(hashes, kind="stable")
@@ -77,15 +81,14 @@ class Bm25Index:
     def _check(self) -> None:
         """Everything that the search loop takes for granted: numba checks no bounds."""
         terms = len(self.terms)
-        types = [(a.dtype, a.ndim) for a in (self.scores, self.chunks, self.starts, self.frequencies, self.terms)]
-        wanted = [(np.dtype(t), 1) for t in (np.float32, np.int32, np.int64, np.int64, np.uint64)]
         holds = (
-            types == wanted
+            self.manifest["chunks"] == self.num_chunks
             and len(self.scores) == len(self.chunks)
             and (len(self.starts), len(self.frequencies)) == (terms + 1, terms)
             and self.starts[0] == 0
             and self.starts[-1] == len(self.scores)
-            and bool((np.diff(self.starts) >= 0).all())
+            and np.array_equal(np.diff(self.starts), self.frequencies)
+            and bool((self.frequencies >= 0).all() and np.isfinite(self.scores).all())
             and (not len(self.chunks) or (int(self.chunks.min()) >= 0 and int(self.chunks.max()) < self.num_chunks))
             and bool((self.terms[1:] > self.terms[:-1]).all())
         )

@@ -74,15 +74,10 @@ def open_segment(folder: Path, parent: str, fingerprint: str) -> Segment:
     if (manifest["library"], manifest["fingerprint"]) != (parent, fingerprint):
         raise StoreError(f"{folder} is another segment", "the library names its fingerprint", "it is built again")
     files.verify_files(folder, manifest["files"])
-    try:
-        load = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in DTYPES}
-        if any(load[name].dtype != DTYPES[name] or load[name].ndim != 1 for name in DTYPES):
-            raise ValueError("an array has another type")
-        if VECTORS in manifest["files"]:
-            load["vectors"] = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{folder} cannot be read", str(error), "it is built again") from error
-    segment = Segment(**{name: values.view(np.ndarray) for name, values in load.items()}, folder=folder)
+    load: dict[str, Any] = {name: files.map_npy(folder / f"{name}.npy", DTYPES[name], 1) for name in DTYPES}
+    if VECTORS in manifest["files"]:
+        load["vectors"] = files.map_npy(folder / VECTORS, np.float32, 2)
+    segment = Segment(**load, folder=folder)
     _check(segment, manifest)
     if CODES in manifest["files"] and segment.vectors is not None:
         segment = replace(segment, codes=CodedVectors.open(folder / CODES, segment.vectors))
@@ -103,7 +98,8 @@ def _check(segment: Segment, manifest: dict[str, Any]) -> None:
         and (int(s.term_starts[0]), int(s.term_starts[-1])) == (0, len(s.chunks))
         and len(s.counts) == len(s.chunks)
         and (not len(s.chunks) or (int(s.chunks.min()) >= 0 and int(s.chunks.max()) < count))
-        and (s.vectors is None or (s.vectors.dtype == np.float32 and s.vectors.shape == (count, manifest["width"])))
+        and bool((s.lengths >= 0).all())
+        and (s.vectors is None or s.vectors.shape == (count, manifest.get("width")))
     )
     if not holds:
         raise StoreError(f"{s.folder} contradicts itself", "its arrays do not fit", "it is built again")

@@ -80,7 +80,7 @@ def _settle_embedding(store: Store, model: str, folder: Path, reporter: Reporter
     """The embedding that an earlier run chose, else one chosen now: an interrupted build goes on as it began."""
     path = folder / EMBEDDING_FILE
     try:
-        known = json.loads(path.read_bytes())
+        known = files.read_json(path)
         if known["store"] == store.fingerprint:
             embedding = Embedding(**known["embedding"])
             _refuse_other_choices(folder, embedding, choices)
@@ -173,18 +173,14 @@ class Vectors:
                 f"rm -r {folder}, then build them again",
             )
         files.verify_files(folder, self.manifest["files"])
-        try:
-            self._shards = [
-                np.load(files.child(folder, n), mmap_mode="r", allow_pickle=False)
-                for n in sorted(self.manifest["files"])
-            ]
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{folder} cannot be read", str(error), "retro embed again") from error
+        self._shards = [
+            files.map_npy(files.child(folder, name), self.embedding.dtype, 2) for name in sorted(self.manifest["files"])
+        ]
         self.width = self.embedding.width
         self._starts = np.cumsum([0] + [len(shard) for shard in self._shards])
         self.num_rows = int(self._starts[-1])
         for shard in self._shards:
-            if shard.ndim != 2 or shard.shape[1] != self.width or shard.dtype != self.embedding.dtype:
+            if shard.shape[1] != self.width:
                 raise StoreError(
                     f"{folder} has vectors {shard.shape}", f"width {self.width} was expected", "retro embed"
                 )

@@ -143,21 +143,27 @@ def test_manifest(tmp_path: Path) -> None:
         files.read_manifest(tmp_path / "no", "store")
     left = tmp_path / ".manifest.json.123.tmp"
     left.write_bytes(b"{")  # of a writer that was killed
-    mark = files.write_manifest(tmp_path, "store", {"b": 1, "a": [2]})
+    body = {"library": PARENT, "documents": 1, "chunks": 2, "files": {}}
+    mark = files.write_manifest(tmp_path, "segment", body)
     assert not left.exists()
-    assert files.read_manifest(tmp_path, "store")["fingerprint"] == mark
+    assert files.read_manifest(tmp_path, "segment")["fingerprint"] == mark
     with pytest.raises(StoreError, match="a neighbors was expected"):
         files.read_manifest(tmp_path, "neighbors")
     path = tmp_path / "manifest.json"
     whole = path.read_bytes()
     path.chmod(0o644)
-    for content in (b"", whole[:-20], whole.replace(b'"b": 1', b'"b": 2'), b"[1]", b"\xff" + whole):
+    for content in (b"", whole[:-20], whole.replace(b'"chunks": 2', b'"chunks": 1'), b"[1]", b"\xff" + whole):
         path.write_bytes(content)
         with pytest.raises(StoreError, match="damaged"):
-            files.read_manifest(tmp_path, "store")
+            files.read_manifest(tmp_path, "segment")
     path.write_bytes(whole.replace(b'"version": 1', b'"version": 9'))
     with pytest.raises(StoreError, match="version 9"):
-        files.read_manifest(tmp_path, "store")
+        files.read_manifest(tmp_path, "segment")
+    path.write_bytes(b"[" * 1_000_000)
+    with pytest.raises(StoreError, match="damaged"):
+        files.read_manifest(tmp_path, "segment")
+    with pytest.raises(AssertionError, match="not described"):
+        files.write_manifest(tmp_path, "segment", {**body, "another": 1})
 
 
 def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
