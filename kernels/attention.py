@@ -10,6 +10,8 @@ import torch
 from retro_kernels import cpp, flash, reference
 from retro_kernels.backend import attention_kernels, choose, is_forced
 from retro_kernels.checks import check_heads, check_range, check_tables
+from retro_kernels.dropout import check as check_dropout
+from retro_kernels.dropout import new_seed
 from retro_kernels.rope import rope
 from torch import Tensor
 
@@ -29,13 +31,16 @@ def attention(
     query_period: int | None = None,
     scale: float | None = None,
     is_packed: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """q [b, n, h, e]; k, v [b, s, h_kv, e] -> [b, n, h, e].
 
     is_causal: query i sees keys up to i + s - n. first_keys [b, n]: the first key that each query sees. key_begins,
     key_ends [b]: the range of keys that count. cos, sin [positions, rotary/2] rotate inside and get no gradient. `scale`
     None = 1/sqrt(e), `query_period` None = n. `is_packed` states that first_keys are where the query's document begins,
-    documents side by side: then flash-attn's ragged batches may compute it. Raises ValueError naming the argument, its shape and the rule.
+    documents side by side: then flash-attn's ragged batches may compute it. `dropout` is of the attention weights, `seed` int64 []
+    says which (kernels/dropout.py); None = drawn from torch's generator. Raises ValueError naming the argument, its shape and the rule.
     """
     _check(q, k, v, is_causal, first_keys, key_begins, key_ends)
     if query_offset < 0 or query_period is not None and query_period < 1:
@@ -43,7 +48,9 @@ def attention(
     period = query_period or max(1, q.shape[1])
     check_tables(cos, sin, max(k.shape[1], query_offset + min(period, q.shape[1])), q.shape[3])
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    is_plain = is_causal and key_begins is None and key_ends is None and q.shape[1] == k.shape[1]
+    check_dropout(dropout)
+    seed = new_seed(q) if dropout and seed is None else seed
+    is_plain = not dropout and is_causal and key_begins is None and key_ends is None and q.shape[1] == k.shape[1]
     backend = choose("attention", q, k, v)
     if backend == "triton" and is_plain and not is_forced() and flash.takes(q, first_keys, is_packed):
         if cos is not None and sin is not None:
@@ -51,10 +58,10 @@ def attention(
             q, k = rope(q, cos, sin, query_offset + place % period), rope(k, cos, sin, place)
         return flash.causal_attention(q, k, v, first_keys, scale)
     if backend != "reference":
-        arguments = (first_keys, key_begins, key_ends, cos, sin, is_causal, query_offset, period, scale)
+        arguments = (first_keys, key_begins, key_ends, cos, sin, is_causal, query_offset, period, scale, dropout, seed)
         return _attention(q, k, v, *arguments)[0]
     return reference.attention(
-        q, k, v, is_causal, first_keys, key_begins, key_ends, cos, sin, query_offset, period, scale
+        q, k, v, is_causal, first_keys, key_begins, key_ends, cos, sin, query_offset, period, scale, dropout, seed
     )
 
 
@@ -101,8 +108,11 @@ def _attention(
     query_offset: int,
     query_period: int,
     scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    problem = _problem(first_keys, key_begins, key_ends, cos, sin, is_causal, query_offset, query_period, scale)
+    numbers = (is_causal, query_offset, query_period, scale, dropout, seed)
+    problem = _problem(first_keys, key_begins, key_ends, cos, sin, *numbers)
     return attention_kernels(q, k, v).attention_forward(q, k[:, None, None], v[:, None, None], problem)
 
 
@@ -116,6 +126,8 @@ def _problem(
     query_offset: int,
     query_period: int,
     scale: float,
+    dropout: float,
+    seed: Tensor | None,
 ) -> cpp.Problem:
     return cpp.Problem(
         lengths=key_ends,
@@ -127,11 +139,28 @@ def _problem(
         query_offset=query_offset,
         query_period=query_period,
         scale=scale,
+        dropout=dropout,
+        seed=seed,
     )
 
 
 @_attention.register_fake
-def _(q, k, v, first_keys, key_begins, key_ends, cos, sin, is_causal, query_offset, query_period, scale):  # type: ignore[no-untyped-def]
+def _(
+    q,
+    k,
+    v,
+    first_keys,
+    key_begins,
+    key_ends,
+    cos,
+    sin,
+    is_causal,
+    query_offset,
+    query_period,
+    scale,
+    dropout=0.0,
+    seed=None,
+):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
@@ -152,8 +181,11 @@ def _attention_backward(
     query_offset: int,
     query_period: int,
     scale: float,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = _problem(first_keys, key_begins, key_ends, cos, sin, is_causal, query_offset, query_period, scale)
+    numbers = (is_causal, query_offset, query_period, scale, dropout, seed)
+    problem = _problem(first_keys, key_begins, key_ends, cos, sin, *numbers)
     backward = attention_kernels(q, k, v).attention_backward
     grad_q, grad_k, grad_v = backward(grad_o, q, k[:, None, None], v[:, None, None], o, lse, problem)
     return grad_q, grad_k[:, 0, 0], grad_v[:, 0, 0]
@@ -165,25 +197,25 @@ def _(grad_o, q, k, v, o, lse, *rest):  # type: ignore[no-untyped-def]
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, first_keys, key_begins, key_ends, cos, sin, *ctx.numbers = inputs
+    q, k, v, first_keys, key_begins, key_ends, cos, sin, *ctx.numbers, seed = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, first_keys, key_begins, key_ends, cos, sin)
+    ctx.save_for_backward(q, k, v, *output, first_keys, key_begins, key_ends, cos, sin, seed)
 
 
 def _gradients(ctx, grad_o, grad_lse):  # type: ignore[no-untyped-def]
-    q, k, v, o, lse, *data = ctx.saved_tensors
-    none = (None,) * 9
+    q, k, v, o, lse, *data, seed = ctx.saved_tensors
+    none = (None,) * 11
     if grad_o is None:
         return None, None, None, *none
     if torch.is_grad_enabled():  # a gradient of this gradient may be asked for
         first_keys, begins, ends, cos, sin = data
         is_causal, *numbers = ctx.numbers
         again = lambda q, k, v: reference.attention(  # noqa: E731
-            q, k, v, is_causal, first_keys, begins, ends, cos, sin, *numbers
+            q, k, v, is_causal, first_keys, begins, ends, cos, sin, *numbers, seed
         )
         return *reference.gradients(again, grad_o, q, k, v), *none
-    return *_attention_backward(grad_o, q, k, v, o, lse, *data, *ctx.numbers), *none
+    return *_attention_backward(grad_o, q, k, v, o, lse, *data, *ctx.numbers, seed), *none
 
 
 _attention.register_autograd(_gradients, setup_context=_keep)

@@ -11,6 +11,8 @@ import torch
 from retro_kernels import cpp, reference
 from retro_kernels.backend import attention_kernels, choose
 from retro_kernels.checks import check_heads, check_range, check_tables
+from retro_kernels.dropout import check as check_dropout
+from retro_kernels.dropout import new_seed
 from torch import Tensor
 
 
@@ -26,23 +28,27 @@ def chunked_cross_attention(
     query_offset: int | None = None,
     dropout: float = 0.0,
     return_lse: bool = False,
+    seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """q [b, n, h, e]; k, v [b, l, K, r, h_kv, e]; neighbor_lengths [b, l, K] -> [b, n, h, e].
 
     Exactly 0 before token m-1 and where a chunk has no valid neighbor; `neighbor_lengths` None = all full,
     0 = missing. l is floor(n / chunk_length). `scale` None = 1/sqrt(e). `query_offset` None = chunk_length - 1.
-    `dropout` is of the attention weights (plain PyTorch only). `return_lse` adds the natural log-sum-exp of the
+    `dropout` is of the attention weights, `seed` int64 [] says which (kernels/dropout.py); None = drawn from torch's generator. `return_lse` adds the natural log-sum-exp of the
     scores [b, h, n] in fp32, +inf where nothing is attended; it has no gradient, nor have cos and sin.
     Raises ValueError naming the argument, its shape and the rule.
     """
     offset = chunk_length - 1 if query_offset is None else query_offset
     _check(q, k, v, neighbor_lengths, chunk_length, cos, sin, offset)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    is_fast = not dropout and choose("chunked_cross_attention", q, k, v) != "reference"
-    if is_fast:
-        o, lse = _chunked_cross_attention(q, k, v, neighbor_lengths, cos, sin, chunk_length, offset, scale)
+    check_dropout(dropout)
+    seed = new_seed(q) if dropout and seed is None else seed
+    if choose("chunked_cross_attention", q, k, v) != "reference":
+        numbers = (chunk_length, offset, scale, dropout, seed)
+        o, lse = _chunked_cross_attention(q, k, v, neighbor_lengths, cos, sin, *numbers)
         return (o, lse.detach() * math.log(2)) if return_lse else o
-    o = reference.chunked_cross_attention(q, k, v, neighbor_lengths, chunk_length, cos, sin, scale, offset, dropout)
+    arguments = (q, k, v, neighbor_lengths, chunk_length, cos, sin, scale, offset)
+    o = reference.chunked_cross_attention(*arguments, dropout, seed)
     if not return_lse:
         return o
     with torch.no_grad():
@@ -92,21 +98,37 @@ def _chunked_cross_attention(
     chunk_length: int,
     query_offset: int,
     scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    problem = _problem(neighbor_lengths, cos, sin, chunk_length, query_offset, scale)
+    problem = _problem(neighbor_lengths, cos, sin, chunk_length, query_offset, scale, dropout, seed)
     return attention_kernels(q, k, v).attention_forward(q, k, v, problem)
 
 
 def _problem(
-    lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None, chunk_length: int, query_offset: int, scale: float
+    lengths: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    chunk_length: int,
+    query_offset: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
 ) -> cpp.Problem:
     return cpp.Problem(
-        chunk_length=chunk_length, lengths=lengths, cos=cos, sin=sin, query_offset=query_offset, scale=scale
+        chunk_length=chunk_length,
+        lengths=lengths,
+        cos=cos,
+        sin=sin,
+        query_offset=query_offset,
+        scale=scale,
+        dropout=dropout,
+        seed=seed,
     )
 
 
 @_chunked_cross_attention.register_fake
-def _(q, k, v, neighbor_lengths, cos, sin, chunk_length, query_offset, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, neighbor_lengths, cos, sin, chunk_length, query_offset, scale, dropout=0.0, seed=None):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
@@ -124,8 +146,10 @@ def _chunked_cross_attention_backward(
     chunk_length: int,
     query_offset: int,
     scale: float,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = _problem(neighbor_lengths, cos, sin, chunk_length, query_offset, scale)
+    problem = _problem(neighbor_lengths, cos, sin, chunk_length, query_offset, scale, dropout, seed)
     return attention_kernels(q, k, v).attention_backward(grad_o, q, k, v, o, lse, problem)
 
 
@@ -135,24 +159,25 @@ def _(grad_o, q, k, v, o, lse, *rest):  # type: ignore[no-untyped-def]
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, lengths, cos, sin, *ctx.numbers = inputs
+    q, k, v, lengths, cos, sin, *ctx.numbers, seed = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, lengths, cos, sin)
+    ctx.save_for_backward(q, k, v, *output, lengths, cos, sin, seed)
 
 
 def _gradients(ctx, grad_o, grad_lse):  # type: ignore[no-untyped-def]
-    none = (None,) * 6
+    none = (None,) * 8
+    *tensors, seed = ctx.saved_tensors
     if grad_o is None:
         return None, None, None, *none
     if torch.is_grad_enabled():  # a gradient of this gradient may be asked for
-        q, k, v, _, _, lengths, cos, sin = ctx.saved_tensors
-        M, offset, scale = ctx.numbers
+        q, k, v, _, _, lengths, cos, sin = tensors
+        M, offset, scale, dropout = ctx.numbers
         again = lambda q, k, v: reference.chunked_cross_attention(  # noqa: E731
-            q, k, v, lengths, M, cos, sin, scale, offset
+            q, k, v, lengths, M, cos, sin, scale, offset, dropout, seed
         )
         return *reference.gradients(again, grad_o, q, k, v), *none
-    return *_chunked_cross_attention_backward(grad_o, *ctx.saved_tensors, *ctx.numbers), *none
+    return *_chunked_cross_attention_backward(grad_o, *tensors, *ctx.numbers, seed), *none
 
 
 _chunked_cross_attention.register_autograd(_gradients, setup_context=_keep)

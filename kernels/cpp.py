@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from retro_kernels.dropout import drop_below
 from retro_kernels.reference import CrossAttention, FeedForward, Matrix, Part, SelfAttention
 from torch import Tensor
 
@@ -69,6 +70,8 @@ class Problem:
     query_offset: int = 0
     query_period: int = 0  # 0 = one period
     scale: float = 1.0
+    dropout: float = 0.0
+    seed: Tensor | None = None  # int64, of the hash that says which weights are dropped
 
 
 def rope_qk(
@@ -224,7 +227,10 @@ def _call(
     integers = [_integers(x) for x in (problem.lengths, problem.begins, problem.first_keys)]
     tensors = (q, k, v, o, lse, *integers, cos, sin)
     addresses = [_address(tensor) for tensor in (*tensors, *gradients)]
-    _cpu.attention(instruction_set(), _TYPES[q.dtype], sizes, problem.scale, strides, addresses)
+    seed = int(problem.seed) if problem.dropout and problem.seed is not None else 0
+    dropout = (drop_below(problem.dropout), seed & 0xFFFFFFFF, seed >> 32)
+    factors = (problem.scale, 1 / (1 - problem.dropout))
+    _cpu.attention(instruction_set(), _TYPES[q.dtype], sizes, factors, dropout, strides, addresses)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from retro_kernels.checks import is_transformed
+from retro_kernels.dropout import factors
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -51,6 +52,7 @@ def attention(
     query_period: int,
     scale: float,
     dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over each query's range of keys; exactly 0 where it is empty, whatever the values hold."""
     N, S = q_BNHE.shape[1], k_BSGE.shape[1]
@@ -76,7 +78,13 @@ def attention(
         k_BSGE, v_BSGE = (x.masked_fill(~seen.any(1)[:, :, None, None], 0) for x in (k_BSGE, v_BSGE))
         seen = seen | ~any_seen
     mask = None if seen is None else seen[:, None]
-    out = masked_attention(q_BNHE, k_BSGE, v_BSGE, mask, is_causal and seen is None, dropout, scale)
+    is_plain = is_causal and seen is None
+    if seed is None or not dropout:
+        out = masked_attention(q_BNHE, k_BSGE, v_BSGE, mask, is_plain, 0.0, scale)
+    else:
+        mask = key <= query[:, None] if is_plain else mask
+        kept = factors(dropout, seed, q_BNHE.shape[0], q_BNHE.shape[2], query, key)
+        out = _attention_with_dropout(q_BNHE, k_BSGE, v_BSGE, mask, scale, kept)
     return out if any_seen is None else torch.where(any_seen[..., None], out, 0)
 
 
@@ -109,6 +117,19 @@ def masked_attention(
         return attend()
 
 
+def _attention_with_dropout(
+    q_BNHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, mask: Tensor | None, scale: float, kept_BHNS: Tensor
+) -> Tensor:
+    """As `masked_attention`, each weight times `kept`; sums in float32 or wider."""
+    wide = torch.promote_types(q_BNHE.dtype, torch.float32)
+    k, v = (x.to(wide).repeat_interleave(q_BNHE.shape[2] // x.shape[2], 2) for x in (k_BSGE, v_BSGE))
+    scores = torch.einsum("bnhe,bshe->bhns", q_BNHE.to(wide), k) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1) * kept_BHNS
+    return torch.einsum("bhns,bshe->bnhe", weights, v).to(q_BNHE.dtype)
+
+
 def gradients(function: Callable[..., Tensor], grad_o: Tensor, *tensors: Tensor) -> list[Tensor | None]:
     """Of function(*tensors), to be differentiated further."""
     inputs = [x.view_as(x) for x in tensors]  # one may have been made of another: only what `function` does counts
@@ -129,6 +150,7 @@ def chunked_cross_attention(
     scale: float | None,
     query_offset: int,
     dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """RETRO (arXiv 2112.04426) section 2.4: tokens um+m-1 ... um+2m-2 attend chunk u's neighbors."""
     B, N, H, E = q_BNHE.shape
@@ -153,7 +175,13 @@ def chunked_cross_attention(
         q = rope(q, cos, sin, torch.arange(query_offset, query_offset + M, device=q.device))
         k = rope(k, cos, sin)
     k, v = k.reshape(B * L, K * R, G, E), v.reshape(B * L, K * R, G, E)
-    out = masked_attention(q, k, v, mask, dropout=dropout, scale=scale)
+    if seed is None or not dropout:
+        out = masked_attention(q, k, v, mask, scale=scale)
+    else:
+        scale = E**-0.5 if scale is None else scale
+        tokens, keys = (torch.arange(n, device=q.device) for n in (L * M, K * R))
+        kept = factors(dropout, seed, B, H, tokens + M - 1, keys).unflatten(2, (L, M)).transpose(1, 2).flatten(0, 1)
+        out = _attention_with_dropout(q, k, v, mask, scale, kept)
     if any_valid is not None:
         out = torch.where(any_valid[:, None, None, None], out, 0)
     out = out.reshape(B, L * M, H, E)[:, : L * M - tail]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from retro_kernels.dropout import drop_below
 from torch import Tensor
 
 
@@ -92,13 +93,36 @@ def _range(BEGINS, ENDS, at, R, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr
 
 
 @triton.jit
+def _mixed(x):
+    """As kernels/dropout.py's, of uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _hash_queries(SEED, b, head, token):
+    """A hash of seed, batch, head and token of each row."""
+    low = tl.load(SEED).to(tl.uint32)
+    return _mixed(_mixed(_mixed(low + b.to(tl.uint32)) + head.to(tl.uint32)) + token.to(tl.uint32))
+
+
+@triton.jit
+def _kept(SEED, query_hash, key, drop_below, keep):
+    """1/(1 - dropout) for the weights [rows, keys] that are kept, else 0; `key` counts through the segments."""
+    key_hash = _mixed((tl.load(SEED) >> 32).to(tl.uint32) + key.to(tl.uint32))
+    bits = _mixed(query_hash[:, None] ^ key_hash[None, :]) >> 8
+    return tl.where(bits.to(tl.int32) < drop_below, 0.0, keep)
+
+
+@triton.jit
 def _attention_forward(
-    Q, K, V, O, LSE, BEGINS, ENDS, FIRST, COS, SIN, scale_log2,
+    Q, K, V, O, LSE, BEGINS, ENDS, FIRST, COS, SIN, SEED, drop_below, scale_keep, scale_log2,
     q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h,
     N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period, query_tiles,
     NUM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, EH: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr,
-    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     tile, g, pair = tl.program_id(0) % query_tiles, tl.program_id(1), tl.program_id(0) // query_tiles
     b, u = (pair // L).to(tl.int64), pair % L
@@ -134,6 +158,8 @@ def _attention_forward(
             factor = tl.exp2(peak - base)
             weight = tl.exp2(score - base[:, None])
             total = total * factor + tl.sum(weight, 1)
+            if DROPS:
+                weight *= _kept(SEED, _hash_queries(SEED, b, head, token), j * R + key, drop_below, scale_keep)
             at = b * v_b + u.to(tl.int64) * v_l + j * v_j + key.to(tl.int64) * v_s + g * v_h
             value = tl.load(V + at[:, None] + e[None, :], mask=inside[:, None] & (e < 2 * HALF)[None, :], other=0.0)
             if UPCAST:
@@ -162,12 +188,12 @@ def _load_gradient(O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, 
 
 @triton.jit
 def _attention_backward(
-    Q, K, V, O, DO, LSE, DQ, DK, DV, BEGINS, ENDS, FIRST, COS, SIN, scale_log2, scale,
+    Q, K, V, O, DO, LSE, DQ, DK, DV, BEGINS, ENDS, FIRST, COS, SIN, SEED, drop_below, scale_keep, scale_log2, scale,
     q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h, g_b, g_l, g_j, g_s, g_h,
     N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period, query_tiles, segment_tiles,
     NUM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, EH: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr,
-    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     programs = query_tiles + NUM * segment_tiles  # of one (b, u, g)
     program, g, pair = tl.program_id(0) % programs, tl.program_id(1), tl.program_id(0) // programs
@@ -206,6 +232,8 @@ def _attention_backward(
                 if UPCAST:
                     value = value.to(tl.float32)
                 slope = tl.dot(grad, tl.trans(value), input_precision="ieee")
+                if DROPS:
+                    slope *= _kept(SEED, _hash_queries(SEED, b, head, token), j * R + key, drop_below, scale_keep)
                 slope = (weight * (slope - delta[:, None]) * scale).to(k1.dtype)
                 dq1 = tl.dot(slope, k1, dq1, input_precision="ieee")
                 dq2 = tl.dot(slope, k2, dq2, input_precision="ieee")
@@ -248,8 +276,14 @@ def _attention_backward(
                 score = tl.dot(k2, tl.trans(q2), score, input_precision="ieee")
                 sees = tl.trans(_seen(i, key, low, end, begin, R, num_queries, CAUSAL))
                 weight = tl.exp2(tl.where(sees, score * scale_log2, float("-inf")) - lse[None, :])
-                dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision="ieee")
                 slope = tl.dot(value, tl.trans(grad), input_precision="ieee")
+                share = weight
+                if DROPS:
+                    hashes = _hash_queries(SEED, b, head, token)
+                    kept = tl.trans(_kept(SEED, hashes, j * R + key, drop_below, scale_keep))
+                    share = weight * kept
+                    slope *= kept
+                dv = tl.dot(share.to(grad.dtype), grad, dv, input_precision="ieee")
                 slope = (weight * (slope - delta[None, :]) * scale).to(q1.dtype)
                 dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
                 dk2 = tl.dot(slope, q2, dk2, input_precision="ieee")
@@ -299,6 +333,7 @@ def constants(
     is_causal: bool,
     flags: tuple[bool, bool, bool],
     upcast: bool,
+    drops: bool = False,
 ) -> dict[str, Any]:
     """The kernels' constexpr arguments beside the tile: `flags` = key_begins, key_ends, first_keys are given."""
     half = head_width // 2
@@ -313,6 +348,7 @@ def constants(
         "CAUSAL": is_causal,
         **dict(zip(names, flags)),
         "UPCAST": upcast,
+        "DROPS": drops,
     }
 
 
@@ -331,20 +367,19 @@ def _launch_arguments(
         major, minor = torch.cuda.get_device_capability(q.device)
         capability = 10 * major + minor
     tile = tile_of(capability, E, num_queries * (H // G), q.dtype == torch.float32, is_backward)
-    options = (
-        constants(E, rotated, K, H // G, problem.is_causal, flags, is_interpreted and q.dtype == torch.bfloat16) | tile
-    )
+    upcast = is_interpreted and q.dtype == torch.bfloat16
+    options = constants(E, rotated, K, H // G, problem.is_causal, flags, upcast, problem.dropout > 0) | tile
     sizes = (N, L, H, R, num_queries, M, max(0, M - 1), problem.query_offset, problem.query_period or num_queries)
     tiles = (-(-num_queries * (H // G) // tile["BM"]), -(-R // tile["BN"]))
     return options, sizes, tiles, B * L
 
 
-def _data(problem: Any, like: Tensor) -> tuple[Tensor, ...]:
-    """begins, ends, first_keys, cos and sin; any tensor stands for one that is not given."""
-    return tuple(
-        like if x is None else x.contiguous()
-        for x in (problem.begins, problem.lengths, problem.first_keys, problem.cos, problem.sin)
-    )
+def _data(problem: Any, like: Tensor) -> tuple[Any, ...]:
+    """begins, ends, first_keys, cos, sin and seed (any tensor stands for one that is not given), and how much is dropped."""
+    seed = None if problem.seed is None else problem.seed.to(like.device)
+    given = (problem.begins, problem.lengths, problem.first_keys, problem.cos, problem.sin, seed)
+    tensors = (like if x is None else x.contiguous() for x in given)
+    return *tensors, drop_below(problem.dropout), 1 / (1 - problem.dropout)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: Any) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,9 @@ struct Attention {
   const float *cos, *sin;                 // [positions, P], or null
   int64_t P, query_offset, query_period;  // query i is at query_offset + i % query_period, key s at s
   float scale;
+  int32_t drop_below;                     // weights are dropped where 24 bits of their hash are below it; 0 = none
+  uint32_t seed_low, seed_high;           // of the hash
+  float keep;                             // 1 / (1 - dropout)
   // backward only
   const void* grad_o;
   void *grad_q, *grad_k, *grad_v;

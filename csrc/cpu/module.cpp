@@ -63,12 +63,15 @@ T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 // sizes: B L KV G E N num_queries query_step query_first K R P query_offset query_period is_causal.
 // strides: q 3, o 3, k 5, v 5, gradients of k and v 5.
 // addresses: q k v o lse lengths begins first_keys cos sin; backward also grad_o grad_q grad_k grad_v.
-Attention make_attention(const std::array<int64_t, 15>& sizes, float scale, const std::array<int64_t, 21>& strides, const std::vector<uintptr_t>& addresses) {
+// dropout: drop_below, the seed's low and high half; factors: scale, 1 / (1 - dropout).
+typedef std::array<int64_t, 3> Dropout;
+Attention make_attention(const std::array<int64_t, 15>& sizes, const std::array<float, 2>& factors, const Dropout& dropout, const std::array<int64_t, 21>& strides, const std::vector<uintptr_t>& addresses) {
   Attention a{};
   int64_t* fields[] = {&a.B, &a.L, &a.KV, &a.G, &a.E, &a.N, &a.num_queries, &a.query_step, &a.query_first, &a.K, &a.R, &a.P, &a.query_offset, &a.query_period};
   for (int i = 0; i < 14; i++) *fields[i] = sizes[size_t(i)];
   a.is_causal = sizes[14] != 0;
-  a.scale = scale;
+  a.scale = factors[0], a.keep = factors[1];
+  a.drop_below = int32_t(dropout[0]), a.seed_low = uint32_t(dropout[1]), a.seed_high = uint32_t(dropout[2]);
   auto from = strides.begin();
   for (auto [to, count] : {std::pair{a.q_strides, 3}, {a.o_strides, 3}, {a.k_strides, 5}, {a.v_strides, 5}, {a.grad_kv_strides, 5}}) {
     std::copy(from, from + count, to);
@@ -93,8 +96,8 @@ Attention make_attention(const std::array<int64_t, 15>& sizes, float scale, cons
   return a;
 }
 
-void attention(const std::string& build, int type, const std::array<int64_t, 15>& sizes, float scale, const std::array<int64_t, 21>& strides, const std::vector<uintptr_t>& addresses) {
-  const Attention a = make_attention(sizes, scale, strides, addresses);
+void attention(const std::string& build, int type, const std::array<int64_t, 15>& sizes, const std::array<float, 2>& factors, const Dropout& dropout, const std::array<int64_t, 21>& strides, const std::vector<uintptr_t>& addresses) {
+  const Attention a = make_attention(sizes, factors, dropout, strides, addresses);
   const bool is_backward = addresses.size() > 10;
   const auto run = is_backward ? find_build(build).attention_backward : find_build(build).attention_forward;
   const py::gil_scoped_release release;

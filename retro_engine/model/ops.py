@@ -51,13 +51,8 @@ def attention(
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """`retro_kernels.attention`, or plain PyTorch where attention weights are dropped out."""
+    """`retro_kernels.attention` of a model: its ranges, its rotary tables."""
     cos, sin = rotary if rotary is not None else (None, None)
-    if dropout:
-        period = query_period or q_BNHE.shape[1]
-        scale = q_BNHE.shape[3] ** -0.5 if scale is None else scale
-        arguments = (is_causal, first_keys, key_begins, key_ends, cos, sin, 0, period, scale, dropout)
-        return reference.attention(q_BNHE, k_BSGE, v_BSGE, *arguments)
     return kernels_attention(
         q_BNHE,
         k_BSGE,
@@ -71,6 +66,7 @@ def attention(
         query_period=query_period,
         scale=scale,
         is_packed=True,
+        dropout=dropout,
     )
 
 

@@ -56,21 +56,21 @@ def compiled(function, constants, types, capability: int, options, path: Path): 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
-def test_attention(tmp_path: Path, case: tuple, direction: str, capability: int) -> None:  # type: ignore[type-arg]
+@pytest.mark.parametrize(("case", "drops"), [*((case, False) for case in ATTENTIONS), (ATTENTIONS[0], True)], ids=str)
+def test_attention(tmp_path: Path, case: tuple, drops: bool, direction: str, capability: int) -> None:  # type: ignore[type-arg]
     width, group, m, pairs, dtype, is_causal = case
     is_backward = direction == "backward"
     tile = triton_attention.tile_of(capability, width, m * group, dtype == "fp32", is_backward)
     constants = triton_attention.constants(
-        width, pairs, 1 if is_causal else 2, group, is_causal, (False, not is_causal, is_causal), False
+        width, pairs, 1 if is_causal else 2, group, is_causal, (False, not is_causal, is_causal), False, drops
     )
     constants |= {name: tile[name] for name in ("BM", "BN")}
 
     def types(name: str) -> str:
         if name in ("Q", "K", "V", "O", "DO", "DQ", "DK", "DV"):
             return f"*{dtype}"
-        if name in ("LSE", "COS", "SIN", "BEGINS", "ENDS", "FIRST"):
-            return "*i64" if name in ("BEGINS", "ENDS", "FIRST") else "*fp32"
+        if name in ("LSE", "COS", "SIN", "BEGINS", "ENDS", "FIRST", "SEED"):
+            return "*i64" if name in ("BEGINS", "ENDS", "FIRST", "SEED") else "*fp32"
         return "fp32" if name.startswith("scale") else "i32"
 
     function = triton_attention._attention_backward if is_backward else triton_attention._attention_forward

@@ -111,3 +111,19 @@ def test_what_is_not_finite(dtype: torch.dtype) -> None:
             k = torch.tensor(scores)[None, :, None, None] * torch.ones(2) / 2
             exact = reference.attention(q, k, v, False, None, None, None, None, None, 0, 1, 1.0)
             torch.testing.assert_close(attention(q, k, v, scale=1.0), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["packed", "chunked"])
+def test_dropout(monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype) -> None:
+    """The twin's mask, in the output and every gradient."""
+    dropout = {"dropout": 0.3, "seed": torch.tensor(2**61 + 12345)}
+    if kind == "chunked":
+        function, case = chunked_cross_attention, cca_case((1, 40, 2, 1, 18, 16, 2, 7, 12), dtype)
+    else:
+        x = torch.randn(2, 40, 4, 18, generator=torch.Generator().manual_seed(3)).to(dtype)
+        function, case = attention, {"q": x[:, :, :2], "k": x[:, :, 2:3], "v": x[:, :, 3:], "is_causal": True}
+        case["first_keys"] = (torch.arange(40) // 33 * 33).expand(2, 40)
+    found = output_and_gradients(function, case | dropout, QKV)
+    for name, a, b in zip(("o", *QKV), found, _exact(monkeypatch, function, case | dropout, QKV)):
+        assert relative_error(a, b) < 1.5 * TOLERANCE[dtype], f"{name}: {relative_error(a, b):.1e}"
