@@ -145,22 +145,7 @@ def _problem(
 
 
 @_attention.register_fake
-def _(
-    q,
-    k,
-    v,
-    first_keys,
-    key_begins,
-    key_ends,
-    cos,
-    sin,
-    is_causal,
-    query_offset,
-    query_period,
-    scale,
-    dropout=0.0,
-    seed=None,
-):  # type: ignore[no-untyped-def]
+def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 

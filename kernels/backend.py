@@ -24,9 +24,11 @@ _CPP_TYPES = {torch.float32, torch.bfloat16}
 _TYPES = {*_CPP_TYPES, torch.float16}
 
 
-def backend(device: str = "cpu") -> str:
-    """What ops on `device` (cpu, cuda) run on where their tensors allow it. Raises ValueError as `choose` does."""
-    return _forced() or _default(device)
+def backend(device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """What ops on `device` (cpu, cuda) run on for tensors of `dtype`. Raises ValueError as `choose` does."""
+    name = _forced() or _default(device)
+    takes = {"reference": {dtype}, "cpp": _CPP_TYPES}.get(name, _TYPES)
+    return name if dtype in takes or is_forced() else "reference"
 
 
 def _default(device: str) -> str:

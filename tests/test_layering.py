@@ -27,7 +27,6 @@ ORDER = [
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
-ACROSS = ("test_derivatives.py", "test_primitives.py")  # of tests/kernels: one property of all ops
 
 
 def imports(path: Path) -> list[str]:
@@ -98,7 +97,7 @@ def test_nothing_is_unpickled(path: Path) -> None:
 def test_a_module_mirrors_each_test_file() -> None:
     for test in (ROOT / "tests").rglob("test_*.py"):
         folder = test.parent.relative_to(ROOT / "tests")
-        if folder.parts and folder.parts[0] not in ("gates", "gpu") and test.name not in ACROSS:
+        if folder.parts and folder.parts[0] not in ("gates", "gpu"):
             name = test.name.removeprefix("test_")
             base = ROOT / "kernels" if folder.parts[0] == "kernels" else PACKAGE / folder
             is_mirror = (base / name).exists() or (base / name.removesuffix(".py")).is_dir()

@@ -28,6 +28,14 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
 
+def left_to_pytorch(config: ModelConfig) -> list[str]:
+    """The attentions that a model which is trained on documents computes outside the kernels: their masks are no ranges."""
+    left = [] if config.reset_attention else ["self-attention (model.reset_attention=false)"]
+    if config.cross_layers and config.enc_cross_attention and config.mask_neighbors and not config.cca_reset:
+        left.append("the encoder's cross-attention (model.cca_reset=false)")
+    return left
+
+
 def project(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     """The outputs of several linear layers on the same input [..., d].
 

@@ -222,8 +222,7 @@ class Activations:
 def activations(c: ModelConfig, x: Layout) -> Activations:
     """What autograd keeps of a micro-batch, as decoder.py, encoder.py, loss.py and recompute.py make it.
 
-    Left out: token ids and masks, rotary tables, and the scores that dropout of attention weights makes plain
-    PyTorch keep (attention_dropout > 0).
+    Left out: token ids and masks, rotary tables.
     """
     T, d = x.micro_batch * c.encoder_seq_length, c.hidden_size
     cut = x.tensor if x.is_sequence_parallel else 1

@@ -33,6 +33,7 @@ from retro_engine.data.questions import Questions, Search, fingerprint, read_que
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, RetroError, StoreError, UsageError
 from retro_engine.evaluate.perplexity import autocast, evaluate, to_tensors
+from retro_engine.model.attention import left_to_pytorch
 from retro_engine.model.fit import fit_cross_attention
 from retro_engine.model.flops import training_flops
 from retro_engine.model.initialization import width_multipliers
@@ -316,6 +317,14 @@ def peak_flops(device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times)
+
+
+def kernels_in_use(config: ModelConfig, device: str, precision: str) -> str:
+    """The backend of a run's ops, and what of its attention is PyTorch's nevertheless."""
+    wide = {"64": torch.float64, "16-mixed": torch.float16}
+    name = backend(device, wide.get(precision, torch.bfloat16 if "bf16" in precision else torch.float32))
+    left = left_to_pytorch(config)
+    return name if name == "reference" or not left else f"{name} (PyTorch: {' and '.join(left)})"
 
 
 def describe(config: Config, data: TrainingData) -> str:
@@ -629,7 +638,7 @@ class _Training:
                 f"the data gives {self.last_step:,} of trainer.max_steps={trainer.max_steps:,} steps: single reads it once"
             )
         self.reporter.say(
-            f"on {self.device.type} in {self.precision}, kernels: {backend(self.device.type)}, "
+            f"on {self.device.type} in {self.precision}, kernels: {kernels_in_use(m, self.device.type, self.precision)}, "
             f"loader: {'C++' if has_native_loader() else 'NumPy (no compiler at installation)'}, {torch.get_num_threads()} threads"
         )
         log = RunLog(self.run, self.config, self.data.fingerprints, self.step, self.reporter, self.parallel.is_main)

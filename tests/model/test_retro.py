@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from helpers import small_config, small_inputs, small_model
+from retro_kernels import reference
+from retro_kernels.backend import backend
 from torch import Tensor
 
 from retro_engine.config import ModelConfig
@@ -281,3 +283,29 @@ def test_standard_biases_are_0() -> None:
     model = RetroModel(small_config(bias=True))
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     assert len(biases) > 20 and not any(bool(p.any()) for p in biases)
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_dropout_of_attention_weights_is_the_kernels(monkeypatch: pytest.MonkeyPatch, is_mixed: bool) -> None:
+    """No attention of the default model is left to PyTorch, and what is computed again in the backward pass drops the same."""
+    if backend() == "cpp":
+        for name in ("attention", "chunked_cross_attention", "masked_attention"):
+            monkeypatch.setattr(reference, name, None)
+    config = small_config(attention_dropout=0.4, hidden_dropout=0.1, init_method_std=0.2)
+    model = RetroModel(config, torch.Generator().manual_seed(0)).train()
+    tokens, neighbors = small_inputs(model)
+    documents = (torch.arange(tokens.shape[1]) // 7).expand_as(tokens)
+    found = []
+    for recompute in (None, "selective", "full", None):
+        model.set_recompute(recompute)
+        torch.manual_seed(len(found) // 3)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            model(tokens, neighbors, document_ids=documents, labels=tokens).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert all(map(torch.equal, found[0], found[1]))
+    plain, full, other = (torch.cat([x.flatten() for x in found[number]]) for number in (0, 2, 3))
+    assert (full - plain).norm() <= (
+        2e-2 if is_mixed else 1e-5
+    ) * plain.norm()  # full projects neighbors layer by layer
+    assert (other - plain).norm() > 0.1 * plain.norm()
