@@ -164,6 +164,7 @@ class Retriever:
 
         Dense retrievers compare chunks as documents, by the stored vectors of both stores.
         """
+        query.coding.check(self.coding)
         found = []
         for half in self.halves:
             if half == "bm25":

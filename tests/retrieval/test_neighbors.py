@@ -21,7 +21,7 @@ from retro_engine.retrieval.executor import Executor
 from retro_engine.retrieval.neighbors import DUPLICATE_NGRAM, Filters, build_neighbors
 from retro_engine.retrieval.overlap import repeated_share
 from retro_engine.retrieval.quality import quality
-from retro_engine.retrieval.search import Building
+from retro_engine.retrieval.search import Building, Retriever
 
 
 @pytest.mark.parametrize("retriever", ["bm25", "hash"])
@@ -206,6 +206,8 @@ def test_a_database_of_another_tokenizer_is_refused_before_it_is_indexed(small_s
         with pytest.raises(StoreError, match=f"{small_store.folder} has {what} .*\n.*{store.folder} has"):
             build_neighbors(small_store, [store], "hash", 2, name=f"far-{what}")
         assert not (store.folder / "index").exists()
+        with pytest.raises(StoreError, match=f"{store.folder} has {what}"):
+            Retriever([small_store]).search_rows(store, 0, 1, 1, [None])
         assert not (small_store.folder / "neighbors" / f"far-{what}").exists()
 
 
