@@ -71,7 +71,7 @@ def prepare(
     copies = made.num_documents - len(np.unique(made.contents))
     if copies:
         say(
-            f"note: {copies:,} of {made.num_documents:,} documents repeat others, white space aside: they are no neighbors"
+            f"note: {copies:,} of {made.num_documents:,} documents repeat others (white space aside): no neighbor is of a copy"
         )
     if made.num_rows == made.num_documents:
         say(f"note: every document is shorter than one chunk of {chunk_size} tokens; --chunk-size takes a smaller one")
