@@ -28,6 +28,7 @@ from retro_engine.errors import StoreError
 from retro_engine.evaluate.perplexity import DocumentLosses, evaluate
 from retro_engine.generate.generator import Generation, Generator, model_coding
 from retro_engine.generate.sampling import Sampling
+from retro_engine.model.device import pick_device
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import load_model
@@ -180,17 +181,30 @@ class Retro:
         self.sampling = Sampling() if values.get("greedy", True) else Sampling(**values)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None, weights: str | None = None) -> "Retro":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        weights: str | None = None,
+        device: str | torch.device = "auto",
+    ) -> "Retro":
         """A run's newest checkpoint, or a checkpoint folder, after checking its files.
 
-        `weights`: fp32, bf16 or int8, for generation; None = as saved.
+        `weights`: fp32, bf16 or int8, for generation; None = as saved. `device`: auto (a GPU where there is one), cpu, gpu,
+        or one of torch's.
         """
         folder = checkpoint.find_checkpoint(path)
         checkpoint.verify(folder)
+        place = pick_device(device) if isinstance(device, str) else device
         model = load_model(folder, dtype)
         if weights is not None:
             use_weights(model, weights)
+        model.to(place)
         return cls(model, Tokenizer.load(folder), checkpoint.read_generation(folder))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.weight.device
 
     def sequences(self, share: Share) -> Sequences:
         """Raises StoreError for a store of another tokenizer or chunk size."""

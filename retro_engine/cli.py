@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from retro_engine.retrieval.hit import NeighborSource
     from retro_engine.retrieval.search import Building
 
-TAKES_SETTINGS = ("demo", "train", "eval", "generate", "config", "mup")
+READS_ALL = ("demo", "train", "config", "mup")
+READS = {  # settings that the other commands read, beside --device's trainer.accelerator; what ends with a point is a section
+    "eval": ("model.data.", "model.encoder_seq_length"),
+    "generate": (
+        "inference.", "checkpoint_dir", "checkpoint_name", "prompt", "neighbors", "cluster_type", "megatron_amp_O2",
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "retro_model_file", "trainer.devices",
+        "trainer.num_nodes", "trainer.precision",
+    ),
+}  # fmt: skip
 RETRIEVER_HELP = "bm25, hash, minilm, hybrid, or a SentenceTransformers model: a folder or a hub id"
 CEILING_CHUNKS = 8  # of the sequences in which the copy ceiling is measured
 
@@ -48,10 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        if args.overrides and args.command not in TAKES_SETTINGS and not getattr(args, "plan", False):
-            raise UsageError(
-                f"{args.overrides[0]}: retro {args.command} takes no settings", "", f"retro {args.command} --help"
-            )
+        _check_overrides(args)
         return args.run(args)
     except KeyboardInterrupt:
         return _fail(args, StoppedError(130, "what was published before is whole", "run the same command again"))
@@ -61,6 +66,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         known = typed(error)
         return _bug(error) if known is None else _fail(args, known)
+
+
+def _check_overrides(args: argparse.Namespace) -> None:
+    """Raise UsageError for a setting that the command does not read: nothing that is typed is ignored."""
+    from retro_engine.config import asked_accelerator, named_keys
+
+    if args.command in READS_ALL or getattr(args, "plan", False):
+        return
+    reads = (*READS.get(args.command, ()), *(("trainer.accelerator",) if hasattr(args, "device") else ()))
+    for text in args.overrides:
+        (key,) = named_keys([text], with_environment=False) or (text,)
+        if not any(key == name or name.endswith(".") and key.startswith(name) for name in reads):
+            what = f"it reads {', '.join(name + '...' * name.endswith('.') for name in reads)}" if reads else ""
+            raise UsageError(
+                f"{text}: retro {args.command} takes no {'such setting' if reads else 'settings'}",
+                what,
+                f"retro {args.command} --help",
+            )
+    if hasattr(args, "device"):
+        args.device = asked_accelerator(args.overrides, args.device)
 
 
 def _fail(args: argparse.Namespace, error: RetroError) -> int:
@@ -176,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("eval", _eval, "bits per byte with retrieval on, off, random or given")
     sub.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint")
+    _add_device(sub)
     sub.add_argument("--share", default="valid", choices=["train", "valid", "test", "all"], help="which documents")
     sub.add_argument("--modes", help="of on,off,random,given (default on,off,random)")
     sub.add_argument("--neighbors", action="append", metavar="TEXT", help="a given neighbor; may be repeated")
@@ -193,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("generate", _generate, "continue a prompt, reading neighbors")
     sub.add_argument("path", nargs="?", metavar="RUN", help="a run's folder or a checkpoint (or checkpoint_dir=)")
+    _add_device(sub)
     sub.add_argument("prompt", nargs="?")
     sub.add_argument("-i", "--interactive", action="store_true", help="one prompt a line from standard input")
     sub.add_argument("--index", nargs="+", metavar="STORE", help="stores to retrieve from (default: the run's)")
@@ -221,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("report", _report, "one HTML page on a run: what retrieval gave, how it trained, what it read")
     sub.add_argument("path", metavar="RUN")
+    _add_device(sub)
     sub.add_argument("--share", default="valid", choices=["train", "valid", "test", "all"], help="which documents")
     sub.add_argument(
         "--against", action="append", default=[], metavar="NAME=RUN", help="a plain decoder to compare with"
@@ -247,6 +275,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command("doctor", _doctor, "what is installed and which implementations will be used")
     return parser
+
+
+def _add_device(sub: argparse.ArgumentParser) -> None:
+    from retro_engine.train.__main__ import DEVICES
+
+    sub.add_argument("--device", choices=DEVICES, help="a GPU where there is one (auto), or trainer.accelerator=")
 
 
 def _add_building(sub: argparse.ArgumentParser, default: str) -> None:
@@ -477,12 +511,14 @@ def _eval(args: argparse.Namespace) -> int:
     from retro_engine.evaluate.compare import gain_of
     from retro_engine.evaluate.perplexity import Given, evaluate, show_interval
     from retro_engine.generate.generator import encode_neighbors
+    from retro_engine.model.device import describe_device
     from retro_engine.train.checkpoint import find_checkpoint
     from retro_engine.train.loop import open_evaluation
 
     checkpoint = find_checkpoint(args.path)
-    retro = Retro.from_pretrained(checkpoint)
+    retro = Retro.from_pretrained(checkpoint, device=args.device)
     reporter = _reporter(args)
+    reporter.say(describe_device(retro.device))
     sequences = open_evaluation(checkpoint, retro.model.config, args.overrides, args.share, reporter.say)
     modes = (args.modes or ("on,off,random" if retro.model.config.retrieval else "off")).split(",")
     is_plain = not retro.model.config.retrieval
@@ -559,7 +595,7 @@ def _plain_decoder(path: str, retro: "Retro") -> "RetroModel":
     from retro_engine.api import Retro
     from retro_engine.train.checkpoint import find_checkpoint
 
-    other = Retro.from_pretrained(find_checkpoint(path))
+    other = Retro.from_pretrained(find_checkpoint(path), device=retro.device)
     if other.model.config.retrieval:
         raise UsageError(
             f"{path} is a RETRO", "--against takes plain decoders (model.retrieval=false)", "retro eval it"
@@ -601,11 +637,15 @@ def _generate(args: argparse.Namespace) -> int:
     from retro_engine.api import Retro
     from retro_engine.config import load_config
     from retro_engine.generate.generator import Generator
+    from retro_engine.model.device import describe_device
     from retro_engine.train.checkpoint import find_checkpoint
-    from retro_engine.train.parallel import pick_device
 
     asked = load_config(args.overrides)  # NeMo's commands name the checkpoint, the prompt and the neighbors here
-    pick_device(asked.trainer.accelerator)
+    for key, value in (("devices", asked.trainer.devices), ("num_nodes", asked.trainer.num_nodes)):
+        if value not in (None, 1, -1):
+            raise UsageError(
+                f"trainer.{key}={value} cannot be used", "generation runs in one process", f"trainer.{key}=1"
+            )
     if asked.trainer.precision != "auto":
         _reporter(args).say(
             "note: trainer.precision means nothing here: --weights fp32, bf16 or int8 chooses the weights' type"
@@ -617,7 +657,8 @@ def _generate(args: argparse.Namespace) -> int:
             "there is no prompt, or one too many", "", "retro generate RUN 'The prompt', or retro generate RUN -i"
         )
     checkpoint = find_checkpoint(args.path or _named_checkpoint(asked))
-    retro = Retro.from_pretrained(checkpoint, weights=args.weights)
+    retro = Retro.from_pretrained(checkpoint, weights=args.weights, device=args.device)
+    _reporter(args).say(describe_device(retro.device))
     with contextlib.ExitStack() as resources:
         is_retrieving = retro.model.config.retrieval and not args.no_retrieval and not args.neighbors
         source = _neighbor_source(args, checkpoint, resources) if is_retrieving else None
@@ -708,11 +749,16 @@ def _print_generation(args: argparse.Namespace, request: "Request", out: "Genera
 
 def _named_checkpoint(config: "Config") -> Path:
     """NeMo's checkpoint_dir and checkpoint_name: a run's folder, and the name of one of its checkpoints or of none."""
+    from retro_engine.progress import note
+
     if config.checkpoint_dir is None:
         raise UsageError("there is no model", "RUN or checkpoint_dir= names one", "retro generate RUN 'The prompt'")
     folder = Path(config.checkpoint_dir)
     named = [folder / part / str(config.checkpoint_name) for part in ("", "checkpoints")]
-    return next((path for path in named if config.checkpoint_name and path.is_dir()), folder)
+    found = next((path for path in named if config.checkpoint_name and path.is_dir()), None)
+    if found is None and config.checkpoint_name:
+        note(f"{folder} has no checkpoint {config.checkpoint_name}: the newest one is read")
+    return found or folder
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -727,7 +773,8 @@ def _report(args: argparse.Namespace) -> int:
                 f"--against {text} cannot be read", "a name of your choice and a run", "--against plain=runs/plain"
             )
         decoders[name] = Path(path)
-    print(write_report(Path(args.path), decoders, args.share, None if args.all else args.limit, _reporter(args)))
+    limit = None if args.all else args.limit
+    print(write_report(Path(args.path), decoders, args.share, limit, _reporter(args), args.device))
     return 0
 
 

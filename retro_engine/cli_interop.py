@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.train.__main__ import DEVICES
 
 if TYPE_CHECKING:
     from retro_engine.api import Retro
@@ -33,6 +34,7 @@ def add_interop(command: Command) -> None:
     sub.add_argument("--out", "-o", required=True, metavar="DIR")
 
     sub = command("explain", _explain, "what each neighbor did to a text: change of log-probability")
+    sub.add_argument("--device", choices=DEVICES, help="a GPU where there is one (auto), or trainer.accelerator=")
     sub.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint")
     sub.add_argument("prompt")
     sub.add_argument("text", nargs="?", help="what is explained (default: what the model generates)")
@@ -85,7 +87,6 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from retro_engine.api import Retro
     from retro_engine.data import files
     from retro_engine.data.store import Store
     from retro_engine.generate.explain import explain
@@ -98,7 +99,7 @@ def _explain(args: argparse.Namespace) -> int:
     if args.k is not None and args.k < 1:
         raise UsageError(f"--k {args.k} cannot be used", "at least one neighbor is explained")
     checkpoint = find_checkpoint(args.path)
-    retro = Retro.from_pretrained(checkpoint)
+    retro = open_model(args, checkpoint)
     retriever = None
     if args.neighbors is None and retro.model.config.retrieval:
         stores = [Store(path) for path in args.index] if args.index else run_databases(checkpoint)
@@ -123,6 +124,17 @@ def _explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def open_model(args: argparse.Namespace, checkpoint: Path) -> "Retro":
+    """The model where --device asks for it, which is said."""
+    from retro_engine.api import Retro
+    from retro_engine.model.device import describe_device
+    from retro_engine.progress import Reporter
+
+    retro = Retro.from_pretrained(checkpoint, device=args.device)
+    Reporter("json" if args.json else "quiet" if args.quiet else "text").say(describe_device(retro.device))
+    return retro
+
+
 def add_task_flags(sub: argparse.ArgumentParser) -> None:
     """The flags of `retro eval` for questions, tasks and rivals."""
     sub.add_argument(
@@ -145,13 +157,12 @@ def add_task_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def eval_tasks(args: argparse.Namespace) -> int:
-    from retro_engine.api import Retro
     from retro_engine.train.checkpoint import find_checkpoint
 
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit {args.limit} cannot be used", "at least one question is asked")
     checkpoint = find_checkpoint(args.path)
-    retro = Retro.from_pretrained(checkpoint)
+    retro = open_model(args, checkpoint)
     results = (
         _eval_questions(args, checkpoint, retro) if args.questions is not None else _eval_lm(args, checkpoint, retro)
     )

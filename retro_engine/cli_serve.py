@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retro_engine.errors import MissingExtraError, UsageError
+from retro_engine.train.__main__ import DEVICES
 
 if TYPE_CHECKING:
     from retro_engine.progress import Reporter
@@ -50,6 +51,7 @@ def add_serve(sub: argparse.ArgumentParser) -> None:
     flag("metrics-token", metavar="TOKEN", help="GET /metrics from elsewhere takes it")
     flag("nemo-compat", False, action="store_true", help="also PUT /generate and PUT /knn, as NeMo's services")
     flag("max-batch", 8, type=int, metavar="N", help="sequences generated at once")
+    flag("device", choices=DEVICES, help="a GPU where there is one (auto), or trainer.accelerator=")
     flag("dtype", metavar="TYPE", help="of the model's weights: fp32, bf16 or int8 (default: as saved)")
     flag("max-waiting", 64, type=int, metavar="N", help="requests in the queue; more get 429")
     flag("share-prefixes", False, action="store_true", help="callers use each other's remembered prompts: the time of an answer then tells what others have asked")  # fmt: skip
@@ -156,6 +158,7 @@ def _serve(args: argparse.Namespace) -> int:
         args.max_waiting,
         args.dtype,
         args.share_prefixes,
+        args.device,
     )
     address = Address(args.host, args.port, args.allow_host, args.proxy, args.metrics_token, args.nemo_compat)
     serve(options, address, _accounts(args), _reporter(args))

@@ -479,11 +479,21 @@ def load_config(
     return config
 
 
-def named_keys(overrides: Sequence[str]) -> set[str]:
-    """The keys that overrides and the environment name."""
-    return {
-        key for key, _ in _leaves(_environment(flat_keys(Config())) + [_parse_override(text) for text in overrides])
-    }
+def named_keys(overrides: Sequence[str], with_environment: bool = True) -> set[str]:
+    """The keys that overrides, and the environment, name."""
+    asked = _environment(flat_keys(Config())) if with_environment else []
+    return {key for key, _ in _leaves([*asked, *map(_parse_override, overrides)])}
+
+
+def asked_accelerator(overrides: Sequence[str], device: str | None) -> str:
+    """What --device, or trainer.accelerator among `overrides` or in the environment, asks for; auto without a word."""
+    key = "trainer.accelerator"
+    named = [_parse_override(text) for text in overrides]
+    asked = [*_environment(flat_keys(Config())), *named]
+    found = load_config([(name, value) for name, value in asked if name == key], say=lambda text: None).trainer
+    if device is not None and any(name == key for name, _ in named) and found.accelerator != device:
+        raise UsageError(f"--device {device} and {key}={found.accelerator}", "they say different things", "name one")
+    return device or found.accelerator
 
 
 def _environment(known: dict[str, Any]) -> list[tuple[str, Any]]:

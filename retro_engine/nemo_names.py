@@ -24,6 +24,9 @@ OPTIMIZERS = {
 def map_names(config: "Config", given: set[str], say: Say) -> None:
     """Change `config`; `given` are the keys that somebody wrote, presets apart. Raises UsageError."""
     _map_store(config, say)
+    if config.trainer.accelerator == "cuda":
+        config.trainer.accelerator = "gpu"
+        say("trainer.accelerator=cuda is gpu here")
     _map_precision(config, say)
     _map_optimizer(config, say)
     _map_clip(config, given, say)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from retro_engine.api import Retro
 from retro_engine.data import files
@@ -19,6 +20,7 @@ from retro_engine.errors import StoreError, UsageError
 from retro_engine.evaluate.compare import Comparison, compare
 from retro_engine.evaluate.perplexity import show_interval
 from retro_engine.generate.explain import Explanation, removed_lengths, text_log_probs
+from retro_engine.model.device import describe_device
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.overlap import chunk_overlaps
@@ -56,6 +58,7 @@ def write_report(
     share: str = "valid",
     limit: int | None = 32,
     reporter: Reporter | None = None,
+    device: str = "auto",
 ) -> Path:
     """Evaluate the run's newest checkpoint on a share of its documents (at most `limit` batches) and write the page.
 
@@ -67,11 +70,12 @@ def write_report(
     say = lambda text: reporter.say(f"note: {text}")  # noqa: E731
     metrics = [row for _, row in checked_lines(folder / METRICS_FILE, say) if isinstance(row.get("step"), int)]
     facts = read_facts(folder, say)
-    retro = Retro.from_pretrained(checkpoint)
+    retro = Retro.from_pretrained(checkpoint, device=device)
+    reporter.say(describe_device(retro.device))
     sequences = open_evaluation(checkpoint, retro.model.config, [], share, reporter.say)
     if not isinstance(sequences, Sequences):
         raise UsageError(f"{run} was tuned on questions", "the report is on text", "retro eval RUN --questions FILE")
-    others = {name: _decoder(name, path, checkpoint) for name, path in (decoders or {}).items()}
+    others = {name: _decoder(name, path, checkpoint, retro.device) for name, path in (decoders or {}).items()}
     comparison = None
     if retro.model.config.retrieval:
         comparison = compare(retro.model, sequences, retro.tokenizer.token_bytes(), others, limit)
@@ -366,7 +370,7 @@ def _environment(
     )
 
 
-def _decoder(name: str, path: Path, against: Path) -> RetroModel:
+def _decoder(name: str, path: Path, against: Path, device: torch.device) -> RetroModel:
     """The plain decoder of another run, trained on the same store and the same share of it."""
     folder = find_checkpoint(path)
     mine, theirs = read_trainer(against), read_trainer(folder)
@@ -378,7 +382,7 @@ def _decoder(name: str, path: Path, against: Path) -> RetroModel:
             raise StoreError(
                 f"{name} was trained on {what} {there}", f"this run on {here}", "compare runs of the same data"
             )
-    decoder = Retro.from_pretrained(folder).model
+    decoder = Retro.from_pretrained(folder, device=device).model
     if decoder.config.retrieval:
         raise UsageError(
             f"{name} reads neighbors", "a decoder trained without retrieval is the rival", "model.retrieval=false"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from retro_engine.errors import UsageError, typed
+from retro_engine.model.device import describe_device
 from retro_engine.progress import Reporter
 from retro_engine.serve.app import make_app
 from retro_engine.serve.auth import Accounts
@@ -76,7 +77,8 @@ def make_state(accounts: Accounts, limits: Limits, address: Address) -> State:
 def _then(load: Callable[[], Service], reporter: Reporter) -> Callable[[], Service]:
     def loaded() -> Service:
         service = load()
-        reporter.say(f"ready: model {service.name}, {'no documents' if service.library is None else service.library.folder}")  # fmt: skip
+        place = describe_device(service.generator.model.embedding.weight.device)
+        reporter.say(f"ready: model {service.name} {place}, {'no documents' if service.library is None else service.library.folder}")  # fmt: skip
         return service
 
     return loaded

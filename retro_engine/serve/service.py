@@ -13,6 +13,7 @@ from retro_engine.generate.chat import ChatTemplate
 from retro_engine.generate.engine import Engine
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.sampling import Sampling
+from retro_engine.model.device import pick_device
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.weights import load_model
 from retro_engine.retrieval.hit import Found
@@ -42,6 +43,7 @@ class Options:
     max_waiting: int = 64
     dtype: str | None = None  # of the model's weights: fp32, bf16, int8; None: as saved
     shares_prefixes: bool = False  # callers use each other's: faster, and times tell what others have asked
+    device: str = "auto"  # a GPU where there is one; cpu, gpu
 
 
 @dataclass
@@ -116,6 +118,7 @@ def open_service(options: Options, shared: tuple[Library, Importer] | None = Non
     model = load_model(folder)
     if options.dtype is not None:
         use_weights(model, options.dtype)
+    model.to(pick_device(options.device))
     tokenizer = Tokenizer.load(folder)
     library = importer = static = None
     if model.config.retrieval:

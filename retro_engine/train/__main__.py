@@ -7,10 +7,11 @@ import re
 import sys
 from collections.abc import Sequence
 
-from retro_engine.config import load_config, to_yaml
+from retro_engine.config import Config, asked_accelerator, load_config, to_yaml
 from retro_engine.errors import MissingInputError, StoreError, UsageError, typed
-from retro_engine.progress import Reporter
+from retro_engine.progress import Reporter, note
 
+DEVICES = ("auto", "cpu", "gpu")
 OVERRIDE = re.compile(r"~[\w.]+|\+{0,2}[A-Za-z_][\w.]*=.*", re.S)
 
 
@@ -27,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--freeze-decoder", action="store_true", default=None, help="model.freeze_decoder")
     parser.add_argument("--seed", type=int, help="seed of weights and order")
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], help="trainer.accelerator")
-    parser.add_argument("--nproc", type=int, metavar="N", help="processes on this machine, started with torchrun")
+    parser.add_argument("--device", choices=DEVICES, help="trainer.accelerator")
+    parser.add_argument("--nproc", type=int, metavar="N", help="processes on this machine (default: trainer.devices)")
     parser.add_argument("--dry-run", action="store_true", help="check settings and data, say what would run, and stop")
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
     parser.add_argument("--json", action="store_true", help="events as JSON lines")
@@ -37,8 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train as the parsed arguments say; the exit code (130, 143 after a signal)."""
-    if args.nproc is not None and "WORLD_SIZE" not in os.environ:
-        return _start_processes(args.nproc)
     is_main = os.environ.get("RANK", "0") == "0"
     flags = {
         "exp_manager.exp_dir": args.out,
@@ -47,11 +46,15 @@ def run(args: argparse.Namespace) -> int:
         "model.init_from": args.init_from,
         "model.freeze_decoder": args.freeze_decoder,
     }
+    asked_accelerator(args.overrides, args.device)
     settings = [*args.overrides, *((key, value) for key, value in flags.items() if value is not None)]
-    if not is_main:
-        config = load_config(settings, args.preset, args.config, say=lambda note: None)
-    else:
-        config = load_config(settings, args.preset, args.config)
+    notes: list[str] = []
+    config = load_config(settings, args.preset, args.config, say=notes.append)
+    count = None if args.print_config or args.dry_run else _processes_to_start(args, config)
+    if count is not None:
+        return start_processes(count, args.words)
+    for text in notes if is_main else []:
+        note(text)
     if args.print_config:
         if is_main:
             print(to_yaml(config), end="")
@@ -69,17 +72,43 @@ def run(args: argparse.Namespace) -> int:
     return result.exit_code
 
 
-def _start_processes(count: int) -> int:
-    """`--nproc N`: the same command under torchrun."""
-    words = sys.argv[1:]
-    words = words[words.index("train") + 1 :] if "train" in words else words
-    place = words.index("--nproc") if "--nproc" in words else None
-    if place is None:
-        words = [word for word in words if not word.startswith("--nproc=")]
-    else:
+def _processes_to_start(args: argparse.Namespace, config: Config) -> int | None:
+    """`--nproc N`, or trainer.devices on one node, where nothing has started processes yet; None = train in this one."""
+    from retro_engine.model.device import num_processes
+
+    if "WORLD_SIZE" in os.environ:
+        return None
+    if args.nproc is not None:
+        return int(args.nproc)
+    count = num_processes(config.trainer.accelerator, config.trainer.devices)
+    return count if count is not None and count > 1 and config.trainer.num_nodes == 1 else None
+
+
+def start_processes(count: int, words: list[str]) -> int:
+    """The same command, `words`, in `count` processes under torchrun, which runs here; the exit code of the first that
+    failed, 128 + n after signal n.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    words = list(words)
+    if "train" in words:
+        words.remove("train")
+    if "--nproc" in words:
+        place = words.index("--nproc")
         del words[place : place + 2]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    os.execv(sys.executable, [sys.executable, *launcher, "-m", "retro_engine.train", *words])
+    words = [word for word in words if not word.startswith("--nproc=")]
+    if count < 1:
+        raise UsageError(f"--nproc {count} cannot be used", "at least one process trains")
+    try:
+        torchrun(["--standalone", "--nproc-per-node", str(count), "-m", "retro_engine.train", *words])
+    except ChildFailedError as error:  # it has said why
+        code = error.get_first_failure()[1].exitcode
+        return 128 - code if code < 0 else code
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -102,7 +131,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         args.prompt = extra.pop(0)
     if extra:
         parser.error(f"{' '.join(extra)} is not known; settings are key=value")
-    args.overrides = overrides
+    args.overrides, args.words = overrides, words
     return args
 
 

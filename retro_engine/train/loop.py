@@ -34,6 +34,7 @@ from retro_engine.data.store import Store
 from retro_engine.errors import GateError, RetroError, StoreError, UsageError
 from retro_engine.evaluate.perplexity import autocast, evaluate, to_tensors
 from retro_engine.model.attention import left_to_pytorch
+from retro_engine.model.device import describe_device
 from retro_engine.model.fit import fit_cross_attention
 from retro_engine.model.flops import training_flops
 from retro_engine.model.initialization import width_multipliers
@@ -638,7 +639,7 @@ class _Training:
                 f"the data gives {self.last_step:,} of trainer.max_steps={trainer.max_steps:,} steps: single reads it once"
             )
         self.reporter.say(
-            f"on {self.device.type} in {self.precision}, kernels: {kernels_in_use(m, self.device.type, self.precision)}, "
+            f"{describe_device(self.device)} in {self.precision}, kernels: {kernels_in_use(m, self.device.type, self.precision)}, "
             f"loader: {'C++' if has_native_loader() else 'NumPy (no compiler at installation)'}, {torch.get_num_threads()} threads"
         )
         log = RunLog(self.run, self.config, self.data.fingerprints, self.step, self.reporter, self.parallel.is_main)

@@ -56,7 +56,12 @@ def open_config(overrides: list[str], preset: str | None, store: str | None) -> 
         size = Store(store).chunk_size
         settings |= {"model.data.store": store, "model.chunk_size": size}
         settings |= {} if preset else {"model.encoder_seq_length": 4 * size}
-    return load_config([*settings.items(), *overrides], preset)
+    config = load_config([*settings.items(), *overrides], preset)
+    if config.trainer.accelerator == "gpu":
+        raise UsageError(
+            "trainer.accelerator=gpu cannot be used", "muP is checked on the CPU", "trainer.accelerator=cpu"
+        )
+    return config
 
 
 def write_base(m: ModelConfig, path: Path) -> dict[str, int]:

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from retro_engine.config import Config
-from retro_engine.errors import OutOfResourceError, UsageError
+from retro_engine.errors import UsageError
 from retro_engine.model.attention import is_sharded
+from retro_engine.model.device import num_processes, pick_device
 from retro_engine.model.retro import RetroModel
 
 TIMEOUT = timedelta(seconds=120)  # a process that hangs stops the others after this
@@ -32,11 +33,13 @@ class Parallel:
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         m, trainer = config.model, config.trainer
         self.tensor = m.tensor_model_parallel_size
-        if trainer.devices is not None and trainer.devices * trainer.num_nodes != self.world:
+        devices = num_processes(trainer.accelerator, trainer.devices)
+        if devices is not None and devices * trainer.num_nodes != self.world:
+            nodes = f"--nnodes {trainer.num_nodes} " if trainer.num_nodes > 1 else ""
             raise UsageError(
                 f"trainer.devices={trainer.devices} on trainer.num_nodes={trainer.num_nodes} does not fit",
                 f"{self.world} processes were started",
-                f"torchrun --nproc-per-node {trainer.devices} -m retro_engine.train ..., or leave trainer.devices out",
+                f"torchrun {nodes}--nproc-per-node {devices} -m retro_engine.train ..., or leave trainer.devices out",
             )
         if self.world % self.tensor:
             raise UsageError(
@@ -140,25 +143,6 @@ class Parallel:
     def close(self) -> None:
         if self.is_own_group and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def pick_device(accelerator: str, local_rank: int = 0) -> torch.device:
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise OutOfResourceError(
-            "trainer.accelerator=gpu, and there is no GPU",
-            "torch.cuda.is_available() is false",
-            "trainer.accelerator=cpu",
-        )
-    if accelerator == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise OutOfResourceError(
-            f"process {local_rank} of this node has no GPU",
-            f"there are {torch.cuda.device_count()}",
-            f"torchrun --nproc-per-node {torch.cuda.device_count()}",
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def _fully_shard(model: RetroModel, mesh: Any, is_bf16: bool) -> None:
