@@ -463,8 +463,8 @@ def load_config(
         try:
             OmegaConf.update(tree, key, value)
         except OmegaConfBaseException as error:
-            kind = type(known.get(key)).__name__
-            raise UsageError(f"{key}={value!r} does not fit", str(error).splitlines()[0], f"expected {kind}") from error
+            why = str(error).splitlines()[0]
+            raise UsageError(f"{key}={value!r:.200} does not fit", why, f"expected {_kind_of(key)}") from error
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
@@ -526,6 +526,14 @@ def _read_shape_file(m: TrainedModelConfig) -> None:
     m.shape_file = None
 
 
+def _kind_of(key: str) -> str:
+    """The type of a setting, as it is annotated."""
+    kind: Any = Config
+    for part in key.split("."):
+        kind = next(item.type for item in fields(kind) if item.name == part)
+    return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
 def nearest_key(key: str, known: dict[str, Any]) -> str:
     """`did you mean KEY (type, default X)?`, looking at whole keys first and at last names then."""
     import difflib
@@ -546,9 +554,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
     try:
         parsed = OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists in lists
         raise UsageError(
-            f"{text!r} is not an override",
+            f"{text!r:.200} is not an override",
             str(error).splitlines()[0],
             "write key=value, with quotes around odd characters",
         ) from error

@@ -53,6 +53,11 @@ def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("trainer.precision=fp8", "one of auto"),
     ("model.optim.sched.name=linear", "one of CosineAnnealing"),
     ("trainer.accelerator=tpu", "one of auto"),
+    ("trainer.devices=auto", r"expected int \| None"),
+    ("model.hidden_size=wide", "expected int"),
+    ("seed=" + "9" * 5000, "is not an override"),
+    ("seed=0x" + "f" * 5000, "does not fit"),
+    ("prompt=" + "[" * 300 + "]" * 300, "is not an override|does not fit"),
     ("model.chunk_size=0", "at least 1"),
 ])  # fmt: skip
 def test_wrong_settings_are_named(override: str, found: str) -> None:

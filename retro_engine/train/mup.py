@@ -365,6 +365,10 @@ def sweep(
         raise UsageError(
             f"{key}={m.optim.sched.warmup_steps} with --steps {steps}", "the rate is never reached", f"{key}=10"
         )
+    floor = m.optim.sched.min_lr
+    if min(rates) < floor and m.optim.sched.name != "constant":
+        key = "model.optim.sched.min_lr"
+        raise UsageError(f"--rates {min(rates):g} cannot be used", f"it is below {key}={floor:g}", f"{key}=0")
     data = open_data(config)
     m.vocab_size = data.store.vocab_size
     modes = (True, False)
