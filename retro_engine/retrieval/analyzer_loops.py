@@ -200,6 +200,27 @@ def _read_run(points, place, end, kinds, folded, out, spans, found, is_query):  
 
 
 @numba.njit(nogil=True, cache=True)
+def _is_in(value, ascending):  # type: ignore[no-untyped-def]
+    """Whether the values have it. By hand, as the copies below: NumPy's functions take numba seconds to compile."""
+    low, high = 0, len(ascending)
+    while low < high:
+        middle = (low + high) // 2
+        if ascending[middle] < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low < len(ascending) and ascending[low] == value
+
+
+@numba.njit(nogil=True, cache=True)
+def _copy(out, spans, place, from_out, from_spans, from_place):  # type: ignore[no-untyped-def]
+    out[place] = from_out[from_place]
+    if len(spans):
+        for column in range(3):
+            spans[place, column] = from_spans[from_place, column]
+
+
+@numba.njit(nogil=True, cache=True)
 def read(points, text_ends, kinds, folded, stop_words, is_query, has_spans):  # type: ignore[no-untyped-def]
     """The terms of texts in their order: hashes, where each text's end, and with `has_spans` [terms, 3] where each
     begins and ends among the code points and whether it is a word (1), a part of a run (2) or joined words (0)."""
@@ -212,9 +233,10 @@ def read(points, text_ends, kinds, folded, stop_words, is_query, has_spans):  # 
         begin = found
         most = found + 3 * (end - place) + 8
         if most > len(out):
-            out = np.append(out, np.empty(most, np.uint64))
-            if has_spans:
-                spans = np.concatenate((spans, np.empty((most, 3), np.int64)))
+            old, old_spans = out, spans
+            out, spans = np.empty(2 * most, np.uint64), np.empty((2 * most if has_spans else 0, 3), np.int64)
+            for term in range(found):
+                _copy(out, spans, term, old, old_spans, term)
         while place < end:
             kind = kinds[points[place]]
             if kind >= WORD and kind < IGNORED:
@@ -223,18 +245,14 @@ def read(points, text_ends, kinds, folded, stop_words, is_query, has_spans):  # 
                 place, found = _read_run(points, place, end, kinds, folded, out, spans, found, is_query)
             else:
                 place += 1
-        if len(stop_words):
-            kept = begin
-            for term in range(begin, found):
-                at = np.searchsorted(stop_words, out[term])
-                if at == len(stop_words) or stop_words[at] != out[term]:
-                    out[kept] = out[term]
-                    if has_spans:
-                        spans[kept] = spans[term]
-                    kept += 1
-            found = kept
+        kept = begin
+        for term in range(begin, found):
+            if not _is_in(out[term], stop_words):
+                _copy(out, spans, kept, out, spans, term)
+                kept += 1
+        found = kept
         ends[text] = found
-    return out[:found], ends, spans[:found] if has_spans else spans
+    return out[:found], ends, spans[: found if has_spans else 0]
 
 
 @numba.njit(nogil=True, cache=True)

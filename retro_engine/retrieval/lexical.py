@@ -131,6 +131,8 @@ class Bm25Index:
             content = {"retriever": "bm25", "chunks": store.num_rows, **described, "files": hashes}
             if not _is_published(folder, content):
                 files.write_manifest(folder, "index", content)
+                for name in ("vocabulary.json", "vocabulary.json.ok"):  # of version 1
+                    (folder / name).unlink(missing_ok=True)
             remove_shards(count)
         return cls(folder, store)
 

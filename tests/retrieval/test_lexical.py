@@ -257,3 +257,4 @@ def test_an_index_of_version_1_is_read_as_it_was_written(small_store: Store, tmp
     again = Bm25Index.build(small_store, tmp_path / "i")
     assert again.analyzer == Analyzer() and again.analyzer.stop_words == ENGLISH
     assert again.fingerprint == Bm25Index.build(small_store, tmp_path / "new").fingerprint
+    assert not (tmp_path / "i" / "vocabulary.json").exists()

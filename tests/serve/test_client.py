@@ -44,6 +44,7 @@ def test_what_a_library_does(remote: RemoteLibrary, monkeypatch: pytest.MonkeyPa
     hit = remote.search("castle number 15", 1)[0]
     assert hit.document == "a/15 ü"
     assert "number 15" in hit.text
+    assert remote.search("to be", 1) == [] and "stop words" in remote.why_nothing("to be")
     assert remote.delete(["a/15 ü", "none"]) == 1
     assert "a/15 ü" not in {found.document for found in remote.search("castle number 15", 9)}
     assert remote.reset() == 8
