@@ -44,9 +44,6 @@ def content_id(title: str, text: str) -> str:
 
 
 def file_id(path: Path, folder: Path) -> str:
-    """The id of a file that is one document: its real path, from `folder` where it lies in it."""
-    real = Path(os.path.realpath(path))
-    try:
-        return real.relative_to(os.path.realpath(folder)).as_posix()
-    except ValueError:
-        return real.as_posix()
+    """The id of a file that is one document: its real path, from `folder` but where they have nothing in common."""
+    real, start = os.path.realpath(path), os.path.realpath(folder)
+    return real if os.path.commonpath((real, start)) == os.sep else os.path.relpath(real, start)

@@ -243,6 +243,8 @@ def share_without_neighbors(table: NeighborTable) -> float:
 
 def describe_missing(search: Retriever) -> str:
     """What may be the reason when most chunks have no neighbor."""
+    if sum(store.num_documents for store in search.stores) == 1:
+        return "note: there is one document only, and its own chunks are no neighbors of it"
     read = next(index.analyzer.describe() for index in search.indexes if isinstance(index, Bm25Index))
     return (
         f"note: bm25 finds no word of theirs in another document (it reads words with {read}); where script or language "

@@ -60,7 +60,8 @@ def test_a_file_has_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     spellings = ["d/a.txt", "./d/a.txt", "d/../d/a.txt", "d//a.txt", str(tmp_path / "d/a.txt"), "link/a.txt", "d/b.txt"]
     assert {file_id(Path(os.path.join(spelling)), tmp_path) for spelling in spellings} == {"d/a.txt"}
     assert file_id(Path("d/a.txt"), tmp_path / "link") == "a.txt"
-    assert file_id(Path("d/a.txt"), tmp_path / "elsewhere") == str(tmp_path.resolve() / "d/a.txt")
+    assert file_id(Path("d/a.txt"), tmp_path / "runs" / "mine") == "../../d/a.txt"
+    assert file_id(Path("d/a.txt"), Path("/proc")) == str(tmp_path.resolve() / "d/a.txt")
 
 
 def test_content_is_the_title_and_the_text() -> None:

@@ -297,3 +297,7 @@ def test_text_that_shares_no_word_is_not_blamed(tmp_path: Path, capsys: pytest.C
         assert word in said
     build_neighbors(store, [store], "hash", reporter=Reporter("text"))
     assert "--stemmer" not in capsys.readouterr().err
+    (tmp_path / "one.txt").write_text("the river and the stone " * 40)
+    one = prepare([tmp_path / "one.txt"], tmp_path / "one", vocab_size=300, chunk_size=16)
+    build_neighbors(one, [one], reporter=Reporter("text"))
+    assert "one document only" in capsys.readouterr().err
