@@ -135,7 +135,8 @@ STORE = {
     "shards": each(fields({"documents": COUNT, "rows": COUNT})),
     "files": FILES,
 }
-STORE_OPTIONAL = {"minor": whole(0, 1 << 16)}
+LOSS = fields({"kind": text(), "share": real(0, 1), "unit": text(), "before": text(), "after": text()})
+STORE_OPTIONAL = {"minor": whole(0, 1 << 16), "losses": each(LOSS)}
 NEIGHBORS = {
     "num_neighbors": whole(1, 1 << 16),
     "rows": COUNT,

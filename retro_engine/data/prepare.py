@@ -17,11 +17,14 @@ import numpy as np
 from retro_engine.data import corpus, files, store
 from retro_engine.data.corpus import Document, Reader
 from retro_engine.data.inputs import KNOWN, SetAside, find_files, shown, tell
+from retro_engine.data.lossiness import Loss, Sample, as_json, describe, find_losses
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer, auto_vocab_size
 from retro_engine.errors import MissingInputError, StoreError
 
 SAMPLE_BYTES = 32 << 20  # of text that the tokenizer is trained on
+LOSS_SAMPLE = 1 << 20  # characters that are tried for whether they come back
+LOSS_TEXT = 1 << 16  # of one document
 BATCH_BYTES = 2 << 20  # of text encoded at once
 
 
@@ -61,8 +64,7 @@ def prepare(
                 say(f"{writer.counts['documents']:,} documents are in finished shards already")
             for row in passed_over:
                 writer.pass_over(row)
-            _fill(writer, reader.read(paths), is_strict)
-            made = writer.close()
+            made = writer.close(as_json(_fill(writer, reader.read(paths), is_strict)))
         finally:
             if spooled is not None:
                 spooled.unlink(missing_ok=True)
@@ -73,6 +75,12 @@ def prepare(
         say(
             f"note: {copies:,} of {made.num_documents:,} documents repeat others (white space aside): no neighbor is of a copy"
         )
+    if losses := made.manifest["losses"]:
+        say(
+            "note: the tokenizer loses or changes text, which neither neighbors nor the model will see as it is; bits per byte count its own bytes"
+        )
+        for line in describe(losses):
+            say(f"  lost: {line}")
     if made.num_rows == made.num_documents:
         say(f"note: every document is shorter than one chunk of {chunk_size} tokens; --chunk-size takes a smaller one")
     if made.num_documents == 1:
@@ -84,24 +92,30 @@ def store_from_documents(documents: Sequence[Document], out: Path, tokenizer: To
     """A store of documents that are in memory."""
     with files.locked(out):
         writer = StoreWriter(out, tokenizer, chunk_size)
-        _fill(writer, iter(documents), is_strict=True)
-        return writer.close()
+        return writer.close(as_json(_fill(writer, iter(documents), is_strict=True)))
 
 
-def _fill(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: bool) -> None:
-    """Encode in one thread (the library uses every core and needs no GIL) while another batch is read and packed."""
+def _fill(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: bool) -> list[Loss]:
+    """Encode in one thread (the library uses every core and needs no GIL) while another batch is read and packed.
+
+    Returns what the tokenizer loses of a sample of the text.
+    """
+    sample = Sample(LOSS_SAMPLE)
     with ThreadPoolExecutor(1) as pool:
         waiting = None
-        for batch in chain(_batches(writer, rows, is_strict), [[]]):
+        for batch in chain(_batches(writer, rows, is_strict, sample), [[]]):
             encoding = pool.submit(writer.tokenizer.encode_batch, [document.text for document in batch])
             if waiting is not None:
                 documents, encoded = waiting
                 for document, ids in zip(documents, encoded.result()):
                     writer.add(document, ids)
             waiting = (batch, encoding)
+    return find_losses(writer.tokenizer, sample.texts)
 
 
-def _batches(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: bool) -> Iterator[list[Document]]:
+def _batches(
+    writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: bool, sample: Sample
+) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
     finished = writer.counts["documents"]
@@ -110,6 +124,7 @@ def _batches(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict
             _refuse_if_strict(row, is_strict)
             writer.set_aside(row)
             continue
+        sample.add(row.text[:LOSS_TEXT])
         if finished:
             finished -= 1
             continue
@@ -152,29 +167,24 @@ def _train_tokenizer(
     reader: Reader, paths: list[Path], vocab_size: int | None, is_strict: bool, say: Callable[[str], None]
 ) -> Tokenizer:
     """Train on an even sample of the documents: every 2^i-th, so that at most SAMPLE_BYTES are held."""
-    sample: list[str] = []
+    sample = Sample(SAMPLE_BYTES)
     first_bad: SetAside | None = None
-    stride, held, total, number = 1, 0, 0, 0
+    total = 0
     for row in reader.read(paths):
         if isinstance(row, SetAside):
             _refuse_if_strict(row, is_strict)
             first_bad = first_bad or row
             continue
         total += len(row.text)
-        if number % stride == 0:
-            sample.append(row.text)
-            held += len(row.text)
-            while held > SAMPLE_BYTES and len(sample) > 1:
-                sample = sample[::2]
-                stride *= 2
-                held = sum(map(len, sample))
-        number += 1
-    if not sample:
+        sample.add(row.text)
+    if not sample.texts:
         why = f"{first_bad.source}: {first_bad.reason}" if first_bad else "the input is empty"
         raise StoreError("there is no document", why, "name other files")
     size = vocab_size or auto_vocab_size(total)
-    say(f"training a tokenizer: at most {size:,} entries, on {held / 1e6:.1f} of {total / 1e6:.1f} MB")
-    return Tokenizer.train(sample, size)
+    say(
+        f"training a tokenizer: at most {size:,} entries, on {sum(map(len, sample.texts)) / 1e6:.1f} of {total / 1e6:.1f} MB"
+    )
+    return Tokenizer.train(sample.texts, size)
 
 
 def _refuse_if_strict(row: SetAside, is_strict: bool) -> None:

@@ -104,8 +104,11 @@ class StoreWriter:
         """Note a file that is not read; it is listed, but no row that is counted."""
         self._set_aside.append(json.dumps({"source": row.source, "reason": row.reason}) + "\n")
 
-    def close(self) -> "Store":
-        """Publish the store. Raises StoreError when it holds no document."""
+    def close(self, losses: Sequence[dict[str, Any]] = ()) -> "Store":
+        """Publish the store. `losses`: what its tokenizer loses (lossiness.as_json).
+
+        Raises StoreError when it holds no document.
+        """
         if self.counts["documents"] == 0:
             first = self._set_aside[0].strip() if self._set_aside else "the input is empty"
             raise StoreError("there is no document", first, "name other files")
@@ -125,6 +128,7 @@ class StoreWriter:
                 "pad_id": self.tokenizer.pad_id,
                 "tokenizer": self.tokenizer.fingerprint,
                 "counts": self.counts,
+                "losses": list(losses),
                 "shards": self._shards,
                 "files": self._files,
             },
@@ -457,4 +461,5 @@ class Store:
             **self.counts,
             "fingerprint": self.fingerprint,
             "tokenizer": self.manifest["tokenizer"],
+            **({"tokenizer_loses": self.manifest["losses"]} if self.manifest.get("losses") else {}),
         }

@@ -61,6 +61,14 @@ class Tokenizer:
         ids = (*self.chat_files.end_ids, None if named is None else self.backend.token_to_id(named), self.eod_id)
         return [i for i in dict.fromkeys(ids) if i is not None]
 
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        """The token that stands for what the vocabulary lacks."""
+        model = json.loads(self.json)["model"]
+        token = model.get("unk_token")
+        found = self.backend.token_to_id(token) if isinstance(token, str) else model.get("unk_id")
+        return found if isinstance(found, int) and found < self.vocab_size else None
+
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
@@ -218,7 +226,10 @@ class Tokenizer:
         return self.backend.decode_batch(rows, skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of each token [V], 0 for special ones: what bits per byte divides by."""
+        """UTF-8 bytes of each token [V], 0 for special ones, 1 for the unknown one: what bits per byte divides by.
+
+        They do not sum to a text's own bytes where the tokenizer loses some; evaluate.perplexity.own_bytes sees to it.
+        """
         special = {index for index, token in self.backend.get_added_tokens_decoder().items() if token.special}
         is_byte_level = '"ByteLevel"' in str(json.loads(self.json).get("decoder")).replace("'", '"')
         lengths = np.zeros(self.vocab_size, np.int64)
@@ -231,6 +242,8 @@ class Tokenizer:
                 lengths[index] = 1
             else:
                 lengths[index] = len(token.replace("\u2581", " ").removeprefix("##").encode())
+        if self.unknown_id is not None:
+            lengths[self.unknown_id] = 1
         return lengths
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from retro_engine.data.batches import Batch, Sequences
-from retro_engine.evaluate.perplexity import DocumentLosses, autocast
+from retro_engine.evaluate.perplexity import DocumentLosses, autocast, own_bytes
 from retro_engine.model.retro import RetroModel
 
 
@@ -42,7 +42,8 @@ def evaluate_in_prompt(
             advance(1)
     model.train(was_training)
     seen = sums.tokens > 0
-    return DocumentLosses(sums.nats[seen], sums.tokens[seen], sums.bytes[seen])
+    num_bytes = own_bytes(sequences, np.flatnonzero(seen), token_bytes, sums.bytes[seen])
+    return DocumentLosses(sums.nats[seen], sums.tokens[seen], num_bytes)
 
 
 def _losses(model: RetroModel, batch: Batch, number: int, M: int) -> np.ndarray:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retro_engine.data.batches import Sequences
-from retro_engine.evaluate.perplexity import token_losses
+from retro_engine.data.batches import Batch, Sequences
+from retro_engine.evaluate.perplexity import own_bytes, token_losses
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.ceiling import copyable
 from retro_engine.retrieval.overlap import chunk_overlaps
@@ -77,7 +77,8 @@ def chunk_losses(
         count += int(can_copy.sum())
         chosen = _tokens_of_chunks(batch.labels, batch.document_ids, m)
         overlap.append(chunk_overlaps(batch, m)[has_neighbors])
-        num_bytes.append(_sum(np.where(chosen, token_bytes[batch.labels], 0), m)[has_neighbors])
+        counted = _own_bytes(sequences, batch, np.where(chosen, token_bytes[batch.labels], 0), token_bytes)
+        num_bytes.append(_sum(counted, m)[has_neighbors])
         for name, (model, mode) in models.items():
             losses, best = token_losses(
                 model, batch if mode == "on" else sequences.batch(rows, mode), model.embedding.weight.device
@@ -86,6 +87,15 @@ def chunk_losses(
             copied[name] += int((best.cpu().numpy() == batch.labels)[can_copy].sum())
     joined = {name: np.concatenate(values) for name, values in nats.items()}
     return ChunkLosses(np.concatenate(overlap), np.concatenate(num_bytes), joined, count, copied)
+
+
+def _own_bytes(sequences: Sequences, batch: Batch, counted: np.ndarray, token_bytes: np.ndarray) -> np.ndarray:
+    """[B, N] bytes of text for those that tokens stand for."""
+    documents, places = np.unique(batch.document_ids, return_inverse=True)
+    scale = np.ones(len(documents))
+    is_text = documents >= 0
+    scale[is_text] = own_bytes(sequences, documents[is_text], token_bytes, scale[is_text])
+    return counted if (scale == 1).all() else counted * scale[places].reshape(counted.shape)
 
 
 def _tokens_of_chunks(labels: np.ndarray, documents: np.ndarray, m: int) -> np.ndarray:

@@ -114,6 +114,28 @@ def show_interval(low: float, high: float, form: str = ".3f") -> str:
     return f"[{low:{form}}, {high:{form}}]" if math.isfinite(low) else "[too few]"
 
 
+def own_bytes(
+    sequences: Sequences | Questions, documents: np.ndarray, token_bytes: np.ndarray, counted: np.ndarray
+) -> np.ndarray:
+    """[d] bytes of text for `counted`, those that tokens of `documents` stand for.
+
+    They differ where the tokenizer loses text: a document's own bytes are shared out by the bytes of its tokens.
+    """
+    store = sequences.store
+    if store.manifest.get("losses") == []:  # earlier stores do not say
+        return counted
+    if isinstance(sequences, Questions):
+        own = np.array([len(f" {sequences.questions[number].answers[0]}".encode()) for number in documents])
+        stood = np.array([token_bytes[sequences.answers[number]].sum() for number in documents])
+    else:
+        own, stood = store.documents[documents, 2], np.zeros(len(documents), np.int64)
+        for place, number in enumerate(documents):
+            tokens, lengths = store.rows(*store.document_rows(int(number)))
+            is_text = np.arange(store.chunk_size) < lengths[:, None]
+            stood[place] = token_bytes[tokens[is_text]].sum()
+    return counted if np.array_equal(own, stood) else counted * (own / np.maximum(1, stood))
+
+
 def to_tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """tokens, labels, document_ids, neighbors and lengths (None when every neighbor is full) on `device`."""
     tokens, labels, documents = (
@@ -192,6 +214,7 @@ def evaluate(
             advance(len(batch.tokens))
         reduce((sums.nats, sums.tokens, sums.bytes))
         seen = sums.tokens > 0
-        results[mode] = DocumentLosses(sums.nats[seen], sums.tokens[seen], sums.bytes[seen])
+        num_bytes = own_bytes(sequences, sequences.documents[seen], token_bytes, sums.bytes[seen])
+        results[mode] = DocumentLosses(sums.nats[seen], sums.tokens[seen], num_bytes)
     model.train(was_training)
     return results

@@ -111,3 +111,40 @@ def test_perplexity_per_word(tmp_path: Path) -> None:
     path = SHARED / "data" / "wikitext" / "wikitext-103.wiki.test.tokens"
     if path.exists():
         assert count_words(path) == 245_569
+
+
+def test_bytes_are_the_texts_own(tmp_path: Path) -> None:
+    """Where a tokenizer loses text, bits per byte divide by the bytes of the text, not by those of what is left."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    from retro_engine.data.batches import Sequences
+    from retro_engine.data.prepare import prepare
+    from retro_engine.data.question_files import Question
+    from retro_engine.data.questions import Questions
+    from retro_engine.evaluate.perplexity import own_bytes
+
+    texts = [f"Café {'黄山' * n} of Zürich, 🦊 number {n}." for n in range(1, 9)]
+    backend = Backend(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    special = ["[UNK]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(["cafe of zurich number"], trainer)
+    (tmp_path / "t.json").write_text(backend.to_str())
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    store = prepare(sorted(tmp_path.glob("*.txt")), tmp_path / "s", str(tmp_path / "t.json"), chunk_size=4)
+    assert store.manifest["losses"]
+    token_bytes = store.tokenizer.token_bytes()
+    sequences = Sequences(store, np.arange(8), 16)
+    model = RetroModel(small_config(vocab_size=store.vocab_size, retrieval=False)).eval()
+    found = evaluate(model, sequences, token_bytes, ["off"])["off"]
+    for document, text in enumerate(texts):
+        ids = store.tokenizer.encode(text)
+        predicted = token_bytes[ids[1:]].sum() / token_bytes[ids].sum()  # the first token has no prediction
+        assert found.bytes[document] == pytest.approx(len(text.encode()) * predicted)
+    assert found.bytes.sum() > 1.2 * sum(token_bytes[store.tokenizer.encode(text)].sum() for text in texts)
+    questions = Questions([Question("1", "cafe", "", ("黄山黄山",), (), (), 1)], store, "q", 64, 2, 8)
+    counted = token_bytes[questions.answers[0]].sum()[None]
+    assert own_bytes(questions, np.array([0]), token_bytes, counted)[0] == pytest.approx(len(" 黄山黄山".encode()))
