@@ -57,6 +57,8 @@ class ModelConfig:
     max_position_embeddings: int = 0  # rows of learned positions; 0 = encoder_seq_length
     rotary_percentage: float = 1.0  # share of the head width that is rotated
     rotary_base: float = 10000.0
+    # of the decoder's self-attention: each frequency is divided by its own (scaled positions); None = all by 1
+    rotary_factors: list[float] | None = None
     rotary_interleaved: bool = False
     rotary_table_precision: str = "float32"  # float32 | model: type of the angles, sines and cosines
     partial_chunk: str = "last"  # last = left-aligned, floor(n/m) chunks | first = ceil(n/m), the first is short
@@ -715,6 +717,20 @@ def check_model(c: ModelConfig) -> None:
         "learned",
         f"neighbors have {c.r} tokens and there are {rows} learned positions",
         f"model.max_position_embeddings={c.r}",
+    )
+    _require(
+        c.position_embedding != "rope" or c.encoder_seq_length <= (c.max_position_embeddings or _MANY),
+        "model.encoder_seq_length",
+        c.encoder_seq_length,
+        f"the model takes {c.max_position_embeddings} tokens at most (max_position_embeddings)",
+    )
+    pairs = int(c.head_width * c.rotary_percentage) // 2
+    _require(
+        c.rotary_factors is None
+        or (len(c.rotary_factors) == pairs and all(0 < factor < math.inf for factor in c.rotary_factors)),
+        "model.rotary_factors",
+        str(c.rotary_factors)[:80],
+        f"a number above 0 for each of the {pairs} rotary frequencies",
     )
     if c.init == "retrieval_ready" and c.retrieval:
         _check_retrieval_ready(c)

@@ -127,7 +127,8 @@ def text_log_probs(
     tokens = [pad_id] * pad + [*prompt_ids, *text_ids]
     first = pad + len(prompt_ids)
     learned = config.max_position_embeddings or config.encoder_seq_length
-    if config.position_embedding == "learned" and len(tokens) > learned:
+    has_bound = config.position_embedding == "learned" or config.max_position_embeddings
+    if has_bound and len(tokens) > learned:
         raise UsageError(
             f"prompt and text have {len(tokens)} tokens", f"the model has {learned} positions", "shorten them"
         )

