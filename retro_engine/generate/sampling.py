@@ -1,6 +1,5 @@
 """The next token from logits: penalties, then greedy, or temperature, top-k, top-p. Letter: V vocabulary."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +8,8 @@ from torch import Tensor
 
 from retro_engine.errors import UsageError
 
+TINY = torch.finfo(torch.float32).tiny  # what is smaller is 0 to the logits
+LARGEST = torch.finfo(torch.float32).max
 NAMES = {"min_tokens": "min_tokens_to_generate"}  # the settings' names
 
 
@@ -28,11 +29,15 @@ class Sampling:
         """Raises UsageError for a value that cannot be used, and for two that contradict each other."""
         needs_sampling = "contradicts greedy=true, which takes the likeliest token"
         rules = (
-            ("temperature", 0 < self.temperature < math.inf, "must be above 0; greedy=true takes the likeliest token"),
+            (
+                "temperature",
+                TINY <= self.temperature <= LARGEST,
+                f"must be {TINY:.3g} or more; greedy=true takes the likeliest token",
+            ),
             ("top_k", self.top_k >= 0, "must be 0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
+            ("top_p", TINY <= self.top_p <= 1, f"must be from {TINY:.3g} to 1"),
             ("seed", 0 <= self.seed < 1 << 63, "must be 0 or more, and below 2^63"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be above 0; 1 is off"),
+            ("repetition_penalty", TINY <= self.repetition_penalty <= LARGEST, f"must be {TINY:.3g} or more; 1 is off"),
             ("min_tokens", self.min_tokens >= 0, "must be 0 (off) or more"),
             ("temperature", not self.greedy or self.temperature == 1, needs_sampling),
             ("top_k", not self.greedy or self.top_k in (0, 1), needs_sampling),
@@ -52,7 +57,7 @@ def adjusted(logits_V: Tensor, sampling: Sampling, seen: Iterable[int], num_prod
     if penalty != 1:
         ids = torch.tensor(sorted(set(seen)), device=logits.device)
         values = logits[ids]
-        logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+        logits[ids] = torch.where(values > 0, values / penalty, values * penalty).clamp(-LARGEST, LARGEST)
     if is_short:
         logits[[i for i in end_ids if 0 <= i < len(logits)]] = -torch.inf
     return logits
@@ -62,7 +67,8 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     """A token id from the logits [V] of one position."""
     if sampling.greedy:
         return int(logits_V.argmax())
-    scaled = logits_V.float() / sampling.temperature
+    logits_V = logits_V.float()
+    scaled = (logits_V - logits_V.max()) / sampling.temperature  # at most 0: nothing overflows that counts
     if sampling.top_k:
         floor = scaled.topk(min(sampling.top_k, scaled.shape[0])).values[-1]
         scaled = scaled.masked_fill(scaled < floor, -torch.inf)

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from retro_engine.data.corpus import Document
 from retro_engine.generate.engine import Event, Request
 from retro_engine.generate.request import TokenLogprob
-from retro_engine.generate.sampling import Sampling
+from retro_engine.generate.sampling import TINY, Sampling
 from retro_engine.serve.documents import open_library
 from retro_engine.serve.limits import ApiError, Ids, Strict, Texts, parse, read_json
 from retro_engine.serve.openai import check_cost, encode_prompts
@@ -35,7 +35,7 @@ class Generate(Strict):
     sentences: Texts = Field(min_length=1, max_length=MAX_SENTENCES)
     tokens_to_generate: int = Field(64, ge=1)
     all_probs: bool = False
-    temperature: float = Field(1.0, gt=0, le=100)
+    temperature: float = Field(1.0, ge=TINY, le=100)
     add_BOS: bool = False
     greedy: bool = False
     top_k: int = Field(0, ge=0)
@@ -100,7 +100,9 @@ def _row(entry: TokenLogprob, size: int) -> list[float | None]:
 
 def _request(body: Generate, prompt: list[int], seed: int, size: int, caller: str) -> Request:
     cuts: dict[str, Any] = (
-        {} if body.greedy else {"temperature": body.temperature, "top_k": body.top_k, "top_p": body.top_p or 1.0}
+        {}
+        if body.greedy
+        else {"temperature": body.temperature, "top_k": body.top_k, "top_p": body.top_p if body.top_p >= TINY else 1.0}
     )
     sampling = Sampling(
         greedy=body.greedy,

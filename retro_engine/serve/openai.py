@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from retro_engine.generate.engine import Event, Request
 from retro_engine.generate.request import TokenLogprob, cost
-from retro_engine.generate.sampling import Sampling
+from retro_engine.generate.sampling import TINY, Sampling
 from retro_engine.serve.chat import Message, chat_prompt
 from retro_engine.serve.hits import neighbors_json
 from retro_engine.serve.limits import ApiError, Limits, Prompts, Strict, Texts, parse, read_json
@@ -53,7 +53,7 @@ class Sampled(Strict):
 
     model: str
     temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=TINY, le=1)
     n: int = Field(1, ge=1, le=32)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -70,7 +70,7 @@ class Sampled(Strict):
     frequency_penalty: Literal[0] | None = None
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
     top_k: int | None = Field(None, ge=0, le=1 << 20)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=TINY, le=100)
     min_tokens: int = Field(0, ge=0)
     retro: RetroOptions = Field(default_factory=lambda: RetroOptions.model_validate({}))
 
@@ -217,7 +217,7 @@ def sampling_of(body: Sampled, service: Service, seed: int) -> Sampling:
     """Temperature 0 takes the likeliest token; where nothing is said, the checkpoint's own way holds."""
     values: dict[str, Any] = {"repetition_penalty": body.repetition_penalty, "min_tokens": body.min_tokens}
     asked = {"top_p": body.top_p, "top_k": body.top_k}
-    if body.temperature == 0:
+    if body.temperature is not None and body.temperature < TINY:  # 0 to the logits, as it is here
         for name, value in asked.items():
             if value not in (None, 0, 1):
                 raise ApiError(400, f"{name}={value} contradicts temperature=0", name, "contradiction")
@@ -412,11 +412,40 @@ class _CompletionForm(_Form):
 
     def logprobs(self, entries: Sequence[TokenLogprob]) -> Any:
         return {
-            "tokens": [entry.text for entry in entries],
+            "tokens": [self._shown(entry.token, entry.text) for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{text: value for _, text, value in entry.top} for entry in entries],
+            "top_logprobs": [self._top(entry) for entry in entries],
             "text_offset": [entry.offset for entry in entries],
         }
+
+    def _shown(self, token: int, text: str) -> str:
+        """Half a character as OpenAI writes it."""
+        raw = self.service.token_bytes.of(token, text)
+        return raw.decode() if _is_text(raw) else f"bytes:{_escaped(raw)}"
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float | None]:
+        """The likeliest tokens, best first, and the one that was taken where it is none of them: each has its own name."""
+        rows = [*entry.top]
+        if rows and entry.token not in [token for token, _, _ in rows]:
+            assert entry.logprob is not None
+            rows.append((entry.token, entry.text, entry.logprob))
+        named: dict[str, float | None] = {}
+        for token, text, value in rows:
+            name = self._shown(token, text)
+            named[f"token_id:{token}" if name in named else name] = value
+        return named
+
+
+def _is_text(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _escaped(raw: bytes) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 class _ChatForm(_Form):
@@ -438,13 +467,13 @@ class _ChatForm(_Form):
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
 
     def logprobs(self, entries: Sequence[TokenLogprob]) -> Any:
-        def token(text: str, value: float | None) -> dict[str, Any]:
-            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        def token(index: int, text: str, value: float | None) -> dict[str, Any]:
+            raw = self.service.token_bytes.of(index, text)
+            return {"token": raw.decode() if _is_text(raw) else _escaped(raw), "logprob": value, "bytes": list(raw)}
 
         return {
             "content": [
-                {**token(entry.text, entry.logprob), "top_logprobs": [token(text, v) for _, text, v in entry.top]}
-                for entry in entries
+                {**token(e.token, e.text, e.logprob), "top_logprobs": [token(*one) for one in e.top]} for e in entries
             ],
             "refusal": None,
         }

@@ -1,5 +1,6 @@
 """What one server serves: a model in its engine, a live library, and the published stores that are read beside it."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from retro_engine.data.coding import Coding
 from retro_engine.data.store import Store
+from retro_engine.data.token_bytes import TokenBytes
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.generate.chat import ChatTemplate
@@ -61,6 +63,10 @@ class Service:
     mode: str = "lexical"
     weights: Sequence[float] = (1.0, 1.0)
     work: Work = field(default_factory=Work)  # beside the engine
+
+    @functools.cached_property
+    def token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from retro_engine.errors import UsageError
-from retro_engine.generate.sampling import Sampling, adjusted, choose
+from retro_engine.generate.sampling import TINY, Sampling, adjusted, choose
 
 LOGITS = torch.tensor([0.0, 3.0, 2.0, -1.0])
 
@@ -43,6 +43,7 @@ def test_repetition_penalty_and_minimum_length() -> None:
 
 @pytest.mark.parametrize("wrong", [
     {"temperature": 0}, {"temperature": math.inf}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"seed": -1},
+    {"temperature": 1e-39}, {"temperature": 1e39}, {"top_p": 1e-60}, {"repetition_penalty": 1e-39}, {"repetition_penalty": 1e300},
     {"repetition_penalty": 0}, {"repetition_penalty": math.inf}, {"min_tokens": -1},
 ])  # fmt: skip
 def test_what_cannot_be_used(wrong: dict[str, Any]) -> None:
@@ -54,3 +55,25 @@ def test_what_cannot_be_used(wrong: dict[str, Any]) -> None:
 def test_greedy_contradicts_sampling(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="contradicts greedy=true"):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    "logits", [LOGITS, LOGITS * 1e30, LOGITS.to(torch.bfloat16), torch.tensor([-3e38, 3e38, 0.0, -math.inf])]
+)
+def test_the_smallest_numbers_choose_the_likeliest(logits: torch.Tensor) -> None:
+    """Nothing becomes infinite or no number on the way."""
+    for options in (
+        {"temperature": TINY},
+        {"temperature": 1e-30},
+        {"top_p": TINY},
+        {"temperature": TINY, "top_p": TINY},
+    ):
+        sampling = Sampling(greedy=False, **options)
+        assert {choose(logits, sampling, torch.Generator().manual_seed(seed)) for seed in range(20)} == {1}
+
+
+@pytest.mark.parametrize("penalty", [TINY, 1e-30, 1e30, 3e38])
+def test_penalties_stay_numbers(penalty: float) -> None:
+    found = adjusted(LOGITS, Sampling(repetition_penalty=penalty), [0, 1, 2, 3], 0, eod_id=9)
+    assert torch.isfinite(found).all()
+    assert choose(found, Sampling(greedy=False), torch.Generator()) in range(4)

@@ -172,6 +172,8 @@ def test_retro_fields(server: Server) -> None:
         ({"temperature": 1e9}, "temperature"),
         ({"temperature": 0, "top_p": 0.5}, "top_p"),
         ({"top_p": 0}, "top_p"),
+        ({"top_p": 1e-60}, "top_p"),
+        ({"repetition_penalty": 1e-39}, "repetition_penalty"),
         ({"top_p": 1.1}, "top_p"),
         ({"n": 0}, "n"),
         ({"n": 33}, "n"),
@@ -403,3 +405,43 @@ def test_a_chat_model_of_another_project(tmp_path: Path) -> None:
         prompt = tokenizer.encode("\n")
         out = server.openai().completions.create(prompt=prompt, stop=["<|im_start|>", "<|im_end|>"], **ask)
         assert (out.choices[0].text, out.choices[0].finish_reason) == ("The castle was", "stop")
+
+
+def test_a_temperature_that_is_nothing_to_the_logits_is_0(server: Server) -> None:
+    greedy = complete(server, temperature=0).choices[0].text
+    for temperature in (1e-39, 1e-300, 2e-38):
+        assert complete(server, temperature=temperature).choices[0].text == greedy
+
+
+def test_twenty_alternatives_are_twenty(server: Server) -> None:
+    """Tokens that are half a character, or nothing that is seen, are told apart."""
+    tokenizer = server.service.tokenizer
+    ask = {"temperature": 1.9, "max_tokens": 24, "seed": 5}
+    out = complete(server, logprobs=20, **ask).choices[0].logprobs
+    for token, value, top in zip(out.tokens, out.token_logprobs, out.top_logprobs):
+        assert len(top) in (20, 21), top
+        assert top[token] == pytest.approx(value)
+        assert list(top.values()) == sorted(top.values(), reverse=True)
+    messages = [{"role": "user", "content": "a"}]
+    chat = server.openai("read").chat.completions.create(
+        model="tiny", messages=messages, logprobs=True, top_logprobs=20, **ask
+    )
+    for entry in chat.choices[0].logprobs.content:
+        assert len(entry.top_logprobs) == 20
+        values = [one.logprob for one in entry.top_logprobs]
+        assert values == sorted(values, reverse=True)
+    assert tokenizer.vocab_size > 256
+
+
+def test_bytes_are_the_tokens_own(server: Server) -> None:
+    """The prompt's characters lie across tokens: joined, their bytes are its text."""
+    text = "日本 wörter 🙂"
+    out = complete(server, prompt=text, echo=True, logprobs=1, max_tokens=1, temperature=0).choices[0].logprobs
+    ids = server.service.tokenizer.encode(text)
+    shown = out.tokens[: len(ids)]
+    assert any(token.startswith("bytes:\\x") for token in shown)
+    raw = [
+        bytes.fromhex(t.removeprefix("bytes:").replace("\\x", "")) if t.startswith("bytes:") else t.encode()
+        for t in shown
+    ]
+    assert b"".join(raw) == text.encode()
