@@ -63,6 +63,7 @@ async def list_documents(request: Request) -> Response:
     """A page of ids and sizes, those after `after`; and the library's counts."""
     library, _ = open_library(request)
     limit = number(request, "limit", 100)
+    version = library.version  # what is listed is of this one, or newer
     entries = await asyncio.to_thread(library.entries, after=request.query_params.get("after", ""), limit=limit)
     statistics = await asyncio.to_thread(library.statistics)
     data = [{"object": "document", **vars(entry)} for entry in entries]
@@ -71,7 +72,7 @@ async def list_documents(request: Request) -> Response:
             "object": "list",
             "data": data,
             "has_more": len(data) == limit,
-            "index_version": library.version,
+            "index_version": version,
             "statistics": {**statistics["namespaces"].get("default", {}), "notes": statistics["notes"]},
         }
     )

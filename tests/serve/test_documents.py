@@ -1,7 +1,9 @@
 """Documents over HTTP: against a dict, in the next answer, while the disk is full, after kill -9."""
 
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,6 +15,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from serve_helpers import Server, serving_run
+
+from retro_engine.retrieval.library_merge import LibraryIndex
 
 CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
 IDS = ["a", "B", "ä/ö", "a b", "...", "import", "reset", "100%", "x?y#z", "日本", "a//b", "%2e"]
@@ -309,3 +313,46 @@ def test_a_search_without_hits_says_why(own: Server) -> None:
             answer = client.post("/v1/retrieve", json={"query": query}).json()
             assert answer["data"] == [] and why in answer["note"]
         assert "note" not in client.post("/v1/retrieve", json={"query": "heron"}).json()
+
+
+def test_what_is_acknowledged_is_read_by_the_next_request_under_load(
+    own: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 batches; all the time others ask for what is being added, so that what they were told could be remembered: also
+    between the disk and the snapshot, which is made to take a while.
+    """
+    show = LibraryIndex.show
+
+    def slowly(self: LibraryIndex, *arguments: Any, **named: Any) -> None:
+        time.sleep(0.02)
+        show(self, *arguments, **named)
+
+    monkeypatch.setattr(LibraryIndex, "show", slowly)
+    current, is_over = ["Nobody Nowhere"], threading.Event()
+    ask = {"model": "tiny", "max_tokens": 1, "temperature": 0}
+
+    def press(scope: str) -> None:
+        with own.client(scope) as client:
+            while not is_over.is_set():
+                client.post("/v1/completions", json={**ask, "prompt": current[0]})
+
+    with ThreadPoolExecutor(2) as pool, own.client("admin") as client:
+        pressing = [pool.submit(press, scope) for scope in ("admin", "write")]
+        missed = []
+        for batch in range(40):
+            name = f"Nafock{batch} Wuhack{batch}"
+            current[0] = name
+            rows = [{"id": f"b{batch}-{n}", "text": f"{name} grew up in Gaituchul."} for n in range(2)]
+            added = client.post("/v1/documents", json={"documents": rows}).json()
+            answer = client.post("/v1/completions", json={**ask, "prompt": name}).json()["retro"]
+            found = client.post("/v1/retrieve", json={"query": name, "k": 2}).json()
+            read = {hit["document"] for hit in answer["neighbors"]}
+            seen = {hit["document"] for hit in found["data"]}
+            kept = client.get(f"/v1/documents/b{batch}-1").json()
+            if not (read and read <= set(added["ids"]) == seen and kept["text"] == rows[1]["text"]):
+                missed.append((batch, read, seen))
+            assert min(answer["index_version"], found["index_version"]) >= added["index_version"]
+        is_over.set()
+        for one in pressing:
+            one.result(30)
+    assert missed == []
