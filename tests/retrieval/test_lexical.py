@@ -258,3 +258,16 @@ def test_an_index_of_version_1_is_read_as_it_was_written(small_store: Store, tmp
     assert again.analyzer == Analyzer() and again.analyzer.stop_words == ENGLISH
     assert again.fingerprint == Bm25Index.build(small_store, tmp_path / "new").fingerprint
     assert not (tmp_path / "i" / "vocabulary.json").exists()
+
+
+def test_a_vocabulary_that_does_not_fit(small_store: Store, tmp_path: Path) -> None:
+    write_first_version(small_store, tmp_path / "i")
+    manifest = files.read_manifest(tmp_path / "i", "index")
+    for content in ("[]", '{"a": 0, "b": 0}', '{"a": 1}', "1", '{"a": "0"}'):
+        (tmp_path / "i" / "vocabulary.json").write_text(content)
+        changed = {**manifest["files"], "vocabulary.json": files.sha256_file(tmp_path / "i" / "vocabulary.json")}
+        kept = {key: value for key, value in manifest.items() if key not in ("kind", "version", "fingerprint", "files")}
+        (tmp_path / "i" / files.MANIFEST).unlink()
+        files.write_manifest(tmp_path / "i", "index", {**kept, "files": changed})
+        with pytest.raises(StoreError):
+            Bm25Index(tmp_path / "i", small_store)
