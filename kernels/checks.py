@@ -9,8 +9,8 @@ MAX_HEAD_WIDTH = 256
 
 def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether any is a dual number, or wrapped by torch.func (jvp, grad, vmap): a kernel would compute without what it carries."""
-    if torch.compiler.is_compiling():
-        return False
+    if torch.compiler.is_compiling():  # what is traced cannot be looked at; that a tangent may be there can
+        return forward_ad._current_level >= 0
     if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
         return True
     if forward_ad._current_level < 0:

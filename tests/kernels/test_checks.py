@@ -68,6 +68,12 @@ def test_forward_mode(name: str, dtype: torch.dtype) -> None:
     close(found, exact, dtype)
 
 
+def test_forward_mode_compiled() -> None:
+    x, tangent = Q.float(), TANGENT.float()
+    whole = torch.compile(lambda x, t: torch.func.jvp(OPS["attention"], (x,), (t,))[1], backend="aot_eager")
+    close(whole(x, tangent), slope(OPS["attention"], tangent.double()), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", OPS)
 def test_a_gradient_of_a_gradient(name: str, dtype: torch.dtype) -> None:
