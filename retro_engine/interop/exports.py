@@ -54,13 +54,14 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
     }
     generation = {
         "do_sample": not sampling["greedy"],
-        **{k: sampling[k] for k in ("temperature", "top_k", "top_p")},
+        **({} if sampling["greedy"] else {k: sampling[k] for k in ("temperature", "top_k", "top_p")}),
         **ids,
     }
     special = {"eos_token": tokenizer.backend.id_to_token(tokenizer.eod_id)}
     special["pad_token"] = tokenizer.backend.id_to_token(tokenizer.pad_id)
     named = tokenizer.chat_files.tokenizer_config()
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **special, **named}
+    text = {"padding_side": "left", "clean_up_tokenization_spaces": False}
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **text, **special, **named}
     contents = {
         "config.json": _json(config),
         "generation_config.json": _json(generation),

@@ -18,7 +18,14 @@ from retro_engine.model.decoding import decode
 from retro_engine.model.retro import RetroModel
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        GenerationConfig,
+        GenerationMixin,
+        PretrainedConfig,
+        PreTrainedModel,
+    )
     from transformers.modeling_outputs import CausalLMOutput
 except ImportError as error:
     raise MissingExtraError(
@@ -26,6 +33,8 @@ except ImportError as error:
     ) from error
 
 MODEL_TYPE = "retro_engine_hf"
+SAMPLED = ("temperature", "top_k", "top_p")
+MEANINGLESS = ("transformers_version", "bos_token_id", "use_cache")  # in a GenerationConfig
 
 
 class RetroConfig(PretrainedConfig):
@@ -59,8 +68,11 @@ class RetroConfig(PretrainedConfig):
         return self.architecture.dec_num_layers
 
 
-class RetroForCausalLM(PreTrainedModel):
-    """`forward` takes neighbors [b, l, k, r] as RetroModel does; `generate` takes those of the prompt, [b, k, r]."""
+class RetroForCausalLM(PreTrainedModel, GenerationMixin):
+    """`forward` takes neighbors [b, l, k, r] as RetroModel does; `generate` takes those of the prompt, [b, k, r].
+
+    Of GenerationMixin it has the name alone, by which transformers' pipelines know that it generates.
+    """
 
     config_class = RetroConfig
     base_model_prefix = "model"
@@ -107,43 +119,68 @@ class RetroForCausalLM(PreTrainedModel):
         attention_mask: Tensor | None = None,
         neighbors: Tensor | None = None,
         neighbor_lengths: Tensor | None = None,
-        max_new_tokens: int = 64,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        max_length: int | None = None,
+        generation_config: Any = None,
     ) -> Tensor:
         """input_ids [b, n] with what follows, padded on the right. neighbors [b, k, r] act from each prompt's last token on.
 
-        attention_mask 0 = padding on the left. Searches with beams and the like are not there: an argument that is not
-        known is a TypeError.
+        attention_mask 0 = padding. What is None is as `generation_config` says, then the model's own; seed None: 0 where
+        the likeliest token is taken, else torch's. Searches with beams and the like are not there: an argument or a
+        setting that is not known is a TypeError.
         """
+        asked = {"max_new_tokens": max_new_tokens, "max_length": max_length, "do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}  # fmt: skip
+        settings = self._settings(asked, generation_config)
+        count = settings.get("max_new_tokens") or 64
+        if settings.get("max_length") is not None and settings.get("max_new_tokens") is None:
+            count = max(1, settings["max_length"] - input_ids.shape[1])
+        seed = int(torch.randint(1 << 31, ())) if seed is None and settings.get("do_sample") else seed or 0
         is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, is_token)]
-        stops = eos_token_id if eos_token_id is not None else self.config.eos_token_id
+        stops = settings.get("eos_token_id", self.config.eos_token_id)
         stop_ids = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-        pad = next((i for i in (pad_token_id, self.config.pad_token_id, *stop_ids) if i is not None), 0)
-        sampling, generator = (
-            Sampling(not do_sample, temperature, top_k, top_p, seed),
-            torch.Generator().manual_seed(seed),
-        )
+        pad = next((i for i in (settings.get("pad_token_id"), self.config.pad_token_id, *stop_ids) if i is not None), 0)
+        cuts = {name: settings[name] for name in SAMPLED if settings.get(name) is not None}
+        sampling = Sampling(not settings.get("do_sample", False), seed=seed, **cuts)
+        generator = torch.Generator().manual_seed(seed)
         answers = decode(
             self.model,
             prompts,
             neighbors,
             neighbor_lengths,
-            max_new_tokens,
+            count,
             stop_ids,
             pad,
             lambda logits: torch.tensor([choose(row.cpu(), sampling, generator) for row in logits]),
         )
-        answers = [row + stop_ids[:1] if len(row) < max_new_tokens else row for row in answers]
+        answers = [row + stop_ids[:1] if len(row) < count else row for row in answers]
         longest = max(map(len, answers))
         padded = torch.tensor([row + [pad] * (longest - len(row)) for row in answers], device=input_ids.device)
         return torch.cat((input_ids, padded.long()), 1)
+
+    def _settings(self, asked: dict[str, Any], given: Any) -> dict[str, Any]:
+        """What is asked for, then what a GenerationConfig sets, then the model's own. Raises TypeError."""
+        settings: dict[str, Any] = {}
+        for config in (self.generation_config, given):
+            if config is None:
+                continue
+            said = config.to_diff_dict() if isinstance(config, GenerationConfig) else dict(config)
+            odd = [name for name, value in said.items() if name not in {*asked, *MEANINGLESS} and value is not None]
+            if odd:
+                raise TypeError(f"RetroForCausalLM.generate has no {', '.join(odd)}")
+            settings |= {name: value for name, value in said.items() if name in asked and value is not None}
+        chosen = {name: value for name, value in asked.items() if value is not None}
+        settings |= chosen
+        if not settings.get("do_sample"):  # as in transformers, what a config says of sampling then means nothing
+            settings = {name: value for name, value in settings.items() if name not in SAMPLED or name in chosen}
+        return settings
 
 
 AutoConfig.register(MODEL_TYPE, RetroConfig)

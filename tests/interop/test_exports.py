@@ -86,6 +86,22 @@ def test_trust_remote_code_is_enough(folder: Path, tmp_path: Path) -> None:
     assert done.stdout.strip() == "RetroForCausalLM", done.stderr[-1500:]
 
 
+def test_a_pipeline_generates(folder: Path, model: RetroModel, small_store: Store) -> None:
+    import retro_engine.interop.transformers_model  # noqa: F401 (registers)
+
+    tokenizer = small_store.tokenizer
+    generate = transformers.pipeline("text-generation", str(folder), device="cpu")
+    (out,) = generate("river stone", max_new_tokens=6, do_sample=False)
+    (ids,) = decode(model, [tokenizer.encode("river stone")], None, None, 6, tokenizer.end_ids, tokenizer.pad_id)
+    assert out["generated_text"] == "river stone" + tokenizer.decode(ids)
+    both = generate(["river", "amber lantern tide"], max_new_tokens=4, do_sample=True, temperature=0.7, batch_size=2)
+    assert both[0][0]["generated_text"].startswith("river")
+    assert both[1][0]["generated_text"].startswith("amber lantern tide")
+    assert generate("river", max_length=3, do_sample=False)[0]["generated_text"].startswith("river")
+    with pytest.raises(TypeError, match="has no num_beams"):
+        generate("river", generation_config=transformers.GenerationConfig(num_beams=4))
+
+
 def test_what_is_refused(folder: Path) -> None:
     from retro_engine.interop.transformers_model import RetroConfig
 
