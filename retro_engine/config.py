@@ -718,6 +718,23 @@ def check_model(c: ModelConfig) -> None:
         f"neighbors have {c.r} tokens and there are {rows} learned positions",
         f"model.max_position_embeddings={c.r}",
     )
+    _check_positions(c)
+    if c.init == "retrieval_ready" and c.retrieval:
+        _check_retrieval_ready(c)
+    if c.mup:
+        _require(c.init == "standard", "model.mup", True, "retrieval_ready sets its own scales", "model.init=standard")
+        base = c.mup_base_hidden_size
+        _require(
+            base is not None,
+            "model.mup",
+            True,
+            "width scaling is relative to base widths",
+            "model.mup_base_hidden_size=64",
+        )
+        check_model(base_config(c))
+
+
+def _check_positions(c: ModelConfig) -> None:
     _require(
         c.position_embedding != "rope" or c.encoder_seq_length <= (c.max_position_embeddings or _MANY),
         "model.encoder_seq_length",
@@ -732,19 +749,6 @@ def check_model(c: ModelConfig) -> None:
         str(c.rotary_factors)[:80],
         f"a number above 0 for each of the {pairs} rotary frequencies",
     )
-    if c.init == "retrieval_ready" and c.retrieval:
-        _check_retrieval_ready(c)
-    if c.mup:
-        _require(c.init == "standard", "model.mup", True, "retrieval_ready sets its own scales", "model.init=standard")
-        base = c.mup_base_hidden_size
-        _require(
-            base is not None,
-            "model.mup",
-            True,
-            "width scaling is relative to base widths",
-            "model.mup_base_hidden_size=64",
-        )
-        check_model(base_config(c))
 
 
 def _check_retrieval_ready(c: ModelConfig) -> None:

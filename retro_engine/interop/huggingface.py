@@ -266,7 +266,6 @@ def _llama(v: dict[str, Any], name: str) -> tuple[ModelConfig, dict[str, str]]:
     if share > 1 or rotary == 0:
         _refuse(name, "partial_rotary_factor", share, f"heads have {head_width} features, rotated in pairs")
     base = _real(rope, "rope_theta", name, 10000.0)
-    is_tied = _choice(v, "tie_word_embeddings", name, False)
     config = ModelConfig(
         vocab_size=_whole(v, "vocab_size", name),
         encoder_seq_length=_length(window or positions),
@@ -281,15 +280,19 @@ def _llama(v: dict[str, Any], name: str) -> tuple[ModelConfig, dict[str, str]]:
         bias=has_bias,
         qk_bias=True if is_qwen else None,
         v_bias=True if is_qwen else None,
-        share_embeddings=is_tied,
+        share_embeddings=_choice(v, "tie_word_embeddings", name, False),
         rotary_base=base,
         rotary_percentage=min(1.0, (rotary + 0.5) / head_width),  # a product in floating point may fall below
         rotary_factors=rotary_factors(rope, rotary, base, name),
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
+    return config, _llama_names(config)
+
+
+def _llama_names(config: ModelConfig) -> dict[str, str]:
     names = {"embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
-    if not is_tied:
+    if not config.share_embeddings:
         names["head.weight"] = "lm_head.weight"
     parts = {
         "attention_norm": "input_layernorm",
@@ -301,12 +304,12 @@ def _llama(v: dict[str, Any], name: str) -> tuple[ModelConfig, dict[str, str]]:
         **{f"attention.{part}": f"self_attn.{part}_proj" for part in "qkv"},
     }
     biased = {"attention.q": config.has_qk_bias, "attention.k": config.has_qk_bias, "attention.v": config.has_v_bias}
-    for i in range(layers):
+    for i in range(config.dec_num_layers):
         for ours, theirs in parts.items():
             names[f"layers.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
-            if biased.get(ours, has_bias and "norm" not in ours):
+            if biased.get(ours, config.bias and "norm" not in ours):
                 names[f"layers.{i}.{ours}.bias"] = f"model.layers.{i}.{theirs}.bias"
-    return config, names
+    return names
 
 
 def _gpt2(v: dict[str, Any], name: str) -> tuple[ModelConfig, dict[str, str]]:
