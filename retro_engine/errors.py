@@ -11,6 +11,9 @@ class RetroError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, why: str = "", do: str = ""):
+        what, why, do = (
+            line.encode("utf-8", "backslashreplace").decode() for line in (what, why, do)
+        )  # half surrogates
         super().__init__(what, why, do)
         self.what, self.why, self.do = what, why, do
 

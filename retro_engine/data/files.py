@@ -22,6 +22,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -147,14 +148,14 @@ def map_npy(path: Path, dtype: Any, ndim: int) -> np.ndarray:
             start, size = file.tell(), os.fstat(file.fileno()).st_size
         if found != wanted or is_fortran or len(shape) != ndim or any(type(n) is not int or n < 0 for n in shape):
             raise ValueError(f"it holds {shape!s:.60} of {found}, not {ndim} dimensions of {wanted}")
-        if math.prod(shape) * wanted.itemsize != size - start:
+        if math.prod(shape) * wanted.itemsize != size - start or start % 16:
             raise ValueError(f"{shape!s:.60} values of {found} in {size - start:,} bytes")
         if size == start:
             return np.empty(shape, wanted)
         return np.memmap(path, wanted, "r", start, shape).view(np.ndarray)
     except OSError as error:
         raise StoreError(f"{path} cannot be read", error.strerror or str(error), "build it again") from error
-    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+    except (ValueError, KeyError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError) as error:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{path} is not the array that was written", f"{error}", "build it again") from error
@@ -455,11 +456,14 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     return {**body, "fingerprint": mark}
 
 
-def verify_files(folder: Path, files: dict[str, str], depth: int = 1) -> None:
+def verify_files(folder: Path, files: dict[str, str], depth: int = 1, needed: Iterable[str] = ()) -> None:
     """Compare every file of a manifest (name -> SHA-256) with the disk; names are those that `child` allows.
 
-    Raises StoreError for the first that differs.
+    Raises StoreError for the first that differs, and where one of the `needed` is not among them.
     """
+    missing = sorted(set(needed) - files.keys())
+    if missing:
+        raise StoreError(f"{folder} does not name {', '.join(missing)}", "its manifest has to", "build it again")
     for name, expected in files.items():
         path = child(folder, name, depth)
         try:

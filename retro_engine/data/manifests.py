@@ -38,9 +38,9 @@ def real(low: float, high: float) -> Check:
     return check
 
 
-def text(pattern: str = r"[^\0\ud800-\udfff]*") -> Check:
+def text(pattern: str = r"[^\0\ud800-\udfff]*", most: int = MOST_CHARACTERS) -> Check:
     def check(value: Any, where: str) -> None:
-        if not isinstance(value, str) or len(value) > MOST_CHARACTERS or not re.fullmatch(pattern, value, re.DOTALL):
+        if not isinstance(value, str) or len(value) > most or not re.fullmatch(pattern, value, re.DOTALL):
             _refuse(value, where, f"text like {pattern}")
 
     return check
@@ -164,6 +164,38 @@ INDEX_OPTIONAL = {
 }
 SEGMENT = {"library": FINGERPRINT, "documents": whole(1, MOST_IDS), "chunks": whole(1, MOST_IDS), "files": FILES}
 SEGMENT_OPTIONAL = {"width": whole(1, 1 << 16), "recall_at_10": real(0, 1)}
+
+# Files of a checkpoint, and the settings of a library, which have no kind and no version of their own.
+NUMBER = maybe(real(-1e308, 1e308))
+COMPLETE = mapping(text(r"[A-Za-z0-9_.+-]{1,255}(/[A-Za-z0-9_.+-]{1,255})?"), FINGERPRINT)
+TRAINER = fields(
+    {"step": COUNT},
+    {
+        **dict.fromkeys(("tokens_seen", "good_steps"), COUNT),
+        **dict.fromkeys(("train_s", "loss_scale"), real(0, 1e308)),
+        "mean_loss": NUMBER,
+        "valid_loss": NUMBER,
+        "precision": text(),
+        "processes": mapping(text(), COUNT),
+        "fingerprints": mapping(text(), anything),
+        "stream": mapping(text(), anything),
+        "imported": anything,
+        "from": text(),
+    },
+)
+GENERATION = fields(
+    {"greedy": yes_or_no, "temperature": real(0, 1e308), "top_k": whole(0, MOST), "top_p": real(0, 1)},
+)
+SETTINGS = fields(
+    {
+        "tokenizer": text(r".*", 1 << 30),
+        "chunk_size": whole(1, (1 << 16) - 1),
+        "stride": whole(1, (1 << 16) - 1),
+        "embedder": maybe(text()),
+        "width": maybe(whole(1, 1 << 16)),
+        "fingerprint": FINGERPRINT,
+    }
+)
 
 KINDS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {  # required and optional fields
     "store": (STORE, STORE_OPTIONAL),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from retro_engine.config import ModelConfig, architecture, check_model
+from retro_engine.data import files
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.model.megatron import convert
 from retro_engine.model.retro import RetroModel
@@ -31,8 +32,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist", "a checkpoint folder has a config.json", "retro train")
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
+        values = files.read_json(path)
+    except (ValueError, OSError) as error:
         raise StoreError(f"{path} is not JSON", str(error), "take the file from a complete checkpoint") from error
     if not isinstance(values, dict) or values.pop("model_type", None) != "retro_engine":
         raise StoreError(f"{path} is not a retro-engine config", "model_type is not retro_engine")

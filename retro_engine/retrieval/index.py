@@ -402,7 +402,19 @@ class VectorIndex:
         Raises MissingInputError, or StoreError for an index of another store, embedder or version, or a damaged one.
         """
         manifest = files.read_manifest(folder, "index")
-        for key in ("factory", "metric", "store", "chunks", "embeddings", "embedding", "nprobe", "index_rows", "files"):
+        for key in (
+            "factory",
+            "metric",
+            "store",
+            "chunks",
+            "embeddings",
+            "embedding",
+            "nprobe",
+            "recall",
+            "recall_k",
+            "index_rows",
+            "files",
+        ):
             if key not in manifest:
                 raise StoreError(
                     f"{folder} was made by another version", f"no {key!r}", f"rm -r {folder}, then retro index"
@@ -449,13 +461,13 @@ class VectorIndex:
                 index.add(self.vectors.rows(first, min(first + vectors_module.SHARD_ROWS, last)))
             return index
         if not num_lists(self.factory):
-            index = read_faiss(self.folder / f"whole-{number:05d}.faiss")
+            index = read_faiss(self._named(f"whole-{number:05d}.faiss"))
             self._check_faiss(index, last - start)
             return index
-        index = read_faiss(self.folder / "trained.faiss")
+        index = read_faiss(self._named("trained.faiss"))
         self._check_faiss(index, 0)
         ivf = faiss.extract_index_ivf(index)
-        lists = ListsFile(self.folder / f"lists-{number:05d}.bin", ivf.nlist, ivf.code_size)
+        lists = ListsFile(self._named(f"lists-{number:05d}.bin"), ivf.nlist, ivf.code_size)
         if int(lists.sizes.sum()) != last - start:
             raise StoreError(
                 f"{lists.path} has {lists.sizes.sum()} vectors", f"expected {last - start}", "retro index again"
@@ -463,6 +475,14 @@ class VectorIndex:
         self._mapped.append(_map_lists(ivf, lists))
         ivf.ntotal = index.ntotal = last - start
         return index
+
+    def _named(self, name: str) -> Path:
+        """A file whose hash was checked, because the manifest names it. Raises StoreError for another."""
+        if name not in self.manifest["files"]:
+            raise StoreError(
+                f"{self.folder} does not name {name}", f"an index {self.factory:.40} has it", f"rm -r {self.folder}"
+            )
+        return self.folder / name
 
     def _check_faiss(self, index: Any, total: int) -> None:
         import faiss

@@ -50,7 +50,7 @@ class Bm25Index:
                 f"{store.folder} is {store.fingerprint[:12]}",
                 f"retro index {store.folder}",
             )
-        files.verify_files(folder, self.manifest["files"])
+        files.verify_files(folder, self.manifest["files"], needed=OUTPUTS)
         try:
             load = {name: files.map_npy(folder / f"{name}.npy", ARRAYS[name], 1) for name in ARRAYS}
             terms, self._numbers = self._read_terms()
@@ -88,7 +88,8 @@ class Bm25Index:
             and self.starts[0] == 0
             and self.starts[-1] == len(self.scores)
             and np.array_equal(np.diff(self.starts), self.frequencies)
-            and bool((self.frequencies >= 0).all() and np.isfinite(self.scores).all())
+            and bool((self.frequencies >= 0).all())
+            and 0 <= float(self.scores.min(initial=0)) <= float(self.scores.max(initial=0)) < math.inf
             and (not len(self.chunks) or (int(self.chunks.min()) >= 0 and int(self.chunks.max()) < self.num_chunks))
             and bool((self.terms[1:] > self.terms[:-1]).all())
         )

@@ -250,7 +250,7 @@ class Library:
             return None
         document = Document(*row[2:])
         names = checksum(namespace, document.id, document.title)
-        self.file.check(row[0], row[1], document.text, names)
+        self.file.check(row[0], row[1], document.text, names, str)
         return document
 
     def entries(self, namespace: str = DEFAULT, after: str = "", limit: int = 100) -> list[Entry]:
@@ -261,7 +261,7 @@ class Library:
         statement = "SELECT id, title, chunks, num_tokens, bytes FROM documents WHERE namespace = ? AND id > ? ORDER BY id LIMIT ?"
         with self._view() as (connection, _):
             rows: list[Any] = connection.execute(statement, (namespace, after, limit)).fetchall()
-        return [Entry(*row) for row in rows]
+        return [Entry(*row) for row in self.file.typed(rows, str, str, int, int, int)]
 
     def statistics(self) -> dict[str, Any]:
         """Counts of each namespace, the index's parts, the version."""
@@ -270,7 +270,7 @@ class Library:
             rows: list[Any] = connection.execute(
                 "SELECT name, documents, chunks, tokens, bytes FROM namespaces ORDER BY name"
             ).fetchall()
-        counts = {name: dict(zip(names, numbers)) for name, *numbers in rows}
+        counts = {name: dict(zip(names, numbers)) for name, *numbers in self.file.typed(rows, str, int, int, int, int)}
         return {
             "kind": "library",
             "version": shown.version,
@@ -339,7 +339,7 @@ class Library:
 
     def _hits(self, connection: apsw.Connection, snapshot: Snapshot, ranking: Ranking) -> list[tuple[Hit, np.ndarray]]:
         """The texts and tokens of a ranking, but for documents that were deleted since."""
-        m, dtype = self.file.chunk_size, np.dtype(self.file.tokenizer.dtype).newbyteorder("<")
+        m = self.file.chunk_size
         found: list[tuple[str, str, int, float]] = []
         tokens: list[np.ndarray] = []
         for view, chunk, score in ranking:
@@ -350,7 +350,7 @@ class Library:
             if row is not None:
                 self.file.check(key, row[0], row[4], checksum(*row[1:4]))
                 end = number * self.file.stride + m
-                tokens.append(np.frombuffer(row[4], dtype)[end - m : end + m])
+                tokens.append(self.file.token_ids(key, row[4])[end - m : end + m])
                 found.append((row[2], row[3], number, score))
         texts = self.file.tokenizer.decode_batch([part.tolist() for row in tokens for part in (row[:m], row[m:])])
         pairs = zip(found, texts[::2], texts[1::2])
@@ -363,7 +363,7 @@ class Library:
         self._check_open()
         for attempt in range(1, TRIES + 1):
             with self.file.reader() as connection, connection:  # the first question fixes what is seen of the file
-                ((version,),) = list[Any](connection.execute("SELECT version FROM counter"))
+                version = self.file.version(connection)
                 self._index.wait_for(version)
                 shown = self._index.shown
                 if shown.version == version or attempt == TRIES:

@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,11 +20,11 @@ from urllib.parse import quote
 import apsw
 import numpy as np
 
-from retro_engine.data import files
+from retro_engine.data import files, manifests
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
 from retro_engine.retrieval.analyzer import Analyzer, from_json
-from retro_engine.retrieval.library_documents import Batch
+from retro_engine.retrieval.library_documents import Batch, num_chunks
 
 FILE = "documents.sqlite"
 APPLICATION_ID = 0x5245544C  # "RETL", SQLite's mark of whose file it is
@@ -69,6 +69,13 @@ def checksum(namespace: str, identifier: str, title: str) -> int:
     return zlib.crc32(f"{namespace}\0{identifier}\0{title}\0".encode())
 
 
+# A file that contradicts itself, or what it says its schema is.
+DAMAGED = (
+    *(apsw.CorruptError, apsw.NotADBError, apsw.SQLError, apsw.FormatError, UnicodeDecodeError),
+    *(apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError, apsw.RangeError, OverflowError),
+)
+
+
 @contextlib.contextmanager
 def typed_errors(path: Path) -> Iterator[None]:
     """SQLite's errors as ours."""
@@ -78,7 +85,7 @@ def typed_errors(path: Path) -> Iterator[None]:
         raise OutOfResourceError(
             f"no space left for {path}", "nothing of the last write was kept", "free some space and run it again"
         ) from error
-    except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError, UnicodeDecodeError) as error:  # SQLError: its schema
+    except DAMAGED as error:
         raise StoreError(f"{path} is damaged", str(error), "restore it from a copy") from error
     except apsw.ConnectionClosedError as error:
         raise UsageError(f"{path} is closed", "", "open it again") from error
@@ -215,13 +222,17 @@ class LibraryFile:
                 raise
         try:
             self.settings: dict[str, Any] = {name: json.loads(value) for name, value in found}
+            manifests.SETTINGS(self.settings, "settings")
             self.chunk_size: int = self.settings["chunk_size"]
             self.stride: int = self.settings["stride"]
             self.tokenizer = Tokenizer(self.settings["tokenizer"], str(self.path))
             self.fingerprint: str = self.settings.pop("fingerprint")  # what a segment of the index was made with
-        except (ValueError, KeyError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
+            self.writer.close()
             raise StoreError(f"{self.path} is damaged", f"its settings: {error}", "restore it from a copy") from error
-        if files.fingerprint(self.settings) != self.fingerprint:
+        is_whole = files.fingerprint(self.settings) == self.fingerprint and self.stride <= self.chunk_size
+        if not is_whole or (self.settings["embedder"] is None) != (self.settings["width"] is None):
+            self.writer.close()
             raise StoreError(f"{self.path} is damaged", "the checksum of its settings", "restore it from a copy")
         self.analyzer = from_json(self.settings.get("analyzer"), str(self.path))
         self._readers: deque[apsw.Connection] = deque()
@@ -312,9 +323,12 @@ class LibraryFile:
             after: Any = self.writer.pragma("page_count")
             return (before - after) * int(self.writer.pragma("page_size"))
 
-    def version(self) -> int:
-        rows: list[Any] = self.writer.execute("SELECT version FROM counter").fetchall()
-        return rows[0][0]
+    def version(self, connection: apsw.Connection | None = None) -> int:
+        """How many writes there were, as a connection sees it."""
+        rows = self.typed((connection or self.writer).execute("SELECT version FROM counter"), int)
+        if len(rows) != 1:
+            raise StoreError(f"{self.path} is damaged", "it has no version", "restore it from a copy")
+        return int(rows[0][0])
 
     def insert(self, namespace: str, batch: Batch) -> list[int]:
         """Write documents, inside a transaction; return their keys."""
@@ -358,19 +372,47 @@ class LibraryFile:
     def keys(self, namespace: str) -> np.ndarray:
         """The keys of a namespace's documents, ascending."""
         with self.reader() as connection:
-            rows = connection.execute("SELECT key FROM documents WHERE namespace = ?", (namespace,))
+            rows = self.typed(connection.execute("SELECT key FROM documents WHERE namespace = ?", (namespace,)), int)
             return np.sort(np.fromiter((key for (key,) in rows), np.int64))
 
-    def check(self, key: int, expected: int, content: object, start: int = 0) -> None:
+    def typed(self, rows: Iterable[Any], *types: type) -> list[Any]:
+        """Rows whose values are of these types: SQLite does not look when it reads. Raises StoreError."""
+        found = list(rows)
+        for row in found:
+            if [type(value) for value in row] != list(types):
+                raise StoreError(f"{self.path} is damaged", f"a row is {row!r:.80}", "restore it from a copy")
+        return found
+
+    def check(self, key: int, expected: int, content: object, start: int = 0, kind: type = bytes) -> None:
         """Raises StoreError when the checksum of a document's bytes or text, going on from `start`, is not `expected`.
 
         A flipped bit can also make NULL or a number of them.
         """
         raw = content.encode() if isinstance(content, str) else content
-        if not isinstance(raw, bytes) or zlib.crc32(raw, start) != expected:
+        if type(content) is not kind or not isinstance(raw, bytes) or zlib.crc32(raw, start) != expected:
             raise StoreError(
                 f"{self.path} is damaged", f"document {key} has another checksum", "restore it from a copy"
             )
+
+    def token_ids(self, key: int, raw: bytes) -> np.ndarray:
+        """A document's tokens. Raises StoreError for what is outside the vocabulary."""
+        dtype = np.dtype(self.tokenizer.dtype).newbyteorder("<")
+        ids = np.frombuffer(raw, dtype) if raw and len(raw) % dtype.itemsize == 0 else np.empty(0, dtype)
+        if not len(ids) or ids.max() >= self.tokenizer.vocab_size:
+            raise StoreError(f"{self.path} is damaged", f"the tokens of document {key}", "restore it from a copy")
+        return ids
+
+    def _vector_rows(self, key: int, raw: bytes | None, count: int) -> np.ndarray | None:
+        """A document's vectors, one a chunk. Raises StoreError unless they are, and of this library's width."""
+        width = self.settings["width"]
+        if width is None and raw is None:
+            return None
+        if width is None or raw is None or len(raw) != 4 * width * count:
+            raise StoreError(f"{self.path} is damaged", f"the vectors of document {key}", "restore it from a copy")
+        rows = np.frombuffer(raw, "<f4").reshape(count, width)
+        if not np.isfinite(rows).all():
+            raise StoreError(f"{self.path} has NaN", f"in the vectors of document {key}", "restore it from a copy")
+        return rows
 
     def verify(self) -> None:
         """Read everything. Raises StoreError for the first thing that does not fit."""
@@ -388,13 +430,12 @@ class LibraryFile:
                 names = checksum(namespace, identifier, title)
                 self.check(key, tokens_crc, tokens, names)
                 self.check(key, vectors_crc, b"" if vectors is None else vectors)
-                self.check(key, text_crc, text, names)
+                self.check(key, text_crc, text, names, str)
 
     def contents(
         self, namespace: str, after: int, last: int | None = None
     ) -> Iterator[tuple[int, str, np.ndarray, np.ndarray | None]]:
         """Key, title, tokens and vectors of the documents with keys after < key <= last, ascending."""
-        width, dtype = self.settings["width"], np.dtype(self.tokenizer.dtype).newbyteorder("<")
         with self.reader() as connection:
             for key, identifier, title, tokens_crc, vectors_crc, tokens, vectors in connection.execute(
                 "SELECT key, id, title, tokens_crc, vectors_crc, tokens, vectors FROM documents "
@@ -403,5 +444,6 @@ class LibraryFile:
             ):
                 self.check(key, tokens_crc, tokens, checksum(namespace, identifier, title))
                 self.check(key, vectors_crc, b"" if vectors is None else vectors)
-                rows = None if vectors is None else np.frombuffer(vectors, "<f4").reshape(-1, width)
-                yield key, title, np.frombuffer(tokens, dtype), rows
+                ids = self.token_ids(key, tokens)
+                rows = self._vector_rows(key, vectors, num_chunks(len(ids), self.chunk_size, self.stride))
+                yield key, title, ids, rows

@@ -184,7 +184,9 @@ class LibraryIndex:
 
     def _publish(self, namespace: str, segment: Segment) -> tuple[Segment, SegmentRow]:
         """Write a segment, and open what was written."""
-        taken = {int(name) for name in self._names()}
+        with self.file.reader() as connection:
+            named = {row[0] for row in self.file.typed(connection.execute("SELECT name FROM segments"), str)}
+        taken = {int(name) for name in self._names() | named if SEGMENT_NAME.fullmatch(name)}
         number = next(n for n in count(1 + max(taken, default=0)) if n % LAST and n % LAST not in taken) % LAST
         folder = self.folder / f"{number:08d}"
         try:
@@ -208,11 +210,14 @@ class LibraryIndex:
 
     def load(self) -> None:
         """Every namespace's snapshot, from the segments there are and the documents that are in none."""
-        rows: list[Any] = self.file.writer.execute("SELECT * FROM segments ORDER BY first_key, last_key").fetchall()
+        connection = self.file.writer
+        rows = self.file.typed(
+            connection.execute("SELECT * FROM segments ORDER BY first_key, last_key"), str, str, int, int, str
+        )
         if not self.file.is_read_only:
             for name in self._names() - {row[0] for row in rows}:  # of a merge that was killed
                 files.remove_folder(self.folder, name)
-        names_there: list[Any] = self.file.writer.execute("SELECT name FROM namespaces").fetchall()
+        names_there = self.file.typed(connection.execute("SELECT name FROM namespaces"), str)
         self._show(
             {name: self._load_one(name, [row for row in rows if row[1] == name]) for (name,) in names_there},
             self.file.version(),

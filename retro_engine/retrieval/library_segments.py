@@ -27,6 +27,7 @@ DTYPES = {
     "chunks": np.int32,
     "counts": np.uint16,
 }
+LARGEST = 1e3  # component of a vector: far above a unit vector's, far below what overflows
 VECTORS, CODES = "vectors.npy", "codes.faiss"
 
 
@@ -73,7 +74,7 @@ def open_segment(folder: Path, parent: str, fingerprint: str) -> Segment:
     manifest = files.read_manifest(folder, "segment")
     if (manifest["library"], manifest["fingerprint"]) != (parent, fingerprint):
         raise StoreError(f"{folder} is another segment", "the library names its fingerprint", "it is built again")
-    files.verify_files(folder, manifest["files"])
+    files.verify_files(folder, manifest["files"], needed=[f"{name}.npy" for name in DTYPES])
     load: dict[str, Any] = {name: files.map_npy(folder / f"{name}.npy", DTYPES[name], 1) for name in DTYPES}
     if VECTORS in manifest["files"]:
         load["vectors"] = files.map_npy(folder / VECTORS, np.float32, 2)
@@ -98,8 +99,11 @@ def _check(segment: Segment, manifest: dict[str, Any]) -> None:
         and (int(s.term_starts[0]), int(s.term_starts[-1])) == (0, len(s.chunks))
         and len(s.counts) == len(s.chunks)
         and (not len(s.chunks) or (int(s.chunks.min()) >= 0 and int(s.chunks.max()) < count))
+        and int(s.counts.min(initial=1)) > 0
+        and int(np.take(s.lengths, s.chunks).min(initial=1)) > 0
         and bool((s.lengths >= 0).all())
         and (s.vectors is None or s.vectors.shape == (count, manifest.get("width")))
+        and (s.vectors is None or (float(s.vectors.min()) >= -LARGEST and float(s.vectors.max()) <= LARGEST))
     )
     if not holds:
         raise StoreError(f"{s.folder} contradicts itself", "its arrays do not fit", "it is built again")

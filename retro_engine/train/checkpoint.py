@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retro_engine.data import files
+from retro_engine.data import files, manifests
 from retro_engine.data.chat_files import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from retro_engine.data.coding import Coding
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
@@ -42,16 +42,8 @@ TRAINER_FILE = "trainer.json"
 GENERATION_FILE = "generation_config.json"
 _NAME = re.compile(r"step-([0-9]{1,18})")
 _LEFTOVER = re.compile(r"\.step-[0-9]{1,18}\.(tmp|old)")
-_STATE: dict[str, tuple[type, ...]] = {  # of trainer.json, that a resumed run reads
-    "tokens_seen": (int,),
-    "train_s": (int, float),
-    "precision": (str,),
-    "mean_loss": (int, float, type(None)),
-    "loss_scale": (int, float),
-    "good_steps": (int,),
-    "fingerprints": (dict,),
-    "stream": (dict,),
-}
+# What a resumed run needs of trainer.json.
+_STATE = ("tokens_seen", "train_s", "precision", "mean_loss", "loss_scale", "good_steps", "fingerprints", "stream")
 
 
 class Saver:
@@ -330,8 +322,10 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
         hashes = read_json(path)
     except MissingInputError as error:
         raise StoreError(f"{path} cannot be read", error.why, "resume from another checkpoint") from error
-    if not all(isinstance(value, str) for value in hashes.values()):
-        raise StoreError(f"{path} is damaged", "it holds other things than hashes", "resume from another checkpoint")
+    try:
+        manifests.COMPLETE(hashes, COMPLETE)
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged", str(error), "resume from another checkpoint") from error
     return hashes
 
 
@@ -379,23 +373,21 @@ def read_trainer(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / TRAINER_FILE
     try:
         state = read_json(path)
+        manifests.TRAINER(state, TRAINER_FILE)
     except (MissingInputError, StoreError) as error:
         raise StoreError(f"{path} is damaged", error.why, "resume from another checkpoint") from error
-    if not isinstance(state.get("step"), int):
-        raise StoreError(f"{path} is damaged", "it has no step", "resume from another checkpoint")
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged", str(error), "resume from another checkpoint") from error
     return state
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """trainer.json of a checkpoint that a run goes on from. Raises StoreError naming what it does not have."""
     state = read_trainer(checkpoint)
-    for name, kinds in _STATE.items():
-        if not isinstance(state.get(name), kinds):
-            raise StoreError(
-                f"{checkpoint / TRAINER_FILE} is damaged",
-                f"its {name} is {str(state.get(name))[:40]!r}",
-                "resume from another checkpoint",
-            )
+    missing = [name for name in _STATE if name not in state]
+    if missing:
+        path = checkpoint / TRAINER_FILE
+        raise StoreError(f"{path} is damaged", f"it has no {', '.join(missing)}", "resume from another checkpoint")
     return state
 
 
@@ -403,8 +395,11 @@ def read_generation(checkpoint: Path) -> dict[str, Any]:
     """How the model samples when nothing is said: greedy, temperature, top_k, top_p."""
     try:
         values = read_json(checkpoint / GENERATION_FILE)
+        manifests.GENERATION(values, GENERATION_FILE)
         return {key: values[key] for key in ("greedy", "temperature", "top_k", "top_p")}
-    except KeyError as error:
+    except (MissingInputError, StoreError):
+        raise
+    except ValueError as error:
         raise StoreError(f"{checkpoint / GENERATION_FILE} is damaged", str(error)) from error
 
 
