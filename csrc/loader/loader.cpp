@@ -93,10 +93,10 @@ RETRO_CLONES int64_t widen32(const uint32_t* __restrict in, int64_t n, int64_t* 
 class Array {
  public:
   Array(const std::string& path, const std::string& kind, bool checks_blocks) : path_(path), checks_(checks_blocks) {
-    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe would wait for its writer
     if (fd < 0) fail("cannot be opened");
     struct stat info {};
-    if (::fstat(fd, &info) != 0 || info.st_size < static_cast<off_t>(kHeader)) {
+    if (::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode) || info.st_size < static_cast<off_t>(kHeader)) {
       ::close(fd);
       fail("is shorter than its header");
     }

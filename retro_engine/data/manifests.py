@@ -51,6 +51,12 @@ def yes_or_no(value: Any, where: str) -> None:
         _refuse(value, where, "true or false")
 
 
+def loss(value: Any, where: str) -> None:
+    """What training measured, if it did: also NaN and infinity."""
+    if value is not None and type(value) not in (int, float):
+        _refuse(value, where, "a number")
+
+
 def maybe(check: Check) -> Check:
     return lambda value, where: None if value is None else check(value, where)
 
@@ -166,15 +172,14 @@ SEGMENT = {"library": FINGERPRINT, "documents": whole(1, MOST_IDS), "chunks": wh
 SEGMENT_OPTIONAL = {"width": whole(1, 1 << 16), "recall_at_10": real(0, 1)}
 
 # Files of a checkpoint, and the settings of a library, which have no kind and no version of their own.
-NUMBER = maybe(real(-1e308, 1e308))
 COMPLETE = mapping(text(r"[A-Za-z0-9_.+-]{1,255}(/[A-Za-z0-9_.+-]{1,255})?"), FINGERPRINT)
 TRAINER = fields(
     {"step": COUNT},
     {
         **dict.fromkeys(("tokens_seen", "good_steps"), COUNT),
         **dict.fromkeys(("train_s", "loss_scale"), real(0, 1e308)),
-        "mean_loss": NUMBER,
-        "valid_loss": NUMBER,
+        "mean_loss": loss,
+        "valid_loss": loss,
         "precision": text(),
         "processes": mapping(text(), COUNT),
         "fingerprints": mapping(text(), anything),
