@@ -113,7 +113,8 @@ class Engine:
         """`max_tokens`: of a sequence, prompt and answer (None: 2,048 or what the model was trained on, if more).
 
         `deterministic`: every request gets the same bits whatever is computed beside it; slower. Prompts that were
-        taken in before are kept in at most `prefix_bytes`, each for its own caller unless `shares_prefixes`.
+        taken in before are kept in at most `prefix_bytes`, each for its own caller unless `shares_prefixes`. Of each
+        caller at most `max_waiting` wait.
         """
         for name, value in {"max_batch": max_batch, "max_waiting": max_waiting, "retrieval_threads": retrieval_threads, "max_neighbors": max_neighbors}.items():  # fmt: skip
             if value < 1:

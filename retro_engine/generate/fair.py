@@ -1,4 +1,4 @@
-"""A fair share of what is scarce: callers take turns, and none can fill the queue or hold every place alone.
+"""A fair share of what is scarce: callers take turns, and none can fill another's queue or hold every place alone.
 
 A caller is a name; "" is whoever has this process to himself, and is not held back. `FairQueue` is the order of the
 engine's queue, `FairPool` runs functions in it.
@@ -14,6 +14,9 @@ from retro_engine.errors import RetroError, UnavailableError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+CALLERS = 4  # full queues there is room for
 
 
 class BusyError(RetroError):
@@ -36,13 +39,13 @@ class FairQueue(Generic[T]):
         return (item for items in self._waiting.values() for item in items)
 
     def put(self, caller: str, items: list[T], limit: int) -> None:
-        """All of them or none. Raises BusyError for more than `limit` that wait, and for a caller who would hold more of
-        the queue than is left for others: one alone takes half of it, of two who press each a third.
+        """All of them or none. Raises BusyError for more than `limit` of a caller that wait. Where many press, all of them
+        together have room for `CALLERS` times that, and who has some already leaves as much free as he takes.
         """
-        mine = len(self._waiting.get(caller, ()))
-        free = limit - len(self) - len(items)
-        if free < 0 or (caller and mine and mine + len(items) > free):
-            raise BusyError(f"{len(self)} requests are waiting", "", "ask again in a moment")
+        mine = len(self._waiting.get(caller, ())) + len(items)
+        free = CALLERS * limit - len(self) - len(items)
+        if mine > limit or free < 0 or (mine > len(items) and mine > free):
+            raise BusyError(f"{mine - len(items)} requests are waiting", "", "ask again in a moment")
         self._waiting.setdefault(caller, deque()).extend(items)
 
     def next(self, is_ready: Callable[[T], bool], most: int) -> tuple[str, T] | None:

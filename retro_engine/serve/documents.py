@@ -3,6 +3,7 @@
 import asyncio
 import tempfile
 import unicodedata
+from functools import partial
 from typing import Any
 
 from pydantic import Field
@@ -17,7 +18,7 @@ from retro_engine.retrieval.library_import import Importer
 from retro_engine.retrieval.library_search import MODES
 from retro_engine.serve.hits import neighbors_json
 from retro_engine.serve.limits import ApiError, Strict, parse, read_chunks, read_json
-from retro_engine.serve.state import audit, brief, limits_of, service_of
+from retro_engine.serve.state import audit, brief, limits_of, service_of, write
 
 MAX_DOCUMENTS = 1000  # of one request
 MAX_K = 1000
@@ -64,8 +65,8 @@ async def list_documents(request: Request) -> Response:
     library, _ = open_library(request)
     limit = number(request, "limit", 100)
     version = library.version  # what is listed is of this one, or newer
-    entries = await asyncio.to_thread(library.entries, after=request.query_params.get("after", ""), limit=limit)
-    statistics = await asyncio.to_thread(library.statistics)
+    entries = await brief(request, partial(library.entries, after=request.query_params.get("after", ""), limit=limit))
+    statistics = await brief(request, library.statistics)
     data = [{"object": "document", **vars(entry)} for entry in entries]
     return JSONResponse(
         {
@@ -81,7 +82,7 @@ async def list_documents(request: Request) -> Response:
 async def get_document(request: Request) -> Response:
     library, _ = open_library(request)
     identifier = request.path_params["id"]
-    document = await asyncio.to_thread(library.get, identifier)
+    document = await brief(request, library.get, identifier)
     if document is None:
         raise ApiError(404, f"document {identifier!r} does not exist", "id", "document_not_found")
     return JSONResponse({"object": "document", "id": document.id, "title": document.title, "text": document.text})
@@ -104,7 +105,7 @@ async def add_documents(request: Request) -> Response:
                 400, f"id {ascii(row.id)[:80]} is not in Unicode's form NFC: it would look like another's", "id"
             )
     documents = [Document(row.id or content_id(row.title, row.text), row.title, row.text) for row in rows]
-    version = await asyncio.to_thread(library.add, documents)
+    version = await write(request, library.add, documents)
     ids = [document.id for document in documents]
     audit(request, "documents.add", ids=ids[:20], count=len(ids))
     return JSONResponse({"object": "documents.added", "ids": ids, "index_version": version})
@@ -113,7 +114,7 @@ async def add_documents(request: Request) -> Response:
 async def delete_document(request: Request) -> Response:
     library, _ = open_library(request)
     identifier = request.path_params["id"]
-    count = await asyncio.to_thread(library.delete, [identifier])
+    count = await write(request, library.delete, [identifier])
     if not count:
         raise ApiError(404, f"document {identifier!r} does not exist", "id", "document_not_found")
     audit(request, "documents.delete", ids=[identifier], count=count)
@@ -141,7 +142,7 @@ async def get_job(request: Request) -> Response:
     if number >= 1 << 63:
         raise ApiError(404, f"job {number} does not exist", "id", "job_not_found")
     try:
-        return JSONResponse(await asyncio.to_thread(job_json, importer, number))
+        return JSONResponse(await brief(request, job_json, importer, number))
     except UsageError as error:
         raise ApiError(404, error.what, "id", "job_not_found") from None
 
@@ -157,7 +158,7 @@ async def reset(request: Request) -> Response:
     library, _ = open_library(request)
     if not parse(Confirmation, await read_json(request, limits_of(request))).confirm:
         raise ApiError(400, 'every document would be deleted: {"confirm": true}', "confirm", "not_confirmed")
-    count = await asyncio.to_thread(library.reset)
+    count = await write(request, library.reset)
     audit(request, "documents.reset", count=count)
     return JSONResponse({"deleted": count, "index_version": library.version})
 

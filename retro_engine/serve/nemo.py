@@ -3,7 +3,6 @@
 Bodies and answers as theirs, in JSON only (theirs also exchanged pickles); behind sign-in and limits as all else.
 """
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from retro_engine.generate.sampling import TINY, Sampling
 from retro_engine.serve.documents import open_library
 from retro_engine.serve.limits import ApiError, Ids, Strict, Texts, parse, read_json
 from retro_engine.serve.openai import check_cost, encode_prompts
-from retro_engine.serve.state import audit, brief, caller_id, caller_of, limits_of, long, service_of, state_of
+from retro_engine.serve.state import audit, brief, caller_id, caller_of, limits_of, long, service_of, state_of, write
 from retro_engine.serve.stream import Running
 from retro_engine.serve.work import Check
 
@@ -148,7 +147,7 @@ async def knn(request: HttpRequest) -> Response:
     body = parse(Knn, await read_json(request, limits, limits.documents_bytes))
     if "reset" in body.model_fields_set:
         _check_scope(request, "admin")
-        count = await asyncio.to_thread(library.reset)
+        count = await write(request, library.reset)
         audit(request, "documents.reset", count=count)
         return JSONResponse("success")
     sentences = [body.sentences] if isinstance(body.sentences, str) else body.sentences
@@ -161,7 +160,7 @@ async def knn(request: HttpRequest) -> Response:
     if body.neighbors is None:
         _check_scope(request, "write")
         documents = [Document(f"doc-{secrets.token_hex(8)}", "", text) for text in texts]
-        await asyncio.to_thread(library.add, documents)
+        await write(request, library.add, documents)
         audit(request, "documents.add", count=len(documents))
         return JSONResponse("success")
     rows = await long(request, _search, service, texts, body.neighbors)

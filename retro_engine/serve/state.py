@@ -65,6 +65,11 @@ async def brief(request: Request, work: Callable[..., T], *arguments: Any) -> T:
     return await service_of(request).work.brief(caller_id(request), work, *arguments)
 
 
+async def write(request: Request, work: Callable[..., T], *arguments: Any) -> T:
+    """`Work.write` in the share of who asks."""
+    return await service_of(request).work.write(caller_id(request), work, *arguments)
+
+
 async def long(request: Request, work: Callable[..., T], *arguments: Any) -> T:
     """`Work.long` in the share of who asks: `work(*arguments, check)`."""
     return await service_of(request).work.long(caller_id(request), request.receive, work, *arguments)

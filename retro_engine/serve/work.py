@@ -1,7 +1,8 @@
 """Work off the event loop and beside the engine: each caller in turn, so many that wait, none for a client who left.
 
-`brief` takes milliseconds: tokens, a search. `long` takes seconds: explanations, many embeddings, many searches; its
-work asks between its parts whether it is still wanted.
+`brief` takes milliseconds: tokens, a search. `write` changes documents, one writer after the other, as the library
+does. `long` takes seconds: explanations, many embeddings, many searches; its work asks between its parts whether it is
+still wanted.
 """
 
 import asyncio
@@ -18,26 +19,33 @@ from retro_engine.serve.limits import ClientLeft
 
 T = TypeVar("T")
 Check = Callable[[], None]
-BRIEF_THREADS, LONG_THREADS = 2, 1
+BRIEF_THREADS = 2
+MAX_BRIEF = 256  # of one caller that wait, where no more are said
 
 
 class Work:
     """The threads of one server; close it."""
 
     def __init__(self, max_waiting: int = 64):
-        self._brief = FairPool(BRIEF_THREADS, "brief", max_waiting)
-        self._long = FairPool(LONG_THREADS, "long", max_waiting)
+        """`max_waiting`: of each caller, of long work."""
+        self._brief = FairPool(BRIEF_THREADS, "brief", max(MAX_BRIEF, max_waiting))
+        self._write = FairPool(1, "write", max(MAX_BRIEF, max_waiting))
+        self._long = FairPool(1, "long", max_waiting)
         self._is_closed = threading.Event()
 
     def stats(self) -> dict[str, int]:
-        return {"waiting": self._brief.waiting + self._long.waiting}
+        return {"waiting": self._brief.waiting + self._write.waiting + self._long.waiting}
 
     def submit(self, caller: str, work: Callable[..., T], *arguments: Any) -> "Future[T]":
-        """Raises BusyError for a queue that is full, or half full of this caller's."""
+        """Raises BusyError where too many of this caller wait."""
         return self._brief.submit(caller, work, *arguments)
 
     async def brief(self, caller: str, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.wrap_future(self.submit(caller, work, *arguments))
+
+    async def write(self, caller: str, work: Callable[..., T], *arguments: Any) -> T:
+        """Goes on when nobody waits any more: what was begun is written or not, as the library says."""
+        return await asyncio.wrap_future(self._write.submit(caller, work, *arguments))
 
     async def long(self, caller: str, receive: Receive, work: Callable[..., T], *arguments: Any) -> T:
         """`work(*arguments, check)`: `check` raises once the client has left, or nobody waits any more."""
@@ -65,6 +73,7 @@ class Work:
         """End what runs at its next check; what waits is cancelled."""
         self._is_closed.set()
         self._long.close()
+        self._write.close()
         self._brief.close()
 
 

@@ -379,9 +379,9 @@ def test_prompts_are_remembered_for_their_caller_alone(generator: Generator) -> 
         assert [reused(engine, name) for name in ("a", "b")] == [0, len(ids)]
 
 
-def test_a_caller_leaves_a_row_and_half_of_the_queue(generator: Generator) -> None:
+def test_a_caller_leaves_a_row_and_a_queue_for_another(generator: Generator) -> None:
     long = [Request("river", 400, Sampling(min_tokens=400), neighbors=[], caller="a") for _ in range(7)]
-    with Engine(generator, max_batch=3, max_waiting=8) as engine:
+    with Engine(generator, max_batch=3, max_waiting=4) as engine:
         held = [engine.submit(request) for request in long[:1]]
         held += engine.submit_all(long[1:4], [None] * 3)
         deadline = time.monotonic() + 20

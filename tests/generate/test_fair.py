@@ -49,17 +49,21 @@ def test_only_what_is_ready_is_taken() -> None:
     assert len(queue) == 0
 
 
-def test_a_caller_holds_half_of_the_queue_and_the_other_half_is_for_others() -> None:
+def test_a_caller_fills_his_queue_and_nobody_elses() -> None:
     queue: FairQueue[int] = FairQueue()
-    for number in range(4):
-        queue.put("a", [number], 8)
+    for name in "abc":
+        for number in range(8):
+            queue.put(name, [number], 8)
+        with pytest.raises(BusyError, match="8 requests are waiting"):
+            queue.put(name, [8], 8)
+    for number in range(4):  # 24 wait, and there is room for 32
+        queue.put("d", [number], 8)
     with pytest.raises(BusyError, match="4 requests are waiting"):
-        queue.put("a", [4], 8)
-    queue.put("b", [5], 8)
-    queue.put("c", [6, 7], 8)  # nobody who has nothing there is refused while there is room
+        queue.put("d", [4], 8)
+    queue.put("e", [5, 6], 8)  # nobody who has nothing there is refused while there is room
     with pytest.raises(BusyError):
-        queue.put("d", [8, 9], 8)
-    assert len(queue) == 7
+        queue.put("f", [7, 8, 9], 8)
+    assert len(queue) == 30
     alone: FairQueue[int] = FairQueue()
     for number in range(8):
         alone.put("", [number], 8)  # a process of one's own
@@ -84,7 +88,7 @@ def test_one_callers_work_leaves_a_thread_for_another() -> None:
 
 
 def test_what_waits_when_a_pool_closes_is_cancelled() -> None:
-    pool = FairPool(1, "test", max_waiting=4)
+    pool = FairPool(1, "test", max_waiting=2)
     gate, begun = threading.Event(), threading.Event()
     running = pool.submit("a", lambda: (begun.set(), gate.wait(20)))
     assert begun.wait(10)

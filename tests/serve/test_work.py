@@ -75,7 +75,7 @@ def test_work_that_is_given_up_while_it_waits_is_never_done() -> None:
 
 
 def test_a_full_queue_is_refused_and_another_caller_is_not() -> None:
-    work, gate = Work(max_waiting=4), threading.Event()
+    work, gate = Work(max_waiting=2), threading.Event()
 
     async def ask() -> None:
         tasks = []
