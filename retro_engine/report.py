@@ -322,6 +322,8 @@ def _explanations(retro: Retro, sequences: Sequences) -> list[str]:
         if not keeps.any() or len(follows) < 2 or model.config.partial_chunk != "last":
             continue
         prompt = store.rows(row, row + 1)[0][0].tolist()
+        if store.tokenizer.eod_id in (*prompt, *follows[:-1]):
+            continue  # a cache reads one document
         values = text_log_probs(
             model, prompt, follows, tokens[keeps], removed_lengths(lengths[keeps]), store.tokenizer.pad_id
         )
