@@ -147,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", "-o", metavar="DIR", help="the store (default store/NAME of the first input)")
     sub.add_argument("--tokenizer", default="auto", help="auto trains one; or a tokenizer.json or a folder with one")
+    sub.add_argument(
+        "--end-token", metavar="TOKEN", help="of --tokenizer: ends a document (default: its files say which)"
+    )
     sub.add_argument("--vocab-size", type=int, help="entries of a trained tokenizer (default by corpus size)")
     sub.add_argument("--chunk-size", type=int, default=64, metavar="M", help="tokens a chunk")
     sub.add_argument("--text-key", default="text", help="key of the text in JSON lines")
@@ -375,8 +378,9 @@ def _prepare(args: argparse.Namespace) -> int:
     name = "stdin" if args.inputs[0] == "-" else Path(args.inputs[0]).resolve().name.split(".")[0]
     out = Path(args.out or f"store/{name}")
     reader = Reader(args.text_key, args.errors)
+    say = _reporter(args).say
     store = prepare(
-        args.inputs, out, args.tokenizer, args.vocab_size, args.chunk_size, reader, args.strict, _reporter(args).say
+        args.inputs, out, args.tokenizer, args.vocab_size, args.chunk_size, reader, args.strict, say, args.end_token
     )
     _print(args, {"store": str(out), **store.summary()})
     return 0

@@ -11,9 +11,8 @@ class RetroError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, why: str = "", do: str = ""):
-        what, why, do = (
-            line.encode("utf-8", "backslashreplace").decode() for line in (what, why, do)
-        )  # half surrogates
+        # names of files may hold bytes that are not UTF-8: what is said can be printed and sent anywhere
+        what, why, do = (part.encode("utf-8", "backslashreplace").decode() for part in (what, why, do))
         super().__init__(what, why, do)
         self.what, self.why, self.do = what, why, do
 
@@ -78,7 +77,7 @@ class GateError(RetroError):
 
 
 def typed(error: BaseException) -> RetroError | None:
-    """The typed form of what the operating system and the libraries raise for a full disk or memory; else None."""
+    """The typed form of what the system and the libraries raise for a full disk or memory, and for names; else None."""
     import errno
 
     if isinstance(error, RetroError):
@@ -87,6 +86,9 @@ def typed(error: BaseException) -> RetroError | None:
         return OutOfResourceError(
             f"no space left for {error.filename or 'a file'}", "", "free some space and run it again"
         )
+    if isinstance(error, UnicodeEncodeError) and "\udc80" <= error.object[error.start] <= "\udcff":  # a byte of a path
+        name = error.object[:200].encode("utf-8", "backslashreplace").decode()
+        return UsageError(f"{name} cannot be opened", "its name is not UTF-8", "rename it, or a folder that it is in")
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return OutOfResourceError(

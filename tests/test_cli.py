@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -420,3 +421,24 @@ def test_flags_of_building_that_cannot_be_used(work: Path, capsys: pytest.Captur
         assert capsys.readouterr().err.startswith("error: "), flags
     assert run("embed", work / "store", "--retriever", "bm25") == 2
     assert run("neighbors", work / "store", "--name", "wide", "--k", "10000", "--quiet") == 0
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read, wherever they stand in a path; not written, for some libraries that write do not take them. No trace."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"The castle number {number} stands beside the old river town.")
+    assert run("prepare", folder, "--out", tmp_path / "s", "--vocab-size", 300, "--chunk-size", 8) == 0
+    for command in (("prepare", folder), ("docs", "add", folder / "lib", folder, "--store", tmp_path / "s")):
+        out = ("--out", folder / "out") if command[0] == "prepare" else ()
+        assert run(*command, *out) == 2
+        assert "its name is not UTF-8" in capsys.readouterr().err
+    (tmp_path / "s").rename(folder / "s")
+    for command in (
+        ("inspect", folder / "s", "--verify"),
+        ("build", folder / "s"),
+        ("inspect", folder / "s/neighbors/bm25"),
+    ):
+        assert run(*command) in (0, 2, 3), command
+        assert "this is a bug" not in capsys.readouterr().err

@@ -221,6 +221,12 @@ def sync(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
+    """Raises UsageError where it cannot be made, or its name is one that the libraries which write there do not take."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        name = os.fsencode(folder).decode("utf-8", "backslashreplace")
+        raise UsageError(f"{name} cannot be written", "its name is not UTF-8", "choose another folder") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -4,6 +4,7 @@ Shape letters: R tokens per neighbor, M tokens per row. Both map the stores' fil
 touch; ids count through the stores in order.
 """
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +37,9 @@ class NeighborLoader:
             from retro_engine.data._loader import Loader
 
             paths = [
-                [str(s.arrays[part].path) for part in ("tokens", "lengths", "rows")] for t in stores for s in t.shards
+                [os.fsencode(s.arrays[part].path) for part in ("tokens", "lengths", "rows")]
+                for t in stores
+                for s in t.shards
             ]
             try:
                 self._loader = Loader(paths, first.chunk_size, first.vocab_size, checks_blocks)

@@ -20,7 +20,7 @@ from retro_engine.data.inputs import KNOWN, SetAside, find_files, shown, tell
 from retro_engine.data.lossiness import Loss, Sample, as_json, describe, find_losses
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer, auto_vocab_size
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.errors import MissingInputError, StoreError, UsageError
 
 SAMPLE_BYTES = 32 << 20  # of text that the tokenizer is trained on
 LOSS_SAMPLE = 1 << 20  # characters that are tried for whether they come back
@@ -37,10 +37,11 @@ def prepare(
     reader: Reader | None = None,
     is_strict: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    end_token: str | None = None,
 ) -> Store:
     """Write the store `out` from files and folders ("-" = standard input); `tokenizer` auto trains one.
 
-    Raises MissingInputError, UsageError or StoreError; with `is_strict` also for the first row set aside.
+    `end_token` ends a document, where the files of `tokenizer` do not say which or another is wanted. Raises MissingInputError, UsageError or StoreError; with `is_strict` also for the first row set aside.
     """
     reader = reader or Reader()
     has_stdin = "-" in map(str, inputs)
@@ -50,7 +51,15 @@ def prepare(
         _refuse_if_strict(row, is_strict)
     if not paths and not has_stdin:
         raise MissingInputError(f"no input in {', '.join(map(shown, inputs))}", KNOWN)
-    trained = None if tokenizer == "auto" else Tokenizer.load(tokenizer)
+    if tokenizer == "auto" and end_token is not None:
+        raise UsageError(
+            "--end-token cannot be used", "a tokenizer that is trained here has its own", "name --tokenizer"
+        )
+    trained = None if tokenizer == "auto" else Tokenizer.load(tokenizer, end_token)
+    if trained is not None and trained.num_holes:
+        say(
+            f"note: {trained.num_holes:,} of the tokenizer's {trained.vocab_size:,} ids have no token: a model has rows for them"
+        )
     with files.locked(out):
         store.refuse_published(out)
         spooled = corpus.spool_standard_input(out, reader.max_document_bytes) if has_stdin else None

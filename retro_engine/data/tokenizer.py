@@ -9,15 +9,23 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from retro_engine.data.chat_files import ChatFiles, read_chat_files
-from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.data.inputs import shown
+from retro_engine.data.tokenizer_files import called, find, from_pair, read_text, said_end
+from retro_engine.errors import StoreError, UsageError, nearest
 
 EOD = "<|endoftext|>"
 PAD = "<|pad|>"
-EOD_NAMES = (EOD, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
+EOD_NAMES = (
+    *(EOD, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]"),
+    *("<｜end▁of▁sentence｜>", "[EOS]", "<|eot_id|>", "<|END_OF_TURN_TOKEN|>"),
+)
+END_MARK = "end_of_document"  # beside an added token of tokenizer.json: the library passes over what it does not know
+MAX_ID = 1 << 24  # of a token: arrays over the vocabulary are made
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
 PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
 FILE = "tokenizer.json"
@@ -28,25 +36,34 @@ LONG = 4096  # characters; a longer text is encoded where other threads of Pytho
 class Tokenizer:
     """A tokenizer with an end-of-document id `eod_id` and a padding id `pad_id` (eod_id where it has none)."""
 
-    def __init__(self, serialized: str, name: str = "tokenizer"):
-        """Raises StoreError when `serialized` is not a tokenizer.json or has no end-of-document token."""
+    def __init__(
+        self,
+        serialized: str,
+        name: str = "tokenizer",
+        end_token: str | int | None = None,
+        said_end: tuple[str | int, str] | None = None,
+    ):
+        """`end_token` ends a document; None = what `serialized` is marked with, else `said_end` (and by which file), else
+        the first of EOD_NAMES that there is.
+
+        Raises StoreError when `serialized` is not a tokenizer.json or has no such token.
+        """
         from tokenizers import Tokenizer as Backend
 
-        try:
-            self.backend = Backend.from_str(serialized)
-        except Exception as error:  # the library raises bare Exception
-            raise StoreError(
-                f"{name} is not a tokenizer.json", str(error).splitlines()[0], "train one: --tokenizer auto"
-            ) from error
+        self.name = name
+        self.backend = _whole(name, called(name, Backend.from_str, serialized), serialized)
         self.backend.no_padding()
         self.backend.no_truncation()
         self.backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
-        self.json = self.backend.to_str()
-        self.vocab_size = max(self.backend.get_vocab().values(), default=-1) + 1
-        eod = next((i for i in map(self.backend.token_to_id, EOD_NAMES) if i is not None), None)
-        if eod is None:
-            raise StoreError(f"{name} has no end-of-document token", f"expected one of {', '.join(EOD_NAMES)}")
-        self.eod_id: int = eod
+        vocabulary = self.backend.get_vocab()
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > MAX_ID:
+            raise StoreError(f"{name} has ids up to {self.vocab_size - 1:,}", f"{len(vocabulary):,} entries have ids")
+        self.num_holes = self.vocab_size - len(set(vocabulary.values()))
+        by_name = next((i for i in map(self.backend.token_to_id, EOD_NAMES) if i is not None), None)
+        self.eod_id: int = self._find_end(end_token, _marked(serialized), said_end, by_name)
+        self.json = self._serialized(is_marked=self.eod_id != by_name)
+        eod = self.eod_id
         pad = next((i for i in map(self.backend.token_to_id, PAD_NAMES) if i is not None), None)
         self.pad_id: int = eod if pad is None else pad
         self.bos_id: int | None = next((i for i in map(self.backend.token_to_id, BOS_NAMES) if i is not None), None)
@@ -60,6 +77,53 @@ class Tokenizer:
         named = self.chat_files.tokens.get("eos_token")
         ids = (*self.chat_files.end_ids, None if named is None else self.backend.token_to_id(named), self.eod_id)
         return [i for i in dict.fromkeys(ids) if i is not None]
+
+    def _find_end(
+        self,
+        end_token: str | int | None,
+        marked: str | None,
+        said_end: tuple[str | int, str] | None,
+        by_name: int | None,
+    ) -> int:
+        """Raises StoreError where no token is named, or one that is not there or that text could become."""
+        by = "--end-token" if end_token is not None else self.name
+        wanted = end_token if end_token is not None else marked
+        if wanted is None and said_end is not None:
+            wanted, by = said_end
+        if wanted is None:
+            if by_name is None:
+                why = f"expected one of {', '.join(EOD_NAMES)}, or a file beside it that says which"
+                raise StoreError(f"{self.name} has no end-of-document token", why, "--end-token TOKEN names it")
+            return by_name
+        found = self.backend.token_to_id(wanted) if isinstance(wanted, str) else wanted
+        content = None if found is None or found >= self.vocab_size else self.backend.id_to_token(found)
+        if found is None or content is None:
+            close = nearest(str(wanted), list(self.backend.get_vocab()))
+            what = f"{by} names the end-of-document token {wanted!r}"
+            raise StoreError(what, f"{self.name} has none such", close or "--end-token TOKEN names another")
+        if not self._is_special(found) and found in self.encode(content):
+            why = "text that holds it would end the document"
+            raise StoreError(f"{by} names the ordinary token {content!r}", why, "--end-token TOKEN names another")
+        return found
+
+    def _is_special(self, index: int) -> bool:
+        token = self.backend.get_added_tokens_decoder().get(index)
+        return token is not None and token.special
+
+    def _serialized(self, is_marked: bool) -> str:
+        """As tokenizer.json; the end of document is marked where its name does not tell."""
+        if not is_marked:
+            return str(self.backend.to_str())
+        from tokenizers import AddedToken
+
+        content = self.backend.id_to_token(self.eod_id)
+        if not self._is_special(self.eod_id):
+            self.backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+        values = json.loads(self.backend.to_str())
+        for token in values["added_tokens"]:
+            if token["id"] == self.eod_id:
+                token[END_MARK] = True
+        return json.dumps(values, ensure_ascii=False, indent=2)
 
     @functools.cached_property
     def unknown_id(self) -> int | None:
@@ -79,57 +143,38 @@ class Tokenizer:
         return np.uint16 if self.vocab_size < 1 << 16 else np.uint32
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path: str | Path, end_token: str | None = None) -> "Tokenizer":
         """A tokenizer.json, or a folder with one, or with encoder.json + vocab.bpe (vocab.json + merges.txt).
 
-        Of a folder also the chat template and the tokens that end a text (`chat_files`).
+        The end of document is `end_token`, or what the files beside it say. Of a folder also the chat template and the
+        tokens that end a text (`chat_files`).
         """
-        tokenizer = cls._load(Path(path))
+        found = find(Path(path))
+        if isinstance(found, tuple):
+            tokenizer = cls.from_gpt2(*found, end_token)
+        else:
+            tokenizer = cls(read_text(found), shown(found), end_token, said_end(found.parent))
         if Path(path).is_dir():
             tokenizer.chat_files = read_chat_files(Path(path))
         return tokenizer
 
     @classmethod
-    def _load(cls, path: Path) -> "Tokenizer":
-        if path.is_dir():
-            pairs = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-            for vocab, merges in pairs:
-                if not (path / FILE).is_file() and (path / vocab).is_file() and (path / merges).is_file():
-                    return cls.from_gpt2(path / vocab, path / merges)
-            path = path / FILE
-        try:
-            serialized = path.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise MissingInputError(
-                f"{path} does not exist", "expected a tokenizer.json", "--tokenizer auto trains one"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise StoreError(f"{path} is not a tokenizer.json", "it is not UTF-8") from error
-        except OSError as error:
-            raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
-        return cls(serialized, str(path))
-
-    @classmethod
-    def from_gpt2(cls, vocab_path: Path, merges_path: Path) -> "Tokenizer":
-        """GPT-2's vocabulary (JSON) and merges (text)."""
-        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    def from_gpt2(cls, vocab_path: Path, merges_path: Path, end_token: str | None = None) -> "Tokenizer":
+        """GPT-2's vocabulary (JSON) and merges (text), with the tokens that files beside them add."""
+        from tokenizers import AddedToken
         from tokenizers import Tokenizer as Backend
 
-        try:
-            vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
-            lines = merges_path.read_text(encoding="utf-8").splitlines()
-            merges = [
-                (line.split(" ")[0], line.split(" ")[1]) for line in lines if line and not line.startswith("#version")
-            ]
-            backend = Backend(models.BPE(vocab=vocab, merges=merges))
-        except (ValueError, IndexError, OSError) as error:
-            raise StoreError(f"{vocab_path} and {merges_path} do not load", str(error)) from error
-        except Exception as error:  # the library raises bare Exception for merges outside the vocabulary
-            raise StoreError(f"{vocab_path} and {merges_path} do not fit", str(error)) from error
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([AddedToken(EOD, special=True)])
-        return cls(backend.to_str(), str(vocab_path))
+        name = shown(vocab_path)
+        backend = _whole(
+            name, called(name, Backend.from_str, serialized := from_pair(vocab_path, merges_path)), serialized
+        )
+        said = said_end(vocab_path.parent)
+        if said is not None and isinstance(said[0], str) and backend.token_to_id(said[0]) is not None:
+            backend.add_special_tokens([AddedToken(said[0], special=True, normalized=False)])
+        elif end_token is None and said is None:
+            known = next((token for token in EOD_NAMES if backend.token_to_id(token) is not None), EOD)
+            backend.add_special_tokens([AddedToken(known, special=True)])
+        return cls(backend.to_str(), name, end_token, said)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -153,15 +198,16 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if len(texts) == 1 and len(texts[0]) <= LONG:  # without waking the library's threads
-            return [self.backend.encode(texts[0], add_special_tokens=False).ids]
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [called(self.name, self.backend.encode, texts[0], add_special_tokens=False).ids]
+        encodings = called(self.name, self.backend.encode_batch_fast, list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and, for each, the characters [start, end) it stands for."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding = called(self.name, self.backend.encode, text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def encode_after(self, prompt: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -191,13 +237,13 @@ class Tokenizer:
         if self._controlled is None:  # a second one: the switch of the first is read by other threads
             from tokenizers import Tokenizer as Backend
 
-            self._controlled = Backend.from_str(self.json)
+            self._controlled = called(self.name, Backend.from_str, self.json)
             self._controlled.encode_special_tokens = False
-        encoding = self._controlled.encode(text, add_special_tokens=False)
+        encoding = called(self.name, self._controlled.encode, text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        return str(called(self.name, self.backend.decode, [int(i) for i in ids], skip_special_tokens=True))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each token alone adds to a text before it. Half a character is U+FFFD.
@@ -222,8 +268,8 @@ class Tokenizer:
 
     def decode_batch(self, rows: list[list[int]]) -> list[str]:
         if len(rows) <= FEW:
-            return [self.backend.decode(row, skip_special_tokens=True) for row in rows]
-        return self.backend.decode_batch(rows, skip_special_tokens=True)
+            return [called(self.name, self.backend.decode, row, skip_special_tokens=True) for row in rows]
+        return list(called(self.name, self.backend.decode_batch, rows, skip_special_tokens=True))
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of each token [V], 0 for special ones, 1 for the unknown one: what bits per byte divides by.
@@ -252,6 +298,40 @@ def common(one: str, other: str) -> int:
     if other.startswith(one):
         return len(one)
     return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+def _marked(serialized: str) -> str | None:
+    """The token that a tokenizer.json of ours marks as the end of document."""
+    if f'"{END_MARK}"' not in serialized:
+        return None
+    added = json.loads(serialized)["added_tokens"]
+    return next((token["content"] for token in added if token.get(END_MARK) is True), None)
+
+
+def _whole(name: str, backend: Any, serialized: str) -> Any:
+    """`backend` with every added token at the id that `serialized` gives it: the library renumbers those after a gap.
+
+    Raises StoreError where a token cannot have its id.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    def moved(loaded: Any) -> list[dict[str, Any]]:
+        return [token for token in values["added_tokens"] if loaded.token_to_id(token["content"]) != token["id"]]
+
+    values = json.loads(serialized)
+    wrong = moved(backend)
+    vocab = values["model"].get("vocab")
+    if wrong and isinstance(vocab, dict):  # of the model's own entries ids may have gaps
+        values["model"]["vocab"] = {**{token["content"]: token["id"] for token in values["added_tokens"]}, **vocab}
+        backend = called(name, Backend.from_str, json.dumps(values))
+        wrong = moved(backend)
+    if wrong:
+        token = wrong[0]
+        why = f"the library gives it {backend.token_to_id(token['content'])}"
+        raise StoreError(
+            f"{name} adds {token['content']!r} as {token['id']}", why, "give added tokens the next free ids"
+        )
+    return backend
 
 
 def auto_vocab_size(num_bytes: int) -> int:
