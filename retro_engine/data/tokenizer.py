@@ -90,6 +90,8 @@ class Tokenizer:
         wanted = end_token if end_token is not None else marked
         if wanted is None and said_end is not None:
             wanted, by = said_end
+            if isinstance(wanted, int) and by_name is not None and not self._is_special(wanted):
+                wanted = None  # configurations are often written with the ids of another tokenizer
         if wanted is None:
             if by_name is None:
                 why = f"expected one of {', '.join(EOD_NAMES)}, or a file beside it that says which"

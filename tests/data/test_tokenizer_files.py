@@ -45,6 +45,8 @@ def of_bytes(*special: str, plain: tuple[str, ...] = ()) -> str:
         ({"generation_config__json": {"eos_token_id": [257, 256]}, "config__json": {"eos_token_id": 256}}, "<b>"),
         ({"generation_config__json": {"eos_token_id": None}, "config__json": {"eos_token_id": 257}}, "<b>"),
         ({"config__json": {"eos_token_id": -1}}, EOD),
+        ({"config__json": {"eos_token_id": 2}}, EOD),  # an ordinary token, the default of many configurations
+        ({"config__json": {"eos_token_id": 50256}}, EOD),
         ({}, EOD),
     ],
 )
