@@ -73,10 +73,13 @@ class Tokenizer:
 
     @property
     def end_ids(self) -> list[int]:
-        """Any of them ends a text that is generated: `eod_id`, and what the model's own files name."""
+        """Any of them ends a text that is generated: what the model's own files name, `eod_id`, and special tokens that
+        have an end's name (an instruct model ends turns with one and documents with another).
+        """
         named = self.chat_files.tokens.get("eos_token")
         ids = (*self.chat_files.end_ids, None if named is None else self.backend.token_to_id(named), self.eod_id)
-        return [i for i in dict.fromkeys(ids) if i is not None]
+        known = map(self.special_id, EOD_NAMES)
+        return [i for i in dict.fromkeys((*ids, *known)) if i is not None]
 
     def _find_end(
         self,
