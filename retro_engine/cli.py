@@ -522,7 +522,6 @@ def _eval(args: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(args.path)
     retro = Retro.from_pretrained(checkpoint, device=args.device)
     reporter = _reporter(args)
-    reporter.say(describe_device(retro.device))
     sequences = open_evaluation(checkpoint, retro.model.config, args.overrides, args.share, reporter.say)
     modes = (args.modes or ("on,off,random" if retro.model.config.retrieval else "off")).split(",")
     is_plain = not retro.model.config.retrieval
@@ -542,6 +541,7 @@ def _eval(args: argparse.Namespace) -> int:
             )
     if "given" in modes and given is None:
         raise UsageError("mode given needs neighbors", "", "--neighbors TEXT")
+    reporter.say(describe_device(retro.device))
     batches = len(sequences.in_order()) if args.limit is None else min(8 * args.limit, len(sequences.in_order()))
     with reporter.progress("evaluating", batches * len(modes), "sequences") as meter:
         results = evaluate(
@@ -662,11 +662,11 @@ def _generate(args: argparse.Namespace) -> int:
         )
     checkpoint = find_checkpoint(args.path or _named_checkpoint(asked))
     retro = Retro.from_pretrained(checkpoint, weights=args.weights, device=args.device)
-    _reporter(args).say(describe_device(retro.device))
     with contextlib.ExitStack() as resources:
         is_retrieving = retro.model.config.retrieval and not args.no_retrieval and not args.neighbors
         source = _neighbor_source(args, checkpoint, resources) if is_retrieving else None
         generator = Generator(retro.model, retro.tokenizer, source)
+        _reporter(args).say(describe_device(retro.device))
         for text in [prompt] if prompt is not None else map(str.rstrip, sys.stdin):
             if text or not args.interactive:
                 request = _request(args, retro, text)
@@ -684,6 +684,8 @@ def _neighbor_source(args: argparse.Namespace, checkpoint: Path, resources: "Exi
     static = None
     if args.index or not args.library:
         stores = _stores(args.index) if args.index else run_databases(checkpoint)
+        for store in stores:
+            _ = store.tokenizer  # read at the first search: what is damaged shows before the work begins
         static = Retriever(stores, args.retriever, building=Building(embedder=args.embedder))
     if not args.library:
         assert static is not None

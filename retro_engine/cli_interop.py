@@ -87,6 +87,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    from retro_engine.api import Retro
     from retro_engine.data import files
     from retro_engine.data.store import Store
     from retro_engine.generate.explain import explain
@@ -99,12 +100,13 @@ def _explain(args: argparse.Namespace) -> int:
     if args.k is not None and args.k < 1:
         raise UsageError(f"--k {args.k} cannot be used", "at least one neighbor is explained")
     checkpoint = find_checkpoint(args.path)
-    retro = open_model(args, checkpoint)
+    retro = Retro.from_pretrained(checkpoint, device=args.device)
     retriever = None
     if args.neighbors is None and retro.model.config.retrieval:
         stores = [Store(path) for path in args.index] if args.index else run_databases(checkpoint)
         retriever = Retriever(stores, args.retriever)
     generator = Generator(retro.model, retro.tokenizer, retriever)
+    say_device(args, retro)
     text = args.text
     if text is None:
         text = generator.generate(args.prompt, neighbors=args.neighbors, num_neighbors=args.k).text
@@ -124,15 +126,12 @@ def _explain(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_model(args: argparse.Namespace, checkpoint: Path) -> "Retro":
-    """The model where --device asks for it, which is said."""
-    from retro_engine.api import Retro
+def say_device(args: argparse.Namespace, retro: "Retro") -> None:
+    """What --device led to, before the first computation."""
     from retro_engine.model.device import describe_device
     from retro_engine.progress import Reporter
 
-    retro = Retro.from_pretrained(checkpoint, device=args.device)
     Reporter("json" if args.json else "quiet" if args.quiet else "text").say(describe_device(retro.device))
-    return retro
 
 
 def add_task_flags(sub: argparse.ArgumentParser) -> None:
@@ -157,12 +156,13 @@ def add_task_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def eval_tasks(args: argparse.Namespace) -> int:
+    from retro_engine.api import Retro
     from retro_engine.train.checkpoint import find_checkpoint
 
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit {args.limit} cannot be used", "at least one question is asked")
     checkpoint = find_checkpoint(args.path)
-    retro = open_model(args, checkpoint)
+    retro = Retro.from_pretrained(checkpoint, device=args.device)
     results = (
         _eval_questions(args, checkpoint, retro) if args.questions is not None else _eval_lm(args, checkpoint, retro)
     )
@@ -189,6 +189,7 @@ def _eval_questions(args: argparse.Namespace, checkpoint: Path, retro: "Retro") 
     questions = _open_questions(args, checkpoint, retro, reporter.say)
     if questions.num_left_out:
         reporter.say(f"{questions.num_left_out} questions are longer than the model's sequences: left out")
+    say_device(args, retro)
     results = {}
     count = min(args.limit or len(questions.questions), len(questions.questions))
     with reporter.progress("answering", count * len(modes), "questions") as meter:
@@ -239,6 +240,7 @@ def _eval_lm(args: argparse.Namespace, checkpoint: Path, retro: "Retro") -> dict
         stores = [Store(path) for path in args.index] if args.index else run_databases(checkpoint)
         retriever = Retriever(stores, args.retriever)
     generator = Generator(retro.model, retro.tokenizer, retriever)
+    say_device(args, retro)
     return run_tasks(generator, args.lm_eval.split(","), args.lm_eval_path, args.limit)
 
 

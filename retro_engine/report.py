@@ -71,11 +71,11 @@ def write_report(
     metrics = [row for _, row in checked_lines(folder / METRICS_FILE, say) if isinstance(row.get("step"), int)]
     facts = read_facts(folder, say)
     retro = Retro.from_pretrained(checkpoint, device=device)
-    reporter.say(describe_device(retro.device))
     sequences = open_evaluation(checkpoint, retro.model.config, [], share, reporter.say)
     if not isinstance(sequences, Sequences):
         raise UsageError(f"{run} was tuned on questions", "the report is on text", "retro eval RUN --questions FILE")
     others = {name: _decoder(name, path, checkpoint, retro.device) for name, path in (decoders or {}).items()}
+    reporter.say(describe_device(retro.device))
     comparison = None
     if retro.model.config.retrieval:
         comparison = compare(retro.model, sequences, retro.tokenizer.token_bytes(), others, limit)

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(settings, args.preset, args.config, say=notes.append)
     count = None if args.print_config or args.dry_run else _processes_to_start(args, config)
     if count is not None:
-        return start_processes(count, args.words)
+        return start_processes(count, args.typed)
     for text in notes if is_main else []:
         note(text)
     if args.print_config:
@@ -131,7 +131,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         args.prompt = extra.pop(0)
     if extra:
         parser.error(f"{' '.join(extra)} is not known; settings are key=value")
-    args.overrides, args.words = overrides, words
+    args.overrides, args.typed = overrides, words
     return args
 
 

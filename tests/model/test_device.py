@@ -104,7 +104,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 COMMANDS = {
     "eval": ["eval", "RUN"],
-    "questions": ["eval", "RUN", "--questions", "q.jsonl"],
+    "questions": ["eval", "RUN", "--questions", "FILE"],
     "lm-eval": ["eval", "RUN", "--lm-eval", "task"],
     "generate": ["generate", "RUN", "river"],
     "explain": ["explain", "RUN", "river", "stone"],
@@ -113,8 +113,12 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_moves_the_model_and_says_where(run: Path, moved: list[str], name: str) -> None:
-    command = [str(run) if word == "RUN" else word for word in COMMANDS[name]]
+def test_every_command_moves_the_model_and_says_where(run: Path, tmp_path: Path, moved: list[str], name: str) -> None:
+    if name == "lm-eval":
+        pytest.importorskip("lm_eval")
+    (tmp_path / "q.jsonl").write_text('{"question": "Which river?", "answers": ["amber"], "neighbors": ["stone"]}\n')
+    names = {"RUN": str(run), "FILE": str(tmp_path / "q.jsonl")}
+    command = [names.get(word, word) for word in COMMANDS[name]]
     for asked, expected in (
         ([], "auto"),
         (["--device", "gpu"], "gpu"),
