@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 READS_ALL = ("demo", "train", "config", "mup")
 READS = {  # settings that the other commands read, beside --device's trainer.accelerator; what ends with a point is a section
-    "eval": ("model.data.", "model.encoder_seq_length"),
+    "eval": ("model.data.", "model.encoder_seq_length", "model.chunk_size"),
     "generate": (
         "inference.", "checkpoint_dir", "checkpoint_name", "prompt", "neighbors", "cluster_type", "megatron_amp_O2",
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "retro_model_file", "trainer.devices",
