@@ -287,3 +287,12 @@ def test_bad_input(words: list[str], capsys: pytest.CaptureFixture[str]) -> None
 def test_a_warm_up_as_long_as_the_run_is_refused(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mup", "sweep", str(small_store.folder), "--steps", "10"]) == 2
     assert "warmup_steps" in capsys.readouterr().err
+
+
+def test_a_sweep_below_min_lr_and_a_gpu_are_refused(small_store: Store, tmp_path: Path) -> None:
+    """Such a rate would go up to min_lr instead of down; the check runs on the CPU alone."""
+    config = mup.open_config([], None, str(small_store.folder))
+    with pytest.raises(UsageError, match=r"below model\.optim\.sched\.min_lr=6e-05"):
+        mup.sweep(config, [64], [1e-3, 1e-5], 1, 300, tmp_path / "out", False, Reporter("quiet"))
+    with pytest.raises(UsageError, match="checked on the CPU"):
+        mup.open_config(["trainer.accelerator=gpu"], None, None)
