@@ -283,7 +283,7 @@ def test_bad_input(
     """Each gives a three-line error and its exit code, and writes nothing."""
     command, code, message = BAD[name]
     contents = {
-        "a.pdf": b"x", "empty.jsonl": b"", "binary.txt": b"\0\1\2", "bad.txt": b"\xff\xfe\xfa", "good.txt": b"good words",
+        "a.pdf": b"x", "empty.jsonl": b"", "binary.txt": b"\0\1\2", "bad.txt": b"caf\xe9 \xfa", "good.txt": b"good words",
         "rows.jsonl": b'{"body": "x"}\n', "list.jsonl": b"[1]\n",
     }  # fmt: skip
     for file, content in contents.items():

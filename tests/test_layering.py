@@ -10,7 +10,7 @@ PACKAGE = ROOT / "retro_engine"
 # A module may import from its own row and from the rows above it.
 ORDER = [
     ["errors", "jit"],
-    ["yaml_file", "config", "progress"],
+    ["yaml_file", "nemo_names", "config", "progress"],
     ["data"],
     ["retrieval"],
     ["model"],

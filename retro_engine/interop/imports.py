@@ -115,10 +115,7 @@ def _own(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.load(folder)
     except MissingInputError as error:
-        slow = sorted(path.name for path in folder.glob("*.model"))
         why = "expected tokenizer.json, or vocab.json and merges.txt"
-        if slow:
-            why = f"{slow[0]} is SentencePiece's: transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) converts it"
         raise MissingInputError(f"{folder} has no tokenizer that is read", why, "--tokenizer PATH names one") from error
 
 

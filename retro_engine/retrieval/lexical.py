@@ -50,7 +50,9 @@ class Bm25Index:
                 f"{store.folder} is {store.fingerprint[:12]}",
                 f"retro index {store.folder}",
             )
-        files.verify_files(folder, self.manifest["files"], needed=OUTPUTS)
+        terms_file = "terms.npy" if "analyzer" in self.manifest else "vocabulary.json"
+        needed = (terms_file, *(f"{name}.npy" for name in ARRAYS))
+        files.verify_files(folder, self.manifest["files"], needed=needed)
         try:
             load = {name: files.map_npy(folder / f"{name}.npy", ARRAYS[name], 1) for name in ARRAYS}
             terms, self._numbers = self._read_terms()

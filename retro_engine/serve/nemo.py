@@ -78,7 +78,7 @@ async def generate(request: HttpRequest) -> Response:
     async with running:
         async for index, event in running:
             events[index].append(event)
-    outs = [_answer(service.tokenizer, prompt, mine) for prompt, mine in zip(prompts, events)]
+    outs = await brief(request, _answers, service.tokenizer, prompts, events)
     state_of(request).metrics.tokens(sum(map(len, prompts)), sum(len(e.tokens) for mine in events for e in mine))
     answer: dict[str, Any] = {name: [out[name] for out in outs] for name in outs[0]}
     if not body.compute_logprob:
@@ -121,6 +121,10 @@ def _request(body: Generate, prompt: list[int], seed: int, size: int, caller: st
         add_bos=body.add_BOS,
         caller=caller,
     )
+
+
+def _answers(tokenizer: Any, prompts: list[list[int]], events: list[list[Event]]) -> list[dict[str, Any]]:
+    return [_answer(tokenizer, prompt, mine) for prompt, mine in zip(prompts, events)]
 
 
 def _answer(tokenizer: Any, prompt: list[int], events: list[Event]) -> dict[str, Any]:

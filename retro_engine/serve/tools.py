@@ -155,4 +155,4 @@ async def explain(request: Request) -> Response:
 
 
 def _explain(service: Service, body: Explain, count: int, check: Check) -> Explanation:
-    return explain_text(service.generator, body.prompt, body.text, body.neighbors, count, check)
+    return explain_text(service.generator, body.prompt, body.text, body.neighbors, count, check=check)

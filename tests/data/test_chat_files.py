@@ -60,7 +60,10 @@ def test_a_tokenizer_has_what_lies_beside_it(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.end_ids == [5, 2, 0]
     assert tokenizer.chat_files.templates == {"default": "x"}
-    assert Tokenizer.load(tmp_path / "tokenizer.json").end_ids == [0]  # of a file alone, nothing beside it is read
+    alone = Tokenizer.load(
+        tmp_path / "tokenizer.json"
+    )  # of a file alone only its end of document is looked up beside it
+    assert (alone.eod_id, alone.end_ids, alone.chat_files.templates) == (2, [2, 0], {})
 
 
 @pytest.mark.parametrize("templates", [{"default": "a"}, {"default": "a", "rag": "b"}, {"rag": "b"}, {}])

@@ -31,7 +31,9 @@ from retro_engine.errors import RetroError, StoreError
 from retro_engine.generate.sampling import Sampling
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
+from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.index import VectorIndex, build_index
+from retro_engine.retrieval.left_out import LeftOut
 from retro_engine.retrieval.lexical import Bm25Index
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import HashEmbedder
@@ -151,7 +153,8 @@ def use_bm25(folder: Path) -> None:
 
 def use_vector_index(folder: Path) -> None:
     index = VectorIndex(folder, Store(folder.parent.parent))
-    index.search_vectors(index.vectors.rows(0, 3), 5, np.array([[0, 1]] * 3))
+    left_out = LeftOut.of(np.arange(index.num_chunks, dtype=np.int32)).for_queries(np.zeros(3, np.int32))
+    index.search_vectors(index.vectors.rows(0, 3), 5, left_out)
     index.summary()
     index.verify()
 
@@ -168,7 +171,7 @@ def use_segment(folder: Path) -> None:
         ((settings,),) = list[Any](connection.execute("SELECT value FROM settings WHERE name = 'fingerprint'"))
     mark = str(files.read_json(folder / "manifest.json").get("fingerprint", ""))
     view = View.whole(open_segment(folder, json.loads(settings), mark))
-    lexical((view,), "river stone amber", 5)
+    lexical((view,), Analyzer().query("river stone amber"), 5)
     if view.part.all_vectors(1) is not None:
         dense((view,), np.ones(256, np.float32), 5)
     view.without([2]).document(0)

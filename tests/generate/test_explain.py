@@ -14,6 +14,7 @@ from retro_engine.generate.explain import cost, explain
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.request import Request
 from retro_engine.generate.sampling import Sampling
+from retro_engine.model.decoding import prefill
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.search import Retriever
 
@@ -99,15 +100,14 @@ def test_pieces_change_nothing(generator: Generator, monkeypatch: pytest.MonkeyP
 def test_memory_is_that_of_a_piece(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor has an entry for every position, entry of the vocabulary and removed neighbor."""
     largest = 0
-    step = RetroModel.step
 
-    def seen_step(self: RetroModel, tokens: torch.Tensor, cache: Any, *rest: Any, **more: Any) -> torch.Tensor:
+    def seen_prefill(model: RetroModel, cache: Any, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
         nonlocal largest
-        logits = step(self, tokens, cache, *rest, **more)
-        largest = max(largest, logits.numel(), rest[0].numel() if rest[0] is not None else 0)
+        logits = prefill(model, cache, tokens, *rest)
+        largest = max(largest, logits.numel(), *(part.numel() for part in rest if isinstance(part, torch.Tensor)))
         return logits
 
-    monkeypatch.setattr(RetroModel, "step", seen_step)
+    monkeypatch.setattr("retro_engine.generate.explain.prefill", seen_prefill)
     monkeypatch.setattr(RetroModel, "hidden", lambda *_: pytest.fail("the full pass keeps every position"))
     found = explain(generator, PROMPT, TEXT * 14, ["river stone"] * 4)
     size, M = generator.model.config.vocab_size, generator.model.config.chunk_size

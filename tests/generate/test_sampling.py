@@ -74,6 +74,6 @@ def test_the_smallest_numbers_choose_the_likeliest(logits: torch.Tensor) -> None
 
 @pytest.mark.parametrize("penalty", [TINY, 1e-30, 1e30, 3e38])
 def test_penalties_stay_numbers(penalty: float) -> None:
-    found = adjusted(LOGITS, Sampling(repetition_penalty=penalty), [0, 1, 2, 3], 0, eod_id=9)
+    found = adjusted(LOGITS, Sampling(repetition_penalty=penalty), [0, 1, 2, 3], 0, [9])
     assert torch.isfinite(found).all()
     assert choose(found, Sampling(greedy=False), torch.Generator()) in range(4)

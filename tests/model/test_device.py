@@ -97,7 +97,10 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         raise AskedError(f"asked for {seen[-1]}")
 
     monkeypatch.setattr(api, "pick_device", fake)
-    for module in ("retro_engine.model.device", "retro_engine.report"):
+    for module in (
+        "retro_engine.report",
+        "retro_engine.model.device",
+    ):  # the first keeps the function it was loaded with
         monkeypatch.setattr(f"{module}.describe_device", stop)
     return seen
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from retro_engine.data.corpus import Document, Reader, find_files
+from retro_engine.data.corpus import Document, Reader
 from retro_engine.data.identity import content_id
+from retro_engine.data.inputs import find_files
 from retro_engine.data.store import Store
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_identity import identified, identified_in
