@@ -1,6 +1,7 @@
 """Imports point one way, `kernels/` stands alone, and every file says what it is."""
 
 import ast
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,18 @@ def test_a_module_mirrors_each_test_file() -> None:
             base = ROOT / "kernels" if folder.parts[0] == "kernels" else PACKAGE / folder
             is_mirror = (base / name).exists() or (base / name.removesuffix(".py")).is_dir()
             assert is_mirror, f"{test} mirrors no module"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_import_what_there_is(path: Path) -> None:
+    """They do not run with the tests: a name that has moved would be found by nobody."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("retro_engine", "retro_kernels")):
+            module = importlib.import_module(node.module or "")
+            for alias in node.names:
+                is_module = (
+                    importlib.util.find_spec(f"{node.module}.{alias.name}") is not None
+                    if hasattr(module, "__path__")
+                    else False
+                )
+                assert is_module or hasattr(module, alias.name), f"{path.name}: {node.module} has no {alias.name}"
