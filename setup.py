@@ -5,6 +5,7 @@ Each is optional: without it the twin in Python serves.
 
 import shutil
 import subprocess
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -47,7 +48,7 @@ def extensions() -> list[Extension]:
         *cuda,
         Pybind11Extension("retro_engine.data._loader", ["csrc/loader/loader.cpp"], **options),
         Pybind11Extension(
-            "retro_kernels._cpu", kernels, depends=["csrc/cpu/kernels.h", "csrc/cpu/kernels.inc"], **options
+            "retro_kernels._cpu", kernels, depends=["csrc/cpu/kernels.h", *glob("csrc/cpu/*.inc")], **options
         ),
     ]
 

@@ -1,7 +1,13 @@
 // What the module and the instruction-set builds share: the arguments of each kernel and the table of builds.
 // Lengths and strides in elements, int64; letters as in kernels/reference.py.
 #pragma once
+#include <algorithm>  // here, before a build's target is set: what it emits of the library must run on any processor
+#include <climits>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
 
 namespace retro {
 
