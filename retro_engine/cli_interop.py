@@ -210,7 +210,7 @@ def _open_questions(
     from retro_engine.train.loop import question_search, run_config
 
     try:
-        data = run_config(checkpoint, args.overrides).model.data
+        data = run_config(checkpoint, args.overrides, needed=() if args.index else ("store",)).model.data
     except MissingInputError:  # a checkpoint apart from its run
         if args.index is None:
             raise

@@ -183,6 +183,7 @@ TRAINER = fields(
         "precision": text(),
         "processes": mapping(text(), COUNT),
         "fingerprints": mapping(text(), anything),
+        "validation": mapping(text(), text()),
         "stream": mapping(text(), anything),
         "imported": anything,
         "from": text(),

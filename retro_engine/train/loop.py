@@ -12,9 +12,9 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,6 +71,7 @@ class TrainingData:
     store: Store
     fingerprints: dict[str, str]
     warning: str | None = None  # held-out documents that are trained on too
+    validation: dict[str, str] = field(default_factory=dict)  # fingerprint of what is validated on, where that is apart
 
 
 def open_data(config: Config, say: Callable[[str], None] | None = None) -> TrainingData:
@@ -112,7 +113,7 @@ def open_data(config: Config, say: Callable[[str], None] | None = None) -> Train
     fingerprints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
     if table is not None:
         fingerprints["neighbors"] = table.fingerprint
-    valid = None
+    valid, validation = None, {}
     if has_own_valid:
         other = Store(str(data.valid_store))
         _check_store(config, other)
@@ -121,10 +122,11 @@ def open_data(config: Config, say: Callable[[str], None] | None = None) -> Train
         if other_table is not None:
             data.valid_neighbors = table_name(other_table)
         valid = sequences(other, np.arange(other.num_documents), other_table, None)
+        validation["valid_store"] = other.fingerprint
     elif len(shares["valid"]):
         valid = sequences(store, shares["valid"], table, trained)
     warning = describe_copies(valid, train) if valid is not None else None
-    return TrainingData(train, valid, store, fingerprints, warning)
+    return TrainingData(train, valid, store, fingerprints, warning, validation)
 
 
 def _open_questions(config: Config, store: Store, say: Callable[[str], None]) -> TrainingData:
@@ -142,11 +144,13 @@ def _open_questions(config: Config, store: Store, say: Callable[[str], None]) ->
     prints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
     prints["questions"] = fingerprint(str(data.questions))
     valid: Questions | None = None
+    validation = {}
     if data.valid_questions is not None:
         valid = opened(data.valid_questions)
+        validation["valid_questions"] = fingerprint(data.valid_questions)
     else:
         train, valid = train.deal(data.splits_string)
-    return TrainingData(train, valid, store, prints)
+    return TrainingData(train, valid, store, prints, validation=validation)
 
 
 def question_search(stores: list[Store], retriever: str, retrieved_length: int) -> Search:
@@ -159,9 +163,12 @@ def question_search(stores: list[Store], retriever: str, retrieved_length: int) 
     return search
 
 
-def run_config(checkpoint_folder: Path, overrides: list[str], is_strict: bool = False) -> Config:
+def run_config(
+    checkpoint_folder: Path, overrides: list[str], needed: Collection[str] = places.READ, is_strict: bool = False
+) -> Config:
     """The settings a checkpoint's run was started with, with overrides; an imported checkpoint's are its model's. Paths
-    are those where the data lie now (places.py; `is_strict`: another store in the place of the run's is refused).
+    are those where the data lie now, of which the `needed` ones must be there (places.py; `is_strict`: another store in
+    the place of the run's is refused).
 
     Raises MissingInputError for a run without config.yaml, or whose data are not there, StoreError where it is not what
     the run wrote.
@@ -183,8 +190,9 @@ def run_config(checkpoint_folder: Path, overrides: list[str], is_strict: bool = 
         run = checkpoint_folder.parent.parent
         file = str(run / record.SETTINGS_FILE)
         record.check_settings(Path(file))
-        trained = checkpoint.read_trainer(checkpoint_folder).get("fingerprints", {})
-        found = places.located(run, Path(file), named_keys(overrides), trained, is_strict)
+        state = checkpoint.read_trainer(checkpoint_folder)
+        trained = state.get("fingerprints", {}) | state.get("validation", {})
+        found = places.located(run, Path(file), named_keys(overrides), trained, needed, is_strict)
     settings = [(f"model.{key}", value) for key, value in done.items()]
     return load_config([*settings, *found.items(), *overrides], file=file)
 
@@ -201,7 +209,7 @@ def open_evaluation(
     With a validation store of its own, valid is that store and the other shares are of the training store. Raises
     StoreError for a store of another tokenizer, or for a RETRO of another chunk size.
     """
-    config = run_config(checkpoint_folder, overrides, is_strict=True)
+    config = run_config(checkpoint_folder, overrides, places.ALL, is_strict=True)
     data = open_data(config)
     coding = checkpoint.read_coding(checkpoint_folder, data.store.chunk_size)
     coding.check(data.store.coding)  # a validation store has the same
@@ -670,7 +678,7 @@ class _Training:
                         window = self._log(log, window, peak)
                     if self.step % self.validates_every == 0:
                         with contextlib.suppress(_StoppedError):
-                            self._validate(log, signals)
+                            self._validate(log, signals, result.loss)
                     if self.step % self.config.exp_manager.checkpoint_every_n_steps == 0:
                         self._save()
                         saved_step = self.step
@@ -802,7 +810,7 @@ class _Training:
             "lower model.optim.lr, or trainer.precision=32",
         )
 
-    def _validate(self, log: RunLog, signals: "_Signals") -> None:
+    def _validate(self, log: RunLog, signals: "_Signals", loss: float) -> None:
         """Raises _StoppedError between two batches when a signal has come."""
         if self.data.valid is None or self.valid_batches == 0:
             return
@@ -830,7 +838,7 @@ class _Training:
         log.log(self.step, values)
         shown = ", ".join(f"{mode} {result.bits_per_byte:.3f}" for mode, result in results.items())
         self.reporter.say(
-            f"step {self.step}: loss {self.metrics.get('loss', float('nan')):.3f}, validation bits per byte {shown}"
+            f"step {self.step}: loss {self.metrics.get('loss', loss):.3f}, validation bits per byte {shown}"
         )
 
     def _save(self) -> None:
@@ -845,6 +853,7 @@ class _Training:
             "valid_loss": self.metrics.get("valid_loss_on", self.metrics.get("valid_loss_off")),
             "processes": {"data": self.parallel.data, "tensor": self.parallel.tensor},
             "fingerprints": self.data.fingerprints,
+            "validation": self.data.validation,
             "stream": _stream_settings(self.config),
         }
         try:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -352,6 +353,15 @@ def test_the_best_checkpoint_is_kept_beside_the_last(small_store: Store, tmp_pat
     best = min(measured, key=lambda step: measured[step])
     kept = [int(path.name[5:]) for path in checkpoint.complete_checkpoints(tmp_path / "r")]
     assert kept == sorted({best, 12})
+
+
+def test_a_validation_before_the_first_line_of_the_log_shows_its_loss(
+    small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["trainer.max_steps=2", "trainer.val_check_interval=1", "trainer.log_every_n_steps=10"]
+    train(config(small_store, tmp_path / "r", *more), Reporter())
+    said = capsys.readouterr().err
+    assert re.search(r"step 1: loss \d\.\d{3}, validation", said) and "nan" not in said
 
 
 def test_a_loss_that_leaps_is_skipped_and_logged(

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from training_helpers import SMALL
+from training_helpers import SMALL, config
 
 from retro_engine.cli import main
 from retro_engine.config import load_config
 from retro_engine.data import files
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
 from retro_engine.train import loop, record
 from retro_engine.train.checkpoint import find_checkpoint
@@ -93,11 +94,52 @@ def test_another_store_at_its_place_is_not_evaluated(
     (store / "manifest.json").unlink()
     (store / "manifest.json").write_text(json.dumps(body))
     folder = find_checkpoint(run)
-    model = run_config(folder, []).model
+    model = read_config(folder)
+    with pytest.raises(MissingInputError, match="another one"):
+        run_databases(folder)
     with pytest.raises(StoreError, match="not the store that the run was trained on"):
         open_evaluation(folder, model, [], "valid")
     monkeypatch.setenv("RETRO_STORES", str(tmp_path / "good"))
     assert open_evaluation(folder, model, [], "valid").store.folder == tmp_path / "good" / "docs"
+
+
+def test_what_it_was_validated_on_is_known_by_its_contents(
+    small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of RETRO_STORES is not taken for the validation store because it is a store; what only retrieves needs none."""
+    shutil.copytree(small_store.folder, tmp_path / "held")
+    manifest = json.loads((tmp_path / "held" / "manifest.json").read_text())
+    manifest.pop("fingerprint")
+    manifest["counts"]["set_aside"] += 1
+    (tmp_path / "held" / "manifest.json").unlink()
+    (tmp_path / "held" / "manifest.json").write_text(
+        json.dumps({**manifest, "fingerprint": files.fingerprint(manifest)})
+    )
+    monkeypatch.setattr(loop, "peak_flops", lambda device: 1e12)
+    run = tmp_path / "run"
+    held = f"model.data.valid_store='{tmp_path}/held'"
+    folder = train(config(small_store, run, *ONE_STEP, held, "model.retrieval=false"), Reporter("quiet")).checkpoint
+    (tmp_path / "moved").mkdir()
+    shutil.move(tmp_path / "held", tmp_path / "moved" / "held")
+    monkeypatch.setenv("RETRO_STORES", str(small_store.folder))
+    with pytest.raises(StoreError, match="not the store that the run was validated on"):
+        open_evaluation(folder, read_config(folder), [], "valid")
+    assert run_config(folder, []).model.data.store == str(small_store.folder)
+    monkeypatch.setenv("RETRO_STORES", f"{small_store.folder}:{tmp_path / 'moved'}")
+    assert open_evaluation(folder, read_config(folder), [], "valid").store.folder == tmp_path / "moved" / "held"
+
+
+def test_without_what_it_was_validated_on_a_run_still_answers(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(there / "runs" / "one", tmp_path / "run")
+    text = (run / record.SETTINGS_FILE).read_text().split("\n", 1)[1]
+    (run / record.SETTINGS_FILE).unlink()
+    (run / record.SETTINGS_FILE).write_text(text.replace("valid_questions: null", "valid_questions: /gone/v.jsonl"))
+    folder = find_checkpoint(run)
+    assert [store.folder for store in run_databases(folder)] == [there / "store" / "docs"]
+    with pytest.raises(MissingInputError, match=r"valid_questions=/gone/v\.jsonl"):
+        open_evaluation(folder, read_config(folder), [], "valid")
 
 
 @pytest.mark.parametrize("where", ["cwd", "moved"])
