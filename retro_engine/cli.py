@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from retro_engine.retrieval.hit import NeighborSource
     from retro_engine.retrieval.search import Building
 
-READS_ALL = ("demo", "train", "config", "mup")
+READS_ALL = ("demo", "train", "config")
 READS = {  # settings that the other commands read, beside --device's trainer.accelerator; what ends with a point is a section
+    "mup": ("model.", "seed", "trainer.accelerator"),
     "eval": ("model.data.", "model.encoder_seq_length", "model.chunk_size"),
     "generate": (
         "inference.", "checkpoint_dir", "checkpoint_name", "prompt", "neighbors", "cluster_type", "megatron_amp_O2",
@@ -460,11 +461,10 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _mup(args: argparse.Namespace) -> int:
+    from retro_engine.config import load_config, named_keys
     from retro_engine.train import mup
 
     if args.what == "base":
-        from retro_engine.config import load_config
-
         if args.out is None:
             raise UsageError("retro mup base has no file to write", "", "--out FILE.yaml")
         model = load_config(args.overrides, args.preset).model
@@ -478,6 +478,8 @@ def _mup(args: argparse.Namespace) -> int:
         raise UsageError(f"--widths {args.widths} cannot be used", "a slope takes two widths", "--widths 64,128,256")
     if args.what == "sweep" and args.store is None:
         raise UsageError("retro mup sweep has nothing to train on", "", "retro mup sweep STORE")
+    if args.what == "sweep" and "model.optim.lr" in named_keys(args.overrides, with_environment=False):
+        raise UsageError("model.optim.lr cannot be used", "a sweep trains at many rates", "--rates 1e-3,2e-3")
     out, reporter = Path(args.out or "runs/mup"), _reporter(args)
     config = mup.open_config(args.overrides, args.preset, args.store)
     if args.what == "check":

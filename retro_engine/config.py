@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from retro_engine.errors import UsageError, nearest
-from retro_engine.nemo_names import map_names
+from retro_engine.nemo_names import map_names, refuse_unspeakable
 from retro_engine.progress import note
 from retro_engine.yaml_file import read_yaml
 
@@ -462,6 +462,7 @@ def load_config(
             raise UsageError(
                 f"{key} is not a setting", nearest_key(key, known), f"all keys: retro config keys {section}".rstrip()
             )
+        refuse_unspeakable(key, value)
         try:
             OmegaConf.update(tree, key, value)
         except OmegaConfBaseException as error:
@@ -564,7 +565,12 @@ def _parse_override(text: str) -> tuple[str, Any]:
         ) from error
     key = str(parsed.key_or_group)
     if parsed.is_sweep_override():
-        raise UsageError(f"{text!r} is a sweep", "one run takes one value a key", "start a run per value")
+        value = text.split("=", 1)[1]
+        raise UsageError(
+            f"{text!r} is a sweep",
+            "one run takes one value a key",
+            f"""start a run per value; one value with commas is '{key}="{value}"'""",
+        )
     if not parsed.is_delete():
         return key, parsed.value()
     defaults = flat_keys(Config())

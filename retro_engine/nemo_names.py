@@ -20,6 +20,21 @@ OPTIMIZERS = {
     "mcore_distributed_optim": "distributed_fused_adam",
 }
 
+SCHEDULES = {"WarmupAnnealing": "WSD", "WarmupPolicy": "constant"}  # a line down to min_lr; none
+
+
+def refuse_unspeakable(key: str, value: Any) -> None:
+    """Raise UsageError for Lightning's other ways to say trainer.devices: `auto`, and which GPUs are to be used."""
+    if key != "trainer.devices":
+        return
+    if value == "auto":
+        why = "a number of processes, or -1: one a GPU (expected int | None)"
+        raise _refuse(key, value, why, f"{key}=-1, or leave it out")
+    chosen = value.split(",") if isinstance(value, str) and "," in value else value
+    if isinstance(chosen, list):
+        do = f"CUDA_VISIBLE_DEVICES={','.join(map(str, chosen))} {key}={len(chosen)}"
+        raise _refuse(key, value, "it says how many; which GPUs there are is said outside", do)
+
 
 def map_names(config: "Config", given: set[str], say: Say) -> None:
     """Change `config`; `given` are the keys that somebody wrote, presets apart. Raises UsageError."""
@@ -29,6 +44,7 @@ def map_names(config: "Config", given: set[str], say: Say) -> None:
         say("trainer.accelerator=cuda is gpu here")
     _map_precision(config, say)
     _map_optimizer(config, say)
+    _map_schedule(config, say)
     _map_clip(config, given, say)
     _map_ratios(config, given, say)
     m = config.model
@@ -96,6 +112,18 @@ def _map_optimizer(config: "Config", say: Say) -> None:
     if optim.name in OPTIMIZERS:
         say(f"model.optim.name={optim.name} is {OPTIMIZERS[optim.name]} here: fused AdamW")
         optim.name = OPTIMIZERS[optim.name]
+
+
+def _map_schedule(config: "Config", say: Say) -> None:
+    sched = config.model.optim.sched
+    name = SCHEDULES.get(sched.name)
+    if name is None:
+        return
+    key = "model.optim.sched.name"
+    if sched.constant_steps or sched.constant_ratio:
+        raise _refuse(key, sched.name, "it has no constant steps", f"{key}=CosineAnnealing, or {key}=WSD")
+    say(f"{key}={sched.name} is {name} here")
+    sched.name = name
 
 
 def _map_clip(config: "Config", given: set[str], say: Say) -> None:

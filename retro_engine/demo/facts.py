@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from retro_engine.api import Retro
-from retro_engine.config import load_config
+from retro_engine.config import load_config, named_keys
 from retro_engine.data.batches import Sequences
 from retro_engine.data.builtin import Entity, ask, entity_notes, make_entities, write_facts
 from retro_engine.data.neighbor_table import NeighborTable
@@ -106,6 +106,7 @@ def run_facts(
     steps = STEPS if steps is None else steps
     if (out / "text").exists():
         raise UsageError(f"{out} holds a demo", "it is not overwritten", f"choose another --out, or rm -r {out}")
+    _refuse_own(overrides)
     start = time.monotonic()
     num_train = max(64, steps * ENTITIES_PER_STEP)
     data = facts_data(out, num_train, min(NUM_HELDOUT, num_train), 1, reporter, chunk_size)
@@ -135,6 +136,16 @@ def run_facts(
     if is_gated:
         _gate(results)
     return figures
+
+
+def _refuse_own(overrides: Sequence[str]) -> None:
+    """Raise UsageError for a setting that would train on other data than are measured, or that a flag says."""
+    flags = {"trainer.max_steps": "--steps", "seed": "--seed", "model.init": "--init", "exp_manager.exp_dir": "--out"}
+    own = (*flags, "model.data.store", "model.data.valid_store", "model.chunk_size", "model.encoder_seq_length")
+    for key in sorted(named_keys(overrides, with_environment=False)):
+        if key in own:
+            do = f"{flags[key]} says it" if key in flags else "retro train takes any"
+            raise UsageError(f"{key} is the demo's own", "its figures are of what it made", do)
 
 
 def table(results: dict[str, FactsResult]) -> str:

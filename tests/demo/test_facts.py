@@ -20,3 +20,12 @@ def test_the_gate_closes_on_a_model_that_has_not_learned(tmp_path: Path, capsys:
     assert len(figures["new_entity"]) == 6
     assert all(answer["sources"][0].startswith("news-") for answer in figures["new_entity"])
     assert cli.main(["demo", "--out", str(out)]) == 2, "a demo is not overwritten"
+
+
+@pytest.mark.parametrize("setting", ["trainer.max_steps=3", "exp_manager.exp_dir=x", "model.data.store=x", "seed=1"])
+def test_what_a_flag_says_or_the_demo_makes_is_refused(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "facts", "--out", str(tmp_path / "d"), setting]) == 2
+    assert "is the demo's own" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()

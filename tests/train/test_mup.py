@@ -277,6 +277,10 @@ def test_the_best_rate_and_how_far_it_moved() -> None:
         ["check", "--steps", "0"],
         ["check", "--preset", "tiny"],  # retrieval_ready
         ["sweep"],
+        ["check", "trainer.max_steps=7"],  # what it does not read
+        ["check", "exp_manager.exp_dir=x"],
+        ["base", "--out", "x.yaml", "inference.greedy=false"],
+        ["sweep", "store", "model.optim.lr=1e-3"],
     ],
 )
 def test_bad_input(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
