@@ -173,17 +173,19 @@ def _add(args: argparse.Namespace) -> int:
     with _open(args) as library:
         while batch := list(islice(rows, BATCH)):
             good = []
-            for row in batch:
+            documents = _identified(library, [row for row in batch if isinstance(row, Document)], args.namespace)
+            for document in documents:
                 try:
-                    if isinstance(row, SetAside):
-                        raise UsageError(f"{row.source}: {row.reason}")
-                    check_document(row)
-                    good.append(row)
+                    check_document(document)
+                    good.append(document)
                 except UsageError as error:
+                    batch.append(SetAside(document.source, f"{error.what}: {error.why}"))
+            for row in batch:
+                if isinstance(row, SetAside):
                     num_set_aside += 1
-                    _reporter(args).say(f"set aside: {error.what} {error.why}".rstrip())
+                    _reporter(args).say(f"set aside: {row.source}: {row.reason}")
             if good:
-                library.add(_identified(library, good, args.namespace), args.namespace)
+                library.add(good, args.namespace)
             num_added += len(good)
         _print(args, {"added": num_added, "set_aside": num_set_aside, "version": library.version})
     if not num_added:

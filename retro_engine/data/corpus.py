@@ -29,6 +29,7 @@ class Document:
     title: str
     text: str
     source: str = ""  # file:line, or the file
+    path: Path | None = None  # the file, where all of it is the document
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Reader:
         except STREAM_ERRORS as error:
             return SetAside(name, f"the file cannot be read: {getattr(error, 'strerror', None) or error}")
         stem = path.name[: path.name.lower().rindex(kind_of(path))]
-        return Document(name, self._label(title) or shown(stem), text, name)
+        return Document(name, self._label(title) or shown(stem), text, name, path)
 
     def _page(self, raw: bytes, encoding: str) -> str:
         declared = declared_encoding(raw) if encoding == "UTF-8" else "utf-8"

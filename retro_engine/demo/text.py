@@ -6,7 +6,6 @@ FLOPs, and the gain by how much of the text the neighbors state already.
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,9 @@ def _source(what: str, out: Path) -> Path:
         return Path(what)
     path = out / "text" / "python-docs.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(document)) + "\n" for document in python_docs()))
+    names = ("id", "title", "text", "source")
+    rows = ({name: getattr(document, name) for name in names} for document in python_docs())
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from retro_engine.data import files
 from retro_engine.data.corpus import Document
+from retro_engine.data.identity import composed
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError, UsageError
 from retro_engine.retrieval import library_file
@@ -166,11 +167,11 @@ class Library:
         return self.write(namespace, self.chunker.prepare(list(latest.values())), [])[0]
 
     def delete(self, ids: Sequence[str], namespace: str = DEFAULT) -> int:
-        """Delete documents by id; return how many there were."""
+        """Delete documents by id; return how many there were. An id stands for its form NFC as well, as files get it."""
         check_namespace(namespace)
         for identifier in ids:
             check_id(identifier)
-        return self.write(namespace, None, list(ids))[1]
+        return self.write(namespace, None, list(dict.fromkeys((*ids, *map(composed, ids)))))[1]
 
     def write(
         self,
@@ -240,12 +241,17 @@ class Library:
     # Reading
 
     def get(self, identifier: str, namespace: str = DEFAULT) -> Document | None:
-        """A document, or None."""
+        """A document, or None. Where none has this id, the one that has it in form NFC, as files get it."""
         check_namespace(namespace)
         check_id(identifier)
-        statement = "SELECT key, text_crc, id, title, text FROM documents WHERE namespace = ? AND id = ?"
+        statement = (
+            "SELECT key, text_crc, id, title, text FROM documents WHERE namespace = ? AND id IN (?, ?) "
+            "ORDER BY id = ? DESC LIMIT 1"
+        )
         with self._view() as (connection, _):
-            row: Any = connection.execute(statement, (namespace, identifier)).fetchone()
+            row: Any = connection.execute(
+                statement, (namespace, identifier, composed(identifier), identifier)
+            ).fetchone()
         if row is None:
             return None
         document = Document(*row[2:])

@@ -14,22 +14,19 @@ from typing import Protocol
 import numpy as np
 
 from retro_engine.data.corpus import Document
+from retro_engine.data.identity import CONTROL, MAX_ID_BYTES, is_unseen
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.retrieval.analyzer import Analyzer, Terms, titled, word_edges
 from retro_engine.retrieval.embed import embed
 
 MAX_DOCUMENT_BYTES = 8 << 20
-MAX_ID_BYTES = 512
 MAX_TITLE_BYTES = 4096
 MAX_QUERY_CHARACTERS = 1 << 16
 NAMESPACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 EDGE = 16  # tokens after a chunk in which the end of its last word is looked for
 MAX_WORD = 64  # characters of it before the cut
 HALF = "\ufffd"
-CONTROL = ("Cc", "Cs", "Zl", "Zp")  # control characters, half surrogates, line and paragraph separators
-UNSEEN = ("Cf", "Cn", "Co")  # zero widths and what turns the direction of a line, unassigned, of private use
-UNSEEN_LETTERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")  # fillers that show nothing
 
 
 class Embedder(Protocol):
@@ -203,7 +200,7 @@ def check_seen(identifier: str) -> None:
     look like another document's. A document that has one already can be read and deleted.
     """
     for character in identifier:
-        if unicodedata.category(character) in UNSEEN or character in UNSEEN_LETTERS:
+        if is_unseen(character):
             raise UsageError(
                 f"id {ascii(identifier)[:80]} is not allowed",
                 f"it holds U+{ord(character):04X}, which is not seen or changes how the rest is",

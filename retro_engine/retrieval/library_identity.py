@@ -11,17 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from retro_engine.data.corpus import Document
-from retro_engine.data.identity import content_id, file_id
+from retro_engine.data.identity import composed, content_id, file_id
 from retro_engine.retrieval.library import Library
 
 
 def identified(document: Document, folder: Path) -> Document:
-    """A document with the id that it has wherever it comes from; paths are from `folder`."""
+    """A document with the id that it has wherever it comes from; paths are from `folder`. Its own id comes in NFC."""
     if not has_no_id(document):
-        return document
-    is_file = os.path.isfile(document.source)
-    name = file_id(Path(document.source), folder) if is_file else content_id(document.title, document.text)
-    return replace(document, id=name)
+        name = composed(document.id)
+        return document if name == document.id else replace(document, id=name)
+    if document.path is not None:
+        return replace(document, id=file_id(document.path, folder))
+    return replace(document, id=content_id(document.title, document.text))
 
 
 def has_no_id(document: Document) -> bool:

@@ -92,3 +92,46 @@ def test_ids_of_their_own_stay(folder: Path) -> None:
     document = Document("d/a.txt", "", "text", "elsewhere.jsonl:3")
     assert identified(document, folder) is document
     assert identified(Document("x.jsonl:3", "T", "text", "x.jsonl:3"), folder).id == content_id("T", "text")
+
+
+def test_files_whose_names_no_id_may_hold(folder: Path) -> None:
+    """Bytes that are not UTF-8, macOS' letters in parts, emoji of several, what turns a line, long paths: one id a file,
+    though its text changes.
+    """
+    (folder / "e").mkdir()
+    long = folder / "e" / ("p" * 250) / ("q" * 251)
+    long.mkdir(parents=True)
+    paths = {
+        os.fsencode(folder / "e") + b"/caf\xe9.txt": "e/caf\\xe9.txt",
+        os.fsencode(folder / "e" / "cafe\u0301.md"): "e/caf\u00e9.md",
+        os.fsencode(folder / "e" / "\U0001f468\u200d\U0001f469.txt"): "e/\U0001f468\\u200d\U0001f469.txt",
+        os.fsencode(folder / "e" / "\u202etxt.html"): "e/\\u202etxt.html",
+        os.fsencode(folder / "e" / "a\nb.txt"): "e/a\\nb.txt",
+        os.fsencode(folder / " lead.txt"): "\\x20lead.txt",
+        os.fsencode(long / "deep.txt"): "file-",
+    }
+    with Library("library") as library:
+        for text in ("first", "second"):
+            for path in paths:
+                Path(os.fsdecode(path)).write_text(text)
+            add(library, "e", " lead.txt")
+        found = ids(library)
+        expected = sorted(paths.values(), key=str.encode)
+        assert len(found) == len(expected) and all(map(str.startswith, found, expected)), found
+        assert {document.text for i in found if (document := library.get(i))} == {"second"}
+        assert library.delete(found) == len(paths)
+
+
+def test_letters_in_parts(folder: Path) -> None:
+    """One id where Unicode has two spellings of it; two files where a folder has both."""
+    (folder / "r.jsonl").write_text(
+        json.dumps({"id": "e\u0301", "text": "a"}) + "\n" + '{"id": "\u00e9", "text": "b"}\n'
+    )
+    for name in ("u\u0308.txt", "\u00fc.txt"):
+        (folder / name).write_text(name)
+    with Library("library") as library:
+        add(library, "r.jsonl", "u\u0308.txt", "\u00fc.txt")
+        assert ids(library) == sorted(["\u00e9", "u\u0308.txt", "\u00fc.txt"], key=str.encode)
+        found = library.get("e\u0301")
+        assert found is not None and (found.id, found.text) == ("\u00e9", "b")
+        assert library.delete(["e\u0301"]) == 1

@@ -3,6 +3,7 @@
 import gzip
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,26 @@ def test_the_commands(
     assert "Row 3" in run("get", "--url", server.url, "r3")
     assert "deleted: 2" in run("rm", "--url", server.url, "r1", "r2")
     assert len(run("list", server.url, "--quiet").splitlines()) == 4
+
+
+def test_names_that_no_id_may_hold(
+    server: Server, remote: RemoteLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of macOS, whose letters come in parts, one that is not UTF-8, and a row's id: one document each."""
+    monkeypatch.setenv("RETRO_API_KEY", server.keys["admin"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "r.jsonl").write_text(json.dumps({"id": "e\u0301", "text": "A row."}))
+    for text in ("It was red.", "It was blue."):
+        for name in ("d/u\u0308.txt", os.fsdecode(b"d/caf\xe9.txt")):
+            (tmp_path / name).write_text(text)
+        assert cli.main(["docs", "add", "--url", server.url, "d", "r.jsonl"]) == 0
+    assert cli.main(["docs", "import", "--url", server.url, "r.jsonl"]) == 0
+    assert [entry.id for entry in remote.entries()] == ["d/caf\\xe9.txt", "d/\u00fc.txt", "\u00e9"]
+    found = remote.get("d/u\u0308.txt")
+    assert found is not None and found.text == "It was blue."
+    assert cli.main(["docs", "rm", "--url", server.url, "e\u0301"]) == 0
+    assert remote.get("\u00e9") is None
 
 
 @pytest.mark.parametrize(
