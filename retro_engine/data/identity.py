@@ -31,7 +31,7 @@ def own_id(row: Mapping[str, Any]) -> str | None:
     """
     for key in ID_KEYS:
         value = row.get(key)
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        if is_missing(value):
             continue
         if isinstance(value, str):
             if not value.strip():
@@ -43,6 +43,11 @@ def own_id(row: Mapping[str, Any]) -> str | None:
             raise ValueError(f"{key!r} is the float {value}, whose last digits are lost (write it as text)")
         return str(int(value)) if value == int(value) else repr(value)
     return None
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a row lacks a value: tables have null or NaN there."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def content_id(title: str, text: str) -> str:

@@ -4,14 +4,17 @@ JSON lines, a JSON array, one object, TSV, CSV or Parquet, compressed or not, of
 {"question", "answer" or "answers", "neighbors" (texts) or "documents" (ids of the store)}, or
 {"messages": [{"role", "content"}, ...]} whose last is the assistant's. Also SQuAD's: {"data": [{"paragraphs": ...}]} and
 Hugging Face's flat rows; DPR's "positive_ctxs", FiD's and NeMo's "ctxs", Atlas' "passages"; "query" for the question, "target"
-for the answer. Passages with titles become NeMo's "title: ..., source: ...".
+for the answer. Passages with titles become NeMo's "title: ..., source: ...". A null, which tables have for what a row lacks, is
+as if the key were not there.
 """
 
+import ast
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retro_engine.data.identity import ID_KEYS, is_missing
 from retro_engine.data.inputs import SetAside, check_file, shown
 from retro_engine.data.rows import Row, RowReader
 from retro_engine.data.streams import Unusable
@@ -19,12 +22,13 @@ from retro_engine.errors import MissingInputError, StoreError
 
 TEMPLATE = "question: {question}\nanswer:"  # NeMo's
 MAX_ROW_BYTES = 64 << 20
+MAX_LIST = 1 << 20  # characters of a list in a table's cell
 SAID = 20  # rows set aside that are named one by one
 QUESTIONS = ("question", "query")  # the first that a row has
 ANSWERS = ("target", "answer", "answers")  # all that it has: the first one is learned
 PASSAGES = ("neighbors", "positive_ctxs", "ctxs", "passages", "context")  # the first that it has
 DOCUMENTS = ("documents", "passage")
-COLUMNS = ("id", *QUESTIONS, *ANSWERS, *PASSAGES, *DOCUMENTS, "messages")
+COLUMNS = (*ID_KEYS, *QUESTIONS, *ANSWERS, *PASSAGES, *DOCUMENTS, "messages")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ def _questions(path: Path, template: str) -> Iterator[Question | SetAside]:
                 yield _question(part, template)
             except Unusable as error:
                 yield SetAside(part.source, str(error))
+            except RecursionError:
+                yield SetAside(part.source, "lists nested too deeply")
 
 
 def _flat(row: Row) -> Iterator[Row]:
@@ -117,7 +123,7 @@ def _objects(parent: Any, key: str) -> list[dict[str, Any]]:
 
 def _question(row: Row, template: str) -> Question:
     """Raises Unusable."""
-    values = row.values
+    values = {key: value for key, value in row.values.items() if not is_missing(value)}
     if "messages" in values:
         prompt, query, answers = _of_messages(values["messages"])
     else:
@@ -132,10 +138,10 @@ def _question(row: Row, template: str) -> Question:
             raise Unusable(f'no answer ("answer", or "answers" with at least one){why}')
     found = next((key for key in PASSAGES if values.get(key)), None)
     neighbors = tuple(_passages(values[found], found)) if found else ()
-    named = next((key for key in DOCUMENTS if values.get(key) is not None), None)
+    named = next((key for key in DOCUMENTS if key in values), None)
     documents = _list_of(values[named], named, _label) if named else ()
-    identifier = values.get("id")
-    name = str(row.number) if identifier is None or identifier == "" else _label(identifier, "id")
+    identifier = next((values[key] for key in ID_KEYS if values.get(key, "") != ""), None)
+    name = str(row.number) if identifier is None else _label(identifier, "id")
     return Question(name, prompt, query, answers, neighbors, documents, row.number)
 
 
@@ -176,16 +182,30 @@ def _label(value: Any, key: str) -> str:
 
 
 def _answers(value: Any, key: str) -> tuple[str, ...]:
-    """A text, a number or a list of them; {"text": [...]} as in SQuAD, {"value", "aliases"} as in TriviaQA."""
+    """A text, a number or lists of them; {"text": [...]} as in SQuAD, {"value", "aliases"} as in TriviaQA. Empty ones are
+    none.
+    """
     if isinstance(value, dict):
         if "text" in value:
             return _answers(value["text"], key)
         return tuple(text for part in ("value", "aliases") if part in value for text in _answers(value[part], key))
-    if value is None and key == "answers":
-        return ()
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+    if isinstance(value, str) and key == "answers":
+        value = _written_list(value)
+    if isinstance(value, list):
         return tuple(text for part in value for text in _answers(part, key))
-    return _list_of(value, key, _label)
+    is_none = is_missing(value) or (isinstance(value, str) and not value.strip())
+    return () if is_none else (_label(value, key),)
+
+
+def _written_list(text: str) -> Any:
+    """The list that a cell of a table holds as Python or JSON writes it, as DPR's and pandas' do; else the text."""
+    if not (text.startswith("[") and text.rstrip().endswith("]") and len(text) <= MAX_LIST):
+        return text
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return found if isinstance(found, list) and all(isinstance(part, str) for part in found) else text
 
 
 def _list_of(value: Any, key: str, one: Callable[[Any, str], str]) -> tuple[str, ...]:

@@ -50,9 +50,11 @@ GOOD = {"question": "Who?", "answer": "I"}
     ({"question": "Who?", "answers": []}, "q.jsonl:2: no answer"),
     ({"question": "", "answer": "I"}, "q.jsonl:2: question is no text"),
     ({"question": 3, "answer": "I"}, "q.jsonl:2: question is no text"),
-    ({"question": "Who?", "answer": None}, "q.jsonl:2: answer is no text"),
+    ({"question": "Who?", "answer": None}, "q.jsonl:2: no answer"),
+    ({"question": "Who?", "answers": ["", None, [" "]]}, "q.jsonl:2: no answer"),
+    ({"question": "Who?", "answers": ["a", True]}, "q.jsonl:2: answers is no text"),
+    (f'{{"question": "Who?", "answers": {"[" * 900}"a"{"]" * 900}}}', "q.jsonl:2: lists nested too deeply"),
     ({"question": "Who?", "answer": True}, "q.jsonl:2: answer is no text"),
-    ({"question": "Who?", "answers": ["a", None]}, "q.jsonl:2: answers is no text"),
     ({"question": "Who?", "answers": [], "is_impossible": True}, "q.jsonl:2: no answer .* it cannot be answered"),
     ({"question": "Who\ud800?", "answer": "I"}, "q.jsonl:2: question is not UTF-8"),
     (GOOD | {"neighbors": [3]}, "q.jsonl:2: neighbors is no text"),
@@ -180,6 +182,25 @@ def test_answers_passages_and_ids_of_other_types(tmp_path: Path) -> None:
     assert (found[2].neighbors, found[2].documents, found[3].documents) == (("one",), ("3",), ("d",))
     assert found[4].neighbors == found[5].neighbors == ("title: A, source: One. Two.", "title: B, source: Three.")
     assert found[6].query == "Who?"
+
+
+def test_what_a_row_lacks(tmp_path: Path) -> None:
+    """A table's null stands for no value, an empty one of several answers for none, and lists may lie in lists."""
+    nulls = dict.fromkeys(("target", "answer", "answers", "messages", "ctxs", "documents", "id", "query"))
+    rows = [
+        {**nulls, "question": "?", "answers": ["a"]},
+        {**nulls, "question": "?", "answer": "a"},
+        {**nulls, "question": "?", "answers": ["", None, "a"], "_id": "own"},
+        {"question": "?", "target": "", "answers": [["a", "b"], [], ["c"]]},
+        {**nulls, "question": None, "query": "?", "answer": "a"},
+    ]
+    found = read_questions(write(tmp_path / "q.jsonl", *rows))
+    assert [question.answers for question in found] == [("a",), ("a",), ("a",), ("a", "b", "c"), ("a",)]
+    assert [question.id for question in found] == ["1", "2", "own", "4", "5"]
+    cells = ("['Ada', \"O'Neill\"]", '["Ada"]', "[sic", "[1]", "['x'")
+    (tmp_path / "q.tsv").write_text("question\tanswers\n" + "".join(f"Who?\t{cell}\n" for cell in cells))
+    found = read_questions(tmp_path / "q.tsv")
+    assert [question.answers for question in found] == [("Ada", "O'Neill"), ("Ada",), ("[sic",), ("[1]",), ("['x'",)]
 
 
 def test_tables(tmp_path: Path) -> None:
