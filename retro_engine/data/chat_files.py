@@ -6,12 +6,13 @@ chat_template.jinja, additional_chat_templates/NAME.jinja, chat_template.json, a
 config.json `eos_token_id`: an id or a list.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retro_engine.data.inputs import shown
+from retro_engine.data.tokenizer_files import read_object
 from retro_engine.errors import StoreError
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -22,7 +23,6 @@ TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
 ID_FILES = ("generation_config.json", "config.json")
 DEFAULT = "default"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-MAX_BYTES = 64 << 20  # of a JSON file: tokenizer_config.json may list a hundred thousand added tokens
 MAX_TEMPLATE = 1 << 20  # characters of a template
 
 
@@ -53,13 +53,31 @@ def read_chat_files(folder: Path) -> ChatFiles:
     tokens = {**named_tokens(_read(folder / SPECIAL_FILE), SPECIAL_FILE), **named_tokens(config, CONFIG_FILE)}
     templates = named_templates(_read(folder / TEMPLATE_JSON).get("chat_template"), f"{folder / TEMPLATE_JSON}")
     templates = named_templates(config.get("chat_template"), f"{folder / CONFIG_FILE}") | templates | _loose(folder)
-    ids: dict[int, None] = {}
-    for name in ID_FILES:
-        values = _read(folder / name)
-        nested = values.get("text_config")
-        for one in (values, nested if isinstance(nested, dict) else {}):
-            ids |= dict.fromkeys(end_ids(one.get("eos_token_id"), f"{folder / name}"))
+    ids = dict.fromkeys(i for name in ID_FILES for i in _ids(folder / name))
     return ChatFiles(templates, tokens, tuple(ids))
+
+
+def said_end(folder: Path) -> tuple[str | int, str] | None:
+    """The token, or its id, that the files of a folder say ends a text, and which file; None where none says so.
+
+    Raises StoreError for a file that is no JSON, or says it in no known form.
+    """
+    for path in (folder / CONFIG_FILE, folder / SPECIAL_FILE):
+        token = named_tokens(_read(path), shown(path)).get("eos_token")
+        if token is not None:
+            return token, shown(path)
+    for path in (folder / name for name in ID_FILES):
+        for index in _ids(path):
+            return index, shown(path)
+    return None
+
+
+def _ids(path: Path) -> list[int]:
+    """What a file says of `eos_token_id`, and of that of the text's part where a model reads more than text."""
+    values = _read(path)
+    nested = values.get("text_config")
+    parts = (values, nested if isinstance(nested, dict) else {})
+    return [i for part in parts for i in end_ids(part.get("eos_token_id"), shown(path))]
 
 
 def named_templates(value: Any, name: str) -> dict[str, str]:
@@ -95,7 +113,7 @@ def end_ids(value: Any, name: str) -> list[int]:
     """Ids of `eos_token_id`: one, a list, or None. Raises StoreError for anything else."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) or not -1 <= i < 1 << 31 for i in ids):
-        raise StoreError(f"{name}: eos_token_id={str(value)[:80]} cannot be read", "an id, or a list of ids")
+        raise StoreError(f"{name}: eos_token_id={value!r:.80} cannot be read", "an id, or a list of ids")
     return [i for i in ids if i >= 0]  # -1: transformers' "none"
 
 
@@ -123,14 +141,4 @@ def _text(path: Path, most: int) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where there is none."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(_text(path, MAX_BYTES))
-    except StoreError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path} is not JSON", str(error).splitlines()[0]) from error
-    if not isinstance(values, dict):
-        raise StoreError(f"{path} holds no settings", f"it is a {type(values).__name__}")
-    return values
+    return read_object(path) if path.exists() else {}

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from retro_engine.data.chat_files import ChatFiles, read_chat_files
+from retro_engine.data.chat_files import ChatFiles, read_chat_files, said_end
 from retro_engine.data.inputs import shown
-from retro_engine.data.tokenizer_files import called, find, from_pair, read_text, said_end
+from retro_engine.data.tokenizer_files import called, find, from_pair, read_text
 from retro_engine.errors import StoreError, UsageError, nearest
 
 EOD = "<|endoftext|>"

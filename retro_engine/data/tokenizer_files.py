@@ -1,7 +1,6 @@
-"""The files that a tokenizer comes in: which token ends a document, tokens that were added, GPT-2's pair, and what is not read.
+"""The files that a tokenizer comes in: tokens that were added, GPT-2's pair, and what is not read.
 
-Hugging Face's: tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json (any may say the end),
-added_tokens.json; vocab.json + merges.txt, encoder.json + vocab.bpe.
+Hugging Face's: tokenizer_config.json, special_tokens_map.json, added_tokens.json; vocab.json + merges.txt, encoder.json + vocab.bpe.
 """
 
 import json
@@ -15,8 +14,7 @@ from retro_engine.errors import MissingInputError, StoreError, UsageError
 TOKENIZER = "tokenizer.json"
 PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 MAX_BYTES = 1 << 29  # of a tokenizer's file: the largest known have 35 MB
-TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # they name tokens: the first that says one counts
-ID_FILES = ("generation_config.json", "config.json")  # they name ids
+TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # they name tokens
 BYTE_CLASSES = ("GPT2", "Roberta", "Bart", "CodeGen", "Longformer", "LED", "Blenderbot", "Whisper", "MVP", "Deberta")
 NOT_READ = {  # what else a folder may hold, and whose it is
     "tokenizer.model": "SentencePiece's",
@@ -54,7 +52,9 @@ def read_text(path: Path) -> str:
     try:
         return read_bounded(path, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise StoreError(f"{shown(path)} is not a tokenizer.json", "it is not UTF-8", CONVERT) from error
+        raise StoreError(
+            f"{shown(path)} is not UTF-8", f"at byte {error.start}", "convert it, or copy it anew"
+        ) from error
     except UsageError as error:
         raise StoreError(error.what, error.why) from error
 
@@ -68,7 +68,7 @@ def read_object(path: Path) -> dict[str, Any]:
             raise
         raise StoreError(f"{shown(path)} is not JSON", str(error)) from error
     if not isinstance(values, dict):
-        raise StoreError(f"{shown(path)} is a {type(values).__name__}", "an object is expected")
+        raise StoreError(f"{shown(path)} holds no settings", f"it is a {type(values).__name__}, not an object")
     return values
 
 
@@ -103,28 +103,6 @@ def _not_read(path: Path) -> StoreError | MissingInputError:
         )
     whose = NOT_READ.get(path.name, "SentencePiece's" if path.suffix == ".model" else "tiktoken's")
     return StoreError(f"{shown(path)} is {whose} file, which is not read", f"a {TOKENIZER} is", CONVERT)
-
-
-def said_end(folder: Path) -> tuple[str | int, str] | None:
-    """The token, or its id, that the files of a folder say ends a text, and which file; None where none says so.
-
-    Raises StoreError for a file that is no JSON, or says it in no known form.
-    """
-    for name in TOKEN_FILES:
-        value = _value(folder / name, "eos_token")
-        token = value.get("content") if isinstance(value, dict) else value
-        if token is not None and not isinstance(token, str):
-            raise StoreError(f"{shown(folder / name)}: eos_token is {type(token).__name__}", "a text is expected")
-        if token:
-            return token, shown(folder / name)
-    for name in ID_FILES:
-        value = _value(folder / name, "eos_token_id")
-        first = next(iter(value), None) if isinstance(value, list) else value
-        if first is not None and (not isinstance(first, int) or isinstance(first, bool)):
-            raise StoreError(f"{shown(folder / name)}: eos_token_id is {str(value)[:60]}", "an id, or a list of ids")
-        if first is not None and first >= 0:  # -1: none
-            return first, shown(folder / name)
-    return None
 
 
 def _value(path: Path, key: str) -> Any:

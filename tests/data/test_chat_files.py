@@ -80,7 +80,7 @@ def test_tokenizer_config_keeps_them(tmp_path: Path, templates: dict[str, str]) 
     ({"tokenizer_config__json": {"chat_template": 3}}, "no known form"),
     ({"tokenizer_config__json": {"chat_template": [{"name": "x"}]}}, "no known form"),
     ({"tokenizer_config__json": {"eos_token": ["a"]}}, "eos_token is of no known form"),
-    ({"generation_config__json": {"eos_token_id": "2"}}, "eos_token_id=2 cannot be read"),
+    ({"generation_config__json": {"eos_token_id": "2"}}, "eos_token_id='2' cannot be read"),
     ({"generation_config__json": {"eos_token_id": [True]}}, "cannot be read"),
     ({"config__json": {"eos_token_id": 1 << 40}}, "cannot be read"),
     ({"chat_template__jinja": "x" * (1 << 20) + "x"}, "1,048,577 characters"),

@@ -10,9 +10,10 @@ from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from retro_engine import cli
+from retro_engine.data.chat_files import said_end
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import EOD, MAX_ID, Tokenizer
-from retro_engine.data.tokenizer_files import added_tokens, find, from_pair, read_object, said_end
+from retro_engine.data.tokenizer_files import added_tokens, find, from_pair, read_object
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -44,7 +45,8 @@ def of_bytes(*special: str, plain: tuple[str, ...] = ()) -> str:
         ({"special_tokens_map__json": {"eos_token": {"content": "<b>"}}, "config__json": {"eos_token_id": 256}}, "<b>"),
         ({"generation_config__json": {"eos_token_id": [257, 256]}, "config__json": {"eos_token_id": 256}}, "<b>"),
         ({"generation_config__json": {"eos_token_id": None}, "config__json": {"eos_token_id": 257}}, "<b>"),
-        ({"config__json": {"eos_token_id": -1}}, EOD),
+        ({"config__json": {"model_type": "llava", "text_config": {"eos_token_id": 257}}}, "<b>"),
+        ({"tokenizer_config__json": "\ufeff{}", "config__json": {"eos_token_id": -1}}, EOD),
         ({"config__json": {"eos_token_id": 2}}, EOD),  # an ordinary token, the default of many configurations
         ({"config__json": {"eos_token_id": 50256}}, EOD),
         ({}, EOD),
@@ -77,10 +79,10 @@ def test_ends_that_cannot_be(tmp_path: Path) -> None:
             Tokenizer.load(folder, ordinary)
     for name, values, message in (
         ("config.json", {"eos_token_id": 999}, "config.json names the end-of-document token 999"),
-        ("config.json", {"eos_token_id": "2"}, "config.json: eos_token_id is 2"),
-        ("config.json", {"eos_token_id": True}, "config.json: eos_token_id is True"),
-        ("tokenizer_config.json", {"eos_token": 3}, "eos_token is int"),
-        ("tokenizer_config.json", [1], "is a list"),
+        ("config.json", {"eos_token_id": "2"}, "config.json: eos_token_id='2' cannot be read"),
+        ("config.json", {"eos_token_id": True}, "config.json: eos_token_id=True cannot be read"),
+        ("tokenizer_config.json", {"eos_token": 3}, "eos_token is of no known form"),
+        ("tokenizer_config.json", [1], "it is a list"),
         ("tokenizer_config.json", "{", "is not JSON"),
     ):
         (folder / name).write_text(values if isinstance(values, str) else json.dumps(values))
