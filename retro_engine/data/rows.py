@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from retro_engine.data.inputs import SetAside, kind_of, open_file, shown
-from retro_engine.data.streams import STREAM_ERRORS, Joined, Unusable, decode, open_text
+from retro_engine.data.streams import HEAD, STREAM_ERRORS, Joined, Unusable, decode, open_text
 from retro_engine.errors import MissingExtraError, MissingInputError
 
 PARQUET_ROWS = 256  # read at once
@@ -54,7 +54,7 @@ class RowReader:
         try:
             file, encoding = open_text(path)
             with file:
-                text = _Text(file, encoding, self.errors, self.max_bytes)
+                text = _Text(_with_line_feeds(file), encoding, self.errors, self.max_bytes)
                 rows = self._rows_of(text, kind, shown(path))
                 for row in rows:
                     number = row.number if isinstance(row, Row) else text.number
@@ -178,6 +178,20 @@ class RowReader:
         except UnicodeDecodeError:  # a string column may hold any bytes
             value = getattr(column[row], "value", column[row]).as_buffer().to_pybytes()
         return decode(value, self.errors) if isinstance(value, bytes) else value
+
+
+class _LineFeeds(Joined):
+    """The rest of a file with line feeds in place of carriage returns."""
+
+    def _take(self, raw: bytes) -> bytes:
+        return raw.replace(b"\r", b"\n")
+
+
+def _with_line_feeds(file: Any) -> IO[bytes]:
+    """The file; where its lines end with carriage returns alone, as those of old spreadsheets, with line feeds."""
+    head: bytes = file.peek(HEAD)
+    is_old = b"\r" in head[:-1] and b"\n" not in head
+    return io.BufferedReader(_LineFeeds(file, b""), 1 << 20) if is_old else file
 
 
 class _Text:

@@ -1,6 +1,10 @@
 """Rows of JSON, TSV and CSV: each with its place, bad ones alone set aside, and no row lost without a word."""
 
+import bz2
+import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,3 +119,21 @@ def test_tables_with_bad_bytes_and_names(tmp_path: Path, name: str) -> None:
 def test_spreadsheets_separators(tmp_path: Path) -> None:
     for separator in ",;\t":
         assert texts(read(tmp_path / "a.csv", f"id{separator}text\r\n1{separator}a\r\n")) == ["a"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_lines_that_end_with_carriage_returns_alone(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    packed = {bytes: "", gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz"}[pack]
+    for name, content in {
+        "a.jsonl": '{"text": "one"}\r{"text": "tw\\ro"}\r',
+        "b.json": '{"text": "one"}\r{"text": "tw\\ro"}',
+        "c.csv": '\ufefftext,id\rone,1\r"tw\ro",2\r',
+        "d.tsv": 'text\tid\rone\t1\r"tw\ro"\t2',
+    }.items():
+        path = tmp_path / (name + packed)
+        path.write_bytes(pack(content.encode()))
+        rows = list(RowReader("strict", 1 << 20, ("text",)).read(path))
+        assert [text.replace("\r", "\n") for text in texts(rows)] == ["one", "tw\no"], name
+    path.with_name("e.tsv").write_bytes(b"id\ttext\n1\ta\rb\n")
+    (row,) = RowReader("strict", 1 << 20, ("text",)).read(path.with_name("e.tsv"))
+    assert isinstance(row, Row) and row.values["text"] == "a\rb", "a carriage return within a line stays"
