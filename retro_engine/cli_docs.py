@@ -48,6 +48,8 @@ def add_docs(sub: argparse.ArgumentParser) -> None:
         help="text, HTML, JSON, TSV, CSV, Parquet, compressed or not; folders; - for one text",
     )
     what.add_argument("--id", metavar="ID", help="of the text from standard input")
+    what.add_argument("--text-key", default="text", help="key of the text in rows")
+    what.add_argument("--errors", default="strict", choices=["strict", "replace"], help="replace repairs bad UTF-8")
     makes(what)
     what = command("import", _import, "add a large file of rows; goes on when it was interrupted")
     what.add_argument(
@@ -164,11 +166,16 @@ def _add(args: argparse.Namespace) -> int:
     if args.inputs == ["-"]:
         if args.id is None:
             raise UsageError("a text from standard input needs an id", "", "--id ID")
-        rows = iter([Document(args.id, "", read_text(standard_input(), MAX_DOCUMENT_BYTES, "standard input"))])
+        if args.text_key != "text":
+            raise UsageError("--text-key cannot be used", "standard input is one text, not rows", "leave it out")
+        text = read_text(standard_input(), MAX_DOCUMENT_BYTES, "standard input", args.errors)
+        rows = iter([Document(args.id, "", text)])
+    elif args.id is not None:
+        raise UsageError("--id cannot be used", "it is of the text from standard input, -", "leave it out")
     else:
         paths, passed_over = find_files(args.inputs)
         tell(passed_over, _reporter(args).say)
-        rows = Reader(max_document_bytes=MAX_DOCUMENT_BYTES).read(paths)
+        rows = Reader(args.text_key, args.errors, MAX_DOCUMENT_BYTES).read(paths)
     num_added = num_set_aside = 0
     with _open(args) as library:
         while batch := list(islice(rows, BATCH)):

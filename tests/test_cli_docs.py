@@ -146,6 +146,19 @@ def test_one_document_by_every_spelling(
     assert "'id' is bool" in run("add", "library", "c.jsonl")[1]
 
 
+def test_the_advice_of_what_is_set_aside_works(run: Any, small_store: Store, tmp_path: Path) -> None:
+    library, rows, text = (str(tmp_path / name) for name in ("library", "rows.csv", "a.txt"))
+    Path(rows).write_text("id,Body\n1,the river\n")
+    Path(text).write_bytes(b"caf\xe9")
+    made = ("--store", str(small_store.folder))
+    assert "--text-key of prepare and docs add" in run("add", library, rows, *made, code=3)[1]
+    assert "--errors replace of prepare and docs add" in run("add", library, text, code=3)[1]
+    run("add", library, rows, text, "--text-key", "Body", "--errors", "replace")
+    assert "--id cannot be used" in run("add", library, text, "--id", "x", code=2)[1]
+    assert "--text-key cannot be used" in run("add", library, "-", "--id", "x", "--text-key", "y", code=2)[1]
+    assert run("get", library, "1")[0].strip() == "the river" and "caf\ufffd" in run("get", library, "a.txt")[0]
+
+
 def test_what_is_passed_over_is_named(
     run: Any, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

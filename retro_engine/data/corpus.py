@@ -15,7 +15,7 @@ from retro_engine.data.html_text import declared_encoding, page_text
 from retro_engine.data.identity import ID_KEYS, own_id
 from retro_engine.data.inputs import PAGE_KINDS, TEXT_KINDS, SetAside, kind_of, shown, standard_input
 from retro_engine.data.rows import Row, RowReader
-from retro_engine.data.streams import HEAD, STREAM_ERRORS, Unusable, as_utf8, decode, open_text
+from retro_engine.data.streams import HEAD, REPLACE, STREAM_ERRORS, TEXT_KEY, Unusable, as_utf8, decode, open_text
 from retro_engine.errors import MissingInputError
 
 MAX_DOCUMENT_BYTES = 64 << 20
@@ -94,7 +94,7 @@ class Reader:
         """Raises Unusable."""
         if self.text_key not in row.values:
             keys = ", ".join(list(row.values)[:6])
-            raise Unusable(f"no key {self.text_key!r} (it has {keys}); --text-key names another")
+            raise Unusable(f"no key {self.text_key!r} (it has {keys}); {TEXT_KEY}")
         value = row.values[self.text_key]
         if not isinstance(value, str):
             raise Unusable(f"{self.text_key!r} is {type(value).__name__}, not text")
@@ -123,7 +123,7 @@ class Reader:
         except UnicodeEncodeError as error:
             is_byte = "\udc80" <= text[error.start] <= "\udcff" and error.end == error.start + 1
             what = "not UTF-8, or half of a surrogate pair" if is_byte else "holds half of a surrogate pair"
-            raise Unusable(f"{what} (--errors replace repairs it)") from error
+            raise Unusable(f"{what} ({REPLACE} repairs it)") from error
         if "\0" in text:
             raise Unusable("binary: it holds a NUL byte")
         if not text.strip():

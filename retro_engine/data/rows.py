@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from retro_engine.data.inputs import SetAside, kind_of, open_file, shown
-from retro_engine.data.streams import HEAD, STREAM_ERRORS, Joined, Unusable, decode, open_text
+from retro_engine.data.streams import HEAD, STREAM_ERRORS, TEXT_KEY, Joined, Unusable, decode, open_text
 from retro_engine.errors import MissingExtraError, MissingInputError
 
 PARQUET_ROWS = 256  # read at once
@@ -142,7 +142,7 @@ class RowReader:
         if is_passage and (len(first[1]) > 40 or len(first[1].split()) > 2):  # text, no name
             return list(PASSAGES[: len(first)]), False
         shown_names = ", ".join(name[:40] for name in names[:6])
-        raise Unusable(f"no column {self.required!r} (it has {shown_names}); --text-key names another")
+        raise Unusable(f"no column {self.required!r} (it has {shown_names}); {TEXT_KEY}")
 
     def _parquet(self, path: Path) -> Iterator[Row | SetAside]:
         parquet, arrow = _import_parquet()
@@ -152,7 +152,7 @@ class RowReader:
                 names = file.schema_arrow.names
                 if self.required and self.required not in names:
                     found = ", ".join(names[:6])
-                    why = f"no column {self.required!r} (it has {found}); --text-key names another"
+                    why = f"no column {self.required!r} (it has {found}); {TEXT_KEY}"
                     yield SetAside(shown(path), why)
                     return
                 columns = [name for name in dict.fromkeys(self.columns) if name in names]

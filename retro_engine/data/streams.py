@@ -28,6 +28,8 @@ _MARKS = {
     b"\xff\xfe": "utf-16-le",
     b"\xfe\xff": "utf-16-be",
 }
+REPLACE = "--errors replace of prepare and docs add"  # not every command that says what is wrong has the flags
+TEXT_KEY = "--text-key of prepare and docs add names another"
 STREAM_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # of damaged and truncated files
 
 
@@ -76,14 +78,14 @@ def as_utf8(file: IO[bytes], can_go_back: bool = False) -> tuple[IO[bytes], str]
     return io.BufferedReader(Joined(file, head[skipped:]), 1 << 20), "UTF-8"
 
 
-def read_text(file: IO[bytes], limit: int, name: str) -> str:
+def read_text(file: IO[bytes], limit: int, name: str, errors: str = "strict") -> str:
     """All of a text of at most `limit` bytes. Raises MissingInputError."""
     try:
         text, encoding = as_utf8(file)
         raw = text.read(limit + 1)
         if len(raw) > limit:
             raise Unusable(f"it is larger than {limit:,} bytes")
-        return decode(raw, encoding=encoding)
+        return decode(raw, errors, encoding)
     except (Unusable, *STREAM_ERRORS) as error:
         raise MissingInputError(f"{name} cannot be read", str(error)) from error
 
@@ -95,7 +97,7 @@ def decode(raw: bytes, errors: str = "strict", encoding: str = "UTF-8") -> str:
         return raw.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         where = f"not UTF-8 at byte {error.start}" if encoding == "UTF-8" else f"not {encoding}"
-        raise Unusable(f"{where} (--errors replace puts U+FFFD there; iconv -f ENCODING -t UTF-8 keeps it)") from error
+        raise Unusable(f"{where} ({REPLACE} puts U+FFFD there; iconv -f ENCODING -t UTF-8 keeps it)") from error
 
 
 def _unmarked(head: bytes) -> str:

@@ -18,7 +18,7 @@ from retro_engine.data.inputs import SetAside
 from retro_engine.errors import MissingInputError
 
 GOOD = b'{"id": 1, "title": "T", "text": "good"}\n'
-BAD_BYTES = "not UTF-8 at byte 0 (--errors replace puts U+FFFD there; iconv -f ENCODING -t UTF-8 keeps it)"
+BAD_BYTES = "not UTF-8 at byte 0 (--errors replace of prepare and docs add puts U+FFFD there; iconv -f ENCODING -t UTF-8 keeps it)"
 DEEP = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
 BAD_ROWS = {
     "not JSON": b"{oops\n",

@@ -90,7 +90,10 @@ def test_dprs_passages(tmp_path: Path) -> None:
     two = read(path, "7\tA passage of several words and no title\n8\tAnother passage of words\n")
     assert [row.values for row in two][1] == {"id": "8", "text": "Another passage of words"}
     (refused,) = read(path, "docid\tbody\theading\n1\tx\ty\n")
-    assert refused.reason == "no column 'text' (it has docid, body, heading); --text-key names another"
+    assert (
+        refused.reason
+        == "no column 'text' (it has docid, body, heading); --text-key of prepare and docs add names another"
+    )
 
 
 def test_cells_of_several_lines(tmp_path: Path) -> None:
