@@ -39,6 +39,7 @@ DTYPES = {"u1": np.uint8, "u2": np.uint16, "u4": np.uint32, "i4": np.int32, "i8"
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 MOST_JSON_BYTES = 1 << 28
+MOST_OBJECT_BYTES = 16 << 20  # of a run's or a checkpoint's file
 PLAIN_NAME = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9_.+-]{1,255}")
 KINDS = {
     stat.S_ISDIR: "a folder",
@@ -133,6 +134,26 @@ def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Any:
         return json.loads(read_bytes(path, most))
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+
+
+def read_object(path: Path, do: str = "", most: int = MOST_OBJECT_BYTES) -> dict[str, Any]:
+    """An object from a JSON file that a folder of ours holds; `do`: what helps where there is none.
+
+    Raises MissingInputError, or StoreError for what is none.
+    """
+    try:
+        value = read_json(path, most)
+    except FileNotFoundError as error:
+        raise MissingInputError(f"{path} does not exist", "no such file", do) from error
+    except OSError as error:
+        raise MissingInputError(f"{path} cannot be read", error.strerror or "", do) from error
+    except ValueError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path} is damaged", str(error), do) from error
+    if not isinstance(value, dict):
+        raise StoreError(f"{path} is damaged", f"it holds a {type(value).__name__}", do)
+    return value
 
 
 def map_npy(path: Path, dtype: Any, ndim: int) -> np.ndarray:

@@ -171,7 +171,7 @@ INDEX_OPTIONAL = {
 SEGMENT = {"library": FINGERPRINT, "documents": whole(1, MOST_IDS), "chunks": whole(1, MOST_IDS), "files": FILES}
 SEGMENT_OPTIONAL = {"width": whole(1, 1 << 16), "recall_at_10": real(0, 1)}
 
-# Files of a checkpoint, and the settings of a library, which have no kind and no version of their own.
+# Files of a checkpoint, the settings of a library and the lines of a sweep, which have no kind and no version of their own.
 COMPLETE = mapping(text(r"[A-Za-z0-9_.+-]{1,255}(/[A-Za-z0-9_.+-]{1,255})?"), FINGERPRINT)
 TRAINER = fields(
     {"step": COUNT},
@@ -191,6 +191,9 @@ TRAINER = fields(
 )
 GENERATION = fields(
     {"greedy": yes_or_no, "temperature": real(0, 1e308), "top_k": whole(0, MOST), "top_p": real(0, 1)},
+)
+SWEEP_CELL = fields(
+    {"mup": yes_or_no, "width": COUNT, "rate": real(0, 1e308), "seed": whole(-MOST, MOST), "loss": loss}
 )
 SETTINGS = fields(
     {

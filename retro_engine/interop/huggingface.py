@@ -17,6 +17,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, StoreError, UsageError, nearest
 from retro_engine.interop.archives import read_archive
 from retro_engine.interop.exports import MODEL_TYPE, read_export
+from retro_engine.model.weights import read_tensors
 
 LLAMA_FAMILY = ("llama", "mistral", "qwen2")
 KNOWN = ("gpt2", *LLAMA_FAMILY)
@@ -135,15 +136,7 @@ def read_weights(folder: Path) -> State:
 def _read_tensors(path: Path) -> State:
     if path.suffix != ".safetensors":
         return {name: value for name, value in read_archive(path).items() if isinstance(value, Tensor)}
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise MissingInputError(f"{path} does not exist", "the index names it")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, KeyError) as error:  # KeyError: a type that this torch does not have
-        raise StoreError(f"{path} cannot be read", str(error)) from error
+    return read_tensors(path)
 
 
 def _refuse(name: str, key: str, value: Any, why: str) -> None:

@@ -74,20 +74,22 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> RetroModel:
     """The model of a checkpoint folder, in evaluation mode; `dtype` None = as saved."""
+    path = Path(folder) / WEIGHTS_FILE
+    model = new_model(read_config(folder), read_tensors(path), str(path))
+    return model.to(dtype or model.embedding.weight.dtype).eval()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What a .safetensors file holds. Raises MissingInputError, or StoreError for one that cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(folder) / WEIGHTS_FILE
-    if not path.is_file():
-        raise MissingInputError(f"{path} does not exist", "a checkpoint folder has a model.safetensors", "retro train")
-    config = read_config(folder)
+    if not path.is_file():  # a pipe or a device neither
+        raise MissingInputError(f"{path} does not exist", "weights are read from there", "name a whole checkpoint")
     try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise StoreError(f"{path} cannot be read", str(error), "resume from another checkpoint") from error
-    model = RetroModel(config)
-    load_state(model, state, str(path))
-    return model.to(dtype or model.embedding.weight.dtype).eval()
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError: a type that this torch does not have
+        raise StoreError(f"{path} cannot be read", str(error), "take it from another checkpoint") from error
 
 
 def new_model(config: ModelConfig, state: dict[str, Tensor], name: str) -> RetroModel:
@@ -119,6 +121,7 @@ def _check_shapes(model: RetroModel, state: dict[str, Tensor], name: str) -> Non
     wrong = [
         f"{key} {found[key]}, expected {shape}" for key, shape in expected.items() if found.get(key, shape) != shape
     ]
+    wrong += [f"{key} is {value.dtype}" for key, value in state.items() if not value.is_floating_point()]
     if missing or extra or wrong:
         parts = [f"missing {missing[:8]}"] * bool(missing) + [f"extra {extra[:8]}"] * bool(extra) + wrong[:8]
         raise StoreError(f"{name} does not fit the model", "; ".join(parts), "check the config beside the weights")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from retro_engine.data import files
+from retro_engine.data.manifests import EMBEDDING
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError
 from retro_engine.progress import Reporter, duration
@@ -82,6 +83,7 @@ def _settle_embedding(store: Store, model: str, folder: Path, reporter: Reporter
     try:
         known = files.read_json(path)
         if known["store"] == store.fingerprint:
+            EMBEDDING(known["embedding"], EMBEDDING_FILE)
             embedding = Embedding(**known["embedding"])
             _refuse_other_choices(folder, embedding, choices)
             return embedding

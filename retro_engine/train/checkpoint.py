@@ -30,11 +30,11 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
 from retro_engine.model.attention import is_sharded
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, load_state, read_config
+from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, load_state, read_config, read_tensors
 from retro_engine.progress import note
 from retro_engine.train.optimizer import Optimizer
 from retro_engine.train.parallel import Parallel
-from retro_engine.train.record import Say, read_json
+from retro_engine.train.record import Say
 
 COMPLETE = "COMPLETE"
 OPTIMIZER_FOLDER = "optimizer"
@@ -319,7 +319,7 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
     """COMPLETE: file -> SHA-256. Raises StoreError when it is damaged."""
     path = checkpoint / COMPLETE
     try:
-        hashes = read_json(path)
+        hashes = files.read_object(path)
     except MissingInputError as error:
         raise StoreError(f"{path} cannot be read", error.why, "resume from another checkpoint") from error
     try:
@@ -331,17 +331,34 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 
 def load_weights(checkpoint: Path, model: RetroModel) -> None:
     """Restore the weights of a model that is not spread yet, in the type they were saved in."""
-    from safetensors.torch import load_file
-
-    load_state(model, load_file(checkpoint / WEIGHTS_FILE), str(checkpoint / WEIGHTS_FILE))
+    load_state(model, read_tensors(checkpoint / WEIGHTS_FILE), str(checkpoint / WEIGHTS_FILE))
 
 
 def load_optimizer(checkpoint: Path, optimizer: Optimizer, parallel: Parallel) -> None:
-    """Restore the optimizer's state and, where this process had one, its random numbers."""
+    """Restore the optimizer's state and, where this process had one, its random numbers.
+
+    Raises StoreError for what cannot be read, or is not of this model.
+    """
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint import CheckpointException
+
+    # RuntimeError: also nesting, and random numbers' states. CheckpointException: what any process met while it read.
+    flaws = (SafetensorError, OSError, CheckpointException, LookupError, ValueError, TypeError, RuntimeError)
+    try:
+        _load_shards(str(checkpoint / OPTIMIZER_FOLDER), optimizer, parallel)
+    except torch.OutOfMemoryError:
+        raise
+    except (*flaws, AssertionError) as error:
+        met = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        why = f"{type(met).__name__}: {str(met)[:200]}"
+        what = f"{checkpoint / OPTIMIZER_FOLDER} cannot be read"
+        raise StoreError(what, why, "resume from another checkpoint, or --init-from takes its weights alone") from error
+
+
+def _load_shards(folder: str, optimizer: Optimizer, parallel: Parallel) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-    folder = str(checkpoint / OPTIMIZER_FOLDER)
     names = set(HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata)
     own = {f"random_state.{parallel.rank}": torch.get_rng_state()}
     if parallel.device.type == "cuda":
@@ -372,7 +389,7 @@ def read_trainer(checkpoint: Path) -> dict[str, Any]:
     """trainer.json of a checkpoint. Raises StoreError when it is missing or damaged."""
     path = checkpoint / TRAINER_FILE
     try:
-        state = read_json(path)
+        state = files.read_object(path)
         manifests.TRAINER(state, TRAINER_FILE)
     except (MissingInputError, StoreError) as error:
         raise StoreError(f"{path} is damaged", error.why, "resume from another checkpoint") from error
@@ -394,7 +411,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def read_generation(checkpoint: Path) -> dict[str, Any]:
     """How the model samples when nothing is said: greedy, temperature, top_k, top_p."""
     try:
-        values = read_json(checkpoint / GENERATION_FILE)
+        values = files.read_object(checkpoint / GENERATION_FILE)
         manifests.GENERATION(values, GENERATION_FILE)
         return {key: values[key] for key in ("greedy", "temperature", "top_k", "top_p")}
     except (MissingInputError, StoreError):

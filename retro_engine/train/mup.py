@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from retro_engine.config import Config, ModelConfig, OptimConfig, check_model, load_config, to_yaml
 from retro_engine.data import files
+from retro_engine.data.manifests import SWEEP_CELL
 from retro_engine.data.store import Store
-from retro_engine.errors import GateError, MissingExtraError, UsageError
+from retro_engine.errors import GateError, MissingExtraError, StoreError, UsageError
 from retro_engine.evaluate.perplexity import to_tensors
 from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
@@ -423,7 +424,7 @@ def _keep_facts(out: Path, facts: dict[str, Any], config: Config) -> None:
     if not path.exists():
         files.publish(path, [(json.dumps(facts, indent=1) + "\n").encode()])
         return
-    before = record.read_json(path, "choose another --out")
+    before = files.read_object(path, "choose another --out")
     keys = [key for key in facts if before.get(key) != facts[key]]
     if keys:
         raise UsageError(
@@ -438,6 +439,11 @@ def _read_cells(path: Path) -> dict[Cell, float]:
     if not path.exists():
         return {}
     found = list(record.checked_lines(path))
+    for _, row in found:
+        try:
+            SWEEP_CELL(row, "a cell")
+        except ValueError as error:
+            raise StoreError(f"{path} is not what a sweep wrote", str(error), "choose another --out") from error
     path.write_text("".join(line for line, _ in found))
     return {
         (row["mup"], row["width"], row["rate"], row["seed"]): math.nan if row["loss"] is None else row["loss"]

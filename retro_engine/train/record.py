@@ -19,7 +19,7 @@ from retro_engine.progress import note
 from retro_engine.yaml_file import read_bytes
 
 SETTINGS_FILE, FACTS_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.jsonl"
-MAX_JSON_BYTES = 16 << 20
+MOST_LINES_BYTES = 1 << 30
 _MARK = re.compile(rb"# SHA-256 of what follows: ([0-9a-f]{64})\n")
 _LINE = re.compile(r'(\{.*), "crc32": "([0-9a-f]{8})"\}')
 
@@ -54,32 +54,13 @@ def write_facts(run: Path, facts: dict[str, Any]) -> None:
 def read_facts(run: Path, say: Say = note) -> dict[str, Any]:
     """run.json. Raises MissingInputError where there is none, StoreError where it is not what was written."""
     path = run / FACTS_FILE
-    facts = read_json(path, "name a whole run's folder")
+    facts = files.read_object(path, "name a whole run's folder")
     mark = facts.pop("fingerprint", None)
     if mark is None:
         say(f"{path} has no checksum, as earlier versions wrote it: it is read as it is")
     elif files.fingerprint(facts) != mark:
         raise StoreError(f"{path} is damaged or was edited", "its checksum does not match", "restore it")
     return facts
-
-
-def read_json(path: Path, do: str = "") -> dict[str, Any]:
-    """An object from a file that a folder of ours holds. Raises MissingInputError, or StoreError for what is none."""
-    if not path.is_file():  # a pipe or a device neither
-        raise MissingInputError(f"{path} does not exist", "no such file", do)
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise StoreError(f"{path} is damaged", f"it is larger than {MAX_JSON_BYTES:,} bytes", do)
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{path} is damaged", str(error), do) from error
-    except OSError as error:
-        raise MissingInputError(f"{path} cannot be read", error.strerror or "", do) from error
-    if not isinstance(value, dict):
-        raise StoreError(f"{path} is damaged", f"it holds a {type(value).__name__}", do)
-    return value
 
 
 def checked_line(values: dict[str, Any]) -> str:
@@ -90,10 +71,10 @@ def checked_line(values: dict[str, Any]) -> str:
 
 def checked_lines(path: Path, say: Say = note) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line, as it stands and as values. A damaged line is said by its number and passed over; so is the last
-    one where a kill cut it short, without a word.
+    one where a kill cut it short, without a word. Raises MissingInputError, or StoreError for what is no file of lines.
     """
     try:
-        lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+        lines = files.read_bytes(path, MOST_LINES_BYTES).decode("utf-8", "replace").split("\n")
     except OSError as error:
         raise MissingInputError(f"{path} cannot be read", error.strerror or "", "name the run's folder") from error
     damaged = []

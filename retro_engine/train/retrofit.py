@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from retro_engine.config import Config, ModelConfig, TrainedModelConfig, check
 from retro_engine.data.store import Store
@@ -17,7 +16,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.model.fit import unmet
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import WEIGHTS_FILE, load_state, read_config
+from retro_engine.model.weights import WEIGHTS_FILE, load_state, read_config, read_tensors
 from retro_engine.train import checkpoint
 
 FREE = ("encoder_seq_length", "num_neighbors", "retrieved_length", "hidden_dropout", "attention_dropout", "ffn_dropout")
@@ -109,7 +108,7 @@ def load_initial(source: Path, model: RetroModel) -> None:
     Raises StoreError listing tensors that do not fit.
     """
     checkpoint.verify(source)
-    state = load_file(source / WEIGHTS_FILE)
+    state = read_tensors(source / WEIGHTS_FILE)
     dtype = model.embedding.weight.dtype
     if not read_config(source).retrieval:
         state |= {name: value for name, value in model.state_dict().items() if is_new(name)}

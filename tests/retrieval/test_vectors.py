@@ -1,5 +1,6 @@
 """Vectors of a store: shard by shard, resumed, damaged, of another store; and exact search against NumPy."""
 
+import json
 import os
 import shutil
 import threading
@@ -80,6 +81,12 @@ def test_choices_of_an_earlier_run_stay(store: Store) -> None:
     """What decides the bytes is settled once: a damaged or other choice is refused, not mixed."""
     folder = build_vectors(store, "hash").folder
     path = folder / vectors_module.EMBEDDING_FILE
+    known = json.loads(path.read_text())
+    for change in ({"width": "x"}, {"precision": "fp8"}, {"name": "../x"}, {"width": True}, {"pooling": None}):
+        path.unlink()
+        path.write_text(json.dumps({**known, "embedding": {**known["embedding"], **change}}))
+        with pytest.raises(StoreError, match="is damaged"):
+            build_vectors(store, "hash")
     path.unlink()
     path.write_text("{")
     with pytest.raises(StoreError, match="is damaged"):

@@ -12,6 +12,7 @@ from training_helpers import config
 
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.model.weights import load_model
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint, loop
 from retro_engine.train.loop import train
@@ -160,6 +161,63 @@ def test_hostile_state_with_a_right_checksum(small_store: Store, run: Path, name
     (folder / "COMPLETE").write_bytes(HOSTILE[name])
     with pytest.raises(StoreError, match="COMPLETE"):
         checkpoint.verify(folder)
+
+
+def hostile_tensors(raw: bytes) -> dict[str, bytes]:
+    """What may stand in place of a .safetensors file, from one that is right."""
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+
+    def with_header(content: bytes) -> bytes:
+        return len(content).to_bytes(8, "little") + content + raw[8 + size :]
+
+    def changed(**values: object) -> bytes:
+        return with_header(
+            json.dumps({k: v if k == "__metadata__" else {**v, **values} for k, v in header.items()}).encode()
+        )
+
+    return {
+        "nothing": b"",
+        "cut": raw[:-64],
+        "a long header": (1 << 60).to_bytes(8, "little") + raw[8:],
+        "deep": with_header(b"[" * 100_000),
+        "an unknown type": changed(dtype="F8_E8M0"),
+        "whole numbers": changed(dtype="I32"),
+        "other names": with_header(json.dumps({f"other.{k}": v for k, v in header.items() if k[0] != "_"}).encode()),
+        "its parts are a list": with_header(json.dumps({**header, "__metadata__": {"DCP_SHARDING_INFO": "[]"}}).encode()),
+        "its parts are deep": with_header(json.dumps({**header, "__metadata__": {"DCP_SHARDING_INFO": "[" * 99_999}}).encode()),
+        "noise": raw[: 8 + size] + b"\xff" * (len(raw) - 8 - size),
+    }  # fmt: skip
+
+
+WEIGHTS_MAY = ("its parts are a list", "its parts are deep", "noise")  # nobody reads them, or training says it
+
+
+@pytest.mark.parametrize("name", hostile_tensors(b"\2\0\0\0\0\0\0\0{}"))
+def test_hostile_tensors_with_a_right_checksum(small_store: Store, run: Path, name: str) -> None:
+    again = config(small_store, run, *PLAIN, "trainer.max_steps=8")
+    folder = run / "checkpoints" / "step-000006"
+    weights = (folder / "model.safetensors").read_bytes()
+    if name not in WEIGHTS_MAY:
+        rewrite(folder, "model.safetensors", hostile_tensors(weights)[name])
+        with pytest.raises(StoreError, match=r"model\.safetensors"):
+            train(again, Reporter("quiet"))
+        with pytest.raises(StoreError, match=r"model\.safetensors"):
+            load_model(folder)
+        rewrite(folder, "model.safetensors", weights)
+    (shard,) = (folder / "optimizer").iterdir()
+    rewrite(folder, f"optimizer/{shard.name}", hostile_tensors(shard.read_bytes())[name])
+    with pytest.raises(StoreError, match="optimizer cannot be read"):
+        train(again, Reporter("quiet"))
+
+
+def test_a_size_that_the_weights_do_not_have(run: Path) -> None:
+    folder = run / "checkpoints" / "step-000006"
+    values = json.loads((folder / "config.json").read_text())
+    for changed in ({"hidden_size": 1 << 30}, {"dec_num_layers": 10**9}, {"ffn_hidden_size": 1 << 30}):
+        rewrite(folder, "config.json", json.dumps(values | changed).encode())
+        with pytest.raises(StoreError, match="does not fit"):
+            load_model(folder)
 
 
 @pytest.mark.parametrize("field", ["tokens_seen", "precision", "stream", "fingerprints", "good_steps"])

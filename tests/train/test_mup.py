@@ -13,7 +13,7 @@ from helpers import small_config, small_inputs, small_model
 from retro_engine.cli import main
 from retro_engine.config import Config, OptimConfig, TrainedModelConfig, base_config, load_config
 from retro_engine.data.store import Store
-from retro_engine.errors import GateError, UsageError
+from retro_engine.errors import GateError, StoreError, UsageError
 from retro_engine.model.decoding import new_cache, step
 from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
@@ -223,6 +223,15 @@ def test_the_check_sees_a_broken_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 SWEEP = ["model.hidden_size=16", "model.ffn_hidden_size=32", "model.num_attention_heads=2", "model.dec_num_layers=2",
          "model.dec_cross_attention=[1]", "model.enc_num_layers=1", "model.micro_batch_size=2", "model.optim.sched.warmup_steps=1",
          "model.data.splits_string='100,0,0'"]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ["{}", '{"mup": true, "width": "x", "rate": 1.0, "seed": 1, "loss": 1.0}', '{"mup": true, "width": 8, "rate": 1.0, "seed": 1, "loss": []}'])  # fmt: skip
+def test_cells_that_no_sweep_wrote(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "cells.jsonl"
+    path.write_text(f"{row}\n")
+    with pytest.raises(StoreError, match="is not what a sweep wrote"):
+        mup._read_cells(path)
+    assert path.read_text() == f"{row}\n"
 
 
 def test_a_sweep_is_done_in_pieces(small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """A run's folder is read back as it was written, or it is said."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,20 @@ def test_facts(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(MissingInputError, match="does not exist"):
         record.read_facts(tmp_path)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    for name in (record.FACTS_FILE, record.METRICS_FILE):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(StoreError, match="is a pipe"):
+        record.read_facts(tmp_path)
+    with pytest.raises(StoreError, match="is a pipe"):
+        list(record.checked_lines(tmp_path / record.METRICS_FILE))
+    (tmp_path / record.METRICS_FILE).unlink()
+    with open(tmp_path / record.METRICS_FILE, "wb") as file:
+        file.truncate(record.MOST_LINES_BYTES + 1)
+    with pytest.raises(StoreError, match="at most"):
+        list(record.checked_lines(tmp_path / record.METRICS_FILE))
 
 
 def test_a_damaged_line_is_named_and_passed_over(tmp_path: Path) -> None:
