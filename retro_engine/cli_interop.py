@@ -26,6 +26,7 @@ def add_interop(command: Command) -> None:
     sub.add_argument("--out", "-o", required=True, metavar="DIR", help="the checkpoint's folder")
     sub.add_argument("--format", default="auto", help="auto, hf, gguf, nemo, mcore, megatron")
     sub.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json or its folder (default: the model's own)")
+    sub.add_argument("--end-token", metavar="TOKEN", help="ends a document (default: the model's files say which)")
     sub.add_argument("--metadata", metavar="FILE", help="JSON: settings that a Megatron checkpoint does not have in it")
     sub.add_argument("--dtype", default="float32", choices=DTYPES)
 
@@ -59,7 +60,7 @@ def _import(args: argparse.Namespace) -> int:
             raise StoreError(f"{args.metadata} is not JSON", str(error)) from error
         if not isinstance(metadata, dict):
             raise StoreError(f"{args.metadata} holds no settings", "expected an object of names and values")
-    imported = import_model(args.path, args.format, args.tokenizer, metadata, DTYPES[args.dtype])
+    imported = import_model(args.path, args.format, args.tokenizer, metadata, DTYPES[args.dtype], args.end_token)
     write_checkpoint(imported, args.out, args.path)
     reporter = Reporter("json" if args.json else "quiet" if args.quiet else "text")
     for note in imported.notes:

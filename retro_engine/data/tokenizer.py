@@ -115,6 +115,12 @@ class Tokenizer:
         token = self.backend.get_added_tokens_decoder().get(index)
         return token is not None and token.special
 
+    @property
+    def file_json(self) -> str:
+        """As it is written where files beside it may name another end, which the mark stands above."""
+        is_alone = self.chat_files == ChatFiles() or not self._is_special(self.eod_id)
+        return self.json if is_alone else self._serialized(is_marked=True)
+
     def _serialized(self, is_marked: bool) -> str:
         """As tokenizer.json; the end of document is marked where its name does not tell."""
         if not is_marked:

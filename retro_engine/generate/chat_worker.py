@@ -41,8 +41,9 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separat
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _now(format: str) -> str:
+    """The parameter is named as transformers names it."""
+    return datetime.now().strftime(format)
 
 
 def renderer(template: str) -> Callable[[dict[str, Any]], str]:
@@ -60,15 +61,23 @@ def answer(render: Callable[[dict[str, Any]], str], variables: dict[str, Any], m
     """{"text"} or {"error"}."""
     try:
         text = render(variables)
-    except MemoryError:
-        return {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
-    except RecursionError:
-        return {"error": "it calls itself without end"}
+        if len(text.encode()) > max_bytes:
+            return {"error": f"it writes more than {max_bytes:,} bytes"}
     except Exception as error:  # a template is a program: it can raise anything, and only itself is to blame
-        return {"error": f"{type(error).__name__}: {error}"[:500] if str(error) else type(error).__name__}
-    if len(text.encode("utf-8", "surrogatepass")) > max_bytes:
-        return {"error": f"it writes more than {max_bytes:,} bytes"}
+        return {"error": _why(error)}
     return {"text": text}
+
+
+def _why(error: Exception) -> str:
+    """What a template did, on one line."""
+    if isinstance(error, MemoryError):
+        return f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"
+    if isinstance(error, RecursionError):
+        return "it calls itself without end, or its blocks are too deep"
+    if isinstance(error, UnicodeEncodeError):
+        return "it writes half a character (a lone surrogate)"
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}"[:500] if said else type(error).__name__
 
 
 def main() -> None:
@@ -81,8 +90,8 @@ def main() -> None:
         if number == 0:
             try:
                 render = renderer(first["template"])
-            except (TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as problem:
-                error = f"{type(problem).__name__}: {problem}"[:500]
+            except Exception as problem:  # constants are computed here: the same program
+                error = _why(problem)
         found = {"error": error} if render is None else answer(render, json.loads(line), first["max_bytes"])
         sys.stdout.write(json.dumps(found) + "\n")
         sys.stdout.flush()

@@ -66,7 +66,7 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
         "config.json": _json(config),
         "generation_config.json": _json(generation),
         "tokenizer_config.json": _json(tokenizer_config),
-        TOKENIZER_FILE: tokenizer.json.encode(),
+        TOKENIZER_FILE: tokenizer.file_json.encode(),
         "modeling_retro.py": MODULE.encode(),
         "model.safetensors": to_bytes(weights, {"format": "pt"}),
     }

@@ -51,8 +51,9 @@ OFF = {"attention.causal": True, "rope.scaling.attn_factor": 1.0, "rope.scaling.
 Read = tuple[ModelConfig, State, Tokenizer, list[str]]
 
 
-def read_gguf(path: str | Path, tokenizer: Tokenizer | None = None) -> Read:
-    """The decoder of a GGUF file, its tokenizer (or the one that is given) and notes for the user.
+def read_gguf(path: str | Path, tokenizer: Tokenizer | None = None, end_token: str | None = None) -> Read:
+    """The decoder of a GGUF file, its tokenizer (or the one that is given) and notes for the user; `end_token` ends a
+    document of the file's own tokenizer (None: what it says).
 
     Raises StoreError for what is damaged or not supported.
     """
@@ -63,7 +64,7 @@ def read_gguf(path: str | Path, tokenizer: Tokenizer | None = None) -> Read:
     values = _config(file, str(kind))
     notes: list[str] = []
     if tokenizer is None:
-        tokenizer, notes = gguf_tokenizer(fields, str(path))
+        tokenizer, notes = gguf_tokenizer(fields, str(path), end_token)
     else:
         tokenizer.chat_files = gguf_chat(fields, str(path))
     config, state, more = convert(values, _weights(file, values), str(path))

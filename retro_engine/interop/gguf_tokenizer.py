@@ -28,13 +28,16 @@ SPLIT = (
 )
 ENDS = ("eos", "eot", "eom")
 NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-CONTROL_NAME = re.compile(r"<\|[^|<>\s]+\|>|</?s>|<unk>|<pad>|<bos>|<eos>")
+CONTROL_NAME = re.compile(r"<\|[^|<>\s]+\|>|</?s>|<unk>|<pad>|<bos>|<eos>|<(?:start|end)_of_turn>")
 BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 LONGEST = 512  # characters of a SentencePiece token: merges are found by trying every cut
 
 
-def gguf_tokenizer(fields: dict[str, Any], name: str) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer, and notes for the user. Raises StoreError for one that is not known or damaged."""
+def gguf_tokenizer(fields: dict[str, Any], name: str, end_token: str | None = None) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer, and notes for the user; `end_token` ends a document (None: what the file says).
+
+    Raises StoreError for a tokenizer that is not known or damaged.
+    """
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre not in PRES):
         known = f"known in GGUF: llama, and gpt2 with {', '.join(PRES)}"
@@ -43,7 +46,8 @@ def gguf_tokenizer(fields: dict[str, Any], name: str) -> tuple[Tokenizer, list[s
     kinds = _kinds(fields, tokens, name)
     backend = _byte_level(fields, tokens, pre, name) if kind == "gpt2" else _sentencepiece(fields, tokens, kinds, name)
     _add_special(backend, tokens, kinds)
-    tokenizer = Tokenizer(backend.to_str(), name)
+    end = _special_ids(fields, tokens, name).get("eos")
+    tokenizer = Tokenizer(backend.to_str(), name, end_token, None if end is None else (end, f"{name}: eos_token_id"))
     tokenizer.chat_files = gguf_chat(fields, name)
     is_said = kind == "llama" or pre != "default"
     notes = [] if is_said else ["tokenizer.ggml.pre is not said: text is split as GPT-2's; --tokenizer names another"]
@@ -106,14 +110,18 @@ def _numbers(fields: dict[str, Any], key: str, count: int, name: str) -> np.ndar
 def _kinds(fields: dict[str, Any], tokens: list[str], name: str) -> list[int]:
     """token_type of each token; the specification lets it be missing: then names and ids say what is a control token."""
     found = _numbers(fields, "tokenizer.ggml.token_type", len(tokens), name)
-    if found is not None:
-        return [int(kind) for kind in found]
-    kinds = [
-        CONTROL if CONTROL_NAME.fullmatch(token) else BYTE if BYTE_NAME.fullmatch(token) else NORMAL for token in tokens
-    ]
-    for index in _special_ids(fields, tokens, name).values():
-        kinds[index] = CONTROL
+    named = list(_special_ids(fields, tokens, name).values())
+    if found is None:
+        kinds = [CONTROL if _is_control(token) else BYTE if BYTE_NAME.fullmatch(token) else NORMAL for token in tokens]
+    else:  # files are about whose token_type tells that a turn's end is a word: their own eos says that it is none
+        kinds, named = [int(kind) for kind in found], [index for index in named if _is_control(tokens[index])]
+    for index in named:
+        kinds[index] = UNKNOWN if kinds[index] == UNKNOWN else CONTROL
     return kinds
+
+
+def _is_control(token: str) -> bool:
+    return CONTROL_NAME.fullmatch(token) is not None
 
 
 def _byte_level(fields: dict[str, Any], tokens: list[str], pre: str, name: str) -> "Backend":

@@ -61,28 +61,27 @@ def import_model(
     tokenizer: str | Path | None = None,
     metadata: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    end_token: str | None = None,
 ) -> Imported:
     """The model at `path`. `tokenizer`: a tokenizer.json or a folder with one, where the model's own is not beside it;
-    `metadata`: settings that a Megatron or NeMo checkpoint does not have in it (`model.megatron.convert`).
+    `metadata`: settings that a Megatron or NeMo checkpoint does not have in it (`model.megatron.convert`); `end_token` ends a document (None: what the files say).
 
     Raises StoreError naming what does not fit, and MissingInputError where there is no tokenizer.
     """
     path = Path(path)
     kind = find_format(path, source)
-    given = None if tokenizer is None else _given(tokenizer)
+    given = None if tokenizer is None else _given(tokenizer, end_token)
     config: ModelConfig
     notes: list[str] = []
     if kind == "hf":
         config, state, notes = huggingface.read_folder(path)
-        given = given or _own(path)
-        given.chat_files = read_chat_files(
-            path
-        )  # also where the tokenizer is not the model's: that ends and chats as it did
+        given = given or _own(path, end_token)
+        given.chat_files = read_chat_files(path)  # also of another's tokenizer: the model ends and chats as it did
     elif kind == "gguf":
-        config, state, given, notes = read_gguf(path, given)
+        config, state, given, notes = read_gguf(path, given, end_token)
     else:
         if kind == "nemo":
-            state, meta, given = megatron_files.read_nemo(path, given)
+            state, meta, given = megatron_files.read_nemo(path, given, end_token)
         else:
             kind, state, meta = megatron_files.read_checkpoint(path)
         config, state = convert(state, meta | {key: str(value) for key, value in (metadata or {}).items()}, kind)
@@ -97,7 +96,7 @@ def import_model(
     return Imported(model.to(dtype).eval(), given, kind, notes)
 
 
-def _given(tokenizer: str | Path) -> Tokenizer:
+def _given(tokenizer: str | Path, end_token: str | None) -> Tokenizer:
     if str(tokenizer) == "auto":
         why = (
             "a model is imported with the tokenizer that it was trained with; another one's ids mean other words to it"
@@ -107,13 +106,13 @@ def _given(tokenizer: str | Path) -> Tokenizer:
         )
     if not Path(tokenizer).exists():
         raise MissingInputError(f"--tokenizer {tokenizer} does not exist", "", "name a tokenizer.json or its folder")
-    return Tokenizer.load(tokenizer)
+    return Tokenizer.load(tokenizer, end_token)
 
 
-def _own(folder: Path) -> Tokenizer:
+def _own(folder: Path, end_token: str | None) -> Tokenizer:
     """The tokenizer of a Hugging Face folder."""
     try:
-        return Tokenizer.load(folder)
+        return Tokenizer.load(folder, end_token)
     except MissingInputError as error:
         why = "expected tokenizer.json, or vocab.json and merges.txt"
         raise MissingInputError(f"{folder} has no tokenizer that is read", why, "--tokenizer PATH names one") from error

@@ -155,13 +155,15 @@ def merge(shards: list[State], is_gated: bool, name: str) -> State:
     return merged
 
 
-def read_nemo(path: str | Path, tokenizer: Tokenizer | None) -> tuple[State, dict[str, str], Tokenizer | None]:
+def read_nemo(
+    path: str | Path, tokenizer: Tokenizer | None, end_token: str | None = None
+) -> tuple[State, dict[str, str], Tokenizer | None]:
     """Merged state dict, metadata and, where the file holds one that loads, the tokenizer of a .nemo file."""
     with opened_nemo(path) as (config, weights, rest):
         values = config.get("model", config)
         shards = [tensors_of(read_archive(file)) for file in weights]
         shards = [{key.removeprefix("model."): value.clone() for key, value in shard.items()} for shard in shards]
-        found = tokenizer or _nemo_tokenizer(rest)
+        found = tokenizer or _nemo_tokenizer(rest, end_token)
         meta = {key: str(values[name]) for key, name in NEMO_SETTINGS.items() if values.get(name) is not None}
         for key in ("dec_ca", "enc_ca"):
             meta[key] = meta.get(key, "").strip("[]()")
@@ -171,7 +173,7 @@ def read_nemo(path: str | Path, tokenizer: Tokenizer | None) -> tuple[State, dic
         return merge(shards, False, str(path)), meta, found
 
 
-def _nemo_tokenizer(files: dict[str, Path]) -> Tokenizer | None:
+def _nemo_tokenizer(files: dict[str, Path], end_token: str | None) -> Tokenizer | None:
     """From the vocabulary and merges in the archive, whose names begin with a hash."""
     by_end = {
         end: file
@@ -180,4 +182,4 @@ def _nemo_tokenizer(files: dict[str, Path]) -> Tokenizer | None:
         if name.endswith(end)
     }
     vocab, merges = by_end.get("vocab.json"), by_end.get("merges.txt", by_end.get("vocab.bpe"))
-    return None if vocab is None or merges is None else Tokenizer.from_gpt2(vocab, merges)
+    return None if vocab is None or merges is None else Tokenizer.from_gpt2(vocab, merges, end_token)

@@ -60,10 +60,8 @@ def test_a_tokenizer_has_what_lies_beside_it(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.end_ids == [5, 2, 0]
     assert tokenizer.chat_files.templates == {"default": "x"}
-    alone = Tokenizer.load(
-        tmp_path / "tokenizer.json"
-    )  # of a file alone only its end of document is looked up beside it
-    assert (alone.eod_id, alone.end_ids, alone.chat_files.templates) == (2, [2, 0], {})
+    alone = Tokenizer.load(tmp_path / "tokenizer.json")  # the file is named: what ends a document, and no more
+    assert (alone.end_ids, alone.chat_files.templates) == ([2, 0], {})
 
 
 @pytest.mark.parametrize("templates", [{"default": "a"}, {"default": "a", "rag": "b"}, {"rag": "b"}, {}])

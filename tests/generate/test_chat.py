@@ -68,7 +68,7 @@ def test_rendered_as_transformers_renders(make: Make) -> None:
     text = (
         "{{ bos_token }}{%- for m in messages %}\n    {%- if m.role == 'system' %}\n  {% continue %}\n{% endif %}\n"
         "{{ m | tojson }} {{ {'a': '<é>'} | tojson(indent=1) }}\n  {% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n"
-        "{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ strftime_now('%Y')|length }}{{ tools is none }}\n"
+        "{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ strftime_now(format='%Y')|length }}{{ tools is none }}\n"
         "{% if add_generation_prompt %}<|im_start|>{% endif %}"
     )
     turns: list[dict[str, Any]] = [
@@ -111,6 +111,9 @@ def test_the_beginning_token_is_written_once(make: Make) -> None:
     ("", "writes nothing"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself"),
     ("{{ 'a' * 10 ** 10 }}", "MiB of memory"),
+    ("{{ 'a' * (300 * 2 ** 20) }}", "MiB of memory"),
+    ("{{ '\\ud800' }}{{ messages[0].content }}", "lone surrogate"),
+    ("{{ raise_exception('roles\n  must alternate') }}", "roles must alternate"),
     ("{{ 'a' * (9 * 2 ** 20) }}", "more than 8,388,608 bytes"),
     ("{% set n = namespace(x='abc') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "memory"),
 ])  # fmt: skip

@@ -14,8 +14,9 @@ from retro_engine.errors import MissingInputError, StoreError
 from retro_engine.generate.chat import ChatTemplate
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.request import Request
+from retro_engine.interop.exports import export_model
 from retro_engine.interop.gguf_model import read_gguf
-from retro_engine.interop.imports import import_model
+from retro_engine.interop.imports import import_model, write_checkpoint
 from retro_engine.model.weights import new_model
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -172,6 +173,40 @@ def test_a_chat_model(tmp_path: Path) -> None:
     assert tokenizer.end_ids == [2, 4, 0]
     with pytest.raises(StoreError, match="eom_token_id=999"):
         read_gguf(write(tmp_path / "y.gguf", tokenizer__ggml__eom_token_id=999))
+
+
+def test_the_end_of_a_document(tmp_path: Path) -> None:
+    """It is what eos says, whatever its name; a turn's end of the type of words is a control token all the same."""
+    words = [*alphabet(), "Th", "The"]
+
+    def end(special: list[str], end_token: str | None = None, **more: Any) -> Tokenizer:
+        tokens = special + words
+        kinds = [3] * len(special) + [1] * len(words)
+        more = {"tokenizer__ggml__tokens": tokens, "tokenizer__ggml__token_type": kinds} | more
+        return read_gguf(write(tmp_path / "x.gguf", **more), None, end_token)[2]
+
+    assert end(["<fin>", "<a>", "<stop>"]).eod_id == 2
+    assert end(["<fin>", "<a>", "<stop>"], "<fin>").eod_id == 0
+    for kind in (1, 4):
+        turns = end(["<bos>", "<|im_start|>", "<end_of_turn>"], tokenizer__ggml__token_type=[3, 3, kind] + [1] * 258)
+        assert turns.eod_id == 2
+        assert 2 in turns.special_ids
+    with pytest.raises(StoreError, match=r"names the ordinary token 'Th'\n.*\n.*--end-token"):
+        end(["<fin>", "<a>", "<stop>"], tokenizer__ggml__eos_token_id=3 + words.index("Th"))
+
+
+@pytest.mark.parametrize("end_token", [None, "<|endoftext|>"])
+def test_an_imported_tokenizer_is_the_same_when_it_is_loaded(tmp_path: Path, end_token: str | None) -> None:
+    """Documents, stores and checkpoints agree on it: also after an export, whatever its files name beside it."""
+    path = write(tmp_path / "x.gguf", tokenizer__chat_template=CHATML)
+    imported = import_model(path, end_token=end_token)
+    write_checkpoint(imported, tmp_path / "ours", path)
+    export_model(tmp_path / "ours", tmp_path / "theirs")
+    loaded = [Tokenizer.load(tmp_path / "ours"), import_model(tmp_path / "theirs").tokenizer]
+    for tokenizer in (imported.tokenizer, *loaded):
+        assert tokenizer.backend.id_to_token(tokenizer.eod_id) == (end_token or "<|im_end|>")
+        assert (tokenizer.fingerprint, tokenizer.pad_id) == (imported.tokenizer.fingerprint, imported.tokenizer.pad_id)
+        assert tokenizer.end_ids == imported.tokenizer.end_ids == [2, 0]
 
 
 def reference(path: Path, rotary: int, factors: list[float]) -> torch.Tensor:

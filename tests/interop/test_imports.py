@@ -113,7 +113,7 @@ def test_advice_where_there_is_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"has no tokenizer that is read\n.*merges.txt\n.*--tokenizer PATH"):
         import_model(source)
     (source / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(StoreError, match=r"tokenizer.model is SentencePiece's"):
+    with pytest.raises(StoreError, match=r"tokenizer.model is SentencePiece's file.*\n.*\n.*save_pretrained"):
         import_model(source)
     with pytest.raises(UsageError, match=r"--tokenizer auto cannot be used\n.*trained with.*\n.*--tokenizer PATH"):
         import_model(source, tokenizer="auto")
