@@ -54,7 +54,9 @@ class ModelConfig:
     encoder_position_embedding: str = "rope"  # the same, in the encoder
     cca_position_embedding: str = "rope"  # rope | none: chunked cross-attention
     cca_query_offset: bool = True  # query i at position i + m - 1 (the paper); False = at i
-    max_position_embeddings: int = 0  # rows of learned positions; 0 = encoder_seq_length
+    max_position_embeddings: int = (
+        0  # rows of learned positions (0 = encoder_seq_length), or a bound of others (0 = none)
+    )
     rotary_percentage: float = 1.0  # share of the head width that is rotated
     rotary_base: float = 10000.0
     # of the decoder's self-attention: each frequency is divided by its own (scaled positions); None = all by 1
@@ -86,6 +88,13 @@ class ModelConfig:
     def r(self) -> int:
         """Tokens per neighbor."""
         return self.retrieved_length if self.retrieved_length is not None else 2 * self.chunk_size
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Of a sequence: learned positions, or what imported weights were bounded to (a sliding window); None = any."""
+        if self.position_embedding == "learned":
+            return self.max_position_embeddings or self.encoder_seq_length
+        return self.max_position_embeddings or None
 
     @property
     def head_width(self) -> int:

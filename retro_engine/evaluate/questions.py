@@ -100,7 +100,8 @@ def answer_questions(
             tokens, valid = questions.neighbors(group, mode)
             neighbors, lengths = torch.from_numpy(tokens), torch.from_numpy(valid)
         asked = [prompts[number] for number in group]
-        ids = decode(model, asked, neighbors, lengths, max_new_tokens, tokenizer.end_ids, tokenizer.pad_id)
+        count = _left(model, chunks * questions.M, max_new_tokens)  # the same in any batch
+        ids = decode(model, asked, neighbors, lengths, count, tokenizer.end_ids, tokenizer.pad_id)
         for number, answer in zip(group, tokenizer.decode_batch(ids)):
             texts[number] = answer.strip().split("\n", 1)[0].strip()  # no other sign ends a line
         advance(len(group))
@@ -110,6 +111,12 @@ def answer_questions(
     exact = np.array([exact_match(answer, of) for answer, of in zip(said, right)])
     words = np.array([f1(answer, of) for answer, of in zip(said, right)])
     return Answers(said, exact, words, questions.num_set_aside, questions.num_left_out)
+
+
+def _left(model: RetroModel, length: int, wanted: int) -> int:
+    """New tokens after a prompt of `length`: an answer ends where the model's positions do."""
+    most = model.config.most_tokens
+    return wanted if most is None else max(1, min(wanted, most - length))
 
 
 def _with_passages(questions: Questions, number: int) -> list[int]:

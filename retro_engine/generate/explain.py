@@ -126,11 +126,10 @@ def text_log_probs(
     pad = -len(prompt_ids) % M
     tokens = [pad_id] * pad + [*prompt_ids, *text_ids]
     first = pad + len(prompt_ids)
-    learned = config.max_position_embeddings or config.encoder_seq_length
-    has_bound = config.position_embedding == "learned" or config.max_position_embeddings
-    if has_bound and len(tokens) > learned:
+    most = config.most_tokens
+    if most is not None and len(tokens) > most:
         raise UsageError(
-            f"prompt and text have {len(tokens)} tokens", f"the model has {learned} positions", "shorten them"
+            f"prompt and text have {len(tokens)} tokens", f"the model has {most} positions", "shorten them"
         )
     given = torch.tensor([tokens], device=device)
     cache = new_cache(model, 1, len(tokens), tokens_KR.size)

@@ -130,12 +130,11 @@ class Generator:
                 f"inference.pad_prompt=false: the first retrieval happens at token {M}, the prompt has {len(prompt_ids)}"
             )
         tokens = [self.tokenizer.pad_id] * pad + prompt_ids
-        learned = config.max_position_embeddings or config.encoder_seq_length
-        has_bound = config.position_embedding == "learned" or config.max_position_embeddings
-        if has_bound and len(tokens) + request.max_new_tokens > learned:
+        most = config.most_tokens
+        if most is not None and len(tokens) + request.max_new_tokens > most:
             raise UsageError(
                 f"{len(tokens)} prompt and {request.max_new_tokens} new tokens",
-                f"the model has {learned} positions",
+                f"the model has {most} positions",
                 "ask for fewer",
             )
         if sampling.min_tokens and self.tokenizer.vocab_size <= len(self.tokenizer.end_ids):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig
+from retro_engine.errors import UsageError
 from retro_engine.model import ops
 from retro_engine.model.attention import ChunkedCrossAttention, Rotary, SelfAttention
 from retro_engine.model.decoder import offset_read
@@ -467,7 +468,8 @@ def decode(
     """A batch of prompts answered together, to the end of the longest answer; the stop id that ended one is not in it.
 
     Prompts are padded on the left to the same whole number of chunks, so that each one's last token ends a chunk and its
-    given neighbors act from that token on. `neighbors_BKR` None = retrieval off; `choose` makes tokens [b] of logits [b, V]. Raises ValueError for an empty prompt.
+    given neighbors act from that token on. `neighbors_BKR` None = retrieval off; `choose` makes tokens [b] of logits [b, V]. Raises ValueError for an empty
+    prompt, UsageError for more tokens than the model has positions.
     """
     if not all(prompts):
         raise ValueError("a prompt is empty: there is nothing to continue")
@@ -475,6 +477,10 @@ def decode(
     is_reading = neighbors_BKR is not None and model.encoder is not None
     longest = max(map(len, prompts))
     length = -(-longest // M) * M if is_reading else longest
+    most = model.config.most_tokens
+    if most is not None and length + max_new_tokens > most:
+        what = f"{length} prompt and {max_new_tokens} new tokens"
+        raise UsageError(what, f"the model has {most} positions", "ask for fewer")
     tokens = torch.full((B, length), pad_id)
     is_token = torch.zeros(B, length, dtype=torch.bool)
     for row, prompt in enumerate(prompts):

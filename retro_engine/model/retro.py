@@ -168,12 +168,13 @@ class RetroModel(nn.Module):
     def embed(self, tokens: Tensor, start: int | Tensor) -> Tensor:
         """[b, n] -> [b, n, d]; `start`: the first token's position, or with n = 1 those of every row [b]."""
         x = self.embedding(tokens) * self.config.input_scale
+        most = self.config.most_tokens
+        if most is not None:
+            last = (int(start.max()) if isinstance(start, Tensor) else start) + tokens.shape[1]
+            if last > most:
+                raise ValueError(f"{last} tokens; the model has {most} positions")
         if self.config.position_embedding == "learned":
             assert self.position_embedding is not None
-            rows = self.position_embedding.num_embeddings
-            last = (int(start.max()) if isinstance(start, Tensor) else start) + tokens.shape[1]
-            if last > rows:
-                raise ValueError(f"{last} tokens; the model has {rows} learned positions")
             if isinstance(start, Tensor):
                 x = x + self.position_embedding(start)[:, None]
             else:

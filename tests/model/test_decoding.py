@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import small_config, small_inputs, small_model
 
+from retro_engine.errors import UsageError
 from retro_engine.model.decoding import DecodeCache, decode, decode_one, new_cache, prefill, step
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
@@ -199,6 +200,22 @@ def test_stops_and_retrieval_off() -> None:
     assert len(decode(plain, [[3]], torch.zeros(1, 2, 8, dtype=torch.long), None, 3, [], 0)[0]) == 3
     with pytest.raises(ValueError, match="empty"):
         decode(model, [[3], []], None, None, 2, [], 0)
+
+
+@pytest.mark.parametrize("bound", [{"max_position_embeddings": 32}, {"position_embedding": "learned"}])
+def test_no_more_tokens_than_the_model_has_positions(bound: dict[str, Any]) -> None:
+    """Beyond a sliding window attention would be another than the original's: refused before anything is computed."""
+    model = RetroModel(small_config(retrieval=False, encoder_seq_length=32, **bound)).eval()
+    assert len(decode(model, [[3] * 28, [4]], None, None, 4, [], 0)[0]) == 4
+    with pytest.raises(UsageError, match=r"28 prompt and 5 new tokens\n.*32 positions"):
+        decode(model, [[3] * 28, [4]], None, None, 5, [], 0)
+    model(torch.ones(1, 32, dtype=torch.long))
+    with pytest.raises(ValueError, match="33 tokens; the model has 32 positions"):
+        model(torch.ones(1, 33, dtype=torch.long))
+    cache = new_cache(model, 1, 33)
+    step(model, cache, torch.ones(1, 32, dtype=torch.long))
+    with pytest.raises(ValueError, match="33 tokens"):
+        step(model, cache, torch.ones(1, 1, dtype=torch.long))
 
 
 @pytest.mark.parametrize("size", [30, 1000])
