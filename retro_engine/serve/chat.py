@@ -16,13 +16,14 @@ class Part(Strict):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: None = None
 
 
 class Message(Strict):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)]
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None  # None: only an answer's, without text
     name: str | None = Field(None, max_length=64)
     # an answer that is sent back has these, with nothing in them
     refusal: Literal[""] | None = None
@@ -30,16 +31,20 @@ class Message(Strict):
     function_call: None = None
     annotations: list[Any] | None = Field(None, max_length=0)
     audio: None = None
+    parsed: None = None
     reasoning_content: Literal[""] | None = None
     reasoning: Literal[""] | None = None
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
 
 
 def chat_prompt(messages: list[Message], template: ChatTemplate | None) -> tuple[str | list[int], tuple[str, ...]]:
     """The prompt that an answer continues, token ids where the model has a template, and the texts that end it."""
+    for number, message in enumerate(messages):
+        if message.content is None and message.role != "assistant":
+            raise ApiError(400, f"the {message.role}'s message has no content", f"messages.{number}.content", "missing")
     if messages[-1].role not in ("user", "system", "developer"):
         raise ApiError(400, "the last message is the assistant's own: there is nothing to answer", "messages")
     if template is not None:

@@ -113,7 +113,12 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 async def read_chunks(request: Request, max_bytes: int, progress_s: float) -> AsyncIterator[bytes]:
-    """The body as it arrives. Raises ApiError 413 for too much, 408 for none in `progress_s`."""
+    """The body as it arrives. Raises ApiError 413 for too much, 408 for none in `progress_s`, 415 for a compressed one."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(
+            415, f"content-encoding {coding[:40]!r} is not taken: send the body as it is", "content-encoding"
+        )
     # The connection stays open, and server.py reads on for a while: a client that still sends would see a reset
     # instead of this answer.
     too_large = ApiError(413, f"the body has more than {max_bytes:,} bytes", code="body_too_large")
@@ -147,18 +152,30 @@ async def read_json(request: Request, limits: Limits, max_bytes: int | None = No
 
 
 def parse_json(raw: bytes, max_depth: int, max_nodes: int = 1 << 15) -> Any:
-    """Strict JSON: UTF-8, no NaN, no half of a surrogate pair, nested at most `max_depth` deep, of at most `max_nodes`
-    lists, objects and members. Both are counted in the bytes: what is refused costs next to nothing.
+    """Strict JSON: UTF-8, no NaN, no name twice in an object, no half of a surrogate pair, nested at most `max_depth` deep,
+    of at most `max_nodes` lists, objects and members. Both are counted in the bytes: what is refused costs next to nothing.
     """
     _check_shape(raw, max_depth, max_nodes)
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_object)
         if SURROGATE.search(raw) is not None:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ApiError(400, "the body holds half of a surrogate pair", code="invalid_json") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    except ValueError:  # int() takes no more than sys.get_int_max_str_digits()
+        raise ApiError(400, "the body holds a number of thousands of digits", code="invalid_json") from None
+    return value
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two members of one name another reader could take the first."""
+    value = dict(members)
+    if len(value) < len(members):
+        seen: set[str] = set()
+        twice = next(name for name, _ in members if name in seen or seen.add(name))[:80]
+        raise ApiError(400, f"{twice!r} is there twice in one object", twice, "invalid_json")
     return value
 
 
@@ -177,7 +194,7 @@ def _check_shape(raw: bytes, max_depth: int, max_nodes: int) -> None:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ApiError(400, f"the body is not JSON: {name} is not a number of JSON", code="invalid_json")
 
 
 def parse(model: type[Body], value: Any) -> Body:
@@ -185,8 +202,8 @@ def parse(model: type[Body], value: Any) -> Body:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_context=False, include_input=False)
-        named = [(_named(value, one["loc"], one["type"]), one) for one in errors]
+        errors = error.errors(include_url=False, include_context=False)
+        named = [(_named(value, one["loc"], one["type"], one["input"]), one) for one in errors]
         names, first = max(named, key=lambda one: len(one[0]))  # of a union, the form that was meant goes deepest
         param = ".".join(names) or None
         if first["type"] == "extra_forbidden":
@@ -194,10 +211,12 @@ def parse(model: type[Body], value: Any) -> Body:
         raise ApiError(400, f"{param or 'the body'}: {first['msg']}", param, first["type"]) from None
 
 
-def _named(value: Any, steps: tuple[int | str, ...], kind: str) -> list[str]:
-    """The steps of an error that lead through the body; the others name forms that were tried on a value."""
+def _named(value: Any, steps: tuple[int | str, ...], kind: str, wrong: Any) -> list[str]:
+    """The steps of an error that lead through the body; the others name forms that were tried on a value, `wrong` at last."""
     names = []
     for number, step in enumerate(steps):
+        if value is wrong:
+            break
         is_missing = kind == "missing" and number + 1 == len(steps)
         if isinstance(value, dict) and isinstance(step, str) and (step in value or is_missing):
             value = value.get(step)

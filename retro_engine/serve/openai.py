@@ -58,7 +58,7 @@ class Sampled(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | Texts | None = None
-    seed: int | None = Field(None, ge=0, lt=1 << 62)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     max_tokens: int | None = Field(None, ge=1)
     user: str | None = Field(None, max_length=512)
     safety_identifier: str | None = Field(None, max_length=512)
@@ -66,10 +66,10 @@ class Sampled(Strict):
     metadata: dict[str, str] | None = Field(None, max_length=0)
     store: Literal[False] = False
     service_tier: Literal["auto", "default"] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
-    top_k: int | None = Field(None, ge=0, le=1 << 20)
+    top_k: int | None = Field(None, ge=-1, le=1 << 20)  # 0 is off, and -1 as in vLLM
     repetition_penalty: float = Field(1.0, ge=TINY, le=100)
     min_tokens: int = Field(0, ge=0)
     retro: RetroOptions = Field(default_factory=lambda: RetroOptions.model_validate({}))
@@ -103,6 +103,9 @@ class Chat(Sampled):
     prediction: None = None
     reasoning_effort: Literal["none"] | None = None
     verbosity: Literal["medium"] | None = None
+    moderation: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: Literal["in_memory"] | None = None
     web_search_options: None = None
 
 
@@ -216,7 +219,7 @@ def _stops(stop: str | list[str] | None) -> list[str]:
 def sampling_of(body: Sampled, service: Service, seed: int) -> Sampling:
     """Temperature 0 takes the likeliest token; where nothing is said, the checkpoint's own way holds."""
     values: dict[str, Any] = {"repetition_penalty": body.repetition_penalty, "min_tokens": body.min_tokens}
-    asked = {"top_p": body.top_p, "top_k": body.top_k}
+    asked = {"top_p": body.top_p, "top_k": 0 if body.top_k == -1 else body.top_k}
     if body.temperature is not None and body.temperature < TINY:  # 0 to the logits, as it is here
         for name, value in asked.items():
             if value not in (None, 0, 1):
@@ -249,7 +252,7 @@ def requests_of(
     if options.retrieved_length is not None and options.retrieved_length > config.r:
         raise ApiError(400, f"the model reads at most {config.r} tokens a neighbor", "retro.retrieved_length")
     service.check_search(options.mode)
-    seed = secrets.randbits(48) if body.seed is None else body.seed
+    seed = secrets.randbits(48) if body.seed is None else body.seed % (1 << 62)
     first = Request(
         prompts[0],
         most,

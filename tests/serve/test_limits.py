@@ -50,10 +50,29 @@ def test_depth_is_counted_in_lists_of_numbers_too() -> None:
                     parse_json(raw, 32)
 
 
-@pytest.mark.parametrize("raw", [b'"\\ud800"', b'[1, "\\udfff"]', b'{"a": {"\\ud800": 1}}', b'"\xed\xa0\x80"', b"NaN", b"[Infinity]", b"-Infinity", b"\xef\xbb\xbf{}", b"{}{}", b"01", b"{'a': 1}"])  # fmt: skip
+@pytest.mark.parametrize("raw", [b'"\\ud800"', b'[1, "\\udfff"]', b'{"a": {"\\ud800": 1}}', b'"\xed\xa0\x80"', b"NaN", b"[Infinity]", b"-Infinity", b"\xef\xbb\xbf", b"{}{}", b"01", b"{'a': 1}"])  # fmt: skip
 def test_what_is_not_strict(raw: bytes) -> None:
     with pytest.raises(ApiError):
         parse_json(raw, 32)
+
+
+def test_of_two_members_of_one_name_none_is_dropped() -> None:
+    for raw in (b'{"a": 1, "a": 1}', b'[{"b": 1}, {"c": {"x": 1, "a": 2, "\\u0061": 3}}]'):
+        with pytest.raises(ApiError, match="'a' is there twice") as caught:
+            parse_json(raw, 32)
+        assert caught.value.param == "a"
+    assert parse_json(b'{"a": {"a": 1}, "b": {"a": 1}}', 32) == {"a": {"a": 1}, "b": {"a": 1}}
+    start = time.process_time()
+    with pytest.raises(ApiError, match="twice"):
+        parse_json(b"{" + b"".join(b'"%d":1,' % n for n in range(30_000)) + b'"29999":1}', 32)
+    assert time.process_time() - start < 0.2
+
+
+def test_a_byte_order_mark_and_a_number_of_many_digits() -> None:
+    assert parse_json(b'\xef\xbb\xbf{"a": [1]}', 32) == {"a": [1]}
+    with pytest.raises(ApiError) as caught:
+        parse_json(b"[" + b"9" * 5000 + b"]", 32)
+    assert caught.value.message == "the body holds a number of thousands of digits"
 
 
 class Body(Strict):
@@ -64,7 +83,8 @@ class Body(Strict):
 def test_the_field_that_is_wrong_is_named() -> None:
     for value, param in (
         ({"number": 9}, "number"), ({"number": "3"}, "number"), ({"number": True}, "number"), ({"number": 2.0}, "number"),
-        ({"either": [1, "x"]}, "either.1"), ({"unknown": 1}, "unknown"), ([], None), (None, None),
+        ({"either": [1, "x"]}, "either.1"), ({"either": {"str": 1}}, "either"),
+        ({"either": {"list[int]": {"0": 1}}}, "either"), ({"unknown": 1}, "unknown"), ([], None), (None, None),
     ):  # fmt: skip
         with pytest.raises(ApiError) as caught:
             parse(Body, value)

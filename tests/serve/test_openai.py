@@ -1,5 +1,6 @@
 """OpenAI's API, asked by OpenAI's own client; and every way to ask wrongly."""
 
+import gzip
 import json
 import time
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_retro_fields(server: Server) -> None:
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop": [1]}, "stop"),
-        ({"seed": -1}, "seed"),
+        ({"seed": 1 << 63}, "seed"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"presence_penalty": 1}, "presence_penalty"),
         ({"logit_bias": {"5": 1.0}}, "logit_bias"),
@@ -232,6 +233,9 @@ def test_refusals_that_name_no_field(server: Server) -> None:
             headers = {"content-type": "application/json"}
             answer = client.post("/v1/completions", content=raw, headers=headers)
             assert answer.status_code == status, (raw[:40], answer.text)
+        packed = {"content-type": "application/json", "content-encoding": "gzip"}
+        answer = client.post("/v1/completions", content=gzip.compress(b"{}"), headers=packed)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (415, "content-encoding")
         for kind in ("text/plain", "", "application/x-www-form-urlencoded", "multipart/form-data"):
             answer = client.post("/v1/completions", content=b"{}", headers={"content-type": kind})
             assert answer.status_code == 415, kind
@@ -242,6 +246,7 @@ def test_refusals_that_name_no_field(server: Server) -> None:
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "system", "content": None}, {"role": "user", "content": "x"}]}, "messages.0.content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
@@ -321,7 +326,13 @@ def test_an_answer_is_a_message_of_the_next_request(server: Server) -> None:
     messages: list[Any] = [{"role": "user", "content": "What is amber?"}]
     ask = {"model": "tiny", "temperature": 0, "max_tokens": 4}
     first = client.chat.completions.create(messages=messages, **ask).choices[0].message
-    for mine in (first, first.model_dump(), {**first.model_dump(), "annotations": [], "reasoning_content": None}):
+    with client.chat.completions.stream(messages=messages, **ask) as stream:
+        list(stream)
+        streamed = stream.current_completion_snapshot.choices[0].message
+    assert "parsed" in streamed.model_dump()
+    silent = {**first.model_dump(), "content": None}
+    more = {**first.model_dump(), "annotations": [], "reasoning_content": None}
+    for mine in (first, first.model_dump(), more, streamed, streamed.model_dump(), silent):
         again = [*messages, mine, {"role": "user", "content": "And granite?"}]
         assert client.chat.completions.create(messages=again, **ask).choices[0].message.role == "assistant"
 
@@ -350,6 +361,8 @@ def test_null_is_the_default_of_every_field_that_may_be_left_out(model: type[Any
         {"tools": []}, {"tool_choice": "none"}, {"tool_choice": "auto"}, {"parallel_tool_calls": True}, {"service_tier": "auto"},
         {"response_format": {"type": "text"}}, {"logit_bias": {}}, {"presence_penalty": 0}, {"frequency_penalty": 0.0}, {"user": "ada"},
         {"functions": [], "function_call": "none"}, {"modalities": ["text"]}, {"top_logprobs": 0}, {"safety_identifier": "a"},
+        {"moderation": None, "prompt_cache_options": None, "prompt_cache_retention": "in_memory"}, {"top_k": -1}, {"seed": -(1 << 63)},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "prompt_cache_breakpoint": None}]}]},
     ],
 )  # fmt: skip
 def test_fields_that_say_nothing_are_taken(fields: dict[str, Any]) -> None:
@@ -361,12 +374,13 @@ def test_fields_that_say_nothing_are_taken(fields: dict[str, Any]) -> None:
     [
         ({"store": True}, "store"), ({"metadata": {"a": "b"}}, "metadata"), ({"tools": [{}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"), ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"presence_penalty": False}, "presence_penalty"), ({"top_k": -2}, "top_k"), ({"moderation": {}}, "moderation"),
+        ({"stop": {"str": 1}}, "stop"), ({"messages": [{"role": "user", "content": {"str": "a"}}]}, "messages.0.content"),
         ({"stream": "yes"}, "stream"), ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"stream_options": {"other": 1}}, "stream_options.other"), ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"string": 1}, "string"), ({"integer": 1}, "integer"), ({"list[x]": 1}, "list[x]"), ({"stop": {"a": 1}}, "stop"), ({"stop": ["a", 1]}, "stop.1"),
         ({"messages": [{"role": "user", "content": "a", "strange": 1}]}, "messages.0.strange"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [*CHAT["messages"], {"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}]}, "messages.1.tool_calls"),
         ({"retro": {"strict": 1}}, "retro.strict"), ({"retro": {"neighbors": [1]}}, "retro.neighbors.0"),
     ],
@@ -411,6 +425,14 @@ def test_a_temperature_that_is_nothing_to_the_logits_is_0(server: Server) -> Non
     greedy = complete(server, temperature=0).choices[0].text
     for temperature in (1e-39, 1e-300, 2e-38):
         assert complete(server, temperature=temperature).choices[0].text == greedy
+
+
+def test_a_top_k_of_minus_one_is_off_and_seeds_are_of_64_bits(server: Server) -> None:
+    sampled = [complete(server, temperature=1.5, extra_body={"top_k": k}).choices[0].text for k in (-1, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert complete(server, temperature=0, extra_body={"top_k": -1}).choices[0].text
+    low = [complete(server, temperature=1.5, seed=seed).choices[0].text for seed in (-5, -5, -6)]
+    assert low[0] == low[1] != low[2]
 
 
 def test_twenty_alternatives_are_twenty(server: Server) -> None:
