@@ -173,8 +173,8 @@ def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
     """Of two members of one name another reader could take the first."""
     value = dict(members)
     if len(value) < len(members):
-        seen: set[str] = set()
-        twice = next(name for name, _ in members if name in seen or seen.add(name))[:80]
+        last = {name: number for number, (name, _) in enumerate(members)}
+        twice = next(name for number, (name, _) in enumerate(members) if last[name] != number)[:80]
         raise ApiError(400, f"{twice!r} is there twice in one object", twice, "invalid_json")
     return value
 
