@@ -2,9 +2,8 @@
 
 import asyncio
 import tempfile
-import unicodedata
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.requests import Request
@@ -13,7 +12,8 @@ from starlette.responses import JSONResponse, Response
 from retro_engine.data.corpus import Document
 from retro_engine.data.identity import content_id
 from retro_engine.errors import UsageError
-from retro_engine.retrieval.library import Library
+from retro_engine.retrieval.library import MAX_LIST, Library
+from retro_engine.retrieval.library_documents import MAX_QUERY_CHARACTERS, check_id, check_seen
 from retro_engine.retrieval.library_import import Importer
 from retro_engine.retrieval.library_search import MODES
 from retro_engine.serve.hits import neighbors_json
@@ -47,10 +47,10 @@ class Confirmation(Strict):
 class Query(Strict):
     """A search."""
 
-    query: str
+    query: str = Field(min_length=1, max_length=MAX_QUERY_CHARACTERS)
     k: int = Field(5, ge=1, le=MAX_K)
     mode: str | None = None
-    weights: list[float] = Field([1.0, 1.0], min_length=2, max_length=2, fail_fast=True)
+    weights: list[Annotated[float, Field(ge=0)]] = Field([1.0, 1.0], min_length=2, max_length=2, fail_fast=True)
 
 
 def open_library(request: Request) -> tuple[Library, Importer]:
@@ -63,7 +63,10 @@ def open_library(request: Request) -> tuple[Library, Importer]:
 async def list_documents(request: Request) -> Response:
     """A page of ids and sizes, those after `after`; and the library's counts."""
     library, _ = open_library(request)
-    limit = number(request, "limit", 100)
+    other = next((name for name in request.query_params if name not in ("after", "limit")), None)
+    if other is not None:
+        raise ApiError(400, f"unknown field {other[:80]} of the query", other[:80], "unknown_field")
+    limit = number(request, "limit", 100, MAX_LIST)
     version = library.version  # what is listed is of this one, or newer
     entries = await brief(request, partial(library.entries, after=request.query_params.get("after", ""), limit=limit))
     statistics = await brief(request, library.statistics)
@@ -97,18 +100,33 @@ async def add_documents(request: Request) -> Response:
     body = await read_json(request, limits, limits.documents_bytes)
     is_many = isinstance(body, dict) and "documents" in body
     rows = parse(ManyDocuments, body).documents if is_many else [parse(NewDocument, body)]
-    for row in rows:
-        if row.id in (".", ".."):
-            raise ApiError(400, "no URL can name the ids . and ..", "id")
-        if row.id is not None and not unicodedata.is_normalized("NFC", row.id):
-            raise ApiError(
-                400, f"id {ascii(row.id)[:80]} is not in Unicode's form NFC: it would look like another's", "id"
-            )
-    documents = [Document(row.id or content_id(row.title, row.text), row.title, row.text) for row in rows]
+    await brief(request, _check_all, rows, is_many)
+    ids = [content_id(row.title, row.text) if row.id is None else row.id for row in rows]
+    documents = [Document(identifier, row.title, row.text) for identifier, row in zip(ids, rows)]
     version = await write(request, library.add, documents)
-    ids = [document.id for document in documents]
     audit(request, "documents.add", ids=ids[:20], count=len(ids))
     return JSONResponse({"object": "documents.added", "ids": ids, "index_version": version})
+
+
+def _check_all(rows: list[NewDocument], is_many: bool) -> None:
+    for place, row in enumerate(rows):
+        _check(row, f"documents.{place}." if is_many else "")
+
+
+def _check(row: NewDocument, where: str) -> None:
+    """Raises ApiError naming the field for what the library would refuse. An id is kept in the form it is sent in, as the name
+    of a file is: é composed and é decomposed are two.
+    """
+    if row.id in (".", ".."):
+        raise ApiError(400, "no URL can name the ids . and ..", f"{where}id")
+    if row.id is not None:
+        try:
+            check_id(row.id)
+            check_seen(row.id)
+        except UsageError as error:
+            raise ApiError(400, f"{error.what}: {error.why}", f"{where}id") from None
+    if not row.text.strip() or "\0" in row.text:
+        raise ApiError(400, "the text is empty, or holds a NUL character", f"{where}text")
 
 
 async def delete_document(request: Request) -> Response:
@@ -171,6 +189,10 @@ async def retrieve(request: Request) -> Response:
     query = parse(Query, await read_json(request, limits_of(request)))
     if query.mode is not None and query.mode not in MODES:
         raise ApiError(400, f"mode {query.mode!r} is not one of {', '.join(MODES)}", "mode")
+    if not query.query.strip():
+        raise ApiError(400, "the query is empty: it holds no text", "query")
+    if not any(query.weights):
+        raise ApiError(400, "weights: one is above 0", "weights")
     version = service.index_version
     found = await brief(request, service.find, query.query, query.k, query.mode, query.weights)
     note = {} if found.hits else {"note": f"no hit: {await brief(request, service.why_nothing, query.query)}"}
@@ -178,9 +200,11 @@ async def retrieve(request: Request) -> Response:
     return JSONResponse({"object": "list", "index_version": version, "data": data, **note})
 
 
-def number(request: Request, name: str, default: int) -> int:
-    """A number of the query string."""
+def number(request: Request, name: str, default: int, most: int) -> int:
+    """A number of the query string, from 1 on."""
     text = request.query_params.get(name, str(default))
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise ApiError(400, f"{name}={text[:40]!r} is not a number", name)
+    if not 1 <= int(text) <= most:
+        raise ApiError(400, f"{name}={int(text)} cannot be used: 1 to {most:,} are taken", name)
     return int(text)
