@@ -54,7 +54,7 @@ class Knn(Strict):
     sentences: Union[str, Texts, Annotated[list[Ids], Field(fail_fast=True)], None] = None  # noqa: UP007 - as Prompts
     neighbors: int | None = Field(None, ge=0, le=1000)
     add_eos: bool = False  # every document is closed by the end-of-document token anyway
-    reset: Any = None
+    reset: bool | None = None
 
 
 async def generate(request: HttpRequest) -> Response:
@@ -149,7 +149,9 @@ async def knn(request: HttpRequest) -> Response:
     service, limits = service_of(request), limits_of(request)
     library, _ = open_library(request)
     body = parse(Knn, await read_json(request, limits, limits.documents_bytes))
-    if "reset" in body.model_fields_set:
+    if "reset" in body.model_fields_set:  # NeMo's clients send null
+        if body.reset is False or body.sentences is not None or body.neighbors is not None:
+            raise ApiError(400, "reset deletes every document: it is sent alone, and true or null", "reset")
         _check_scope(request, "admin")
         count = await write(request, library.reset)
         audit(request, "documents.reset", count=count)

@@ -194,10 +194,8 @@ def _encode(service: Service, prompt: str | list[int], limits: Limits, param: st
     if not ids:
         _refuse_empty(param)
     if len(ids) > limits.prompt_tokens:
-        raise ApiError(
-            400, f"the prompt has {len(ids):,} tokens: at most {limits.prompt_tokens:,} are read", param,
-            "context_length_exceeded",
-        )  # fmt: skip
+        why = f"{len(ids):,} tokens: at most {limits.prompt_tokens:,} are read"
+        raise ApiError(400, f"{_spoken(param)} has {why}", param, "context_length_exceeded")
     top = service.tokenizer.vocab_size
     outside = next((i for i in ids if not 0 <= i < top), None)
     if outside is not None:
@@ -206,7 +204,11 @@ def _encode(service: Service, prompt: str | list[int], limits: Limits, param: st
 
 
 def _refuse_empty(param: str) -> list[list[int]]:
-    raise ApiError(400, "the prompt is empty: there is nothing to continue", param, "empty_prompt")
+    raise ApiError(400, f"{_spoken(param)} is empty: there is nothing to read", param, "empty_prompt")
+
+
+def _spoken(param: str) -> str:
+    return f"the {param}" if param in ("text", "input") else "the prompt"
 
 
 def _stops(stop: str | list[str] | None) -> list[str]:
@@ -242,15 +244,26 @@ def requests_of(
     most = min(default, limits.new_tokens) if body.max_tokens is None else body.max_tokens
     if most > limits.new_tokens:
         raise ApiError(400, f"max_tokens={most}: at most {limits.new_tokens:,}", "max_tokens")
+    longest, room = max(map(len, prompts)), service.engine.max_tokens
+    if longest + most > room:
+        name = "max_tokens" if longest < room else "messages" if isinstance(body, Chat) else "prompt"
+        why = f"{longest:,} tokens of the prompt and {most:,} new ones: a sequence has at most {room:,}"
+        raise ApiError(400, why, name, "context_length_exceeded")
     if body.min_tokens > most:
         raise ApiError(400, f"min_tokens={body.min_tokens} is more than max_tokens={most}", "min_tokens")
     options, config = body.retro, service.generator.model.config
     if options.neighbors is not None and (options.k is not None or options.mode is not None):
         raise ApiError(400, "neighbors are given: k and mode say nothing", "retro.neighbors", "contradiction")
-    if options.neighbors and not config.retrieval:
-        raise ApiError(400, "this model is a plain decoder: it reads no neighbors", "retro.neighbors")
+    said = next((name for name in ("neighbors", "k", "mode", "retrieved_length") if getattr(options, name)), None)
+    if said is not None and not config.retrieval:
+        raise ApiError(400, "this model is a plain decoder: it reads no neighbors", f"retro.{said}")
     if options.retrieved_length is not None and options.retrieved_length > config.r:
         raise ApiError(400, f"the model reads at most {config.r} tokens a neighbor", "retro.retrieved_length")
+    count, R = len(options.neighbors or ()) or options.k or 0, options.retrieved_length or config.r
+    if count * R > service.engine.max_neighbors:
+        most = service.engine.max_neighbors // R
+        name = "retro.neighbors" if options.neighbors else "retro.k"
+        raise ApiError(400, f"{count} neighbors of {R} tokens: at most {most} are read at a time", name)
     service.check_search(options.mode)
     seed = secrets.randbits(48) if body.seed is None else body.seed % (1 << 62)
     first = Request(

@@ -122,6 +122,8 @@ async def explain(request: Request) -> Response:
     config = service.generator.model.config
     if not config.retrieval:
         raise ApiError(400, "this model is a plain decoder: it reads no neighbors", code="no_library")
+    if body.neighbors is not None and body.k is not None:
+        raise ApiError(400, "neighbors are given: k says nothing", "k", "contradiction")
     (prompt,) = await brief(request, encode_prompts, service, body.prompt, limits)
     (text,) = await brief(request, encode_prompts, service, body.text, limits, "text")
     if len(prompt) + len(text) > limits.prompt_tokens:
@@ -144,7 +146,7 @@ async def explain(request: Request) -> Response:
     return JSONResponse(
         {
             "object": "explanation",
-            "tokens": len(text),
+            "tokens": len(found.pieces),
             "logprob": float(found.log_probs_T.sum()),
             "logprob_without": float(found.off_T.sum()),
             "text_tokens": found.pieces,

@@ -54,6 +54,10 @@ def test_knn_adds_finds_and_resets(small_run: Path, tmp_path: Path) -> None:
         assert by_ids[0] == rows[0]
         assert put(server, "/knn", sentences=["x"], neighbors=0).json() == [[[tokenizer.pad_id] * width]]
         assert put(server, "/knn", "write", reset=None).status_code == 403
+        for more in ({"sentences": ["x"], "neighbors": 1, "reset": None}, {"reset": False}, {"reset": 1}, {"neighbors": 1, "reset": True}):  # fmt: skip
+            answer = put(server, "/knn", "admin", **more)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "reset"), more
+        assert put(server, "/knn", sentences="Nafock Wuhack", neighbors=2).json() == rows[0]
         assert put(server, "/knn", "admin", reset=None).json() == "success"
         assert put(server, "/knn", sentences=["Nafock"], neighbors=1).json() != rows[:1]
         for wrong in ({}, {"sentences": []}, {"sentences": [[-1]], "neighbors": 1}, {"sentences": ["a"], "neighbors": -1}, {"sentences": [1]}, {"query": "gASVAAAA"}):  # fmt: skip

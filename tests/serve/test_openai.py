@@ -4,16 +4,18 @@ import gzip
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers import small_config
 from interop_helpers import chat_folder
 from serve_helpers import Server, serving
 
 from retro_engine.generate.sampling import Sampling
 from retro_engine.interop.imports import import_model, write_checkpoint
-from retro_engine.serve.limits import ApiError, parse
-from retro_engine.serve.openai import Chat, Completion
+from retro_engine.serve.limits import ApiError, Limits, parse
+from retro_engine.serve.openai import Chat, Completion, requests_of
 from retro_engine.serve.service import Options, open_service
 
 openai = pytest.importorskip("openai")
@@ -199,6 +201,10 @@ def test_retro_fields(server: Server) -> None:
         ({"retro": {"mode": "psychic"}}, "retro.mode"),
         ({"retro": {"refresh": "often"}}, "retro.refresh"),
         ({"retro": {"neighbors": ["a"], "k": 2}}, "retro.neighbors"),
+        ({"retro": {"neighbors": ["a"] * 64}}, "retro.neighbors"),
+        ({"retro": {"k": 64}}, "retro.k"),
+        ({"max_tokens": 2040}, "max_tokens"),
+        ({"prompt": [5] * 2100}, "prompt"),
         ({"retro": {"retrieved_length": 4096}}, "retro.retrieved_length"),
         ({"retro": []}, "retro"),
     ],
@@ -239,6 +245,16 @@ def test_refusals_that_name_no_field(server: Server) -> None:
         for kind in ("text/plain", "", "application/x-www-form-urlencoded", "multipart/form-data"):
             answer = client.post("/v1/completions", content=b"{}", headers={"content-type": kind})
             assert answer.status_code == 415, kind
+
+
+@pytest.mark.parametrize("fields", [{"k": 2}, {"mode": "lexical"}, {"neighbors": ["a"]}, {"retrieved_length": 2}])
+def test_a_plain_decoder_takes_no_settings_of_retrieval(fields: dict[str, Any]) -> None:
+    body = parse(Completion, {"model": "x", "prompt": "a", "retro": fields})
+    model = SimpleNamespace(config=small_config(retrieval=False))
+    service: Any = SimpleNamespace(generator=SimpleNamespace(model=model), engine=SimpleNamespace(max_tokens=100))
+    with pytest.raises(ApiError, match="plain decoder") as caught:
+        requests_of(body, service, [[1]], Limits(), 16)
+    assert caught.value.param == f"retro.{next(iter(fields))}"
 
 
 @pytest.mark.parametrize(

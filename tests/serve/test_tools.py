@@ -65,5 +65,13 @@ def test_explain(server: Server) -> None:
     retrieved = post(server, "/v1/explain", prompt="Document doc7. river", text=" stone", k=2).json()
     assert len(retrieved["neighbors"]) == 2
     assert {"document", "score", "removed"} <= set(retrieved["neighbors"][0])
+    for wrong, param, said in (
+        ({"text": ""}, "text", "the text is empty"), ({"prompt": ""}, "prompt", "the prompt is empty"), ({"k": 2}, "k", "k says nothing"),
+    ):  # fmt: skip
+        answer = post(server, "/v1/explain", **{**body, **wrong})
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["param"] == param
+        assert said in error["message"]
     for wrong in ({"prompt": ""}, {"text": ""}, {"neighbors": []}, {"k": 0}, {"text": "a " * 5000}, {"x": 1}):
         assert post(server, "/v1/explain", **{**body, **wrong}).status_code == 400, wrong
