@@ -345,6 +345,10 @@ def _demo(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if args.steps is not None and args.steps < 1:
         raise UsageError(f"--steps {args.steps} cannot be used", "at least one step is trained")
+    for text in args.overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if key in ("trainer.devices", "trainer.num_nodes") and value != "1":
+            raise UsageError(f"{text} cannot be used", "the demo trains in one process", "retro train --nproc N")
     if args.what == "facts":
         from retro_engine.demo.facts import run_facts
 

@@ -25,7 +25,7 @@ from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.overlap import chunk_overlaps
 from retro_engine.retrieval.search import store_hit
-from retro_engine.train.checkpoint import find_checkpoint, read_trainer
+from retro_engine.train.checkpoint import find_checkpoint, is_imported, read_trainer
 from retro_engine.train.loop import open_evaluation
 from retro_engine.train.record import METRICS_FILE, checked_lines, read_facts
 
@@ -66,6 +66,8 @@ def write_report(
     """
     reporter = reporter or Reporter("quiet")
     checkpoint = find_checkpoint(run)
+    if is_imported(checkpoint):
+        raise UsageError(f"{run} was imported", "a report is on a run", f"retro eval {run} model.data.store=STORE")
     folder = checkpoint.parent.parent
     say = lambda text: reporter.say(f"note: {text}")  # noqa: E731
     metrics = [row for _, row in checked_lines(folder / METRICS_FILE, say) if isinstance(row.get("step"), int)]

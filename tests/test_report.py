@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from helpers import write_corpus
@@ -93,3 +94,10 @@ def test_it_needs_nothing_else_and_runs_nothing(page: str) -> None:
     assert "<script" not in page.replace("&lt;script", "")
     assert "&lt;script&gt;" in page, "titles are text"
     assert "http" not in page
+
+
+def test_an_imported_model_has_no_run_to_report_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "COMPLETE").write_text("{}")
+    (tmp_path / "trainer.json").write_text('{"step": 0, "imported": "hf"}')
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "was imported" in capsys.readouterr().err

@@ -433,6 +433,9 @@ def train(config: Config, reporter: Reporter | None = None, resume: str = "auto"
     if config.exp_manager.exp_dir is None:
         raise UsageError("exp_manager.exp_dir is not set", "a run needs a folder", "--out runs/NAME")
     run = Path(config.exp_manager.exp_dir)
+    if (run / checkpoint.COMPLETE).is_file():  # the run in it would never be found
+        why, do = "a run's folder holds checkpoints, and is none", f"another --out; --init-from {run} has its weights"
+        raise UsageError(f"{run} is a checkpoint", why, do)
     source = retrofit.inherit(config)
     parallel = Parallel(config)
     try:

@@ -29,3 +29,8 @@ def test_what_a_flag_says_or_the_demo_makes_is_refused(
     assert cli.main(["demo", "facts", "--out", str(tmp_path / "d"), setting]) == 2
     assert "is the demo's own" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
+
+
+def test_several_processes_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    assert cli.main(["demo", "facts", "--out", str(tmp_path / "d"), "trainer.devices=2"]) == 2
+    assert not (tmp_path / "d").exists()

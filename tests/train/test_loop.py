@@ -355,6 +355,14 @@ def test_the_best_checkpoint_is_kept_beside_the_last(small_store: Store, tmp_pat
     assert kept == sorted({best, 12})
 
 
+def test_a_run_is_not_written_into_a_checkpoint(small_store: Store, tmp_path: Path) -> None:
+    """What it trained would not be found: the folder is the checkpoint that is there."""
+    (tmp_path / checkpoint.COMPLETE).write_text("{}")
+    with pytest.raises(UsageError, match="is a checkpoint"):
+        train(config(small_store, tmp_path), Reporter("quiet"))
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_validation_before_the_first_line_of_the_log_shows_its_loss(
     small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
