@@ -5,6 +5,7 @@ is not UTF-8, and control characters, as \xNN, so that a name can stand in ids, 
 """
 
 import glob
+import io
 import os
 import stat
 import sys
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from retro_engine.data import files
 from retro_engine.errors import MissingInputError, UsageError
 
 TEXT_KINDS = (".txt", ".text", ".md", ".markdown")
@@ -86,17 +88,15 @@ def _why(error: OSError | ValueError, path: Path) -> str:
 def open_file(path: Path) -> BinaryIO:
     """Open a regular file to read; a FIFO or a device that came in its place is not waited for.
 
-    Raises MissingInputError (an OSError).
+    Raises MissingInputError (an OSError), StoreError for what came in its place.
     """
     check_file(path)
     try:
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+        return io.BufferedReader(files.open_file(path))
+    except MissingInputError:
+        raise
     except OSError as error:
         raise MissingInputError(f"{shown(path)} cannot be read", error.strerror or "") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise MissingInputError(f"{shown(path)} is no file", "it was one a moment ago")
-    return file
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
