@@ -241,7 +241,8 @@ class WordEdges:
 
 @functools.cache
 def word_edges() -> WordEdges:
-    kinds = loops.kinds()
+    kinds = loops.kinds().copy()
+    kinds[[0xFF9E, 0xFF9F]] = loops.MARK  # half-width kana's, which one character with the kana before it reads
     mark = _characters(kinds >= loops.MARK)
     base = _characters((kinds == loops.IDEOGRAPH) | (kinds == loops.UNSPACED))
     letter = _characters((kinds >= loops.WORD) | (kinds == loops.HANGUL))
