@@ -24,7 +24,8 @@ MAX_DOCUMENT_BYTES = 8 << 20
 MAX_TITLE_BYTES = 4096
 MAX_QUERY_CHARACTERS = 1 << 16
 NAMESPACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
-EDGE = 16  # tokens after a chunk in which the end of its last word is looked for
+EDGE = 16  # tokens after a chunk in which the end of its last word is looked for at first
+MAX_EDGE = 256  # and at most: a character may be four tokens
 MAX_WORD = 64  # characters of it before the cut
 HALF = "\ufffd"
 
@@ -100,7 +101,7 @@ class Chunker:
 
         That has, once more and whole, the word that the chunk's end cuts: every word can be found.
         """
-        rows, longer, chunks = [], [], []
+        rows, longer, chunks, places = [], [], [], []
         for tokens in documents:
             ids = tokens.tolist()
             for start in range(0, self.stride * num_chunks(len(ids), self.chunk_size, self.stride), self.stride):
@@ -109,11 +110,23 @@ class Chunker:
                 if end < len(ids):
                     chunks.append(len(rows) - 1)
                     longer.append(ids[start : end + EDGE])
+                    places.append((ids, start, end))
         decoded = self.tokenizer.decode_batch(rows + longer)
         texts, words = decoded[: len(rows)], decoded[: len(rows)]
-        for chunk, more in zip(chunks, decoded[len(rows) :]):
-            words[chunk] += cut_word(texts[chunk], more)
+        for chunk, more, place in zip(chunks, decoded[len(rows) :], places):
+            words[chunk] += self._whole_word(texts[chunk], more, *place)
         return texts, words
+
+    def _whole_word(self, text: str, more: str, ids: list[int], start: int, end: int) -> str:
+        """`cut_word` with as many more tokens as the word has: in a script that the tokenizer does not know, each byte
+        is one.
+        """
+        word, edge = cut_word(text, more), EDGE
+        while word and more.rstrip(HALF).endswith(word[1:]) and edge < MAX_EDGE and end + edge < len(ids):
+            edge *= 4
+            more = self.tokenizer.decode(ids[start : end + edge])
+            word = cut_word(text, more)
+        return word
 
     def embed(self, texts: list[str]) -> np.ndarray:
         """Unit vectors [U, Z] f32. Raises StoreError for NaN, infinity or another width."""
@@ -144,6 +157,8 @@ def cut_word(text: str, more: str) -> str:
     if not more.startswith(known) or known == more:
         return ""
     rest, back = more[len(known) :], known[: -MAX_WORD - 1 : -1]  # what follows, and backwards what is before
+    if not known:
+        rest = rest.lstrip(HALF)  # of the character that the chunk's start cuts
     edges = word_edges()
     is_mark = edges.mark.match(rest) is not None
     is_within = is_mark or known != text  # a character is cut, and whole in neither chunk

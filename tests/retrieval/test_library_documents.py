@@ -113,6 +113,14 @@ def test_every_word_is_whole_in_some_chunk(small_store: Store) -> None:
         assert all(word.startswith(own) for own, word in zip(texts, words))
 
 
+def test_words_of_a_script_that_the_tokenizer_does_not_know(small_store: Store) -> None:
+    """Each byte may be a token: a word reaches far over a chunk's end, and a chunk may hold no whole character."""
+    text = "　".join(["ｆｕｌｌｗｉｄｔｈ", "достопримечательностями", "Ｌａｔｉｎ", "ὑπερευχαριστηρίοις"] * 4)
+    for size in (4, 5, 16):
+        batch = Chunker(small_store.tokenizer, size, size, None, None).prepare([Document("a", "", text)])
+        assert set(batch.terms.hashes) >= set(Analyzer().query(text)), size
+
+
 def test_cut_words() -> None:
     for text, more, word in (
         ("a riv", "a river bank", " river"),
