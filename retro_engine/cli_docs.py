@@ -131,12 +131,12 @@ def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Libra
     from retro_engine.data.store import Store
     from retro_engine.retrieval.library import Library
     from retro_engine.retrieval.library_documents import HashEmbedder
-    from retro_engine.retrieval.library_file import FILE
+    from retro_engine.retrieval.library_file import is_made
     from retro_engine.retrieval.live import library_coding
 
     folder = Path(args.library)
     store = Store(args.store) if hasattr(args, "embedder") and args.store is not None else None
-    if hasattr(args, "embedder") and not (folder / FILE).exists():
+    if hasattr(args, "embedder") and not is_made(folder):
         if store is None:
             raise MissingInputError(f"{folder} does not exist", "a new library needs a tokenizer", "--store STORE")
         embedder = HashEmbedder(store.tokenizer) if args.embedder == "hash" else None

@@ -91,9 +91,15 @@ def own_folder(path: Path) -> bool:
 
 
 def remove_folder(parent: Path, name: str) -> None:
-    """Remove PARENT/NAME and what is in it. A link is not followed, and what cannot be removed stays."""
+    """`remove_tree` of PARENT/NAME, a name from a file."""
     if own_folder(parent):
-        shutil.rmtree(child(parent, name), ignore_errors=True)
+        remove_tree(child(parent, name))
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and what is in it. A link is not followed, a pipe not waited for, and what cannot be removed stays."""
+    if kind_of(folder) == "a folder":
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_file(path: Path) -> io.FileIO:

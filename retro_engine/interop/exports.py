@@ -7,7 +7,6 @@ modeling_retro.py, which imports retro_engine: `AutoModelForCausalLM.from_pretra
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
         "model.safetensors": to_bytes(weights, {"format": "pt"}),
     }
     aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    files.remove_tree(aside)
     files.make_folder(aside)
     try:
         for name, content in contents.items():
@@ -81,7 +80,7 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
         os.rename(aside, folder)
         files.sync(folder.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        files.remove_tree(aside)
     return folder
 
 

@@ -116,12 +116,13 @@ def create(
         "identity": IDENTITY,
     }
     with files.locked(folder), typed_errors(path):
+        _check_is_file(path)
         connection = _connect(path)
         try:
-            if connection.pragma("application_id") or connection.pragma("user_version"):
-                raise UsageError(
-                    f"{folder} holds a library", "it is not made anew", "open it, or choose another folder"
-                )
+            if not _is_empty(connection):
+                what = "a library" if connection.pragma("application_id") == APPLICATION_ID else f"another {FILE}"
+                raise UsageError(f"{folder} holds {what}", "it is not made anew", "open it, or choose another folder")
+            connection.execute("PRAGMA journal_mode = WAL")
             with connection:  # one transaction: a library is there whole or not at all
                 connection.execute(SCHEMA)
                 connection.execute("INSERT INTO counter VALUES (0)")
@@ -133,6 +134,21 @@ def create(
         finally:
             connection.close()
         files.sync(folder)
+
+
+def is_made(folder: Path) -> bool:
+    """Whether there is a library, or something else in its place; not where making one was never finished."""
+    path = folder / FILE
+    if not files.kind_of(path):
+        return False
+    if not path.is_file():  # opening it says what it is
+        return True
+    with typed_errors(path):
+        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        try:
+            return not _is_empty(connection)
+        finally:
+            connection.close()
 
 
 def set_analyzer(folder: Path, analyzer: Analyzer) -> None:
@@ -155,9 +171,14 @@ def _connect(path: Path) -> apsw.Connection:
     connection = apsw.Connection(str(path))
     connection.set_busy_timeout(10_000)
     connection.execute("PRAGMA trusted_schema = OFF")
-    connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     return connection
+
+
+def _is_empty(connection: apsw.Connection) -> bool:
+    """Whether nobody has made anything of the file yet."""
+    is_marked = connection.pragma("application_id") or connection.pragma("user_version")
+    return not is_marked and not connection.execute("SELECT 1 FROM sqlite_schema").fetchall()
 
 
 def _connect_to_read(path: Path, is_still: bool) -> apsw.Connection:
@@ -168,6 +189,13 @@ def _connect_to_read(path: Path, is_still: bool) -> apsw.Connection:
     connection.set_busy_timeout(10_000)
     connection.execute("PRAGMA trusted_schema = OFF")
     return connection
+
+
+def _check_is_file(path: Path) -> None:
+    """Raises StoreError for a link: SQLite keeps its log beside what it points to, and writes there."""
+    kind = files.kind_of(path)
+    if kind not in ("", "a file"):
+        raise StoreError(f"{path} is {kind}", "a library is in one folder", "put the file there, or link the folder")
 
 
 def _check_side_files(path: Path) -> None:
@@ -211,11 +239,16 @@ class LibraryFile:
             raise StoreError(f"SQLite {apsw.sqlite_lib_version()} can corrupt files", "", "pip install --upgrade apsw")
         if not self.path.is_file():
             raise MissingInputError(f"{folder} is not a library", f"it has no {FILE}", "retro docs add makes one")
+        _check_is_file(self.path)
         self._is_still = False
         with typed_errors(self.path):
             self.writer = self._connect_to_read() if is_read_only else _connect(self.path)
             try:
                 self._check(folder)
+                if not is_read_only:
+                    self.writer.execute(
+                        "PRAGMA journal_mode = WAL"
+                    )  # stays in the file: not before it is known as ours
                 found: list[Any] = self.writer.execute("SELECT name, value FROM settings").fetchall()
             except (apsw.Error, StoreError, MissingInputError):
                 self.writer.close()
@@ -239,7 +272,7 @@ class LibraryFile:
 
     def _check(self, folder: Path) -> None:
         mark, version = self.writer.pragma("application_id"), self.writer.pragma("user_version")
-        if mark == version == 0 and not self.writer.execute("SELECT 1 FROM sqlite_schema").fetchall():
+        if _is_empty(self.writer):
             raise MissingInputError(f"{folder} is not a library", "making it was never finished", "make it again")
         if mark != APPLICATION_ID:
             raise StoreError(f"{self.path} is not a library of retro-engine", f"its application id is {mark:#x}")

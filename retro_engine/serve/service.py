@@ -21,7 +21,7 @@ from retro_engine.model.weights import load_model
 from retro_engine.retrieval.hit import Found
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import Embedder, HashEmbedder
-from retro_engine.retrieval.library_file import FILE
+from retro_engine.retrieval.library_file import is_made
 from retro_engine.retrieval.library_import import Importer
 from retro_engine.retrieval.library_search import check_mode
 from retro_engine.retrieval.live import LiveRetriever, library_coding
@@ -173,7 +173,7 @@ def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int) -> Library
 
     Raises StoreError for one of another tokenizer or chunk size.
     """
-    if not (folder / FILE).exists():
+    if not is_made(folder):
         Library.create(folder, tokenizer, chunk_size, embedder=HashEmbedder(tokenizer))
     library = Library(folder)
     try:

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import shutil
 import threading
 import warnings
 from collections.abc import Callable
@@ -56,7 +55,7 @@ class Saver:
         if parallel.is_main:
             for path in (run / "checkpoints").glob(".step-*"):
                 if _LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path, ignore_errors=True)
+                    files.remove_tree(path)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -78,7 +77,7 @@ class Saver:
             return
         if self.parallel.is_main:
             files.make_folder(final.parent)
-            shutil.rmtree(aside, ignore_errors=True)
+            files.remove_tree(aside)
             files.make_folder(aside / OPTIMIZER_FOLDER)
         self.parallel.from_main(None)  # nobody writes before the folder is there
         weights = _whole(model, self.parallel.is_main)
@@ -111,7 +110,7 @@ class Saver:
             self._prune()
         except BaseException as error:  # noqa: B036 (kept for `wait`, which raises it; nothing half-written is left)
             self._error = error
-            shutil.rmtree(aside, ignore_errors=True)
+            files.remove_tree(aside)
 
     def wait(self) -> None:
         """Until the last save is published. Raises OutOfResourceError for a full disk, in every process; earlier
@@ -160,10 +159,10 @@ def _discard(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         aside = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
+        files.remove_tree(aside)
         os.rename(folder, aside)
         files.sync(folder.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        files.remove_tree(aside)
 
 
 def publish_model(
@@ -178,7 +177,7 @@ def publish_model(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already", "it is not overwritten", "choose another --out")
     aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    files.remove_tree(aside)
     files.make_folder(aside)
     try:
         weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
@@ -189,7 +188,7 @@ def publish_model(
             folder.rmdir()
         _complete(aside, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        files.remove_tree(aside)
 
 
 def _contents(

@@ -263,6 +263,9 @@ def test_a_link_is_not_removed_through(tmp_path: Path) -> None:
         files.remove_folder(tmp_path / "own", "../outside")
     assert (tmp_path / "outside" / "inner").is_dir()
     files.remove_folder(tmp_path / "nothing", "a")
+    os.mkfifo(tmp_path / "own" / "pipe")
+    files.remove_folder(tmp_path / "own", "pipe")  # returns: it is not waited for
+    os.mkfifo(tmp_path / "outside" / "inner" / "pipe")
     files.remove_folder(tmp_path / "outside", "inner")
     assert not (tmp_path / "outside" / "inner").exists()
 

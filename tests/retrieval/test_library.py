@@ -1,10 +1,12 @@
 """The live library: what is acknowledged stays, what is deleted is gone, whatever happens at the same time."""
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -27,7 +29,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
 from retro_engine.retrieval.library import Library
 from retro_engine.retrieval.library_documents import HashEmbedder
-from retro_engine.retrieval.library_file import FILE, typed_errors
+from retro_engine.retrieval.library_file import FILE, is_made, typed_errors
 
 TESTS = Path(__file__).parents[1]
 IS_CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
@@ -759,7 +761,7 @@ def test_a_crafted_library_removes_nothing_elsewhere(folder: Path, tmp_path: Pat
         assert (outside / "precious").is_file()
 
 
-def test_links_in_a_library_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_links_in_a_library_are_refused(folder: Path, tmp_path: Path, small_store: Store) -> None:
     with Library(folder) as library:
         library.add(documents(5))
     outside = tmp_path / "outside"
@@ -784,6 +786,63 @@ def test_links_in_a_library_are_refused(folder: Path, tmp_path: Path) -> None:
                 Library(folder, is_read_only=is_read_only)
         (folder / ".lock").unlink()
     assert listing(outside) == before
+    shutil.move(folder / FILE, outside / "mine")
+    (folder / FILE).symlink_to(outside / "mine")
+    before = listing(outside)
+    for is_read_only in (True, False):
+        with pytest.raises(StoreError, match=r"documents\.sqlite is a link"):
+            Library(folder, is_read_only=is_read_only)
+    (tmp_path / "new").mkdir()
+    (outside / "empty").touch()
+    (tmp_path / "new" / FILE).symlink_to(outside / "empty")
+    with pytest.raises(StoreError, match=r"documents\.sqlite is a link"):
+        Library.create(tmp_path / "new", small_store.tokenizer)
+    assert (outside / "empty").read_bytes() == b""
+
+
+def test_a_pipe_with_the_name_of_a_segment_is_not_waited_for(folder: Path) -> None:
+    with Library(folder) as library:
+        library.add(documents(5))
+        library.merge()
+        (name,) = (path.name for path in (folder / "segments").iterdir())
+    shutil.rmtree(folder / "segments" / name)
+    for pipe in (name, "00000009"):
+        os.mkfifo(folder / "segments" / pipe)
+    with Library(folder) as library:
+        assert found(library, "only3x") == {"d3"}
+        library.reset()
+
+
+def test_another_programs_file_stays_as_it_is(folder: Path, tmp_path: Path, small_store: Store) -> None:
+    """Also its journal mode, which is written into it."""
+    (tmp_path / "other").mkdir()
+    path = tmp_path / "other" / FILE
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE notes (text)")
+    before = path.read_bytes()
+    assert is_made(tmp_path / "other")
+    with pytest.raises(StoreError, match="not a library of retro-engine"):
+        Library(tmp_path / "other")
+    with pytest.raises(UsageError, match="holds another"):
+        Library.create(tmp_path / "other", small_store.tokenizer)
+    assert path.read_bytes() == before
+
+
+def test_a_library_whose_making_was_killed_is_made(tmp_path: Path, small_store: Store) -> None:
+    for name, content in (("nothing", b""), ("no schema", None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if content is None:
+            with contextlib.closing(sqlite3.connect(folder / FILE)) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+        else:
+            (folder / FILE).write_bytes(content)
+        assert not is_made(folder)
+        with pytest.raises(MissingInputError, match="never finished"):
+            Library(folder)
+        Library.create(folder, small_store.tokenizer)
+        assert is_made(folder)
+        Library(folder).close()
 
 
 def test_a_journal_that_names_another_file(folder: Path, tmp_path: Path) -> None:

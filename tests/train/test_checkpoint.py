@@ -104,6 +104,15 @@ def test_a_checkpoint_that_cannot_be_removed_is_said(
     assert "step-000002 cannot be removed: Permission denied" in capsys.readouterr().err
 
 
+def test_a_pipe_at_a_checkpoint_s_place_is_not_waited_for(small_store: Store, run: Path) -> None:
+    for name in ("step-000008", ".step-000006.tmp", ".step-000003.old"):
+        os.mkfifo(run / "checkpoints" / name)
+    checkpoint._discard(run / "checkpoints" / "step-000008")
+    assert not (run / "checkpoints" / "step-000008").exists()
+    assert train(config(small_store, run, *PLAIN, "trainer.max_steps=8"), Reporter("quiet")).step == 8
+    assert 8 in steps(run)
+
+
 def test_a_link_at_a_checkpoint_s_place_is_not_followed(run: Path, tmp_path: Path) -> None:
     shutil.move(run / "checkpoints" / "step-000002", tmp_path / "elsewhere")
     link = run / "checkpoints" / "step-000002"
