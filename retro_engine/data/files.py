@@ -235,7 +235,9 @@ def io_error(error: OSError, path: Path, size: int = 0) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         need = f"{size:,} bytes were needed" if size else "the write did not fit"
         return OutOfResourceError(f"no space left for {path}", need, "free some space and run the same command again")
-    return UsageError(f"{path} cannot be written", error.strerror or str(error), "choose another folder with --out")
+    return UsageError(
+        f"{path} cannot be written", error.strerror or str(error), "let it be written, or choose another folder"
+    )
 
 
 def sync(path: Path) -> None:

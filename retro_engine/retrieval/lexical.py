@@ -221,10 +221,14 @@ def check_analyzers(indexes: Sequence[Bm25Index]) -> None:
     """Raise StoreError when indexes that shall be searched together read words in different ways."""
     for other in indexes[1:]:
         if other.analyzer != indexes[0].analyzer:
+            do = f"retro index {other.store.folder} with the --stemmer and --stop-words of the first"
+            first_version = next((index for index in (indexes[0], other) if index.analyzer == FIRST), None)
             raise StoreError(
                 f"{indexes[0].folder} reads words with {indexes[0].analyzer.describe()}",
                 f"{other.folder} with {other.analyzer.describe()}",
-                f"retro index {other.store.folder} with the --stemmer and --stop-words of the first",
+                do
+                if first_version is None
+                else f"retro index {first_version.store.folder}",  # no flags read so any more
             )
 
 

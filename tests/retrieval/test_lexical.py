@@ -260,6 +260,15 @@ def test_an_index_of_version_1_is_read_as_it_was_written(small_store: Store, tmp
     assert not (tmp_path / "i" / "vocabulary.json").exists()
 
 
+def test_what_is_said_of_an_index_of_version_1_helps(small_store: Store, tmp_path: Path) -> None:
+    write_first_version(small_store, tmp_path / "i")
+    old, new = Bm25Index(tmp_path / "i", small_store), Bm25Index.build(small_store, tmp_path / "new")
+    for pair in ([old, new], [new, old]):
+        with pytest.raises(StoreError, match=f"retro index {small_store.folder}$"):
+            lexical.check_analyzers(pair)
+    lexical.check_analyzers([Bm25Index.build(small_store, tmp_path / "i"), new])
+
+
 def test_a_vocabulary_that_does_not_fit(small_store: Store, tmp_path: Path) -> None:
     write_first_version(small_store, tmp_path / "i")
     manifest = files.read_manifest(tmp_path / "i", "index")
