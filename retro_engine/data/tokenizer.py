@@ -115,9 +115,12 @@ class Tokenizer:
         token = self.backend.get_added_tokens_decoder().get(index)
         return token is not None and token.special
 
-    @property
-    def file_json(self) -> str:
-        """As it is written where files beside it may name another end, which the mark stands above."""
+    def json_beside(self, eos_token: str | None) -> str:
+        """As it is written beside files that name `eos_token` (None: any): the mark stands above what they name, and is
+        left out where that is the end, because transformers reports what it does not know.
+        """
+        if eos_token == self.backend.id_to_token(self.eod_id):
+            return self._serialized(is_marked=False)
         is_alone = self.chat_files == ChatFiles() or not self._is_special(self.eod_id)
         return self.json if is_alone else self._serialized(is_marked=True)
 
@@ -221,12 +224,15 @@ class Tokenizer:
         encoding = called(self.name, self.backend.encode, text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def encode_after(self, prompt: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_after(
+        self, prompt: str, text: str, is_controlled: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """The same of a text that follows another: not what begins a text, where tokenizers tell the two apart."""
-        ids, offsets = self.encode_with_offsets(prompt + text)
+        encode = self.encode_controlled if is_controlled else self.encode_with_offsets
+        ids, offsets = encode(prompt + text)
         before = self.encode(prompt)
         if ids[: len(before)] != before:  # a token lies across the boundary
-            return self.encode_with_offsets(text)
+            return encode(text)
         places = [(max(0, start - len(prompt)), max(0, end - len(prompt))) for start, end in offsets[len(before) :]]
         return ids[len(before) :], places
 

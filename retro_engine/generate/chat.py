@@ -19,6 +19,7 @@ from retro_engine.errors import UsageError
 
 RENDER_S = 5.0  # seconds that a template may take
 MAX_BYTES = 8 << 20  # of a rendered conversation
+BEFORE = "\n"  # no word goes on after it
 FIRST_MARK = 0xF0000  # a plane for private use, 65,534 characters
 
 
@@ -46,8 +47,9 @@ class ChatTemplate:
             raise UsageError("the model has no default chat template", why, "write chat_template.jinja into its folder")
         marks = Marks(self.tokenizer, messages)
         ids: list[int] = []
-        for text, is_controlled in marks.parts(self.render(marks.messages)):
-            ids += self.tokenizer.encode_controlled(text)[0] if is_controlled else self.tokenizer.encode(text)
+        for number, (text, is_controlled) in enumerate(marks.parts(self.render(marks.messages))):
+            before = BEFORE if number else ""  # within a text: SentencePiece's like put a space where one begins
+            ids += self.tokenizer.encode_after(before, text, is_controlled)[0]
         if not ids:
             raise UsageError("the model's chat template writes nothing", "there is nothing to continue")
         return ids

@@ -60,12 +60,12 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
     special["pad_token"] = tokenizer.backend.id_to_token(tokenizer.pad_id)
     named = tokenizer.chat_files.tokenizer_config()
     text = {"padding_side": "left", "clean_up_tokenization_spaces": False}
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **text, **special, **named}
+    tokenizer_config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **text, **special, **named}
     contents = {
         "config.json": _json(config),
         "generation_config.json": _json(generation),
         "tokenizer_config.json": _json(tokenizer_config),
-        TOKENIZER_FILE: tokenizer.file_json.encode(),
+        TOKENIZER_FILE: tokenizer.json_beside(str(tokenizer_config["eos_token"])).encode(),
         "modeling_retro.py": MODULE.encode(),
         "model.safetensors": to_bytes(weights, {"format": "pt"}),
     }

@@ -198,7 +198,7 @@ def _contents(
     named = tokenizer.chat_files.tokenizer_config()
     return {
         CONFIG_FILE: config_to_json(model.config).encode(),
-        TOKENIZER_FILE: tokenizer.file_json.encode(),
+        TOKENIZER_FILE: tokenizer.json_beside(None).encode(),
         GENERATION_FILE: _json(generation | {"eos_token_id": tokenizer.end_ids}),
         **({TOKENIZER_CONFIG_FILE: _json(named)} if named else {}),
         "README.md": _readme(model, trainer["step"]).encode(),

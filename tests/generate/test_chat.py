@@ -61,6 +61,15 @@ def test_control_tokens_in_a_message_are_text(make: Make, content: str) -> None:
     assert shown(template, ids) == f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_control_tokens_in_a_message_leave_its_spaces(make: Make) -> None:
+    tokenizer = llama2()
+    template = make("{{ bos_token }}[INST] {{ messages[0].content }} [/INST]", tokenizer)
+    for content in ("The<s>castle", "</s></s> The", "The </s> castle", "</s>\nThe"):
+        ids = template.encode([{"role": "user", "content": content}])
+        assert tokenizer.backend.decode(ids, skip_special_tokens=False) == f"<s> [INST] {content} [/INST]"
+        assert [i for i in ids if i in tokenizer.special_ids] == [tokenizer.bos_id]
+
+
 def test_rendered_as_transformers_renders(make: Make) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     tokenizer = chatml()

@@ -202,6 +202,8 @@ def test_an_imported_tokenizer_is_the_same_when_it_is_loaded(tmp_path: Path, end
     imported = import_model(path, end_token=end_token)
     write_checkpoint(imported, tmp_path / "ours", path)
     export_model(tmp_path / "ours", tmp_path / "theirs")
+    marked = "end_of_document" in (tmp_path / "theirs" / "tokenizer.json").read_text()
+    assert marked == (end_token is not None)  # eos_token of the export says the other, in its own way
     loaded = [Tokenizer.load(tmp_path / "ours"), import_model(tmp_path / "theirs").tokenizer]
     for tokenizer in (imported.tokenizer, *loaded):
         assert tokenizer.backend.id_to_token(tokenizer.eod_id) == (end_token or "<|im_end|>")
