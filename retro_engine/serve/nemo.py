@@ -18,7 +18,7 @@ from retro_engine.generate.request import TokenLogprob
 from retro_engine.generate.sampling import TINY, Sampling
 from retro_engine.serve.documents import open_library
 from retro_engine.serve.limits import ApiError, Ids, Strict, Texts, parse, read_json
-from retro_engine.serve.openai import check_cost, encode_prompts
+from retro_engine.serve.openai import check_cost, check_room, encode_prompts
 from retro_engine.serve.state import audit, brief, caller_id, caller_of, limits_of, long, service_of, state_of, write
 from retro_engine.serve.stream import Running
 from retro_engine.serve.work import Check
@@ -67,6 +67,9 @@ async def generate(request: HttpRequest) -> Response:
     if body.tokens_to_generate > limits.new_tokens:
         raise ApiError(400, f"at most {limits.new_tokens:,} tokens are generated", "tokens_to_generate")
     prompts = await brief(request, encode_prompts, service, body.sentences, limits, "sentences")
+    R = service.generator.model.config.r
+    names = "sentences", "tokens_to_generate", "neighbors"
+    check_room(service, prompts, body.tokens_to_generate, R * (body.neighbors or 0), names)
     seed = secrets.randbits(48) if body.random_seed is None else body.random_seed
     caller = caller_id(request)
     asked = [_request(body, prompt, seed + number, size, caller) for number, prompt in enumerate(prompts)]

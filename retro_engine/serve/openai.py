@@ -244,11 +244,6 @@ def requests_of(
     most = min(default, limits.new_tokens) if body.max_tokens is None else body.max_tokens
     if most > limits.new_tokens:
         raise ApiError(400, f"max_tokens={most}: at most {limits.new_tokens:,}", "max_tokens")
-    longest, room = max(map(len, prompts)), service.engine.max_tokens
-    if longest + most > room:
-        name = "max_tokens" if longest < room else "messages" if isinstance(body, Chat) else "prompt"
-        why = f"{longest:,} tokens of the prompt and {most:,} new ones: a sequence has at most {room:,}"
-        raise ApiError(400, why, name, "context_length_exceeded")
     if body.min_tokens > most:
         raise ApiError(400, f"min_tokens={body.min_tokens} is more than max_tokens={most}", "min_tokens")
     options, config = body.retro, service.generator.model.config
@@ -259,11 +254,10 @@ def requests_of(
         raise ApiError(400, "this model is a plain decoder: it reads no neighbors", f"retro.{said}")
     if options.retrieved_length is not None and options.retrieved_length > config.r:
         raise ApiError(400, f"the model reads at most {config.r} tokens a neighbor", "retro.retrieved_length")
-    count, R = len(options.neighbors or ()) or options.k or 0, options.retrieved_length or config.r
-    if count * R > service.engine.max_neighbors:
-        most = service.engine.max_neighbors // R
-        name = "retro.neighbors" if options.neighbors else "retro.k"
-        raise ApiError(400, f"{count} neighbors of {R} tokens: at most {most} are read at a time", name)
+    count = len(options.neighbors or ()) or options.k or 0
+    prompt = "messages" if isinstance(body, Chat) else "prompt"
+    names = prompt, "max_tokens", "retro.neighbors" if options.neighbors else "retro.k"
+    check_room(service, prompts, most, count * (options.retrieved_length or config.r), names)
     service.check_search(options.mode)
     seed = secrets.randbits(48) if body.seed is None else body.seed % (1 << 62)
     first = Request(
@@ -284,6 +278,19 @@ def requests_of(
     ]
 
 
+def check_room(
+    service: Service, prompts: Sequence[list[int]], new_tokens: int, neighbor_tokens: int, names: tuple[str, str, str]
+) -> None:
+    """Raises ApiError for what no row of the engine has room for; `names` of the fields: prompt, new tokens, neighbors."""
+    longest, room, most = max(map(len, prompts)), service.engine.max_tokens, service.engine.max_neighbors
+    if longest + new_tokens > room:
+        why = f"{longest:,} tokens of the prompt and {new_tokens:,} new ones: a sequence has at most {room:,}"
+        raise ApiError(400, why, names[1] if longest < room else names[0], "context_length_exceeded")
+    if neighbor_tokens > most:
+        why = f"{neighbor_tokens:,} tokens of neighbors: at most {most:,} are read at a time"
+        raise ApiError(400, why, names[2])
+
+
 async def _answer(
     request: HttpRequest,
     body: Sampled,
@@ -300,8 +307,8 @@ async def _answer(
     asked = [replace(one, **more) for one in asked]
     check_cost(asked, service, limits, "n" if body.n > 1 else "prompt" if len(prompts) > 1 else "max_tokens")
     form.prompt_tokens = sum(map(len, prompts))
-    if echo:  # an event's tokens begin with the prompt's
-        form.completion_tokens = -sum(len(one.prompt) for one in asked)
+    if echo:
+        form.echoed = {index: len(one.prompt) for index, one in enumerate(asked)}
     running = await Running.start(service, asked, request.receive)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     if body.stream:
@@ -348,6 +355,7 @@ class _Form(ABC):
             "model": service.name,
         }
         self.prompt_tokens = self.completion_tokens = 0
+        self.echoed: dict[int, int] = {}  # tokens of the prompt that a choice's first event begins with
         self.events: list[tuple[int, Event]] = []
 
     @abstractmethod
@@ -360,13 +368,16 @@ class _Form(ABC):
     @abstractmethod
     def logprobs(self, entries: Sequence[TokenLogprob]) -> Any: ...
 
+    def _count(self, index: int, event: Event) -> None:
+        self.completion_tokens += len(event.tokens) - self.echoed.pop(index, 0)
+
     def add(self, index: int, event: Event) -> None:
-        self.completion_tokens += len(event.tokens)
+        self._count(index, event)
         self.events.append((index, event))
 
     def piece(self, index: int, event: Event, with_usage: bool) -> dict[str, Any] | None:
         """An event of a stream; None when there is nothing to say yet."""
-        self.completion_tokens += len(event.tokens)
+        self._count(index, event)
         if not (event.text or event.logprobs or event.new_hits is not None or event.finish_reason or event.notes):
             return None
         out: dict[str, Any] = {**self.head, "choices": [self.delta(index, event)]}

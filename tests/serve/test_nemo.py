@@ -38,6 +38,15 @@ def test_generate(server: Server) -> None:
         assert put(server, "/generate", **{**body, **wrong}).status_code == 400, wrong
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"neighbors": 64}, "neighbors"), ({"tokens_to_generate": 2047}, "tokens_to_generate"), ({"sentences": ["word " * 2100]}, "sentences")],
+)  # fmt: skip
+def test_what_has_no_room_names_its_field(server: Server, fields: dict[str, Any], param: str) -> None:
+    answer = put(server, "/generate", **{"sentences": ["amber river"], "tokens_to_generate": 2, **fields})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
 def test_knn_adds_finds_and_resets(small_run: Path, tmp_path: Path) -> None:
     with serving_run(small_run, tmp_path, has_nemo=True) as server:
         text = "Nafock Wuhack grew up in Gaituchul"

@@ -1,5 +1,6 @@
 """OpenAI's API, asked by OpenAI's own client; and every way to ask wrongly."""
 
+import contextlib
 import gzip
 import json
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from helpers import small_config
 from interop_helpers import chat_folder
@@ -323,6 +325,22 @@ def test_a_client_that_leaves_before_the_answer_frees_the_engine(server: Server)
     while server.service.engine.stats()["running"]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_client_that_leaves_before_the_echo_counts_no_tokens(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.ExitStack() as stack:
+        busy = complete(server, max_tokens=1500, n=7, temperature=1, stream=True, extra_body={"min_tokens": 1500})
+        stack.callback(busy.close)
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, "echo": True, "stream": True}
+        with server.client("read") as client, pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json=body, timeout=0.4)
+        deadline = time.monotonic() + 10
+        while server.service.engine.stats()["waiting"] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.1)
+    assert not [record for record in caplog.records if record.exc_info], caplog.text
 
 
 def test_the_stream_on_the_wire(server: Server) -> None:

@@ -59,7 +59,7 @@ def test_tokens_there_and_back(server: Server) -> None:
 def test_explain(server: Server) -> None:
     body = {"prompt": "Document doc7. river", "text": " stone amber", "neighbors": ["river stone amber", "winter"]}
     out = post(server, "/v1/explain", **body).json()
-    assert out["tokens"] == len(server.service.tokenizer.encode(" stone amber"))
+    assert out["tokens"] == len(out["text_tokens"]) == len(server.service.tokenizer.encode(" stone amber"))
     assert [row["text"] for row in out["neighbors"]] == body["neighbors"]
     assert out["logprob"] < 0
     retrieved = post(server, "/v1/explain", prompt="Document doc7. river", text=" stone", k=2).json()
