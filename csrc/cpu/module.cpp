@@ -202,7 +202,7 @@ class Fields {
 void check_places(const Step& a) {
   for (int64_t b = 0; b < a.B; b++) {
     const int64_t last = a.starts ? a.starts[b] : a.num_keys - 1, first = a.begins ? a.begins[b] : 0;
-    if (first < 0 || first > last + 1 || last >= a.num_keys || (a.starts && last < 0))
+    if (first < 0 || last >= a.num_keys || (a.starts && last < 0))
       throw py::value_error("row " + std::to_string(b) + " attends " + std::to_string(first) + " ... " + std::to_string(last) + "; the cache holds " + std::to_string(a.num_keys));
     if (a.cos && (a.positions[b] < 0 || a.positions[b] >= a.num_positions))
       throw py::value_error("positions holds " + std::to_string(a.positions[b]) + "; cos has " + std::to_string(a.num_positions) + " positions");

@@ -152,6 +152,16 @@ def test_float64_and_many_rows_are_pytorchs() -> None:
         assert torch.equal(Steps([part])(x), reference.step(x, part))
 
 
+def test_a_new_token_before_the_first_key_attends_nothing(instruction_set: str) -> None:
+    """Padding on the left, token by token: as the twin, whatever the cache holds."""
+    torch.manual_seed(6)
+    weights = [matrix(16, 8), matrix(16, 8), matrix(16, 8), matrix(8, 16)]
+    attending = replace(self_attending((2, 2, 2, 8), torch.float32, 4, False), begins=torch.tensor([7, S + 3]))
+    part = SelfAttention(norm(8, True), *weights, replace(attending, starts=torch.tensor([5, 0])))
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(Steps([part])(x), reference.step(x, part))
+
+
 def test_places_outside_are_named() -> None:
     torch.manual_seed(5)
     weights = [matrix(16, 8), matrix(16, 8), matrix(16, 8), matrix(8, 16)]
