@@ -29,21 +29,21 @@ class Steps:
     """Parts of layers, one after another. What does not change from step to step is looked at once, here.
 
     Every call reads the values of weights, cache and places anew, and looks at all of it again where a tensor has other memory
-    (`.data =`, `.to()`, `share_memory_()`). A copy, pickled or not, is made of the parts alone. Raises ValueError for shapes that
-    do not fit.
+    (`.data =`, `.to()`, `share_memory_()`). What takes several calls a step may `look` once and `run` each. A copy, pickled or
+    not, is made of the parts alone. Raises ValueError for shapes that do not fit.
     """
 
     def __init__(self, parts: Sequence[Part]):
         if not parts:
             raise ValueError("there are no parts")
         self.parts = tuple(parts)
-        self._tensors = tuple(tensor for part in parts for tensor in _tensors(part))
-        self._look()
+        self._tensors = tuple({id(tensor): tensor for part in parts for tensor in _tensors(part)}.values())
+        self._prepare()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Steps, (self.parts,)
 
-    def _look(self) -> None:
+    def _prepare(self) -> None:
         """Remember what C++ is told of the parts."""
         first = self.parts[0]
         self.width = (first.up if isinstance(first, FeedForward) else first.q).weight.shape[1]
@@ -64,13 +64,21 @@ class Steps:
         Raises ValueError for another shape, a place outside the cache or a position outside the tables, and RuntimeError where a
         gradient or a derivative would be lost.
         """
+        self.look()
+        return self.run(x_BD, first, last)
+
+    def look(self) -> None:
+        """Prepare anew what has moved. Before every `run` whose tensors may have got other memory."""
+        if _memory(self._tensors) != self._memory:
+            self._prepare()
+
+    def run(self, x_BD: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """A call without `look`: only while nothing can have moved since the last one."""
         if carries_derivative(x_BD, *(self._tensors if torch.is_grad_enabled() else ())):
             raise RuntimeError(
                 "a step of decoding has no gradient\n  x or a weight requires one, or is a dual number\n  call it under "
                 "torch.no_grad(), or the model's full pass"
             )
-        if _memory(self._tensors) != self._memory:
-            self._look()
         rows = x_BD.shape[0] if self.rows is None else self.rows
         if x_BD.shape != (rows, self.width):
             raise ValueError(f"x has shape {tuple(x_BD.shape)}; expected [{rows}, {self.width}]")

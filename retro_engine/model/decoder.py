@@ -3,7 +3,7 @@
 Shape letters: B batch, N tokens, D width, L chunks, K neighbors, R tokens per neighbor, G key/value heads, E head width.
 """
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,10 @@ def chunk_read(position: Tensor, M: int) -> Tensor:
     return (position + 1) // M - 1
 
 
-def offset_read(position: Tensor, M: int) -> Tensor:
+Places = TypeVar("Places", int, Tensor)
+
+
+def offset_read(position: Places, M: int) -> Places:
     """A token's place among the M that attend the same chunk's neighbors."""
     return (position + 1) % M
 

@@ -8,6 +8,7 @@ R tokens per neighbor, X neighbor tokens that a row reads (k*r), G key/value hea
 V vocabulary.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,11 +21,12 @@ from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
 from retro_engine.model import ops
 from retro_engine.model.attention import ChunkedCrossAttention, Rotary, SelfAttention
-from retro_engine.model.decoder import offset_read
+from retro_engine.model.decoder import Places, offset_read
 from retro_engine.model.retro import RetroModel
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair a cross-attending layer
 ALL = slice(None)
+PLAIN = "this model is a plain decoder (model.retrieval=false): it takes no neighbors"
 OF_ROWS = ("hidden_BMD", "cross_valid_BX", "lengths_B", "pads_B", "offsets_B")
 OF_ROWS_AND_LAYERS = ("keys_BSGE", "values_BSGE", "cross_keys_BXGE", "cross_values_BXGE")
 
@@ -34,16 +36,18 @@ class PreparedSteps:
 
     def __init__(self, layers: Sequence[nn.Module], steps: ops.Steps):
         assert isinstance(layers, nn.ModuleList)
-        self.run: ops.Steps = steps
+        self.steps: ops.Steps = steps
         self._layers: nn.ModuleList = layers
         tables = [table for m in layers.modules() for table in (m._parameters, m._buffers, m._modules)]
-        self._slots: list[tuple[dict[str, Any], str, Any]] = [
-            (table, name, value) for table in tables for name, value in table.items()
-        ]
+        slots = [(table, name, value) for table in tables for name, value in table.items()]
+        self._tables: list[dict[str, Any]] = [table for table, _, _ in slots]
+        self._names: list[str] = [name for _, name, _ in slots]
+        self._values: list[Any] = [value for _, _, value in slots]
 
     def is_of(self, layers: Sequence[nn.Module]) -> bool:
         """Whether these layers have the same weights still (with other values and other memory maybe: `Steps` sees that)."""
-        return layers is self._layers and all(table.get(name) is value for table, name, value in self._slots)
+        found = map(dict.get, self._tables, self._names)  # every step asks
+        return layers is self._layers and all(map(operator.is_, found, self._values))
 
 
 @dataclass
@@ -74,9 +78,10 @@ class DecodeCache:
     @property
     def length(self) -> int:
         """Tokens taken so far. Raises ValueError where that differs from row to row."""
-        if bool((self.lengths_B != self.lengths_B[0]).any()):
-            raise ValueError(f"the rows hold {self.lengths_B.tolist()} tokens; a block needs rows of one length")
-        return int(self.lengths_B[0])
+        lengths: list[int] = self.lengths_B.tolist()
+        if lengths.count(lengths[0]) != len(lengths):
+            raise ValueError(f"the rows hold {lengths} tokens; a block needs rows of one length")
+        return lengths[0]
 
     def part(self, first: int, last: int) -> "DecodeCache":
         """Rows first ... last - 1, sharing memory."""
@@ -186,12 +191,12 @@ def step(
     are chunks whose neighbors are missing (with cca_bias_everywhere that is not retrieval off).
     Raises ValueError for what does not fit.
     """
+    start, M = cache.length, model.config.chunk_size
+    _check_block(model, cache, tokens_BT, start, neighbors_BLKR, lengths_BLK)
     if is_token_BT is not None:
         _note_padding(cache, is_token_BT)
     if tokens_BT.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return prefill(model, cache, tokens_BT, neighbors_BLKR, lengths_BLK, last_only)
-    start, M = cache.length, model.config.chunk_size
-    _check_block(model, cache, tokens_BT, start, neighbors_BLKR)
+        return _take_in(model, cache, tokens_BT, start, neighbors_BLKR, lengths_BLK, last_only)
     ending = list(range(len(tokens_BT))) if (start + 1) % M == 0 else []
     newest = None if neighbors_BLKR is None or not ending else neighbors_BLKR[:, 0]
     valid = None if lengths_BLK is None or not ending else lengths_BLK[:, 0]
@@ -208,13 +213,25 @@ def prefill(
 ) -> Tensor:
     """`step` for a block; padding is as the cache has it (`DecodeCache.clear`)."""
     start = cache.length
-    _check_block(model, cache, tokens_BT, start, neighbors_BLKR)
+    _check_block(model, cache, tokens_BT, start, neighbors_BLKR, lengths_BLK)
+    return _take_in(model, cache, tokens_BT, start, neighbors_BLKR, lengths_BLK, last_only)
+
+
+def _take_in(
+    model: RetroModel,
+    cache: DecodeCache,
+    tokens_BT: Tensor,
+    start: int,
+    neighbors_BLKR: Tensor | None,
+    lengths_BLK: Tensor | None,
+    last_only: bool,
+) -> Tensor:
     reading = None
     if model.config.cross_layers:
         reading = _CachedReading(model, cache, start, tokens_BT.shape[1], neighbors_BLKR, lengths_BLK)
     x = model.run_layers(model.embed(tokens_BT, start), _CachedAttention(cache, start, tokens_BT.shape[1]), reading)
     if reading is not None:
-        reading.keep_last()
+        reading.keep()
     cache.lengths_B += tokens_BT.shape[1]
     return model.logits(model.normed(x[:, -1:] if last_only else x))
 
@@ -233,25 +250,37 @@ def decode_one(
     `ending`: the rows whose chunk this token completes, in the order of `neighbors_NKR` (None = they have none).
     `advances_B` False: the row waits; it is computed, and nothing of it counts.
     """
-    c, M, starts = model.config, model.config.chunk_size, cache.lengths_B
-    longest = int(starts.max()) + 1
-    if longest > cache.capacity:
-        raise ValueError(f"the cache holds {cache.capacity} tokens; {longest} were given")
-    cache.offsets_B.copy_(_cross_position(c, starts))
+    c, starts = model.config, cache.lengths_B
+    places: list[int] = starts.tolist()
+    if max(places) >= cache.capacity:
+        raise ValueError(f"the cache holds {cache.capacity} tokens; {max(places) + 1} were given")
+    if ending or neighbors_NKR is not None:
+        _check_ending(model, places, ending, neighbors_NKR)
     x = model.embed(tokens_B[:, None], starts)[:, 0]
-    begun = 2 * c.cross_layers[0] + 1 if c.cross_layers else 0  # the parts before the first cross-attention
-    run = _steps(model, cache)
-    if begun:
-        x = run(x, 0, begun)
+    steps, begun = _steps(model, cache), 0
+    if c.cross_layers:
+        begun = 2 * c.cross_layers[0] + 1  # the parts before the first cross-attention
+        x = steps.run(x, 0, begun)
         z = model.layers[c.cross_layers[0]].cross_norm(x.to(model.embedding.weight.dtype))
-        rows = torch.arange(len(starts), device=starts.device)
-        cache.hidden_BMD[rows, starts % M] = z.to(cache.hidden_BMD.dtype)
+        _note_places(c, cache, places, z.to(cache.hidden_BMD.dtype))
         if ending:
             _read_anew(model, cache, ending, neighbors_NKR, lengths_NK)
-            run = _steps(model, cache)  # what is read may lie elsewhere now
-    x = run(x, begun)
+            steps = _steps(model, cache)  # what is read may lie elsewhere now
+    x = steps.run(x, begun)
     cache.lengths_B += 1 if advances_B is None else advances_B.long()
     return model.logits(model.normed(x.to(model.embedding.weight.dtype)))
+
+
+def _note_places(config: ModelConfig, cache: DecodeCache, places: list[int], z_BD: Tensor) -> None:
+    """Where the new tokens are in their chunks, and their state at the first cross-attending layer."""
+    M, place = config.chunk_size, places[0]
+    if places.count(place) == len(places):  # two small ops instead of many
+        cache.hidden_BMD[:, place % M] = z_BD
+        cache.offsets_B.fill_(_cross_position(config, place))
+        return
+    rows = torch.arange(len(places), device=z_BD.device)
+    cache.hidden_BMD[rows, cache.lengths_B % M] = z_BD
+    cache.offsets_B.copy_(_cross_position(config, cache.lengths_B))
 
 
 class _CachedAttention:
@@ -292,13 +321,12 @@ class _CachedReading:
         self.border = min(M - 1 - start % M, T)  # the first token of the block that ends a chunk
         self.completed = (start + T) // M - start // M
         self.pairs: Pairs = []  # of the completed chunks [b, l, k, r, g, e], not rotated; empty = no neighbors
+        self.open = cache.hidden_BMD[:, :0]  # the state of the chunk that is open after the block
 
     def encode(self, z_BND: Tensor) -> None:
-        """Also keeps the state of the chunk that is open after the block."""
-        M, hidden = self.model.config.chunk_size, self.cache.hidden_BMD
-        state = torch.cat((hidden[:, : self.start % M].to(z_BND.dtype), z_BND), 1)
-        whole, rest = state[:, : self.completed * M], state[:, self.completed * M :]
-        hidden[:, : rest.shape[1]] = rest
+        M = self.model.config.chunk_size
+        state = torch.cat((self.cache.hidden_BMD[:, : self.start % M].to(z_BND.dtype), z_BND), 1)
+        whole, self.open = state[:, : self.completed * M], state[:, self.completed * M :]
         if self.completed and self.neighbors_BLKR is not None and self.neighbors_BLKR.shape[2]:
             first_B = torch.full_like(self.cache.lengths_B, self.start // M * M)
             chunks = whole.unflatten(1, (self.completed, M))
@@ -339,16 +367,18 @@ class _CachedReading:
         has_any = (self.lengths_BLK > 0).any(-1).repeat_interleave(M, 1)[:, : q.shape[1]]
         return out[:, M - 1 :], has_any
 
-    def keep_last(self) -> None:
-        """What the rows read after the block: the last completed chunk's neighbors."""
-        if not self.completed:
-            return
-        if not self.pairs:
+    def keep(self) -> None:
+        """What comes after the block needs: the last completed chunk's neighbors, and the state of the chunk that is open.
+
+        Only now, when nothing can fail: a block that was refused may be given again, mended.
+        """
+        if self.completed and self.pairs:
+            assert self.lengths_BLK is not None
+            last = [(k[:, -1], v[:, -1]) for k, v in self.pairs]
+            _keep(self.cache, ALL, last, self.lengths_BLK[:, -1])
+        elif self.completed:
             self.cache.cross_valid_BX[:] = False
-            return
-        assert self.lengths_BLK is not None
-        last = [(k[:, -1], v[:, -1]) for k, v in self.pairs]
-        _keep(self.cache, ALL, last, self.lengths_BLK[:, -1])
+        self.cache.hidden_BMD[:, : self.open.shape[1]] = self.open
 
 
 def _read_anew(
@@ -403,7 +433,7 @@ def _keep(cache: DecodeCache, rows: list[int] | slice, pairs_NKRGE: Pairs, lengt
 
 
 def _steps(model: RetroModel, cache: DecodeCache) -> ops.Steps:
-    """All layers for one new token a row, prepared on the cache's memory."""
+    """All layers for one new token a row, prepared on the cache's memory and ready to `run`."""
     if cache.steps is None or not cache.steps.is_of(model.layers):
         decoder, reader = (tables or (None, None) for tables in cache.rotary)
         crossing = iter(zip(cache.cross_keys_BXGE, cache.cross_values_BXGE))
@@ -418,24 +448,41 @@ def _steps(model: RetroModel, cache: DecodeCache) -> ops.Steps:
                 reading = ops.Attending(*next(crossing), layer.cross.scale, *places, *reader)
             parts += layer.step_parts(attending, reading)
         cache.steps = PreparedSteps(model.layers, ops.Steps(parts))
-    return cache.steps.run
+    cache.steps.steps.look()
+    return cache.steps.steps
 
 
-def _cross_position(config: ModelConfig, places: Tensor) -> Tensor:
+def _cross_position(config: ModelConfig, places: Places) -> Places:
     """The positions of queries in the table of cross-attention."""
     return offset_read(places, config.chunk_size) + (config.chunk_size - 1 if config.cca_query_offset else 0)
 
 
 def _note_padding(cache: DecodeCache, is_token_BT: Tensor) -> None:
     """Count padding on the left. Raises ValueError for padding after a token."""
-    after_a_token = is_token_BT.long().cummax(1).values.bool() | (cache.pads_B < cache.lengths_B)[:, None]
+    has_tokens_B = cache.pads_B < cache.lengths_B
+    after_a_token = is_token_BT.long().cummax(1).values.bool() | has_tokens_B[:, None]
     if bool((after_a_token & ~is_token_BT).any()):
         raise ValueError("padding comes after a token: a row of the cache has it on the left alone")
-    cache.pads_B += (~is_token_BT).sum(1)
+    pads_B = cache.lengths_B + (~is_token_BT).sum(1)  # the same again where a block is given again
+    cache.pads_B.copy_(torch.where(has_tokens_B, cache.pads_B, pads_B))
+
+
+def _check_ending(model: RetroModel, places: list[int], ending: list[int], neighbors_NKR: Tensor | None) -> None:
+    if neighbors_NKR is not None and model.encoder is None:
+        raise ValueError(PLAIN)
+    if neighbors_NKR is not None and len(neighbors_NKR) != len(ending):
+        raise ValueError(f"neighbors has shape {tuple(neighbors_NKR.shape)}; expected [{len(ending)}, k, r]")
+    if any((places[row] + 1) % model.config.chunk_size for row in ending):
+        raise ValueError(f"rows {ending} at places {places}: not all of them end a chunk of {model.config.chunk_size}")
 
 
 def _check_block(
-    model: RetroModel, cache: DecodeCache, tokens_BT: Tensor, start: int, neighbors_BLKR: Tensor | None
+    model: RetroModel,
+    cache: DecodeCache,
+    tokens_BT: Tensor,
+    start: int,
+    neighbors_BLKR: Tensor | None,
+    lengths_BLK: Tensor | None,
 ) -> None:
     c, (B, T) = model.config, tokens_BT.shape
     if c.partial_chunk != "last":
@@ -445,10 +492,13 @@ def _check_block(
     if start + T > cache.capacity:
         raise ValueError(f"the cache holds {cache.capacity} tokens; {start + T} were given")
     if neighbors_BLKR is not None and model.encoder is None:
-        raise ValueError("this model is a plain decoder (model.retrieval=false): it takes no neighbors")
+        raise ValueError(PLAIN)
     completed = (start + T) // c.chunk_size - start // c.chunk_size
     if neighbors_BLKR is not None and neighbors_BLKR.shape[:2] != (B, completed):
         raise ValueError(f"neighbors has shape {tuple(neighbors_BLKR.shape)}; expected [{B}, {completed}, k, r]")
+    if lengths_BLK is not None and (neighbors_BLKR is None or lengths_BLK.shape != neighbors_BLKR.shape[:3]):
+        given = "none" if neighbors_BLKR is None else str(tuple(neighbors_BLKR.shape))
+        raise ValueError(f"neighbor lengths have shape {tuple(lengths_BLK.shape)}; neighbors {given}")
 
 
 def greedy(logits_BV: Tensor) -> Tensor:

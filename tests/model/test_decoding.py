@@ -165,6 +165,76 @@ def test_padding_on_the_left_may_come_token_by_token() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_padding_that_is_known_before_may_be_decoded_token_by_token(dtype: torch.dtype) -> None:
+    """A new token that is padding attends nothing; the first chunk is half of it."""
+    model = small_model().to(dtype)
+    tokens, neighbors = small_inputs(model, batch=2, n=10)
+    documents = torch.zeros_like(tokens)
+    documents[0, :2] = documents[1, :5] = -1
+    exact = model(tokens, neighbors, None, documents)
+    cache = new_cache(model, 2, 10)
+    for row, pad in enumerate((2, 5)):
+        cache.clear(row, pad)
+    for place in range(10):
+        given = neighbors[:, place // M] if place % M == M - 1 else None
+        found = decode_one(model, cache, tokens[:, place], [] if given is None else [0, 1], given)
+        for row, pad in enumerate((2, 5)):
+            if place >= pad:
+                torch.testing.assert_close(found[row], exact[row, place], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_block_that_was_refused_may_be_given_again_mended() -> None:
+    """Nothing of it stays: neither the state of the open chunk nor the padding."""
+    model = small_model()
+    tokens, neighbors = small_inputs(model, batch=2, n=16)
+    exact = model(tokens, neighbors)
+    wrong = [
+        (neighbors[:, 1:3].repeat(1, 1, 2, 1), None),  # wider than the cache
+        (torch.ones(2, 2, 1, 15, dtype=torch.long), None),  # longer than the model's
+        (neighbors[:, 1:3] + 1000, None),  # no ids of the vocabulary
+        (neighbors[:, 1:3], torch.ones(2, 2, 7, dtype=torch.long)),
+        (None, torch.ones(2, 2, 2, dtype=torch.long)),
+    ]
+    for given, lengths in wrong:
+        cache = new_cache(model, 2, 16, 2 * model.config.r)
+        step(model, cache, tokens[:, :6], neighbors[:, :1])
+        with pytest.raises((ValueError, IndexError)):
+            step(model, cache, tokens[:, 6:13], given, lengths)
+        found = [
+            step(model, cache, tokens[:, 6:13], neighbors[:, 1:3]),
+            step(model, cache, tokens[:, 13:], neighbors[:, 3:]),
+        ]
+        assert (torch.cat(found, 1) - exact[:, 6:]).abs().max() <= 1e-9
+    cache, is_token = new_cache(model, 2, 8), torch.ones(2, 8, dtype=torch.bool)
+    is_token[1, :3] = False
+    for given in (neighbors[:, :2] + 1000, neighbors[:, :1]):
+        with pytest.raises((ValueError, IndexError)):
+            step(model, cache, tokens[:, :8], given, is_token_BT=is_token)
+    step(model, cache, tokens[:, :8], neighbors[:, :2], is_token_BT=is_token)
+    assert cache.pads_B.tolist() == [0, 3]
+
+
+@torch.no_grad()
+def test_neighbors_of_rows_that_end_no_chunk_are_refused() -> None:
+    model, plain = small_model(), small_model(retrieval=False)
+    tokens, neighbors = small_inputs(model, batch=2, n=4)
+    cache = new_cache(model, 2, 8)
+    step(model, cache, tokens[:, :3])
+    for ending, given, message in (
+        ([0], neighbors[:, 0], "expected \\[1, k, r\\]"),
+        ([], neighbors[:, 0], "expected \\[0, k, r\\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_one(model, cache, tokens[:, 3], ending, given)
+    with pytest.raises(ValueError, match="not all of them end a chunk of 4"):
+        decode_one(model, new_cache(model, 2, 8), tokens[:, 0], [0], neighbors[:1, 0])
+    with pytest.raises(ValueError, match="plain decoder"):
+        decode_one(plain, new_cache(plain, 2, 8), tokens[:, 0], [0], neighbors[:1, 0])
+
+
 def test_a_batch_is_its_rows_and_a_full_pass() -> None:
     model = small_model(seed=5)
     prompts = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], [1]]
