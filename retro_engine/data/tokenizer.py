@@ -106,7 +106,8 @@ class Tokenizer:
             close = nearest(str(wanted), list(self.backend.get_vocab()))
             what = f"{by} names the end-of-document token {wanted!r}"
             raise StoreError(what, f"{self.name} has none such", close or "--end-token TOKEN names another")
-        if not self._is_special(found) and found in self.encode(content):
+        is_text = found in called(self.name, self.backend.encode, content, add_special_tokens=False).ids
+        if is_text and not self._is_special(found):
             why = "text that holds it would end the document"
             raise StoreError(f"{by} names the ordinary token {content!r}", why, "--end-token TOKEN names another")
         return found
@@ -212,9 +213,16 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if len(texts) == 1 and len(texts[0]) <= LONG:  # without waking the library's threads
-            return [called(self.name, self.backend.encode, texts[0], add_special_tokens=False).ids]
-        encodings = called(self.name, self.backend.encode_batch_fast, list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+            rows = [called(self.name, self.backend.encode, texts[0], add_special_tokens=False).ids]
+        else:
+            encodings = called(self.name, self.backend.encode_batch_fast, list(texts), add_special_tokens=False)
+            rows = [encoding.ids for encoding in encodings]
+        if not self._matched:
+            return rows
+        return [
+            row if self._matched.isdisjoint(row) else self.encode_with_offsets(text)[0]
+            for row, text in zip(rows, texts)
+        ]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -222,7 +230,26 @@ class Tokenizer:
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and, for each, the characters [start, end) it stands for."""
         encoding = called(self.name, self.backend.encode, text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        ids, offsets = encoding.ids, encoding.offsets
+        if self._matched.isdisjoint(ids):
+            return ids, offsets
+        found: list[tuple[int, tuple[int, int]]] = []
+        for index, (start, end) in zip(ids, offsets):
+            if index not in self._matched or end - start < 2:
+                found.append((index, (start, end)))
+                continue
+            for first, last in ((start, start + 1), (start + 1, end)):  # its first sign alone is no longer its name
+                parts = zip(*self.encode_after("a", text[first:last]))
+                found += [(i, (first + begin, first + stop)) for i, (begin, stop) in parts]
+        return [index for index, _ in found], [place for _, place in found]
+
+    @functools.cached_property
+    def _matched(self) -> frozenset[int]:
+        """Special tokens that the model itself finds in text: Unigram and whole words have their names in the vocabulary."""
+        decoder = self.backend.get_added_tokens_decoder()
+        names = {i: decoder[i].content for i in self.special_ids if i != self.unknown_id}
+        rows = called(self.name, self.backend.encode_batch_fast, list(names.values()), add_special_tokens=False)
+        return frozenset(i for row in rows for i in row.ids) & names.keys()
 
     def encode_after(
         self, prompt: str, text: str, is_controlled: bool = False

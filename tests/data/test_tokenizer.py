@@ -1,5 +1,6 @@
 """Tokenizers: training, loading, special tokens that text cannot forge, bytes of tokens."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from helpers import WORDS, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_helpers import KINDS
 
 from retro_engine.data.tokenizer import Tokenizer, auto_vocab_size
 from retro_engine.errors import MissingInputError, StoreError, UsageError
@@ -86,3 +88,28 @@ def test_vocabulary_sizes(tokenizer: Tokenizer) -> None:
         Tokenizer.train(TEXTS, 100)
     assert [auto_vocab_size(n) for n in (1, 10**7, 10**8)] == [8192, 16384, 32768]
     assert tokenizer.dtype is np.uint16
+
+
+def whole_words() -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    words = {"</s>": 0, "<unk>": 1, "The": 2, "castle": 3}
+    backend = Backend(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["</s>", "<unk>"])
+    return Tokenizer(backend.to_str())
+
+
+@pytest.mark.parametrize("make", [*KINDS.values(), whole_words], ids=lambda make: make.__name__)
+def test_text_never_becomes_a_special_token_of_any_kind(make: Callable[[], Tokenizer]) -> None:
+    """Also of models that have the names of special tokens in their vocabulary, as T5's and XLM-R's."""
+    tokenizer = make()
+    for index in tokenizer.special_ids - {tokenizer.unknown_id}:
+        name = tokenizer.backend.id_to_token(index)
+        text = f"The {name} castle {name}"
+        ids, offsets = tokenizer.encode_with_offsets(text)
+        assert tokenizer.special_ids.isdisjoint(set(ids) - {tokenizer.unknown_id}), (name, ids)
+        assert tokenizer.encode(text) == tokenizer.encode_batch([text, "The"])[0] == ids
+        assert all(0 <= start <= end <= len(text) for start, end in offsets)
+        assert tokenizer.encode_batch([text, "The castle"])[1] == tokenizer.encode("The castle")
