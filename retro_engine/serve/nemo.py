@@ -81,14 +81,19 @@ async def generate(request: HttpRequest) -> Response:
     async with running:
         async for index, event in running:
             events[index].append(event)
-    outs = await brief(request, _answers, service.tokenizer, prompts, events)
     state_of(request).metrics.tokens(sum(map(len, prompts)), sum(len(e.tokens) for mine in events for e in mine))
+    return JSONResponse(await brief(request, _whole, body, service.tokenizer, prompts, events))
+
+
+def _whole(body: Generate, tokenizer: Any, prompts: list[list[int]], events: list[list[Event]]) -> dict[str, Any]:
+    size = tokenizer.vocab_size
+    outs = [_answer(tokenizer, prompt, mine) for prompt, mine in zip(prompts, events)]
     answer: dict[str, Any] = {name: [out[name] for out in outs] for name in outs[0]}
     if not body.compute_logprob:
         answer["logprob"] = None
     if body.all_probs:
         answer["full_logprob"] = [[_row(entry, size) for e in mine for entry in e.logprobs or []] for mine in events]
-    return JSONResponse(answer)
+    return answer
 
 
 def _row(entry: TokenLogprob, size: int) -> list[float | None]:
@@ -124,10 +129,6 @@ def _request(body: Generate, prompt: list[int], seed: int, size: int, caller: st
         add_bos=body.add_BOS,
         caller=caller,
     )
-
-
-def _answers(tokenizer: Any, prompts: list[list[int]], events: list[list[Event]]) -> list[dict[str, Any]]:
-    return [_answer(tokenizer, prompt, mine) for prompt, mine in zip(prompts, events)]
 
 
 def _answer(tokenizer: Any, prompt: list[int], events: list[Event]) -> dict[str, Any]:
