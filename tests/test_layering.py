@@ -11,7 +11,7 @@ PACKAGE = ROOT / "retro_engine"
 # A module may import from its own row and from the rows above it.
 ORDER = [
     ["errors", "jit"],
-    ["yaml_file", "nemo_names", "config", "progress"],
+    ["config", "progress"],
     ["data"],
     ["retrieval"],
     ["model"],

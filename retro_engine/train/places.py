@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from retro_engine.config import Config, flat_keys
+from retro_engine.config.yaml_file import read_yaml
 from retro_engine.data import files
 from retro_engine.errors import MissingInputError, RetroError, StoreError
-from retro_engine.yaml_file import read_yaml
 
 VARIABLE = "RETRO_STORES"
 STORES = ("store", "valid_store")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from retro_engine.config import Config, to_yaml
+from retro_engine.config.yaml_file import read_bytes
 from retro_engine.data import files
 from retro_engine.errors import MissingInputError, StoreError
 from retro_engine.progress import note
-from retro_engine.yaml_file import read_bytes
 
 SETTINGS_FILE, FACTS_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.jsonl"
 MOST_LINES_BYTES = 1 << 30

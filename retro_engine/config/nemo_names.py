@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 from retro_engine.errors import UsageError
 
 if TYPE_CHECKING:
-    from retro_engine.config import Config
+    from retro_engine.config.fields import Config
 
 Say = Callable[[str], None]
+MEANINGLESS = {  # keys of NeMo's commands that name something this project does not have
+    "cluster_type": "jobs are started with torchrun",
+    "model.mcore_gpt": "there is one model",
+    "model.data.data_impl": "the store has one format",
+    "model.use_flash_attention": "the fastest attention that is installed is used",
+    "model.transformer_engine": "it is not used",
+    "exp_manager.create_checkpoint_callback": "checkpoints are always written",
+}
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "bf16-true": "bf16-mixed", "32-true": "32", "64-true": "64"}
 OPTIMIZERS = {
     "fused_adam": "adamw",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from retro_engine.config import load_config
+from retro_engine.config.yaml_file import MAX_BYTES, read_yaml
 from retro_engine.errors import MissingInputError, RetroError, UsageError
-from retro_engine.yaml_file import MAX_BYTES, read_yaml
 
 LAUGHS = (
     "a0: &a0 [" + "x," * 9 + "x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))

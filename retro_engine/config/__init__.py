@@ -1,0 +1,38 @@
+"""Every setting, the presets, the rules, and how a run's settings are put together: fields <- rules <- presets <- load."""
+
+from retro_engine.config.fields import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    SchedConfig,
+    TrainedModelConfig,
+    base_config,
+    base_head_width,
+    flat_keys,
+)
+from retro_engine.config.load import architecture, asked_accelerator, load_config, named_keys, to_yaml
+from retro_engine.config.presets import PRESETS, preset_model
+from retro_engine.config.rules import check, check_model, splits
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "SchedConfig",
+    "TrainedModelConfig",
+    "architecture",
+    "asked_accelerator",
+    "base_config",
+    "base_head_width",
+    "check",
+    "check_model",
+    "flat_keys",
+    "load_config",
+    "named_keys",
+    "preset_model",
+    "splits",
+    "to_yaml",
+]
