@@ -21,9 +21,9 @@ from helpers import shared
 
 from retro_engine.data.corpus import Document, Reader
 from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.library.documents import HashEmbedder
+from retro_engine.library.library import Library
 from retro_engine.retrieval.analyzer import Analyzer
-from retro_engine.retrieval.library import Library
-from retro_engine.retrieval.library_documents import HashEmbedder
 
 NUM_CHUNKS = int(os.environ.get("RETRO_CHUNKS", "100000"))
 WORDS_PER_DOCUMENT = 45
@@ -187,7 +187,7 @@ WRITER = """
 import sys
 sys.path += sys.argv[2:]
 from bench_library import Texts
-from retro_engine.retrieval.library import Library
+from retro_engine.library.library import Library
 texts = Texts(50_000_000)
 with Library(sys.argv[1]) as library:
     print("open", flush=True)

@@ -682,8 +682,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _neighbor_source(args: argparse.Namespace, checkpoint: Path, resources: "ExitStack") -> "NeighborSource":
     """The stores, the library, or both; the library stays open as long as `resources`."""
-    from retro_engine.retrieval.library import Library
-    from retro_engine.retrieval.live import LiveRetriever
+    from retro_engine.library.library import Library
+    from retro_engine.library.live import LiveRetriever
     from retro_engine.retrieval.search import Building, Retriever
     from retro_engine.train.loop import run_databases
 
@@ -822,10 +822,10 @@ def _inspect(args: argparse.Namespace) -> int:
     from retro_engine.data import files
     from retro_engine.data.neighbor_table import NeighborTable
     from retro_engine.data.store import Store
+    from retro_engine.library.file import FILE
+    from retro_engine.library.library import Library
     from retro_engine.retrieval.index import VectorIndex
     from retro_engine.retrieval.lexical import Bm25Index
-    from retro_engine.retrieval.library import Library
-    from retro_engine.retrieval.library_file import FILE
     from retro_engine.retrieval.quality import describe_quality, quality
     from retro_engine.retrieval.vectors import Vectors
     from retro_engine.train import checkpoint

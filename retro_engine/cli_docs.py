@@ -12,10 +12,10 @@ from retro_engine.errors import MissingInputError, UsageError
 
 if TYPE_CHECKING:
     from retro_engine.data.corpus import Document
+    from retro_engine.library.importer import Importer, Job
+    from retro_engine.library.library import Library
     from retro_engine.progress import Reporter
     from retro_engine.retrieval.analyzer import Analyzer
-    from retro_engine.retrieval.library import Library
-    from retro_engine.retrieval.library_import import Importer, Job
     from retro_engine.serve.client import RemoteLibrary
 
 BATCH = 256  # documents added at once
@@ -129,10 +129,10 @@ def _refuse_folder_flags(args: argparse.Namespace) -> None:
 
 def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Library":
     from retro_engine.data.store import Store
-    from retro_engine.retrieval.library import Library
-    from retro_engine.retrieval.library_documents import HashEmbedder
-    from retro_engine.retrieval.library_file import is_made
-    from retro_engine.retrieval.live import library_coding
+    from retro_engine.library.documents import HashEmbedder
+    from retro_engine.library.file import is_made
+    from retro_engine.library.library import Library
+    from retro_engine.library.live import library_coding
 
     folder = Path(args.library)
     store = Store(args.store) if hasattr(args, "embedder") and args.store is not None else None
@@ -160,7 +160,7 @@ def _add(args: argparse.Namespace) -> int:
     from retro_engine.data.corpus import Document, Reader
     from retro_engine.data.inputs import SetAside, find_files, standard_input, tell
     from retro_engine.data.streams import read_text
-    from retro_engine.retrieval.library_documents import MAX_DOCUMENT_BYTES, check_document
+    from retro_engine.library.documents import MAX_DOCUMENT_BYTES, check_document
 
     rows: Iterator[Document | SetAside]
     if args.inputs == ["-"]:
@@ -202,8 +202,8 @@ def _add(args: argparse.Namespace) -> int:
 
 def _identified(library: "Library | RemoteLibrary", documents: "list[Document]", namespace: str) -> "list[Document]":
     """Documents with ids that do not depend on how they came in; a server's are paths from here."""
-    from retro_engine.retrieval.library import Library
-    from retro_engine.retrieval.library_identity import identified, identified_in
+    from retro_engine.library.identity import identified, identified_in
+    from retro_engine.library.library import Library
 
     if isinstance(library, Library):
         return identified_in(library, documents, namespace)
@@ -236,7 +236,7 @@ def _import_remotely(args: argparse.Namespace) -> "Job":
 
 def _import_here(args: argparse.Namespace) -> "Job":
     from retro_engine.data.inputs import standard_input
-    from retro_engine.retrieval.library_import import Importer
+    from retro_engine.library.importer import Importer
 
     with _open_folder(args) as library, Importer(library) as importer:
         number = importer.start(standard_input() if args.input == "-" else args.input, args.namespace)
@@ -300,9 +300,9 @@ def _vacuum(args: argparse.Namespace) -> int:
 
 
 def _reread(args: argparse.Namespace) -> int:
+    from retro_engine.library.file import set_analyzer
+    from retro_engine.library.library import Library
     from retro_engine.retrieval.analyzer import Analyzer
-    from retro_engine.retrieval.library import Library
-    from retro_engine.retrieval.library_file import set_analyzer
 
     if _is_url(args):
         raise UsageError(
@@ -317,8 +317,8 @@ def _reread(args: argparse.Namespace) -> int:
 
 def _query(args: argparse.Namespace) -> int:
     from retro_engine.data.store import Store
-    from retro_engine.retrieval.library import Library
-    from retro_engine.retrieval.live import LiveRetriever
+    from retro_engine.library.library import Library
+    from retro_engine.library.live import LiveRetriever
     from retro_engine.retrieval.search import Retriever
 
     with _open(args, is_read_only=True) as library:

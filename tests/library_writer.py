@@ -13,10 +13,10 @@ import numpy as np
 from helpers import WORDS
 
 from retro_engine.data.corpus import Document
+from retro_engine.library.library import Library
+from retro_engine.library.search import lexical
+from retro_engine.library.segments import Delta, View, merge
 from retro_engine.retrieval.analyzer import Analyzer
-from retro_engine.retrieval.library import Library
-from retro_engine.retrieval.library_index import Delta, View, merge
-from retro_engine.retrieval.library_search import lexical
 
 
 def say(**event: Any) -> None:

@@ -14,6 +14,7 @@ ORDER = [
     ["config", "progress"],
     ["data"],
     ["retrieval"],
+    ["library"],
     ["model"],
     ["evaluate"],
     ["train"],

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from retro_engine.errors import MissingExtraError, OutOfResourceError, RetroError, UnavailableError, UsageError, typed
 from retro_engine.generate.engine import BusyError
-from retro_engine.retrieval.library import Library
+from retro_engine.library.library import Library
 from retro_engine.serve import documents, nemo, openai, schema, session, tools
 from retro_engine.serve.gate import Gate
 from retro_engine.serve.limits import ApiError, ClientLeft

@@ -13,9 +13,9 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from retro_engine.data.corpus import Document
 from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, UsageError
+from retro_engine.library.importer import Job
+from retro_engine.library.library import DEFAULT, Entry
 from retro_engine.retrieval.hit import Hit
-from retro_engine.retrieval.library import DEFAULT, Entry
-from retro_engine.retrieval.library_import import Job
 
 TIMEOUT_S = 120
 BATCH_BYTES = 4 << 20  # of documents in one request: servers take 8 MiB

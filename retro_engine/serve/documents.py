@@ -12,10 +12,10 @@ from starlette.responses import JSONResponse, Response
 from retro_engine.data.corpus import Document
 from retro_engine.data.identity import content_id
 from retro_engine.errors import UsageError
-from retro_engine.retrieval.library import MAX_LIST, Library
-from retro_engine.retrieval.library_documents import MAX_QUERY_CHARACTERS, check_id, check_seen
-from retro_engine.retrieval.library_import import Importer
-from retro_engine.retrieval.library_search import MODES
+from retro_engine.library.documents import MAX_QUERY_CHARACTERS, check_id, check_seen
+from retro_engine.library.importer import Importer
+from retro_engine.library.library import MAX_LIST, Library
+from retro_engine.library.search import MODES
 from retro_engine.serve.hits import neighbors_json
 from retro_engine.serve.limits import ApiError, Strict, parse, read_chunks, read_json
 from retro_engine.serve.state import audit, brief, limits_of, service_of, write

@@ -21,11 +21,11 @@ import torch
 
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingExtraError, UnavailableError, UsageError
+from retro_engine.library.documents import Chunker, HashEmbedder
+from retro_engine.library.importer import Importer, Job
+from retro_engine.library.library import DEFAULT, Library
+from retro_engine.library.search import check_mode
 from retro_engine.model.weights import read_config
-from retro_engine.retrieval.library import DEFAULT, Library
-from retro_engine.retrieval.library_documents import Chunker, HashEmbedder
-from retro_engine.retrieval.library_import import Importer, Job
-from retro_engine.retrieval.library_search import check_mode
 from retro_engine.serve.app import make_app
 from retro_engine.serve.auth import Accounts
 from retro_engine.serve.limits import Limits

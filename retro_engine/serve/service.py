@@ -15,16 +15,16 @@ from retro_engine.generate.chat import ChatTemplate
 from retro_engine.generate.engine import Engine
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.sampling import Sampling
+from retro_engine.library.documents import Embedder, HashEmbedder
+from retro_engine.library.file import is_made
+from retro_engine.library.importer import Importer
+from retro_engine.library.library import Library
+from retro_engine.library.live import LiveRetriever, library_coding
+from retro_engine.library.search import check_mode
 from retro_engine.model.device import pick_device
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.weights import load_model
 from retro_engine.retrieval.hit import Found
-from retro_engine.retrieval.library import Library
-from retro_engine.retrieval.library_documents import Embedder, HashEmbedder
-from retro_engine.retrieval.library_file import is_made
-from retro_engine.retrieval.library_import import Importer
-from retro_engine.retrieval.library_search import check_mode
-from retro_engine.retrieval.live import LiveRetriever, library_coding
 from retro_engine.retrieval.search import Retriever
 from retro_engine.serve.work import Work
 from retro_engine.train import checkpoint

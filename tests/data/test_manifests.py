@@ -29,17 +29,17 @@ from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.store import Store
 from retro_engine.errors import RetroError, StoreError
 from retro_engine.generate.sampling import Sampling
+from retro_engine.library.documents import HashEmbedder
+from retro_engine.library.library import Library
+from retro_engine.library.search import dense, lexical
+from retro_engine.library.segment_files import open_segment
+from retro_engine.library.segments import View
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.index import VectorIndex, build_index
 from retro_engine.retrieval.left_out import LeftOut
 from retro_engine.retrieval.lexical import Bm25Index
-from retro_engine.retrieval.library import Library
-from retro_engine.retrieval.library_documents import HashEmbedder
-from retro_engine.retrieval.library_index import View
-from retro_engine.retrieval.library_search import dense, lexical
-from retro_engine.retrieval.library_segments import open_segment
 from retro_engine.retrieval.quality import quality
 from retro_engine.retrieval.vectors import Vectors
 from retro_engine.train import checkpoint

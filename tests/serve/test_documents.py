@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from serve_helpers import Server, serving_run
 
-from retro_engine.retrieval.library_merge import LibraryIndex
+from retro_engine.library.snapshots import LibraryIndex
 
 CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
 IDS = ["a", "B", "ä/ö", "a b", "...", "import", "reset", "100%", "x?y#z", "日本", "a//b", "%2e"]

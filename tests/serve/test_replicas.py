@@ -20,7 +20,7 @@ import pytest
 
 from retro_engine.data.corpus import Document
 from retro_engine.errors import MissingExtraError, UsageError
-from retro_engine.retrieval.library import Library
+from retro_engine.library.library import Library
 from retro_engine.serve.auth import Accounts
 from retro_engine.serve.replicas import SharedImporter, SharedLibrary, Shelf, build
 from retro_engine.serve.service import Options

@@ -17,9 +17,9 @@ from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.generate.request import Request
+from retro_engine.library.library import Library
 from retro_engine.model.quantize import Int8Linear
 from retro_engine.progress import Reporter
-from retro_engine.retrieval.library import Library
 from retro_engine.serve.auth import Accounts
 from retro_engine.serve.run import Address, serve
 from retro_engine.serve.service import Options, open_service

@@ -11,9 +11,9 @@ from retro_engine.data.corpus import Document, Reader
 from retro_engine.data.identity import content_id
 from retro_engine.data.inputs import find_files
 from retro_engine.data.store import Store
-from retro_engine.retrieval.library import Library
-from retro_engine.retrieval.library_identity import identified, identified_in
-from retro_engine.retrieval.library_import import Importer
+from retro_engine.library.identity import identified, identified_in
+from retro_engine.library.importer import Importer
+from retro_engine.library.library import Library
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from retro_engine.data.corpus import Document
 from retro_engine.data.identity import composed, content_id, file_id
-from retro_engine.retrieval.library import Library
+from retro_engine.library.library import Library
 
 
 def identified(document: Document, folder: Path) -> Document:

@@ -9,10 +9,10 @@ from helpers import WORDS
 
 from retro_engine.data.corpus import Document
 from retro_engine.data.store import Store
+from retro_engine.library.documents import HashEmbedder
+from retro_engine.library.library import Library
 from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.lexical import K1, B
-from retro_engine.retrieval.library import Library
-from retro_engine.retrieval.library_documents import HashEmbedder
 
 
 def texts_of(count: int) -> dict[str, str]:

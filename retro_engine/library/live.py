@@ -11,10 +11,10 @@ import numpy as np
 
 from retro_engine.data.coding import Coding
 from retro_engine.errors import UsageError
+from retro_engine.library.documents import MAX_QUERY_CHARACTERS, check_query
+from retro_engine.library.library import DEFAULT, Library
+from retro_engine.library.search import check_mode, check_weights
 from retro_engine.retrieval.hit import Found, Hit, fuse
-from retro_engine.retrieval.library import DEFAULT, Library
-from retro_engine.retrieval.library_documents import MAX_QUERY_CHARACTERS, check_query
-from retro_engine.retrieval.library_search import check_mode, check_weights
 from retro_engine.retrieval.search import Retriever
 
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from retro_engine.data import files
 from retro_engine.errors import StoreError
-from retro_engine.retrieval import library_codes
-from retro_engine.retrieval.library_codes import CodedVectors
-from retro_engine.retrieval.library_index import Segment
+from retro_engine.library import codes as library_codes
+from retro_engine.library.codes import CodedVectors
+from retro_engine.library.segments import Segment
 
 DTYPES = {
     "keys": np.int64,

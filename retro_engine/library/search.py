@@ -12,9 +12,9 @@ import numpy as np
 
 from retro_engine.errors import UsageError, nearest
 from retro_engine.jit import numba
+from retro_engine.library.segments import Snapshot
 from retro_engine.retrieval.hit import drop_overlaps, fuse
 from retro_engine.retrieval.lexical import K1, B
-from retro_engine.retrieval.library_index import Snapshot
 
 MODES = ("lexical", "dense", "hybrid")
 MIN_DEPTH = 100  # of the rankings that are fused

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from helpers import WORDS
 
-from retro_engine.retrieval.analyzer import Analyzer
-from retro_engine.retrieval.library_index import (
+from retro_engine.library.segments import (
     Delta,
     Segment,
     View,
     merge,
     tail_to_merge,
 )
+from retro_engine.retrieval.analyzer import Analyzer
 
 
 def delta_of(documents: dict[int, list[str]], width: int | None = 3) -> Delta:

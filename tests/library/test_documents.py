@@ -13,10 +13,8 @@ from retro_engine.data import files
 from retro_engine.data.corpus import Document, Reader
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.retrieval import library_file
-from retro_engine.retrieval.analyzer import Analyzer, make_analyzer
-from retro_engine.retrieval.library import Library
-from retro_engine.retrieval.library_documents import (
+from retro_engine.library import file as library_file
+from retro_engine.library.documents import (
     MAX_DOCUMENT_BYTES,
     MAX_QUERY_CHARACTERS,
     Chunker,
@@ -28,6 +26,8 @@ from retro_engine.retrieval.library_documents import (
     cut_word,
     num_chunks,
 )
+from retro_engine.library.library import Library
+from retro_engine.retrieval.analyzer import Analyzer, make_analyzer
 
 BAD_IDS = ["", " ", " a", "a ", "a\nb", "a\0b", "\x7f", "a\u2028b", "\ud800", "x" * 513, "é" * 257, 7, None]
 

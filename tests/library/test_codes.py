@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retro_engine.errors import StoreError
-from retro_engine.retrieval.library_codes import CodedVectors
+from retro_engine.library.codes import CodedVectors
 
 
 @pytest.fixture(scope="module", params=[32, 37])

@@ -18,9 +18,10 @@ import numpy as np
 
 from retro_engine.data import files
 from retro_engine.errors import MissingInputError, RetroError, StoreError, UnavailableError
-from retro_engine.retrieval.library_documents import Batch, Chunker, num_chunks
-from retro_engine.retrieval.library_file import LibraryFile
-from retro_engine.retrieval.library_index import (
+from retro_engine.library.documents import Batch, Chunker, num_chunks
+from retro_engine.library.file import LibraryFile
+from retro_engine.library.segment_files import open_segment, publish_segment
+from retro_engine.library.segments import (
     Delta,
     Segment,
     Snapshot,
@@ -28,7 +29,6 @@ from retro_engine.retrieval.library_index import (
     merge,
     tail_to_merge,
 )
-from retro_engine.retrieval.library_segments import open_segment, publish_segment
 
 SEGMENTS = "segments"
 SEGMENT_NAME = re.compile(r"[0-9]{8}")

@@ -24,9 +24,9 @@ from retro_engine.data import files
 from retro_engine.data.corpus import Document, Reader
 from retro_engine.data.inputs import ROW_KINDS, SetAside, check_file, kind_of, shown
 from retro_engine.errors import MissingInputError, RetroError, UsageError
-from retro_engine.retrieval.library import DEFAULT, Library
-from retro_engine.retrieval.library_documents import MAX_DOCUMENT_BYTES, check_document, check_namespace
-from retro_engine.retrieval.library_identity import identified_in
+from retro_engine.library.documents import MAX_DOCUMENT_BYTES, check_document, check_namespace
+from retro_engine.library.identity import identified_in
+from retro_engine.library.library import DEFAULT, Library
 
 IMPORTS = "imports"
 BATCH_DOCUMENTS = 256

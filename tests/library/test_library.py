@@ -27,9 +27,9 @@ from retro_engine.data.corpus import Document
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
-from retro_engine.retrieval.library import Library
-from retro_engine.retrieval.library_documents import HashEmbedder
-from retro_engine.retrieval.library_file import FILE, is_made, typed_errors
+from retro_engine.library.documents import HashEmbedder
+from retro_engine.library.file import FILE, is_made, typed_errors
+from retro_engine.library.library import Library
 
 TESTS = Path(__file__).parents[1]
 IS_CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
@@ -220,7 +220,7 @@ def test_embedders(folder: Path, tmp_path: Path, small_store: Store) -> None:
 
 
 def test_one_process_at_a_time(folder: Path) -> None:
-    code = f"from retro_engine.retrieval.library import Library; Library({str(folder)!r})"
+    code = f"from retro_engine.library.library import Library; Library({str(folder)!r})"
     with Library(folder):
         with pytest.raises(UsageError, match="in use"):
             Library(folder)

@@ -19,9 +19,9 @@ from helpers import WORDS, small_disk
 
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError, UsageError
-from retro_engine.retrieval import library_import
-from retro_engine.retrieval.library import Library
-from retro_engine.retrieval.library_import import Importer
+from retro_engine.library import importer as library_import
+from retro_engine.library.importer import Importer
+from retro_engine.library.library import Library
 
 TESTS = Path(__file__).parents[1]
 
@@ -123,8 +123,8 @@ def test_a_job_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, monkey
 
 KILLED = """
 import sys
-from retro_engine.retrieval import library_import
-from retro_engine.retrieval.library import Library
+from retro_engine.library import importer as library_import
+from retro_engine.library.library import Library
 library_import.BATCH_DOCUMENTS = 5
 with Library(sys.argv[1]) as library, library_import.Importer(library) as importer:
     number = importer.start(sys.argv[2])

@@ -13,10 +13,10 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.generate.engine import Engine, Request
 from retro_engine.generate.generator import Generator
+from retro_engine.library.documents import HashEmbedder
+from retro_engine.library.library import Library
+from retro_engine.library.live import LiveRetriever
 from retro_engine.retrieval.hit import Hit
-from retro_engine.retrieval.library import Library
-from retro_engine.retrieval.library_documents import HashEmbedder
-from retro_engine.retrieval.live import LiveRetriever
 from retro_engine.retrieval.search import Retriever
 
 M = 16

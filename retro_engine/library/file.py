@@ -23,8 +23,8 @@ import numpy as np
 from retro_engine.data import files, manifests
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
+from retro_engine.library.documents import Batch, num_chunks
 from retro_engine.retrieval.analyzer import Analyzer, from_json
-from retro_engine.retrieval.library_documents import Batch, num_chunks
 
 FILE = "documents.sqlite"
 APPLICATION_ID = 0x5245544C  # "RETL", SQLite's mark of whose file it is

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from retro_engine.jit import numba
+from retro_engine.library.codes import CodedVectors
 from retro_engine.retrieval.analyzer import Terms
-from retro_engine.retrieval.library_codes import CodedVectors
 
 # The chunks and counts of each of T terms: entries firsts[t] ... lasts[t] - 1 of two flat arrays.
 Postings = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

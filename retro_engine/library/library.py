@@ -20,10 +20,8 @@ from retro_engine.data.corpus import Document
 from retro_engine.data.identity import composed
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError, UsageError
-from retro_engine.retrieval import library_file
-from retro_engine.retrieval.analyzer import Analyzer
-from retro_engine.retrieval.hit import Hit
-from retro_engine.retrieval.library_documents import (
+from retro_engine.library import file as library_file
+from retro_engine.library.documents import (
     Batch,
     Chunker,
     Embedder,
@@ -32,10 +30,12 @@ from retro_engine.retrieval.library_documents import (
     check_namespace,
     check_query,
 )
-from retro_engine.retrieval.library_file import LibraryFile, checksum
-from retro_engine.retrieval.library_index import Segment, Snapshot
-from retro_engine.retrieval.library_merge import LibraryIndex, Shown
-from retro_engine.retrieval.library_search import Ranking, check_mode, rank, without_overlaps
+from retro_engine.library.file import LibraryFile, checksum
+from retro_engine.library.search import Ranking, check_mode, rank, without_overlaps
+from retro_engine.library.segments import Segment, Snapshot
+from retro_engine.library.snapshots import LibraryIndex, Shown
+from retro_engine.retrieval.analyzer import Analyzer
+from retro_engine.retrieval.hit import Hit
 
 DEFAULT = "default"  # the namespace
 DELTA_CHUNKS = 4096  # from then on the delta becomes a segment

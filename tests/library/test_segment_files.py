@@ -7,10 +7,10 @@ import pytest
 from helpers import WORDS
 
 from retro_engine.errors import MissingInputError, StoreError
-from retro_engine.retrieval import library_codes
+from retro_engine.library import codes as library_codes
+from retro_engine.library.segment_files import open_segment, publish_segment
+from retro_engine.library.segments import Delta, Segment
 from retro_engine.retrieval.analyzer import Analyzer
-from retro_engine.retrieval.library_index import Delta, Segment
-from retro_engine.retrieval.library_segments import open_segment, publish_segment
 
 PARENT = "0" * 64
 
