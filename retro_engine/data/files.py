@@ -71,7 +71,7 @@ def kind_of(path: Path) -> str:
     """What lies at a path, not looking behind a link: "a file", "a link", "a pipe" ...; "" where nothing does."""
     try:
         mode = os.lstat(path).st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
         raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from retro_engine.data.corpus import Document
-from retro_engine.data.identity import content_id
+from retro_engine.data.identity import composed, content_id
 from retro_engine.errors import UsageError
 from retro_engine.library.documents import MAX_QUERY_CHARACTERS, check_id, check_seen
 from retro_engine.library.importer import Importer
@@ -101,7 +101,7 @@ async def add_documents(request: Request) -> Response:
     is_many = isinstance(body, dict) and "documents" in body
     rows = parse(ManyDocuments, body).documents if is_many else [parse(NewDocument, body)]
     await brief(request, _check_all, rows, is_many)
-    ids = [content_id(row.title, row.text) if row.id is None else row.id for row in rows]
+    ids = [content_id(row.title, row.text) if row.id is None else composed(row.id) for row in rows]
     documents = [Document(identifier, row.title, row.text) for identifier, row in zip(ids, rows)]
     version = await write(request, library.add, documents)
     audit(request, "documents.add", ids=ids[:20], count=len(ids))
