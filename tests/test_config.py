@@ -201,6 +201,7 @@ def test_a_share_and_a_count_are_told_apart(tmp_path: Path) -> None:
     (["model.optim.name=adam"], "decoupled"),
     (["trainer.val_check_interval=1.5"], "a share"),
     (["trainer.val_check_interval=0.0"], "a share"),
+    (["trainer.val_check_interval=inf"], "a share"),
     (["trainer.limit_val_batches=-1"], "at least 0"),
     (["trainer.devices=0"], "at least 1, or -1"),
     (["trainer.devices=-2"], "at least 1, or -1"),

@@ -1,4 +1,4 @@
-"""Every setting, the presets, the rules, and how a run's settings are put together: fields <- rules <- presets <- load."""
+"""Every setting, the presets, the rules, and how a run's settings are put together: values <- fields <- rules <- presets <- load."""
 
 from retro_engine.config.fields import (
     Config,
@@ -13,7 +13,8 @@ from retro_engine.config.fields import (
 )
 from retro_engine.config.load import architecture, asked_accelerator, load_config, named_keys, to_yaml
 from retro_engine.config.presets import PRESETS, preset_model
-from retro_engine.config.rules import check, check_model, splits
+from retro_engine.config.rules import check, check_model
+from retro_engine.config.values import splits
 
 __all__ = [
     "PRESETS",

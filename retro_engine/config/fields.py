@@ -1,72 +1,80 @@
-"""Every setting as a typed dataclass, each with its unit or its section of the paper. Names are NeMo RETRO's where NeMo has one."""
+"""Every setting as a typed dataclass: type, default, what it may be, and its unit or its section of the paper.
 
+Names are NeMo RETRO's where NeMo has one. A new setting is a line here; what must go together is in rules.py.
+"""
+
+import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from retro_engine.config.values import checked, choice, count_or_share, number, only, shares
 
-@dataclass
+ONE_STAGE = "the encoder reads a decoder state in the middle of the stack"  # why there is no pipeline
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """What the network computes (docs/model.md). Lengths in tokens, widths in features, layers 0-based."""
 
-    vocab_size: int = 0  # V; 0 = the tokenizer's
-    encoder_seq_length: int = 2048  # n: tokens of a training sequence (NeMo's name for it)
-    chunk_size: int = 64  # m
-    retrieved_length: int | None = None  # r: tokens per neighbor; None = 2m
-    num_neighbors: int = 2  # k: neighbors per chunk
-    hidden_size: int = 768  # d
-    ffn_hidden_size: int = 3072
-    num_attention_heads: int = 12  # h
-    num_query_groups: int | None = None  # key/value heads; None = num_attention_heads
-    dec_num_layers: int = 6
-    enc_num_layers: int = 4
+    vocab_size: int = number(0, low=0)  # V; 0 = the tokenizer's
+    encoder_seq_length: int = number(2048, low=1)  # n: tokens of a training sequence (NeMo's name for it)
+    chunk_size: int = number(64, low=1, high=65535)  # m
+    retrieved_length: int | None = number(None, low=1)  # r: tokens per neighbor; None = 2m
+    num_neighbors: int = number(2, low=1)  # k: neighbors per chunk
+    hidden_size: int = number(768, low=1)  # d
+    ffn_hidden_size: int = number(3072, low=1)
+    num_attention_heads: int = number(12, low=1)  # h
+    num_query_groups: int | None = number(None, low=1)  # key/value heads; None = num_attention_heads
+    dec_num_layers: int = number(6, low=1)
+    enc_num_layers: int = number(4, low=0)
     dec_cross_attention: list[int] = field(default_factory=lambda: [3, 4, 5])
     enc_cross_attention: list[int] = field(default_factory=lambda: [3])
-    encoder_hidden_size: int | None = None  # None = hidden_size
-    encoder_num_attention_heads: int | None = None  # None = num_attention_heads
-    encoder_ffn_hidden_size: int | None = None  # None = ffn_hidden_size, scaled with the encoder's width
+    encoder_hidden_size: int | None = number(None, low=1)  # None = hidden_size
+    encoder_num_attention_heads: int | None = number(None, low=1)  # None = num_attention_heads
+    encoder_ffn_hidden_size: int | None = number(None, low=1)  # None = ffn_hidden_size, scaled with the encoder's width
     retrieval: bool = True  # False = a plain decoder: no encoder, no chunked cross-attention
-    normalization: str = "rmsnorm"  # rmsnorm | layernorm
-    layernorm_epsilon: float = 1e-5
-    activation: str = "swiglu"  # swiglu | gelu (erf) | gelu_tanh (GPT-2's approximation)
+    normalization: str = choice("rmsnorm", "layernorm")
+    layernorm_epsilon: float = number(1e-5, low=0, high=1)
+    activation: str = choice("swiglu", "gelu", "gelu_tanh")  # gelu is with erf, gelu_tanh GPT-2's approximation
     bias: bool = False  # biases on every linear layer
     qk_bias: bool | None = None  # biases on q and k; None = bias, or true with init=retrieval_ready
     v_bias: bool | None = None  # biases on v; None = bias
     share_embeddings: bool = True  # output head = embedding
     output_bias: bool = False  # a learned bias per vocabulary entry
-    embedding_scale: float | None = None  # None = 1, or sqrt(d) with init=retrieval_ready
-    position_embedding: str = "rope"  # rope | learned | none: decoder self-attention
-    encoder_position_embedding: str = "rope"  # the same, in the encoder
-    cca_position_embedding: str = "rope"  # rope | none: chunked cross-attention
+    embedding_scale: float | None = number(None, low=1e-12, high=1e6)  # None = 1, or sqrt(d) with init=retrieval_ready
+    position_embedding: str = choice("rope", "learned", "none")  # decoder self-attention
+    encoder_position_embedding: str = choice("rope", "learned", "none")  # the same, in the encoder
+    cca_position_embedding: str = choice("rope", "none")  # chunked cross-attention
     cca_query_offset: bool = True  # query i at position i + m - 1 (the paper); False = at i
-    max_position_embeddings: int = (
-        0  # rows of learned positions (0 = encoder_seq_length), or a bound of others (0 = none)
-    )
-    rotary_percentage: float = 1.0  # share of the head width that is rotated
-    rotary_base: float = 10000.0
+    # rows of learned positions (0 = encoder_seq_length), or a bound of others (0 = none)
+    max_position_embeddings: int = number(0, low=0)
+    rotary_percentage: float = number(1.0, low=0, high=1)  # share of the head width that is rotated
+    rotary_base: float = number(10000.0, low=1, high=1e12)
     # of the decoder's self-attention: each frequency is divided by its own (scaled positions); None = all by 1
     rotary_factors: list[float] | None = None
     rotary_interleaved: bool = False
-    rotary_table_precision: str = "float32"  # float32 | model: type of the angles, sines and cosines
-    partial_chunk: str = "last"  # last = left-aligned, floor(n/m) chunks | first = ceil(n/m), the first is short
+    rotary_table_precision: str = choice("float32", "model")  # type of the angles, sines and cosines
+    # last = left-aligned, floor(n/m) chunks | first = ceil(n/m), the first is short
+    partial_chunk: str = choice("last", "first")
     mask_neighbors: bool = True  # padding and missing neighbors are never attended
     reset_attention: bool = True  # attention does not cross documents
     cca_reset: bool = True  # nor do a chunk's neighbors reach tokens of another document than its last token's
     cca_bias_everywhere: bool = False  # the CCA output bias reaches tokens that attend nothing, too
-    encoder_ca_residual: str = "input"  # input: y + CA(norm y) | norm: norm y + CA(norm y)
+    encoder_ca_residual: str = choice("input", "norm")  # input: y + CA(norm y) | norm: norm y + CA(norm y)
     encoder_final_norm: bool = True
     decoder_final_norm: bool = True
     eod_id: int | None = None  # with pad_id: document_ids are derived from the tokens when none are given
     pad_id: int | None = None
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    ffn_dropout: float = 0.0
-    init: str = "standard"  # standard | retrieval_ready (docs/retrieval-ready.md)
-    init_method_std: float = 0.02
+    hidden_dropout: float = number(0.1, low=0, high=0.999)
+    attention_dropout: float = number(0.1, low=0, high=0.999)
+    ffn_dropout: float = number(0.0, low=0, high=0.999)
+    init: str = choice("standard", "retrieval_ready")  # docs/retrieval-ready.md
+    init_method_std: float = number(0.02, low=0, high=1e3)
     mup: bool = False  # width scaling of arXiv 2203.03466 (docs/mup.md), relative to the base widths:
-    mup_base_hidden_size: int | None = None  # set where mup is
-    mup_base_ffn_hidden_size: int | None = None  # None = ffn_hidden_size, scaled with the width
-    mup_base_encoder_hidden_size: int | None = None  # None = encoder_hidden_size, scaled with the width
-    mup_base_num_attention_heads: int | None = None  # None = num_attention_heads
+    mup_base_hidden_size: int | None = number(None, low=1)  # set where mup is
+    mup_base_ffn_hidden_size: int | None = number(None, low=1)  # None = ffn_hidden_size, scaled with the width
+    mup_base_encoder_hidden_size: int | None = number(None, low=1)  # None = encoder_hidden_size, scaled with the width
+    mup_base_num_attention_heads: int | None = number(None, low=1)  # None = num_attention_heads
 
     @property
     def r(self) -> int:
@@ -152,30 +160,34 @@ def base_head_width(c: ModelConfig, is_encoder: bool) -> int:
     return base.encoder_width // base.encoder_heads if is_encoder else base.head_width
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SchedConfig:
     """Learning-rate schedule, in optimizer steps."""
 
-    name: str = "CosineAnnealing"  # CosineAnnealing | WSD | constant
-    warmup_steps: int = 100
-    constant_steps: int = 0  # CosineAnnealing: at min_lr, at the end, as NeMo's; WSD: at lr, before the decay
-    min_lr: float = 6e-5
-    max_steps: int | None = None  # None = trainer.max_steps
+    name: str = choice("CosineAnnealing", "WSD", "constant")
+    warmup_steps: int = number(100, low=0)
+    # CosineAnnealing: at min_lr, at the end, as NeMo's; WSD: at lr, before the decay
+    constant_steps: int = number(0, low=0)
+    min_lr: float = number(6e-5, low=0, high=1e38)
+    max_steps: int | None = number(None, low=1)  # None = trainer.max_steps
     warmup_ratio: float | None = None  # NeMo's other way to say warmup_steps and constant_steps: shares of max_steps
     constant_ratio: float | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OptimConfig:
-    name: str = "adamw"  # adamw | distributed_fused_adam: parameters and optimizer state are sharded over processes
-    lr: float = 6e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = 0.1
-    clip: float | None = 1.0  # global gradient norm; None = off
+    # distributed_fused_adam: parameters and optimizer state are sharded over processes
+    name: str = choice("adamw", "distributed_fused_adam")
+    lr: float = number(6e-4, low=1e-12, high=1e38)
+    betas: list[float] = checked(
+        [0.9, 0.95], lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"
+    )
+    weight_decay: float = number(0.1, low=0, high=1e6)
+    clip: float | None = number(1.0, low=1e-12, high=math.inf)  # global gradient norm; None = off
     sched: SchedConfig = field(default_factory=SchedConfig)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DataConfig:
     store: str | None = None  # folder of the chunk store to train on
     neighbors: str | None = None  # table: a name under STORE/neighbors/ or a folder; None = the only one
@@ -183,15 +195,19 @@ class DataConfig:
     valid_neighbors: str | None = None
     questions: str | None = None  # JSON lines of questions to tune on; `store` has their documents (docs/tuning.md)
     valid_questions: str | None = None  # None = the validation share of `questions`
-    question_neighbors: str = "data"  # data = those that rows name | retrieval = from `store` | both
-    question_template: str = "question: {question}\nanswer:"  # NeMo's
+    # data = those that rows name | retrieval = from `store`
+    question_neighbors: str = choice("data", "retrieval", "both")
+    question_template: str = checked(  # NeMo's
+        "question: {question}\nanswer:", lambda text: "{question}" in text, "it has no {question}"
+    )
     question_retriever: str = "bm25"
-    splits_string: str = "98,2,0"  # shares of the documents: train, validation, test
-    dataloader_type: str = "cyclic"  # cyclic (sequences shuffled anew each epoch) | single (one pass, in order)
+    splits_string: str = shares("98,2,0")  # shares of the documents: train, validation, test
+    dataloader_type: str = choice("cyclic", "single")  # sequences shuffled anew each epoch | one pass, in order
     shuffle_documents: bool | None = None  # before they are packed; None = with cyclic; the corpus' order is single's
-    neighbor_dropout: float = 0.0  # share of the training batches that see no neighbors
-    self_neighbor_steps: int = 0  # first steps in which a chunk's neighbor is the chunk itself with what follows it
-    num_workers: int = 1  # steps whose batches are made ahead, in the background; 0 = none
+    neighbor_dropout: float = number(0.0, low=0, high=1)  # share of the training batches that see no neighbors
+    # first steps in which a chunk's neighbor is the chunk itself with what follows it
+    self_neighbor_steps: int = number(0, low=0)
+    num_workers: int = number(1, low=0, high=1024)  # steps whose batches are made ahead, in the background; 0 = none
     data_prefix: list[str] | None = None  # NeMo's name of `store`; ["none"] = see model.retro
 
 
@@ -202,54 +218,60 @@ class RetroConfig:
     retro_project_dir: str | None = None  # NeMo's name of model.data.store
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainedModelConfig(ModelConfig):
     """The `model.` section: the network and how it is trained."""
 
-    micro_batch_size: int = 4  # sequences per forward
-    global_batch_size: int | None = None  # sequences per optimizer step; None = micro_batch_size x accumulation
-    tensor_model_parallel_size: int = 1  # processes that share every matrix
+    micro_batch_size: int = number(4, low=1)  # sequences per forward
+    global_batch_size: int | None = number(None, low=1)  # sequences a step; None = micro_batch_size x accumulation
+    tensor_model_parallel_size: int = number(1, low=1)  # processes that share every matrix
     sequence_parallel: bool = False  # with tensor parallelism: norms and residuals are cut along the sequence
-    pipeline_model_parallel_size: int = 1  # more is refused
+    pipeline_model_parallel_size: int = checked(1, lambda stages: stages <= 1, ONE_STAGE, "use 1")
     megatron_amp_O2: bool = False  # bf16 weights, fp32 master weights in the optimizer
     add_position_embedding: bool = False  # NeMo's name of position_embedding=learned
-    activations_checkpoint_granularity: str | None = None  # selective | full: recomputed in the backward pass
+    # what the backward pass computes again
+    activations_checkpoint_granularity: str | None = choice(None, "selective", "full")
     shape_file: str | None = None  # muP base widths that `retro mup base` wrote
     init_from: str | None = None  # a checkpoint or run: its weights, and what they fix of the model (docs/tuning.md)
     # with init_from a plain decoder: begin with a copying circuit (docs/tuning.md); None = where it can be built
     fit_cross_attention: bool | None = None
     freeze_decoder: bool = False  # with init_from: only the encoder and chunked cross-attention learn
-    unfreeze_step: int | None = None  # the step from which the decoder learns as well; None = never
-    unfreeze_every: int | None = (
-        None  # from then on one decoder layer more every so many steps, the last first; None = all
-    )
+    unfreeze_step: int | None = number(None, low=0)  # the step from which the decoder learns as well; None = never
+    # from then on one decoder layer more every so many steps, the last first; None = all
+    unfreeze_every: int | None = number(None, low=1)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     retro: RetroConfig = field(default_factory=RetroConfig)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainerConfig:
-    num_nodes: int = 1
-    devices: int | None = None  # processes a node; -1 = one a GPU; None = as many as torchrun started
-    strategy: str = "auto"  # auto | ddp | fsdp; auto = fsdp with distributed_fused_adam or tensor parallelism
-    accelerator: str = "auto"  # auto | cpu | gpu
-    precision: str = "auto"  # auto | 32 | bf16-mixed (bf16 is NeMo's name) | 16-mixed | 64; auto times 32 and bf16 here
-    max_skipped_steps: int = 10  # stop after as many steps in a row without a usable loss
-    loss_spike: float | None = None  # skip a step whose loss is this many times the running mean; None = off
-    max_steps: int = 1000
-    max_time_s: float | None = None  # stop, with a checkpoint, after this many seconds of training
-    val_check_interval: int | float = 100  # steps; with a point a share of an epoch of the training data: 0.25, 1.0
-    limit_val_batches: int | float | None = (
-        32  # of a validation pass; 0 = no validation, with a point a share, None = all
+    num_nodes: int = number(1, low=1)
+    devices: int | None = checked(  # processes a node; None = as many as torchrun started
+        None, lambda number: number is None or number >= 1 or number == -1, "at least 1, or -1: all GPUs"
     )
+    # auto = fsdp with distributed_fused_adam or tensor parallelism
+    strategy: str = choice("auto", "ddp", "fsdp")
+    accelerator: str = choice("auto", "cpu", "gpu")
+    # bf16 is NeMo's name of bf16-mixed; auto times 32 and bf16 here
+    precision: str = choice("auto", "32", "bf16-mixed", "16-mixed", "64")
+    max_skipped_steps: int = number(10, low=1)  # stop after as many steps in a row without a usable loss
+    # skip a step whose loss is this many times the running mean; None = off
+    loss_spike: float | None = number(None, low=1, high=math.inf)
+    max_steps: int = number(1000, low=1)
+    # stop, with a checkpoint, after this many seconds of training
+    max_time_s: float | None = number(None, low=1e-3, high=math.inf)
+    # steps; with a point a share of an epoch of the training data: 0.25, 1.0
+    val_check_interval: int | float = count_or_share(100, low=1)
+    # of a validation pass; 0 = no validation, with a point a share, None = all
+    limit_val_batches: int | float | None = count_or_share(32, low=0)
     gradient_clip_val: float | None = None  # NeMo's name of model.optim.clip; 0 = off
-    accumulate_grad_batches: int = 1
-    log_every_n_steps: int = 10
+    accumulate_grad_batches: int = number(1, low=1)
+    log_every_n_steps: int = number(10, low=1)
     compile: bool = False  # torch.compile(fullgraph=True) of the training forward
 
 
-@dataclass
+@dataclass(kw_only=True)
 class WandbConfig:
     """Arguments of wandb.init."""
 
@@ -262,35 +284,37 @@ class WandbConfig:
     resume: Any = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExpManagerConfig:
     exp_dir: str | None = None  # the run's folder; --out sets it
     create_tensorboard_logger: bool | None = None  # None = where TensorBoard is installed
     create_wandb_logger: bool = False
     wandb_logger_kwargs: WandbConfig = field(default_factory=WandbConfig)
     resume_if_exists: bool = True
-    checkpoint_every_n_steps: int = 500
-    keep_last_n: int = 2  # checkpoints
+    checkpoint_every_n_steps: int = number(500, low=1)
+    keep_last_n: int = number(2, low=0)  # checkpoints
     keep_best: bool = True  # and the one with the lowest validation loss
 
 
 @dataclass
 class RetroInferenceConfig:
-    retro_gpt_retrieved_length: int | None = None  # tokens per neighbor; None = the model's r
-    retro_num_neighbors: int | None = None  # None = the model's k
-    ft_neighbours: int = 0  # best neighbors that the prompt itself holds, as fine-tuned models want: passed over ...
+    retro_gpt_retrieved_length: int | None = number(None, low=1)  # tokens per neighbor; None = the model's r
+    retro_num_neighbors: int | None = number(None, low=1)  # None = the model's k
+    # best neighbors that the prompt itself holds, as fine-tuned models want: passed over ...
+    ft_neighbours: int = number(0, low=0)
     reuse_top: bool = False  # ... unless these shall be read as well
 
 
-@dataclass
+@dataclass(kw_only=True)
 class InferenceConfig:
     greedy: bool = True
     temperature: float = 1.0
     top_k: int = 0  # 0 = all
     top_p: float = 1.0
-    tokens_to_generate: int = 64
-    min_tokens_to_generate: int = 0  # the end of the document does not come before
-    repetition_penalty: float = 1.0  # logits of tokens seen are divided (or, below 0, multiplied) by it
+    tokens_to_generate: int = number(64, low=1)
+    min_tokens_to_generate: int = number(0, low=0)  # the end of the document does not come before
+    # logits of tokens seen are divided (or, below 0, multiplied) by it
+    repetition_penalty: float = number(1.0, low=1e-6, high=1e6)
     add_BOS: bool = False  # begin with the tokenizer's beginning-of-document token
     end_strings: list[str] = field(default_factory=list)  # the text ends before the first of these
     compute_logprob: bool = False  # log-probabilities of the prompt's and the generated tokens
@@ -299,9 +323,9 @@ class InferenceConfig:
     retro_inference: RetroInferenceConfig = field(default_factory=RetroInferenceConfig)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
-    seed: int = 1234
+    seed: int = number(1234, low=0, high=2**63 - 1)
     model: TrainedModelConfig = field(default_factory=TrainedModelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
@@ -309,12 +333,14 @@ class Config:
     # NeMo's names for what `retro generate` reads
     checkpoint_dir: str | None = None
     checkpoint_name: str | None = None
-    retro_model_file: str | None = None
+    retro_model_file: str | None = only(None)
     prompt: str | None = None
     neighbors: list[str] | None = None
-    tensor_model_parallel_size: int = -1  # -1 = from the checkpoint
-    pipeline_model_parallel_size: int = -1
-    megatron_amp_O2: bool = False
+    tensor_model_parallel_size: int = checked(  # -1 = from the checkpoint
+        -1, lambda size: size in (-1, 1), "generation runs in one process", "use -1"
+    )
+    pipeline_model_parallel_size: int = checked(-1, lambda stages: stages <= 1, ONE_STAGE, "use 1")
+    megatron_amp_O2: bool = only(False)
 
 
 def flat_keys(node: Any, prefix: str = "") -> dict[str, Any]:

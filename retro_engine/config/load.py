@@ -13,7 +13,8 @@ from typing import Any
 from retro_engine.config.fields import Config, ModelConfig, TrainedModelConfig, flat_keys
 from retro_engine.config.nemo_names import MEANINGLESS, map_names, refuse_unspeakable
 from retro_engine.config.presets import preset
-from retro_engine.config.rules import MODEL_BOUNDS, check, require
+from retro_engine.config.rules import check
+from retro_engine.config.values import require
 from retro_engine.config.yaml_file import read_yaml
 from retro_engine.errors import UsageError
 from retro_engine.progress import note
@@ -111,7 +112,7 @@ def _read_shape_file(m: TrainedModelConfig) -> None:
         return
     for key, value in flat_keys(read_yaml(Path(m.shape_file))).items():
         name = key.removeprefix("model.")
-        is_width = name in [key for key, *_ in MODEL_BOUNDS if key.startswith("mup_base_")]
+        is_width = name in [item.name for item in fields(ModelConfig) if item.name.startswith("mup_base_")]
         is_whole = value is None or (isinstance(value, int) and not isinstance(value, bool))
         rule = f"it holds {key}: {value}; expected base widths"
         require(is_width and is_whole, "model.shape_file", m.shape_file, rule, "retro mup base writes one")
