@@ -71,7 +71,7 @@ def test_overhead_over_the_bare_generator() -> None:
     with Engine(generator, max_batch=8, prefix_bytes=0) as engine:
         for number in range(ROUNDS + 1):
             start = time.perf_counter()
-            generator.run([request(number, 64)])
+            generator.generate_all([request(number, 64)])
             middle = time.perf_counter()
             engine.submit(request(number, 64)).result()
             if number:

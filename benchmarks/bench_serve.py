@@ -22,8 +22,8 @@ from retro_engine.data.store import Store
 from retro_engine.generate.engine import Engine, Request
 from retro_engine.generate.generator import Generator
 from retro_engine.retrieval.neighbors import build_neighbors
-from retro_engine.serve.auth import Accounts
-from retro_engine.serve.service import Options, Service, open_service
+from retro_engine.serve.accounts import Accounts
+from retro_engine.serve.service import Service, ServiceOptions, open_service
 
 REQUESTS = int(os.environ.get("REQUESTS", 10_000))  # of the memory test
 ROUNDS = int(os.environ.get("ROUNDS", 200))
@@ -50,7 +50,7 @@ def server(place: Path) -> Iterator[Process]:
 @pytest.fixture(scope="module")
 def engine(place: Path) -> Iterator[Engine]:
     (place / "other").mkdir()
-    service: Service = open_service(Options(str(place / "run"), library=str(place / "other" / "library")))
+    service: Service = open_service(ServiceOptions(run=str(place / "run"), library=str(place / "other" / "library")))
     assert isinstance(service.engine.generator, Generator)
     yield service.engine
     service.close()
@@ -122,7 +122,7 @@ def request(engine: Engine, tokens: int) -> Request:
     from retro_engine.generate.sampling import Sampling
 
     ids = engine.generator.tokenizer.encode(PROMPT)
-    return Request(ids, tokens, Sampling(min_tokens=tokens), neighbors=[])
+    return Request(ids, tokens, sampling=Sampling(min_tokens=tokens), neighbors=[])
 
 
 def test_a_request(client: Client, engine: Engine) -> None:

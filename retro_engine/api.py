@@ -212,7 +212,13 @@ class Retro:
         model_coding(self.model, self.tokenizer).check(share.store.coding)
         table = share.table if c.retrieval else None
         return Sequences(
-            share.store, share.documents, c.encoder_seq_length, table, c.num_neighbors, c.r, share.database_documents
+            share.store,
+            share.documents,
+            sequence_length=c.encoder_seq_length,
+            table=table,
+            num_neighbors=c.num_neighbors,
+            retrieved_length=c.r,
+            database_documents=share.database_documents,
         )
 
     def evaluate(self, share: Share, modes: Sequence[str] | None = None, limit: int | None = None) -> Evaluation:

@@ -676,7 +676,7 @@ def _generate(args: argparse.Namespace) -> int:
         for text in [prompt] if prompt is not None else map(str.rstrip, sys.stdin):
             if text or not args.interactive:
                 request = _request(args, retro, text)
-                _print_generation(args, request, generator.run([request])[0])
+                _print_generation(args, request, generator.generate_all([request])[0])
     return 0
 
 
@@ -714,22 +714,22 @@ def _request(args: argparse.Namespace, retro: "Retro", prompt: str) -> "Request"
         settings = load_config(args.overrides, say=lambda note: None).inference
     inference = settings.retro_inference
     sampling = Sampling(
-        settings.greedy,
-        settings.temperature,
-        settings.top_k,
-        settings.top_p,
-        args.seed,
-        settings.repetition_penalty,
-        settings.min_tokens_to_generate,
+        greedy=settings.greedy,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=args.seed,
+        repetition_penalty=settings.repetition_penalty,
+        min_tokens=settings.min_tokens_to_generate,
     )
     has_logprobs = settings.compute_logprob or settings.all_probs
     return Request(
         prompt,
         settings.tokens_to_generate,
-        sampling,
-        [] if args.no_retrieval else args.neighbors,
-        inference.retro_num_neighbors,
-        inference.retro_gpt_retrieved_length,
+        sampling=sampling,
+        neighbors=[] if args.no_retrieval else args.neighbors,
+        num_neighbors=inference.retro_num_neighbors,
+        retrieved_length=inference.retro_gpt_retrieved_length,
         stop=tuple(settings.end_strings),
         logprobs=(retro.model.config.vocab_size if settings.all_probs else 0) if has_logprobs else None,
         echo=has_logprobs,

@@ -13,7 +13,7 @@ from retro_engine.train.__main__ import DEVICES
 
 if TYPE_CHECKING:
     from retro_engine.progress import Reporter
-    from retro_engine.serve.auth import Accounts
+    from retro_engine.serve.accounts import Accounts
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -81,7 +81,7 @@ def add_accounts(sub: argparse.ArgumentParser, kind: str) -> None:
 
 
 def _accounts(args: argparse.Namespace) -> "Accounts":
-    from retro_engine.serve.auth import Accounts
+    from retro_engine.serve.accounts import Accounts
 
     return Accounts(args.accounts)
 
@@ -141,27 +141,34 @@ def _serve(args: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(f"{error.name} is not installed", "serve needs it", "pip install 'retro-engine[serve]'") from error  # fmt: skip
-    from retro_engine.serve.run import Address, serve
-    from retro_engine.serve.service import Options
+    from retro_engine.serve.service import ServiceOptions
+    from retro_engine.serve.start import Address, serve_until_signal
 
     for name in ("max_batch", "max_waiting"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be used", "at least 1")
-    options = Options(
-        args.path,
-        args.library,
-        args.index,
-        args.mode,
-        args.weights,
-        args.name,
-        args.max_batch,
-        args.max_waiting,
-        args.dtype,
-        args.share_prefixes,
-        args.device,
+    options = ServiceOptions(
+        run=args.path,
+        library=args.library,
+        stores=args.index,
+        mode=args.mode,
+        weights=args.weights,
+        name=args.name,
+        max_batch=args.max_batch,
+        max_waiting=args.max_waiting,
+        dtype=args.dtype,
+        shares_prefixes=args.share_prefixes,
+        device=args.device,
     )
-    address = Address(args.host, args.port, args.allow_host, args.proxy, args.metrics_token, args.nemo_compat)
-    serve(options, address, _accounts(args), _reporter(args))
+    address = Address(
+        host=args.host,
+        port=args.port,
+        allowed_hosts=args.allow_host,
+        is_behind_proxy=args.proxy,
+        metrics_token=args.metrics_token,
+        has_nemo=args.nemo_compat,
+    )
+    serve_until_signal(options, address, _accounts(args), _reporter(args))
     return 0
 
 

@@ -337,7 +337,9 @@ def _explanations(retro: Retro, sequences: Sequences) -> list[str]:
                 replace(store_hit(database, local), text=store.tokenizer.decode(text[:length]), continuation="")
             )
         pieces = [store.tokenizer.decode([token]) for token in follows]
-        found = Explanation(pieces, hits, values[0], values[1:-1], values[-1])
+        found = Explanation(
+            pieces=pieces, neighbors=hits, log_probs_T=values[0], without_KT=values[1:-1], off_T=values[-1]
+        )
         out.append(
             f'<div class="chunk"><p class="note">after</p><pre>{html.escape(store.text(row))}</pre>{heat_map(found)}</div>'
         )

@@ -15,14 +15,14 @@ import training_helpers
 
 from retro_engine.data.store import Store
 from retro_engine.progress import Reporter
+from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.app import make_app
-from retro_engine.serve.auth import Accounts
+from retro_engine.serve.connection import bind, make_server
 from retro_engine.serve.gate import Gate
 from retro_engine.serve.limits import Limits
-from retro_engine.serve.run import Address, make_state
-from retro_engine.serve.server import bind, make_server
-from retro_engine.serve.service import Options, Service, open_service
-from retro_engine.serve.state import State
+from retro_engine.serve.request_context import ServerState
+from retro_engine.serve.service import Service, ServiceOptions, open_service
+from retro_engine.serve.start import Address, make_state
 from retro_engine.train.loop import train
 
 PASSWORD = "correct horse battery"
@@ -31,7 +31,7 @@ PASSWORD = "correct horse battery"
 class Server:
     """A server that runs, with a key for each scope."""
 
-    def __init__(self, url: str, gate: Gate, state: State, keys: dict[str, str]):
+    def __init__(self, url: str, gate: Gate, state: ServerState, keys: dict[str, str]):
         self.url, self.gate, self.state, self.keys = url, gate, state, keys
         self.port = int(url.rpartition(":")[2])
 
@@ -48,6 +48,11 @@ class Server:
         openai = pytest.importorskip("openai")
         http = httpx.Client(trust_env=False)
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[scope], http_client=http, **more)
+
+
+def post(server: Server, path: str, **body: Any) -> Any:
+    with server.client("read") as client:
+        return client.post(path, json=body)
 
 
 def make_run(store: Store, out: Path) -> Path:
@@ -88,7 +93,7 @@ def serving(
 @contextlib.contextmanager
 def serving_run(run: Path, folder: Path, limits: Limits | None = None, **address: Any) -> Iterator[Server]:
     """A server of a run, with a library of its own."""
-    options = Options(str(run), library=str(folder / "library"), name="tiny")
+    options = ServiceOptions(run=str(run), library=str(folder / "library"), name="tiny")
     with serving(lambda: open_service(options), folder, limits, **address) as server:
         yield server
 

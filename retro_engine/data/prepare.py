@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -55,20 +56,17 @@ def prepare(
         raise UsageError(
             "--end-token cannot be used", "a tokenizer that is trained here has its own", "name --tokenizer"
         )
-    trained = None if tokenizer == "auto" else Tokenizer.load(tokenizer, end_token)
-    if trained is not None and trained.num_holes:
-        say(
-            f"note: {trained.num_holes:,} of the tokenizer's {trained.vocab_size:,} ids have no token: a model has rows for them"
-        )
+    given = None if tokenizer == "auto" else _given_tokenizer(tokenizer, end_token, say)
     with files.locked(out):
         store.refuse_published(out)
         spooled = corpus.spool_standard_input(out, reader.max_document_bytes) if has_stdin else None
         try:
             if spooled is not None:
                 paths.append(spooled)
-            inputs = files.fingerprint([asdict(reader), [[str(path), files.sha256_file(path)] for path in paths]])
-            chosen = trained or _make_tokenizer(out, inputs, reader, paths, vocab_size, is_strict, say)
-            writer = StoreWriter(out, chosen, chunk_size, store.SHARD_ROWS, inputs)
+            mark = files.fingerprint([asdict(reader), [[str(path), files.sha256_file(path)] for path in paths]])
+            trains = partial(_train_tokenizer, reader, paths, vocab_size, is_strict, say)
+            chosen = given or _trained_tokenizer(out, files.fingerprint([mark, vocab_size, SAMPLE_BYTES]), trains)
+            writer = StoreWriter(out, chosen, chunk_size, store.SHARD_ROWS, mark)
             if writer.counts["documents"]:
                 say(f"{writer.counts['documents']:,} documents are in finished shards already")
             for row in passed_over:
@@ -77,8 +75,23 @@ def prepare(
         finally:
             if spooled is not None:
                 spooled.unlink(missing_ok=True)
+    _say_what_was_made(made, shown(out), say)
+    return made
+
+
+def _given_tokenizer(path: str, end_token: str | None, say: Callable[[str], None]) -> Tokenizer:
+    found = Tokenizer.load(path, end_token)
+    if found.num_holes:
+        say(
+            f"note: {found.num_holes:,} of the tokenizer's {found.vocab_size:,} ids have no token: a model has rows for them"
+        )
+    return found
+
+
+def _say_what_was_made(made: Store, out: str, say: Callable[[str], None]) -> None:
+    """What was set aside, repeats, is lost, or is too little."""
     if made.counts["set_aside"]:
-        say(f"{made.counts['set_aside']} rows set aside, listed in {shown(out)}/{store.SET_ASIDE_FILE}")
+        say(f"{made.counts['set_aside']} rows set aside, listed in {out}/{store.SET_ASIDE_FILE}")
     copies = made.num_documents - len(np.unique(made.contents))
     if copies:
         say(
@@ -91,10 +104,11 @@ def prepare(
         for line in describe(losses):
             say(f"  lost: {line}")
     if made.num_rows == made.num_documents:
-        say(f"note: every document is shorter than one chunk of {chunk_size} tokens; --chunk-size takes a smaller one")
+        say(
+            f"note: every document is shorter than one chunk of {made.chunk_size} tokens; --chunk-size takes a smaller one"
+        )
     if made.num_documents == 1:
         say("note: one document only: it has no neighbors from other documents, and nothing can be held out")
-    return made
 
 
 def store_from_documents(documents: Sequence[Document], out: Path, tokenizer: Tokenizer, chunk_size: int) -> Store:
@@ -146,26 +160,17 @@ def _batches(
         yield batch
 
 
-def _make_tokenizer(
-    out: Path,
-    inputs: str,
-    reader: Reader,
-    paths: list[Path],
-    vocab_size: int | None,
-    is_strict: bool,
-    say: Callable[[str], None],
-) -> Tokenizer:
-    """The tokenizer that an interrupted run trained on the same inputs, else a new one, published with its marker."""
+def _trained_tokenizer(out: Path, mark: str, trains: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer that an interrupted run trained on the same inputs (`mark`), else a new one, published with its marker."""
     path = out / store.TOKENIZER_FILE
     marker_path = path.with_name(path.name + ".ok")
-    mark = files.fingerprint([inputs, vocab_size, SAMPLE_BYTES])
     try:
         marker = files.read_json(marker_path)
         if marker["inputs"] == mark and marker["sha256"] == files.sha256_file(path):
             return Tokenizer.load(path)
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    trained = _train_tokenizer(reader, paths, vocab_size, is_strict, say)
+    trained = trains()
     files.publish(path, [trained.json.encode()])
     marker = {"inputs": mark, "sha256": files.sha256_file(path)}
     files.publish(marker_path, [json.dumps(marker, sort_keys=True).encode() + b"\n"])

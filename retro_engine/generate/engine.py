@@ -9,8 +9,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as ListOf
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -18,23 +17,23 @@ from torch import Tensor
 
 from retro_engine.errors import StoppedError, UsageError
 from retro_engine.generate.fair import BusyError, FairPool, FairQueue
-from retro_engine.generate.generator import Batch, Generator, neighbor_tokens
+from retro_engine.generate.generator import DecodingBatch, Generator, neighbor_tokens
 from retro_engine.generate.prefix import PrefixCache
 from retro_engine.generate.request import Event, Generation, Request
-from retro_engine.generate.sequence import Sequence
+from retro_engine.generate.sequence import DecodingSequence
 from retro_engine.retrieval.hit import Found
 
-__all__ = ["BusyError", "Engine", "Event", "Request", "Stream"]
+__all__ = ["BusyError", "Engine", "Event", "Request", "Submission"]
 
 T = TypeVar("T")
 OnEvent = Callable[[Event], None]
 RATE_S = 10.0  # tokens/s are of this last time
 
 
-class Stream:
+class Submission:
     """The events of one request; iterate over it, unless they go to an `on_event`."""
 
-    def __init__(self, engine: "Engine", sequence: Sequence, on_event: OnEvent | None):
+    def __init__(self, engine: "Engine", sequence: DecodingSequence, on_event: OnEvent | None):
         self._engine, self._on_event = engine, on_event
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._is_done = threading.Event()
@@ -124,10 +123,17 @@ class Engine:
         self.max_tokens = max(2048, config.encoder_seq_length) if max_tokens is None else max_tokens
         self.max_neighbors = max(max_neighbors, config.num_neighbors) * config.r
         self.prefixes = PrefixCache(prefix_bytes, shares_prefixes)
-        self._batch = Batch(generator, max_batch, self.max_tokens, self.max_neighbors, deterministic, self.prefixes)
+        self._batch = DecodingBatch(
+            generator,
+            size=max_batch,
+            capacity=self.max_tokens,
+            neighbor_tokens=self.max_neighbors,
+            deterministic=deterministic,
+            prefixes=self.prefixes,
+        )
         self._pool = FairPool(retrieval_threads, "retrieval")
-        self._waiting: FairQueue[Stream] = FairQueue()
-        self._streams: dict[Sequence, Stream] = {}  # of those that have a row
+        self._waiting: FairQueue[Submission] = FairQueue()
+        self._streams: dict[DecodingSequence, Submission] = {}  # of those that have a row
         self._most = max(1, max_batch - 1)  # rows of one caller
         self._counts: deque[float] = deque()  # when each token was made
         self._changed = threading.Condition()
@@ -141,19 +147,21 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, request: Request, on_event: OnEvent | None = None) -> Stream:
+    def submit(self, request: Request, on_event: OnEvent | None = None) -> Submission:
         """Raises UsageError for a request that cannot be answered, BusyError when the queue is full.
 
         `on_event` is called from the engine's thread and must return at once.
         """
         return self.submit_all([request], [on_event])[0]
 
-    def submit_all(self, requests: ListOf[Request], on_events: ListOf[OnEvent | None]) -> list[Stream]:
+    def submit_all(self, requests: Sequence[Request], on_events: Sequence[OnEvent | None]) -> list[Submission]:
         """`submit` for the requests of one caller: all of them, or none. What they share is computed once."""
         sequences = self.generator.open_all(requests)
         for sequence in sequences:
             self._check(sequence)
-        streams = [Stream(self, sequence, on_event) for sequence, on_event in zip(sequences, on_events, strict=True)]
+        streams = [
+            Submission(self, sequence, on_event) for sequence, on_event in zip(sequences, on_events, strict=True)
+        ]
         with self._changed:
             if self._is_closed:
                 raise StoppedError(1, "the engine is closed", "start it again")
@@ -163,7 +171,7 @@ class Engine:
             self._changed.notify()
         return streams
 
-    def _check(self, sequence: Sequence) -> None:
+    def _check(self, sequence: DecodingSequence) -> None:
         if sequence.total > self.max_tokens:
             raise UsageError(
                 f"{sequence.prompt_length} prompt and {sequence.request.max_new_tokens} new tokens",
@@ -175,7 +183,7 @@ class Engine:
                 f"{neighbor_tokens(sequence)} neighbor tokens", f"at most {self.max_neighbors} are read at a time"
             )
 
-    def cancel(self, stream: Stream) -> None:
+    def cancel(self, stream: Submission) -> None:
         with self._changed:
             stream.is_cancelled = True
             self._changed.notify()
@@ -203,7 +211,7 @@ class Engine:
                 "prefix_tokens_reused": self.prefixes.reused,
             }
 
-    def _look_up(self, stream: Stream, stop: int) -> None:
+    def _look_up(self, stream: Submission, stop: int) -> None:
         """Neighbors of the chunks up to token `stop`: at once where they are given, else in the pool."""
         sequence = stream.sequence
         if sequence.given is not None or not sequence.is_reading:
@@ -253,7 +261,7 @@ class Engine:
     def _has_row(self) -> bool:
         return self._batch.joining is None and len(self._batch.decoding) < self._batch.size
 
-    def _next(self) -> Stream | None:
+    def _next(self) -> Submission | None:
         """The oldest that waits and has its neighbors, of the caller whose turn it is, when there is a row for it.
 
         The last row is for another caller than the one who has all others.
@@ -265,7 +273,7 @@ class Engine:
             self._streams[stream.sequence] = stream
         return stream
 
-    def _drop(self, stream: Stream) -> None:
+    def _drop(self, stream: Submission) -> None:
         """Out of the queue, and out of the cache."""
         with self._changed:
             self._waiting.remove(stream.caller, stream)
@@ -276,12 +284,12 @@ class Engine:
                 if self._batch.holds(stream.sequence):
                     self._batch.leave(stream.sequence)
 
-    def _join(self, stream: Stream) -> None:
+    def _join(self, stream: Submission) -> None:
         found = self._result(stream)
         if found is not None:
             self._attempt([stream], lambda: self._batch.join(stream.sequence, found))
 
-    def _take_in(self, stream: Stream) -> None:
+    def _take_in(self, stream: Submission) -> None:
         """A piece of the joining prompt, and with the last one the first token."""
         logits = self._attempt([stream], self._batch.take_in)
         if logits is not None:
@@ -306,7 +314,7 @@ class Engine:
                 if stream.sequence not in waits:
                     self._accept(stream, logits_V)
 
-    def _accept(self, stream: Stream, logits_V: Tensor) -> None:
+    def _accept(self, stream: Submission, logits_V: Tensor) -> None:
         """Choose a token, pass on what there is to show, and look up what the next step reads."""
         sequence, stream.found = stream.sequence, None
         event = self._attempt([stream], lambda: sequence.accept(logits_V))
@@ -322,16 +330,16 @@ class Engine:
         if event is not None:
             self._send(stream, event)
 
-    def _result(self, stream: Stream) -> list[Found] | None:
+    def _result(self, stream: Submission) -> list[Found] | None:
         """What was found for it; None where the search failed, which ends it."""
         assert stream.found is not None
         return self._attempt([stream], stream.found.result)
 
-    def _send(self, stream: Stream, event: Event) -> None:
+    def _send(self, stream: Submission, event: Event) -> None:
         if not stream.is_done:
             self._attempt([stream], lambda: stream.send(event))
 
-    def _attempt(self, streams: list[Stream], work: Callable[[], T]) -> T | None:
+    def _attempt(self, streams: list[Submission], work: Callable[[], T]) -> T | None:
         """`work` for some requests; what it raises ends these alone."""
         try:
             return work()
@@ -343,5 +351,5 @@ class Engine:
             return None
 
 
-def _is_found(stream: Stream) -> bool:
+def _is_found(stream: Submission) -> bool:
     return stream.found is None or stream.found.done()

@@ -23,7 +23,7 @@ PIECE_NEIGHBOR_TOKENS = 8192  # encoded at once, where a chunk has no more
 POSITIONS = 32  # whose logits are made fp64 at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Explanation:
     """Log-probabilities (nats) of the text's tokens with all neighbors, with each one removed, and with none."""
 
@@ -87,12 +87,13 @@ def explain(
         hits, tokens_KR, lengths_K = _retrieved(generator, prompt_ids, num_neighbors or model.config.num_neighbors)
     if not hits:
         raise UsageError("there are no neighbors", "none were given and none were found", "--neighbors TEXT")
-    rows = text_log_probs(model, prompt_ids, text_ids, tokens_KR, removed_lengths(lengths_K), tokenizer.pad_id, check)
+    choices_VK, pad_id = removed_lengths(lengths_K), tokenizer.pad_id
+    rows = text_log_probs(model, prompt_ids, text_ids, tokens_KR, lengths_VK=choices_VK, pad_id=pad_id, check=check)
     pieces = [text[start:end] for start, end in offsets]
-    return Explanation(pieces, hits, rows[0], rows[1:-1], rows[-1])
+    return Explanation(pieces=pieces, neighbors=hits, log_probs_T=rows[0], without_KT=rows[1:-1], off_T=rows[-1])
 
 
-def cost(config: ModelConfig, prompt_length: int, text_length: int, num_neighbors: int) -> int:
+def explain_cost(config: ModelConfig, prompt_length: int, text_length: int, num_neighbors: int) -> int:
     """Tokens that an explanation computes, those of the neighbors of each chunk included; known before any work."""
     choices, read = num_neighbors + 2, config.chunk_size + text_length
     return prompt_length + choices * (read + read * num_neighbors * config.r // config.chunk_size)

@@ -1,12 +1,12 @@
 """Generation with retrieval at every chunk boundary: prompts in, cached decoding, attribution.
 
-`Batch` is the work that `Generator.run` and the engine share: sequences of different lengths in the rows of one cache.
+`DecodingBatch` is the work that `Generator.generate_all` and the engine share: sequences of different lengths in the rows of one cache.
 Letters: T prompt tokens, M chunk length, K neighbors, R tokens per neighbor, V vocabulary.
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence as ListOf
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ from retro_engine.errors import UsageError
 from retro_engine.generate.prefix import PrefixCache, keys_of
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
-from retro_engine.generate.sequence import Sequence, stacked
+from retro_engine.generate.sequence import DecodingSequence, stacked
 from retro_engine.model.decoding import decode_one, new_cache, prefill
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.hit import Found, Hit, NeighborSource
 
 PIECE_CHUNKS = 4  # of a prompt, taken in at once
 MAX_FOUND = 1024  # texts whose neighbors are remembered
+KnownTexts = dict[tuple[tuple[str, ...], int], tuple[Found, list[str]]]  # texts, R -> them as neighbors, notes
 
 
 class Generator:
@@ -47,7 +48,7 @@ class Generator:
         prompt: str | list[int],
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
-        neighbors: ListOf[str] | None = None,
+        neighbors: Sequence[str] | None = None,
         num_neighbors: int | None = None,
         retrieved_length: int | None = None,
         pad_prompt: bool = True,
@@ -60,19 +61,21 @@ class Generator:
         request = Request(
             prompt,
             max_new_tokens,
-            sampling or Sampling(),
-            neighbors,
-            num_neighbors,
-            retrieved_length,
+            sampling=sampling or Sampling(),
+            neighbors=neighbors,
+            num_neighbors=num_neighbors,
+            retrieved_length=retrieved_length,
             pad_prompt=pad_prompt,
         )
-        return self.run([request])[0]
+        return self.generate_all([request])[0]
 
-    def run(self, requests: ListOf[Request], deterministic: bool = False) -> list[Generation]:
+    def generate_all(self, requests: Sequence[Request], deterministic: bool = False) -> list[Generation]:
         """Generate several sequences, of any lengths, together."""
         sequences = [self.open(request) for request in requests]
         capacity = max((s.total for s in sequences), default=0)
-        batch = Batch(self, len(sequences), capacity, max(map(neighbor_tokens, sequences), default=0), deterministic)
+        batch = DecodingBatch(
+            self, len(sequences), capacity, max(map(neighbor_tokens, sequences), default=0), deterministic
+        )
         for sequence in sequences:
             batch.join(sequence, self.find(sequence, sequence.prompt_length))
             logits = None
@@ -89,16 +92,14 @@ class Generator:
                     batch.leave(sequence)
         return [sequence.generation() for sequence in sequences]
 
-    def open_all(self, requests: ListOf[Request]) -> list[Sequence]:
+    def open_all(self, requests: Sequence[Request]) -> list[DecodingSequence]:
         """`open` of each; neighbors that are given to several are encoded once."""
-        known: dict[tuple[tuple[str, ...], int], tuple[Found, list[str]]] = {}
+        known: KnownTexts = {}
         return [self.open(request, known) for request in requests]
 
-    def open(
-        self, request: Request, known: dict[tuple[tuple[str, ...], int], tuple[Found, list[str]]] | None = None
-    ) -> Sequence:
+    def open(self, request: Request, known: KnownTexts | None = None) -> DecodingSequence:
         """A sequence to work on. Raises UsageError for a request that cannot be answered."""
-        config, sampling = self.model.config, request.sampling
+        config = self.model.config
         R = config.r if request.retrieved_length is None else request.retrieved_length
         K = config.num_neighbors if request.num_neighbors is None else request.num_neighbors
         if config.r < R or R < 1:
@@ -111,18 +112,7 @@ class Generator:
             raise UsageError("neighbors were given", "this model is a plain decoder (model.retrieval=false)")
         has_neighbors = bool(texts) if texts is not None else self.retriever is not None
         is_reading = self.model.encoder is not None and has_neighbors
-        notes: list[str] = []
-        given = None
-        if texts and is_reading:
-            chosen = list(texts)[request.passed_over :][: request.num_neighbors]
-            if len(chosen) < len(texts):
-                notes.append(f"{len(texts)} neighbors were given, {len(chosen)} are read")
-            key = tuple(chosen), R
-            known = {} if known is None else known
-            if key not in known:
-                known[key] = self._given(*key)
-            given = known[key][0]
-            notes += known[key][1]
+        given, notes = self._given(texts, request, R, {} if known is None else known) if texts else (None, [])
         M = config.chunk_size
         pad = -len(prompt_ids) % M if is_reading and request.pad_prompt else 0
         if is_reading and not request.pad_prompt and len(prompt_ids) < M:
@@ -130,16 +120,27 @@ class Generator:
                 f"inference.pad_prompt=false: the first retrieval happens at token {M}, the prompt has {len(prompt_ids)}"
             )
         tokens = [self.tokenizer.pad_id] * pad + prompt_ids
-        most = config.most_tokens
-        if most is not None and len(tokens) + request.max_new_tokens > most:
-            raise UsageError(
-                f"{len(tokens)} prompt and {request.max_new_tokens} new tokens",
-                f"the model has {most} positions",
-                "ask for fewer",
-            )
-        if sampling.min_tokens and self.tokenizer.vocab_size <= len(self.tokenizer.end_ids):
+        self._check_length(len(tokens), request)
+        return DecodingSequence(
+            request=request,
+            tokenizer=self.tokenizer,
+            chunk_size=M,
+            tokens=tokens,
+            pad=pad,
+            K=K,
+            R=R,
+            is_reading=is_reading,
+            given=given,
+            notes=notes,
+        )
+
+    def _check_length(self, num_tokens: int, request: Request) -> None:
+        most = self.model.config.most_tokens
+        if most is not None and num_tokens + request.max_new_tokens > most:
+            asked = f"{num_tokens} prompt and {request.max_new_tokens} new tokens"
+            raise UsageError(asked, f"the model has {most} positions", "ask for fewer")
+        if request.sampling.min_tokens and self.tokenizer.vocab_size <= len(self.tokenizer.end_ids):
             raise UsageError("min_tokens cannot be used", "the vocabulary has no other token")
-        return Sequence(request, self.tokenizer, M, tokens, pad, K, R, is_reading, given, notes)
 
     def _prompt_ids(self, request: Request) -> list[int]:
         eod, size = self.tokenizer.eod_id, self.model.config.vocab_size
@@ -162,7 +163,7 @@ class Generator:
                 ids.insert(0, self.tokenizer.bos_id)
         return ids
 
-    def find(self, sequence: Sequence, stop: int) -> list[Found]:
+    def find(self, sequence: DecodingSequence, stop: int) -> list[Found]:
         """The neighbors of the chunks that the tokens up to `stop` complete; [] where it reads none.
 
         Given neighbors are read from the prompt's last token on: the chunks before have none.
@@ -175,7 +176,7 @@ class Generator:
         none = Found(sequence.given.tokens_KR, np.zeros_like(sequence.given.lengths_K), [])
         return [none] * (num_chunks - 1) + [sequence.given]
 
-    def _retrieve(self, texts: list[str], sequence: Sequence) -> list[Found]:
+    def _retrieve(self, texts: list[str], sequence: DecodingSequence) -> list[Found]:
         """What was found for a text is remembered as long as nothing else could be."""
         assert self.retriever is not None
         version, skip = self.retriever.version, sequence.request.passed_over
@@ -196,8 +197,16 @@ class Generator:
         found = [known[key] for key in keys]
         return [Found(f.tokens_KR[skip:], f.lengths_K[skip:], f.hits[skip:]) for f in found] if skip else found
 
-    def _given(self, texts: ListOf[str], R: int) -> tuple[Found, list[str]]:
-        """Given texts as neighbors, and what is to be said of them."""
+    def _given(self, texts: Sequence[str], request: Request, R: int, known: KnownTexts) -> tuple[Found, list[str]]:
+        """The given texts that a request reads as neighbors, and what is to be said of them."""
+        chosen = tuple(texts[request.passed_over :][: request.num_neighbors])
+        notes = [f"{len(texts)} neighbors were given, {len(chosen)} are read"] if len(chosen) < len(texts) else []
+        if (chosen, R) not in known:
+            known[chosen, R] = self._encode_given(chosen, R)
+        found, about = known[chosen, R]
+        return found, notes + about
+
+    def _encode_given(self, texts: Sequence[str], R: int) -> tuple[Found, list[str]]:
         rows, notes = self.tokenizer.encode_batch(texts), []
         for number, (text, row) in enumerate(zip(texts, rows)):
             if not text:
@@ -208,7 +217,7 @@ class Generator:
         return Found(*_padded(rows, R, self.tokenizer.pad_id), hits), notes
 
 
-class Batch:
+class DecodingBatch:
     """Sequences that decode together, each in a row of the cache, and one that joins them piece by piece."""
 
     def __init__(
@@ -225,12 +234,12 @@ class Batch:
         self.device = self.model.embedding.weight.device
         self.cache = new_cache(self.model, size, capacity, neighbor_tokens)
         self.size, self.deterministic, self.prefixes = size, deterministic, prefixes
-        self.decoding: list[Sequence] = []  # in the order of their rows
-        self.joining: Sequence | None = None  # in the row after them
+        self.decoding: list[DecodingSequence] = []  # in the order of their rows
+        self.joining: DecodingSequence | None = None  # in the row after them
         self._keys: list[bytes] = []
         self._found: list[Found] = []
 
-    def join(self, sequence: Sequence, found: list[Found]) -> None:
+    def join(self, sequence: DecodingSequence, found: list[Found]) -> None:
         """`found`: the neighbors of the prompt's chunks."""
         assert self.joining is None and len(self.decoding) < self.size
         self.joining, self._found = sequence, found
@@ -240,7 +249,9 @@ class Batch:
             piece = PIECE_CHUNKS * sequence.chunk_size
             prompt = sequence.tokens[: sequence.prompt_length]
             caller = "" if self.prefixes.is_shared else sequence.request.caller
-            self._keys = keys_of(prompt, sequence.pad, found, piece, PIECE_CHUNKS, caller)
+            self._keys = keys_of(
+                prompt, sequence.pad, found, piece_tokens=piece, piece_chunks=PIECE_CHUNKS, caller=caller
+            )
 
     @torch.no_grad()
     def take_in(self) -> Tensor | None:
@@ -260,15 +271,13 @@ class Batch:
             if chunks:
                 neighbors, lengths = (part[None] for part in stacked(chunks, self.pad_id, self.device))
             one = self.cache.part(row, row + 1)
-            logits_TV = prefill(self.model, one, tokens, neighbors, lengths, not has_all_logits)[0]
+            logits_TV = prefill(self.model, one, tokens, neighbors, lengths, last_only=not has_all_logits)[0]
             if has_all_logits:
                 sequence.note_prompt(logits_TV, start)
             sequence.filled, logits = stop, logits_TV[-1]
             if self.prefixes is not None:
-                is_last = stop == sequence.prompt_length
-                self.prefixes.store(
-                    self._keys, start // (PIECE_CHUNKS * M), self.cache, row, start, logits if is_last else None
-                )
+                known = logits if stop == sequence.prompt_length else None
+                self.prefixes.store(self._keys, start // (PIECE_CHUNKS * M), self.cache, row, start=start, logits=known)
         if sequence.filled < sequence.prompt_length:
             return None
         if self._found:
@@ -283,7 +292,7 @@ class Batch:
             self.decoding.append(sequence)
 
     @torch.no_grad()
-    def step(self, found: dict[Sequence, Found], waits: frozenset[Sequence] = frozenset()) -> Tensor:
+    def step(self, found: dict[DecodingSequence, Found], waits: frozenset[DecodingSequence] = frozenset()) -> Tensor:
         """Each decoding sequence's newest token -> logits [b, V]; nothing counts of those that wait.
 
         `found`: the neighbors of the chunks that end with it.
@@ -301,7 +310,9 @@ class Batch:
                     sequence.keep_found(found[sequence])
         return logits
 
-    def _step(self, first: int, last: int, found: dict[Sequence, Found], waits: frozenset[Sequence]) -> Tensor:
+    def _step(
+        self, first: int, last: int, found: dict[DecodingSequence, Found], waits: frozenset[DecodingSequence]
+    ) -> Tensor:
         sequences = self.decoding[first:last]
         tokens = torch.tensor([s.tokens[-1] for s in sequences], device=self.device)
         ending = [row for row, s in enumerate(sequences) if s in found]
@@ -311,10 +322,10 @@ class Batch:
         advances = torch.tensor([s not in waits for s in sequences], device=self.device)
         return decode_one(self.model, self.cache.part(first, last), tokens, ending, *neighbors, advances)
 
-    def holds(self, sequence: Sequence) -> bool:
+    def holds(self, sequence: DecodingSequence) -> bool:
         return sequence is self.joining or sequence in self.decoding
 
-    def leave(self, sequence: Sequence) -> None:
+    def leave(self, sequence: DecodingSequence) -> None:
         """Free its row; the last row moves there."""
         if sequence is self.joining:
             self.joining = None
@@ -333,19 +344,19 @@ def model_coding(model: RetroModel, tokenizer: Tokenizer, owner: str = "the mode
     return Coding(owner, tokenizer.fingerprint, model.config.chunk_size, "model")
 
 
-def neighbor_tokens(sequence: Sequence) -> int:
+def neighbor_tokens(sequence: DecodingSequence) -> int:
     """Neighbor tokens that a sequence reads at a time."""
     if not sequence.is_reading:
         return 0
     return sequence.R * (sequence.K if sequence.given is None else len(sequence.given.lengths_K))
 
 
-def encode_neighbors(tokenizer: Tokenizer, texts: ListOf[str], R: int) -> tuple[np.ndarray, np.ndarray]:
+def encode_neighbors(tokenizer: Tokenizer, texts: Sequence[str], R: int) -> tuple[np.ndarray, np.ndarray]:
     """Texts -> tokens [K, R] padded and lengths [K]; what is past R tokens is cut, an empty text has length 0."""
     return _padded(tokenizer.encode_batch(texts), R, tokenizer.pad_id)
 
 
-def _padded(rows: ListOf[list[int]], R: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded(rows: Sequence[list[int]], R: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.full((len(rows), R), pad_id, np.int64)
     lengths = np.array([min(R, len(row)) for row in rows], np.int64)
     for number, row in enumerate(rows):

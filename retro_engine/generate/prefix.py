@@ -16,7 +16,7 @@ from retro_engine.model.decoding import DecodeCache
 from retro_engine.retrieval.hit import Found
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Piece:
     stop: int  # tokens up to its end
     keys_values: list[Tensor]  # [t, g, e]: keys of all decoder layers, then values
@@ -72,12 +72,12 @@ class PrefixCache:
         """Keep piece `number` of a prompt, just computed in a row from token `start` on."""
         stop, width = int(cache.lengths_B[row]), cache.cross_width(row)
         piece = _Piece(
-            stop,
-            [tensor[row, start:stop].clone() for tensor in (*cache.keys_BSGE, *cache.values_BSGE)],
-            cache.hidden_BMD[row].clone(),
-            [tensor[row, :width].clone() for tensor in (*cache.cross_keys_BXGE, *cache.cross_values_BXGE)],
-            cache.cross_valid_BX[row, :width].clone(),
-            None if logits is None else logits.clone(),
+            stop=stop,
+            keys_values=[tensor[row, start:stop].clone() for tensor in (*cache.keys_BSGE, *cache.values_BSGE)],
+            hidden=cache.hidden_BMD[row].clone(),
+            cross=[tensor[row, :width].clone() for tensor in (*cache.cross_keys_BXGE, *cache.cross_values_BXGE)],
+            cross_valid=cache.cross_valid_BX[row, :width].clone(),
+            logits=None if logits is None else logits.clone(),
         )
         old = self._pieces.pop(keys[number], None)
         self.nbytes -= 0 if old is None else old.nbytes

@@ -17,7 +17,7 @@ REFRESHES = ("chunk", "never")
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
     """A token's natural log-probability under the model alone (before temperature, penalties and cuts)."""
 
@@ -28,12 +28,12 @@ class TokenLogprob:
     offset: int = 0  # characters of the text before it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One sequence to generate."""
 
-    prompt: str | list[int]
-    max_new_tokens: int = 64
+    prompt: str | list[int] = field(kw_only=False)
+    max_new_tokens: int = field(default=64, kw_only=False)
     sampling: Sampling = field(default_factory=Sampling)
     neighbors: Sequence[str] | None = None  # None = retrieve, [] = retrieval off, else texts to read instead
     num_neighbors: int | None = None  # None = the model's k
@@ -67,7 +67,7 @@ class Request:
             raise UsageError(f"min_tokens={least} cannot be used", f"at most {self.max_new_tokens} are generated")
 
 
-def cost(request: Request, config: ModelConfig, has_retriever: bool) -> int:
+def request_cost(request: Request, config: ModelConfig, has_retriever: bool) -> int:
     """Tokens that a request for a prompt of ids computes at most, those of each chunk's neighbors included."""
     tokens = len(request.prompt) + request.max_new_tokens
     if not config.retrieval or not (has_retriever if request.neighbors is None else request.neighbors):
@@ -77,7 +77,7 @@ def cost(request: Request, config: ModelConfig, has_retriever: bool) -> int:
     return tokens + tokens * K * R // config.chunk_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """A piece of text as it comes; the pieces joined are the whole text."""
 
@@ -91,20 +91,20 @@ class Event:
 
 
 @dataclass
-class Segment:
+class TextSegment:
     """A run of generated text and the neighbors that it could read."""
 
     text: str
     neighbors: list[Hit]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Generation:
     """What was generated; `segments` split it at the chunk boundaries."""
 
     text: str  # with echo, the prompt first
     tokens: list[int]  # generated, those of a stop string included
-    segments: list[Segment]
+    segments: list[TextSegment]
     notes: list[str] = field(default_factory=list)
     finish_reason: FinishReason = "length"
     prompt_tokens: int = 0

@@ -13,7 +13,7 @@ LARGEST = torch.finfo(torch.float32).max
 NAMES = {"min_tokens": "min_tokens_to_generate"}  # the settings' names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a token is chosen. top_k 0 and top_p 1 keep every token; with `greedy` the likeliest one is taken."""
 

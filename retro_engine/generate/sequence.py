@@ -11,13 +11,13 @@ from torch import Tensor
 
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.generate.detokenizer import Detokenizer
-from retro_engine.generate.request import Event, FinishReason, Generation, Request, Segment, TokenLogprob
+from retro_engine.generate.request import Event, FinishReason, Generation, Request, TextSegment, TokenLogprob
 from retro_engine.generate.sampling import adjusted, choose
 from retro_engine.retrieval.hit import Found, Hit
 
 
-@dataclass(eq=False)
-class Sequence:
+@dataclass(eq=False, kw_only=True)
+class DecodingSequence:
     """A request that is worked on; made by `Generator.open`."""
 
     request: Request
@@ -32,7 +32,7 @@ class Sequence:
     notes: list[str]
     filled: int = 0  # tokens that the cache has
     finish_reason: FinishReason | None = None
-    segments: list[Segment] = field(default_factory=list)
+    segments: list[TextSegment] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     text: str = ""  # that was shown
 
@@ -71,7 +71,7 @@ class Sequence:
     def keep_found(self, found: Found) -> None:
         """Hits that the next text can read; with refresh="never" they stay."""
         if self._new_hits is not None and self.segments:  # a whole chunk without text: half a character, still
-            self.segments.append(Segment("", self._new_hits))
+            self.segments.append(TextSegment("", self._new_hits))
         self._new_hits = found.hits
         if self.request.refresh == "never" and self.given is None:
             self.given = found
@@ -93,13 +93,15 @@ class Sequence:
 
     def _logprob(self, logits_V: Tensor | None, token: int) -> TokenLogprob:
         if logits_V is None:
-            return TokenLogprob(token, self.tokenizer.decode([token]), None)  # what comes first has no text before it
+            return TokenLogprob(
+                token=token, text=self.tokenizer.decode([token]), logprob=None
+            )  # what comes first has no text before it
         values = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32)).log_softmax(-1)
         best = values.topk(min(self.request.logprobs or 0, len(values)))
         ids = best.indices.tolist()
         texts = self.tokenizer.pieces([token, *ids])
         top = tuple(zip(ids, texts[1:], best.values.tolist()))
-        return TokenLogprob(token, texts[0], float(values[token]), top, self._text.length)
+        return TokenLogprob(token=token, text=texts[0], logprob=float(values[token]), top=top, offset=self._text.length)
 
     def accept(self, logits_V: Tensor) -> Event | None:
         """Choose the next token; what there is to show of it, if anything."""
@@ -152,13 +154,21 @@ class Sequence:
         hits, self._new_hits = self._new_hits, None
         notes = [] if self.segments else self.notes
         if hits is not None or not self.segments:
-            self.segments.append(Segment("", hits or []))
+            self.segments.append(TextSegment("", hits or []))
         self.segments[-1].text += text
         self.text += text
         tokens = self.tokens[self.prompt_length + self._shown_tokens :]
         logprobs = None if self.request.logprobs is None else self.logprobs[self._shown_logprobs :]
         self._shown_tokens, self._shown_logprobs = len(self.tokens) - self.prompt_length, len(self.logprobs)
-        return Event(text, tokens, logprobs, hits, self.finish_reason, notes, error)
+        return Event(
+            text=text,
+            tokens=tokens,
+            logprobs=logprobs,
+            new_hits=hits,
+            finish_reason=self.finish_reason,
+            notes=notes,
+            error=error,
+        )
 
     def end(self, reason: FinishReason | None, error: BaseException | None = None) -> Event:
         """Its last event, where it was not the sequence itself that ended."""
@@ -168,13 +178,13 @@ class Sequence:
     def generation(self) -> Generation:
         assert self.finish_reason is not None
         return Generation(
-            self.text,
-            self.produced,
-            self.segments,
-            self.notes,
-            self.finish_reason,
-            self.prompt_length - self.pad,
-            None if self.request.logprobs is None else self.logprobs,
+            text=self.text,
+            tokens=self.produced,
+            segments=self.segments,
+            notes=self.notes,
+            finish_reason=self.finish_reason,
+            prompt_tokens=self.prompt_length - self.pad,
+            logprobs=None if self.request.logprobs is None else self.logprobs,
         )
 
 

@@ -102,12 +102,19 @@ class RetroLM(LM):
         temperature = float(options.get("temperature", 0.0) or 0.0)
         sampling = Sampling()
         if options.get("do_sample", temperature > 0) and temperature > 0:
-            sampling = Sampling(False, temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)))
+            sampling = Sampling(
+                greedy=False,
+                temperature=temperature,
+                top_k=int(options.get("top_k", 0)),
+                top_p=float(options.get("top_p", 1.0)),
+            )
         count = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
         room = max(1, self.max_length - count)
         ids = self.tokenizer.encode(prompt)[-room:]
         neighbors: list[str] | None = None if self.generator.retriever is not None else []
-        return self.generator.run([Request(ids, count, sampling, neighbors, stop=stops)])[0].text
+        return self.generator.generate_all([Request(ids, count, sampling=sampling, neighbors=neighbors, stop=stops)])[
+            0
+        ].text
 
 
 def run_tasks(

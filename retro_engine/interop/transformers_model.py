@@ -148,17 +148,17 @@ class RetroForCausalLM(PreTrainedModel, GenerationMixin):
         stop_ids = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
         pad = next((i for i in (settings.get("pad_token_id"), self.config.pad_token_id, *stop_ids) if i is not None), 0)
         cuts = {name: settings[name] for name in SAMPLED if settings.get(name) is not None}
-        sampling = Sampling(not settings.get("do_sample", False), seed=seed, **cuts)
+        sampling = Sampling(greedy=not settings.get("do_sample", False), seed=seed, **cuts)
         generator = torch.Generator().manual_seed(seed)
         answers = decode(
             self.model,
             prompts,
             neighbors,
             neighbor_lengths,
-            count,
-            stop_ids,
-            pad,
-            lambda logits: torch.tensor([choose(row.cpu(), sampling, generator) for row in logits]),
+            max_new_tokens=count,
+            stop_ids=stop_ids,
+            pad_id=pad,
+            choose=lambda logits: torch.tensor([choose(row.cpu(), sampling, generator) for row in logits]),
         )
         answers = [row + stop_ids[:1] if len(row) < count else row for row in answers]
         longest = max(map(len, answers))

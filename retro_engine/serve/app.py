@@ -13,14 +13,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from retro_engine.errors import MissingExtraError, OutOfResourceError, RetroError, UnavailableError, UsageError, typed
-from retro_engine.generate.engine import BusyError
+from retro_engine.errors import RetroError, typed
 from retro_engine.library.library import Library
-from retro_engine.serve import documents, nemo, openai, schema, session, tools
+from retro_engine.serve import documents, explain, nemo, openai, schema, sign_in, tokens
+from retro_engine.serve.api_error import ApiError, ClientLeft, api_error
 from retro_engine.serve.gate import Gate
-from retro_engine.serve.limits import ApiError, ClientLeft
+from retro_engine.serve.request_context import ServerState, client_of, state_of
 from retro_engine.serve.service import Service
-from retro_engine.serve.state import State, client_of, state_of
 
 WEB = Path(__file__).parent / "web"
 FILES = {  # of the page; gate.PUBLIC names them too
@@ -46,11 +45,11 @@ ROUTES: list[tuple[str, str, Endpoint, str]] = [  # method, path, endpoint, the 
     ("GET", "/v1/models/{id:path}", openai.model, "read"),
     ("POST", "/v1/completions", openai.completions, "read"),
     ("POST", "/v1/chat/completions", openai.chat_completions, "read"),
-    ("POST", "/v1/embeddings", tools.embeddings, "read"),
-    ("POST", "/tokenize", tools.tokenize, "read"),
-    ("POST", "/detokenize", tools.detokenize, "read"),
+    ("POST", "/v1/embeddings", tokens.embeddings, "read"),
+    ("POST", "/tokenize", tokens.tokenize, "read"),
+    ("POST", "/detokenize", tokens.detokenize, "read"),
     ("POST", "/v1/retrieve", documents.retrieve, "read"),
-    ("POST", "/v1/explain", tools.explain, "read"),
+    ("POST", "/v1/explain", explain.explain, "read"),
     ("GET", "/v1/documents", documents.list_documents, "read"),
     ("POST", "/v1/documents", documents.add_documents, "write"),
     ("POST", "/v1/documents/import", documents.import_documents, "write"),
@@ -99,7 +98,7 @@ def page_file(name: str, kind: str) -> Endpoint:
 
 
 def make_app(
-    state: State,
+    state: ServerState,
     load: Callable[[], Service],
     hosts: Sequence[str] = (),
     has_nemo: bool = False,
@@ -111,9 +110,9 @@ def make_app(
     routes += [
         Route("/health", health, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
-        Route("/auth/login", session.login, methods=["POST"]),
-        Route("/auth/logout", session.logout, methods=["POST"]),
-        Route("/auth/me", session.me, methods=["GET"]),
+        Route("/auth/login", sign_in.login, methods=["POST"]),
+        Route("/auth/logout", sign_in.logout, methods=["POST"]),
+        Route("/auth/me", sign_in.me, methods=["GET"]),
     ]
     routes += [Route(path, endpoint, methods=[method]) for method, path, endpoint, _ in guarded]
 
@@ -134,10 +133,10 @@ def make_app(
     app.router.redirect_slashes = False
     app.state.retro = state
     scopes = {(method, path): scope for method, path, _, scope in guarded}
-    return Gate(app, routes, scopes, state.accounts, state.limits, hosts, state.metrics)
+    return Gate(app, routes, scopes, hosts=hosts, accounts=state.accounts, limits=state.limits, metrics=state.metrics)
 
 
-async def _load(state: State, load: Callable[[], Service], stop: Callable[[BaseException], None] | None) -> None:
+async def _load(state: ServerState, load: Callable[[], Service], stop: Callable[[BaseException], None] | None) -> None:
     try:
         service = await asyncio.to_thread(load)
     except Exception as error:  # a bug too: else the server would say "loading" for ever
@@ -170,20 +169,6 @@ async def _client_left(request: Request, error: Exception) -> Response:
 async def _retro_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RetroError)
     return api_error(error).response()
-
-
-def api_error(error: RetroError) -> ApiError:
-    """What the engine, the library and the tokenizer raise, with its status."""
-    message = ": ".join(part for part in (error.what, error.why) if part)
-    if isinstance(error, BusyError):
-        return ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
-    if isinstance(error, OutOfResourceError):
-        return ApiError(503, message, code="no_space", headers={"retry-after": "30"})
-    if isinstance(error, UnavailableError):
-        return ApiError(503, message, code="unavailable", headers={"retry-after": "2"})
-    if isinstance(error, UsageError):
-        return ApiError(400, message)
-    return ApiError(501 if isinstance(error, MissingExtraError) else 500, message, code=type(error).__name__)
 
 
 async def _os_error(request: Request, error: Exception) -> Response:

@@ -5,13 +5,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from retro_engine.errors import UsageError
-from retro_engine.generate.chat import ChatTemplate
-from retro_engine.serve.limits import ApiError, Strict
+from retro_engine.generate.chat_template import ChatTemplate
+from retro_engine.serve.api_error import ApiError
+from retro_engine.serve.bodies import Strict
 
 STOPS = ("\nQuestion:",)
 
 
-class Part(Strict):
+class MessagePart(Strict):
     """A part of a message: only text is read."""
 
     type: Literal["text"]
@@ -23,7 +24,9 @@ class Message(Strict):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None  # None: only an answer's, without text
+    content: str | Annotated[list[MessagePart], Field(fail_fast=True)] | None = (
+        None  # None: only an answer's, without text
+    )
     name: str | None = Field(None, max_length=64)
     # an answer that is sent back has these, with nothing in them
     refusal: Literal[""] | None = None

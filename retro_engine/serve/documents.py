@@ -16,9 +16,10 @@ from retro_engine.library.documents import MAX_QUERY_CHARACTERS, check_id, check
 from retro_engine.library.importer import Importer
 from retro_engine.library.library import MAX_LIST, Library
 from retro_engine.library.search import MODES
+from retro_engine.serve.api_error import ApiError
+from retro_engine.serve.bodies import Strict, parse_body, read_chunks, read_json
 from retro_engine.serve.hits import neighbors_json
-from retro_engine.serve.limits import ApiError, Strict, parse, read_chunks, read_json
-from retro_engine.serve.state import audit, brief, limits_of, service_of, write
+from retro_engine.serve.request_context import audit, brief, limits_of, service_of, write
 
 MAX_DOCUMENTS = 1000  # of one request
 MAX_K = 1000
@@ -53,7 +54,7 @@ class Query(Strict):
     weights: list[Annotated[float, Field(ge=0)]] = Field([1.0, 1.0], min_length=2, max_length=2, fail_fast=True)
 
 
-def open_library(request: Request) -> tuple[Library, Importer]:
+def library_of(request: Request) -> tuple[Library, Importer]:
     service = service_of(request)
     if service.library is None or service.importer is None:
         raise ApiError(400, "this model is a plain decoder: it reads no documents", code="no_library")
@@ -62,11 +63,11 @@ def open_library(request: Request) -> tuple[Library, Importer]:
 
 async def list_documents(request: Request) -> Response:
     """A page of ids and sizes, those after `after`; and the library's counts."""
-    library, _ = open_library(request)
+    library, _ = library_of(request)
     other = next((name for name in request.query_params if name not in ("after", "limit")), None)
     if other is not None:
         raise ApiError(400, f"unknown field {other[:80]} of the query", other[:80], "unknown_field")
-    limit = number(request, "limit", 100, MAX_LIST)
+    limit = query_number(request, "limit", 100, MAX_LIST)
     version = library.version  # what is listed is of this one, or newer
     entries = await brief(request, partial(library.entries, after=request.query_params.get("after", ""), limit=limit))
     statistics = await brief(request, library.statistics)
@@ -83,7 +84,7 @@ async def list_documents(request: Request) -> Response:
 
 
 async def get_document(request: Request) -> Response:
-    library, _ = open_library(request)
+    library, _ = library_of(request)
     identifier = request.path_params["id"]
     document = await brief(request, library.get, identifier)
     if document is None:
@@ -95,11 +96,11 @@ async def add_documents(request: Request) -> Response:
     """One document, or {"documents": [...]}; each replaces the one with its id. When this returns, the next request
     reads them.
     """
-    library, _ = open_library(request)
+    library, _ = library_of(request)
     limits = limits_of(request)
     body = await read_json(request, limits, limits.documents_bytes)
     is_many = isinstance(body, dict) and "documents" in body
-    rows = parse(ManyDocuments, body).documents if is_many else [parse(NewDocument, body)]
+    rows = parse_body(ManyDocuments, body).documents if is_many else [parse_body(NewDocument, body)]
     await brief(request, _check_all, rows, is_many)
     ids = [content_id(row.title, row.text) if row.id is None else composed(row.id) for row in rows]
     documents = [Document(identifier, row.title, row.text) for identifier, row in zip(ids, rows)]
@@ -130,7 +131,7 @@ def _check(row: NewDocument, where: str) -> None:
 
 
 async def delete_document(request: Request) -> Response:
-    library, _ = open_library(request)
+    library, _ = library_of(request)
     identifier = request.path_params["id"]
     count = await write(request, library.delete, [identifier])
     if not count:
@@ -141,7 +142,7 @@ async def delete_document(request: Request) -> Response:
 
 async def import_documents(request: Request) -> Response:
     """JSON lines, kept on the disk first, then added in the background. Answers 202 with the job."""
-    library, importer = open_library(request)
+    library, importer = library_of(request)
     limits = limits_of(request)
     with tempfile.TemporaryFile(dir=library.folder) as file:
         async for chunk in read_chunks(request, limits.import_bytes, limits.progress_s):
@@ -155,7 +156,7 @@ async def import_documents(request: Request) -> Response:
 
 
 async def get_job(request: Request) -> Response:
-    _, importer = open_library(request)
+    _, importer = library_of(request)
     number = request.path_params["id"]
     if number >= 1 << 63:
         raise ApiError(404, f"job {number} does not exist", "id", "job_not_found")
@@ -173,8 +174,8 @@ def job_json(importer: Importer, number: int) -> dict[str, Any]:
 
 
 async def reset(request: Request) -> Response:
-    library, _ = open_library(request)
-    if not parse(Confirmation, await read_json(request, limits_of(request))).confirm:
+    library, _ = library_of(request)
+    if not parse_body(Confirmation, await read_json(request, limits_of(request))).confirm:
         raise ApiError(400, 'every document would be deleted: {"confirm": true}', "confirm", "not_confirmed")
     count = await write(request, library.reset)
     audit(request, "documents.reset", count=count)
@@ -186,7 +187,7 @@ async def retrieve(request: Request) -> Response:
     is none, a note why.
     """
     service = service_of(request)
-    query = parse(Query, await read_json(request, limits_of(request)))
+    query = parse_body(Query, await read_json(request, limits_of(request)))
     if query.mode is not None and query.mode not in MODES:
         raise ApiError(400, f"mode {query.mode!r} is not one of {', '.join(MODES)}", "mode")
     if not query.query.strip():
@@ -194,13 +195,14 @@ async def retrieve(request: Request) -> Response:
     if not any(query.weights):
         raise ApiError(400, "weights: one is above 0", "weights")
     version = service.index_version
-    found = await brief(request, service.find, query.query, query.k, query.mode, query.weights)
+    search = partial(service.find, k=query.k, mode=query.mode, weights=query.weights)
+    found = await brief(request, search, query.query)
     note = {} if found.hits else {"note": f"no hit: {await brief(request, service.why_nothing, query.query)}"}
     data = neighbors_json(found.hits)
     return JSONResponse({"object": "list", "index_version": version, "data": data, **note})
 
 
-def number(request: Request, name: str, default: int, most: int) -> int:
+def query_number(request: Request, name: str, default: int, most: int) -> int:
     """A number of the query string, from 1 on."""
     text = request.query_params.get(name, str(default))
     if not text.isascii() or not text.isdigit() or len(text) > 9:

@@ -13,8 +13,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from retro_engine.serve.auth import Accounts, Caller
-from retro_engine.serve.limits import ApiError, Limits
+from retro_engine.serve.accounts import Accounts, Caller
+from retro_engine.serve.api_error import ApiError
+from retro_engine.serve.limits import Limits
 from retro_engine.serve.metrics import Metrics
 
 PUBLIC = frozenset(

@@ -6,6 +6,7 @@ Bodies and answers as theirs, in JSON only (theirs also exchanged pickles); behi
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Union
 
 from pydantic import Field
@@ -13,14 +14,24 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from retro_engine.data.corpus import Document
-from retro_engine.generate.engine import Event, Request
-from retro_engine.generate.request import TokenLogprob
+from retro_engine.generate.request import Event, Request, TokenLogprob
 from retro_engine.generate.sampling import TINY, Sampling
-from retro_engine.serve.documents import open_library
-from retro_engine.serve.limits import ApiError, Ids, Strict, Texts, parse, read_json
-from retro_engine.serve.openai import check_cost, check_room, encode_prompts
-from retro_engine.serve.state import audit, brief, caller_id, caller_of, limits_of, long, service_of, state_of, write
-from retro_engine.serve.stream import Running
+from retro_engine.serve.api_error import ApiError
+from retro_engine.serve.bodies import Ids, Strict, Texts, parse_body, read_json
+from retro_engine.serve.documents import library_of
+from retro_engine.serve.prompts import check_cost, check_room, encode_prompts
+from retro_engine.serve.request_context import (
+    audit,
+    brief,
+    caller_id,
+    caller_of,
+    limits_of,
+    long,
+    service_of,
+    state_of,
+    write,
+)
+from retro_engine.serve.stream import RunningRequests
 from retro_engine.serve.work import Check
 
 MAX_SENTENCES = 128
@@ -60,13 +71,13 @@ class Knn(Strict):
 async def generate(request: HttpRequest) -> Response:
     """Continue sentences; `retrieved` has what each could read."""
     service, limits = service_of(request), limits_of(request)
-    body = parse(Generate, await read_json(request, limits))
+    body = parse_body(Generate, await read_json(request, limits))
     size = service.tokenizer.vocab_size
     if body.all_probs and len(body.sentences) * body.tokens_to_generate * size > MAX_PROBS:
         raise ApiError(400, f"all_probs would be more than {MAX_PROBS:,} numbers", "all_probs")
     if body.tokens_to_generate > limits.new_tokens:
         raise ApiError(400, f"at most {limits.new_tokens:,} tokens are generated", "tokens_to_generate")
-    prompts = await brief(request, encode_prompts, service, body.sentences, limits, "sentences")
+    prompts = await brief(request, partial(encode_prompts, param="sentences"), service, body.sentences, limits)
     R = service.generator.model.config.r
     names = "sentences", "tokens_to_generate", "neighbors"
     check_room(service, prompts, body.tokens_to_generate, R * (body.neighbors or 0), names)
@@ -76,13 +87,13 @@ async def generate(request: HttpRequest) -> Response:
     check_cost(
         asked if not body.all_probs else [replace(one, logprobs=0) for one in asked], service, limits, "sentences"
     )
-    running = await Running.start(service, asked, request.receive)
+    running = await RunningRequests.start(service, asked, request.receive)
     events: list[list[Event]] = [[] for _ in asked]
     async with running:
         async for index, event in running:
             events[index].append(event)
     state_of(request).metrics.tokens(sum(map(len, prompts)), sum(len(e.tokens) for mine in events for e in mine))
-    return JSONResponse(await brief(request, _whole, body, service.tokenizer, prompts, events))
+    return JSONResponse(await brief(request, partial(_whole, body, service.tokenizer), prompts, events))
 
 
 def _whole(body: Generate, tokenizer: Any, prompts: list[list[int]], events: list[list[Event]]) -> dict[str, Any]:
@@ -121,9 +132,9 @@ def _request(body: Generate, prompt: list[int], seed: int, size: int, caller: st
     return Request(
         prompt,
         body.tokens_to_generate,
-        sampling,
-        [] if body.neighbors == 0 else None,
-        body.neighbors or None,
+        sampling=sampling,
+        neighbors=[] if body.neighbors == 0 else None,
+        num_neighbors=body.neighbors or None,
         stop=tuple(text for text in body.end_strings if text),
         logprobs=size if body.all_probs else 0 if body.compute_logprob else None,
         add_bos=body.add_BOS,
@@ -151,8 +162,8 @@ def _answer(tokenizer: Any, prompt: list[int], events: list[Event]) -> dict[str,
 async def knn(request: HttpRequest) -> Response:
     """Token ids of the neighbors, [sentences, neighbors, 2 x chunk size], padded; or "success"."""
     service, limits = service_of(request), limits_of(request)
-    library, _ = open_library(request)
-    body = parse(Knn, await read_json(request, limits, limits.documents_bytes))
+    library, _ = library_of(request)
+    body = parse_body(Knn, await read_json(request, limits, limits.documents_bytes))
     if "reset" in body.model_fields_set:  # NeMo's clients send null
         if body.reset is False or body.sentences is not None or body.neighbors is not None:
             raise ApiError(400, "reset deletes every document: it is sent alone, and true or null", "reset")

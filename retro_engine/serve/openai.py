@@ -6,24 +6,26 @@ retrieval, or beside the choices.
 
 import secrets
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from retro_engine.generate.engine import Event, Request
-from retro_engine.generate.request import TokenLogprob, cost
+from retro_engine.generate.request import Request
 from retro_engine.generate.sampling import TINY, Sampling
+from retro_engine.serve.answers import Answer, ChatAnswer, CompletionAnswer
+from retro_engine.serve.api_error import ApiError
+from retro_engine.serve.bodies import Prompts, Strict, Texts, parse_body, read_json
 from retro_engine.serve.chat import Message, chat_prompt
-from retro_engine.serve.hits import neighbors_json
-from retro_engine.serve.limits import ApiError, Limits, Prompts, Strict, Texts, parse, read_json
+from retro_engine.serve.limits import Limits
+from retro_engine.serve.prompts import check_cost, check_model_name, check_room, encode_prompts
+from retro_engine.serve.request_context import brief, caller_id, limits_of, service_of, state_of
 from retro_engine.serve.service import Service
-from retro_engine.serve.state import brief, caller_id, limits_of, service_of, state_of
-from retro_engine.serve.stream import EventStream, Running
+from retro_engine.serve.stream import EventStream, RunningRequests
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
@@ -115,7 +117,7 @@ async def models(request: HttpRequest) -> Response:
 
 async def model(request: HttpRequest) -> Response:
     service = service_of(request)
-    check_model(service, request.path_params["id"])
+    check_model_name(service, request.path_params["id"])
     return JSONResponse(_model(service, limits_of(request)))
 
 
@@ -138,28 +140,26 @@ def _model(service: Service, limits: Limits) -> dict[str, Any]:
     return {"id": service.name, "object": "model", "created": STARTED, "owned_by": "retro-engine", "retro": about}
 
 
-def check_model(service: Service, name: str) -> None:
-    if name != service.name:
-        raise ApiError(404, f"model {name!r} is not served here: {service.name!r} is", "model", "model_not_found")
-
-
 async def completions(request: HttpRequest) -> Response:
     """Continue one prompt or several."""
     service, limits = service_of(request), limits_of(request)
-    body = parse(Completion, await read_json(request, limits))
-    check_model(service, body.model)
+    body = parse_body(Completion, await read_json(request, limits))
+    check_model_name(service, body.model)
     if body.best_of not in (None, body.n):
         raise ApiError(400, "best_of other than n is not supported", "best_of", "unsupported")
     prompts = await brief(request, encode_prompts, service, body.prompt, limits)
-    form = _CompletionForm(service, body.stream)
-    return await _answer(request, body, prompts, COMPLETION_TOKENS, body.logprobs, form, body.echo)
+    answer = CompletionAnswer(service, body.stream)
+    asked = requests_of(body, service, prompts, limits, COMPLETION_TOKENS)
+    return await _respond(
+        request, body, answer, [replace(one, logprobs=body.logprobs, echo=body.echo) for one in asked]
+    )
 
 
 async def chat_completions(request: HttpRequest) -> Response:
     """Answer the last message of a conversation."""
     service, limits = service_of(request), limits_of(request)
-    body = parse(Chat, await read_json(request, limits))
-    check_model(service, body.model)
+    body = parse_body(Chat, await read_json(request, limits))
+    check_model_name(service, body.model)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs takes logprobs=true", "top_logprobs")
     if body.max_completion_tokens is not None:
@@ -168,47 +168,12 @@ async def chat_completions(request: HttpRequest) -> Response:
         body.max_tokens = body.max_completion_tokens
     prompt, stops = await brief(request, chat_prompt, body.messages, service.chat)
     body.stop = [*_stops(body.stop), *stops]
-    prompts = await brief(request, encode_prompts, service, prompt, limits, "messages")
+    prompts = await brief(request, partial(encode_prompts, param="messages"), service, prompt, limits)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     is_chat = service.chat is not None
-    form = _ChatForm(service, body.stream)
-    return await _answer(request, body, prompts, CHAT_TOKENS, logprobs, form, is_chat=is_chat)
-
-
-def encode_prompts(
-    service: Service, prompt: Any, limits: Limits, param: str = "prompt", most: int | None = None
-) -> list[list[int]]:
-    """Prompts in any of their forms as token ids, at most `most` (None: as many as choices). Raises ApiError for what
-    cannot be continued.
-    """
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        prompt = [prompt]
-    most = limits.choices if most is None else most
-    if len(prompt) > most:
-        raise ApiError(400, f"{len(prompt)} prompts: at most {most} are taken at once", param)
-    return [_encode(service, one, limits, param) for one in prompt] or _refuse_empty(param)
-
-
-def _encode(service: Service, prompt: str | list[int], limits: Limits, param: str) -> list[int]:
-    ids = service.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    if not ids:
-        _refuse_empty(param)
-    if len(ids) > limits.prompt_tokens:
-        why = f"{len(ids):,} tokens: at most {limits.prompt_tokens:,} are read"
-        raise ApiError(400, f"{_spoken(param)} has {why}", param, "context_length_exceeded")
-    top = service.tokenizer.vocab_size
-    outside = next((i for i in ids if not 0 <= i < top), None)
-    if outside is not None:
-        raise ApiError(400, f"token id {outside} is outside the vocabulary of {top:,}", param, "token_not_found")
-    return ids
-
-
-def _refuse_empty(param: str) -> list[list[int]]:
-    raise ApiError(400, f"{_spoken(param)} is empty: there is nothing to read", param, "empty_prompt")
-
-
-def _spoken(param: str) -> str:
-    return f"the {param}" if param in ("text", "input") else "the prompt"
+    asked = requests_of(body, service, prompts, limits, CHAT_TOKENS)
+    answer = ChatAnswer(service, body.stream)
+    return await _respond(request, body, answer, [replace(one, logprobs=logprobs, is_chat=is_chat) for one in asked])
 
 
 def _stops(stop: str | list[str] | None) -> list[str]:
@@ -246,6 +211,29 @@ def requests_of(
         raise ApiError(400, f"max_tokens={most}: at most {limits.new_tokens:,}", "max_tokens")
     if body.min_tokens > most:
         raise ApiError(400, f"min_tokens={body.min_tokens} is more than max_tokens={most}", "min_tokens")
+    _check_retrieval(body, service, prompts, most)
+    seed = secrets.randbits(48) if body.seed is None else body.seed % (1 << 62)
+    options = body.retro
+    first = Request(
+        prompts[0],
+        most,
+        sampling=sampling_of(body, service, seed),
+        neighbors=options.neighbors,
+        num_neighbors=options.k,
+        retrieved_length=options.retrieved_length,
+        refresh=options.refresh,
+        stop=tuple(_stops(body.stop)),
+        mode=options.mode,
+    )
+    return [
+        replace(first, prompt=prompt, sampling=replace(first.sampling, seed=seed + choice))
+        for prompt in prompts
+        for choice in range(body.n)
+    ]
+
+
+def _check_retrieval(body: Sampled, service: Service, prompts: Sequence[list[int]], new_tokens: int) -> None:
+    """Raises ApiError for neighbors that cannot be read beside prompts and `new_tokens` more."""
     options, config = body.retro, service.generator.model.config
     if options.neighbors is not None and (options.k is not None or options.mode is not None):
         raise ApiError(400, "neighbors are given: k and mode say nothing", "retro.neighbors", "contradiction")
@@ -257,250 +245,24 @@ def requests_of(
     count = len(options.neighbors or ()) or options.k or 0
     prompt = "messages" if isinstance(body, Chat) else "prompt"
     names = prompt, "max_tokens", "retro.neighbors" if options.neighbors else "retro.k"
-    check_room(service, prompts, most, count * (options.retrieved_length or config.r), names)
+    check_room(service, prompts, new_tokens, count * (options.retrieved_length or config.r), names)
     service.check_search(options.mode)
-    seed = secrets.randbits(48) if body.seed is None else body.seed % (1 << 62)
-    first = Request(
-        prompts[0],
-        most,
-        sampling_of(body, service, seed),
-        options.neighbors,
-        options.k,
-        options.retrieved_length,
-        options.refresh,
-        tuple(_stops(body.stop)),
-        mode=options.mode,
-    )
-    return [
-        replace(first, prompt=prompt, sampling=replace(first.sampling, seed=seed + choice))
-        for prompt in prompts
-        for choice in range(body.n)
-    ]
 
 
-def check_room(
-    service: Service, prompts: Sequence[list[int]], new_tokens: int, neighbor_tokens: int, names: tuple[str, str, str]
-) -> None:
-    """Raises ApiError for what no row of the engine has room for; `names` of the fields: prompt, new tokens, neighbors."""
-    longest, room, most = max(map(len, prompts)), service.engine.max_tokens, service.engine.max_neighbors
-    if longest + new_tokens > room:
-        why = f"{longest:,} tokens of the prompt and {new_tokens:,} new ones: a sequence has at most {room:,}"
-        raise ApiError(400, why, names[1] if longest < room else names[0], "context_length_exceeded")
-    if neighbor_tokens > most:
-        why = f"{neighbor_tokens:,} tokens of neighbors: at most {most:,} are read at a time"
-        raise ApiError(400, why, names[2])
-
-
-async def _answer(
-    request: HttpRequest,
-    body: Sampled,
-    prompts: list[list[int]],
-    default: int,
-    logprobs: int | None,
-    form: "_Form",
-    echo: bool = False,
-    is_chat: bool = False,
-) -> Response:
-    service, limits = service_of(request), limits_of(request)
-    asked = requests_of(body, service, prompts, limits, default)
-    more: dict[str, Any] = {"logprobs": logprobs, "echo": echo, "is_chat": is_chat, "caller": caller_id(request)}
-    asked = [replace(one, **more) for one in asked]
-    check_cost(asked, service, limits, "n" if body.n > 1 else "prompt" if len(prompts) > 1 else "max_tokens")
-    form.prompt_tokens = sum(map(len, prompts))
-    if echo:
-        form.echoed = {index: len(one.prompt) for index, one in enumerate(asked)}
-    running = await Running.start(service, asked, request.receive)
+async def _respond(request: HttpRequest, body: Sampled, answer: Answer, asked: list[Request]) -> Response:
+    """Generate what is asked: a stream of pieces, or the whole."""
+    service = service_of(request)
+    asked = [replace(one, caller=caller_id(request)) for one in asked]
+    param = "n" if body.n > 1 else "prompt" if len(asked) > 1 else "max_tokens"
+    check_cost(asked, service, limits_of(request), param)
+    answer.prompt_tokens = sum(len(one.prompt) for one in asked[:: body.n])
+    answer.echoed = {index: len(one.prompt) for index, one in enumerate(asked) if one.echo}
+    running = await RunningRequests.start(service, asked, request.receive)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     if body.stream:
-        return EventStream(running, form, with_usage, state_of(request).metrics)
+        return EventStream(running, answer, with_usage, state_of(request).metrics)
     async with running:
         async for index, event in running:
-            form.add(index, event)
-    state_of(request).metrics.tokens(form.prompt_tokens, form.completion_tokens)
-    return JSONResponse(await brief(request, form.whole, len(asked)))
-
-
-def check_cost(asked: Sequence[Request], service: Service, limits: Limits, param: str) -> None:
-    """Raises ApiError for requests of one body that are each allowed and too much together, before any work."""
-    config, has_retriever = service.generator.model.config, service.generator.retriever is not None
-    tokens = sum(cost(one, config, has_retriever) for one in asked)
-    if tokens > limits.work_tokens:
-        why = f"prompts, answers and their neighbors would be {tokens:,} tokens: at most {limits.work_tokens:,}"
-        raise ApiError(400, why, param, "too_much_work")
-    first = asked[0]
-    shown = sum(one.max_new_tokens + (len(one.prompt) if one.echo else 0) for one in asked)
-    numbers = 0 if first.logprobs is None else shown * (1 + first.logprobs)
-    if numbers > limits.logprobs:
-        why = f"the answer would have {numbers:,} log-probabilities: at most {limits.logprobs:,}"
-        raise ApiError(400, why, "logprobs", "too_much_work")
-    size = sum(len(text.encode()) for text in first.neighbors or ())
-    sent = size * sum(1 + one.max_new_tokens // config.chunk_size for one in asked)
-    if sent > limits.sent_bytes:
-        why = f"the answer would repeat {sent:,} bytes of neighbors: at most {limits.sent_bytes:,}"
-        raise ApiError(400, why, "retro.neighbors", "too_much_work")
-
-
-class _Form(ABC):
-    """How an answer looks; subclasses say what a choice is."""
-
-    name = ""
-    prefix = ""
-
-    def __init__(self, service: Service, is_stream: bool):
-        self.service = service
-        self.head = {
-            "id": f"{self.prefix}-{secrets.token_hex(12)}",
-            "object": f"{self.name}.chunk" if is_stream and self.name == "chat.completion" else self.name,
-            "created": int(time.time()),
-            "model": service.name,
-        }
-        self.prompt_tokens = self.completion_tokens = 0
-        self.echoed: dict[int, int] = {}  # tokens of the prompt that a choice's first event begins with
-        self.events: list[tuple[int, Event]] = []
-
-    @abstractmethod
-    def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def delta(self, index: int, event: Event) -> dict[str, Any]:
-        """A choice of a stream."""
-
-    @abstractmethod
-    def logprobs(self, entries: Sequence[TokenLogprob]) -> Any: ...
-
-    def _count(self, index: int, event: Event) -> None:
-        self.completion_tokens += len(event.tokens) - self.echoed.pop(index, 0)
-
-    def add(self, index: int, event: Event) -> None:
-        self._count(index, event)
-        self.events.append((index, event))
-
-    def piece(self, index: int, event: Event, with_usage: bool) -> dict[str, Any] | None:
-        """An event of a stream; None when there is nothing to say yet."""
-        self._count(index, event)
-        if not (event.text or event.logprobs or event.new_hits is not None or event.finish_reason or event.notes):
-            return None
-        out: dict[str, Any] = {**self.head, "choices": [self.delta(index, event)]}
-        if event.new_hits is not None or event.notes:
-            out["retro"] = {**self._retro(), "neighbors": neighbors_json(event.new_hits or [])}
-            if event.notes:
-                out["retro"]["notes"] = event.notes
-        if with_usage:
-            out["usage"] = None
-        return out
-
-    def usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-        }
-
-    def _retro(self) -> dict[str, Any]:
-        return {"index_version": self.service.index_version}
-
-    def whole(self, count: int) -> dict[str, Any]:
-        """The answer of a request that does not stream: `retro.segments` splits each choice at its retrievals."""
-        choices, notes = [], list[str]()
-        places: dict[tuple[Any, ...], int] = {}  # of neighbors
-        segments: list[dict[str, Any]] = []
-        events: list[list[Event]] = [[] for _ in range(count)]
-        for index, event in self.events:
-            events[index].append(event)
-        for index, mine in enumerate(events):
-            entries = [entry for event in mine for entry in event.logprobs or []]
-            logprobs = self.logprobs(entries) if any(e.logprobs is not None for e in mine) else None
-            text = "".join(event.text for event in mine)
-            choices.append(self.choice(index, text, logprobs, mine[-1].finish_reason))
-            for event in mine:
-                notes += [note for note in event.notes if note not in notes]
-                if event.new_hits is not None:
-                    found = [tuple(one.items()) for one in neighbors_json(event.new_hits)]
-                    numbers = [places.setdefault(one, len(places)) for one in found]
-                    segments.append({"choice": index, "text": "", "neighbors": numbers})
-                if event.text:
-                    if not segments or segments[-1]["choice"] != index:
-                        segments.append({"choice": index, "text": "", "neighbors": []})
-                    segments[-1]["text"] += event.text
-        neighbors = [dict(one) for one in places]
-        retro = {**self._retro(), "neighbors": neighbors, "segments": segments, "notes": notes}
-        return {**self.head, "choices": choices, "usage": self.usage(), "retro": retro}
-
-
-class _CompletionForm(_Form):
-    name, prefix = "text_completion", "cmpl"
-
-    def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-
-    def delta(self, index: int, event: Event) -> dict[str, Any]:
-        logprobs = None if event.logprobs is None else self.logprobs(event.logprobs)
-        return self.choice(index, event.text, logprobs, event.finish_reason)
-
-    def logprobs(self, entries: Sequence[TokenLogprob]) -> Any:
-        return {
-            "tokens": [self._shown(entry.token, entry.text) for entry in entries],
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [self._top(entry) for entry in entries],
-            "text_offset": [entry.offset for entry in entries],
-        }
-
-    def _shown(self, token: int, text: str) -> str:
-        """Half a character as OpenAI writes it."""
-        raw = self.service.token_bytes.of(token, text)
-        return raw.decode() if _is_text(raw) else f"bytes:{_escaped(raw)}"
-
-    def _top(self, entry: TokenLogprob) -> dict[str, float | None]:
-        """The likeliest tokens, best first, and the one that was taken where it is none of them: each has its own name."""
-        rows = [*entry.top]
-        if rows and entry.token not in [token for token, _, _ in rows]:
-            assert entry.logprob is not None
-            rows.append((entry.token, entry.text, entry.logprob))
-        named: dict[str, float | None] = {}
-        for token, text, value in rows:
-            name = self._shown(token, text)
-            named[f"token_id:{token}" if name in named else name] = value
-        return named
-
-
-def _is_text(raw: bytes) -> bool:
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _escaped(raw: bytes) -> str:
-    return "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-class _ChatForm(_Form):
-    name, prefix = "chat.completion", "chatcmpl"
-
-    def __init__(self, service: Service, is_stream: bool):
-        super().__init__(service, is_stream)
-        self._begun: set[int] = set()
-
-    def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
-
-    def delta(self, index: int, event: Event) -> dict[str, Any]:
-        role = {} if index in self._begun else {"role": "assistant"}
-        self._begun.add(index)
-        logprobs = None if event.logprobs is None else self.logprobs(event.logprobs)
-        delta = {**role, "content": event.text}
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
-
-    def logprobs(self, entries: Sequence[TokenLogprob]) -> Any:
-        def token(index: int, text: str, value: float | None) -> dict[str, Any]:
-            raw = self.service.token_bytes.of(index, text)
-            return {"token": raw.decode() if _is_text(raw) else _escaped(raw), "logprob": value, "bytes": list(raw)}
-
-        return {
-            "content": [
-                {**token(e.token, e.text, e.logprob), "top_logprobs": [token(*one) for one in e.top]} for e in entries
-            ],
-            "refusal": None,
-        }
+            answer.add(index, event)
+    state_of(request).metrics.tokens(answer.prompt_tokens, answer.completion_tokens)
+    return JSONResponse(await brief(request, answer.whole, len(asked)))

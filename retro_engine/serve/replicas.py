@@ -26,11 +26,11 @@ from retro_engine.library.importer import Importer, Job
 from retro_engine.library.library import DEFAULT, Library
 from retro_engine.library.search import check_mode
 from retro_engine.model.weights import read_config
+from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.app import make_app
-from retro_engine.serve.auth import Accounts
 from retro_engine.serve.limits import Limits
-from retro_engine.serve.run import Address, make_state
-from retro_engine.serve.service import Options, Service, library_folder, open_library, open_service
+from retro_engine.serve.service import Service, ServiceOptions, library_folder, open_library, open_service
+from retro_engine.serve.start import Address, make_state
 from retro_engine.train import checkpoint
 
 FORWARDED = ("add", "delete", "get", "entries", "statistics", "reset", "find", "why_nothing")  # methods of a library
@@ -43,7 +43,7 @@ WAITING = 256  # requests that Ray gives one replica at once: the engine's own q
 class Shelf:
     """The deployment that has the library open."""
 
-    def __init__(self, options: Options):
+    def __init__(self, options: ServiceOptions):
         folder = checkpoint.find_checkpoint(options.run)
         chunk_size = read_config(folder).chunk_size
         self.library = open_library(library_folder(options, folder), Tokenizer.load(folder), chunk_size)
@@ -162,7 +162,7 @@ def build(settings: dict[str, str]) -> Any:
         raise MissingExtraError(
             "Ray Serve is not installed", str(error), "pip install 'retro-engine[replicas]'"
         ) from error
-    known = {field.name for field in fields(Options)} - {"stores", "weights", "shares_prefixes"}
+    known = {field.name for field in fields(ServiceOptions)} - {"stores", "weights", "shares_prefixes"}
     others = {"accounts", "replicas", "cpus", "allow_host", "metrics_token"}
     if wrong := sorted(settings.keys() - known - others):
         raise UsageError(
@@ -173,7 +173,7 @@ def build(settings: dict[str, str]) -> Any:
     given: dict[str, Any] = {key: value for key, value in settings.items() if key in known}
     given |= {key: _number(settings, key, 1) for key in ("max_batch", "max_waiting") if key in settings}
     given |= {key: str(Path(given[key]).resolve()) for key in ("run", "library") if key in given}  # Ray works elsewhere
-    options = Options(**given)
+    options = ServiceOptions(**given)
     check_mode(options.mode, (1.0, 1.0))
     accounts = Path(settings["accounts"]).resolve()
     if Accounts(accounts).is_empty:
@@ -229,7 +229,7 @@ class _Server:
             raise _FAILURES[0]
 
 
-def _open(options: Options, has_library: bool, threads: int) -> Service:
+def _open(options: ServiceOptions, has_library: bool, threads: int) -> Service:
     torch.set_num_threads(threads)
     if not has_library:
         return open_service(options)

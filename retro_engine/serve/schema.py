@@ -7,15 +7,15 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from retro_engine.serve import documents, nemo, openai, tools
+from retro_engine.serve import documents, explain, nemo, openai, tokens
 
 BODIES: dict[tuple[str, str], tuple[type[BaseModel], ...]] = {  # any one of the forms
     ("POST", "/v1/completions"): (openai.Completion,),
     ("POST", "/v1/chat/completions"): (openai.Chat,),
-    ("POST", "/v1/embeddings"): (tools.Embeddings,),
-    ("POST", "/tokenize"): (tools.Tokenize,),
-    ("POST", "/detokenize"): (tools.Detokenize,),
-    ("POST", "/v1/explain"): (tools.Explain,),
+    ("POST", "/v1/embeddings"): (tokens.Embeddings,),
+    ("POST", "/tokenize"): (tokens.Tokenize,),
+    ("POST", "/detokenize"): (tokens.Detokenize,),
+    ("POST", "/v1/explain"): (explain.Explain,),
     ("POST", "/v1/retrieve"): (documents.Query,),
     ("POST", "/v1/documents"): (documents.NewDocument, documents.ManyDocuments),
     ("POST", "/v1/documents/reset"): (documents.Confirmation,),

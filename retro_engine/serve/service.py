@@ -11,7 +11,7 @@ from retro_engine.data.store import Store
 from retro_engine.data.token_bytes import TokenBytes
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.generate.chat import ChatTemplate
+from retro_engine.generate.chat_template import ChatTemplate
 from retro_engine.generate.engine import Engine
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.sampling import Sampling
@@ -31,8 +31,8 @@ from retro_engine.train import checkpoint
 from retro_engine.train.loop import run_databases
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions:
     """What to open, and how."""
 
     run: str
@@ -48,7 +48,7 @@ class Options:
     device: str = "auto"  # a GPU where there is one; cpu, gpu
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Service:
     """An open model and library; close it."""
 
@@ -113,7 +113,7 @@ class Service:
             self.library.close()
 
 
-def open_service(options: Options, shared: tuple[Library, Importer] | None = None) -> Service:
+def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | None = None) -> Service:
     """Load the newest checkpoint of a run, open its library (unless it is `shared`: another process has it) and stores.
 
     Raises RetroError's for whatever is missing, damaged or does not fit.
@@ -144,17 +144,17 @@ def open_service(options: Options, shared: tuple[Library, Importer] | None = Non
     Sampling(**defaults)
     name = options.name or run_folder(folder).resolve().name
     return Service(
-        name,
-        generator,
-        engine,
-        library,
-        importer,
-        static,
-        defaults,
-        ChatTemplate(tokenizer) if tokenizer.chat_files.templates else None,
-        options.mode,
-        tuple(options.weights),
-        Work(options.max_waiting),
+        name=name,
+        generator=generator,
+        engine=engine,
+        library=library,
+        importer=importer,
+        static=static,
+        defaults=defaults,
+        chat=ChatTemplate(tokenizer) if tokenizer.chat_files.templates else None,
+        mode=options.mode,
+        weights=tuple(options.weights),
+        work=Work(options.max_waiting),
     )
 
 
@@ -164,7 +164,7 @@ def run_folder(checkpoint_folder: Path) -> Path:
     return parent.parent if parent.name == "checkpoints" else checkpoint_folder
 
 
-def library_folder(options: Options, checkpoint_folder: Path) -> Path:
+def library_folder(options: ServiceOptions, checkpoint_folder: Path) -> Path:
     return Path(options.library or run_folder(checkpoint_folder) / "library")
 
 

@@ -6,31 +6,33 @@ import json
 import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from retro_engine.errors import RetroError
-from retro_engine.generate.engine import Event, Request, Stream
-from retro_engine.serve.limits import ApiError, ClientLeft
+from retro_engine.generate.engine import Submission
+from retro_engine.generate.request import Event, Request
+from retro_engine.serve.answers import Answer
+from retro_engine.serve.api_error import ApiError, ClientLeft
 from retro_engine.serve.metrics import Metrics
 from retro_engine.serve.service import Service
 
 
-class Running:
+class RunningRequests:
     """The requests of one answer. Leaving its `async with` cancels what still runs."""
 
     def __init__(self, receive: Receive):
         self._receive = receive
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
-        self._streams: list[Stream] = []
+        self._streams: list[Submission] = []
         self._left = 0
         self._gone: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, service: Service, requests: Sequence[Request], receive: Receive) -> "Running":
+    async def start(cls, service: Service, requests: Sequence[Request], receive: Receive) -> "RunningRequests":
         """Submit all of them, or none, in the share of their caller. Raises what the engine raises."""
         running = cls(receive)
         arrivals = [running._arrival(index) for index in range(len(requests))]
@@ -54,7 +56,7 @@ class Running:
         for stream in self._streams:
             stream.cancel()
 
-    async def __aenter__(self) -> "Running":
+    async def __aenter__(self) -> "RunningRequests":
         self._gone = asyncio.create_task(self._watch())
         return self
 
@@ -99,38 +101,26 @@ class Running:
         return item
 
 
-def _cancel_all(submitted: "Future[list[Stream]]") -> None:
+def _cancel_all(submitted: "Future[list[Submission]]") -> None:
     if not submitted.cancelled() and submitted.exception() is None:
         for stream in submitted.result():
             stream.cancel()
 
 
-class Pieces(Protocol):
-    """What turns events into the objects of a stream."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    head: dict[str, Any]
-
-    def piece(self, index: int, event: Event, with_usage: bool) -> dict[str, Any] | None: ...
-
-    def usage(self) -> dict[str, int]: ...
-
-
 class EventStream(Response):
     """Server-sent events. The status waits for the first event: a request that fails at once is no 200."""
 
-    def __init__(self, running: Running, form: Pieces, with_usage: bool, metrics: Metrics):
+    def __init__(self, running: RunningRequests, answer: Answer, with_usage: bool, metrics: Metrics):
         super().__init__(media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers["x-accel-buffering"] = "no"
-        self.running, self.form, self.with_usage, self.metrics = running, form, with_usage, metrics
+        self.running, self.answer, self.with_usage, self.metrics = running, answer, with_usage, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.running:
             with contextlib.suppress(ClientLeft):
                 await self._send_all(send)
-        self.metrics.tokens(self.form.prompt_tokens, self.form.completion_tokens)
+        self.metrics.tokens(self.answer.prompt_tokens, self.answer.completion_tokens)
 
     async def _send_all(self, send: Send) -> None:
         item = await anext(self.running, None)
@@ -139,14 +129,14 @@ class EventStream(Response):
             while item is not None:
                 parts = []
                 while item is not None:  # what came while the last ones were sent goes out together
-                    if (piece := self.form.piece(*item, self.with_usage)) is not None:
+                    if (piece := self.answer.piece(*item, self.with_usage)) is not None:
                         parts.append(_line(piece))
                     item = self.running.at_hand()
                 if parts:
                     await send({"type": "http.response.body", "body": b"".join(parts), "more_body": True})
                 item = await anext(self.running, None)
             if self.with_usage:
-                await send(_body({**self.form.head, "choices": [], "usage": self.form.usage()}))
+                await send(_body({**self.answer.head, "choices": [], "usage": self.answer.usage()}))
         except RetroError as error:
             await send(_body(ApiError(500, f"{error.what} {error.why}".strip()).body()))
         except ApiError as error:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from starlette.types import Receive
 
 from retro_engine.generate.fair import FairPool
-from retro_engine.serve.limits import ClientLeft
+from retro_engine.serve.api_error import ClientLeft
 
 T = TypeVar("T")
 Check = Callable[[], None]

@@ -41,16 +41,16 @@ def requests() -> list[Request]:
         Request(PROMPTS[0], 40),
         Request(PROMPTS[1], 33, neighbors=["river stone copper", "falcon ember", "tide"]),
         Request(PROMPTS[2], 20, num_neighbors=1),
-        Request(PROMPTS[3], 50, sampled),
+        Request(PROMPTS[3], 50, sampling=sampled),
         Request(PROMPTS[4], 25, neighbors=[]),
         Request(PROMPTS[1], 30, retrieved_length=20, refresh="never"),
-        Request(PROMPTS[0], 8, Sampling(repetition_penalty=1.3, min_tokens=4), pad_prompt=False),
+        Request(PROMPTS[0], 8, sampling=Sampling(repetition_penalty=1.3, min_tokens=4), pad_prompt=False),
     ]
 
 
 def test_alone_in_a_batch_and_in_the_plain_generator(generator: Generator, engine: Engine) -> None:
-    alone = [generator.run([request])[0] for request in requests()]
-    assert [out.tokens for out in generator.run(requests())] == [out.tokens for out in alone]
+    alone = [generator.generate_all([request])[0] for request in requests()]
+    assert [out.tokens for out in generator.generate_all(requests())] == [out.tokens for out in alone]
     for _ in range(2):  # the second time from the prefix cache
         streams = [engine.submit(request) for request in requests()]
         found = [stream.result() for stream in streams]
@@ -63,8 +63,8 @@ def test_logits_of_a_mixed_batch(generator: Generator) -> None:
     """fp64: within 1e-9 of those of each sequence alone."""
     options = {"logprobs": 5}
     mixed = [Request(request.prompt, 30, neighbors=request.neighbors, **options) for request in requests()[:5]]
-    for request, out in zip(mixed, generator.run(mixed)):
-        alone = generator.run([request])[0]
+    for request, out in zip(mixed, generator.generate_all(mixed)):
+        alone = generator.generate_all([request])[0]
         assert out.logprobs is not None
         assert alone.logprobs is not None
         for one, other in zip(out.logprobs, alone.logprobs, strict=True):
@@ -151,7 +151,9 @@ def test_bit_equal_when_deterministic(small_store: Store) -> None:
     model = small_model(vocab_size=small_store.vocab_size, chunk_size=M, encoder_seq_length=64, seed=3).float()
     generator = Generator(model, small_store.tokenizer, Retriever([small_store]))
     asked = [
-        Request(request.prompt, request.max_new_tokens, request.sampling, request.neighbors, logprobs=2)
+        Request(
+            request.prompt, request.max_new_tokens, sampling=request.sampling, neighbors=request.neighbors, logprobs=2
+        )
         for request in requests()
     ]
     with Engine(generator, deterministic=True) as engine:
@@ -166,15 +168,15 @@ def test_in_fp32_a_batch_changes_log_probabilities_by_less_than_1e_4(small_store
     model = small_model(vocab_size=small_store.vocab_size, chunk_size=M, encoder_seq_length=64, seed=3).float()
     generator = Generator(model, small_store.tokenizer, Retriever([small_store]))
     asked = [Request(request.prompt, 30, neighbors=request.neighbors, logprobs=0) for request in requests()[:6]]
-    for request, out in zip(asked, generator.run(asked)):
-        alone = generator.run([request])[0]
+    for request, out in zip(asked, generator.generate_all(asked)):
+        alone = generator.generate_all([request])[0]
         assert out.tokens == alone.tokens
         for one, other in zip(out.logprobs or [], alone.logprobs or [], strict=True):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
 def never_ends(engine: Engine, count: int = 1000) -> Request:
-    return Request("river", count, Sampling(min_tokens=count), neighbors=[])
+    return Request("river", count, sampling=Sampling(min_tokens=count), neighbors=[])
 
 
 def test_cancelling_frees_the_row_at_once(engine: Engine) -> None:
@@ -237,7 +239,7 @@ def test_what_is_refused(engine: Engine, generator: Generator) -> None:
 
 def test_events_joined_are_the_text(engine: Engine) -> None:
     sampled = Sampling(greedy=False, seed=1, temperature=2.0)
-    for request in (*requests(), Request("river", 200, sampled, echo=True, logprobs=1)):
+    for request in (*requests(), Request("river", 200, sampling=sampled, echo=True, logprobs=1)):
         stream = engine.submit(request)
         events = list(stream)
         out = stream.result()
@@ -263,9 +265,9 @@ def test_a_warm_prefix_is_not_computed_again(generator: Generator, monkeypatch: 
     taken: list[int] = []
     prefill = module.prefill
 
-    def counted(model: RetroModel, cache: object, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+    def counted(model: RetroModel, cache: object, tokens: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
         taken.append(tokens.shape[1])
-        return prefill(model, cache, tokens, *rest)  # type: ignore[arg-type]
+        return prefill(model, cache, tokens, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "prefill", counted)
     piece = 4 * M
@@ -302,7 +304,7 @@ def test_the_prefix_cache_is_bounded(generator: Generator) -> None:
 
 def test_many_threads_submit_and_cancel(generator: Generator) -> None:
     """Whatever leaves when, the others' tokens are theirs."""
-    expected = [generator.run([request])[0].tokens for request in requests()]
+    expected = [generator.generate_all([request])[0].tokens for request in requests()]
     wrong: list[str] = []
     with Engine(generator, max_batch=3, retrieval_threads=2) as engine:
 
@@ -338,11 +340,11 @@ def test_a_plain_decoder_and_learned_positions(small_store: Store) -> None:
         asked = [Request(prompt, 20) for prompt in ("river", "tide ember", "a")]
         with Engine(generator) as engine:
             streams = [engine.submit(request) for request in asked]
-            assert [s.result().tokens for s in streams] == [generator.run([r])[0].tokens for r in asked]
+            assert [s.result().tokens for s in streams] == [generator.generate_all([r])[0].tokens for r in asked]
 
 
 def test_generation_is_not_half_done(generator: Generator) -> None:
-    out = generator.run([])
+    out = generator.generate_all([])
     assert out == []
     assert isinstance(generator.generate("river", 1), Generation)
 
@@ -356,7 +358,7 @@ def test_neighbors_of_many_choices_are_encoded_once(generator: Generator, monkey
         return backend(self, texts)
 
     ids = generator.tokenizer.encode(PROMPTS[1])
-    alone = generator.run([Request(ids, 6, neighbors=given)])[0]
+    alone = generator.generate_all([Request(ids, 6, neighbors=given)])[0]
     monkeypatch.setattr(type(generator.tokenizer), "encode_batch", noted)
     with Engine(generator, max_batch=4) as engine:
         streams = engine.submit_all([Request(ids, 6, neighbors=list(given)) for _ in range(5)], [None] * 5)
@@ -380,7 +382,7 @@ def test_prompts_are_remembered_for_their_caller_alone(generator: Generator) -> 
 
 
 def test_a_caller_leaves_a_row_and_a_queue_for_another(generator: Generator) -> None:
-    long = [Request("river", 400, Sampling(min_tokens=400), neighbors=[], caller="a") for _ in range(7)]
+    long = [Request("river", 400, sampling=Sampling(min_tokens=400), neighbors=[], caller="a") for _ in range(7)]
     with Engine(generator, max_batch=3, max_waiting=4) as engine:
         held = [engine.submit(request) for request in long[:1]]
         held += engine.submit_all(long[1:4], [None] * 3)

@@ -10,7 +10,7 @@ from helpers import small_config, small_model
 
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
-from retro_engine.generate.explain import cost, explain, removed_lengths, text_log_probs
+from retro_engine.generate.explain import explain, explain_cost, removed_lengths, text_log_probs
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.request import Request
 from retro_engine.generate.sampling import Sampling
@@ -31,9 +31,11 @@ def generator(small_store: Store) -> Generator:
 def stepped(generator: Generator, neighbors: list[str]) -> np.ndarray:
     """The text's log-probabilities from generation's own steps."""
     ids = iter(generator.tokenizer.encode(TEXT))
-    request = Request(PROMPT, len(generator.tokenizer.encode(TEXT)), Sampling(), neighbors, logprobs=0)
+    request = Request(
+        PROMPT, len(generator.tokenizer.encode(TEXT)), sampling=Sampling(), neighbors=neighbors, logprobs=0
+    )
     with mock.patch("retro_engine.generate.sequence.choose", side_effect=ids):
-        (generation,) = generator.run([request])
+        (generation,) = generator.generate_all([request])
     assert generation.logprobs is not None
     return np.array([each.logprob for each in generation.logprobs])
 
@@ -169,5 +171,5 @@ def test_it_ends_when_nobody_waits(generator: Generator) -> None:
 
 def test_the_cost_is_known_before(generator: Generator) -> None:
     config = generator.model.config
-    assert cost(config, 100, 16, 0) == 100 + 2 * 32
-    assert cost(config, 100, 16, 2) == 100 + 4 * (32 + 2 * 2 * config.r)
+    assert explain_cost(config, 100, 16, 0) == 100 + 2 * 32
+    assert explain_cost(config, 100, 16, 2) == 100 + 4 * (32 + 2 * 2 * config.r)

@@ -14,7 +14,7 @@ from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.generate.generator import Batch, Generator, encode_neighbors, neighbor_tokens
+from retro_engine.generate.generator import DecodingBatch, Generator, encode_neighbors, neighbor_tokens
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
 from retro_engine.model.retro import RetroModel
@@ -69,7 +69,7 @@ def test_cached_generation_equals_recomputing(generator: Generator, prompt: str,
 
 def first_logits(generator: Generator, prompt: str, **options: Any) -> torch.Tensor:
     sequence = generator.open(Request(prompt, 4, **options))
-    batch = Batch(generator, 1, sequence.total, neighbor_tokens(sequence))
+    batch = DecodingBatch(generator, 1, sequence.total, neighbor_tokens(sequence))
     batch.join(sequence, generator.find(sequence, sequence.prompt_length))
     logits = batch.take_in()
     assert logits is not None
@@ -141,20 +141,20 @@ def test_a_plain_decoder_generates(small_store: Store) -> None:
 
 
 def with_eod_far(generator: Generator, **options: Any) -> Request:
-    return Request("river stone", 40, Sampling(min_tokens=40), **options)
+    return Request("river stone", 40, sampling=Sampling(min_tokens=40), **options)
 
 
 def test_a_stop_string_may_span_tokens(generator: Generator) -> None:
-    whole = generator.run([with_eod_far(generator)])[0]
+    whole = generator.generate_all([with_eod_far(generator)])[0]
     tokens = [generator.tokenizer.decode([token]) for token in whole.tokens]
     place = next(i for i in range(4, 38) if tokens[i] and tokens[i + 1] and "\ufffd" not in tokens[i] + tokens[i + 1])
     stop = tokens[place][-1:] + tokens[place + 1][:1]
     cut = whole.text.index(stop)
-    out = generator.run([with_eod_far(generator, stop=("never there", stop, stop + "and more"))])[0]
+    out = generator.generate_all([with_eod_far(generator, stop=("never there", stop, stop + "and more"))])[0]
     assert (out.text, out.finish_reason) == (whole.text[:cut], "stop")
     assert len(out.tokens) < 40
     assert "".join(segment.text for segment in out.segments) == out.text
-    out = generator.run([with_eod_far(generator, stop=("never there", whole.text[-2:] + "x"))])[0]
+    out = generator.generate_all([with_eod_far(generator, stop=("never there", whole.text[-2:] + "x"))])[0]
     assert (out.text, out.finish_reason) == (whole.text, "length")  # what was held is shown at the end
     for wrong in (("",), "text"):
         with pytest.raises(UsageError, match="stop="):
@@ -164,7 +164,7 @@ def test_a_stop_string_may_span_tokens(generator: Generator) -> None:
 def test_log_probabilities(generator: Generator) -> None:
     """Those of a full pass: of the chosen token, the likeliest, and with echo of the prompt."""
     request = with_eod_far(generator, neighbors=[], logprobs=3, echo=True)
-    out = generator.run([request])[0]
+    out = generator.generate_all([request])[0]
     ids = generator.tokenizer.encode("river stone") + out.tokens
     assert out.logprobs is not None
     assert [entry.token for entry in out.logprobs] == ids
@@ -179,12 +179,14 @@ def test_log_probabilities(generator: Generator) -> None:
         assert [token for token, _, _ in entry.top] == best.indices.tolist()
         assert [value for _, _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-9)
         assert entry.text == generator.tokenizer.decode([entry.token])
-    padded = generator.run([with_eod_far(generator, logprobs=0, echo=True)])[0]  # neighbors act from its last token on
+    padded = generator.generate_all([with_eod_far(generator, logprobs=0, echo=True)])[
+        0
+    ]  # neighbors act from its last token on
     assert padded.logprobs is not None
     assert [e.logprob for e in padded.logprobs[1:4]] == pytest.approx(
         [e.logprob for e in out.logprobs[1:4]], abs=1e-6
     )  # other positions
-    assert generator.run([with_eod_far(generator)])[0].logprobs is None
+    assert generator.generate_all([with_eod_far(generator)])[0].logprobs is None
 
 
 def test_a_prompt_of_token_ids_is_the_same_prompt(generator: Generator) -> None:
@@ -194,10 +196,10 @@ def test_a_prompt_of_token_ids_is_the_same_prompt(generator: Generator) -> None:
 
 def test_beginning_of_document(generator: Generator, small_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no beginning-of-document token"):
-        generator.run([Request("river", add_bos=True)])
+        generator.generate_all([Request("river", add_bos=True)])
     monkeypatch.setattr(generator.tokenizer, "bos_id", 7)
     ids = [7, *generator.tokenizer.encode("river")]
-    assert generator.run([Request("river", 9, add_bos=True)])[0].tokens == generator.generate(ids, 9).tokens
+    assert generator.generate_all([Request("river", 9, add_bos=True)])[0].tokens == generator.generate(ids, 9).tokens
 
 
 def test_minimum_length_and_repetition_penalty(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,16 +225,18 @@ def test_given_neighbors_that_the_prompt_holds_are_passed_over(generator: Genera
     assert torch.equal(logits(neighbors=texts, num_neighbors=2), logits(neighbors=texts[:2]))
     assert (
         "3 neighbors were given, 1 are read"
-        in generator.run([Request("river", 2, neighbors=texts, num_neighbors=1)])[0].notes
+        in generator.generate_all([Request("river", 2, neighbors=texts, num_neighbors=1)])[0].notes
     )
-    all_four = generator.run([Request("river stone", 1, num_neighbors=4)])[0].neighbors
-    assert generator.run([Request("river stone", 1, num_neighbors=2, passed_over=2)])[0].neighbors == all_four[2:]
+    all_four = generator.generate_all([Request("river stone", 1, num_neighbors=4)])[0].neighbors
+    assert (
+        generator.generate_all([Request("river stone", 1, num_neighbors=2, passed_over=2)])[0].neighbors == all_four[2:]
+    )
 
 
 def test_refresh_never_keeps_the_prompts_neighbors(generator: Generator) -> None:
-    out = generator.run([Request("river", 50, Sampling(min_tokens=50), refresh="never")])[0]
+    out = generator.generate_all([Request("river", 50, sampling=Sampling(min_tokens=50), refresh="never")])[0]
     assert all(segment.neighbors == out.neighbors for segment in out.segments)
-    fresh = generator.run([Request("river", 50, Sampling(min_tokens=50))])[0]
+    fresh = generator.generate_all([Request("river", 50, sampling=Sampling(min_tokens=50))])[0]
     assert out.tokens[:M] == fresh.tokens[:M]
     assert any(segment.neighbors != fresh.neighbors for segment in fresh.segments)
     with pytest.raises(UsageError, match="refresh=often"):
@@ -311,7 +315,7 @@ def test_the_space_of_the_first_word(llama: Generator) -> None:
     assert out.text == "The castle was built"
     assert [entry.text for entry in out.logprobs or []] == [" was", " built"]
     assert [entry.offset for entry in out.logprobs or []] == [10, 14]
-    whole = llama.run([Request(prompt, 6, logprobs=2, echo=True)])[0]
+    whole = llama.generate_all([Request(prompt, 6, logprobs=2, echo=True)])[0]
     assert whole.text.startswith(prompt)
     assert [entry.offset for entry in whole.logprobs or []][:3] == [0, 3, 10]
 

@@ -11,7 +11,7 @@ from tokenizer_helpers import CHATML, KINDS, llama2
 
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, StoreError
-from retro_engine.generate.chat import ChatTemplate
+from retro_engine.generate.chat_template import ChatTemplate
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.request import Request
 from retro_engine.interop.exports import export_model
@@ -380,5 +380,5 @@ def test_smollm2_says_what_the_original_says() -> None:
     ids = template.encode([{"role": "user", "content": "What is the capital of France?"}])
     template.close()
     assert len(ids) == 37
-    out = generator.run([Request(ids, 32, is_chat=True)])[0]
+    out = generator.generate_all([Request(ids, 32, is_chat=True)])[0]
     assert (out.text, out.finish_reason) == ("The capital of France is Paris.", "stop")

@@ -134,16 +134,16 @@ def test_every_command_moves_the_model_and_says_where(run: Path, tmp_path: Path,
 
 def test_serving_moves_the_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from retro_engine.serve import service
-    from retro_engine.serve.service import Options, open_service
+    from retro_engine.serve.service import ServiceOptions, open_service
 
     def fake(accelerator: str = "auto", local_rank: int = 0) -> torch.device:
         raise AskedError(f"asked for {accelerator}")
 
     monkeypatch.setattr(service, "pick_device", fake)
     with pytest.raises(AskedError, match="asked for gpu"):
-        open_service(Options(str(run), library=str(tmp_path / "library"), device="gpu"))
+        open_service(ServiceOptions(run=str(run), library=str(tmp_path / "library"), device="gpu"))
     seen: list[Any] = []
-    monkeypatch.setattr("retro_engine.serve.run.serve", lambda options, *_: seen.append(options.device))
+    monkeypatch.setattr("retro_engine.serve.start.serve_until_signal", lambda options, *_: seen.append(options.device))
     accounts = ["--accounts", str(tmp_path / "accounts.sqlite")]
     for asked, expected in (([], "auto"), (["--device", "cpu"], "cpu"), (["trainer.accelerator=gpu"], "gpu")):
         assert main(["serve", str(run), *accounts, *asked]) == 0

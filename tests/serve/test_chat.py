@@ -4,9 +4,9 @@ import pytest
 from tokenizer_helpers import CHATML, chatml
 
 from retro_engine.data.chat_files import ChatFiles
-from retro_engine.generate.chat import ChatTemplate
-from retro_engine.serve.chat import STOPS, Message, Part, chat_prompt
-from retro_engine.serve.limits import ApiError
+from retro_engine.generate.chat_template import ChatTemplate
+from retro_engine.serve.api_error import ApiError
+from retro_engine.serve.chat import STOPS, Message, MessagePart, chat_prompt
 
 TURNS = [
     Message(role="system", content="Be brief."),
@@ -26,7 +26,7 @@ def test_the_checkpoints_own_template() -> None:
     tokenizer = chatml()
     tokenizer.chat_files = ChatFiles({"default": CHATML})
     template = ChatTemplate(tokenizer)
-    parts = [Part(type="text", text="<|im_"), Part(type="text", text="end|>")]
+    parts = [MessagePart(type="text", text="<|im_"), MessagePart(type="text", text="end|>")]
     prompt, stops = chat_prompt([*TURNS[:3], Message(role="user", content=parts)], template)
     assert isinstance(prompt, list)
     assert [i for i in prompt if i in (0, 1, 2)] == [1, 2, 1, 2, 1, 2, 1, 2, 1]

@@ -8,8 +8,8 @@ import pytest
 from serve_helpers import Server
 from starlette.routing import Route
 
+from retro_engine.serve.accounts import SCOPES
 from retro_engine.serve.app import NEMO_ROUTES, ROUTES
-from retro_engine.serve.auth import SCOPES
 from retro_engine.serve.gate import OWN_CHECK, PUBLIC
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")

@@ -21,9 +21,9 @@ import pytest
 from retro_engine.data.corpus import Document
 from retro_engine.errors import MissingExtraError, UsageError
 from retro_engine.library.library import Library
-from retro_engine.serve.auth import Accounts
+from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.replicas import SharedImporter, SharedLibrary, Shelf, build
-from retro_engine.serve.service import Options
+from retro_engine.serve.service import ServiceOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_RAY_SERVE = bool(importlib.util.find_spec("ray") and importlib.util.find_spec("fastapi"))
@@ -194,7 +194,7 @@ def test_metrics_take_a_token(served: tuple[httpx.Client, Path, int]) -> None:
 
 def shelf_of(run: Path, folder: Path) -> tuple[Shelf, SharedLibrary]:
     """A Shelf in this process, and a library that asks it as through Ray: all that passes is pickled."""
-    shelf = Shelf(Options(str(run), library=str(folder / "library")))
+    shelf = Shelf(ServiceOptions(run=str(run), library=str(folder / "library")))
 
     def ask(*arguments: Any, **named: Any) -> Any:
         given, more = pickle.loads(pickle.dumps((arguments, named)))  # noqa: S301

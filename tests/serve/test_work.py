@@ -12,8 +12,8 @@ import pytest
 from serve_helpers import Server
 
 from retro_engine.generate.fair import BusyError
-from retro_engine.serve import nemo, tools
-from retro_engine.serve.limits import ClientLeft
+from retro_engine.serve import explain, nemo, tokens
+from retro_engine.serve.api_error import ClientLeft
 from retro_engine.serve.work import Work
 
 EXPLAIN = {"prompt": "Document doc7. river", "text": " stone amber", "neighbors": ["river stone amber", "winter"]}
@@ -115,9 +115,8 @@ def test_what_would_be_too_much_is_refused_before_any_work(
 ) -> None:
     """Sizes that are each allowed, whose product is not."""
     monkeypatch.setattr(server.state, "limits", replace(server.state.limits, work_tokens=300))
-    for name in ("_explain", "_embed"):
-        monkeypatch.setattr(tools, name, lambda *_: pytest.fail("it was begun"))
-    monkeypatch.setattr(nemo, "_search", lambda *_: pytest.fail("it was begun"))
+    for module, name in ((explain, "_explain"), (tokens, "_embed"), (nemo, "_search")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it was begun"))
     monkeypatch.setattr(server.service.engine, "submit_all", lambda *_: pytest.fail("it was begun"))
     with server.client("read") as client:
         answer = client.request(method, path, json=body)
@@ -147,11 +146,11 @@ def test_an_answer_that_would_be_too_large_is_refused(
 def test_an_explanation_that_nobody_waits_for_ends(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, ended = threading.Event(), threading.Event()
 
-    def explain(*_: Any, check: Callable[[], None]) -> None:
+    def endless(*_: Any, check: Callable[[], None]) -> None:
         begun.set()
         until(check, ended)
 
-    monkeypatch.setattr(tools, "explain_text", explain)
+    monkeypatch.setattr(explain, "explain_text", endless)
     with server.client("read") as client, pytest.raises(httpx.ReadTimeout):
         client.post("/v1/explain", json=EXPLAIN, timeout=0.3)
     assert begun.wait(10)

@@ -1,4 +1,4 @@
-"""A process that renders one chat template, bounded by the operating system; `generate.chat` starts it.
+"""A process that renders one chat template, bounded by the operating system; `generate.chat_template` starts it.
 
 A template is a program of the model's publisher: jinja2's sandbox keeps it from Python, the limits of this process from
 memory, and an alarm ends the process where it takes too long. Reads lines of JSON from standard input, first {"template",

@@ -8,9 +8,9 @@ import httpx
 import pytest
 from serve_helpers import PASSWORD, Server, serving_run
 
-from retro_engine.serve.auth import Accounts
+from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.gate import COOKIE
-from retro_engine.serve.session import network_of
+from retro_engine.serve.sign_in import network_of
 
 
 @pytest.fixture(scope="module")

@@ -11,19 +11,19 @@ from functools import partial
 from retro_engine.errors import UsageError, typed
 from retro_engine.model.device import describe_device
 from retro_engine.progress import Reporter
+from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.app import make_app
-from retro_engine.serve.auth import Accounts
+from retro_engine.serve.connection import bind, make_server
 from retro_engine.serve.limits import Limits, Throttle
 from retro_engine.serve.metrics import Metrics
-from retro_engine.serve.server import bind, make_server
-from retro_engine.serve.service import Options, Service, open_service
-from retro_engine.serve.state import State
+from retro_engine.serve.request_context import ServerState
+from retro_engine.serve.service import Service, ServiceOptions, open_service
 
 SIGN_INS, SIGN_IN_WINDOW_S = 10, 300.0  # failures of an address, or of a known device
 NAME_SIGN_INS = 100  # failures for a name, from all addresses together: one alone cannot shut it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Address:
     """Where a server is reached, and by whom it may be."""
 
@@ -35,7 +35,7 @@ class Address:
     has_nemo: bool = False
 
 
-def serve(options: Options, address: Address, accounts: Accounts, reporter: Reporter, limits: Limits | None = None) -> None:  # fmt: skip
+def serve_until_signal(options: ServiceOptions, address: Address, accounts: Accounts, reporter: Reporter, limits: Limits | None = None) -> None:  # fmt: skip
     """Listen until a signal. Raises UsageError for an address that others reach while nobody has access, and what
     opening the model raises.
     """
@@ -69,9 +69,16 @@ def serve(options: Options, address: Address, accounts: Accounts, reporter: Repo
         raise typed(failures[0]) or failures[0]
 
 
-def make_state(accounts: Accounts, limits: Limits, address: Address) -> State:
-    throttles = Throttle(SIGN_INS, SIGN_IN_WINDOW_S), Throttle(NAME_SIGN_INS, SIGN_IN_WINDOW_S)
-    return State(accounts, limits, Metrics(), *throttles, address.metrics_token, address.is_behind_proxy)
+def make_state(accounts: Accounts, limits: Limits, address: Address) -> ServerState:
+    return ServerState(
+        accounts=accounts,
+        limits=limits,
+        metrics=Metrics(),
+        throttle=Throttle(SIGN_INS, SIGN_IN_WINDOW_S),
+        names=Throttle(NAME_SIGN_INS, SIGN_IN_WINDOW_S),
+        metrics_token=address.metrics_token,
+        is_behind_proxy=address.is_behind_proxy,
+    )
 
 
 def _then(load: Callable[[], Service], reporter: Reporter) -> Callable[[], Service]:

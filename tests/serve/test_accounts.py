@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.serve import auth
-from retro_engine.serve.auth import Accounts
+from retro_engine.serve import accounts as accounts_module
+from retro_engine.serve.accounts import Accounts
 
 PASSWORD = "correct horse battery"
 
@@ -26,8 +26,8 @@ def test_a_password_opens_a_session_and_nothing_else_does(accounts: Accounts) ->
     token = accounts.sign_in("ada", PASSWORD)
     assert token is not None
     caller = accounts.of_session(token)
-    assert caller == auth.Caller("ada", "write", "user")
-    assert [caller.may(scope) for scope in auth.SCOPES] == [True, True, False]
+    assert caller == accounts_module.Caller("ada", "write", "user")
+    assert [caller.may(scope) for scope in accounts_module.SCOPES] == [True, True, False]
     for name, password in (("ada", PASSWORD + "x"), ("ada", ""), ("bob", PASSWORD), ("", "")):
         assert accounts.sign_in(name, password) is None
     for wrong in ("", token[:-1], token + "a", "x"):
@@ -53,14 +53,14 @@ def test_a_new_password_and_a_removed_user_end_the_sessions(accounts: Accounts) 
 
 
 def test_sessions_end_by_time_and_number(accounts: Accounts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "SCRYPT_N", 16)
-    monkeypatch.setattr(auth, "MAX_SESSIONS", 3)
+    monkeypatch.setattr(accounts_module, "SCRYPT_N", 16)
+    monkeypatch.setattr(accounts_module, "MAX_SESSIONS", 3)
     accounts.add_user("ada", PASSWORD)
     tokens = [accounts.sign_in("ada", PASSWORD) or "" for _ in range(5)]
     assert len(set(tokens)) == 5
     assert [accounts.of_session(token) is not None for token in tokens] == [False, False, True, True, True]
-    now = auth.time.time()
-    monkeypatch.setattr(auth.time, "time", lambda: now + auth.SESSION_S + 1)
+    now = accounts_module.time.time()
+    monkeypatch.setattr(accounts_module.time, "time", lambda: now + accounts_module.SESSION_S + 1)
     assert accounts.of_session(tokens[-1]) is None
 
 
@@ -68,13 +68,13 @@ def test_keys(accounts: Accounts, monkeypatch: pytest.MonkeyPatch) -> None:
     key = accounts.add_key("ci", "read", days=1)
     assert key.startswith("rk_")
     assert len(key) >= 43
-    assert accounts.of_key(key) == auth.Caller("ci", "read", "key")
+    assert accounts.of_key(key) == accounts_module.Caller("ci", "read", "key")
     for wrong in ("", key[:-1], key + "x", key.upper(), "rk_"):
         assert accounts.of_key(wrong) is None
     (row,) = accounts.list_keys()
-    now = auth.time.time()
+    now = accounts_module.time.time()
     with monkeypatch.context() as patch:
-        patch.setattr(auth.time, "time", lambda: now + 86_401)
+        patch.setattr(accounts_module.time, "time", lambda: now + 86_401)
         assert accounts.of_key(key) is None
     accounts.remove_key(row["id"])
     assert accounts.of_key(key) is None
@@ -94,10 +94,10 @@ def test_no_secret_is_in_the_file_and_only_its_owner_reads_it(accounts: Accounts
 
 
 def test_equal_passwords_have_different_hashes(accounts: Accounts) -> None:
-    first, second = auth.hash_password(PASSWORD), auth.hash_password(PASSWORD)
+    first, second = accounts_module.hash_password(PASSWORD), accounts_module.hash_password(PASSWORD)
     assert first != second
-    assert auth.check_password(PASSWORD, first)
-    assert auth.check_password(PASSWORD, second)
+    assert accounts_module.check_password(PASSWORD, first)
+    assert accounts_module.check_password(PASSWORD, second)
     assert first.split("$")[1:4] == ["32768", "8", "1"]
 
 
@@ -119,7 +119,7 @@ def test_the_set_up_link_works_once_and_only_while_there_is_nobody(accounts: Acc
 def test_two_processes_may_have_the_file_open(accounts: Accounts) -> None:
     other = Accounts(accounts.path)
     key = other.add_key("ci", "write")
-    assert accounts.of_key(key) == auth.Caller("ci", "write", "key")
+    assert accounts.of_key(key) == accounts_module.Caller("ci", "write", "key")
 
 
 @pytest.mark.parametrize("name", ["", " ", "a b", "x" * 65, "né", "a\n", "-a", "a/b"])
@@ -167,13 +167,13 @@ def test_the_set_up_link_makes_one_user_in_a_race(accounts: Accounts, monkeypatc
     token = accounts.begin_setup()
     assert token is not None
     together = threading.Barrier(4)
-    hashed = auth.hash_password
+    hashed = accounts_module.hash_password
 
     def wait_and_hash(password: str) -> str:
         together.wait(20)
         return hashed(password)
 
-    monkeypatch.setattr(auth, "hash_password", wait_and_hash)
+    monkeypatch.setattr(accounts_module, "hash_password", wait_and_hash)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda n: accounts.set_up(token, f"user{n}", PASSWORD), range(4)))
     assert sorted(found) == [False, False, False, True]

@@ -7,16 +7,17 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from retro_engine.serve.auth import Accounts, Caller
-from retro_engine.serve.limits import ApiError, Limits, Throttle
+from retro_engine.serve.accounts import Accounts, Caller
+from retro_engine.serve.api_error import ApiError
+from retro_engine.serve.limits import Limits, Throttle
 from retro_engine.serve.metrics import Metrics
 from retro_engine.serve.service import Service
 
 T = TypeVar("T")
 
 
-@dataclass
-class State:
+@dataclass(kw_only=True)
+class ServerState:
     """One server's; `service` is None while the model loads."""
 
     accounts: Accounts
@@ -30,9 +31,9 @@ class State:
     hashing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # passwords at once
 
 
-def state_of(request: Request) -> State:
+def state_of(request: Request) -> ServerState:
     state = request.app.state.retro
-    assert isinstance(state, State)
+    assert isinstance(state, ServerState)
     return state
 
 

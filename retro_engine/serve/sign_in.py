@@ -7,10 +7,12 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from retro_engine.serve.auth import DEVICE_S, MAX_PASSWORD, SESSION_S
+from retro_engine.serve.accounts import DEVICE_S, MAX_PASSWORD, SESSION_S
+from retro_engine.serve.api_error import ApiError
+from retro_engine.serve.bodies import Strict, parse_body, read_json
 from retro_engine.serve.gate import COOKIE, DEVICE, cookie, cookie_name
-from retro_engine.serve.limits import ApiError, Strict, Throttle, parse, read_json
-from retro_engine.serve.state import State, caller_of, client_of, limits_of, state_of
+from retro_engine.serve.limits import Throttle
+from retro_engine.serve.request_context import ServerState, caller_of, client_of, limits_of, state_of
 
 
 class Login(Strict):
@@ -24,7 +26,7 @@ class Login(Strict):
 async def login(request: Request) -> Response:
     """A new session, also where there was one. Refused before any hashing after too many failures."""
     state, limits = state_of(request), limits_of(request)
-    asked = parse(Login, await read_json(request, limits, limits.sign_in_bytes))
+    asked = parse_body(Login, await read_json(request, limits, limits.sign_in_bytes))
     device = state.accounts.device_of(cookie(request.scope, DEVICE), asked.name)
     tries = _tries(state, client_of(request), asked.name, device)
     _check_tries(state, tries)
@@ -50,7 +52,7 @@ async def login(request: Request) -> Response:
     return response
 
 
-def _tries(state: State, client: str, name: str, device: str | None) -> list[tuple[Throttle, str]]:
+def _tries(state: ServerState, client: str, name: str, device: str | None) -> list[tuple[Throttle, str]]:
     """What a try counts for: a browser that this user signed in with before has its own count, so that nobody who guesses
     elsewhere holds him up; else an address, and the name from all of them.
     """
@@ -70,7 +72,7 @@ def network_of(client: str) -> str:
     return str(address)
 
 
-def _check_tries(state: State, tries: list[tuple[Throttle, str]]) -> None:
+def _check_tries(state: ServerState, tries: list[tuple[Throttle, str]]) -> None:
     wait_s = max(throttle.wait_s(key) for throttle, key in tries)
     if wait_s > 0:
         state.metrics.sign_in("throttled")
@@ -79,7 +81,7 @@ def _check_tries(state: State, tries: list[tuple[Throttle, str]]) -> None:
         )  # fmt: skip
 
 
-async def _sign_in(state: State, asked: Login) -> str | None:
+async def _sign_in(state: ServerState, asked: Login) -> str | None:
     async with state.hashing:
         if asked.setup is not None and not await asyncio.to_thread(
             state.accounts.set_up, asked.setup, asked.name, asked.password

@@ -1,16 +1,11 @@
-"""Embeddings, tokens, explanations."""
+"""Embeddings and tokens."""
 
 import base64
 from typing import Any
 
 import numpy as np
 import pytest
-from serve_helpers import Server
-
-
-def post(server: Server, path: str, **body: Any) -> Any:
-    with server.client("read") as client:
-        return client.post(path, json=body)
+from serve_helpers import Server, post
 
 
 def test_embeddings_by_the_official_client(server: Server) -> None:
@@ -54,24 +49,3 @@ def test_tokens_there_and_back(server: Server) -> None:
         assert post(server, "/detokenize", tokens=tokens).status_code == 400, tokens
     assert post(server, "/tokenize", prompt=7).status_code == 400
     assert post(server, "/tokenize", prompt="a", model="other").status_code == 404
-
-
-def test_explain(server: Server) -> None:
-    body = {"prompt": "Document doc7. river", "text": " stone amber", "neighbors": ["river stone amber", "winter"]}
-    out = post(server, "/v1/explain", **body).json()
-    assert out["tokens"] == len(out["text_tokens"]) == len(server.service.tokenizer.encode(" stone amber"))
-    assert [row["text"] for row in out["neighbors"]] == body["neighbors"]
-    assert out["logprob"] < 0
-    retrieved = post(server, "/v1/explain", prompt="Document doc7. river", text=" stone", k=2).json()
-    assert len(retrieved["neighbors"]) == 2
-    assert {"document", "score", "removed"} <= set(retrieved["neighbors"][0])
-    for wrong, param, said in (
-        ({"text": ""}, "text", "the text is empty"), ({"prompt": ""}, "prompt", "the prompt is empty"), ({"k": 2}, "k", "k says nothing"),
-    ):  # fmt: skip
-        answer = post(server, "/v1/explain", **{**body, **wrong})
-        assert answer.status_code == 400
-        error = answer.json()["error"]
-        assert error["param"] == param
-        assert said in error["message"]
-    for wrong in ({"prompt": ""}, {"text": ""}, {"neighbors": []}, {"k": 0}, {"text": "a " * 5000}, {"x": 1}):
-        assert post(server, "/v1/explain", **{**body, **wrong}).status_code == 400, wrong

@@ -20,9 +20,9 @@ from retro_engine.generate.request import Request
 from retro_engine.library.library import Library
 from retro_engine.model.quantize import Int8Linear
 from retro_engine.progress import Reporter
-from retro_engine.serve.auth import Accounts
-from retro_engine.serve.run import Address, serve
-from retro_engine.serve.service import Options, open_service
+from retro_engine.serve.accounts import Accounts
+from retro_engine.serve.service import ServiceOptions, open_service
+from retro_engine.serve.start import Address, serve_until_signal
 from retro_engine.train.checkpoint import find_checkpoint
 
 CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
@@ -99,42 +99,42 @@ def test_acknowledged_documents_survive_kill_9_under_load(small_run: Path, tmp_p
 def test_an_address_that_others_reach_needs_users_or_keys(small_run: Path, tmp_path: Path, host: str) -> None:
     accounts = Accounts(tmp_path / "accounts.sqlite")
     with pytest.raises(UsageError, match="no users and no keys"):
-        serve(Options(str(small_run)), Address(host, 0), accounts, Reporter("quiet"))
+        serve_until_signal(ServiceOptions(run=str(small_run)), Address(host=host, port=0), accounts, Reporter("quiet"))
 
 
 def test_what_cannot_be_opened_ends_the_start(small_run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for options, kind in (
-        (Options(str(tmp_path / "nothing")), MissingInputError),
-        (Options(str(small_run), library=str(tmp_path / "file")), UsageError),
-        (Options(str(small_run), library=str(tmp_path / "l"), stores=[str(tmp_path)]), MissingInputError),
-        (Options(str(small_run), library=str(tmp_path / "l"), mode="psychic"), UsageError),
-        (Options(str(small_run), library=str(tmp_path / "l"), dtype="int4"), UsageError),
+        (ServiceOptions(run=str(tmp_path / "nothing")), MissingInputError),
+        (ServiceOptions(run=str(small_run), library=str(tmp_path / "file")), UsageError),
+        (ServiceOptions(run=str(small_run), library=str(tmp_path / "l"), stores=[str(tmp_path)]), MissingInputError),
+        (ServiceOptions(run=str(small_run), library=str(tmp_path / "l"), mode="psychic"), UsageError),
+        (ServiceOptions(run=str(small_run), library=str(tmp_path / "l"), dtype="int4"), UsageError),
     ):
         with pytest.raises(kind):
-            serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
+            serve_until_signal(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
 
 
 def test_a_library_in_use_is_refused(small_run: Path, small_store: Store, tmp_path: Path) -> None:
     Library.create(tmp_path / "library", small_store.tokenizer, 16)
-    options = Options(str(small_run), library=str(tmp_path / "library"))
+    options = ServiceOptions(run=str(small_run), library=str(tmp_path / "library"))
     with Library(tmp_path / "library"), pytest.raises(UsageError, match="is in use"):
-        serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
+        serve_until_signal(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
 
 
 def test_a_library_of_another_tokenizer_or_chunk_size_is_refused(small_run: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(find_checkpoint(small_run))
     for name, given, what in (("a", Tokenizer.train(["other text"], 260), "tokenizer"), ("b", tokenizer, "chunk_size")):
         Library.create(tmp_path / name, given, 32)
-        options = Options(str(small_run), library=str(tmp_path / name))
+        options = ServiceOptions(run=str(small_run), library=str(tmp_path / name))
         with pytest.raises(StoreError, match=f"the model has {what} .*\n.*{tmp_path / name} has"):
-            serve(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
+            serve_until_signal(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
         with Library(tmp_path / name):  # it was closed again
             pass
 
 
 def test_weights_of_a_byte(small_run: Path, tmp_path: Path) -> None:
-    service = open_service(Options(str(small_run), library=str(tmp_path / "library"), dtype="int8"))
+    service = open_service(ServiceOptions(run=str(small_run), library=str(tmp_path / "library"), dtype="int8"))
     try:
         assert isinstance(service.generator.model.head, Int8Linear)
         assert len(service.engine.submit(Request("The neighbor", 4)).result().tokens) == 4

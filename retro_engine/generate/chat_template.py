@@ -1,6 +1,6 @@
 """A conversation as the token ids that an answer continues, by the model's own chat template.
 
-The template is rendered by a process of its own (`generate.chat_worker`), bounded in time, memory and size. What it writes
+The template is rendered by a process of its own (`generate.chat_template_worker`), bounded in time, memory and size. What it writes
 is control tokens where it names them; what a message holds never is, whatever it looks like: special tokens in messages
 are replaced by characters that stand for them, and those are put back as text.
 """
@@ -118,7 +118,7 @@ class ChatTemplate:
     def _started(self) -> "subprocess.Popen[str]":
         if self._process is None or self._process.poll() is not None:
             self._end()
-            command = [sys.executable, "-m", "retro_engine.generate.chat_worker"]
+            command = [sys.executable, "-m", "retro_engine.generate.chat_template_worker"]
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
             assert self._process.stdin is not None

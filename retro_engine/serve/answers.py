@@ -1,0 +1,180 @@
+"""How the engine's events look to a client: OpenAI's completions and chat completions, whole or in pieces.
+
+What is ours is in `retro`: in the first piece after each retrieval, or beside the choices.
+"""
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from retro_engine.generate.request import Event, TokenLogprob
+from retro_engine.serve.hits import neighbors_json
+from retro_engine.serve.service import Service
+
+
+class Answer(ABC):
+    """How an answer looks; subclasses say what a choice is."""
+
+    name = ""
+    prefix = ""
+
+    def __init__(self, service: Service, is_stream: bool):
+        self.service = service
+        self.head = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "object": f"{self.name}.chunk" if is_stream and self.name == "chat.completion" else self.name,
+            "created": int(time.time()),
+            "model": service.name,
+        }
+        self.prompt_tokens = self.completion_tokens = 0
+        self.echoed: dict[int, int] = {}  # tokens of the prompt that a choice's first event begins with
+        self.events: list[tuple[int, Event]] = []
+
+    @abstractmethod
+    def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def delta(self, index: int, event: Event) -> dict[str, Any]:
+        """A choice of a stream."""
+
+    @abstractmethod
+    def logprobs(self, entries: Sequence[TokenLogprob]) -> Any: ...
+
+    def _count(self, index: int, event: Event) -> None:
+        self.completion_tokens += len(event.tokens) - self.echoed.pop(index, 0)
+
+    def add(self, index: int, event: Event) -> None:
+        self._count(index, event)
+        self.events.append((index, event))
+
+    def piece(self, index: int, event: Event, with_usage: bool) -> dict[str, Any] | None:
+        """An event of a stream; None when there is nothing to say yet."""
+        self._count(index, event)
+        if not (event.text or event.logprobs or event.new_hits is not None or event.finish_reason or event.notes):
+            return None
+        out: dict[str, Any] = {**self.head, "choices": [self.delta(index, event)]}
+        if event.new_hits is not None or event.notes:
+            out["retro"] = {**self._retro(), "neighbors": neighbors_json(event.new_hits or [])}
+            if event.notes:
+                out["retro"]["notes"] = event.notes
+        if with_usage:
+            out["usage"] = None
+        return out
+
+    def usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+    def _retro(self) -> dict[str, Any]:
+        return {"index_version": self.service.index_version}
+
+    def whole(self, count: int) -> dict[str, Any]:
+        """The answer of a request that does not stream: `retro.segments` splits each choice at its retrievals."""
+        choices, notes = [], list[str]()
+        places: dict[tuple[Any, ...], int] = {}  # of neighbors
+        segments: list[dict[str, Any]] = []
+        events: list[list[Event]] = [[] for _ in range(count)]
+        for index, event in self.events:
+            events[index].append(event)
+        for index, mine in enumerate(events):
+            entries = [entry for event in mine for entry in event.logprobs or []]
+            logprobs = self.logprobs(entries) if any(e.logprobs is not None for e in mine) else None
+            text = "".join(event.text for event in mine)
+            choices.append(self.choice(index, text, logprobs, mine[-1].finish_reason))
+            for event in mine:
+                notes += [note for note in event.notes if note not in notes]
+                if event.new_hits is not None:
+                    found = [tuple(one.items()) for one in neighbors_json(event.new_hits)]
+                    numbers = [places.setdefault(one, len(places)) for one in found]
+                    segments.append({"choice": index, "text": "", "neighbors": numbers})
+                if event.text:
+                    if not segments or segments[-1]["choice"] != index:
+                        segments.append({"choice": index, "text": "", "neighbors": []})
+                    segments[-1]["text"] += event.text
+        neighbors = [dict(one) for one in places]
+        retro = {**self._retro(), "neighbors": neighbors, "segments": segments, "notes": notes}
+        return {**self.head, "choices": choices, "usage": self.usage(), "retro": retro}
+
+
+class CompletionAnswer(Answer):
+    name, prefix = "text_completion", "cmpl"
+
+    def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def delta(self, index: int, event: Event) -> dict[str, Any]:
+        logprobs = None if event.logprobs is None else self.logprobs(event.logprobs)
+        return self.choice(index, event.text, logprobs, event.finish_reason)
+
+    def logprobs(self, entries: Sequence[TokenLogprob]) -> Any:
+        return {
+            "tokens": [self._shown(entry.token, entry.text) for entry in entries],
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [self._top(entry) for entry in entries],
+            "text_offset": [entry.offset for entry in entries],
+        }
+
+    def _shown(self, token: int, text: str) -> str:
+        """Half a character as OpenAI writes it."""
+        raw = self.service.token_bytes.of(token, text)
+        return raw.decode() if _is_text(raw) else f"bytes:{_escaped(raw)}"
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float | None]:
+        """The likeliest tokens, best first, and the one that was taken where it is none of them: each has its own name."""
+        rows = [*entry.top]
+        if rows and entry.token not in [token for token, _, _ in rows]:
+            assert entry.logprob is not None
+            rows.append((entry.token, entry.text, entry.logprob))
+        named: dict[str, float | None] = {}
+        for token, text, value in rows:
+            name = self._shown(token, text)
+            named[f"token_id:{token}" if name in named else name] = value
+        return named
+
+
+class ChatAnswer(Answer):
+    name, prefix = "chat.completion", "chatcmpl"
+
+    def __init__(self, service: Service, is_stream: bool):
+        super().__init__(service, is_stream)
+        self._begun: set[int] = set()
+
+    def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def delta(self, index: int, event: Event) -> dict[str, Any]:
+        role = {} if index in self._begun else {"role": "assistant"}
+        self._begun.add(index)
+        logprobs = None if event.logprobs is None else self.logprobs(event.logprobs)
+        delta = {**role, "content": event.text}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
+
+    def logprobs(self, entries: Sequence[TokenLogprob]) -> Any:
+        def token(index: int, text: str, value: float | None) -> dict[str, Any]:
+            raw = self.service.token_bytes.of(index, text)
+            return {"token": raw.decode() if _is_text(raw) else _escaped(raw), "logprob": value, "bytes": list(raw)}
+
+        return {
+            "content": [
+                {**token(e.token, e.text, e.logprob), "top_logprobs": [token(*one) for one in e.top]} for e in entries
+            ],
+            "refusal": None,
+        }
+
+
+def _is_text(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _escaped(raw: bytes) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in raw)

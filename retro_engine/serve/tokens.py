@@ -1,0 +1,100 @@
+"""Texts as token ids, and as the vectors of the library's embedder."""
+
+import base64
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from retro_engine.serve.api_error import ApiError
+from retro_engine.serve.bodies import Ids, Prompts, Strict, parse_body, read_json
+from retro_engine.serve.prompts import check_model_name, encode_prompts
+from retro_engine.serve.request_context import brief, limits_of, long, service_of
+from retro_engine.serve.service import Service
+from retro_engine.serve.work import Check
+
+MAX_INPUTS = 256
+EMBEDDED = 16  # texts between two looks at whether somebody still waits
+MAX_TOKENS = 1 << 18  # of one call of tokenize or detokenize
+
+
+class Embeddings(Strict):
+    """The body of POST /v1/embeddings."""
+
+    model: str
+    input: Prompts
+    encoding_format: Literal["base64", "float"] = "base64"
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = Field(None, max_length=512)
+
+
+class Tokenize(Strict):
+    """The body of POST /tokenize."""
+
+    prompt: str
+    model: str | None = None
+
+
+class Detokenize(Strict):
+    """The body of POST /detokenize."""
+
+    tokens: Ids = Field(max_length=MAX_TOKENS)
+    model: str | None = None
+
+
+async def embeddings(request: Request) -> Response:
+    """Unit vectors of the library's embedder."""
+    service, limits = service_of(request), limits_of(request)
+    body = parse_body(Embeddings, await read_json(request, limits))
+    check_model_name(service, body.model)
+    is_one = isinstance(body.input, str) or (body.input and isinstance(body.input[0], int))
+    rows: Any = [body.input] if is_one else body.input
+    if not rows or len(rows) > MAX_INPUTS:
+        raise ApiError(400, f"input has {len(rows)} texts: 1 to {MAX_INPUTS} are taken", "input")
+    ids = await brief(request, partial(encode_prompts, param="input", most=MAX_INPUTS), service, rows, limits)
+    count = sum(map(len, ids))
+    if count > limits.work_tokens:
+        raise ApiError(400, f"input has {count:,} tokens: at most {limits.work_tokens:,}", "input", "too_much_work")
+    vectors = await long(request, _embed, service, rows)
+    if body.dimensions not in (None, vectors.shape[1]):
+        raise ApiError(400, f"the embedder has {vectors.shape[1]} dimensions", "dimensions")
+
+    def shown(vector: np.ndarray) -> Any:
+        is_float = body.encoding_format == "float"
+        return vector.tolist() if is_float else base64.b64encode(vector.tobytes()).decode()
+
+    data = [{"object": "embedding", "index": i, "embedding": shown(vector)} for i, vector in enumerate(vectors)]
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return JSONResponse({"object": "list", "data": data, "model": service.name, "usage": usage})
+
+
+def _embed(service: Service, rows: list[str | list[int]], check: Check) -> np.ndarray:
+    parts = []
+    for start in range(0, len(rows), EMBEDDED):
+        check()
+        part = rows[start : start + EMBEDDED]
+        texts = [row if isinstance(row, str) else service.tokenizer.decode(row) for row in part]
+        parts.append(np.asarray(service.embedder.encode(texts), "<f4"))
+    return np.concatenate(parts)
+
+
+async def tokenize(request: Request) -> Response:
+    service, limits = service_of(request), limits_of(request)
+    body = parse_body(Tokenize, await read_json(request, limits))
+    check_model_name(service, body.model or service.name)
+    tokens = await brief(request, service.tokenizer.encode, body.prompt)
+    return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": limits.prompt_tokens})
+
+
+async def detokenize(request: Request) -> Response:
+    service = service_of(request)
+    body = parse_body(Detokenize, await read_json(request, limits_of(request)))
+    check_model_name(service, body.model or service.name)
+    top = service.tokenizer.vocab_size
+    outside = next((i for i in body.tokens if not 0 <= i < top), None)
+    if outside is not None:
+        raise ApiError(400, f"token id {outside} is outside the vocabulary of {top:,}", "tokens", "token_not_found")
+    return JSONResponse({"prompt": await brief(request, service.tokenizer.decode, body.tokens)})
