@@ -64,7 +64,7 @@ def prepare(
             if spooled is not None:
                 paths.append(spooled)
             mark = files.fingerprint([asdict(reader), [[str(path), files.sha256_file(path)] for path in paths]])
-            trains = partial(_train_tokenizer, reader, paths, vocab_size, is_strict, say)
+            trains = partial(_train_tokenizer, reader, paths, vocab_size=vocab_size, is_strict=is_strict, say=say)
             chosen = given or _trained_tokenizer(out, files.fingerprint([mark, vocab_size, SAMPLE_BYTES]), trains)
             writer = StoreWriter(out, chosen, chunk_size, store.SHARD_ROWS, mark)
             if writer.counts["documents"]:

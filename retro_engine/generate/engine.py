@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from retro_engine.errors import StoppedError, UsageError
+from retro_engine.generate.decoding_batch import DecodingBatch
 from retro_engine.generate.fair import BusyError, FairPool, FairQueue
-from retro_engine.generate.generator import DecodingBatch, Generator, neighbor_tokens
+from retro_engine.generate.generator import Generator
 from retro_engine.generate.prefix import PrefixCache
 from retro_engine.generate.request import Event, Generation, Request
 from retro_engine.generate.sequence import DecodingSequence
@@ -124,7 +125,8 @@ class Engine:
         self.max_neighbors = max(max_neighbors, config.num_neighbors) * config.r
         self.prefixes = PrefixCache(prefix_bytes, shares_prefixes)
         self._batch = DecodingBatch(
-            generator,
+            generator.model,
+            pad_id=generator.tokenizer.pad_id,
             size=max_batch,
             capacity=self.max_tokens,
             neighbor_tokens=self.max_neighbors,
@@ -178,9 +180,9 @@ class Engine:
                 f"a sequence has at most {self.max_tokens}",
                 "ask for fewer",
             )
-        if neighbor_tokens(sequence) > self.max_neighbors:
+        if sequence.neighbor_tokens > self.max_neighbors:
             raise UsageError(
-                f"{neighbor_tokens(sequence)} neighbor tokens", f"at most {self.max_neighbors} are read at a time"
+                f"{sequence.neighbor_tokens} neighbor tokens", f"at most {self.max_neighbors} are read at a time"
             )
 
     def cancel(self, stream: Submission) -> None:

@@ -58,6 +58,13 @@ class DecodingSequence:
         """Tokens of the cache that it may come to need."""
         return self.prompt_length + self.request.max_new_tokens
 
+    @property
+    def neighbor_tokens(self) -> int:
+        """Of the neighbors that it reads at a time."""
+        if not self.is_reading:
+            return 0
+        return self.R * (self.K if self.given is None else len(self.given.lengths_K))
+
     def texts(self, stop: int) -> list[str]:
         """Of the chunks that the tokens up to `stop` complete."""
         M = self.chunk_size

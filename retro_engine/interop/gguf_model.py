@@ -15,7 +15,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError
 from retro_engine.interop.gguf_file import GgufFile, read_gguf_file
 from retro_engine.interop.gguf_tokenizer import gguf_chat, gguf_tokenizer
-from retro_engine.interop.huggingface import State, convert
+from retro_engine.interop.huggingface import State, convert_decoder
 
 KINDS = ("llama", "qwen2")
 LAYER = {
@@ -67,7 +67,7 @@ def read_gguf(path: str | Path, tokenizer: Tokenizer | None = None, end_token: s
         tokenizer, notes = gguf_tokenizer(fields, str(path), end_token)
     else:
         tokenizer.chat_files = gguf_chat(fields, str(path))
-    config, state, more = convert(values, _weights(file, values), str(path))
+    config, state, more = convert_decoder(values, _weights(file, values), str(path))
     return config, state, tokenizer, notes + more
 
 

@@ -66,10 +66,10 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, State, list[str]]:
     state = read_weights(folder)
     if values.get("model_type") == MODEL_TYPE:
         return *read_export(values, state, str(folder)), []
-    return convert(values, state, str(folder))
+    return convert_decoder(values, state, str(folder))
 
 
-def convert(values: dict[str, Any], state: State, name: str) -> tuple[ModelConfig, State, list[str]]:
+def convert_decoder(values: dict[str, Any], state: State, name: str) -> tuple[ModelConfig, State, list[str]]:
     """The same from the values of a config.json and a state dict; `name` is for errors."""
     kind = values.get("model_type")
     if kind not in KNOWN:

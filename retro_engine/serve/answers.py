@@ -10,8 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from retro_engine.generate.request import Event, TokenLogprob
-from retro_engine.serve.hits import neighbors_json
+from retro_engine.retrieval.hit import Hit
 from retro_engine.serve.service import Service
+
+
+def neighbors_json(hits: Sequence[Hit]) -> list[dict[str, Any]]:
+    """document, title, chunk (of the document; -1 = given), score, text, continuation, source (empty = given)."""
+    return [{**vars(hit), "score": round(float(hit.score), 6)} for hit in hits]
 
 
 class Answer(ABC):

@@ -75,14 +75,15 @@ async def metrics(request: Request) -> Response:
     state = state_of(request)
     kind, _, token = request.headers.get("authorization", "").partition(" ")
     is_known = state.metrics_token is not None and hmac.compare_digest(token.encode(), state.metrics_token.encode())
-    if not (is_known and kind.lower() == "bearer") and (state.is_behind_proxy or not _is_loopback(client_of(request))):
+    if not (is_known and kind.lower() == "bearer") and (state.is_behind_proxy or not is_loopback(client_of(request))):
         raise ApiError(401, "metrics take their own token", headers={"www-authenticate": "Bearer"})
     return Response(state.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _is_loopback(client: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is of this machine alone."""
     try:
-        return ipaddress.ip_address(client).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

@@ -16,9 +16,9 @@ from retro_engine.library.documents import MAX_QUERY_CHARACTERS, check_id, check
 from retro_engine.library.importer import Importer
 from retro_engine.library.library import MAX_LIST, Library
 from retro_engine.library.search import MODES
+from retro_engine.serve.answers import neighbors_json
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bodies import Strict, parse_body, read_chunks, read_json
-from retro_engine.serve.hits import neighbors_json
 from retro_engine.serve.request_context import audit, brief, limits_of, service_of, write
 
 MAX_DOCUMENTS = 1000  # of one request

@@ -8,9 +8,9 @@ from starlette.responses import JSONResponse, Response
 
 from retro_engine.generate.explain import Explanation, explain_cost
 from retro_engine.generate.explain import explain as explain_text
+from retro_engine.serve.answers import neighbors_json
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bodies import Strict, Texts, parse_body, read_json
-from retro_engine.serve.hits import neighbors_json
 from retro_engine.serve.prompts import check_model_name, encode_prompts
 from retro_engine.serve.request_context import brief, limits_of, long, service_of
 from retro_engine.serve.service import Service

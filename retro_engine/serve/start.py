@@ -1,6 +1,5 @@
 """`retro serve`: checks that nothing is open that should not be, listens, loads, answers until a signal."""
 
-import ipaddress
 import logging
 import signal
 import threading
@@ -12,7 +11,7 @@ from retro_engine.errors import UsageError, typed
 from retro_engine.model.device import describe_device
 from retro_engine.progress import Reporter
 from retro_engine.serve.accounts import Accounts
-from retro_engine.serve.app import make_app
+from retro_engine.serve.app import is_loopback, make_app
 from retro_engine.serve.connection import bind, make_server
 from retro_engine.serve.limits import Limits, Throttle
 from retro_engine.serve.metrics import Metrics
@@ -39,7 +38,7 @@ def serve_until_signal(options: ServiceOptions, address: Address, accounts: Acco
     """Listen until a signal. Raises UsageError for an address that others reach while nobody has access, and what
     opening the model raises.
     """
-    if not _is_loopback(address.host) and accounts.is_empty:
+    if not is_loopback(address.host) and accounts.is_empty:
         raise UsageError(
             f"--host {address.host} is reached from elsewhere",
             "there are no users and no keys yet",
@@ -89,10 +88,3 @@ def _then(load: Callable[[], Service], reporter: Reporter) -> Callable[[], Servi
         return service
 
     return loaded
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -260,7 +260,7 @@ def test_events_joined_are_the_text(engine: Engine) -> None:
 
 
 def test_a_warm_prefix_is_not_computed_again(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    import retro_engine.generate.generator as module
+    import retro_engine.generate.decoding_batch as module
 
     taken: list[int] = []
     prefill = module.prefill

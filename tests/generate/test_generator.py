@@ -14,7 +14,8 @@ from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.generate.generator import DecodingBatch, Generator, encode_neighbors, neighbor_tokens
+from retro_engine.generate.decoding_batch import DecodingBatch
+from retro_engine.generate.generator import Generator, encode_neighbors
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
 from retro_engine.model.retro import RetroModel
@@ -69,7 +70,7 @@ def test_cached_generation_equals_recomputing(generator: Generator, prompt: str,
 
 def first_logits(generator: Generator, prompt: str, **options: Any) -> torch.Tensor:
     sequence = generator.open(Request(prompt, 4, **options))
-    batch = DecodingBatch(generator, 1, sequence.total, neighbor_tokens(sequence))
+    batch = DecodingBatch(generator.model, generator.tokenizer.pad_id, 1, sequence.total, sequence.neighbor_tokens)
     batch.join(sequence, generator.find(sequence, sequence.prompt_length))
     logits = batch.take_in()
     assert logits is not None

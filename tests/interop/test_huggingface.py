@@ -17,7 +17,7 @@ from tokenizer_helpers import llama2
 
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.generate.generator import Generator
-from retro_engine.interop.huggingface import OFF, check_tokenizer, convert, read_folder
+from retro_engine.interop.huggingface import OFF, check_tokenizer, convert_decoder, read_folder
 from retro_engine.model.decoding import new_cache, step
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import load_state, new_model
@@ -242,7 +242,7 @@ def test_any_values_in_a_config(
     )
     changed = values | {key: data.draw(odd)}
     with contextlib.suppress(StoreError):
-        config, found, _ = convert(changed, state, "it")
+        config, found, _ = convert_decoder(changed, state, "it")
         new_model(config, found, "it")
 
 

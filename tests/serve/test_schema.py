@@ -33,7 +33,7 @@ def small(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield server
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def document(small: Server) -> Any:
     schema = schemathesis.openapi.from_dict(DOCUMENT)
     schema.config.update(base_url=small.url)

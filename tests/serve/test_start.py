@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serve_helpers import PASSWORD, Process, client_of, started
+from serve_helpers import PASSWORD, Process, client_of, serving_run, started
 
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def test_acknowledged_documents_survive_kill_9_under_load(small_run: Path, tmp_p
             for thread in threads:
                 thread.join(30)
             assert known
-    with started(small_run, tmp_path) as server, client_of(server, key) as client:
+    with serving_run(small_run, tmp_path) as last, last.client() as client:  # the same files, in this process
         for name, text in known.items():
             assert client.get(f"/v1/documents/{name}").status_code == (404 if text is None else 200)
 

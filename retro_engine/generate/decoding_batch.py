@@ -1,0 +1,137 @@
+"""Sequences of different lengths in the rows of one cache: what `Generator.generate_all` and the engine share.
+
+Letters: T prompt tokens, M chunk length, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from retro_engine.generate.prefix import PrefixCache, keys_of
+from retro_engine.generate.sequence import DecodingSequence, stacked
+from retro_engine.model.decoding import decode_one, new_cache, prefill
+from retro_engine.model.retro import RetroModel
+from retro_engine.retrieval.hit import Found
+
+PIECE_CHUNKS = 4  # of a prompt, taken in at once
+
+
+class DecodingBatch:
+    """Sequences that decode together, each in a row of the cache, and one that joins them piece by piece."""
+
+    def __init__(
+        self,
+        model: RetroModel,
+        pad_id: int,
+        size: int,
+        capacity: int,
+        neighbor_tokens: int,
+        deterministic: bool = False,
+        prefixes: PrefixCache | None = None,
+    ):
+        """`deterministic`: rows are computed one by one, so that what is with them changes no bit."""
+        self.model, self.pad_id, self.device = model, pad_id, model.embedding.weight.device
+        self.cache = new_cache(model, size, capacity, neighbor_tokens)
+        self.size, self.deterministic, self.prefixes = size, deterministic, prefixes
+        self.decoding: list[DecodingSequence] = []  # in the order of their rows
+        self.joining: DecodingSequence | None = None  # in the row after them
+        self._keys: list[bytes] = []
+        self._found: list[Found] = []
+
+    def join(self, sequence: DecodingSequence, found: list[Found]) -> None:
+        """`found`: the neighbors of the prompt's chunks."""
+        assert self.joining is None and len(self.decoding) < self.size
+        self.joining, self._found = sequence, found
+        self.cache.clear(len(self.decoding), sequence.pad)
+        self._keys = []
+        if self.prefixes is not None:
+            piece = PIECE_CHUNKS * sequence.chunk_size
+            prompt = sequence.tokens[: sequence.prompt_length]
+            caller = "" if self.prefixes.is_shared else sequence.request.caller
+            self._keys = keys_of(
+                prompt, sequence.pad, found, piece_tokens=piece, piece_chunks=PIECE_CHUNKS, caller=caller
+            )
+
+    @torch.no_grad()
+    def take_in(self) -> Tensor | None:
+        """The next piece of the joining prompt; logits [V] of its last token when that was all."""
+        sequence, row = self.joining, len(self.decoding)
+        assert sequence is not None
+        M, logits = sequence.chunk_size, None
+        has_all_logits = sequence.request.echo and sequence.request.logprobs is not None
+        if sequence.filled == 0 and self.prefixes is not None and not has_all_logits:
+            sequence.filled, logits = self.prefixes.restore(self._keys, self.cache, row)
+        if logits is None:
+            start = sequence.filled
+            stop = min(start + PIECE_CHUNKS * M, sequence.prompt_length)
+            tokens = torch.tensor([sequence.tokens[start:stop]], device=self.device)
+            chunks = self._found[start // M : stop // M]
+            neighbors = lengths = None
+            if chunks:
+                neighbors, lengths = (part[None] for part in stacked(chunks, self.pad_id, self.device))
+            one = self.cache.part(row, row + 1)
+            logits_TV = prefill(self.model, one, tokens, neighbors, lengths, last_only=not has_all_logits)[0]
+            if has_all_logits:
+                sequence.note_prompt(logits_TV, start)
+            sequence.filled, logits = stop, logits_TV[-1]
+            if self.prefixes is not None:
+                known = logits if stop == sequence.prompt_length else None
+                self.prefixes.store(self._keys, start // (PIECE_CHUNKS * M), self.cache, row, start=start, logits=known)
+        if sequence.filled < sequence.prompt_length:
+            return None
+        if self._found:
+            sequence.keep_found(self._found[-1])
+        return logits
+
+    def settle(self) -> None:
+        """The sequence that joined decodes with the others, unless it has ended."""
+        sequence, self.joining = self.joining, None
+        assert sequence is not None
+        if sequence.finish_reason is None:
+            self.decoding.append(sequence)
+
+    @torch.no_grad()
+    def step(self, found: dict[DecodingSequence, Found], waits: frozenset[DecodingSequence] = frozenset()) -> Tensor:
+        """Each decoding sequence's newest token -> logits [b, V]; nothing counts of those that wait.
+
+        `found`: the neighbors of the chunks that end with it.
+        """
+        count = len(self.decoding)
+        if self.deterministic:
+            parts = [self._step(row, row + 1, found, waits) for row in range(count)]
+            logits = torch.cat(parts)
+        else:
+            logits = self._step(0, count, found, waits)
+        for sequence in self.decoding:
+            if sequence not in waits:
+                sequence.filled += 1
+                if sequence in found:
+                    sequence.keep_found(found[sequence])
+        return logits
+
+    def _step(
+        self, first: int, last: int, found: dict[DecodingSequence, Found], waits: frozenset[DecodingSequence]
+    ) -> Tensor:
+        sequences = self.decoding[first:last]
+        tokens = torch.tensor([s.tokens[-1] for s in sequences], device=self.device)
+        ending = [row for row, s in enumerate(sequences) if s in found]
+        neighbors: tuple[Tensor | None, Tensor | None] = (None, None)
+        if ending:
+            neighbors = stacked([found[sequences[row]] for row in ending], self.pad_id, self.device)
+        advances = torch.tensor([s not in waits for s in sequences], device=self.device)
+        return decode_one(self.model, self.cache.part(first, last), tokens, ending, *neighbors, advances)
+
+    def holds(self, sequence: DecodingSequence) -> bool:
+        return sequence is self.joining or sequence in self.decoding
+
+    def leave(self, sequence: DecodingSequence) -> None:
+        """Free its row; the last row moves there."""
+        if sequence is self.joining:
+            self.joining = None
+            return
+        row, last = self.decoding.index(sequence), len(self.decoding) - 1
+        if row < last:
+            self.cache.move(last, row)
+            self.decoding[row] = self.decoding[last]
+        self.decoding.pop()
+        if self.joining is not None:
+            self.cache.move(last + 1, last)
