@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from helpers import SHARED
 
+from retro_engine.interop.megatron import import_state_dict
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import import_state_dict
 
 FILES = ["mcore_learned_9l", "mcore_rope_9l_partial", "nemo_v1_4l", "nemo_v2_4l"]
 

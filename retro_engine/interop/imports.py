@@ -16,7 +16,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, UsageError, nearest
 from retro_engine.interop import huggingface, megatron_files
 from retro_engine.interop.gguf_model import read_gguf
-from retro_engine.model.megatron import convert
+from retro_engine.interop.megatron import convert
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import new_model
 from retro_engine.train.checkpoint import publish_model
@@ -64,7 +64,7 @@ def import_model(
     end_token: str | None = None,
 ) -> Imported:
     """The model at `path`. `tokenizer`: a tokenizer.json or a folder with one, where the model's own is not beside it;
-    `metadata`: settings that a Megatron or NeMo checkpoint does not have in it (`model.megatron.convert`); `end_token` ends a document (None: what the files say).
+    `metadata`: settings that a Megatron or NeMo checkpoint does not have in it (`megatron.convert`); `end_token` ends a document (None: what the files say).
 
     Raises StoreError naming what does not fit, and MissingInputError where there is no tokenizer.
     """

@@ -2,7 +2,7 @@
 
 Reads a torch archive, a folder with one, an iter_N folder with mp_rank_XX/model_optim_rng.pt (one a rank), or a .nemo
 file. Settings come from the archive's own `args` where it has them, from model_config.yaml in a .nemo file, and from a
-JSON file of `retro_engine.model.megatron.convert`'s metadata, which wins.
+JSON file of `megatron.convert`'s metadata, which wins.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from torch import Tensor
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, StoreError
 from retro_engine.interop.archives import opened_nemo, read_archive
+from retro_engine.interop.megatron import State
 
-State = dict[str, Tensor]
 # How tensor parallelism cuts matrices (arXiv 1909.08053 section 3): rows of these, columns of those; all else is whole.
 BY_ROWS = (
     "query_key_value", "query", "key_value", "dense_h_to_4h", "linear_qkv", "linear_q", "linear_kv", "linear_fc1",
@@ -91,7 +91,7 @@ def read_checkpoint(path: str | Path) -> tuple[str, State, dict[str, str]]:
     meta = settings_of(values if isinstance(values, dict) else {})
     shards = [tensors_of(archive) for archive in archives]
     is_legacy = any(name.startswith("language_model.") for name in shards[0])
-    return "megatron" if is_legacy else "mcore", merge(shards, meta.get("swiglu") == "True", str(path)), meta
+    return "megatron" if is_legacy else "mcore", merge_shards(shards, meta.get("swiglu") == "True", str(path)), meta
 
 
 def settings_of(values: dict[str, Any]) -> dict[str, str]:
@@ -127,7 +127,7 @@ def _leaves(tree: dict[str, Any], prefix: str) -> State:
     return found
 
 
-def merge(shards: list[State], is_gated: bool, name: str) -> State:
+def merge_shards(shards: list[State], is_gated: bool, name: str) -> State:
     """One state dict of those of all tensor-parallel ranks. Raises StoreError naming a tensor that does not fit."""
     if len(shards) == 1:
         return shards[0]
@@ -170,7 +170,7 @@ def read_nemo(
         meta["k"] = str((values.get("data") or {}).get("neighbors", 2))
         if found is not None:
             meta |= {"eod_id": str(found.eod_id), "pad_id": str(found.pad_id)}
-        return merge(shards, False, str(path)), meta, found
+        return merge_shards(shards, False, str(path)), meta, found
 
 
 def _nemo_tokenizer(files: dict[str, Path], end_token: str | None) -> Tokenizer | None:

@@ -1,4 +1,4 @@
-"""Weights in and out: our safetensors files, and the state dicts of removed implementations.
+"""Weights in and out: our safetensors files.
 
 Reads and writes `model.safetensors` and `config.json`; nothing is unpickled.
 """
@@ -14,7 +14,6 @@ from torch import Tensor
 from retro_engine.config import ModelConfig, architecture, check_model
 from retro_engine.data import files
 from retro_engine.errors import MissingInputError, StoreError, UsageError
-from retro_engine.model.megatron import convert
 from retro_engine.model.retro import RetroModel
 
 CONFIG_FILE = "config.json"
@@ -125,15 +124,3 @@ def _check_shapes(model: RetroModel, state: dict[str, Tensor], name: str) -> Non
     if missing or extra or wrong:
         parts = [f"missing {missing[:8]}"] * bool(missing) + [f"extra {extra[:8]}"] * bool(extra) + wrong[:8]
         raise StoreError(f"{name} does not fit the model", "; ".join(parts), "check the config beside the weights")
-
-
-def import_state_dict(state_dict: dict[str, Tensor], metadata: dict[str, str], source: str) -> RetroModel:
-    """A RetroModel with the weights of another implementation, computing exactly what that one computes.
-
-    source and `metadata` are those of `megatron.convert`. Raises StoreError for tensors missing, extra or of another
-    shape.
-    """
-    config, state = convert(state_dict, metadata, source)
-    model = RetroModel(config)
-    load_state(model, state, f"the {source} state dict")
-    return model.eval()

@@ -16,10 +16,10 @@ from retro_engine.config import ModelConfig, preset_model
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, StoreError
 from retro_engine.interop.imports import import_model
-from retro_engine.interop.megatron_files import merge, read_checkpoint
+from retro_engine.interop.megatron import State, import_state_dict
+from retro_engine.interop.megatron_files import merge_shards, read_checkpoint
 from retro_engine.model.retro import RetroModel
 
-State = dict[str, Tensor]
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "encoder_seq_length": 32, "chunk_size": 4, "hidden_size": 32, "ffn_hidden_size": 24,
     "num_attention_heads": 4, "num_query_groups": 2, "dec_num_layers": 3, "enc_num_layers": 2, "dec_cross_attention": [1, 2],
@@ -234,7 +234,7 @@ def test_shards_that_do_not_fit(tmp_path: Path) -> None:
         ({"odd": torch.zeros(2)}, r"rank 1 has other tensors than rank 0\n  \['odd'\]"),
     ):
         with pytest.raises(StoreError, match=message):
-            merge([shards[0], shards[1] | change], True, "it")
+            merge_shards([shards[0], shards[1] | change], True, "it")
 
 
 def test_folders_that_are_no_checkpoint(tmp_path: Path, tokenizer_file: Path) -> None:
@@ -285,8 +285,6 @@ def test_settings_and_tensors_that_are_missing(tmp_path: Path, tokenizer_file: P
 
 def test_a_nemo_file(tmp_path: Path, tokenizer_file: Path) -> None:
     """The weights of NeMo's layout, cut for two ranks; the mapping itself is held to NeMo's logits by test_golden."""
-    from retro_engine.model.weights import import_state_dict
-
     state, meta = nemo_state()
     expected = import_state_dict(state, meta, "nemo")
     path = tmp_path / "x.nemo"

@@ -1,4 +1,4 @@
-"""Checkpoint files and foreign state dicts that do not fit: named, never half loaded."""
+"""Checkpoint files that do not fit: named, never half loaded."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from helpers import small_inputs, small_model
 from safetensors.torch import save_file
 
-from retro_engine.errors import MissingInputError, StoreError, UsageError
-from retro_engine.model.weights import config_to_json, import_state_dict, load_model, read_config
+from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.model.weights import config_to_json, load_model, read_config
 
 
 @pytest.fixture
@@ -58,11 +58,3 @@ def test_files_that_are_not_there_or_broken(folder: Path) -> None:
             load_model(folder)
         (folder / name).write_bytes(raw)
     assert read_config(folder) == small_model().config
-
-
-def test_foreign_state_dicts_that_do_not_fit() -> None:
-    with pytest.raises(UsageError, match="one of mcore, megatron, nemo"):
-        import_state_dict({}, {}, "hf")
-    for source, key in (("mcore", "L"), ("nemo", "heads")):
-        with pytest.raises(StoreError, match=f"{key} is missing"):
-            import_state_dict({}, {}, source)

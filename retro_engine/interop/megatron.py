@@ -11,6 +11,8 @@ from torch import Tensor
 
 from retro_engine.config import ModelConfig, preset_model
 from retro_engine.errors import StoreError, UsageError
+from retro_engine.model.retro import RetroModel
+from retro_engine.model.weights import load_state
 
 SOURCES = ("mcore", "megatron", "nemo")
 State = dict[str, Tensor]
@@ -35,6 +37,18 @@ def convert(state: State, metadata: dict[str, str], source: str) -> tuple[ModelC
         if isinstance(error, StoreError | UsageError):
             raise
         raise StoreError(f"the {source} state dict does not fit its metadata", str(error).splitlines()[0]) from error
+
+
+def import_state_dict(state_dict: dict[str, Tensor], metadata: dict[str, str], source: str) -> RetroModel:
+    """A RetroModel with the weights of another implementation, computing exactly what that one computes.
+
+    source and `metadata` are those of `convert`. Raises StoreError for tensors missing, extra or of another
+    shape.
+    """
+    config, state = convert(state_dict, metadata, source)
+    model = RetroModel(config)
+    load_state(model, state, f"the {source} state dict")
+    return model.eval()
 
 
 class _Taker:
@@ -213,14 +227,14 @@ def _from_megatron(state: State, meta: dict[str, str]) -> tuple[ModelConfig, Sta
     return config, take.done()
 
 
-def _from_nemo(state: State, meta: dict[str, str]) -> tuple[ModelConfig, State]:
+def _nemo_config(meta: dict[str, str], state: State) -> ModelConfig:
+    def layers(key: str) -> list[int]:
+        return [int(part) for part in meta[key].strip("()[] ").split(",") if part.strip()]
+
     heads, hidden = int(meta["heads"]), int(meta["hidden"])
-    head_width = hidden // heads
-    crossing = [int(part) for part in meta["dec_ca"].strip("()[] ").split(",") if part.strip()]
-    encoder_crossing = [int(part) for part in meta["enc_ca"].strip("()[] ").split(",") if part.strip()]
-    config = preset_model(
+    return preset_model(
         "nemo",
-        vocab_size=state["encoder_embedding.word_embeddings.weight"].shape[0],
+        vocab_size=len(state["encoder_embedding.word_embeddings.weight"]),
         encoder_seq_length=int(meta["ns"]),
         chunk_size=int(meta["chunk"]),
         num_neighbors=int(meta["k"]),
@@ -229,52 +243,45 @@ def _from_nemo(state: State, meta: dict[str, str]) -> tuple[ModelConfig, State]:
         num_attention_heads=heads,
         dec_num_layers=int(meta["dec"]),
         enc_num_layers=int(meta["enc"]),
-        dec_cross_attention=crossing,
-        enc_cross_attention=encoder_crossing,
+        dec_cross_attention=layers("dec_ca"),
+        enc_cross_attention=layers("enc_ca"),
         layernorm_epsilon=float(meta.get("ln_eps", "1e-5")),
-        rotary_percentage=min(head_width, 32) / head_width,
+        rotary_percentage=min(hidden // heads, 32) / (hidden // heads),
         cca_query_offset=meta["version"] != "1",
         eod_id=int(meta["eod_id"]),
         pad_id=int(meta["pad_id"]),
     )
-    take = _Taker(state)
+
+
+def _from_nemo(state: State, meta: dict[str, str]) -> tuple[ModelConfig, State]:
+    config = _nemo_config(meta, state)
+    crossing, heads = config.dec_cross_attention, config.num_attention_heads
+    take, names_kv = _Taker(state), partial(_key_value_names, crossing)
     take.tensor("embedding.weight", "encoder_embedding.word_embeddings.weight")
     take.tensor("output_bias", "tokens_head.bias")
 
-    names_kv = partial(_key_value_names, crossing)
-
-    def self_attention(target: str, source: str) -> None:
-        take.module(f"{target}.attention_norm", f"{source}.input_layernorm")
-        take.attention(f"{target}.attention", f"{source}.self_attention.query_key_value", heads)
-        take.module(f"{target}.attention.out", f"{source}.self_attention.dense")
-
-    def cross_attention(target: str, source: str) -> None:
-        take.module(f"{target}.cross.q", f"{source}.query")
-        take.modules(names_kv(target), f"{source}.key_value", heads)
-        take.module(f"{target}.cross.out", f"{source}.dense")
-
-    def feed_forward(target: str, source: str, is_crossing: bool) -> None:
-        ffn_norm = "post_inter_attention_layernorm" if is_crossing else "post_attention_layernorm"
-        take.module(f"{target}.ffn_norm", f"{source}.{ffn_norm}")
-        take.module(f"{target}.ffn.up", f"{source}.mlp.dense_h_to_4h")
-        take.module(f"{target}.ffn.down", f"{source}.mlp.dense_4h_to_h")
+    def layer(target: str, before: str, after: str, attention: str | None) -> None:
+        """`before` and `after`: its halves, which are two layers where the stacks are cut; `attention`: its cross-attention."""
+        take.norm(f"{target}.attention_norm", f"{before}.input_layernorm")
+        take.attention(f"{target}.attention", f"{before}.self_attention.query_key_value", heads)
+        take.module(f"{target}.attention.out", f"{before}.self_attention.dense")
+        if attention is not None:
+            take.norm(f"{target}.cross_norm", f"{before}.post_attention_layernorm")
+            take.module(f"{target}.cross.q", f"{after}.{attention}.query")
+            take.modules(names_kv(target), f"{after}.{attention}.key_value", heads)
+            take.module(f"{target}.cross.out", f"{after}.{attention}.dense")
+        ffn_norm = "post_attention_layernorm" if attention is None else "post_inter_attention_layernorm"
+        take.norm(f"{target}.ffn_norm", f"{after}.{ffn_norm}")
+        take.feed_forward(f"{target}.ffn", f"{after}.mlp", "dense_h_to_4h", "dense_4h_to_h", is_gated=False)
 
     first = crossing[0]
     for i in range(config.dec_num_layers):
-        target = f"layers.{i}"
-        before, after = f"pre_decoder.model.layers.{i}", f"post_decoder.model.layers.{i - first}"
-        self_attention(target, before if i <= first else after)
-        if i in crossing:  # the first cross-attending layer is split between the two stacks
-            take.module(f"{target}.cross_norm", f"{before if i == first else after}.post_attention_layernorm")
-            cross_attention(target, f"{after}.inter_attention.cross_attention")
-        feed_forward(target, before if i < first else after, i in crossing)
+        pre, post = f"pre_decoder.model.layers.{i}", f"post_decoder.model.layers.{i - first}"
+        attention = "inter_attention.cross_attention" if i in crossing else None
+        layer(f"layers.{i}", pre if i <= first else post, pre if i < first else post, attention)
     for i in range(config.enc_num_layers):
-        target, source = f"encoder.layers.{i}", f"encoder.model.layers.{i}"
-        self_attention(target, source)
-        if i in encoder_crossing:
-            take.module(f"{target}.cross_norm", f"{source}.post_attention_layernorm")
-            cross_attention(target, f"{source}.inter_attention")
-        feed_forward(target, source, i in encoder_crossing)
-    take.module("encoder.final_norm", "encoder.model.final_layernorm")
-    take.module("final_norm", "post_decoder.model.final_layernorm")
+        source = f"encoder.model.layers.{i}"
+        layer(f"encoder.layers.{i}", source, source, "inter_attention" if i in config.enc_cross_attention else None)
+    take.norm("encoder.final_norm", "encoder.model.final_layernorm")
+    take.norm("final_norm", "post_decoder.model.final_layernorm")
     return config, take.done()
