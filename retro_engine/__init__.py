@@ -6,7 +6,8 @@ importing the package does no work.
 
 from typing import Any
 
-__version__ = "0.1.0"
+from retro_engine.version import __version__ as __version__
+
 __all__ = ["Corpus", "Index", "Retro", "fit"]
 
 

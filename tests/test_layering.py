@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "retro_engine"
 # A module may import from its own row and from the rows above it.
 ORDER = [
-    ["errors", "jit"],
+    ["errors", "jit", "version"],
     ["config", "progress"],
     ["data"],
     ["retrieval"],
@@ -22,6 +23,7 @@ ORDER = [
     ["interop"],
     ["serve"],
     ["api"],
+    ["__init__"],
     ["report"],
     ["demo", "bench"],
     ["cli_docs", "cli_interop", "cli_serve"],
@@ -43,6 +45,12 @@ def imports(path: Path) -> list[str]:
     return found
 
 
+def module_of(path: Path) -> str:
+    """The name that a file is imported by."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("retro_kernels", *parts[1:]) if parts[0] == "kernels" else parts).removesuffix(".__init__")
+
+
 def room(module: str) -> str:
     """The top-level room of a module of this package; __init__ for names of the package itself."""
     name = module.split(".")[1]
@@ -52,14 +60,24 @@ def room(module: str) -> str:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path) -> None:
     here = path.relative_to(PACKAGE).with_suffix("").parts[0]
-    if here == "__init__":
-        return  # names load on first use
     assert here in LEVEL, f"{here} has no place in ORDER"
     for module in imports(path):
-        if module.startswith("retro_engine.") and room(module) != "__init__":
+        if module.startswith("retro_engine."):
             assert LEVEL[room(module)] <= LEVEL[here], f"{path.name} imports {module}: a later room"
         if module.startswith("retro_kernels") and path.name != "loop.py" and here not in ("cli", "bench"):
             assert path == PACKAGE / "model" / "ops.py", f"{path}: only model/ops.py imports the kernels"
+
+
+def test_modules_import_in_no_circle() -> None:
+    """Kernels, too. `from package import name` is an import of the module `package.name`, or else of `package`."""
+    paths = [*FILES, *(ROOT / "kernels").glob("*.py")]
+    modules = {module_of(path): path for path in paths}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        found = (next((m for m in (name, name.rpartition(".")[0]) if m in modules), None) for name in imports(path))
+        graph[module] = {name for name in found if name is not None}
+    assert sum(map(len, graph.values())) > len(graph)
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
 def test_only_the_chooser_is_imported_outside_ops() -> None:

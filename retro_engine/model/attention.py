@@ -1,4 +1,4 @@
-"""The layers every part of the network shares: norm, projections, self-attention, cross-attention, FFN.
+"""The layers every part of the network shares: norm, self-attention, cross-attention, FFN.
 
 Shape letters: B batch, N tokens, S keys, D width, H query heads, G key/value heads, E head width, F FFN width.
 """
@@ -6,26 +6,14 @@ Shape letters: B batch, N tokens, S keys, D width, H query heads, G key/value he
 import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig, base_head_width
 from retro_engine.model import ops
+from retro_engine.model.linear import Linear, project
 
 Rotary = tuple[Tensor, Tensor] | None  # cos and sin [positions, rotary/2], or no positions
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor (known by its attribute: importing that class takes a second)."""
-    return hasattr(tensor, "placements")
-
-
-class Linear(nn.Linear):
-    """nn.Linear, with an op of its own for the few rows of a decoding step."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
 
 
 def left_to_pytorch(config: ModelConfig) -> list[str]:
@@ -34,28 +22,6 @@ def left_to_pytorch(config: ModelConfig) -> list[str]:
     if config.cross_layers and config.enc_cross_attention and config.mask_neighbors and not config.cca_reset:
         left.append("the encoder's cross-attention (model.cca_reset=false)")
     return left
-
-
-def project(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
-    """The outputs of several linear layers on the same input [..., d].
-
-    In training one product with the stacked matrices (fewer and larger ones for a GPU; on a CPU no difference was seen
-    beyond the noise). Apart where the matrices are sharded over processes, and without gradients, where few rows make
-    stacking dearer than it is worth.
-    """
-    if is_sharded(linears[0].weight):
-        from torch.distributed.tensor import DTensor, Replicate
-
-        assert isinstance(linears[0].weight, DTensor)
-        x = DTensor.from_local(x, linears[0].weight.device_mesh, [Replicate()])  # its gradient is summed once for all
-    if not torch.is_grad_enabled() or is_sharded(x):
-        return tuple(linear(x) for linear in linears)
-    sizes = [linear.out_features for linear in linears]
-    bias: Tensor | None = None
-    if any(linear.bias is not None for linear in linears):
-        parts = [x.new_zeros(n) if linear.bias is None else linear.bias for n, linear in zip(sizes, linears)]
-        bias = torch.cat([part.to(linears[0].weight.dtype) for part in parts])
-    return F.linear(x, torch.cat([linear.weight for linear in linears]), bias).split(sizes, -1)
 
 
 def norm(config: ModelConfig, width: int) -> nn.Module:

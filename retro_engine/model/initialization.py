@@ -7,17 +7,23 @@ cross-attention. docs/retrieval-ready.md has the derivation and the measurements
 """
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig, base_config
-from retro_engine.model.attention import ChunkedCrossAttention, CrossAttention, FeedForward, SelfAttention
+from retro_engine.model.attention import (
+    ChunkedCrossAttention,
+    CrossAttention,
+    FeedForward,
+    NeighborProjection,
+    SelfAttention,
+)
 from retro_engine.model.decoder import DecoderLayer
-
-if TYPE_CHECKING:
-    from retro_engine.model.retro import RetroModel
+from retro_engine.model.encoder import Encoder
+from retro_engine.model.linear import Int8Linear, Linear
 
 ROTARY_PAIRS = 6  # the fastest rotary pairs carry the positional heads
 PEAK_LOGIT = 8.0  # attention logit of a positional head at its offset
@@ -25,7 +31,24 @@ EMBEDDING_STD = 0.06
 COPY_GAIN = 0.7
 
 
-def initialize(model: "RetroModel", generator: torch.Generator | None = None) -> None:
+class Network(Protocol):
+    """What of a `RetroModel` has weights: retro.py, which begins with them, is not imported here."""
+
+    config: ModelConfig
+    embedding: nn.Embedding
+    position_embedding: nn.Embedding | None
+    layers: Sequence[DecoderLayer]
+    encoder: Encoder | None
+    neighbor_projection: NeighborProjection | None
+    encoder_input: Linear | None
+    head: Linear | Int8Linear | None
+
+    def __init__(self, config: ModelConfig) -> None: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def initialize(model: Network, generator: torch.Generator | None = None) -> None:
     """Overwrite every parameter of `model` as `model.config.init` says."""
     config = model.config
     with torch.no_grad():
@@ -34,7 +57,7 @@ def initialize(model: "RetroModel", generator: torch.Generator | None = None) ->
             _retrieval_ready(model, config, generator)
 
 
-def _normal(model: "RetroModel", config: ModelConfig, generator: torch.Generator | None) -> None:
+def _normal(model: Network, config: ModelConfig, generator: torch.Generator | None) -> None:
     """N(0, std) everywhere, residual outputs divided by sqrt(2 x layers); biases 0, norms 1. With muP hidden matrices
     have std / sqrt(w).
 
@@ -43,7 +66,8 @@ def _normal(model: "RetroModel", config: ModelConfig, generator: torch.Generator
     std is `init_method_std`, or 1/sqrt(fan_in) with `retrieval_ready`, whose circuit needs W_v W_v' near identity.
     """
 
-    multipliers = {id(model.get_parameter(name)): w for name, w in width_multipliers(model).items()}
+    width_of = width_multipliers(model)
+    multipliers = {id(parameter): width_of[name] for name, parameter in model.named_parameters() if name in width_of}
 
     def fill(weight: Tensor, gain: float = 1.0) -> None:
         std = weight.shape[1] ** -0.5 if config.init == "retrieval_ready" else config.init_method_std
@@ -86,7 +110,7 @@ def _normal(model: "RetroModel", config: ModelConfig, generator: torch.Generator
                 fill(module.down.weight, residual_gain)
 
 
-def width_multipliers(model: "RetroModel") -> dict[str, float]:
+def width_multipliers(model: Network) -> dict[str, float]:
     """w = fan_in / fan_in_base of every hidden matrix, by its name; empty without muP.
 
     Embeddings, norms, biases and the output head are not among them: their width-dependence is not of a matrix from one
@@ -107,7 +131,7 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.dim() == 2 and "embedding" not in name and not name.startswith("head.")
 
 
-def _retrieval_ready(model: "RetroModel", config: ModelConfig, generator: torch.Generator | None) -> None:
+def _retrieval_ready(model: Network, config: ModelConfig, generator: torch.Generator | None) -> None:
     first = config.cross_layers[0] if config.cross_layers else min(1, config.dec_num_layers - 1)
     for layer in model.layers[: first + 1]:
         _positional_head(layer.attention, config, head=0, offset=-1)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retro_engine.model import ops
-from retro_engine.model.attention import is_sharded
+from retro_engine.model.linear import is_sharded
 
 TOKENS = 512  # of one slice
 

@@ -14,20 +14,12 @@ from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig, base_config, check_model
 from retro_engine.model import ops
-from retro_engine.model.attention import (
-    ChunkedCrossAttention,
-    Linear,
-    NeighborProjection,
-    Rotary,
-    SelfAttention,
-    is_sharded,
-    norm,
-)
+from retro_engine.model.attention import ChunkedCrossAttention, NeighborProjection, Rotary, SelfAttention, norm
 from retro_engine.model.decoder import Attending, DecoderLayer, Reading, chunk_read
 from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
 from retro_engine.model.initialization import initialize
+from retro_engine.model.linear import Int8Linear, Linear, is_sharded
 from retro_engine.model.loss import linear_cross_entropy
-from retro_engine.model.quantize import Int8Linear
 
 
 @dataclass

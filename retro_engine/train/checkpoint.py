@@ -27,7 +27,7 @@ from retro_engine.data.coding import Coding
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
-from retro_engine.model.attention import is_sharded
+from retro_engine.model.linear import is_sharded
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, load_state, read_config, read_tensors
 from retro_engine.progress import note

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from retro_engine import __version__
 from retro_engine.config import Config, flat_keys
 from retro_engine.data import files
 from retro_engine.errors import MissingExtraError
 from retro_engine.progress import Reporter
 from retro_engine.train import record
 from retro_engine.train.places import with_absolute_paths
+from retro_engine.version import __version__
 
 
 class RunLog:

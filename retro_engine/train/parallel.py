@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from retro_engine.config import Config
 from retro_engine.errors import UsageError
-from retro_engine.model.attention import is_sharded
 from retro_engine.model.device import num_processes, pick_device
+from retro_engine.model.linear import is_sharded
 from retro_engine.model.retro import RetroModel
 
 TIMEOUT = timedelta(seconds=120)  # a process that hangs stops the others after this

@@ -18,7 +18,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.generate.request import Request
 from retro_engine.library.library import Library
-from retro_engine.model.quantize import Int8Linear
+from retro_engine.model.linear import Int8Linear
 from retro_engine.progress import Reporter
 from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.service import ServiceOptions, open_service

@@ -1,0 +1,67 @@
+"""The matrices of the network: their weights as they are trained, or in int8 for generation.
+
+Shape letters: D inputs, O outputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retro_engine.model import ops
+
+
+class Linear(nn.Linear):
+    """nn.Linear, with an op of its own for the few rows of a decoding step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Int8Linear(nn.Module):
+    """y = x (scale * weight)' + bias with weights of -127 ... 127; each output channel is scaled by its largest one (absmax)."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight_OD: Tensor, bias_O: Tensor | None):
+        super().__init__()
+        scale_O = weight_OD.abs().amax(1).clamp(min=1e-12).float() / 127
+        self.register_buffer("weight", (weight_OD.float() / scale_O[:, None]).round().to(torch.int8).contiguous())
+        self.register_buffer("scale", scale_O)
+        self.register_buffer("bias", None if bias_O is None else bias_O.detach().float())
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., o]"""
+        return ops.linear(x, self.weight, self.bias, self.scale)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor (known by its attribute: importing that class takes a second)."""
+    return hasattr(tensor, "placements")
+
+
+def project(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """The outputs of several linear layers on the same input [..., d].
+
+    In training one product with the stacked matrices (fewer and larger ones for a GPU; on a CPU no difference was seen
+    beyond the noise). Apart where the matrices are sharded over processes, and without gradients, where few rows make
+    stacking dearer than it is worth.
+    """
+    if is_sharded(linears[0].weight):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        assert isinstance(linears[0].weight, DTensor)
+        x = DTensor.from_local(x, linears[0].weight.device_mesh, [Replicate()])  # its gradient is summed once for all
+    if not torch.is_grad_enabled() or is_sharded(x):
+        return tuple(linear(x) for linear in linears)
+    sizes = [linear.out_features for linear in linears]
+    bias: Tensor | None = None
+    if any(linear.bias is not None for linear in linears):
+        parts = [x.new_zeros(n) if linear.bias is None else linear.bias for n, linear in zip(sizes, linears)]
+        bias = torch.cat([part.to(linears[0].weight.dtype) for part in parts])
+    return F.linear(x, torch.cat([linear.weight for linear in linears]), bias).split(sizes, -1)
