@@ -9,7 +9,8 @@ import time
 import torch
 
 from retro_engine.config import preset_model
-from retro_engine.model.decoding import new_cache, step
+from retro_engine.model.decode_cache import new_cache
+from retro_engine.model.decoding import step
 from retro_engine.model.retro import RetroModel
 
 PROMPT, NEW, M = 256, 256, 64

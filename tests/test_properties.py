@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import small_inputs, small_model
 
-from retro_engine.model.decoding import new_cache, step
+from retro_engine.model.decode_cache import new_cache
+from retro_engine.model.decoding import step
 from retro_engine.model.retro import RetroModel
 
 M = 4

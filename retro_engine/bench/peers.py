@@ -26,7 +26,7 @@ from retro_engine.bench.frame import forget_peak, free_memory, resident_mib
 from retro_engine.config import ModelConfig, OptimConfig, preset_model
 from retro_engine.errors import OutOfResourceError, UsageError
 from retro_engine.model import flops
-from retro_engine.model.decoding import new_cache
+from retro_engine.model.decode_cache import new_cache
 from retro_engine.model.decoding import step as decode_step
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from retro_engine.generate.prefix import PrefixCache, keys_of
 from retro_engine.generate.sequence import DecodingSequence, stacked
-from retro_engine.model.decoding import decode_one, new_cache, prefill
+from retro_engine.model.decode_cache import new_cache
+from retro_engine.model.decoding import decode_one, prefill
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.hit import Found
 
@@ -118,7 +119,8 @@ class DecodingBatch:
         if ending:
             neighbors = stacked([found[sequences[row]] for row in ending], self.pad_id, self.device)
         advances = torch.tensor([s not in waits for s in sequences], device=self.device)
-        return decode_one(self.model, self.cache.part(first, last), tokens, ending, *neighbors, advances)
+        part = self.cache.part(first, last)
+        return decode_one(self.model, part, tokens, *neighbors, ending=ending, advances_B=advances)
 
     def holds(self, sequence: DecodingSequence) -> bool:
         return sequence is self.joining or sequence in self.decoding

@@ -16,7 +16,8 @@ from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
 from retro_engine.generate.decoding_batch import PIECE_CHUNKS
 from retro_engine.generate.generator import Generator, encode_neighbors
-from retro_engine.model.decoding import new_cache, prefill
+from retro_engine.model.decode_cache import new_cache
+from retro_engine.model.decoding import prefill
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.hit import Hit
 

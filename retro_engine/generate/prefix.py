@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retro_engine.model.decoding import DecodeCache
+from retro_engine.model.decode_cache import DecodeCache
 from retro_engine.retrieval.hit import Found
 
 

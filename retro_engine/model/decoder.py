@@ -14,7 +14,7 @@ from retro_engine.model.attention import ChunkedCrossAttention, FeedForward, Sel
 from retro_engine.model.recompute import run
 
 
-class Attending(Protocol):
+class CausalAttention(Protocol):
     """Which keys the queries of a layer's self-attention meet: those of the pass, or a cache's too."""
 
     def __call__(self, layer: int, attention: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.recompute: str | None = None
 
-    def forward(self, x_BND: Tensor, attending: Attending, reading: Reading | None) -> Tensor:
+    def forward(self, x_BND: Tensor, attending: CausalAttention, reading: Reading | None) -> Tensor:
         """x [b, n, d] -> [b, n, d]; `reading` None = retrieval off."""
         if not self.is_crossing or reading is None:
             return run(self.recompute, self._plain, x_BND, attending)
@@ -79,13 +79,13 @@ class DecoderLayer(nn.Module):
             reading.encode(self.cross_norm(x))
         return run(self.recompute, self._read, x, reading, *reading.encoded(self.index))
 
-    def _plain(self, x: Tensor, attending: Attending) -> Tensor:
+    def _plain(self, x: Tensor, attending: CausalAttention) -> Tensor:
         return self.feed_forward(self.self_attend(x, attending))
 
     def _read(self, x: Tensor, reading: Reading, *encoded: Tensor) -> Tensor:
         return self.feed_forward(self.cross_attend(x, reading, *encoded))
 
-    def self_attend(self, x: Tensor, attending: Attending) -> Tensor:
+    def self_attend(self, x: Tensor, attending: CausalAttention) -> Tensor:
         q, k, v = self.attention.project(self.attention_norm(x))
         return x + self.dropout(self.attention.out(attending(self.index, self.attention, q, k, v)))
 

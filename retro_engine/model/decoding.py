@@ -1,206 +1,26 @@
-"""Decoding with a cache: prompts are taken in block by block, then every row gets one new token at a time.
+"""Decoding with a cache: `prefill` takes blocks of tokens in, `decode_one` one new token of every row.
 
-A row of the cache is a sequence at its own place; rows of equal length are the special case that `step` serves. Chunks are
-aligned to a sequence's beginning, so every entry is final once written: nothing is recomputed. Memory is reserved for
-`capacity` tokens a row; the system backs what is written.
-Letters: B rows, S capacity, T tokens of a block, N rows whose chunk ends, L chunks that a block completes, K neighbors,
-R tokens per neighbor, X neighbor tokens that a row reads (k*r), G key/value heads, E head width, M chunk length, D width,
-V vocabulary.
+A block belongs to rows of one length; `decode` answers a batch of prompts with both.
+Letters: B rows, T tokens of a block, N rows whose chunk ends, L chunks that a block completes, K neighbors, R tokens per
+neighbor, G key/value heads, E head width, M chunk length, D width, V vocabulary.
 """
 
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
 from retro_engine.model import ops
-from retro_engine.model.attention import ChunkedCrossAttention, Rotary, SelfAttention
+from retro_engine.model.attention import ChunkedCrossAttention, SelfAttention
+from retro_engine.model.decode_cache import DecodeCache, Pairs, new_cache, prepared_steps
 from retro_engine.model.decoder import Places, offset_read
 from retro_engine.model.retro import RetroModel
 
-Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair a cross-attending layer
 ALL = slice(None)
 PLAIN = "this model is a plain decoder (model.retrieval=false): it takes no neighbors"
-OF_ROWS = ("hidden_BMD", "cross_valid_BX", "lengths_B", "pads_B", "offsets_B")
-OF_ROWS_AND_LAYERS = ("keys_BSGE", "values_BSGE", "cross_keys_BXGE", "cross_values_BXGE")
-
-
-class PreparedSteps:
-    """`Steps` of a model's layers, and which weights they were made of: the layers may have got others since."""
-
-    def __init__(self, layers: Sequence[nn.Module], steps: ops.Steps):
-        assert isinstance(layers, nn.ModuleList)
-        self.steps: ops.Steps = steps
-        self._layers: nn.ModuleList = layers
-        tables = [table for m in layers.modules() for table in (m._parameters, m._buffers, m._modules)]
-        slots = [(table, name, value) for table in tables for name, value in table.items()]
-        self._tables: list[dict[str, Any]] = [table for table, _, _ in slots]
-        self._names: list[str] = [name for _, name, _ in slots]
-        self._values: list[Any] = [value for _, _, value in slots]
-
-    def is_of(self, layers: Sequence[nn.Module]) -> bool:
-        """Whether these layers have the same weights still (with other values and other memory maybe: `Steps` sees that)."""
-        found = map(dict.get, self._tables, self._names)  # every step asks
-        return layers is self._layers and all(map(operator.is_, found, self._values))
-
-
-@dataclass
-class DecodeCache:
-    """The decoding state of B sequences; made by `new_cache`. Tensors are written in place, so parts share them."""
-
-    keys_BSGE: list[Tensor]  # one a decoder layer, rotated
-    values_BSGE: list[Tensor]
-    hidden_BMD: Tensor  # normed state of each row's open chunk at the first cross-attending layer
-    cross_keys_BXGE: list[Tensor]  # one a cross-attending layer, rotated: the last whole chunk's neighbors
-    cross_values_BXGE: list[Tensor]
-    cross_valid_BX: Tensor
-    lengths_B: Tensor  # tokens taken so far, padding included
-    pads_B: Tensor  # padding on the left
-    offsets_B: Tensor  # of a row's next token, in the table of cross-attention
-    rotary: tuple[Rotary, Rotary]  # tables of every position, and of those in a chunk
-    grows: bool  # wider neighbors take more memory; else they are refused
-    steps: PreparedSteps | None = field(default=None, init=False, repr=False, compare=False)  # on this memory
-    parts: dict[tuple[int, int], "DecodeCache"] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "steps": None, "parts": {}}  # a copy has other memory
-
-    @property
-    def capacity(self) -> int:
-        return self.keys_BSGE[0].shape[1]
-
-    @property
-    def length(self) -> int:
-        """Tokens taken so far. Raises ValueError where that differs from row to row."""
-        lengths: list[int] = self.lengths_B.tolist()
-        if lengths.count(lengths[0]) != len(lengths):
-            raise ValueError(f"the rows hold {lengths} tokens; a block needs rows of one length")
-        return lengths[0]
-
-    def part(self, first: int, last: int) -> "DecodeCache":
-        """Rows first ... last - 1, sharing memory."""
-        if (first, last) not in self.parts:
-            cut = slice(first, last)
-            rows: dict[str, Any] = {name: getattr(self, name)[cut] for name in OF_ROWS}
-            lists: dict[str, Any] = {
-                name: [tensor[cut] for tensor in getattr(self, name)] for name in OF_ROWS_AND_LAYERS
-            }
-            self.parts[first, last] = replace(self, **rows, **lists, grows=False)
-        return self.parts[first, last]
-
-    def clear(self, row: int, pad: int) -> None:
-        """Make a row ready for a sequence with `pad` tokens of padding on the left."""
-        self.lengths_B[row], self.pads_B[row] = 0, pad
-        self.cross_valid_BX[row] = False
-
-    def move(self, source: int, target: int) -> None:
-        length = int(self.lengths_B[source])
-        for tensor in (*self.keys_BSGE, *self.values_BSGE):
-            tensor[target, :length] = tensor[source, :length]
-        width = self.cross_width(source)
-        for tensor in (*self.cross_keys_BXGE, *self.cross_values_BXGE):
-            tensor[target, :width] = tensor[source, :width]
-        for tensor in (self.hidden_BMD, self.cross_valid_BX, self.lengths_B, self.pads_B):
-            tensor[target] = tensor[source]
-
-    def cross_width(self, row: int) -> int:
-        """Neighbor tokens of a row, up to the last valid one."""
-        valid = self.cross_valid_BX[row].nonzero()
-        return int(valid[-1]) + 1 if len(valid) else 0
-
-    def put_cross(self, rows: list[int] | slice, pairs_NXGE: Pairs, valid_NX: Tensor) -> None:
-        """The rotated keys and values that these rows read from now on; no pairs = none."""
-        width = valid_NX.shape[1]
-        self._reserve(width)
-        self.cross_valid_BX[rows] = False
-        self.cross_valid_BX[rows, :width] = valid_NX
-        for place, (keys, values) in enumerate(pairs_NXGE):
-            self.cross_keys_BXGE[place][rows, :width] = keys.to(self.cross_keys_BXGE[place].dtype)
-            self.cross_values_BXGE[place][rows, :width] = values.to(self.cross_values_BXGE[place].dtype)
-
-    def _reserve(self, width: int) -> None:
-        held = self.cross_valid_BX.shape[1]
-        if width <= held:
-            return
-        if not self.grows:
-            raise ValueError(f"{width} neighbor tokens; the cache holds {held}")
-
-        def wider(narrow_BXGE: Tensor) -> Tensor:
-            heads_first = F.pad(narrow_BXGE.transpose(1, 2), (0, 0, 0, width - held))
-            return heads_first.contiguous().transpose(1, 2)
-
-        self.cross_keys_BXGE = [wider(keys) for keys in self.cross_keys_BXGE]
-        self.cross_values_BXGE = [wider(values) for values in self.cross_values_BXGE]
-        self.cross_valid_BX = F.pad(self.cross_valid_BX, (0, width - held))
-        self.steps, self.parts = None, {}
-
-    def bytes_per_token(self) -> int:
-        return sum(tensor[0, 0].nbytes for tensor in (*self.keys_BSGE, *self.values_BSGE))
-
-
-def new_cache(model: RetroModel, batch_size: int, capacity: int, neighbor_tokens: int | None = None) -> DecodeCache:
-    """An empty cache: at most `capacity` tokens a row, which reads at most `neighbor_tokens` (k*r) at a time (None: as
-    many as are given).
-    """
-    c, weight = model.config, model.embedding.weight
-    device, num_crossing = weight.device, len(c.cross_layers)
-    X = (neighbor_tokens or 0) if num_crossing else 0
-
-    def empty(tokens: int, count: int) -> list[Tensor]:
-        """In memory each head's tokens follow one another, as a step of decoding reads them."""
-        shape = (batch_size, c.key_value_heads, tokens, c.head_width)
-        return [torch.zeros(shape, dtype=model.cache_dtype, device=device).transpose(1, 2) for _ in range(count)]
-
-    def places() -> Tensor:
-        return torch.zeros(batch_size, dtype=torch.long, device=device)
-
-    return DecodeCache(
-        keys_BSGE=empty(capacity, c.dec_num_layers),
-        values_BSGE=empty(capacity, c.dec_num_layers),
-        hidden_BMD=torch.zeros(batch_size, c.chunk_size, c.hidden_size, dtype=weight.dtype, device=device),
-        cross_keys_BXGE=empty(X, num_crossing),
-        cross_values_BXGE=empty(X, num_crossing),
-        cross_valid_BX=torch.zeros(batch_size, X, dtype=torch.bool, device=device),
-        lengths_B=places(),
-        pads_B=places(),
-        offsets_B=places(),
-        rotary=(model.decoder_rotary(capacity, device), model.cross_rotary(device)),
-        grows=neighbor_tokens is None,
-    )
-
-
-def step(
-    model: RetroModel,
-    cache: DecodeCache,
-    tokens_BT: Tensor,
-    neighbors_BLKR: Tensor | None = None,
-    lengths_BLK: Tensor | None = None,
-    is_token_BT: Tensor | None = None,
-    last_only: bool = False,
-) -> Tensor:
-    """The next t tokens of rows of equal length, of one document each -> logits [b, t, V] ([b, 1, V] with `last_only`).
-
-    Neighbors belong to the l chunks that these tokens complete; None = those chunks have none. `is_token_BT` False =
-    padding, before a row's first token. Equal to the full pass over all tokens so far, in which chunks without neighbors
-    are chunks whose neighbors are missing (with cca_bias_everywhere that is not retrieval off).
-    Raises ValueError for what does not fit.
-    """
-    start, M = cache.length, model.config.chunk_size
-    _check_block(model, cache, tokens_BT, start, neighbors_BLKR, lengths_BLK)
-    if is_token_BT is not None:
-        _note_padding(cache, is_token_BT)
-    if tokens_BT.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _take_in(model, cache, tokens_BT, start, neighbors_BLKR, lengths_BLK, last_only)
-    ending = list(range(len(tokens_BT))) if (start + 1) % M == 0 else []
-    newest = None if neighbors_BLKR is None or not ending else neighbors_BLKR[:, 0]
-    valid = None if lengths_BLK is None or not ending else lengths_BLK[:, 0]
-    return decode_one(model, cache, tokens_BT[:, 0], ending, newest, valid)[:, None]
 
 
 def prefill(
@@ -209,30 +29,23 @@ def prefill(
     tokens_BT: Tensor,
     neighbors_BLKR: Tensor | None = None,
     lengths_BLK: Tensor | None = None,
+    *,
     last_only: bool = False,
 ) -> Tensor:
-    """`step` for a block; padding is as the cache has it (`DecodeCache.clear`)."""
-    start = cache.length
-    _check_block(model, cache, tokens_BT, start, neighbors_BLKR, lengths_BLK)
-    return _take_in(model, cache, tokens_BT, start, neighbors_BLKR, lengths_BLK, last_only)
+    """The next t tokens of rows of equal length, of one document each -> logits [b, t, V] ([b, 1, V] with `last_only`).
 
-
-def _take_in(
-    model: RetroModel,
-    cache: DecodeCache,
-    tokens_BT: Tensor,
-    start: int,
-    neighbors_BLKR: Tensor | None,
-    lengths_BLK: Tensor | None,
-    last_only: bool,
-) -> Tensor:
+    Neighbors belong to the l chunks that these tokens complete; None = those chunks have none. Equal to the full pass over
+    all tokens so far, in which chunks without neighbors are chunks whose neighbors are missing (with cca_bias_everywhere
+    that is not retrieval off). Raises ValueError for what does not fit.
+    """
+    start, T = _check_block(model, cache, tokens_BT, neighbors_BLKR, lengths_BLK), tokens_BT.shape[1]
     reading = None
     if model.config.cross_layers:
-        reading = _CachedReading(model, cache, start, tokens_BT.shape[1], neighbors_BLKR, lengths_BLK)
-    x = model.run_layers(model.embed(tokens_BT, start), _CachedAttention(cache, start, tokens_BT.shape[1]), reading)
+        reading = _CachedReading(model, cache, start, T, neighbors_BLKR, lengths_BLK)
+    x = model.run_layers(model.embed(tokens_BT, start), _CachedAttention(cache, start, T), reading)
     if reading is not None:
         reading.keep()
-    cache.lengths_B += tokens_BT.shape[1]
+    cache.lengths_B += T
     return model.logits(model.normed(x[:, -1:] if last_only else x))
 
 
@@ -240,14 +53,16 @@ def decode_one(
     model: RetroModel,
     cache: DecodeCache,
     tokens_B: Tensor,
-    ending: list[int],
     neighbors_NKR: Tensor | None = None,
     lengths_NK: Tensor | None = None,
+    *,
+    ending: Sequence[int] = (),
     advances_B: Tensor | None = None,
 ) -> Tensor:
     """The next token of every row -> logits [b, V]; no gradients.
 
-    `ending`: the rows whose chunk this token completes, in the order of `neighbors_NKR` (None = they have none).
+    `ending`: the rows whose chunk this token completes, in the order of `neighbors_NKR` (None = they have none). Raises
+    ValueError for what does not fit.
     `advances_B` False: the row waits; it is computed, and nothing of it counts.
     """
     c, starts = model.config, cache.lengths_B
@@ -255,20 +70,45 @@ def decode_one(
     if max(places) >= cache.capacity:
         raise ValueError(f"the cache holds {cache.capacity} tokens; {max(places) + 1} were given")
     if ending or neighbors_NKR is not None:
-        _check_ending(model, places, ending, neighbors_NKR)
+        _check_ending(model, places, neighbors_NKR, ending)
     x = model.embed(tokens_B[:, None], starts)[:, 0]
-    steps, begun = _steps(model, cache), 0
+    steps, begun = prepared_steps(model, cache), 0
     if c.cross_layers:
         begun = 2 * c.cross_layers[0] + 1  # the parts before the first cross-attention
         x = steps.run(x, 0, begun)
         z = model.layers[c.cross_layers[0]].cross_norm(x.to(model.embedding.weight.dtype))
         _note_places(c, cache, places, z.to(cache.hidden_BMD.dtype))
         if ending:
-            _read_anew(model, cache, ending, neighbors_NKR, lengths_NK)
-            steps = _steps(model, cache)  # what is read may lie elsewhere now
+            _read_anew(model, cache, list(ending), neighbors_NKR, lengths_NK)
+            steps = prepared_steps(model, cache)  # what is read may lie elsewhere now
     x = steps.run(x, begun)
     cache.lengths_B += 1 if advances_B is None else advances_B.long()
     return model.logits(model.normed(x.to(model.embedding.weight.dtype)))
+
+
+def step(
+    model: RetroModel,
+    cache: DecodeCache,
+    tokens_BT: Tensor,
+    neighbors_BLKR: Tensor | None = None,
+    lengths_BLK: Tensor | None = None,
+    *,
+    is_token_BT: Tensor | None = None,
+    last_only: bool = False,
+) -> Tensor:
+    """The next t tokens of rows of equal length: `decode_one` where t = 1, else `prefill`, whose arguments and results it has.
+
+    `is_token_BT` False = padding, before a row's first token; None = as the cache has it (`DecodeCache.clear`).
+    """
+    start = _check_block(model, cache, tokens_BT, neighbors_BLKR, lengths_BLK)
+    if is_token_BT is not None:
+        cache.note_padding(is_token_BT)
+    if tokens_BT.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return prefill(model, cache, tokens_BT, neighbors_BLKR, lengths_BLK, last_only=last_only)
+    if (start + 1) % model.config.chunk_size:
+        return decode_one(model, cache, tokens_BT[:, 0])[:, None]
+    newest = [None if given is None else given[:, 0] for given in (neighbors_BLKR, lengths_BLK)]
+    return decode_one(model, cache, tokens_BT[:, 0], *newest, ending=range(len(tokens_BT)))[:, None]
 
 
 def _note_places(config: ModelConfig, cache: DecodeCache, places: list[int], z_BD: Tensor) -> None:
@@ -432,59 +272,27 @@ def _keep(cache: DecodeCache, rows: list[int] | slice, pairs_NKRGE: Pairs, lengt
     cache.put_cross(rows, rotated, valid.flatten(1))
 
 
-def _steps(model: RetroModel, cache: DecodeCache) -> ops.Steps:
-    """All layers for one new token a row, prepared on the cache's memory and ready to `run`."""
-    if cache.steps is None or not cache.steps.is_of(model.layers):
-        decoder, reader = (tables or (None, None) for tables in cache.rotary)
-        crossing = iter(zip(cache.cross_keys_BXGE, cache.cross_values_BXGE))
-        parts: list[ops.Part] = []
-        for layer, keys, values in zip(model.layers, cache.keys_BSGE, cache.values_BSGE):
-            a, reading, starts = layer.attention, None, cache.lengths_B
-            attending = ops.Attending(
-                keys, values, a.scale, cache.pads_B, starts, None, starts, *decoder, a.interleaved
-            )
-            if layer.is_crossing:
-                places = (None, None, cache.cross_valid_BX, cache.offsets_B)
-                reading = ops.Attending(*next(crossing), layer.cross.scale, *places, *reader)
-            parts += layer.step_parts(attending, reading)
-        cache.steps = PreparedSteps(model.layers, ops.Steps(parts))
-    cache.steps.steps.look()
-    return cache.steps.steps
-
-
 def _cross_position(config: ModelConfig, places: Places) -> Places:
     """The positions of queries in the table of cross-attention."""
     return offset_read(places, config.chunk_size) + (config.chunk_size - 1 if config.cca_query_offset else 0)
 
 
-def _note_padding(cache: DecodeCache, is_token_BT: Tensor) -> None:
-    """Count padding on the left. Raises ValueError for padding after a token."""
-    has_tokens_B = cache.pads_B < cache.lengths_B
-    after_a_token = is_token_BT.long().cummax(1).values.bool() | has_tokens_B[:, None]
-    if bool((after_a_token & ~is_token_BT).any()):
-        raise ValueError("padding comes after a token: a row of the cache has it on the left alone")
-    pads_B = cache.lengths_B + (~is_token_BT).sum(1)  # the same again where a block is given again
-    cache.pads_B.copy_(torch.where(has_tokens_B, cache.pads_B, pads_B))
-
-
-def _check_ending(model: RetroModel, places: list[int], ending: list[int], neighbors_NKR: Tensor | None) -> None:
+def _check_ending(model: RetroModel, places: list[int], neighbors_NKR: Tensor | None, ending: Sequence[int]) -> None:
     if neighbors_NKR is not None and model.encoder is None:
         raise ValueError(PLAIN)
     if neighbors_NKR is not None and len(neighbors_NKR) != len(ending):
         raise ValueError(f"neighbors has shape {tuple(neighbors_NKR.shape)}; expected [{len(ending)}, k, r]")
     if any((places[row] + 1) % model.config.chunk_size for row in ending):
-        raise ValueError(f"rows {ending} at places {places}: not all of them end a chunk of {model.config.chunk_size}")
+        raise ValueError(
+            f"rows {list(ending)} at places {places}: not all of them end a chunk of {model.config.chunk_size}"
+        )
 
 
 def _check_block(
-    model: RetroModel,
-    cache: DecodeCache,
-    tokens_BT: Tensor,
-    start: int,
-    neighbors_BLKR: Tensor | None,
-    lengths_BLK: Tensor | None,
-) -> None:
-    c, (B, T) = model.config, tokens_BT.shape
+    model: RetroModel, cache: DecodeCache, tokens_BT: Tensor, neighbors_BLKR: Tensor | None, lengths_BLK: Tensor | None
+) -> int:
+    """Where the block begins."""
+    c, (B, T), start = model.config, tokens_BT.shape, cache.length
     if c.partial_chunk != "last":
         raise ValueError("model.partial_chunk=first cannot be decoded with a cache: use forward")
     if c.eod_id is not None and c.reset_attention and bool((tokens_BT[:, :-1] == c.eod_id).any()):
@@ -499,6 +307,7 @@ def _check_block(
     if lengths_BLK is not None and (neighbors_BLKR is None or lengths_BLK.shape != neighbors_BLKR.shape[:3]):
         given = "none" if neighbors_BLKR is None else str(tuple(neighbors_BLKR.shape))
         raise ValueError(f"neighbor lengths have shape {tuple(lengths_BLK.shape)}; neighbors {given}")
+    return start
 
 
 def greedy(logits_BV: Tensor) -> Tensor:
@@ -518,39 +327,36 @@ def decode(
     """A batch of prompts answered together, to the end of the longest answer; the stop id that ended one is not in it.
 
     Prompts are padded on the left to the same whole number of chunks, so that each one's last token ends a chunk and its
-    given neighbors act from that token on. `neighbors_BKR` None = retrieval off; `choose` makes tokens [b] of logits [b, V]. Raises ValueError for an empty
-    prompt, UsageError for more tokens than the model has positions.
+    given neighbors act from that token on. `neighbors_BKR` None = retrieval off; `choose` makes tokens [b] of logits
+    [b, V]. Raises ValueError for an empty prompt, UsageError for more tokens than the model has positions.
     """
     if not all(prompts):
         raise ValueError("a prompt is empty: there is nothing to continue")
     device, M, B = model.embedding.weight.device, model.config.chunk_size, len(prompts)
-    is_reading = neighbors_BKR is not None and model.encoder is not None
+    if model.encoder is None:
+        neighbors_BKR = None
     longest = max(map(len, prompts))
-    length = -(-longest // M) * M if is_reading else longest
+    length = longest if neighbors_BKR is None else -(-longest // M) * M
     most = model.config.most_tokens
     if most is not None and length + max_new_tokens > most:
         what = f"{length} prompt and {max_new_tokens} new tokens"
         raise UsageError(what, f"the model has {most} positions", "ask for fewer")
-    tokens = torch.full((B, length), pad_id)
-    is_token = torch.zeros(B, length, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = torch.tensor(list(prompt))
-        is_token[row, length - len(prompt) :] = True
+    rows = [[pad_id] * (length - len(prompt)) + [*prompt] for prompt in prompts]
+    block = torch.tensor(rows, device=device)
     cache = new_cache(model, B, length + max_new_tokens)
+    cache.pads_B.copy_(torch.tensor([length - len(prompt) for prompt in prompts]))
     answers: list[list[int]] = [[] for _ in range(B)]
     is_open = torch.ones(B, dtype=torch.bool)
-    block, block_is_token = tokens.to(device), is_token.to(device)
     for _ in range(max_new_tokens):
         chunks = (cache.length + block.shape[1]) // M - cache.length // M
         neighbors = lengths = None
-        if is_reading and chunks:
-            assert neighbors_BKR is not None
+        if neighbors_BKR is not None and chunks:
             neighbors = neighbors_BKR.to(device)[:, None].expand(-1, chunks, -1, -1)
             full = torch.full(neighbors_BKR.shape[:2], neighbors_BKR.shape[2]) if lengths_BK is None else lengths_BK
             lengths = full.to(device)[:, None].expand(-1, chunks, -1).clone()
             lengths[:, :-1] = 0  # the chunks before the prompt's last one have none
         with torch.no_grad():
-            logits = step(model, cache, block, neighbors, lengths, block_is_token, last_only=True)[:, 0]
+            logits = step(model, cache, block, neighbors, lengths, last_only=True)[:, 0]
         chosen = choose(logits).cpu()
         for row, token in enumerate(chosen.tolist()):
             if is_open[row] and token in stop_ids:
@@ -559,5 +365,5 @@ def decode(
                 answers[row].append(token)
         if not is_open.any():
             break
-        block, block_is_token = chosen.to(device)[:, None], torch.ones(B, 1, dtype=torch.bool, device=device)
+        block = chosen.to(device)[:, None]
     return answers

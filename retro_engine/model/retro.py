@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from retro_engine.config import ModelConfig, base_config, check_model
 from retro_engine.model import ops
 from retro_engine.model.attention import ChunkedCrossAttention, NeighborProjection, Rotary, SelfAttention, norm
-from retro_engine.model.decoder import Attending, DecoderLayer, Reading, chunk_read
+from retro_engine.model.decoder import CausalAttention, DecoderLayer, Reading, chunk_read
 from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
 from retro_engine.model.initialization import initialize
 from retro_engine.model.linear import Int8Linear, Linear, is_sharded
@@ -34,7 +34,7 @@ class _Neighbors:
 
 
 class RetroModel(nn.Module):
-    """`forward` is the full pass (model/decoding.py has the cached one); with `config.retrieval` False a plain decoder."""
+    """`forward` is the full pass (model/decoding.py has the one with a cache); with `config.retrieval` False a plain decoder."""
 
     layers: Sequence[DecoderLayer]  # an nn.ModuleList
 
@@ -113,7 +113,7 @@ class RetroModel(nn.Module):
         reading = None if retrieved is None else _FullReading(self, retrieved)
         return self.normed(self.run_layers(self.embed(tokens, 0), attending, reading))
 
-    def run_layers(self, x: Tensor, attending: Attending, reading: Reading | None) -> Tensor:
+    def run_layers(self, x: Tensor, attending: CausalAttention, reading: Reading | None) -> Tensor:
         """[b, n, d] -> [b, n, d]: all decoder layers; `reading` None = retrieval off."""
         for layer in self.layers:
             x = layer(x, attending, reading)

@@ -18,7 +18,8 @@ from tokenizer_helpers import llama2
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.generate.generator import Generator
 from retro_engine.interop.huggingface import OFF, check_tokenizer, convert_decoder, read_folder
-from retro_engine.model.decoding import new_cache, step
+from retro_engine.model.decode_cache import new_cache
+from retro_engine.model.decoding import step
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import load_state, new_model
 

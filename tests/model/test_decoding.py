@@ -11,7 +11,8 @@ import torch
 from helpers import small_config, small_inputs, small_model
 
 from retro_engine.errors import UsageError
-from retro_engine.model.decoding import DecodeCache, decode, decode_one, new_cache, prefill, step
+from retro_engine.model.decode_cache import DecodeCache, new_cache
+from retro_engine.model.decoding import decode, decode_one, prefill, step
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
 
@@ -60,7 +61,7 @@ def test_rows_equal_the_full_pass(overrides: dict[str, Any]) -> None:
         chunks = [(order[row], places[row] // M) for row in ending]
         found = torch.stack([neighbors[chunk] for chunk in chunks]) if ending else None
         valid = torch.stack([lengths[chunk] for chunk in chunks]) if ending else None
-        logits = decode_one(model, part, newest, ending, found, valid)
+        logits = decode_one(model, part, newest, found, valid, ending=ending)
         for row, (sequence, place) in enumerate(zip(order, places)):
             worst = max(worst, float((logits[row] - exact[sequence, place]).abs().max()))
     assert worst <= 1e-9, worst
@@ -76,10 +77,10 @@ def test_a_row_that_waits_is_as_if_it_had_not_been_there() -> None:
     part = rows.part(0, 4)
     for _ in range(3):  # row 0 ends a chunk and waits for its neighbors
         before = part.lengths_B.clone()
-        decode_one(model, part, newest, [], advances_B=torch.tensor([False, False, False, False]))
+        decode_one(model, part, newest, advances_B=torch.tensor([False, False, False, False]))
         assert torch.equal(part.lengths_B, before)
-    found = decode_one(model, part, newest, [0], neighbors[:1, 0], lengths[:1, 0])
-    expected = decode_one(model, twin.part(0, 4), newest, [0], neighbors[:1, 0], lengths[:1, 0])
+    found = decode_one(model, part, newest, neighbors[:1, 0], lengths[:1, 0], ending=[0])
+    expected = decode_one(model, twin.part(0, 4), newest, neighbors[:1, 0], lengths[:1, 0], ending=[0])
     assert torch.equal(found, expected)
 
 
@@ -103,7 +104,7 @@ def test_padding_on_the_left_is_not_read() -> None:
             prefill(model, rows.part(row, row + 1), tokens[cut], neighbors[chunk], lengths[chunk])
     for place in range(8, 20):
         ending = [0, 1] if place % M == M - 1 else []
-        logits = decode_one(model, rows, tokens[:, place], ending, neighbors[:, place // M] if ending else None)
+        logits = decode_one(model, rows, tokens[:, place], neighbors[:, place // M] if ending else None, ending=ending)
         assert (logits - exact[:, place]).abs().max() <= 1e-9
 
 
@@ -111,10 +112,10 @@ def test_padding_on_the_left_is_not_read() -> None:
 def test_what_does_not_fit() -> None:
     model = small_model()
     rows = new_cache(model, 1, 2, model.config.r)
-    decode_one(model, rows, torch.tensor([1]), [])
-    decode_one(model, rows, torch.tensor([1]), [])
+    decode_one(model, rows, torch.tensor([1]))
+    decode_one(model, rows, torch.tensor([1]))
     with pytest.raises(ValueError, match="the cache holds 2 tokens"):
-        decode_one(model, rows, torch.tensor([1]), [])
+        decode_one(model, rows, torch.tensor([1]))
     rows = new_cache(model, 1, 8, model.config.r)
     with pytest.raises(ValueError, match="16 neighbor tokens; the cache holds 8"):
         prefill(model, rows, torch.ones(1, 4, dtype=torch.long), torch.ones(1, 1, 2, 8, dtype=torch.long))
@@ -179,7 +180,7 @@ def test_padding_that_is_known_before_may_be_decoded_token_by_token(dtype: torch
         cache.clear(row, pad)
     for place in range(10):
         given = neighbors[:, place // M] if place % M == M - 1 else None
-        found = decode_one(model, cache, tokens[:, place], [] if given is None else [0, 1], given)
+        found = decode_one(model, cache, tokens[:, place], given, ending=[] if given is None else [0, 1])
         for row, pad in enumerate((2, 5)):
             if place >= pad:
                 torch.testing.assert_close(found[row], exact[row, place], rtol=1e-3, atol=1e-3)
@@ -228,11 +229,11 @@ def test_neighbors_of_rows_that_end_no_chunk_are_refused() -> None:
         ([], neighbors[:, 0], "expected \\[0, k, r\\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            decode_one(model, cache, tokens[:, 3], ending, given)
+            decode_one(model, cache, tokens[:, 3], given, ending=ending)
     with pytest.raises(ValueError, match="not all of them end a chunk of 4"):
-        decode_one(model, new_cache(model, 2, 8), tokens[:, 0], [0], neighbors[:1, 0])
+        decode_one(model, new_cache(model, 2, 8), tokens[:, 0], neighbors[:1, 0], ending=[0])
     with pytest.raises(ValueError, match="plain decoder"):
-        decode_one(plain, new_cache(plain, 2, 8), tokens[:, 0], [0], neighbors[:1, 0])
+        decode_one(plain, new_cache(plain, 2, 8), tokens[:, 0], neighbors[:1, 0], ending=[0])
 
 
 def test_a_batch_is_its_rows_and_a_full_pass() -> None:
@@ -305,7 +306,7 @@ def test_large_activations_decode_as_the_full_pass(activation: str, size: int) -
     cache = new_cache(model, 2, 24)
     for place in range(24):
         chunk = neighbors[:, place // M] if place % M == M - 1 else None
-        logits = decode_one(model, cache, tokens[:, place], [] if chunk is None else [0, 1], chunk)
+        logits = decode_one(model, cache, tokens[:, place], chunk, ending=[] if chunk is None else [0, 1])
         torch.testing.assert_close(logits, exact[:, place], rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
 
 
@@ -351,9 +352,8 @@ def test_other_weights_while_decoding(change: Callable[[RetroModel], Any]) -> No
 
     def decoded(state: DecodeCache, place: int) -> torch.Tensor:
         ends = place % M == M - 1
-        return decode_one(
-            model, state, tokens[:, place], [0, 1] if ends else [], neighbors[:, place // M] if ends else None
-        )
+        found = neighbors[:, place // M] if ends else None
+        return decode_one(model, state, tokens[:, place], found, ending=[0, 1] if ends else [])
 
     for place in range(6):
         before = decoded(cache, place)

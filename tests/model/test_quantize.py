@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from helpers import small_config, small_inputs
 
 from retro_engine.errors import UsageError
-from retro_engine.model.decoding import new_cache, step
+from retro_engine.model.decode_cache import new_cache
+from retro_engine.model.decoding import step
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
 

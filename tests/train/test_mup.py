@@ -14,7 +14,8 @@ from retro_engine.cli import main
 from retro_engine.config import Config, OptimConfig, TrainedModelConfig, base_config, load_config
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, StoreError, UsageError
-from retro_engine.model.decoding import new_cache, step
+from retro_engine.model.decode_cache import new_cache
+from retro_engine.model.decoding import step
 from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter

@@ -1,0 +1,197 @@
+"""The state of sequences that are decoded, and a model's layers prepared on its memory for one new token a row.
+
+A row is a sequence at its own place. Chunks are aligned to a sequence's beginning, so every entry is final once written:
+nothing is recomputed. Memory is reserved for `capacity` tokens a row; the system backs what is written.
+Letters: B rows, S capacity, T tokens of a block, N rows that get neighbors, R tokens per neighbor, X neighbor tokens that a
+row reads (k*r), G key/value heads, E head width, M chunk length, D width.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retro_engine.model import ops
+from retro_engine.model.attention import Rotary
+from retro_engine.model.retro import RetroModel
+
+Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair a cross-attending layer
+OF_ROWS = ("hidden_BMD", "cross_valid_BX", "lengths_B", "pads_B", "offsets_B")
+OF_ROWS_AND_LAYERS = ("keys_BSGE", "values_BSGE", "cross_keys_BXGE", "cross_values_BXGE")
+
+
+class PreparedSteps:
+    """`Steps` of a model's layers, and which weights they were made of: the layers may have got others since."""
+
+    def __init__(self, layers: Sequence[nn.Module], steps: ops.Steps):
+        assert isinstance(layers, nn.ModuleList)
+        self.steps: ops.Steps = steps
+        self._layers: nn.ModuleList = layers
+        tables = [table for m in layers.modules() for table in (m._parameters, m._buffers, m._modules)]
+        slots = [(table, name, value) for table in tables for name, value in table.items()]
+        self._tables: list[dict[str, Any]] = [table for table, _, _ in slots]
+        self._names: list[str] = [name for _, name, _ in slots]
+        self._values: list[Any] = [value for _, _, value in slots]
+
+    def is_of(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether these layers have the same weights still (with other values and other memory maybe: `Steps` sees that)."""
+        found = map(dict.get, self._tables, self._names)  # every step asks
+        return layers is self._layers and all(map(operator.is_, found, self._values))
+
+
+@dataclass
+class DecodeCache:
+    """The decoding state of B sequences; made by `new_cache`. Tensors are written in place, so parts share them."""
+
+    keys_BSGE: list[Tensor]  # one a decoder layer, rotated
+    values_BSGE: list[Tensor]
+    hidden_BMD: Tensor  # normed state of each row's open chunk at the first cross-attending layer
+    cross_keys_BXGE: list[Tensor]  # one a cross-attending layer, rotated: the last whole chunk's neighbors
+    cross_values_BXGE: list[Tensor]
+    cross_valid_BX: Tensor
+    lengths_B: Tensor  # tokens taken so far, padding included
+    pads_B: Tensor  # padding on the left
+    offsets_B: Tensor  # of a row's next token, in the table of cross-attention
+    rotary: tuple[Rotary, Rotary]  # tables of every position, and of those in a chunk
+    grows: bool  # wider neighbors take more memory; else they are refused
+    steps: PreparedSteps | None = field(default=None, init=False, repr=False, compare=False)  # on this memory
+    parts: dict[tuple[int, int], "DecodeCache"] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "steps": None, "parts": {}}  # a copy has other memory
+
+    @property
+    def capacity(self) -> int:
+        return self.keys_BSGE[0].shape[1]
+
+    @property
+    def length(self) -> int:
+        """Tokens taken so far. Raises ValueError where that differs from row to row."""
+        lengths: list[int] = self.lengths_B.tolist()
+        if lengths.count(lengths[0]) != len(lengths):
+            raise ValueError(f"the rows hold {lengths} tokens; a block needs rows of one length")
+        return lengths[0]
+
+    def part(self, first: int, last: int) -> "DecodeCache":
+        """Rows first ... last - 1, sharing memory."""
+        if (first, last) not in self.parts:
+            cut = slice(first, last)
+            rows: dict[str, Any] = {name: getattr(self, name)[cut] for name in OF_ROWS}
+            lists: dict[str, Any] = {
+                name: [tensor[cut] for tensor in getattr(self, name)] for name in OF_ROWS_AND_LAYERS
+            }
+            self.parts[first, last] = replace(self, **rows, **lists, grows=False)
+        return self.parts[first, last]
+
+    def clear(self, row: int, pad: int) -> None:
+        """Make a row ready for a sequence with `pad` tokens of padding on the left."""
+        self.lengths_B[row], self.pads_B[row] = 0, pad
+        self.cross_valid_BX[row] = False
+
+    def note_padding(self, is_token_BT: Tensor) -> None:
+        """Count padding on the left of the next block. Raises ValueError for padding after a token."""
+        has_tokens_B = self.pads_B < self.lengths_B
+        after_a_token = is_token_BT.long().cummax(1).values.bool() | has_tokens_B[:, None]
+        if bool((after_a_token & ~is_token_BT).any()):
+            raise ValueError("padding comes after a token: a row of the cache has it on the left alone")
+        pads_B = self.lengths_B + (~is_token_BT).sum(1)  # the same again where a block is given again
+        self.pads_B.copy_(torch.where(has_tokens_B, self.pads_B, pads_B))
+
+    def move(self, source: int, target: int) -> None:
+        length = int(self.lengths_B[source])
+        for tensor in (*self.keys_BSGE, *self.values_BSGE):
+            tensor[target, :length] = tensor[source, :length]
+        width = self.cross_width(source)
+        for tensor in (*self.cross_keys_BXGE, *self.cross_values_BXGE):
+            tensor[target, :width] = tensor[source, :width]
+        for tensor in (self.hidden_BMD, self.cross_valid_BX, self.lengths_B, self.pads_B):
+            tensor[target] = tensor[source]
+
+    def cross_width(self, row: int) -> int:
+        """Neighbor tokens of a row, up to the last valid one."""
+        valid = self.cross_valid_BX[row].nonzero()
+        return int(valid[-1]) + 1 if len(valid) else 0
+
+    def put_cross(self, rows: list[int] | slice, pairs_NXGE: Pairs, valid_NX: Tensor) -> None:
+        """The rotated keys and values that these rows read from now on; no pairs = none."""
+        width = valid_NX.shape[1]
+        self._reserve(width)
+        self.cross_valid_BX[rows] = False
+        self.cross_valid_BX[rows, :width] = valid_NX
+        for place, (keys, values) in enumerate(pairs_NXGE):
+            self.cross_keys_BXGE[place][rows, :width] = keys.to(self.cross_keys_BXGE[place].dtype)
+            self.cross_values_BXGE[place][rows, :width] = values.to(self.cross_values_BXGE[place].dtype)
+
+    def _reserve(self, width: int) -> None:
+        held = self.cross_valid_BX.shape[1]
+        if width <= held:
+            return
+        if not self.grows:
+            raise ValueError(f"{width} neighbor tokens; the cache holds {held}")
+
+        def wider(narrow_BXGE: Tensor) -> Tensor:
+            heads_first = F.pad(narrow_BXGE.transpose(1, 2), (0, 0, 0, width - held))
+            return heads_first.contiguous().transpose(1, 2)
+
+        self.cross_keys_BXGE = [wider(keys) for keys in self.cross_keys_BXGE]
+        self.cross_values_BXGE = [wider(values) for values in self.cross_values_BXGE]
+        self.cross_valid_BX = F.pad(self.cross_valid_BX, (0, width - held))
+        self.steps, self.parts = None, {}
+
+    def bytes_per_token(self) -> int:
+        return sum(tensor[0, 0].nbytes for tensor in (*self.keys_BSGE, *self.values_BSGE))
+
+
+def new_cache(model: RetroModel, batch_size: int, capacity: int, neighbor_tokens: int | None = None) -> DecodeCache:
+    """An empty cache: at most `capacity` tokens a row, which reads at most `neighbor_tokens` (k*r) at a time (None: as
+    many as are given).
+    """
+    c, weight = model.config, model.embedding.weight
+    device, num_crossing = weight.device, len(c.cross_layers)
+    X = (neighbor_tokens or 0) if num_crossing else 0
+
+    def empty(tokens: int, count: int) -> list[Tensor]:
+        """In memory each head's tokens follow one another, as a step of decoding reads them."""
+        shape = (batch_size, c.key_value_heads, tokens, c.head_width)
+        return [torch.zeros(shape, dtype=model.cache_dtype, device=device).transpose(1, 2) for _ in range(count)]
+
+    def places() -> Tensor:
+        return torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    return DecodeCache(
+        keys_BSGE=empty(capacity, c.dec_num_layers),
+        values_BSGE=empty(capacity, c.dec_num_layers),
+        hidden_BMD=torch.zeros(batch_size, c.chunk_size, c.hidden_size, dtype=weight.dtype, device=device),
+        cross_keys_BXGE=empty(X, num_crossing),
+        cross_values_BXGE=empty(X, num_crossing),
+        cross_valid_BX=torch.zeros(batch_size, X, dtype=torch.bool, device=device),
+        lengths_B=places(),
+        pads_B=places(),
+        offsets_B=places(),
+        rotary=(model.decoder_rotary(capacity, device), model.cross_rotary(device)),
+        grows=neighbor_tokens is None,
+    )
+
+
+def prepared_steps(model: RetroModel, cache: DecodeCache) -> ops.Steps:
+    """All layers for one new token a row, prepared on the cache's memory and ready to `run`."""
+    if cache.steps is None or not cache.steps.is_of(model.layers):
+        decoder, reader = (tables or (None, None) for tables in cache.rotary)
+        crossing = iter(zip(cache.cross_keys_BXGE, cache.cross_values_BXGE))
+        parts: list[ops.Part] = []
+        for layer, keys, values in zip(model.layers, cache.keys_BSGE, cache.values_BSGE):
+            a, reading, starts = layer.attention, None, cache.lengths_B
+            attending = ops.Attending(
+                keys, values, a.scale, cache.pads_B, starts, None, starts, *decoder, a.interleaved
+            )
+            if layer.is_crossing:
+                places = (None, None, cache.cross_valid_BX, cache.offsets_B)
+                reading = ops.Attending(*next(crossing), layer.cross.scale, *places, *reader)
+            parts += layer.step_parts(attending, reading)
+        cache.steps = PreparedSteps(model.layers, ops.Steps(parts))
+    cache.steps.steps.look()
+    return cache.steps.steps
