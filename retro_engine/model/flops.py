@@ -10,29 +10,25 @@ def forward_flops(config: ModelConfig, num_tokens: int, num_neighbor_tokens: int
     """Multiply-adds x 2 of a forward over `num_tokens` decoder tokens and `num_neighbor_tokens` valid neighbor
     tokens. Padding is not counted; norms, activations and softmax are left out, as is usual.
     """
-    d, c, n, m = config.hidden_size, config.encoder_width, config.encoder_seq_length, config.chunk_size
-    heads, groups = config.num_attention_heads, config.key_value_heads
+    d, c = config.hidden_size, config.encoder_width
+    share = config.key_value_heads / config.num_attention_heads
     ffn_matrices = 3 if config.activation == "swiglu" else 2
-    layer = 4 * d * d + 4 * d * d * groups / heads + 2 * ffn_matrices * d * config.ffn_hidden_size + 2 * n * d
+    layer = 4 * d * d * (1 + share) + 2 * ffn_matrices * d * config.ffn_hidden_size
     per_token = config.dec_num_layers * layer + 2 * d * config.vocab_size
+    cores = attention_flops(config, num_tokens, num_neighbor_tokens)
     if num_neighbor_tokens == 0:
-        return num_tokens * per_token
+        return num_tokens * per_token + cores
+    encoder_share = config.encoder_key_value_heads / config.encoder_heads
     crossing, encoder_crossing = len(config.cross_layers), len(config.enc_cross_attention)
-    per_token += crossing * 4 * d * d
-    share = config.encoder_key_value_heads / config.encoder_heads
-    per_token += encoder_crossing * 4 * d * c * share
-    encoder_layer = 4 * c * c * (1 + share) + 2 * ffn_matrices * c * config.encoder_ffn_width + 4 * config.r * c
-    per_neighbor_token = (
-        config.enc_num_layers * encoder_layer
-        + encoder_crossing * (4 * c * c + 4 * m * c)
-        + crossing * (4 * c * d * groups / heads + 4 * m * d)  # K and V, and m queries over each key
-        + (2 * d * c if c != d else 0)
-    )
-    return num_tokens * per_token + num_neighbor_tokens * per_neighbor_token
+    per_token += crossing * 4 * d * d + encoder_crossing * 4 * d * c * encoder_share
+    encoder_layer = 4 * c * c * (1 + encoder_share) + 2 * ffn_matrices * c * config.encoder_ffn_width
+    per_neighbor_token = config.enc_num_layers * encoder_layer + encoder_crossing * 4 * c * c
+    per_neighbor_token += crossing * 4 * c * d * share + (2 * d * c if c != d else 0)  # keys and values; the input
+    return num_tokens * per_token + num_neighbor_tokens * per_neighbor_token + cores
 
 
 def attention_flops(config: ModelConfig, num_tokens: int, num_neighbor_tokens: int) -> float:
-    """The share of `forward_flops` that is scores and weighted values."""
+    """The share of `forward_flops` that is scores and weighted values, m queries over each key of a neighbor."""
     d, c, m = config.hidden_size, config.encoder_width, config.chunk_size
     per_neighbor_token = config.enc_num_layers * 4 * config.r * c + len(config.enc_cross_attention) * 4 * m * c
     per_neighbor_token += len(config.cross_layers) * 4 * m * d
