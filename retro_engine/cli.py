@@ -523,7 +523,7 @@ def _eval(args: argparse.Namespace) -> int:
     from retro_engine.generate.generator import encode_neighbors
     from retro_engine.model.device import describe_device
     from retro_engine.train.checkpoint import find_checkpoint
-    from retro_engine.train.loop import open_evaluation
+    from retro_engine.train.run_data import open_evaluation
 
     checkpoint = find_checkpoint(args.path)
     retro = Retro.from_pretrained(checkpoint, device=args.device)
@@ -685,7 +685,7 @@ def _neighbor_source(args: argparse.Namespace, checkpoint: Path, resources: "Exi
     from retro_engine.library.library import Library
     from retro_engine.library.live import LiveRetriever
     from retro_engine.retrieval.search import Building, Retriever
-    from retro_engine.train.loop import run_databases
+    from retro_engine.train.run_data import run_databases
 
     static = None
     if args.index or not args.library:
@@ -798,7 +798,7 @@ def _stores(paths: Sequence[str]) -> "list[Store]":
 
 def _plan(args: argparse.Namespace) -> int:
     from retro_engine.config import load_config
-    from retro_engine.model.plan import plan, table
+    from retro_engine.train.plan import plan, table
 
     config = load_config(args.overrides, args.preset, args.config)
     processes = args.processes if args.processes is not None else config.model.tensor_model_parallel_size

@@ -96,7 +96,7 @@ def _explain(args: argparse.Namespace) -> int:
     from retro_engine.report import heat_map_page
     from retro_engine.retrieval.search import Retriever
     from retro_engine.train.checkpoint import find_checkpoint
-    from retro_engine.train.loop import run_databases
+    from retro_engine.train.run_data import run_databases
 
     if args.k is not None and args.k < 1:
         raise UsageError(f"--k {args.k} cannot be used", "at least one neighbor is explained")
@@ -208,7 +208,7 @@ def _open_questions(
     from retro_engine.data.questions import Questions
     from retro_engine.data.store import Store
     from retro_engine.train.checkpoint import read_coding
-    from retro_engine.train.loop import question_search, run_config
+    from retro_engine.train.run_data import question_search, run_config
 
     try:
         data = run_config(checkpoint, args.overrides, needed=() if args.index else ("store",)).model.data
@@ -234,7 +234,7 @@ def _eval_lm(args: argparse.Namespace, checkpoint: Path, retro: "Retro") -> dict
     from retro_engine.generate.generator import Generator
     from retro_engine.interop.lm_eval_model import run_tasks
     from retro_engine.retrieval.search import Retriever
-    from retro_engine.train.loop import run_databases
+    from retro_engine.train.run_data import run_databases
 
     retriever = None
     if retro.model.config.retrieval and not args.no_retrieval:

@@ -26,8 +26,8 @@ from retro_engine.progress import Reporter
 from retro_engine.retrieval.overlap import chunk_overlaps
 from retro_engine.retrieval.search import store_hit
 from retro_engine.train.checkpoint import find_checkpoint, is_imported, read_trainer
-from retro_engine.train.loop import open_evaluation
 from retro_engine.train.record import METRICS_FILE, checked_lines, read_facts
+from retro_engine.train.run_data import open_evaluation
 
 NUM_SAMPLES = 5
 COPIED = 3  # tokens in a row that also follow the chunk are marked

@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 from retro_engine.config import Config, load_config
 from retro_engine.data.store import Store
@@ -43,6 +47,9 @@ NEMO_INFERENCE = shlex.split(
 )
 
 
+PLAIN = ["model.retrieval=false", "exp_manager.create_tensorboard_logger=false"]
+
+
 def settings(store: Store, out: Path, *more: str) -> list[str]:
     return [
         *SMALL,
@@ -71,3 +78,18 @@ def launch(processes: int, words: list[str], wait: bool = True) -> subprocess.Po
     if wait:
         process.output, _ = process.communicate(timeout=240)  # type: ignore[attr-defined]
     return process
+
+
+def launch_several(processes: int, runs: dict[str, list[str]], folder: Path) -> tuple[dict[str, int], str]:
+    """The runs one after another in as many processes, which start once: the exit code of each, and what they said."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    run = launch(processes, [str(Path(__file__).parent / "train" / "several_runs.py"), str(folder / "runs.json")])
+    output: str = run.output  # type: ignore[attr-defined]
+    assert run.returncode == 0, output[-3000:]
+    return {name: int(code) for name, code in re.findall(r"^(.*): exit code (\d+)$", output, re.M)}, output
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, optimizer and random state of a checkpoint of one process."""
+    files = [folder / "model.safetensors", *(folder / "optimizer").iterdir()]
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -12,7 +12,7 @@ import torch
 from retro_engine.bench import peers
 from retro_engine.bench.frame import Row, measure_ceilings
 from retro_engine.bench.peers import SHAPES, Contestant, Shape, check_memory
-from retro_engine.train.loop import has_fast_bf16
+from retro_engine.train.precision import has_fast_bf16
 
 
 def run(sizes: list[str], names: list[str] | None = None, rounds: int = 5) -> list[Row]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from retro_engine.bench.peers import SHAPES, Inputs, M, build
-from retro_engine.train.loop import has_fast_bf16
+from retro_engine.train.precision import has_fast_bf16
 
 ROWS = 24
 PROMPT, NEW = 256, M

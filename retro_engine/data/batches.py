@@ -1,4 +1,5 @@
-"""Sequences of whole chunks with their neighbors, from a store and its neighbor table.
+"""A stream of batches in an order that a seed fixes, and the one of whole chunks with their neighbors, from a store and
+its neighbor table (that of questions is in questions.py).
 
 A sequence is n/m rows: pieces of documents packed so that little is padding and no document is cut without
 need. Row = chunk, so the table's ids are the sequence's neighbors. Which documents, in which order and with
@@ -7,9 +8,9 @@ Letters: B sequences, N tokens, M tokens per row, L rows per sequence, K neighbo
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -130,7 +131,104 @@ def _counter(counts: np.ndarray) -> np.ndarray:
     return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
-class Sequences:
+@dataclass(frozen=True)
+class Order:
+    """How a run goes through its data: documents shuffled before they are packed; sequences shuffled, and anew in every
+    pass, without end. With neither it reads them once as the corpus has them.
+    """
+
+    seed: int
+    is_shuffled: bool = True
+    is_cyclic: bool = True
+
+
+class Stream(ABC):
+    """Sequences as rows, pass after pass, and the batches made of them: a function of order and number alone, so that
+    a run goes on from the number of its step.
+    """
+
+    store: Store
+    documents: np.ndarray  # what is read: numbers below `num_documents`
+    table: NeighborTable | None = None
+    gathers_neighbors = True  # False: batches bring neighbor ids instead of tokens
+
+    def __init__(self) -> None:
+        self._lengths: dict[Order, dict[int, int]] = {}
+        self._epoch: tuple[Order, int, np.ndarray] | None = None
+
+    @property
+    @abstractmethod
+    def num_documents(self) -> int:
+        """What the document ids of batches are below."""
+
+    @property
+    def holds_itself(self) -> bool:
+        """Whether the store is one of the databases, so that its chunks can be neighbors (mode self)."""
+        return False
+
+    @abstractmethod
+    def in_order(self) -> np.ndarray:
+        """All sequences, [S, L] rows; every token is in exactly one."""
+
+    @abstractmethod
+    def arranged(self, order: Order, rng: np.random.Generator) -> np.ndarray:
+        """The sequences of one pass, in the order that `rng` gives it."""
+
+    @abstractmethod
+    def batch(self, rows_BL: np.ndarray, mode: str = "on") -> Batch:
+        """Tokens, labels and neighbors of sequences."""
+
+    def epoch(self, order: Order, number: int) -> np.ndarray:
+        """The sequences of pass `number`."""
+        if self._epoch is None or self._epoch[:2] != (order, number):
+            rng = np.random.default_rng((order.seed, number))
+            self._epoch = order, number, self.arranged(order, rng)
+        return self._epoch[2]
+
+    def epoch_length(self, order: Order, number: int) -> int:
+        """Shuffled documents pack a little differently each time."""
+        lengths, number = self._lengths.setdefault(order, {}), number if order.is_shuffled else 0
+        if number not in lengths:
+            lengths[number] = len(self.epoch(order, number))
+        return lengths[number]
+
+    def num_sequences(self, order: Order) -> int | None:
+        """How many there are to train on: known to every process alike; None = without end."""
+        return None if order.is_cyclic else self.epoch_length(order, 0)
+
+    def training_batch(self, index: int, size: int, order: Order, mode: str = "on") -> Batch:
+        """Batch number `index` of a run: sequences index*size ... of the endless stream of epochs, or of one.
+
+        Raises StopIteration past the end, which `num_sequences` says beforehand.
+        """
+        rows: list[np.ndarray] = []
+        position, number = index * size, 0
+        while len(rows) < size:
+            length = self.epoch_length(order, number)
+            if position < length:
+                rows.append(self.epoch(order, number)[position])
+                position += 1
+            elif order.is_cyclic:
+                position -= length
+                number += 1
+            else:
+                raise StopIteration
+        return self.batch(np.stack(rows), mode)
+
+    def batch_rows(self, size: int, limit: int | None = None) -> list[np.ndarray]:
+        """The sequences in order, `size` at a time; with `limit`, that many batches spread evenly over them."""
+        sequences = self.in_order()
+        if limit is not None and limit * size < len(sequences):
+            sequences = sequences[np.linspace(0, len(sequences) - 1, limit * size).astype(np.int64)]
+        return [sequences[start : start + size] for start in range(0, len(sequences), size)]
+
+    def batches(self, size: int, mode: str = "on", limit: int | None = None) -> Iterator[Batch]:
+        """The batches of `batch_rows`."""
+        for rows in self.batch_rows(size, limit):
+            yield self.batch(rows, mode)
+
+
+class Sequences(Stream):
     """The sequences of some documents of a store, and the batches made of them."""
 
     def __init__(
@@ -147,6 +245,7 @@ class Sequences:
 
         Raises UsageError when the length is not whole chunks or k > K, StoreError when nothing is left.
         """
+        super().__init__()
         m = store.chunk_size
         if sequence_length % m or sequence_length < m:
             raise UsageError(
@@ -169,7 +268,6 @@ class Sequences:
         self._first_rows, self._num_rows = first[self.documents], counts[self.documents]
         self._row_documents = store.row_documents()
         self._loader = NeighborLoader([store])
-        self.gathers_neighbors = True  # False: batches bring neighbor ids instead of tokens
         if table is not None:
             table.ids(np.zeros(0, np.int64), num_neighbors)  # refuses k > K
             self._neighbor_loader = NeighborLoader(table.databases)
@@ -179,17 +277,14 @@ class Sequences:
                 self._is_allowed = np.isin(np.arange(store.num_documents), database_documents)
             self._held_out = np.unique(store.contents[~self._is_allowed])
         self._evaluation_rows = np.concatenate([np.arange(f, f + c) for f, c in zip(self._first_rows, self._num_rows)])
-        self._lengths: dict[tuple[int, int, bool, bool], int] = {}
-        self._epoch: tuple[Any, np.ndarray] = (None, np.zeros((0, self.rows_per_sequence), np.int64))
 
     @property
     def num_documents(self) -> int:
-        """Of the whole store: what document ids are below."""
+        """Of the whole store."""
         return self.store.num_documents
 
     @property
     def holds_itself(self) -> bool:
-        """Whether the store is one of the databases, so that its chunks can be neighbors (mode self)."""
         return self.table is not None and self._own_start is not None
 
     def _find_own(self, table: NeighborTable) -> int | None:
@@ -205,67 +300,13 @@ class Sequences:
         """All sequences, [S, L] rows; every token of the documents is in exactly one."""
         return pack(self._first_rows, self._num_rows, self.rows_per_sequence)
 
-    def epoch(self, seed: int, number: int, is_shuffled: bool = True, is_cyclic: bool = True) -> np.ndarray:
-        """The sequences of one pass over the documents, in that pass's order.
-
-        `is_shuffled`: the documents are, before they are packed; `is_cyclic`: the sequences are, anew each pass. With
-        neither the rows come in the corpus' order.
-        """
-        key = (seed, number, is_shuffled, is_cyclic)
-        if self._epoch[0] != key:
-            rng = np.random.default_rng((seed, number))
-            count = len(self.documents)
-            order = rng.permutation(count) if is_shuffled else np.arange(count)
-            put = pack if is_cyclic else pack_in_order
-            sequences = put(self._first_rows[order], self._num_rows[order], self.rows_per_sequence)
-            if is_cyclic:
-                sequences = sequences[rng.permutation(len(sequences))]
-            self._epoch = (key, sequences)
-        return self._epoch[1]
-
-    def num_sequences(self, seed: int, is_shuffled: bool = True, is_cyclic: bool = True) -> int | None:
-        """How many there are to train on: known to every process alike; None = without end."""
-        return None if is_cyclic else self._epoch_length(seed, 0, is_shuffled, is_cyclic)
-
-    def training_batch(
-        self, index: int, size: int, seed: int, is_shuffled: bool, is_cyclic: bool, mode: str = "on"
-    ) -> Batch:
-        """Batch number `index` of a run: sequences index*size ... of the endless stream of epochs, or of one.
-
-        Raises StopIteration past the end, which `num_sequences` says beforehand.
-        """
-        rows: list[np.ndarray] = []
-        position, number = index * size, 0
-        while len(rows) < size:
-            length = self._epoch_length(seed, number, is_shuffled, is_cyclic)
-            if position < length:
-                rows.append(self.epoch(seed, number, is_shuffled, is_cyclic)[position])
-                position += 1
-            elif is_cyclic:
-                position -= length
-                number += 1
-            else:
-                raise StopIteration
-        return self.batch(np.stack(rows), mode)
-
-    def _epoch_length(self, seed: int, number: int, is_shuffled: bool, is_cyclic: bool) -> int:
-        """Sequences of an epoch: shuffled documents pack a little differently each time."""
-        key = (seed, number if is_shuffled else 0, is_shuffled, is_cyclic)
-        if key not in self._lengths:
-            self._lengths[key] = len(self.epoch(*key))
-        return self._lengths[key]
-
-    def batch_rows(self, size: int, limit: int | None = None) -> list[np.ndarray]:
-        """The sequences in order, `size` at a time; with `limit`, that many batches spread evenly over them."""
-        sequences = self.in_order()
-        if limit is not None and limit * size < len(sequences):
-            sequences = sequences[np.linspace(0, len(sequences) - 1, limit * size).astype(np.int64)]
-        return [sequences[start : start + size] for start in range(0, len(sequences), size)]
-
-    def batches(self, size: int, mode: str = "on", limit: int | None = None) -> Iterator[Batch]:
-        """The batches of `batch_rows`."""
-        for rows in self.batch_rows(size, limit):
-            yield self.batch(rows, mode)
+    def arranged(self, order: Order, rng: np.random.Generator) -> np.ndarray:
+        documents = np.arange(len(self.documents))
+        if order.is_shuffled:
+            documents = rng.permutation(len(documents))
+        put = pack if order.is_cyclic else pack_in_order
+        sequences = put(self._first_rows[documents], self._num_rows[documents], self.rows_per_sequence)
+        return sequences[rng.permutation(len(sequences))] if order.is_cyclic else sequences
 
     def batch(self, rows_BL: np.ndarray, mode: str = "on") -> Batch:
         """Tokens, labels and neighbors of sequences of rows. `mode`: on | off | random | one_right | self."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from retro_engine.data import files
-from retro_engine.data.batches import Batch, deal
+from retro_engine.data.batches import Batch, Order, Stream, deal
 from retro_engine.data.question_files import Question as Question
 from retro_engine.data.question_files import read_questions as read_questions
 from retro_engine.data.store import Store
@@ -21,12 +21,8 @@ MODES = ("on", "off", "random", "gold", "retrieved")
 Search = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]  # texts, k -> tokens [q, k, R], lengths [q, k]
 
 
-class Questions:
+class Questions(Stream):
     """Questions as sequences for training and evaluation, in place of `batches.Sequences`."""
-
-    table = None
-    holds_itself = False
-    gathers_neighbors = True
 
     def __init__(
         self,
@@ -46,6 +42,7 @@ class Questions:
         Questions of more than `sequence_length` tokens are left out (`num_left_out`). Raises StoreError naming the line
         of a document that is not there, UsageError where neighbors are to be retrieved and nothing can be searched.
         """
+        super().__init__()
         if source not in SOURCES:
             raise UsageError(f"question_neighbors={source} is not known", f"one of {', '.join(SOURCES)}")
         if source != "data" and search is None:
@@ -91,6 +88,7 @@ class Questions:
         """The same with some of the questions."""
         other = object.__new__(Questions)
         other.__dict__ |= self.__dict__
+        Stream.__init__(other)  # it has epochs of its own
         other.questions = [self.questions[i] for i in numbers]
         other.prompts, other.answers = [self.prompts[i] for i in numbers], [self.answers[i] for i in numbers]
         other.documents = np.arange(len(numbers))
@@ -105,37 +103,17 @@ class Questions:
         """[q, 1] question numbers."""
         return self.documents[:, None]
 
-    def epoch(self, seed: int, number: int, is_shuffled: bool = True, is_cyclic: bool = True) -> np.ndarray:
-        """One pass over the questions, in that pass's order: the file's without `is_shuffled` and `is_cyclic`."""
-        rng = np.random.default_rng((seed, number))
-        in_order = self.in_order()
-        return in_order[rng.permutation(len(self.questions))] if is_shuffled or is_cyclic else in_order
+    def arranged(self, order: Order, rng: np.random.Generator) -> np.ndarray:
+        """The file's order where neither documents nor sequences are shuffled: a sequence is one question."""
+        is_shuffled = order.is_shuffled or order.is_cyclic
+        return self.in_order()[rng.permutation(len(self.questions))] if is_shuffled else self.in_order()
 
-    def num_sequences(self, seed: int, is_shuffled: bool = True, is_cyclic: bool = True) -> int | None:
-        """How many there are to train on; None = without end."""
-        return None if is_cyclic else len(self.questions)
+    def epoch_length(self, order: Order, number: int) -> int:
+        return len(self.questions)
 
-    def training_batch(
-        self, index: int, size: int, seed: int, is_shuffled: bool, is_cyclic: bool, mode: str = "on"
-    ) -> Batch:
-        """Batch number `index` of a run, as of `batches.Sequences`. Raises StopIteration past the end."""
-        places = np.arange(index * size, (index + 1) * size)
-        epochs, places = places // len(self.questions), places % len(self.questions)
-        if epochs[-1] and not is_cyclic:
-            raise StopIteration
-        orders = {int(epoch): self.epoch(seed, int(epoch), is_shuffled, is_cyclic) for epoch in np.unique(epochs)}
-        return self.batch(np.stack([orders[int(e)][p] for e, p in zip(epochs, places)]), mode)
-
-    def batch_rows(self, size: int, limit: int | None = None) -> list[np.ndarray]:
-        """The questions in order, `size` at a time; with `limit`, that many batches spread evenly over them."""
-        rows = self.in_order()
-        if limit is not None and limit * size < len(rows):
-            rows = rows[np.linspace(0, len(rows) - 1, limit * size).astype(np.int64)]
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-    def batch(self, rows_B1: np.ndarray, mode: str = "on") -> Batch:
+    def batch(self, rows_BL: np.ndarray, mode: str = "on") -> Batch:
         """Sequences of questions, padded on the right to whole chunks; labels are the answer's tokens alone."""
-        numbers = rows_B1[:, 0].tolist()
+        numbers = rows_BL[:, 0].tolist()
         starts = [-(-len(self.prompts[number]) // self.M) * self.M for number in numbers]
         longest = max(start + len(self.answers[number]) for start, number in zip(starts, numbers)) - 1
         N = -(-longest // self.M) * self.M

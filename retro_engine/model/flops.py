@@ -1,9 +1,16 @@
-"""FLOPs of a step, from the configuration: what MFU is a share of.
+"""FLOPs of a step, from the configuration, and of a device: MFU is the share of the second that the first is.
 
 Letters: n sequence length, m chunk length, r tokens per neighbor, k neighbors, d width, c encoder width.
 """
 
+import functools
+import time
+
+import torch
+
 from retro_engine.config import ModelConfig
+
+H100_FLOPS = 989e12  # a second, dense bf16 (NVIDIA H100 SXM datasheet)
 
 
 def forward_flops(config: ModelConfig, num_tokens: int, num_neighbor_tokens: int) -> float:
@@ -39,3 +46,24 @@ def attention_flops(config: ModelConfig, num_tokens: int, num_neighbor_tokens: i
 def training_flops(config: ModelConfig, num_tokens: int, num_neighbor_tokens: int) -> float:
     """Forward and backward: three times the forward."""
     return 3 * forward_flops(config, num_tokens, num_neighbor_tokens)
+
+
+@functools.cache
+def peak_flops(device: torch.device) -> float:
+    """A second's, once measured in a process: the datasheet's bf16 rate on an H100, a matmul elsewhere (bf16 on another
+    GPU, fp32 of 2048^3 on a CPU: a bf16 run there can pass 1).
+    """
+    is_gpu = device.type == "cuda"
+    if is_gpu and "H100" in torch.cuda.get_device_name(device):
+        return H100_FLOPS
+    size = 8192 if is_gpu else 2048
+    own = torch.Generator(device).manual_seed(0)  # nothing is taken from the run's random numbers
+    a = torch.rand(size, size, device=device, dtype=torch.bfloat16 if is_gpu else torch.float32, generator=own)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        if is_gpu:
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)

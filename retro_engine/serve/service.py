@@ -28,7 +28,7 @@ from retro_engine.retrieval.hit import Found
 from retro_engine.retrieval.search import Retriever
 from retro_engine.serve.work import Work
 from retro_engine.train import checkpoint
-from retro_engine.train.loop import run_databases
+from retro_engine.train.run_data import run_databases
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,3 +45,8 @@ class DeviceTable:
             self._table, self._documents, self._row_lengths, ids, retrieved_length, self.pad_id
         )
         return tokens.long(), lengths
+
+
+def gathers_on_device(device: torch.device) -> bool:
+    """Whether training batches bring neighbor ids and the device gathers the tokens; on a CPU the loader does."""
+    return device.type == "cuda"

@@ -1,6 +1,6 @@
 """What a run writes down: run.json, config.yaml, metrics.jsonl, TensorBoard events, WandB.
 
-metrics.jsonl has one JSON object a line, each with its step (record.py has the checksums); after a resume the lines past
+A `Window` sums the steps up between two lines. metrics.jsonl has one JSON object a line, each with its step (record.py has the checksums); after a resume the lines past
 the resumed step are dropped, so that the file tells of one run.
 """
 
@@ -14,15 +14,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from retro_engine.config import Config, flat_keys
+from retro_engine.config import Config, ModelConfig, flat_keys
 from retro_engine.data import files
+from retro_engine.data.batches import Batch
 from retro_engine.errors import MissingExtraError
+from retro_engine.model.flops import training_flops
 from retro_engine.progress import Reporter
 from retro_engine.train import record
 from retro_engine.train.places import with_absolute_paths
 from retro_engine.version import __version__
+
+
+@dataclass
+class StepResult:
+    """Mean loss of a step's labels, gradient norm, learning rate, and its tokens in all processes."""
+
+    loss: float
+    norm: float
+    rate: float
+    tokens: int
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process so far."""
+    with open("/proc/self/status") as file:
+        return next((int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM")), 0.0)
+
+
+class Window:
+    """What happened since the last log line."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.rate, self.tokens, self.flops, self.seconds, self.waited = 0.0, 0, 0.0, 0.0, 0.0
+
+    def add(self, result: StepResult, seconds: float, waited: float, config: ModelConfig, batches: list[Batch]) -> None:
+        """Count one step, of whose seconds so many were spent waiting for its batches."""
+        self.waited += waited
+        self.losses.append(result.loss)
+        self.norms.append(result.norm)
+        self.rate, self.seconds, self.tokens = result.rate, self.seconds + seconds, self.tokens + result.tokens
+        for batch in batches:
+            tokens = int((batch.document_ids >= 0).sum())
+            neighbor_tokens = 0 if batch.lengths is None else int(batch.lengths.sum())
+            self.flops += training_flops(config, tokens, neighbor_tokens)
+
+    def values(self, peak: float) -> dict[str, float]:
+        seconds = max(1e-9, self.seconds)
+        return {
+            "loss": float(np.mean(self.losses)),
+            "grad_norm": float(np.mean(self.norms)),
+            "lr": self.rate,
+            "tokens_per_s": self.tokens / seconds,
+            "mfu": self.flops / seconds / peak,
+            "data_wait": self.waited / seconds,
+        }
 
 
 class RunLog:

@@ -8,49 +8,42 @@ bit-identical on the same machine with the same threads. Letters: B sequences, N
 import contextlib
 import itertools
 import math
-import os
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from retro_kernels.backend import backend
 
-from retro_engine.config import Config, ModelConfig, architecture, flat_keys, load_config, named_keys, to_yaml
+from retro_engine.config import Config, ModelConfig, flat_keys, to_yaml
 from retro_engine.data import files
-from retro_engine.data.batches import Batch, Sequences, describe_copies, split_documents
+from retro_engine.data.batches import Batch
 from retro_engine.data.chat_files import read_chat_files
 from retro_engine.data.loader import has_native_loader
-from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
-from retro_engine.data.questions import Questions, Search, fingerprint, read_questions
-from retro_engine.data.store import Store
-from retro_engine.errors import GateError, RetroError, StoreError, UsageError
+from retro_engine.errors import GateError, RetroError, UsageError
 from retro_engine.evaluate.perplexity import autocast, evaluate, to_tensors
 from retro_engine.model.attention import left_to_pytorch
 from retro_engine.model.device import describe_device
-from retro_engine.model.fit import fit_cross_attention
-from retro_engine.model.flops import training_flops
+from retro_engine.model.flops import peak_flops
 from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import read_config
-from retro_engine.progress import Reporter
-from retro_engine.retrieval.search import Retriever
-from retro_engine.train import checkpoint, places, record, retrofit
-from retro_engine.train.device_table import DeviceTable
-from retro_engine.train.logging import RunLog
+from retro_engine.progress import Meter, Reporter
+from retro_engine.train import checkpoint, retrofit
+from retro_engine.train.device_table import DeviceTable, gathers_on_device
+from retro_engine.train.logging import RunLog, StepResult, Window, peak_mib
 from retro_engine.train.optimizer import Optimizer, learning_rate
-from retro_engine.train.parallel import Parallel
+from retro_engine.train.parallel import Parallel, micro_batches, sequences_per_step
+from retro_engine.train.precision import Precision, asked_precision, faster_precision
+from retro_engine.train.resume import find_start, read_start
+from retro_engine.train.run_data import RunData, open_data, order_of, steps_of_data, stream_settings
+from retro_engine.train.signals import Signals, StoppedError
 
-H100_BF16_FLOPS = 989e12  # datasheet
 SAMPLING = ("greedy", "temperature", "top_k", "top_p")  # of `inference`, that a checkpoint keeps
-FIT_TOKENS = 16_384  # that model.fit_cross_attention reads
 
 
 @dataclass
@@ -64,270 +57,6 @@ class TrainingResult:
     exit_code: int = 0  # 130 / 143: stopped by a signal, checkpoint saved
 
 
-@dataclass
-class TrainingData:
-    train: Sequences | Questions
-    valid: Sequences | Questions | None
-    store: Store
-    fingerprints: dict[str, str]
-    warning: str | None = None  # held-out documents that are trained on too
-    validation: dict[str, str] = field(default_factory=dict)  # fingerprint of what is validated on, where that is apart
-
-
-def open_data(config: Config, say: Callable[[str], None] | None = None) -> TrainingData:
-    """The sequences to train and to validate on; which tables were found is written into `config`.
-
-    `say` is told which questions cannot be used (None = standard error is).
-    Raises UsageError or StoreError for data that do not fit.
-    """
-    m, data = config.model, config.model.data
-    if data.store is None:
-        raise UsageError(
-            "model.data.store is not set",
-            "training reads a chunk store",
-            "model.data.store=STORE (retro prepare writes one)",
-        )
-    store = Store(data.store)
-    _check_store(config, store)
-    if data.questions is not None:
-        return _open_questions(config, store, say or Reporter().say)
-    table = NeighborTable(find_table(store, data.neighbors), store) if m.retrieval else None
-    if table is not None:  # so that the run keeps it when there are more tables later
-        data.neighbors = table_name(table)
-    shares = split_documents(store, data.splits_string)
-    has_own_valid = data.valid_store is not None
-    trained = np.arange(store.num_documents) if has_own_valid else shares["train"]
-
-    def sequences(
-        of: Store, documents: np.ndarray, its_table: NeighborTable | None, database: np.ndarray | None
-    ) -> Sequences:
-        return Sequences(of, documents, m.encoder_seq_length, its_table, m.num_neighbors, m.r, database)
-
-    train = sequences(store, trained, table, trained)
-    if data.self_neighbor_steps and not train.holds_itself:
-        raise UsageError(
-            f"model.data.self_neighbor_steps={data.self_neighbor_steps} cannot be used",
-            f"{store.folder} is not one of the stores that its neighbors come from",
-            f"retro neighbors {store.folder} --database {store.folder} ...",
-        )
-    fingerprints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
-    if table is not None:
-        fingerprints["neighbors"] = table.fingerprint
-    valid, validation = None, {}
-    if has_own_valid:
-        other = Store(str(data.valid_store))
-        _check_store(config, other)
-        store.coding.check(other.coding)
-        other_table = NeighborTable(find_table(other, data.valid_neighbors), other) if m.retrieval else None
-        if other_table is not None:
-            data.valid_neighbors = table_name(other_table)
-        valid = sequences(other, np.arange(other.num_documents), other_table, None)
-        validation["valid_store"] = other.fingerprint
-    elif len(shares["valid"]):
-        valid = sequences(store, shares["valid"], table, trained)
-    warning = describe_copies(valid, train) if valid is not None else None
-    return TrainingData(train, valid, store, fingerprints, warning, validation)
-
-
-def _open_questions(config: Config, store: Store, say: Callable[[str], None]) -> TrainingData:
-    m, data = config.model, config.model.data
-    if data.self_neighbor_steps:
-        raise UsageError("model.data.self_neighbor_steps cannot be used", "questions have neighbors of their own")
-    search = question_search([store], data.question_retriever, m.r) if data.question_neighbors != "data" else None
-
-    def opened(path: str) -> Questions:
-        rows = read_questions(path, data.question_template, say)
-        length = m.encoder_seq_length
-        return Questions(rows, store, path, length, m.num_neighbors, m.r, data.question_neighbors, search)
-
-    train = opened(str(data.questions))
-    prints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
-    prints["questions"] = fingerprint(str(data.questions))
-    valid: Questions | None = None
-    validation = {}
-    if data.valid_questions is not None:
-        valid = opened(data.valid_questions)
-        validation["valid_questions"] = fingerprint(data.valid_questions)
-    else:
-        train, valid = train.deal(data.splits_string)
-    return TrainingData(train, valid, store, prints, validation=validation)
-
-
-def question_search(stores: list[Store], retriever: str, retrieved_length: int) -> Search:
-    """Retrieval for questions from `stores`."""
-    found = Retriever(stores, retriever)
-
-    def search(texts: Iterable[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        return found.loader.gather(found.search(list(texts), k)[0], retrieved_length)
-
-    return search
-
-
-def run_config(
-    checkpoint_folder: Path, overrides: list[str], needed: Collection[str] = places.READ, is_strict: bool = False
-) -> Config:
-    """The settings a checkpoint's run was started with, with overrides; an imported checkpoint's are its model's. Paths
-    are those where the data lie now, of which the `needed` ones must be there (places.py; `is_strict`: another store in
-    the place of the run's is refused).
-
-    Raises MissingInputError for a run without config.yaml, or whose data are not there, StoreError where it is not what
-    the run wrote.
-    """
-    done = {
-        "init_from": None,
-        "fit_cross_attention": False,
-        "freeze_decoder": False,
-        "unfreeze_step": None,
-        "unfreeze_every": None,
-        "optim.sched.min_lr": 0.0,  # of schedules that earlier versions took
-        "optim.sched.constant_steps": 0,
-    }  # what they did is in the settings and weights
-    file: str | None = None
-    found: dict[str, str] = {}
-    if checkpoint.is_imported(checkpoint_folder):
-        done |= vars(read_config(checkpoint_folder))
-    else:
-        run = checkpoint_folder.parent.parent
-        file = str(run / record.SETTINGS_FILE)
-        record.check_settings(Path(file))
-        state = checkpoint.read_trainer(checkpoint_folder)
-        trained = state.get("fingerprints", {}) | state.get("validation", {})
-        found = places.located(run, Path(file), named_keys(overrides), trained, needed, is_strict)
-    settings = [(f"model.{key}", value) for key, value in done.items()]
-    return load_config([*settings, *found.items(), *overrides], file=file)
-
-
-def open_evaluation(
-    checkpoint_folder: Path,
-    model: ModelConfig,
-    overrides: list[str],
-    share: str,
-    say: Callable[[str], None] = lambda line: None,
-) -> Sequences | Questions:
-    """The documents of a share (train, valid, test, all) of a run's data, for the model of one of its checkpoints.
-
-    With a validation store of its own, valid is that store and the other shares are of the training store. Raises
-    StoreError for a store of another tokenizer, or for a RETRO of another chunk size.
-    """
-    config = run_config(checkpoint_folder, overrides, places.ALL, is_strict=True)
-    data = open_data(config)
-    coding = checkpoint.read_coding(checkpoint_folder, data.store.chunk_size)
-    coding.check(data.store.coding)  # a validation store has the same
-    if share == "valid" and data.valid is not None:
-        if data.warning is not None:
-            say(data.warning)
-        return data.valid
-    if isinstance(data.train, Questions):
-        if share != "train":
-            raise UsageError(
-                f"--share {share}: questions have none", "they are dealt to train and valid", "--share train"
-            )
-        return data.train
-    store, m = data.store, config.model
-    everything = np.arange(store.num_documents)
-    shares = split_documents(store, m.data.splits_string)
-    if m.data.valid_store is not None:  # then the whole store was trained on
-        shares = {"train": everything}
-    if share != "all" and share not in shares:
-        raise UsageError(
-            f"--share {share}: this run has none",
-            f"it was trained on all of {store.folder} and validated on {m.data.valid_store}",
-            "--share valid, or train",
-        )
-    documents = everything if share == "all" else shares[share]
-    sequences = Sequences(
-        store, documents, m.encoder_seq_length, data.train.table, model.num_neighbors, model.r, shares["train"]
-    )
-    if share == "test" and (copies := describe_copies(sequences, data.train)) is not None:
-        say(copies)
-    return sequences
-
-
-def run_databases(checkpoint_folder: Path) -> list[Store]:
-    """The stores that a run's neighbors came from."""
-    data = run_config(checkpoint_folder, []).model.data
-    if data.store is None:
-        raise UsageError(f"{checkpoint_folder} names no store", "it was imported", "name the stores to read")
-    store = Store(data.store)
-    return NeighborTable(find_table(store, data.neighbors), store).databases
-
-
-def _check_store(config: Config, store: Store) -> None:
-    m = config.model
-    if store.chunk_size != m.chunk_size:
-        raise UsageError(
-            f"model.chunk_size={m.chunk_size} does not match the store",
-            f"{store.folder} has chunks of {store.chunk_size} tokens",
-            f"model.chunk_size={store.chunk_size}, or retro prepare --chunk-size {m.chunk_size}",
-        )
-    if 0 < m.vocab_size < store.vocab_size:  # more are rows of padding, as imported models have
-        raise UsageError(
-            f"model.vocab_size={m.vocab_size} does not match the store",
-            f"its tokenizer has {store.vocab_size} entries",
-            "leave model.vocab_size out",
-        )
-
-
-def gathers_on_device(device: torch.device) -> bool:
-    """Whether training batches bring neighbor ids and the device gathers the tokens; on a CPU the loader does."""
-    return device.type == "cuda"
-
-
-def has_fast_bf16() -> bool:
-    """Whether this processor multiplies bf16; where it does not, bf16 is many times slower than fp32."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
-
-
-def pick_precision(config: Config, device: torch.device) -> str:
-    """ "32" or "bf16-mixed". auto times a layer's forward and backward in both and takes the faster."""
-    if config.trainer.precision != "auto":
-        return config.trainer.precision
-    if config.model.megatron_amp_O2:
-        return "bf16-mixed"
-    if device.type == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32"
-    if not has_fast_bf16():
-        return "32"
-    m = config.model
-    layer = torch.nn.Sequential(
-        torch.nn.Linear(m.hidden_size, m.ffn_hidden_size),
-        torch.nn.GELU(),
-        torch.nn.Linear(m.ffn_hidden_size, m.hidden_size),
-    )
-    x = torch.zeros(m.micro_batch_size * m.encoder_seq_length, m.hidden_size)
-
-    def best_s(is_bf16: bool) -> float:
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            with autocast(device, "bf16-mixed" if is_bf16 else "32"):
-                out = layer(x)
-            out.float().sum().backward()
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-
-    return "bf16-mixed" if best_s(True) < 0.9 * best_s(False) else "32"
-
-
-def peak_flops(device: torch.device) -> float:
-    """What MFU is a share of: the datasheet's bf16 rate on an H100, a measured matmul elsewhere (bf16 on another
-    GPU, fp32 of 2048^3 on a CPU: a bf16 run there can pass 1).
-    """
-    is_gpu = device.type == "cuda"
-    if is_gpu and "H100" in torch.cuda.get_device_name(device):
-        return H100_BF16_FLOPS
-    size = 8192 if is_gpu else 2048
-    a = torch.rand(size, size, device=device, dtype=torch.bfloat16 if is_gpu else torch.float32)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ a
-        if is_gpu:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
-
-
 def kernels_in_use(config: ModelConfig, device: str, precision: str) -> str:
     """The backend of a run's ops, and what of its attention is PyTorch's nevertheless."""
     wide = {"64": torch.float64, "16-mixed": torch.float16}
@@ -336,7 +65,7 @@ def kernels_in_use(config: ModelConfig, device: str, precision: str) -> str:
     return name if name == "reference" or not left else f"{name} (PyTorch: {' and '.join(left)})"
 
 
-def describe(config: Config, data: TrainingData) -> str:
+def describe(config: Config, data: RunData) -> str:
     """What a run with these settings would be: one line."""
     model = replace(config.model, vocab_size=config.model.vocab_size or data.store.vocab_size)
     with torch.device("meta"):
@@ -344,83 +73,8 @@ def describe(config: Config, data: TrainingData) -> str:
     valid = len(data.valid.documents) if data.valid is not None else 0
     return (
         f"{count / 1e6:.2f} M parameters, {config.trainer.max_steps:,} steps; {len(data.train.documents):,} documents in "
-        f"{len(data.train.epoch(config.seed, 0, *_order(config))):,} sequences of {model.encoder_seq_length} tokens an epoch, {valid:,} held out"
+        f"{len(data.train.epoch(order_of(config), 0)):,} sequences of {model.encoder_seq_length} tokens an epoch, {valid:,} held out"
     )
-
-
-def _stream_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide which batch a step sees: a resumed run must have the same."""
-    m = config.model
-    is_shuffled, is_cyclic = _order(config)
-    kept = {} if is_cyclic and is_shuffled else {"order": "sequences shuffled" if is_cyclic else "the corpus'"}
-    return {
-        "seed": config.seed,
-        "sequences_per_step": _sequences_per_step(config),
-        "splits_string": m.data.splits_string,
-        "dataloader_type": m.data.dataloader_type,
-        "shuffle_documents": is_shuffled,
-        **kept,  # earlier versions had another order there, and no such entry
-        "neighbor_dropout": m.data.neighbor_dropout,
-        **({"self_neighbor_steps": m.data.self_neighbor_steps} if m.data.self_neighbor_steps else {}),
-    }
-
-
-def _sequences_per_step(config: Config) -> int:
-    m = config.model
-    world = int(os.environ.get("WORLD_SIZE", "1")) // m.tensor_model_parallel_size
-    return m.global_batch_size or m.micro_batch_size * config.trainer.accumulate_grad_batches * max(1, world)
-
-
-def _order(config: Config) -> tuple[bool, bool]:
-    """Whether documents are shuffled, and whether sequences are, anew in every pass."""
-    data = config.model.data
-    is_cyclic = data.dataloader_type == "cyclic"
-    return is_cyclic if data.shuffle_documents is None else data.shuffle_documents, is_cyclic
-
-
-def steps_of_data(config: Config, data: TrainingData) -> int | None:
-    """Optimizer steps that the training data gives; None = any number. Raises UsageError where it is less than one.
-
-    A function of what every process has, so that all stop at the same step.
-    """
-    count = data.train.num_sequences(config.seed, *_order(config))
-    if count is None:
-        return None
-    steps = count // _sequences_per_step(config)
-    if not steps:
-        raise UsageError(
-            f"model.data.dataloader_type=single gives {count:,} sequences",
-            f"a step takes {_sequences_per_step(config):,}: there is none",
-            "a smaller model.global_batch_size, or model.data.dataloader_type=cyclic",
-        )
-    return steps
-
-
-class _StoppedError(Exception):
-    """A validation that a signal cut short."""
-
-
-class _Signals:
-    """SIGTERM and SIGINT ask for a checkpoint at the next step; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        with contextlib.suppress(ValueError):  # not the main thread: the caller keeps its handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = number
 
 
 def train(config: Config, reporter: Reporter | None = None, resume: str = "auto") -> TrainingResult:
@@ -464,7 +118,7 @@ class _Training:
     def __init__(
         self,
         config: Config,
-        data: TrainingData,
+        data: RunData,
         run: Path,
         reporter: Reporter,
         resume: str,
@@ -473,68 +127,28 @@ class _Training:
     ):
         self.config, self.data, self.run, self.parallel = config, data, run, parallel
         self.reporter = reporter if parallel.is_main else Reporter("quiet")
-        m, self.device = config.model, parallel.device
-        per_round = m.micro_batch_size * parallel.data
-        if _sequences_per_step(config) % per_round:
-            raise UsageError(
-                f"model.global_batch_size={m.global_batch_size} does not fit",
-                f"{parallel.data} data-parallel processes take model.micro_batch_size={m.micro_batch_size} each",
-                f"use a multiple of {per_round}",
-            )
-        self.accumulate = _sequences_per_step(config) // per_round
-        of_data = steps_of_data(config, data)
-        self.last_step = min(config.trainer.max_steps, of_data or config.trainer.max_steps)
+        m, keep, self.device = config.model, config.exp_manager, parallel.device
+        self.order, self.accumulate = order_of(config), micro_batches(config, parallel.data)
+        self.last_step = min(config.trainer.max_steps, steps_of_data(config, data) or config.trainer.max_steps)
         self.validates_every, self.valid_batches = self._validation()
-        valid = data.valid and (data.valid.store.fingerprint, len(data.valid.documents))
-        parallel.agree(
-            {"data": data.fingerprints, "validation data": valid, "order of the data": _stream_settings(config),
-             "number of steps": self.last_step, "settings": to_yaml(config)}
-        )  # fmt: skip
-        start = parallel.from_main(self._find_start(resume) if parallel.is_main else None)
+        self._agree()
+        start = parallel.from_main(find_start(config, run, resume, self.note) if parallel.is_main else None)
         torch.manual_seed(config.seed)
         self.model = RetroModel(m)
         widths = width_multipliers(self.model)
-        self.step, self.tokens_seen, self.train_s = 0, 0, 0.0
-        self.precision, self.skipped, self.mean_loss = "", 0, None
-        scale, good_steps = None, 0
-        if start is not None:
-            state = self._read_start(start)
-            self.step, self.tokens_seen, self.train_s = state["step"], state["tokens_seen"], state["train_s"]
-            self.mean_loss = state["mean_loss"]
-            self.precision = self._precision_from_here(state["precision"])
-            if self.precision == state["precision"] == "16-mixed":
-                scale, good_steps = state["loss_scale"], state["good_steps"]
-            checkpoint.load_weights(start, self.model)
-            self.reporter.say(f"resuming at step {self.step} from {start}")
-        elif source is not None:
-            retrofit.load_initial(source, self.model)
-            self.reporter.say(f"weights of {source}")
-            if m.fit_cross_attention:
-                self._fit_cross_attention()
-        origin = start or source
-        if origin is not None:  # a chat model stays one
-            data.store.tokenizer.chat_files = read_chat_files(origin)
-        with torch.random.fork_rng(devices=[]):
-            self.precision = parallel.from_main(self.precision or pick_precision(config, self.device))
-        is_o2 = m.megatron_amp_O2
-        self.model.set_recompute(m.activations_checkpoint_granularity)
-        dtype = torch.float64 if self.precision == "64" else torch.float32
-        shards_master = is_o2 and parallel.strategy == "fsdp"  # fp32 shards, of which bf16 copies are gathered
-        has_master = is_o2 and not shards_master
-        self.model.to(self.device, torch.bfloat16 if has_master else dtype)
-        self.autocast = "32" if is_o2 else self.precision
-        # groups of processes settle at the start which gradients they exchange: all, if more will learn later
-        self.drops_gradients = m.unfreeze_step is not None and parallel.data > 1
-        if not self.drops_gradients:
-            retrofit.set_trainable(self.model, m, self.step)
-        finds_unused = m.retrieval and m.data.neighbor_dropout > 0
-        self.module = parallel.spread(self.model, shards_master, finds_unused)
-        self.optimizer = Optimizer(self.model, m.optim, widths, has_master, self.precision == "16-mixed")
+        self.step, self.tokens_seen, self.train_s, self.skipped = 0, 0, 0.0, 0
+        self.mean_loss: float | None = None
+        before = self._load(start, source)
+        self.precision = self._settle_precision(before.get("precision"))
+        self.module = self._spread()
+        is_scaled = self.precision.is_scaled
+        self.optimizer = Optimizer(self.model, m.optim, widths, self.precision.has_master, is_scaled)
         torch.manual_seed(config.seed + parallel.data_rank)  # processes that share matrices drop the same features
         if start is not None:
             checkpoint.load_optimizer(start, self.optimizer, parallel)
-            self.optimizer.scale, self.optimizer.good_steps = scale or self.optimizer.scale, good_steps
-        keep = config.exp_manager
+            if is_scaled and before["precision"] == self.precision.name:
+                self.optimizer.scale = before["loss_scale"] or self.optimizer.scale
+                self.optimizer.good_steps = before["good_steps"]
         self.saver = checkpoint.Saver(run, parallel, keep.keep_last_n, keep.keep_best, self.note)
         self.table: DeviceTable | None = None
         if data.train.table is not None and gathers_on_device(self.device):
@@ -547,12 +161,64 @@ class _Training:
                 self.model.hidden, fullgraph=parallel.world == 1 and m.activations_checkpoint_granularity is None
             )
 
+    def _agree(self) -> None:
+        valid = self.data.valid and (self.data.valid.store.fingerprint, len(self.data.valid.documents))
+        order = stream_settings(self.config)
+        self.parallel.agree(
+            {"data": self.data.fingerprints, "validation data": valid, "order of the data": order,
+             "number of steps": self.last_step, "settings": to_yaml(self.config)}
+        )  # fmt: skip
+
+    def _load(self, start: Path | None, source: Path | None) -> dict[str, Any]:
+        """The weights that the run begins with; trainer.json of the checkpoint that it goes on from, {} in a new run."""
+        before: dict[str, Any] = {}
+        if start is not None:
+            if self.parallel.is_main:
+                checkpoint.verify(start)
+            before = read_start(start, self.config, self.data)
+            self.step, self.tokens_seen, self.train_s = before["step"], before["tokens_seen"], before["train_s"]
+            self.mean_loss = before["mean_loss"]
+            checkpoint.load_weights(start, self.model)
+            self.reporter.say(f"resuming at step {self.step} from {start}")
+        elif source is not None:
+            retrofit.load_initial(source, self.model)
+            self.reporter.say(f"weights of {source}")
+            if self.config.model.fit_cross_attention:
+                begin = time.perf_counter()
+                count = retrofit.fit(self.model.to(self.device), self.config.model, self.data.train, self.config.seed)
+                seconds = time.perf_counter() - begin
+                self.reporter.say(f"cross-attention fitted to {count:,} sequences in {seconds:.0f} s")
+        if origin := start or source:  # a chat model stays one
+            self.data.store.tokenizer.chat_files = read_chat_files(origin)
+        return before
+
+    def _settle_precision(self, before: str | None) -> Precision:
+        """What is asked for; with auto what a resumed run had `before`, else what is faster here."""
+        asked = asked_precision(self.config)
+        if before is not None and asked not in (None, before):
+            self.note(f"trainer.precision={asked} from step {self.step + 1} on; before it was {before}")
+        with torch.random.fork_rng(devices=[]):
+            name = self.parallel.from_main(asked or before or faster_precision(self.config, self.device))
+        return Precision(name=name, is_o2=self.config.model.megatron_amp_O2, strategy=self.parallel.strategy)
+
+    def _spread(self) -> torch.nn.Module:
+        """The model on its device and over the processes; the module to call."""
+        m = self.config.model
+        self.model.set_recompute(m.activations_checkpoint_granularity)
+        self.model.to(self.device, self.precision.weights)
+        # groups of processes settle at the start which gradients they exchange: all, if more will learn later
+        self.drops_gradients = m.unfreeze_step is not None and self.parallel.data > 1
+        if not self.drops_gradients:
+            retrofit.set_trainable(self.model, m, self.step)
+        finds_unused = m.retrieval and m.data.neighbor_dropout > 0
+        return self.parallel.spread(self.model, self.precision.shards_master, finds_unused)
+
     def _validation(self) -> tuple[int, int | None]:
         """Steps between two validations, and batches of one; shares are of an epoch, and of the validation data."""
         config, trainer = self.config, self.config.trainer
         every, limit = trainer.val_check_interval, trainer.limit_val_batches
         if isinstance(every, float):
-            epoch = len(self.data.train.epoch(config.seed, 0, *_order(config))) // _sequences_per_step(config)
+            epoch = len(self.data.train.epoch(self.order, 0)) // sequences_per_step(config)
             every = max(1, int(every * epoch))
         if isinstance(limit, float) and self.data.valid is not None:
             count = len(self.data.valid.batch_rows(config.model.micro_batch_size))
@@ -562,141 +228,71 @@ class _Training:
     def note(self, text: str) -> None:
         self.reporter.say(f"note: {text}")
 
-    def _precision_from_here(self, before: str) -> str:
-        """Of a resumed run: what is asked for now; with auto what it had before."""
-        asked = self.config.trainer.precision
-        if asked == "auto" and self.config.model.megatron_amp_O2:
-            asked = "bf16-mixed"
-        if asked not in ("auto", before):
-            self.note(f"trainer.precision={asked} from step {self.step + 1} on; before it was {before}")
-        return before if asked == "auto" else asked
-
-    def _fit_cross_attention(self) -> None:
-        """From some sequences of the training data; the same in every process."""
-        start, m = time.perf_counter(), self.config.model
-        size = max(1, min(m.micro_batch_size, FIT_TOKENS // m.encoder_seq_length))
-        count = max(1, FIT_TOKENS // (size * m.encoder_seq_length))
-        self.model.to(self.device)
-
-        def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            for number in range(count):
-                batch = self.data.train.training_batch(number, size, self.config.seed, True, True, "off")
-                tokens, _, documents, _, _ = to_tensors(batch, self.device)
-                yield tokens, documents
-
-        fit_cross_attention(self.model.eval(), batches())
-        seconds = time.perf_counter() - start
-        self.reporter.say(f"cross-attention fitted to {count * size:,} sequences in {seconds:.0f} s")
-
-    def _read_start(self, start: Path) -> dict[str, Any]:
-        """trainer.json of the checkpoint to go on from; its data and order must be this run's."""
-        if self.parallel.is_main:
-            checkpoint.verify(start)
-        if checkpoint.is_imported(start):
-            raise UsageError(
-                f"{start} was imported", "there is no training to go on with", f"--init-from {start} begins one"
-            )
-        state = checkpoint.read_state(start)
-        for saved, now in (
-            (state["fingerprints"], self.data.fingerprints),
-            (state["stream"], _stream_settings(self.config)),
-        ):
-            if saved != now:
-                raise StoreError(
-                    f"{start} was trained with {_difference(saved, now)}",
-                    "a run goes on with the data and the order it began with",
-                    "--resume never --out ANOTHER starts a new run",
-                )
-        return state
-
-    def _find_start(self, resume: str) -> Path | None:
-        existing = checkpoint.complete_checkpoints(self.run, self.note)
-        if resume not in ("auto", "never"):
-            start: Path | None = checkpoint.find_checkpoint(resume)
-            if existing and start is not None and start.resolve() != existing[-1].resolve():
-                raise UsageError(
-                    f"{self.run} has checkpoint {existing[-1].name}",
-                    f"going on from {start} would leave two histories in one folder",
-                    "choose another --out, or remove the later checkpoints",
-                )
-        elif existing and (resume == "never" or not self.config.exp_manager.resume_if_exists):
-            raise UsageError(
-                f"{self.run} holds a run", "it is not overwritten", f"choose another --out, or rm -r {self.run}"
-            )
-        else:
-            start = existing[-1] if existing else None
-        if start is not None:
-            saved, now = architecture(read_config(start)), architecture(self.config.model)
-            if saved != now:
-                raise UsageError(
-                    f"{start} has another model: {_difference(saved, now)}",
-                    "a run goes on with the model it began with",
-                    "--resume never --out ANOTHER starts a new run",
-                )
-        return start
-
     def run_all(self) -> TrainingResult:
-        m, trainer = self.config.model, self.config.trainer
         saved = self.run / "checkpoints" / f"step-{self.step:06d}"
         if self.step >= self.last_step and self.parallel.from_main((saved / checkpoint.COMPLETE).is_file()):
             return self._finished_before(saved)
-        with torch.random.fork_rng(devices=[]):  # measuring takes nothing from the run's random numbers
-            peak = peak_flops(self.device)
-        self.reporter.say(describe(self.config, self.data))
-        if self.data.warning is not None:
-            self.reporter.say(self.data.warning)
-        if self.last_step < trainer.max_steps:
-            self.note(
-                f"the data gives {self.last_step:,} of trainer.max_steps={trainer.max_steps:,} steps: single reads it once"
-            )
-        self.reporter.say(
-            f"{describe_device(self.device)} in {self.precision}, kernels: {kernels_in_use(m, self.device.type, self.precision)}, "
-            f"loader: {'C++' if has_native_loader() else 'NumPy (no compiler at installation)'}, {torch.get_num_threads()} threads"
-        )
+        peak_flops(self.device)  # measured before anything else runs
+        self._announce()
         log = RunLog(self.run, self.config, self.data.fingerprints, self.step, self.reporter, self.parallel.is_main)
-        saved_step, received = -1, None
-        window = _Window()
         self.model.train()
         try:
             with (
-                _Signals() as signals,
+                Signals() as signals,
                 self._prefetched() as batches,
                 self.reporter.progress("training", self.last_step, "steps") as meter,
             ):
                 meter.advance(self.step)
-                while self.step < self.last_step:
-                    if received := self._stop_code(signals):
-                        break
-                    start = time.perf_counter()
-                    micro_batches = next(batches)
-                    waited = time.perf_counter() - start
-                    result = self._train_step(micro_batches)
-                    elapsed = time.perf_counter() - start
-                    self.train_s += elapsed
-                    self.step += 1
-                    self.tokens_seen += result.tokens
-                    window.add(result, elapsed, waited, m, micro_batches)
-                    meter.advance(1)
-                    if self.step % trainer.log_every_n_steps == 0:
-                        window = self._log(log, window, peak)
-                    if self.step % self.validates_every == 0:
-                        with contextlib.suppress(_StoppedError):
-                            self._validate(log, signals, result.loss)
-                    if self.step % self.config.exp_manager.checkpoint_every_n_steps == 0:
-                        self._save()
-                        saved_step = self.step
-                if window.losses:
-                    self._log(log, window, peak)
-                if saved_step != self.step:
-                    self._save()
+                stopped = self._run_steps(log, signals, batches, meter)
                 self.saver.wait()
         finally:
             log.close()
-        received = received if received and received > 1 else None
-        if received is not None:
-            self.reporter.say(f"stopped by signal {received} at step {self.step}, checkpoint saved")
+        code = 128 + stopped if stopped > 1 else 0
+        if code:
+            self.reporter.say(f"stopped by signal {stopped} at step {self.step}, checkpoint saved")
         saved = self.run / "checkpoints" / f"step-{self.step:06d}"
-        return TrainingResult(self.run, saved, self.step, self.metrics, 0 if received is None else 128 + received)
+        return TrainingResult(self.run, saved, self.step, self.metrics, code)
+
+    def _announce(self) -> None:
+        m, steps = self.config.model, self.config.trainer.max_steps
+        self.reporter.say(describe(self.config, self.data))
+        if self.data.warning is not None:
+            self.reporter.say(self.data.warning)
+        if self.last_step < steps:
+            self.note(f"the data gives {self.last_step:,} of trainer.max_steps={steps:,} steps: single reads it once")
+        kernels = kernels_in_use(m, self.device.type, self.precision.name)
+        self.reporter.say(
+            f"{describe_device(self.device)} in {self.precision.name}, kernels: {kernels}, "
+            f"loader: {'C++' if has_native_loader() else 'NumPy (no compiler at installation)'}, {torch.get_num_threads()} threads"
+        )
+
+    def _run_steps(self, log: RunLog, signals: Signals, batches: Iterator[list[Batch]], meter: Meter) -> int:
+        """The steps from here to the last, logged, validated and saved; what stopped them before (`_stop_code`)."""
+        trainer, saved_step, stopped, window = self.config.trainer, -1, 0, Window()
+        while self.step < self.last_step and not (stopped := self._stop_code(signals)):
+            start = time.perf_counter()
+            step_batches = next(batches)
+            waited = time.perf_counter() - start
+            result = self._train_step(step_batches)
+            elapsed = time.perf_counter() - start
+            self.train_s += elapsed
+            self.step += 1
+            self.tokens_seen += result.tokens
+            window.add(result, elapsed, waited, self.config.model, step_batches)
+            meter.advance(1)
+            if self.step % trainer.log_every_n_steps == 0:
+                window = self._log(log, window)
+            if self.step % self.validates_every == 0:
+                with contextlib.suppress(StoppedError):
+                    self._validate(log, signals, result.loss)
+            if self.step % self.config.exp_manager.checkpoint_every_n_steps == 0:
+                self._save()
+                saved_step = self.step
+        if window.losses:
+            self._log(log, window)
+        if saved_step != self.step:
+            self._save()
+        return stopped
 
     def _finished_before(self, saved: Path) -> TrainingResult:
         """A run that has all its steps is left as it is."""
@@ -708,25 +304,24 @@ class _Training:
         )
         return TrainingResult(self.run, saved, self.step, self.metrics)
 
-    def _stop_code(self, signals: "_Signals") -> int:
+    def _stop_code(self, signals: Signals) -> int:
         """The signal that any process got, 1 = out of time, 0 = go on: the same in every process."""
         limit = self.config.trainer.max_time_s
         is_late = limit is not None and self.train_s >= limit
         return self.parallel.any(signals.received or int(is_late))
 
-    def _log(self, log: RunLog, window: "_Window", peak: float) -> "_Window":
+    def _log(self, log: RunLog, window: Window) -> Window:
         window.flops = self.parallel.sum([window.flops])[0]
-        values = window.values(peak * self.parallel.world)
+        values = window.values(peak_flops(self.device) * self.parallel.world)
         values["peak_mib"] = peak_mib()
         self.metrics |= values
         log.log(self.step, {**values, "tokens_seen": self.tokens_seen, "train_s": self.train_s})
-        return _Window()
+        return Window()
 
     @contextlib.contextmanager
     def _prefetched(self) -> Iterator[Iterator[list[Batch]]]:
         """The micro-batches of each step from here on; the next step's are made while this one trains."""
         m, data = self.config.model, self.config.model.data
-        is_shuffled, is_cyclic = _order(self.config)
 
         def make(step: int) -> list[Batch]:
             is_dropped = np.random.default_rng((self.config.seed, step, 1)).random() < data.neighbor_dropout
@@ -735,8 +330,7 @@ class _Training:
                 mode = "self"
             first = step * self.accumulate * self.parallel.data + self.parallel.data_rank
             numbers = range(first, first + self.accumulate * self.parallel.data, self.parallel.data)
-            size, seed = m.micro_batch_size, self.config.seed
-            return [self.data.train.training_batch(n, size, seed, is_shuffled, is_cyclic, mode) for n in numbers]
+            return [self.data.train.training_batch(n, m.micro_batch_size, self.order, mode) for n in numbers]
 
         def stream(pool: ThreadPoolExecutor) -> Iterator[list[Batch]]:
             steps = iter(range(self.step, self.last_step))
@@ -753,7 +347,7 @@ class _Training:
         with ThreadPoolExecutor(1) as pool:  # one: the batches of an epoch share its order
             yield stream(pool)
 
-    def _train_step(self, micro_batches: list[Batch]) -> "_StepResult":
+    def _train_step(self, micro_batches: list[Batch]) -> StepResult:
         """One optimizer step, or none where the loss or the gradient is not finite or the loss leaps."""
         optim, optimizer = self.config.model.optim, self.optimizer
         if not self.drops_gradients:
@@ -772,7 +366,7 @@ class _Training:
                 batch.lengths = lengths.cpu().numpy()  # for the count of FLOPs
             is_last = self.optimizer.has_master or number == len(micro_batches) - 1
             with self.parallel.accumulating(self.module, is_last):
-                with autocast(self.device, self.autocast):
+                with autocast(self.device, self.precision.autocast):
                     loss = self.module(tokens, neighbors, lengths, documents, labels) * weight
                 loss.backward()
             optimizer.collect()
@@ -788,7 +382,7 @@ class _Training:
             self.mean_loss = total if self.mean_loss is None else 0.98 * self.mean_loss + 0.02 * total
         else:
             self._skip(problem)
-        return _StepResult(total, norm, rate, int(num_tokens))
+        return StepResult(total, norm, rate, int(num_tokens))
 
     def _problem(self, loss: float, norm: float) -> str | None:
         """Why a step is not taken, the same in every process; None = it is."""
@@ -813,14 +407,14 @@ class _Training:
             "lower model.optim.lr, or trainer.precision=32",
         )
 
-    def _validate(self, log: RunLog, signals: "_Signals", loss: float) -> None:
-        """Raises _StoppedError between two batches when a signal has come."""
+    def _validate(self, log: RunLog, signals: Signals, loss: float) -> None:
+        """Raises StoppedError between two batches when a signal has come."""
         if self.data.valid is None or self.valid_batches == 0:
             return
 
         def advance(_: int) -> None:
             if self.parallel.any(signals.received or 0):
-                raise _StoppedError
+                raise StoppedError
 
         modes = ("on", "off") if self.config.model.retrieval else ("off",)
         results = evaluate(
@@ -830,7 +424,7 @@ class _Training:
             modes,
             self.config.model.micro_batch_size,
             self.valid_batches,
-            self.autocast,
+            self.precision.autocast,
             advance,
             shard=(self.parallel.data_rank, self.parallel.data),
             reduce=self.parallel.sum_arrays,
@@ -849,7 +443,7 @@ class _Training:
         trainer = {
             "tokens_seen": self.tokens_seen,
             "train_s": self.train_s,
-            "precision": self.precision,
+            "precision": self.precision.name,
             "mean_loss": self.mean_loss,
             "loss_scale": self.optimizer.scale,
             "good_steps": self.optimizer.good_steps,
@@ -857,65 +451,10 @@ class _Training:
             "processes": {"data": self.parallel.data, "tensor": self.parallel.tensor},
             "fingerprints": self.data.fingerprints,
             "validation": self.data.validation,
-            "stream": _stream_settings(self.config),
+            "stream": stream_settings(self.config),
         }
         try:
             self.saver.save(self.step, self.model, self.optimizer, self.data.store.tokenizer, trainer, generation)
         except RetroError:
             self.reporter.say("the last checkpoint was not saved; earlier ones are untouched")
             raise
-
-
-@dataclass
-class _StepResult:
-    """Mean loss of a step's labels, gradient norm, learning rate, and its tokens in all processes."""
-
-    loss: float
-    norm: float
-    rate: float
-    tokens: int
-
-
-def peak_mib() -> float:
-    """Peak resident memory of this process so far."""
-    with open("/proc/self/status") as file:
-        return next((int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM")), 0.0)
-
-
-class _Window:
-    """What happened since the last log line."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.rate, self.tokens, self.flops, self.seconds, self.waited = 0.0, 0, 0.0, 0.0, 0.0
-
-    def add(
-        self, result: _StepResult, seconds: float, waited: float, config: ModelConfig, batches: list[Batch]
-    ) -> None:
-        """Count one step, of whose seconds so many were spent waiting for its batches."""
-        self.waited += waited
-        self.losses.append(result.loss)
-        self.norms.append(result.norm)
-        self.rate, self.seconds, self.tokens = result.rate, self.seconds + seconds, self.tokens + result.tokens
-        for batch in batches:
-            tokens = int((batch.document_ids >= 0).sum())
-            neighbor_tokens = 0 if batch.lengths is None else int(batch.lengths.sum())
-            self.flops += training_flops(config, tokens, neighbor_tokens)
-
-    def values(self, peak: float) -> dict[str, float]:
-        seconds = max(1e-9, self.seconds)
-        return {
-            "loss": float(np.mean(self.losses)),
-            "grad_norm": float(np.mean(self.norms)),
-            "lr": self.rate,
-            "tokens_per_s": self.tokens / seconds,
-            "mfu": self.flops / seconds / peak,
-            "data_wait": self.waited / seconds,
-        }
-
-
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    shorten = lambda value: value[:12] if isinstance(value, str) else value  # noqa: E731
-    return ", ".join(f"{key} {shorten(before.get(key))} -> {shorten(now.get(key))}" for key in keys[:6])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from retro_engine.config import Config, ModelConfig, OptimConfig, check_model, load_config, to_yaml
 from retro_engine.data import files
+from retro_engine.data.batches import Order
 from retro_engine.data.manifests import SWEEP_CELL
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, MissingExtraError, StoreError, UsageError
@@ -26,8 +27,8 @@ from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
 from retro_engine.train import record
-from retro_engine.train.loop import TrainingData, open_data
 from retro_engine.train.optimizer import Optimizer, learning_rate
+from retro_engine.train.run_data import RunData, open_data
 
 FLAT, STEEP = 0.1, 0.3  # |slope| at most with muP, somewhere at least without
 NUM_TOKENS = 256  # vocabulary of random tokens
@@ -281,10 +282,10 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _batch(config: Config, data: TrainingData, step: int, seed: int) -> Batch:
+def _batch(config: Config, data: RunData, step: int, seed: int) -> Batch:
     m = config.model
     size, mode = m.global_batch_size or m.micro_batch_size, "on" if m.retrieval else "off"
-    return to_tensors(data.train.training_batch(step, size, seed, True, True, mode), torch.device("cpu"))
+    return to_tensors(data.train.training_batch(step, size, Order(seed), mode), torch.device("cpu"))
 
 
 Cell = tuple[bool, int, float, int]  # with muP, width, learning rate, seed
@@ -400,9 +401,7 @@ def sweep(
     return result
 
 
-def _train_cell(
-    config: Config, data: TrainingData, model_config: ModelConfig, rate: float, seed: int, steps: int
-) -> float:
+def _train_cell(config: Config, data: RunData, model_config: ModelConfig, rate: float, seed: int, steps: int) -> float:
     """Mean training loss of the last tenth of the steps; NaN when it diverged."""
     model = RetroModel(model_config, torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)  # of dropout

@@ -25,6 +25,33 @@ from retro_engine.model.retro import RetroModel
 TIMEOUT = timedelta(seconds=120)  # a process that hangs stops the others after this
 
 
+def strategy_of(config: Config, data: int) -> str:
+    """How `data` groups of processes share a model: none | ddp | fsdp."""
+    m = config.model
+    is_fsdp = config.trainer.strategy == "fsdp" or m.optim.name == "distributed_fused_adam"
+    return "none" if data == 1 else "fsdp" if is_fsdp or m.tensor_model_parallel_size > 1 else "ddp"
+
+
+def sequences_per_step(config: Config, data: int | None = None) -> int:
+    """Of all `data` data-parallel groups together; None = of the processes that torchrun started."""
+    m = config.model
+    if data is None:
+        data = max(1, int(os.environ.get("WORLD_SIZE", "1")) // m.tensor_model_parallel_size)
+    return m.global_batch_size or m.micro_batch_size * config.trainer.accumulate_grad_batches * data
+
+
+def micro_batches(config: Config, data: int) -> int:
+    """Of a step and group. Raises UsageError where the global batch is not whole ones."""
+    size, total = config.model.micro_batch_size, sequences_per_step(config, data)
+    if total % (size * data):
+        raise UsageError(
+            f"model.global_batch_size={total} cannot be used",
+            f"{data} data-parallel processes take model.micro_batch_size={size} sequences each",
+            f"use a multiple of {size * data}",
+        )
+    return total // (size * data)
+
+
 class Parallel:
     """This process among the others; one process is a group of one."""
 
@@ -50,8 +77,7 @@ class Parallel:
         self.data = self.world // self.tensor
         self.data_rank = self.rank // self.tensor
         self.is_main = self.rank == 0
-        is_fsdp = trainer.strategy == "fsdp" or m.optim.name == "distributed_fused_adam" or self.tensor > 1
-        self.strategy = "none" if self.data == 1 else "fsdp" if is_fsdp else "ddp"
+        self.strategy = strategy_of(config, self.data)
         self.is_sequence_parallel = m.sequence_parallel
         self.device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", "0")))
         self.background: Any = None  # a group of its own for checkpoints, beside the training's communication

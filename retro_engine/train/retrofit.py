@@ -4,21 +4,24 @@ From a plain decoder a RETRO is made (arXiv 2112.04426 section 4.2): encoder and
 output of the latter is 0, so that step 0 computes exactly what the decoder computes. From a RETRO all of it is taken.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
 from retro_engine.config import Config, ModelConfig, TrainedModelConfig, check
+from retro_engine.data.batches import Order, Stream
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.model.fit import unmet
+from retro_engine.evaluate.perplexity import to_tensors
+from retro_engine.model.fit import fit_cross_attention, unmet
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import WEIGHTS_FILE, load_state, read_config, read_tensors
 from retro_engine.train import checkpoint
 
+FIT_TOKENS = 16_384  # that fit_cross_attention reads
 FREE = ("encoder_seq_length", "num_neighbors", "retrieved_length", "hidden_dropout", "attention_dropout", "ffn_dropout")
 DROPOUTS = FREE[3:]  # a decoder that was trained without is hurt by NeMo's default of 0.1
 NEW_PARTS = (  # fields of what a plain decoder does not have
@@ -120,6 +123,22 @@ def load_initial(source: Path, model: RetroModel) -> None:
             if layer.is_crossing:
                 for parameter in layer.cross.out.parameters():
                     parameter.zero_()
+
+
+def fit(model: RetroModel, config: TrainedModelConfig, stream: Stream, seed: int) -> int:
+    """Fit cross-attention to the first sequences of the training data, the same in every process; how many."""
+    size = max(1, min(config.micro_batch_size, FIT_TOKENS // config.encoder_seq_length))
+    count = max(1, FIT_TOKENS // (size * config.encoder_seq_length))
+    device = model.embedding.weight.device
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for number in range(count):
+            batch = stream.training_batch(number, size, Order(seed), "off")
+            tokens, _, documents, _, _ = to_tensors(batch, device)
+            yield tokens, documents
+
+    fit_cross_attention(model.eval(), batches())
+    return count * size
 
 
 def learning(config: TrainedModelConfig, step: int) -> Callable[[str], bool]:

@@ -9,11 +9,13 @@ from helpers import random_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_engine.data.batches import Sequences, copies_of, describe_copies, pack, pack_in_order, split_documents
+from retro_engine.data.batches import Order, Sequences, copies_of, describe_copies, pack, pack_in_order, split_documents
 from retro_engine.data.neighbor_table import NeighborTable, NeighborTableWriter, find_table
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
+
+AS_IT_IS = Order(7, is_shuffled=False, is_cyclic=False)
 
 
 @settings(max_examples=200, deadline=None)
@@ -112,14 +114,14 @@ def test_a_missing_first_neighbor_gives_way_to_the_next(small_store: Store, tabl
 def test_training_batches_are_a_function_of_the_step(small_store: Store, table: NeighborTable) -> None:
     """Any step can be made first; epochs follow each other; each epoch has every token once, in another order."""
     data, again = sequences(small_store, table), sequences(small_store, table)
-    per_epoch = len(data.epoch(7, 0))
+    per_epoch = len(data.epoch(Order(7), 0))
     steps = list(range(2 * per_epoch // 3 + 3))
-    made = {step: data.training_batch(step, 3, 7, True, True) for step in steps}
+    made = {step: data.training_batch(step, 3, Order(7)) for step in steps}
     for step in reversed(steps):
-        other = again.training_batch(step, 3, 7, True, True)
+        other = again.training_batch(step, 3, Order(7))
         np.testing.assert_array_equal(made[step].tokens, other.tokens)
         np.testing.assert_array_equal(made[step].neighbors, other.neighbors)
-    first, second = data.epoch(7, 0), data.epoch(7, 1)
+    first, second = data.epoch(Order(7), 0), data.epoch(Order(7), 1)
     assert sorted(first[first >= 0]) == sorted(second[second >= 0])
     assert not np.array_equal(first, second[: len(first)])
 
@@ -127,18 +129,16 @@ def test_training_batches_are_a_function_of_the_step(small_store: Store, table: 
 def test_single_reads_the_corpus_in_its_order(small_store: Store, table: NeighborTable) -> None:
     """Row after row, whatever the documents' lengths; no document that fits is cut."""
     data = sequences(small_store, table)
-    once = data.epoch(7, 0, is_shuffled=False, is_cyclic=False)
+    once = data.epoch(AS_IT_IS, 0)
     rows = once[once >= 0]
     assert (np.diff(rows) > 0).all()
     assert sorted(rows) == sorted(data.in_order()[data.in_order() >= 0])
-    count = data.num_sequences(7, False, False)
+    count = data.num_sequences(AS_IT_IS)
     assert count == len(once)
     for index in range(count):
-        np.testing.assert_array_equal(
-            data.training_batch(index, 1, 7, False, False).tokens, data.batch(once[[index]]).tokens
-        )
+        np.testing.assert_array_equal(data.training_batch(index, 1, AS_IT_IS).tokens, data.batch(once[[index]]).tokens)
     with pytest.raises(StopIteration):
-        data.training_batch(count, 1, 7, False, False)
+        data.training_batch(count, 1, AS_IT_IS)
     documents = small_store.row_documents()
     for document in np.unique(documents[rows]):
         holding = [n for n, sequence in enumerate(once) if (documents[sequence[sequence >= 0]] == document).any()]
@@ -164,14 +164,14 @@ def test_packing_in_order_keeps_the_order(counts: list[int], L: int) -> None:
 def test_cyclic_shuffles_sequences_in_every_epoch(small_store: Store, table: NeighborTable, is_shuffled: bool) -> None:
     """Whatever is done with the documents: without, every epoch has the same sequences in another order."""
     data = sequences(small_store, table)
-    first, second = (data.epoch(7, number, is_shuffled, True) for number in (0, 1))
+    first, second = (data.epoch(Order(7, is_shuffled), number) for number in (0, 1))
     assert sorted(first[first >= 0]) == sorted(second[second >= 0])
     assert not np.array_equal(first, second)
     in_order = data.in_order()
     if not is_shuffled:
         assert sorted(map(tuple, first)) == sorted(map(tuple, second)) == sorted(map(tuple, in_order))
         assert not np.array_equal(first, in_order)
-    assert data.num_sequences(7, is_shuffled, True) is None
+    assert data.num_sequences(Order(7, is_shuffled)) is None
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 1000])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from retro_engine.data.batches import Order
 from retro_engine.data.questions import Question, Questions, read_questions
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
@@ -83,12 +84,12 @@ def test_which_neighbors_are_read(questions: Questions, small_store: Store) -> N
 
 
 def test_epochs_shares_and_left_out(questions: Questions, small_store: Store) -> None:
-    seen = [questions.training_batch(step, 4, 7, True, True).document_ids.max(1).tolist() for step in range(5)]
+    seen = [questions.training_batch(step, 4, Order(7)).document_ids.max(1).tolist() for step in range(5)]
     flat = [number for batch in seen for number in batch]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
     assert flat[:10] != flat[10:]
     with pytest.raises(StopIteration):
-        questions.training_batch(2, 4, 7, True, False)
+        questions.training_batch(2, 4, Order(7, is_cyclic=False))
     train, valid = questions.deal("80,20,0")
     assert valid is not None
     assert (train.num_documents, valid.num_documents) == (8, 2)

@@ -90,7 +90,7 @@ def test_squad_in_four_conditions(tmp_path: Path) -> None:
     import zstandard
 
     from retro_engine.data.prepare import prepare
-    from retro_engine.train.loop import question_search
+    from retro_engine.train.run_data import question_search
 
     folder = shared("data/squad")
     lines = {}

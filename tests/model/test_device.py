@@ -15,7 +15,6 @@ from retro_engine.errors import OutOfResourceError, RetroError, UsageError
 from retro_engine.model import device
 from retro_engine.model.device import describe_device, num_processes, pick_device
 from retro_engine.progress import Reporter
-from retro_engine.train import loop
 from retro_engine.train.loop import train
 
 
@@ -71,9 +70,7 @@ def test_processes_of_a_node() -> None:
 def run(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
     one_step = ["trainer.max_steps=1", "trainer.limit_val_batches=0", "exp_manager.create_tensorboard_logger=false"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda device: 1e12)
-        train(config(small_store, out, *one_step), Reporter("quiet"))
+    train(config(small_store, out, *one_step), Reporter("quiet"))
     return out
 
 

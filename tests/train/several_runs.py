@@ -1,6 +1,7 @@
 """`torchrun tests/train/several_runs.py RUNS.json`: the training runs of a file one after another, in the same processes.
 
-RUNS.json is a list of lists of settings. Starting processes takes longer than these runs do.
+RUNS.json has the settings of each by its name; "NAME: exit code N" is printed. Starting processes takes longer than
+these runs do.
 """
 
 import json
@@ -13,8 +14,8 @@ from retro_engine.train.__main__ import main
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    for arguments in json.loads(Path(sys.argv[1]).read_text()):
+    for name, arguments in json.loads(Path(sys.argv[1]).read_text()).items():
         code = main([*arguments, "--quiet"])
-        if code:
-            sys.exit(code)
+        if dist.get_rank() == 0:
+            print(f"{name}: exit code {code}", flush=True)
     dist.destroy_process_group()

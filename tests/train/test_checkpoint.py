@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,11 @@ from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError
 from retro_engine.model.weights import load_model
 from retro_engine.progress import Reporter
-from retro_engine.train import checkpoint, loop
+from retro_engine.train import checkpoint
 from retro_engine.train.loop import train
 
 PLAIN = ["model.retrieval=false", "trainer.val_check_interval=2", "trainer.limit_val_batches=1",
          "exp_manager.checkpoint_every_n_steps=2", "exp_manager.create_tensorboard_logger=false"]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_measuring() -> Iterator[None]:
-    """What MFU is a share of takes a second to measure, and nobody asks for it here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda device: 1e12)
-        yield
 
 
 @pytest.fixture(scope="module")

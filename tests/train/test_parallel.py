@@ -1,22 +1,21 @@
 """Several processes train the same run as one: data parallel, sharded, tensor and sequence parallel, and their mixes."""
 
-import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from training_helpers import launch, losses, settings
+from training_helpers import launch, launch_several, losses, settings
 
 from retro_engine.config import load_config
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint
-from retro_engine.train.loop import open_data, steps_of_data, train
+from retro_engine.train.loop import train
 from retro_engine.train.parallel import Parallel
+from retro_engine.train.run_data import open_data, order_of
 
 EXACT = [
     "trainer.precision=64", "trainer.max_steps=20", "model.hidden_dropout=0", "model.attention_dropout=0",
@@ -34,10 +33,6 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
 }
 
 
-def torchrun(processes: int, arguments: list[str], *flags: str, wait: bool = True) -> subprocess.Popen[str]:
-    return launch(processes, [*flags, "-m", "retro_engine.train", *arguments, "--quiet"], wait)
-
-
 @pytest.fixture(scope="module")
 def single(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("single") / "run"
@@ -45,68 +40,73 @@ def single(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-@pytest.mark.parametrize("processes", LAYOUTS)
-def test_losses_are_those_of_one_process(processes: int, small_store: Store, single: Path, tmp_path: Path) -> None:
-    layouts = LAYOUTS[processes]
-    runs = [settings(small_store, tmp_path / name, *EXACT, *more) for name, more in layouts.items()]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    run = launch(processes, [str(Path(__file__).with_name("several_runs.py")), str(tmp_path / "runs.json")])
-    assert run.returncode == 0, run.output[-3000:]
-    expected = losses(single)
-    for name in layouts:
-        found = losses(tmp_path / name)
-        assert sorted(found) == list(range(1, 21)), name
-        assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-9, name
+def assert_as_one(run: Path, single: Path, steps: int = 20) -> None:
+    """The losses of the first steps are those of one process."""
+    found, expected = losses(run), losses(single)
+    assert sorted(found) == list(range(1, len(found) + 1)), run.name
+    assert max(abs(found[step] - expected[step]) for step in range(1, steps + 1)) <= 1e-9, run.name
 
 
-def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_four(
+def test_two_and_four_processes_train_as_one(small_store: Store, single: Path, tmp_path: Path) -> None:
+    """Every layout; a checkpoint of two goes on in one and in four; a single pass ends in every process at the same step;
+    what does not fit is said once and not by every process.
+    """
+    runs = {name: settings(small_store, tmp_path / name, *EXACT, *more) for name, more in LAYOUTS[2].items()}
+    sched, passed_on = "model.optim.sched.max_steps=20", tmp_path / "passed on"
+    sharded = ["model.optim.name=distributed_fused_adam", "trainer.max_steps=8", sched]
+    runs["passed on"] = settings(small_store, passed_on, *EXACT, *sharded)
+    # whatever is left over: the last batches are not enough for both, and neither waits for the other
+    once = ["model.data.dataloader_type=single", "trainer.max_steps=1000", "model.retrieval=false",
+            "model.micro_batch_size=5", "trainer.val_check_interval=2", "trainer.precision=32"]  # fmt: skip
+    runs["once"] = settings(small_store, tmp_path / "once", *once)
+    refused = ["model.global_batch_size=3", "model.micro_batch_size=1"]
+    runs["refused"] = settings(small_store, tmp_path / "refused", *refused)
+    codes, said = launch_several(2, runs, tmp_path)
+    assert codes == dict.fromkeys(runs, 0) | {"refused": 2}, said[-3000:]
+    assert "use a multiple of 2" in said
+    assert said.count("error: ") == 1
+    for name in LAYOUTS[2]:
+        assert len(losses(tmp_path / name)) == 20
+        assert_as_one(tmp_path / name, single)
+
+    alone = load_config(settings(small_store, tmp_path / "alone", *once, "model.global_batch_size=10"))
+    count = open_data(alone).train.num_sequences(order_of(alone))
+    assert count is not None
+    assert count // 5 % 2 == 1, "else the test shows nothing"
+    assert sorted(losses(tmp_path / "once")) == list(range(1, count // 10 + 1))
+    assert checkpoint.find_checkpoint(tmp_path / "once").name == f"step-{count // 10:06d}"
+
+    in_one = settings(small_store, passed_on, *EXACT, "trainer.max_steps=16", sched)
+    assert train(load_config(in_one), Reporter("quiet")).step == 16
+    runs = {name: settings(small_store, tmp_path / name, *EXACT, *more) for name, more in LAYOUTS[4].items()}
+    runs["passed on"] = settings(small_store, passed_on, *EXACT, "model.tensor_model_parallel_size=2")
+    codes, said = launch_several(4, runs, tmp_path)
+    assert codes == dict.fromkeys(runs, 0), said[-3000:]
+    for name in runs:
+        assert len(losses(tmp_path / name)) == 20
+        assert_as_one(tmp_path / name, single)
+
+
+def test_a_killed_process_is_restarted_and_a_signal_to_one_stops_all_with_a_checkpoint(
     small_store: Store, single: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    sharded = ["model.optim.name=distributed_fused_adam", "trainer.max_steps=8", "model.optim.sched.max_steps=20"]
-    run = torchrun(2, settings(small_store, out, *EXACT, *sharded))
-    assert run.returncode == 0, run.output[-3000:]
-    alone = ["trainer.max_steps=16", "model.optim.sched.max_steps=20"]
-    assert train(load_config(settings(small_store, out, *EXACT, *alone)), Reporter("quiet")).step == 16
-    run = torchrun(4, settings(small_store, out, *EXACT, "model.tensor_model_parallel_size=2"))
-    assert run.returncode == 0, run.output[-3000:]
-    found, expected = losses(out), losses(single)
-    assert sorted(found) == sorted(expected)
-    assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-9
-
-
-def test_a_killed_process_is_restarted_and_the_run_goes_on(small_store: Store, single: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    arguments = settings(small_store, out, *EXACT, "exp_manager.checkpoint_every_n_steps=2")
-    run = torchrun(2, arguments, "--max-restarts", "1", wait=False)
-    assert run.stdout is not None
+    more = ["exp_manager.checkpoint_every_n_steps=2", "trainer.max_steps=100000", "model.optim.sched.max_steps=20"]
+    command = ["-m", "retro_engine.train", *settings(small_store, out, *EXACT, *more), "--quiet"]
+    run = launch(2, ["--max-restarts", "1", *command], wait=False)
     wait_for(lambda: len(checkpoint.complete_checkpoints(out)) >= 2 or run.poll() is not None)
-    os.kill(workers(run.pid)[1], signal.SIGKILL)
-    output, _ = run.communicate(timeout=240)
-    assert run.returncode == 0, output[-3000:]
-    found, expected = losses(out), losses(single)
-    assert sorted(found) == list(range(1, 21))
-    assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-9
-
-
-def test_a_signal_to_one_process_stops_all_with_a_checkpoint(small_store: Store, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    arguments = settings(small_store, out, *EXACT, "trainer.max_steps=4000")
-    run = torchrun(2, arguments, wait=False)
-    wait_for(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) > 2 or run.poll() is not None)
+    first = workers(run.pid)
+    os.kill(first[1], signal.SIGKILL)
+    wait_for(lambda: len(set(workers(run.pid)) - set(first)) == 2 or run.poll() is not None)
+    before = max(losses(out))
+    wait_for(lambda: max(losses(out)) > max(20, before) or run.poll() is not None)
     os.kill(workers(run.pid)[1], signal.SIGTERM)
     output, _ = run.communicate(timeout=120)
     saved = checkpoint.complete_checkpoints(out)
     assert saved, output[-3000:]
     assert checkpoint.read_trainer(saved[-1])["processes"] == {"data": 2, "tensor": 1}
     assert "exitcode  : 143" in output
-
-
-def test_what_does_not_fit_is_said_once_and_not_by_every_process(small_store: Store, tmp_path: Path) -> None:
-    run = torchrun(2, settings(small_store, tmp_path / "run", "model.global_batch_size=3", "model.micro_batch_size=1"))
-    assert run.returncode != 0
-    assert "use a multiple of 2" in run.output
-    assert run.output.count("error: ") == 1
+    assert_as_one(out, single)
 
 
 @pytest.mark.parametrize(
@@ -140,38 +140,6 @@ def workers(launcher: int) -> list[int]:
         if int(with_parent[1]) == launcher:
             found.append(int(status.parent.name))
     return sorted(found)
-
-
-def test_a_single_pass_ends_in_every_process_at_the_same_step(small_store: Store, tmp_path: Path) -> None:
-    """Whatever is left over: the last batches are not enough for both, and neither waits for the other."""
-    once = ["model.data.dataloader_type=single", "trainer.max_steps=1000", "model.retrieval=false",
-            "model.micro_batch_size=5", "trainer.val_check_interval=2", "trainer.precision=32"]  # fmt: skip
-    run = torchrun(2, settings(small_store, tmp_path / "run", *once))
-    assert run.returncode == 0, run.output[-3000:]
-    alone = load_config(settings(small_store, tmp_path / "alone", *once, "model.global_batch_size=10"))
-    count = open_data(alone).train.num_sequences(alone.seed, False, False)
-    assert count is not None
-    assert count // 5 % 2 == 1, "else the test shows nothing"
-    steps = count // 10
-    assert sorted(losses(tmp_path / "run")) == list(range(1, steps + 1))
-    assert checkpoint.find_checkpoint(tmp_path / "run").name == f"step-{steps:06d}"
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_the_number_of_steps_is_what_every_process_can_make(
-    small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    once = ["model.data.dataloader_type=single", "model.micro_batch_size=1", "trainer.accumulate_grad_batches=2"]
-    config = load_config(settings(small_store, tmp_path / "run", *once))
-    data = open_data(config)
-    steps = steps_of_data(config, data)
-    assert steps is not None
-    for rank in range(world):
-        last = (steps - 1) * 2 * world + rank + world
-        data.train.training_batch(last, 1, config.seed, False, False)
-    with pytest.raises(StopIteration):
-        data.train.training_batch((steps + 1) * 2 * world - 1, 1, config.seed, False, False)
 
 
 def test_processes_that_see_other_data_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,10 @@ from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
-from retro_engine.train import loop, record
+from retro_engine.train import record
 from retro_engine.train.checkpoint import find_checkpoint
-from retro_engine.train.loop import open_evaluation, run_config, run_databases, train
+from retro_engine.train.loop import train
+from retro_engine.train.run_data import open_evaluation, run_config, run_databases
 
 ONE_STEP = ["trainer.max_steps=1", "exp_manager.create_tensorboard_logger=false", "trainer.limit_val_batches=0"]
 
@@ -29,7 +30,6 @@ def there(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(small_store.folder, folder / "store" / "docs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(loop, "peak_flops", lambda device: 1e12)
         paths = ["model.data.store=store/docs", "model.data.neighbors=bm25", "exp_manager.exp_dir=runs/one"]
         train(load_config([*SMALL, *ONE_STEP, *paths]), Reporter("quiet"))
     return folder
@@ -115,7 +115,6 @@ def test_what_it_was_validated_on_is_known_by_its_contents(
     (tmp_path / "held" / "manifest.json").write_text(
         json.dumps({**manifest, "fingerprint": files.fingerprint(manifest)})
     )
-    monkeypatch.setattr(loop, "peak_flops", lambda device: 1e12)
     run = tmp_path / "run"
     held = f"model.data.valid_store='{tmp_path}/held'"
     folder = train(config(small_store, run, *ONE_STEP, held, "model.retrieval=false"), Reporter("quiet")).checkpoint

@@ -1,6 +1,5 @@
 """Retro-fitting: step 0 is the decoder exactly, what is frozen stays, schedules resume, what does not fit is named."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import launch, losses
+from training_helpers import launch_several, losses
 
 from retro_engine.config import ModelConfig, load_config
 from retro_engine.data.chat_files import ChatFiles
@@ -21,8 +20,9 @@ from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
 from retro_engine.train.checkpoint import find_checkpoint
-from retro_engine.train.loop import open_evaluation, run_databases, train
+from retro_engine.train.loop import train
 from retro_engine.train.retrofit import crossing_layers, inherit, is_new, load_initial
+from retro_engine.train.run_data import open_evaluation, run_databases
 
 RUN = [
     "model.chunk_size=16", "model.encoder_seq_length=64", "model.enc_num_layers=1", "model.enc_cross_attention=[0]",
@@ -180,15 +180,14 @@ def test_two_processes_freeze_and_unfreeze_as_one_does(small_store: Store, sourc
     exact = ["trainer.precision=64", "model.freeze_decoder=true", "trainer.max_steps=4", "model.optim.weight_decay=0.1"]
     exact += ["model.global_batch_size=4", "model.micro_batch_size=1"]
     runs = {"frozen": [], "from the last": ["model.unfreeze_step=1", "model.unfreeze_every=2"]}
-    before, several = load_file(source / "model.safetensors"), []
+    before, several = load_file(source / "model.safetensors"), {}
     for name, more in runs.items():
         train(load_config(settings(small_store, source, *exact, *more, out=tmp_path / name)))
         for layout, flags in LAYOUTS.items():
             out = tmp_path / f"{name} {layout}"
-            several.append(settings(small_store, source, *exact, *more, *flags, out=out))
-    (tmp_path / "runs.json").write_text(json.dumps(several))
-    run = launch(2, [str(Path(__file__).with_name("several_runs.py")), str(tmp_path / "runs.json")])
-    assert run.returncode == 0, run.output[-3000:]  # type: ignore[attr-defined]
+            several[out.name] = settings(small_store, source, *exact, *more, *flags, out=out)
+    codes, said = launch_several(2, several, tmp_path)
+    assert codes == dict.fromkeys(several, 0), said[-3000:]
     for name in runs:
         expected, alone = losses(tmp_path / name), weights(tmp_path / name)
         for layout in LAYOUTS:

@@ -20,9 +20,9 @@ from retro_engine.cli import main
 from retro_engine.config import ModelConfig, OptimConfig, load_config, preset_model
 from retro_engine.errors import UsageError
 from retro_engine.model.flops import attention_flops, forward_flops
-from retro_engine.model.plan import Layout, activations, parameters, plan
 from retro_engine.model.retro import RetroModel
 from retro_engine.train.optimizer import Optimizer
+from retro_engine.train.plan import Layout, activations, parameters, plan
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
 BATCH = 3

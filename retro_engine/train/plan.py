@@ -10,9 +10,9 @@ from typing import Any
 
 from retro_engine.config import Config, ModelConfig
 from retro_engine.errors import UsageError
-from retro_engine.model.flops import attention_flops, forward_flops
+from retro_engine.model.flops import H100_FLOPS, attention_flops, forward_flops
+from retro_engine.train.parallel import micro_batches, strategy_of
 
-DATASHEET_FLOPS = 989e12  # H100 SXM, dense bf16: what MFU is a share of (NVIDIA H100 datasheet)
 MATMUL_FLOPS = 800e12  # what large bf16 products on random data reach there (the power limit keeps them below)
 ATTENTION_FLOPS = 350e12  # the cores: FlashAttention-2 reaches 35 % on an H100 (arXiv 2407.08608)
 HBM_BYTES = 3.0e12  # a second, copy; the datasheet says 3.35
@@ -156,22 +156,13 @@ def layout_of(config: Config, processes: int) -> Layout:
             f"it must be a multiple of model.tensor_model_parallel_size={tensor}",
             f"--processes {max(1, processes // tensor) * tensor}",
         )
-    data = processes // tensor
-    is_fsdp = trainer.strategy == "fsdp" or m.optim.name == "distributed_fused_adam" or tensor > 1
-    total = m.global_batch_size or m.micro_batch_size * data * trainer.accumulate_grad_batches
-    if total % (m.micro_batch_size * data):
-        raise UsageError(
-            f"model.global_batch_size={total} cannot be used",
-            f"{data} data-parallel processes take model.micro_batch_size={m.micro_batch_size} sequences each",
-            f"use a multiple of {m.micro_batch_size * data}",
-        )
     return Layout(
         processes,
         tensor,
-        "none" if data == 1 else "fsdp" if is_fsdp else "ddp",
+        strategy_of(config, processes // tensor),
         m.sequence_parallel,
         m.micro_batch_size,
-        total // (m.micro_batch_size * data),
+        micro_batches(config, processes // tensor),
         m.activations_checkpoint_granularity,
         "bf16-mixed" if trainer.precision == "auto" else trainer.precision,
         m.megatron_amp_O2,
@@ -386,11 +377,34 @@ def _memory(c: ModelConfig, x: Layout, p: Parameters, kept: Activations) -> dict
     return parts | {"total": sum(parts.values()) - min(working, logits)}
 
 
+def _seconds(
+    x: Layout, p: Parameters, kept: Activations, products_s: float, tensor_bytes: float, data_bytes: float
+) -> dict[str, float]:
+    """A step's: products + memory traffic + tensor-parallel communication + what of the data-parallel communication the
+    backward pass (DDP) or the whole pass (FSDP) of the micro-batches that have it does not hide.
+    """
+    is_sharded, steps = x.strategy == "fsdp", x.num_micro_batches
+    updated = p.total.here(x.tensor) / (x.data if is_sharded else 1)
+    passes = LAYER_PASSES + (AGAIN_PASSES if x.recompute is not None else 0)
+    traffic_s = (passes * kept.traffic * steps + 4 * OPTIMIZER_PASSES * updated) / HBM_BYTES
+    tensor_s = tensor_bytes / (NVLINK_BYTES if x.tensor <= NODE else NETWORK_BYTES)
+    data_s = data_bytes / _data_rate(x)
+    hides = products_s if is_sharded else products_s * 2 / 3 / (1 if x.has_master else steps)
+    exposed_s = max(0.0, data_s - hides)
+    return {
+        "products": products_s,
+        "traffic": traffic_s,
+        "tensor": tensor_s,
+        "data": data_s,
+        "data_not_hidden": exposed_s,
+        "step": products_s + traffic_s + tensor_s + exposed_s,
+    }
+
+
 def plan(config: Config, processes: int) -> dict[str, Any]:
     """Figures of one step of `config` on so many H100s, JSON-ready: counts, bytes, FLOPs, seconds, MFU.
 
-    Time is products at MATMUL_FLOPS and attention at ATTENTION_FLOPS + memory traffic + tensor-parallel communication + what of the data-parallel
-    communication the backward pass (DDP) or the whole pass (FSDP) of the micro-batches that have it does not hide.
+    Products are at MATMUL_FLOPS, attention at ATTENTION_FLOPS.
     """
     c = config.model
     if c.vocab_size < 1:
@@ -405,19 +419,10 @@ def plan(config: Config, processes: int) -> dict[str, Any]:
     useful = 3 * forward_flops(c, T, W) * steps / x.tensor
     again = _recomputed_flops(c, T, W) * steps / x.tensor if x.recompute == "full" else 0.0
     memory = _memory(c, x, p, kept)
-    is_sharded = x.strategy == "fsdp"
-    updated = p.total.here(x.tensor) / (x.data if is_sharded else 1)
-    passes = LAYER_PASSES + (AGAIN_PASSES if x.recompute is not None else 0)
-    traffic = passes * kept.traffic * steps + 4 * OPTIMIZER_PASSES * updated
     cores = attention_flops(c, T, W) * (4 if again else 3) * steps / x.tensor
     products_s = (useful + again - cores) / MATMUL_FLOPS + cores / ATTENTION_FLOPS
-    traffic_s = traffic / HBM_BYTES
     tensor_bytes, data_bytes = _tensor_bytes(c, x) * steps, _data_bytes(p, x)
-    tensor_s = tensor_bytes / (NVLINK_BYTES if x.tensor <= NODE else NETWORK_BYTES)
-    data_s = data_bytes / _data_rate(x)
-    hides = products_s if is_sharded else products_s * 2 / 3 / (1 if x.has_master else steps)
-    exposed_s = max(0.0, data_s - hides)
-    step_s = products_s + traffic_s + tensor_s + exposed_s
+    seconds = _seconds(x, p, kept, products_s, tensor_bytes, data_bytes)
     return {
         "parameters": p.total.total,
         "processes": x.world,
@@ -436,16 +441,9 @@ def plan(config: Config, processes: int) -> dict[str, Any]:
         "recomputed_flops": again,
         "data_bytes": round(data_bytes),
         "tensor_bytes": round(tensor_bytes),
-        "seconds": {
-            "products": products_s,
-            "traffic": traffic_s,
-            "tensor": tensor_s,
-            "data": data_s,
-            "data_not_hidden": exposed_s,
-            "step": step_s,
-        },
-        "tokens_per_s": T * steps * x.data / step_s,
-        "mfu": useful / DATASHEET_FLOPS / step_s,
+        "seconds": seconds,
+        "tokens_per_s": T * steps * x.data / seconds["step"],
+        "mfu": useful / H100_FLOPS / seconds["step"],
     }
 
 

@@ -1,0 +1,59 @@
+"""Where a run goes on: which checkpoint, and whether model, data and order are those it began with."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from retro_engine.config import Config, architecture
+from retro_engine.errors import StoreError, UsageError
+from retro_engine.model.weights import read_config
+from retro_engine.train import checkpoint
+from retro_engine.train.run_data import RunData, stream_settings
+
+ANOTHER = "--resume never --out ANOTHER starts a new run"
+
+
+def find_start(config: Config, run: Path, resume: str, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from; None = a new run. `resume` is `loop.train`'s.
+
+    Raises UsageError where the run's folder would hold two histories, or has another model.
+    """
+    existing = checkpoint.complete_checkpoints(run, say)
+    start = existing[-1] if existing else None
+    if resume not in ("auto", "never"):
+        named = checkpoint.find_checkpoint(resume)
+        if start is not None and named.resolve() != start.resolve():
+            raise UsageError(
+                f"{run} has checkpoint {start.name}",
+                f"going on from {named} would leave two histories in one folder",
+                "choose another --out, or remove the later checkpoints",
+            )
+        start = named
+    elif start is not None and (resume == "never" or not config.exp_manager.resume_if_exists):
+        raise UsageError(f"{run} holds a run", "it is not overwritten", f"choose another --out, or rm -r {run}")
+    if start is not None:
+        saved, now = architecture(read_config(start)), architecture(config.model)
+        if saved != now:
+            why = "a run goes on with the model it began with"
+            raise UsageError(f"{start} has another model: {_difference(saved, now)}", why, ANOTHER)
+    return start
+
+
+def read_start(start: Path, config: Config, data: RunData) -> dict[str, Any]:
+    """trainer.json of the checkpoint to go on from. Raises StoreError unless its data and order are this run's."""
+    if checkpoint.is_imported(start):
+        raise UsageError(
+            f"{start} was imported", "there is no training to go on with", f"--init-from {start} begins one"
+        )
+    state = checkpoint.read_state(start)
+    for name, now in (("fingerprints", data.fingerprints), ("stream", stream_settings(config))):
+        if state[name] != now:
+            why = "a run goes on with the data and the order it began with"
+            raise StoreError(f"{start} was trained with {_difference(state[name], now)}", why, ANOTHER)
+    return state
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    shorten = lambda value: value[:12] if isinstance(value, str) else value  # noqa: E731
+    return ", ".join(f"{key} {shorten(before.get(key))} -> {shorten(now.get(key))}" for key in keys[:6])

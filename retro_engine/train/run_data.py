@@ -1,0 +1,282 @@
+"""What a run reads: its stores, their neighbor tables or its questions, shared out to train, validation and test, and the
+order of them; for training, and for what evaluates a run afterwards.
+
+A resumed run must have the same data (`RunData.fingerprints`) in the same order (`stream_settings`).
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_engine.config import Config, ModelConfig, load_config, named_keys
+from retro_engine.data.batches import Order, Sequences, describe_copies, split_documents
+from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
+from retro_engine.data.questions import Questions, Search, fingerprint, read_questions
+from retro_engine.data.store import Store
+from retro_engine.errors import UsageError
+from retro_engine.model.weights import read_config
+from retro_engine.progress import Reporter
+from retro_engine.retrieval.search import Retriever
+from retro_engine.train import checkpoint, places, record
+from retro_engine.train.parallel import sequences_per_step
+
+
+@dataclass
+class RunData:
+    """What is trained on and what is validated on, opened."""
+
+    train: Sequences | Questions
+    valid: Sequences | Questions | None
+    store: Store
+    fingerprints: dict[str, str]
+    warning: str | None = None  # held-out documents that are trained on too
+    validation: dict[str, str] = field(default_factory=dict)  # fingerprint of what is validated on, where that is apart
+
+
+def open_data(config: Config, say: Callable[[str], None] | None = None) -> RunData:
+    """The sequences to train and to validate on; which tables were found is written into `config`.
+
+    `say` is told which questions cannot be used (None = standard error is).
+    Raises UsageError or StoreError for data that do not fit.
+    """
+    data = config.model.data
+    if data.store is None:
+        raise UsageError(
+            "model.data.store is not set",
+            "training reads a chunk store",
+            "model.data.store=STORE (retro prepare writes one)",
+        )
+    store = _open_store(config, data.store)
+    if data.questions is not None:
+        return _open_questions(config, store, say or Reporter().say)
+    return _open_sequences(config, store)
+
+
+def _open_sequences(config: Config, store: Store) -> RunData:
+    m, data = config.model, config.model.data
+    table = _open_table(m, store, data.neighbors)
+    if table is not None:  # so that the run keeps it when there are more tables later
+        data.neighbors = table_name(table)
+    shares = split_documents(store, data.splits_string)
+    has_own_valid = data.valid_store is not None
+    trained = np.arange(store.num_documents) if has_own_valid else shares["train"]
+    train = _sequences(m, store, trained, table, trained)
+    if data.self_neighbor_steps and not train.holds_itself:
+        raise UsageError(
+            f"model.data.self_neighbor_steps={data.self_neighbor_steps} cannot be used",
+            f"{store.folder} is not one of the stores that its neighbors come from",
+            f"retro neighbors {store.folder} --database {store.folder} ...",
+        )
+    fingerprints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
+    if table is not None:
+        fingerprints["neighbors"] = table.fingerprint
+    valid, validation = None, {}
+    if has_own_valid:
+        other = _open_store(config, str(data.valid_store))
+        store.coding.check(other.coding)
+        other_table = _open_table(m, other, data.valid_neighbors)
+        if other_table is not None:
+            data.valid_neighbors = table_name(other_table)
+        valid = _sequences(m, other, np.arange(other.num_documents), other_table, None)
+        validation["valid_store"] = other.fingerprint
+    elif len(shares["valid"]):
+        valid = _sequences(m, store, shares["valid"], table, trained)
+    warning = describe_copies(valid, train) if valid is not None else None
+    return RunData(train, valid, store, fingerprints, warning, validation)
+
+
+def _open_store(config: Config, folder: str) -> Store:
+    """Raises UsageError for one of other chunks or with more tokens than the model's."""
+    m, store = config.model, Store(folder)
+    if store.chunk_size != m.chunk_size:
+        raise UsageError(
+            f"model.chunk_size={m.chunk_size} does not match the store",
+            f"{store.folder} has chunks of {store.chunk_size} tokens",
+            f"model.chunk_size={store.chunk_size}, or retro prepare --chunk-size {m.chunk_size}",
+        )
+    if 0 < m.vocab_size < store.vocab_size:  # more are rows of padding, as imported models have
+        raise UsageError(
+            f"model.vocab_size={m.vocab_size} does not match the store",
+            f"its tokenizer has {store.vocab_size} entries",
+            "leave model.vocab_size out",
+        )
+    return store
+
+
+def _open_table(m: ModelConfig, store: Store, name: str | None) -> NeighborTable | None:
+    return NeighborTable(find_table(store, name), store) if m.retrieval else None
+
+
+def _sequences(
+    m: ModelConfig, store: Store, documents: np.ndarray, table: NeighborTable | None, database: np.ndarray | None
+) -> Sequences:
+    return Sequences(store, documents, m.encoder_seq_length, table, m.num_neighbors, m.r, database)
+
+
+def _open_questions(config: Config, store: Store, say: Callable[[str], None]) -> RunData:
+    m, data = config.model, config.model.data
+    if data.self_neighbor_steps:
+        raise UsageError("model.data.self_neighbor_steps cannot be used", "questions have neighbors of their own")
+    search = question_search([store], data.question_retriever, m.r) if data.question_neighbors != "data" else None
+
+    def opened(path: str) -> Questions:
+        rows = read_questions(path, data.question_template, say)
+        length = m.encoder_seq_length
+        return Questions(rows, store, path, length, m.num_neighbors, m.r, data.question_neighbors, search)
+
+    train = opened(str(data.questions))
+    prints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
+    prints["questions"] = fingerprint(str(data.questions))
+    valid: Questions | None = None
+    validation = {}
+    if data.valid_questions is not None:
+        valid = opened(data.valid_questions)
+        validation["valid_questions"] = fingerprint(data.valid_questions)
+    else:
+        train, valid = train.deal(data.splits_string)
+    return RunData(train, valid, store, prints, validation=validation)
+
+
+def question_search(stores: list[Store], retriever: str, retrieved_length: int) -> Search:
+    """Retrieval for questions from `stores`."""
+    found = Retriever(stores, retriever)
+
+    def search(texts: Iterable[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        return found.loader.gather(found.search(list(texts), k)[0], retrieved_length)
+
+    return search
+
+
+def run_config(
+    checkpoint_folder: Path, overrides: list[str], needed: Collection[str] = places.READ, is_strict: bool = False
+) -> Config:
+    """The settings a checkpoint's run was started with, with overrides; an imported checkpoint's are its model's. Paths
+    are those where the data lie now, of which the `needed` ones must be there (places.py; `is_strict`: another store in
+    the place of the run's is refused).
+
+    Raises MissingInputError for a run without config.yaml, or whose data are not there, StoreError where it is not what
+    the run wrote.
+    """
+    done = {
+        "init_from": None,
+        "fit_cross_attention": False,
+        "freeze_decoder": False,
+        "unfreeze_step": None,
+        "unfreeze_every": None,
+        "optim.sched.min_lr": 0.0,  # of schedules that earlier versions took
+        "optim.sched.constant_steps": 0,
+    }  # what they did is in the settings and weights
+    file: str | None = None
+    found: dict[str, str] = {}
+    if checkpoint.is_imported(checkpoint_folder):
+        done |= vars(read_config(checkpoint_folder))
+    else:
+        run = checkpoint_folder.parent.parent
+        file = str(run / record.SETTINGS_FILE)
+        record.check_settings(Path(file))
+        state = checkpoint.read_trainer(checkpoint_folder)
+        trained = state.get("fingerprints", {}) | state.get("validation", {})
+        found = places.located(run, Path(file), named_keys(overrides), trained, needed, is_strict)
+    settings = [(f"model.{key}", value) for key, value in done.items()]
+    return load_config([*settings, *found.items(), *overrides], file=file)
+
+
+def open_evaluation(
+    checkpoint_folder: Path,
+    model: ModelConfig,
+    overrides: list[str],
+    share: str,
+    say: Callable[[str], None] = lambda line: None,
+) -> Sequences | Questions:
+    """The documents of a share (train, valid, test, all) of a run's data, for the model of one of its checkpoints.
+
+    With a validation store of its own, valid is that store and the other shares are of the training store. Raises
+    StoreError for a store of another tokenizer, or for a RETRO of another chunk size.
+    """
+    config = run_config(checkpoint_folder, overrides, places.ALL, is_strict=True)
+    data = open_data(config)
+    coding = checkpoint.read_coding(checkpoint_folder, data.store.chunk_size)
+    coding.check(data.store.coding)  # a validation store has the same
+    if share == "valid" and data.valid is not None:
+        if data.warning is not None:
+            say(data.warning)
+        return data.valid
+    if isinstance(data.train, Questions):
+        if share != "train":
+            raise UsageError(
+                f"--share {share}: questions have none", "they are dealt to train and valid", "--share train"
+            )
+        return data.train
+    store, m = data.store, config.model
+    everything = np.arange(store.num_documents)
+    shares = split_documents(store, m.data.splits_string)
+    if m.data.valid_store is not None:  # then the whole store was trained on
+        shares = {"train": everything}
+    if share != "all" and share not in shares:
+        raise UsageError(
+            f"--share {share}: this run has none",
+            f"it was trained on all of {store.folder} and validated on {m.data.valid_store}",
+            "--share valid, or train",
+        )
+    documents = everything if share == "all" else shares[share]
+    sequences = Sequences(
+        store, documents, m.encoder_seq_length, data.train.table, model.num_neighbors, model.r, shares["train"]
+    )
+    if share == "test" and (copies := describe_copies(sequences, data.train)) is not None:
+        say(copies)
+    return sequences
+
+
+def run_databases(checkpoint_folder: Path) -> list[Store]:
+    """The stores that a run's neighbors came from."""
+    data = run_config(checkpoint_folder, []).model.data
+    if data.store is None:
+        raise UsageError(f"{checkpoint_folder} names no store", "it was imported", "name the stores to read")
+    store = Store(data.store)
+    return NeighborTable(find_table(store, data.neighbors), store).databases
+
+
+def order_of(config: Config) -> Order:
+    data = config.model.data
+    is_cyclic = data.dataloader_type == "cyclic"
+    is_shuffled = is_cyclic if data.shuffle_documents is None else data.shuffle_documents
+    return Order(config.seed, is_shuffled, is_cyclic)
+
+
+def stream_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide which batch a step sees: a resumed run must have the same."""
+    data, order = config.model.data, order_of(config)
+    kept = {"order": "sequences shuffled" if order.is_cyclic else "the corpus'"}
+    return {
+        "seed": config.seed,
+        "sequences_per_step": sequences_per_step(config),
+        "splits_string": data.splits_string,
+        "dataloader_type": data.dataloader_type,
+        "shuffle_documents": order.is_shuffled,
+        **(
+            {} if order.is_cyclic and order.is_shuffled else kept
+        ),  # earlier versions had another order, and no such entry
+        "neighbor_dropout": data.neighbor_dropout,
+        **({"self_neighbor_steps": data.self_neighbor_steps} if data.self_neighbor_steps else {}),
+    }
+
+
+def steps_of_data(config: Config, data: RunData) -> int | None:
+    """Optimizer steps that the training data gives; None = any number. Raises UsageError where it is less than one.
+
+    A function of what every process has, so that all stop at the same step.
+    """
+    count = data.train.num_sequences(order_of(config))
+    if count is None:
+        return None
+    steps = count // sequences_per_step(config)
+    if not steps:
+        raise UsageError(
+            f"model.data.dataloader_type=single gives {count:,} sequences",
+            f"a step takes {sequences_per_step(config):,}: there is none",
+            "a smaller model.global_batch_size, or model.data.dataloader_type=cyclic",
+        )
+    return steps

@@ -1,0 +1,66 @@
+"""What a run reads: copies of what is held out are named, and evaluation takes no other tokenizer's store."""
+
+from pathlib import Path
+
+import pytest
+from helpers import write_corpus
+from training_helpers import settings
+
+from retro_engine.config import load_config
+from retro_engine.data.prepare import prepare
+from retro_engine.data.store import Store
+from retro_engine.errors import StoreError
+from retro_engine.model.weights import read_config
+from retro_engine.retrieval.neighbors import build_neighbors
+from retro_engine.train import checkpoint
+from retro_engine.train.run_data import open_data, open_evaluation, order_of, steps_of_data
+
+
+def test_evaluation_on_a_store_of_another_tokenizer_is_refused(small_store: Store, whole: Path, tmp_path: Path) -> None:
+    """`retro eval RUN model.data.store=OTHER`: its ids are not the model's, whatever their range."""
+    source = write_corpus(tmp_path / "c.jsonl", 12, seed=3)
+    other = prepare([source], tmp_path / "s", vocab_size=300, chunk_size=16)
+    build_neighbors(other, [other], "hash", 4)
+    folder = checkpoint.find_checkpoint(whole)
+    given = [f"model.data.store={other.folder}", "model.data.neighbors=hash"]
+    with pytest.raises(StoreError, match=f"{folder} has tokenizer .*\n.*{other.folder} has .*\n.*retro prepare"):
+        open_evaluation(folder, read_config(folder), given, "valid")
+    found = open_evaluation(folder, read_config(folder), [], "valid")
+    assert found.store.fingerprint == small_store.fingerprint
+
+
+def test_copies_of_held_out_documents_are_named(small_store: Store, tmp_path: Path) -> None:
+    """In one store, and where a validation store repeats what is trained on."""
+    source = write_corpus(tmp_path / "c.jsonl", 12, seed=5)
+    tokenizer = str(small_store.folder)
+    one = prepare([source], tmp_path / "one", tokenizer, chunk_size=16)
+    source.write_text(source.read_text() * 2)
+    twice = prepare([source], tmp_path / "twice", tokenizer, chunk_size=16)
+    plain = ["model.retrieval=false", "model.data.splits_string='50,50,0'"]
+    for store, more, count in (
+        (one, [], 0),
+        (twice, [], 1),
+        (one, [f"model.data.valid_store={twice.folder}"], 24),
+        (one, [f"model.data.valid_store={small_store.folder}"], 0),
+    ):
+        data = open_data(load_config([*settings(store, tmp_path / "run", *plain), *more]))
+        assert (data.warning is not None) == (count > 0)
+        assert count == 0 or (data.warning or "").startswith("WARNING: ")
+        assert count < 2 or f"{count} of 24 held-out documents" in (data.warning or "")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_the_number_of_steps_is_what_every_process_can_make(
+    small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    once = ["model.data.dataloader_type=single", "model.micro_batch_size=1", "trainer.accumulate_grad_batches=2"]
+    config = load_config(settings(small_store, tmp_path / "run", *once))
+    data = open_data(config)
+    steps = steps_of_data(config, data)
+    assert steps is not None
+    for rank in range(world):
+        last = (steps - 1) * 2 * world + rank + world
+        data.train.training_batch(last, 1, order_of(config))
+    with pytest.raises(StopIteration):
+        data.train.training_batch((steps + 1) * 2 * world - 1, 1, order_of(config))

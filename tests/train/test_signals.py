@@ -1,0 +1,52 @@
+"""SIGTERM and SIGINT save a checkpoint, in a validation too, and the run goes on from it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training_helpers import config, losses, settings
+
+from retro_engine.data.store import Store
+from retro_engine.progress import Reporter
+from retro_engine.train import checkpoint
+from retro_engine.train.loop import train
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "validation"),
+    [
+        (signal.SIGTERM, 143, ["trainer.val_check_interval=2", "trainer.limit_val_batches=null"]),  # in its midst
+        (signal.SIGINT, 130, ["trainer.val_check_interval=100000"]),
+    ],
+)
+def test_signals_save_and_the_run_goes_on(
+    small_store: Store, tmp_path: Path, number: signal.Signals, code: int, validation: list[str]
+) -> None:
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "retro_engine.train",
+        *settings(small_store, out, "trainer.max_steps=100000", *validation),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (out / "metrics.jsonl").exists() or '"step": 2' not in (out / "metrics.jsonl").read_text():
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        start = time.monotonic()
+        _, said = process.communicate()
+        assert process.returncode == code
+        assert time.monotonic() - start < 30
+    step = json.loads((checkpoint.find_checkpoint(out) / "trainer.json").read_text())["step"]
+    assert step >= 2
+    assert f"at step {step}, checkpoint saved" in said
+    result = train(config(small_store, out, f"trainer.max_steps={step + 2}"), Reporter("quiet"))
+    assert result.step == step + 2
+    assert sorted(losses(out)) == list(range(1, step + 3))
