@@ -2,8 +2,8 @@
 
 Owns the array file that stores and tables are made of (docs/formats.md):
 128-byte little-endian header | rows x columns values | CRC-32 of every 1 MiB of values | nothing else.
-Every file is written under a temporary name in its folder, fsynced, made read-only and renamed; a folder is
-published by its `manifest.json`, written last. Every file is opened by `open_file`, which takes nothing but files, and
+Every file is written under a temporary name in its folder, fsynced, made read-only and renamed. A folder is published
+whole in the same way (`publish_folder`) or, where writing goes on after a kill, by its `manifest.json`, written last. Every file is opened by `open_file`, which takes nothing but files, and
 every name that comes out of a file goes through `child`, which takes nothing that leads out of the folder.
 """
 
@@ -197,7 +197,7 @@ def publish(path: Path, parts: Iterable[bytes | memoryview], size: int | None = 
         parts = list(parts)
         size = sum(memoryview(part).nbytes for part in parts)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _published(temporary, path, size):
         temporary.unlink(missing_ok=True)  # of a killed writer with this number: what is there is not followed
         with open(temporary, "xb") as file:
             if size:
@@ -205,8 +205,20 @@ def publish(path: Path, parts: Iterable[bytes | memoryview], size: int | None = 
             for part in parts:
                 file.write(part)
             assert file.tell() == size, (path, file.tell(), size)
-            file.flush()
-            os.fsync(file.fileno())
+
+
+def publish_file(temporary: Path, path: Path) -> None:
+    """Publish a file of the same folder that a library has written."""
+    with _published(temporary, path):
+        pass
+
+
+@contextlib.contextmanager
+def _published(temporary: Path, path: Path, size: int = 0) -> Iterator[None]:
+    """What is at `temporary` after the block gets its name; where that fails it is removed, and a typed error says why."""
+    try:
+        yield
+        sync(temporary)
         os.chmod(temporary, 0o444)
         os.replace(temporary, path)
         sync(path.parent)
@@ -216,18 +228,28 @@ def publish(path: Path, parts: Iterable[bytes | memoryview], size: int | None = 
         raise io_error(error, path, size) from error
 
 
-def publish_file(temporary: Path, path: Path) -> None:
-    """Publish a file of the same folder that a library has written."""
+def check_unused(folder: Path) -> None:
+    """Raises UsageError where there is something that a new folder would overwrite."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already", "it is not overwritten", "choose another --out")
+
+
+@contextlib.contextmanager
+def publish_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, under a temporary name: after the block it is at `folder` in one step, whole; where the block
+    raises there is nothing.
+    """
+    aside = folder.with_name(f".{folder.name}.tmp")
+    remove_tree(aside)  # of a killed writer
+    make_folder(aside)
     try:
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o444)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise io_error(error, path) from error
+        yield aside
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        os.rename(aside, folder)
+        sync(folder.parent)
+    finally:
+        remove_tree(aside)
 
 
 def io_error(error: OSError, path: Path, size: int = 0) -> Exception:

@@ -6,7 +6,6 @@ modeling_retro.py, which imports retro_engine: `AutoModelForCausalLM.from_pretra
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from retro_engine.config import ModelConfig, architecture
 from retro_engine.data import files
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import StoreError, UsageError
+from retro_engine.errors import StoreError
 from retro_engine.model.weights import load_model, read_architecture
 from retro_engine.train import checkpoint
 
@@ -34,8 +33,7 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
 
     source, folder = checkpoint.find_checkpoint(path), Path(folder)
     checkpoint.verify(source)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} is there already", "it is not overwritten", "choose another --out")
+    files.check_unused(folder)
     model, tokenizer = load_model(source), Tokenizer.load(source)
     weights = {f"{PREFIX}{name}": value.contiguous() for name, value in model.state_dict().items()}
     sampling = checkpoint.read_generation(source)
@@ -69,18 +67,9 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
         "modeling_retro.py": MODULE.encode(),
         "model.safetensors": to_bytes(weights, {"format": "pt"}),
     }
-    aside = folder.with_name(f".{folder.name}.tmp")
-    files.remove_tree(aside)
-    files.make_folder(aside)
-    try:
+    with files.publish_folder(folder) as aside:
         for name, content in contents.items():
             files.publish(aside / name, [content])
-        if folder.exists():
-            folder.rmdir()
-        os.rename(aside, folder)
-        files.sync(folder.parent)
-    finally:
-        files.remove_tree(aside)
     return folder
 
 

@@ -8,6 +8,7 @@ SHA-256 of every other file. A checkpoint exists when COMPLETE and all that it n
 name (.step-NNNNNN.tmp, .old) that nobody lists, so that a kill leaves no half of one.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from retro_engine.data.chat_files import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from retro_engine.data.coding import Coding
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
+from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError
 from retro_engine.model.linear import is_sharded
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, load_state, read_config, read_tensors
@@ -71,24 +72,26 @@ class Saver:
         """Begin to write RUN/checkpoints/step-NNNNNN. Raises what the save before it met (`wait`)."""
         self.wait()
         final = self.run / "checkpoints" / f"step-{step:06d}"
-        aside = final.with_name(f".step-{step:06d}.tmp")
         is_there = self.parallel.is_main and (final / COMPLETE).is_file() and not flaw(final)
         if self.parallel.from_main(is_there):  # a run that was resumed at its end
             return
+        publishing, aside = contextlib.ExitStack(), final
         if self.parallel.is_main:
-            files.make_folder(final.parent)
-            files.remove_tree(aside)
+            aside = publishing.enter_context(files.publish_folder(final))
             files.make_folder(aside / OPTIMIZER_FOLDER)
-        self.parallel.from_main(None)  # nobody writes before the folder is there
+        aside = self.parallel.from_main(aside)  # nobody writes before the folder is there
         weights = _whole(model, self.parallel.is_main)
         contents = _contents(model, tokenizer, {"step": step, **trainer}, generation)
         write_shards = _staged(optimizer, aside / OPTIMIZER_FOLDER, self.parallel)
-        self._thread = threading.Thread(target=self._write, args=(write_shards, aside, final, weights, contents))
+        self._thread = threading.Thread(
+            target=self._write, args=(write_shards, publishing, aside, final, weights, contents)
+        )
         self._thread.start()
 
     def _write(
         self,
         write_shards: Callable[[], None],
+        publishing: contextlib.ExitStack,
         aside: Path,
         final: Path,
         weights: dict[str, Tensor],
@@ -98,19 +101,17 @@ class Saver:
         from safetensors.torch import save as to_bytes
 
         try:
-            write_shards()
-            if not self.parallel.is_main:
-                return
-            for name, content in {**contents, WEIGHTS_FILE: to_bytes(weights)}.items():
-                files.publish(aside / name, [content])
-            for shard in (aside / OPTIMIZER_FOLDER).iterdir():
-                files.sync(shard)
-            _discard(final)  # never whole: see above
-            _complete(aside, final)
+            with publishing:
+                write_shards()
+                if not self.parallel.is_main:
+                    return
+                for shard in (aside / OPTIMIZER_FOLDER).iterdir():
+                    files.sync(shard)
+                _complete(aside, {**contents, WEIGHTS_FILE: to_bytes(weights)})
+                _discard(final)  # never whole: see above
             self._prune()
-        except BaseException as error:  # noqa: B036 (kept for `wait`, which raises it; nothing half-written is left)
+        except BaseException as error:  # noqa: B036 (kept for `wait`, which raises it)
             self._error = error
-            files.remove_tree(aside)
 
     def wait(self) -> None:
         """Until the last save is published. Raises OutOfResourceError for a full disk, in every process; earlier
@@ -174,21 +175,11 @@ def publish_model(
     """
     from safetensors.torch import save as to_bytes
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} is there already", "it is not overwritten", "choose another --out")
-    aside = folder.with_name(f".{folder.name}.tmp")
-    files.remove_tree(aside)
-    files.make_folder(aside)
-    try:
-        weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-        contents = _contents(model, tokenizer, {"step": 0, **trainer}, generation)
-        for name, content in {**contents, WEIGHTS_FILE: to_bytes(weights)}.items():
-            files.publish(aside / name, [content])
-        if folder.exists():
-            folder.rmdir()
-        _complete(aside, folder)
-    finally:
-        files.remove_tree(aside)
+    files.check_unused(folder)
+    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    contents = _contents(model, tokenizer, {"step": 0, **trainer}, generation)
+    with files.publish_folder(folder) as aside:
+        _complete(aside, {**contents, WEIGHTS_FILE: to_bytes(weights)})
 
 
 def _contents(
@@ -210,13 +201,13 @@ def _json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
 
 
-def _complete(aside: Path, final: Path) -> None:
-    """Hash the files, write COMPLETE and give the folder its name."""
-    names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
-    hashes = {name: files.sha256_file(aside / name) for name in names}
-    files.publish(aside / COMPLETE, [(json.dumps(hashes, indent=1) + "\n").encode()])
-    os.rename(aside, final)
-    files.sync(final.parent)
+def _complete(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write the files, and COMPLETE, which has the hashes of all that are there."""
+    for name, content in contents.items():
+        files.publish(folder / name, [content])
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    hashes = {name: files.sha256_file(folder / name) for name in names}
+    files.publish(folder / COMPLETE, [(json.dumps(hashes, indent=1) + "\n").encode()])
 
 
 def _whole(model: RetroModel, is_main: bool) -> dict[str, Tensor]:

@@ -184,6 +184,21 @@ def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
             assert os.listdir(tmp_path) == ["a.bin"]
 
 
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    (tmp_path / ".new.tmp" / "of a killed writer").mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError), files.publish_folder(folder) as aside:
+        (aside / "a").write_text(f"{1 / 0}")
+    assert os.listdir(tmp_path) == []
+    folder.mkdir()  # an empty one may be there
+    with files.publish_folder(folder) as aside:
+        (aside / "a").touch()
+        assert os.listdir(folder) == []
+    assert (os.listdir(tmp_path), os.listdir(folder)) == (["new"], ["a"])
+    with pytest.raises(UsageError, match="is there already"):
+        files.check_unused(folder)
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     """On a small tmpfs: the error names the path and the bytes, and earlier files are untouched."""
     with small_disk(tmp_path, "256k") as disk:

@@ -21,7 +21,7 @@ PLAIN = ["model.retrieval=false", "trainer.val_check_interval=2", "trainer.limit
 
 
 @pytest.fixture(scope="module")
-def trained(small_store: Store, no_measuring: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of steps 2, 4 and 6."""
     run = tmp_path_factory.mktemp("trained") / "run"
     train(config(small_store, run, *PLAIN, "trainer.max_steps=6", "exp_manager.keep_last_n=0"), Reporter("quiet"))
