@@ -22,6 +22,11 @@ EXACT = [
     "model.global_batch_size=4", "model.micro_batch_size=1", "model.data.neighbor_dropout=0.2",
     "model.num_attention_heads=4", "exp_manager.checkpoint_every_n_steps=10", "exp_manager.keep_last_n=4",
 ]  # fmt: skip
+PART = [
+    "trainer.max_steps=8",
+    "model.optim.sched.max_steps=20",
+    "exp_manager.checkpoint_every_n_steps=4",
+]  # of 20 steps
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     2: {
         "dp2": [],
@@ -40,8 +45,8 @@ def single(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-def assert_as_one(run: Path, single: Path, steps: int = 20) -> None:
-    """The losses of the first steps are those of one process."""
+def assert_as_one(run: Path, single: Path, steps: int) -> None:
+    """The losses of the first `steps` are those of one process."""
     found, expected = losses(run), losses(single)
     assert sorted(found) == list(range(1, len(found) + 1)), run.name
     assert max(abs(found[step] - expected[step]) for step in range(1, steps + 1)) <= 1e-9, run.name
@@ -51,10 +56,10 @@ def test_two_and_four_processes_train_as_one(small_store: Store, single: Path, t
     """Every layout; a checkpoint of two goes on in one and in four; a single pass ends in every process at the same step;
     what does not fit is said once and not by every process.
     """
-    runs = {name: settings(small_store, tmp_path / name, *EXACT, *more) for name, more in LAYOUTS[2].items()}
-    sched, passed_on = "model.optim.sched.max_steps=20", tmp_path / "passed on"
-    sharded = ["model.optim.name=distributed_fused_adam", "trainer.max_steps=8", sched]
-    runs["passed on"] = settings(small_store, passed_on, *EXACT, *sharded)
+    runs = {name: settings(small_store, tmp_path / name, *EXACT, *PART, *more) for name, more in LAYOUTS[2].items()}
+    passed_on = tmp_path / "passed on"
+    sharded = ["model.optim.name=distributed_fused_adam", "trainer.max_steps=3"]
+    runs["passed on"] = settings(small_store, passed_on, *EXACT, *PART, *sharded)
     # whatever is left over: the last batches are not enough for both, and neither waits for the other
     once = ["model.data.dataloader_type=single", "trainer.max_steps=1000", "model.retrieval=false",
             "model.micro_batch_size=5", "trainer.val_check_interval=2", "trainer.precision=32"]  # fmt: skip
@@ -66,8 +71,8 @@ def test_two_and_four_processes_train_as_one(small_store: Store, single: Path, t
     assert "use a multiple of 2" in said
     assert said.count("error: ") == 1
     for name in LAYOUTS[2]:
-        assert len(losses(tmp_path / name)) == 20
-        assert_as_one(tmp_path / name, single)
+        assert len(losses(tmp_path / name)) == 8
+        assert_as_one(tmp_path / name, single, 8)
 
     alone = load_config(settings(small_store, tmp_path / "alone", *once, "model.global_batch_size=10"))
     count = open_data(alone).train.num_sequences(order_of(alone))
@@ -76,15 +81,15 @@ def test_two_and_four_processes_train_as_one(small_store: Store, single: Path, t
     assert sorted(losses(tmp_path / "once")) == list(range(1, count // 10 + 1))
     assert checkpoint.find_checkpoint(tmp_path / "once").name == f"step-{count // 10:06d}"
 
-    in_one = settings(small_store, passed_on, *EXACT, "trainer.max_steps=16", sched)
-    assert train(load_config(in_one), Reporter("quiet")).step == 16
-    runs = {name: settings(small_store, tmp_path / name, *EXACT, *more) for name, more in LAYOUTS[4].items()}
-    runs["passed on"] = settings(small_store, passed_on, *EXACT, "model.tensor_model_parallel_size=2")
+    in_one = settings(small_store, passed_on, *EXACT, *PART, "trainer.max_steps=6")
+    assert train(load_config(in_one), Reporter("quiet")).step == 6
+    runs = {name: settings(small_store, tmp_path / name, *EXACT, *PART, *more) for name, more in LAYOUTS[4].items()}
+    runs["passed on"] = settings(small_store, passed_on, *EXACT, *PART, "model.tensor_model_parallel_size=2")
     codes, said = launch_several(4, runs, tmp_path)
     assert codes == dict.fromkeys(runs, 0), said[-3000:]
     for name in runs:
-        assert len(losses(tmp_path / name)) == 20
-        assert_as_one(tmp_path / name, single)
+        assert len(losses(tmp_path / name)) == 8
+        assert_as_one(tmp_path / name, single, 8)
 
 
 def test_a_killed_process_is_restarted_and_a_signal_to_one_stops_all_with_a_checkpoint(
@@ -106,7 +111,7 @@ def test_a_killed_process_is_restarted_and_a_signal_to_one_stops_all_with_a_chec
     assert saved, output[-3000:]
     assert checkpoint.read_trainer(saved[-1])["processes"] == {"data": 2, "tensor": 1}
     assert "exitcode  : 143" in output
-    assert_as_one(out, single)
+    assert_as_one(out, single, 20)
 
 
 @pytest.mark.parametrize(
