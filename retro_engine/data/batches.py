@@ -25,7 +25,7 @@ MODES = ("on", "off", "random", "one_right")
 
 
 @dataclass
-class Batch:
+class SequenceBatch:
     """Arrays of one forward; labels -100 = no label; document_ids -1 = padding."""
 
     tokens: np.ndarray  # [B, N] i64
@@ -175,7 +175,7 @@ class Stream(ABC):
         """The sequences of one pass, in the order that `rng` gives it."""
 
     @abstractmethod
-    def batch(self, rows_BL: np.ndarray, mode: str = "on") -> Batch:
+    def batch(self, rows_BL: np.ndarray, mode: str = "on") -> SequenceBatch:
         """Tokens, labels and neighbors of sequences."""
 
     def epoch(self, order: Order, number: int) -> np.ndarray:
@@ -196,7 +196,7 @@ class Stream(ABC):
         """How many there are to train on: known to every process alike; None = without end."""
         return None if order.is_cyclic else self.epoch_length(order, 0)
 
-    def training_batch(self, index: int, size: int, order: Order, mode: str = "on") -> Batch:
+    def training_batch(self, index: int, size: int, order: Order, mode: str = "on") -> SequenceBatch:
         """Batch number `index` of a run: sequences index*size ... of the endless stream of epochs, or of one.
 
         Raises StopIteration past the end, which `num_sequences` says beforehand.
@@ -222,7 +222,7 @@ class Stream(ABC):
             sequences = sequences[np.linspace(0, len(sequences) - 1, limit * size).astype(np.int64)]
         return [sequences[start : start + size] for start in range(0, len(sequences), size)]
 
-    def batches(self, size: int, mode: str = "on", limit: int | None = None) -> Iterator[Batch]:
+    def batches(self, size: int, mode: str = "on", limit: int | None = None) -> Iterator[SequenceBatch]:
         """The batches of `batch_rows`."""
         for rows in self.batch_rows(size, limit):
             yield self.batch(rows, mode)
@@ -308,7 +308,7 @@ class Sequences(Stream):
         sequences = put(self._first_rows[documents], self._num_rows[documents], self.rows_per_sequence)
         return sequences[rng.permutation(len(sequences))] if order.is_cyclic else sequences
 
-    def batch(self, rows_BL: np.ndarray, mode: str = "on") -> Batch:
+    def batch(self, rows_BL: np.ndarray, mode: str = "on") -> SequenceBatch:
         """Tokens, labels and neighbors of sequences of rows. `mode`: on | off | random | one_right | self."""
         assert mode in (*MODES, "self"), mode
         B, L = rows_BL.shape
@@ -324,7 +324,7 @@ class Sequences(Stream):
             if self.gathers_neighbors:
                 neighbors, neighbor_lengths = self._neighbor_loader.gather(ids, self.retrieved_length)
                 ids = None
-        return Batch(
+        return SequenceBatch(
             tokens[..., :m].reshape(B, L * m),
             labels.reshape(B, L * m),
             document_ids.reshape(B, L * m),

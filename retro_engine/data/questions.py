@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from retro_engine.data import files
-from retro_engine.data.batches import Batch, Order, Stream, deal
+from retro_engine.data.batches import Order, SequenceBatch, Stream, deal
 from retro_engine.data.question_files import Question as Question
 from retro_engine.data.question_files import read_questions as read_questions
 from retro_engine.data.store import Store
@@ -111,7 +111,7 @@ class Questions(Stream):
     def epoch_length(self, order: Order, number: int) -> int:
         return len(self.questions)
 
-    def batch(self, rows_BL: np.ndarray, mode: str = "on") -> Batch:
+    def batch(self, rows_BL: np.ndarray, mode: str = "on") -> SequenceBatch:
         """Sequences of questions, padded on the right to whole chunks; labels are the answer's tokens alone."""
         numbers = rows_BL[:, 0].tolist()
         starts = [-(-len(self.prompts[number]) // self.M) * self.M for number in numbers]
@@ -127,13 +127,13 @@ class Questions(Stream):
             labels[row, start - 1 : start - 1 + len(answer)] = answer
             documents[row, start - len(prompt) : start - 1 + len(answer)] = number
         if mode == "off":
-            return Batch(tokens[:, :N], labels, documents, None, None)
+            return SequenceBatch(tokens[:, :N], labels, documents, None, None)
         one, valid = self.neighbors(numbers, mode)
         lengths = np.zeros((B, L, self.K), np.int64)
         for row, start in enumerate(starts):
             lengths[row, start // self.M - 1 :] = valid[row]
         neighbors = np.broadcast_to(one[:, None], (B, L, self.K, self.R)).copy()
-        return Batch(tokens[:, :N], labels, documents, neighbors, lengths)
+        return SequenceBatch(tokens[:, :N], labels, documents, neighbors, lengths)
 
     def neighbors(self, numbers: Sequence[int], mode: str = "on") -> tuple[np.ndarray, np.ndarray]:
         """Tokens [b, K, R] and lengths [b, K] of some questions' neighbors.

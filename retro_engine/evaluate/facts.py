@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_engine.data.batches import MODES, Batch, Sequences
+from retro_engine.data.batches import MODES, SequenceBatch, Sequences
 from retro_engine.evaluate.perplexity import DocumentLosses, bootstrap, token_losses
 from retro_engine.model.retro import RetroModel
 
@@ -96,7 +96,7 @@ def evaluate_facts(
 
 
 def _is_stated(
-    texts: list[dict[str, Any]], batch: Batch, value: np.ndarray, is_value: np.ndarray, sequences: Sequences
+    texts: list[dict[str, Any]], batch: SequenceBatch, value: np.ndarray, is_value: np.ndarray, sequences: Sequences
 ) -> np.ndarray:
     """[B, N] does the first neighbor of the chunk that a token attends state the value?"""
     assert batch.neighbors is not None and batch.lengths is not None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from retro_engine.data.batches import Batch, Sequences
+from retro_engine.data.batches import SequenceBatch, Sequences
 from retro_engine.evaluate.perplexity import DocumentLosses, autocast, own_bytes
 from retro_engine.model.retro import RetroModel
 
@@ -46,7 +46,7 @@ def evaluate_in_prompt(
     return DocumentLosses(sums.nats[seen], sums.tokens[seen], num_bytes)
 
 
-def _losses(model: RetroModel, batch: Batch, number: int, M: int) -> np.ndarray:
+def _losses(model: RetroModel, batch: SequenceBatch, number: int, M: int) -> np.ndarray:
     """Nats of every label [N] of one sequence."""
     tokens, labels, documents = batch.tokens[number], batch.labels[number], batch.document_ids[number]
     device = model.embedding.weight.device

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retro_engine.data.batches import Batch, Sequences
+from retro_engine.data.batches import SequenceBatch, Sequences
 from retro_engine.evaluate.perplexity import own_bytes, token_losses
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.ceiling import copyable
@@ -89,7 +89,7 @@ def chunk_losses(
     return ChunkLosses(np.concatenate(overlap), np.concatenate(num_bytes), joined, count, copied)
 
 
-def _own_bytes(sequences: Sequences, batch: Batch, counted: np.ndarray, token_bytes: np.ndarray) -> np.ndarray:
+def _own_bytes(sequences: Sequences, batch: SequenceBatch, counted: np.ndarray, token_bytes: np.ndarray) -> np.ndarray:
     """[B, N] bytes of text for those that tokens stand for."""
     documents, places = np.unique(batch.document_ids, return_inverse=True)
     scale = np.ones(len(documents))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retro_engine.data.batches import Batch, Sequences
+from retro_engine.data.batches import SequenceBatch, Sequences
 from retro_engine.data.inputs import open_file, shown
 from retro_engine.data.questions import Questions
 from retro_engine.data.streams import read_text
@@ -91,7 +91,7 @@ class Given:
     tokens: np.ndarray
     lengths: np.ndarray
 
-    def attach(self, batch: Batch, chunk_size: int) -> Batch:
+    def attach(self, batch: SequenceBatch, chunk_size: int) -> SequenceBatch:
         B, L = batch.tokens.shape[0], batch.tokens.shape[1] // chunk_size
         neighbors = np.broadcast_to(self.tokens, (B, L, *self.tokens.shape)).copy()
         return replace(
@@ -136,7 +136,9 @@ def own_bytes(
     return counted if np.array_equal(own, stood) else counted * (own / np.maximum(1, stood))
 
 
-def to_tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def to_tensors(
+    batch: SequenceBatch, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """tokens, labels, document_ids, neighbors and lengths (None when every neighbor is full) on `device`."""
     tokens, labels, documents = (
         torch.from_numpy(array).to(device) for array in (batch.tokens, batch.labels, batch.document_ids)
@@ -158,7 +160,9 @@ def autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, half) if half is not None else nullcontext()
 
 
-def token_losses(model: RetroModel, batch: Batch, device: torch.device, precision: str = "32") -> tuple[Tensor, Tensor]:
+def token_losses(
+    model: RetroModel, batch: SequenceBatch, device: torch.device, precision: str = "32"
+) -> tuple[Tensor, Tensor]:
     """Nats of every label [b, n] (0 where there is none) and the most likely token [b, n]."""
     tokens, labels, documents, neighbors, lengths = to_tensors(batch, device)
     with torch.no_grad(), autocast(device, precision):

@@ -6,7 +6,7 @@ before it does. Letters: S sequences, N tokens, L chunks, K neighbors, R tokens 
 
 import numpy as np
 
-from retro_engine.data.batches import Batch, Sequences
+from retro_engine.data.batches import SequenceBatch, Sequences
 from retro_engine.jit import numba
 
 CONTEXT = 128  # tokens of the own text that are looked at
@@ -27,7 +27,7 @@ def copy_ceiling(sequences: Sequences, max_tokens: int = MAX_TOKENS) -> tuple[fl
     return copied / max(1, total), total
 
 
-def copyable(batch: Batch, chunk_size: int) -> np.ndarray:
+def copyable(batch: SequenceBatch, chunk_size: int) -> np.ndarray:
     """[S, N] whether a token's label can be copied from the neighbors it attends, and not from the text before it."""
     assert batch.neighbors is not None
     assert batch.lengths is not None

@@ -7,7 +7,7 @@ R tokens per neighbor, M chunk length.
 
 import numpy as np
 
-from retro_engine.data.batches import Batch, Sequences
+from retro_engine.data.batches import SequenceBatch, Sequences
 from retro_engine.jit import numba
 
 NGRAM = 8  # tokens
@@ -15,14 +15,14 @@ REPEATED = 0.9  # a neighbor that states more of what follows is of a copy, whol
 MAX_CHUNKS = 4096
 
 
-def overlaps(batch: Batch, chunk_size: int, n: int = NGRAM) -> np.ndarray:
+def overlaps(batch: SequenceBatch, chunk_size: int, n: int = NGRAM) -> np.ndarray:
     """[B, L, K] share in 0 ... 1 of each chunk's predicted tokens that its neighbor states in runs of n or more."""
     assert batch.neighbors is not None
     assert batch.lengths is not None
     return _overlaps(batch.labels, batch.document_ids, batch.neighbors, batch.lengths, chunk_size, n)
 
 
-def chunk_overlaps(batch: Batch, chunk_size: int, n: int = NGRAM) -> np.ndarray:
+def chunk_overlaps(batch: SequenceBatch, chunk_size: int, n: int = NGRAM) -> np.ndarray:
     """[B, L] the largest overlap of a chunk's neighbors."""
     found = overlaps(batch, chunk_size, n)
     return found.max(-1) if found.shape[-1] else np.zeros(found.shape[:2])
@@ -40,7 +40,7 @@ def repeated_share(sequences: Sequences, max_chunks: int = MAX_CHUNKS) -> float:
     return count / max(1, total)
 
 
-def drop_leaks(batch: Batch, chunk_size: int, limit: float, n: int = NGRAM) -> int:
+def drop_leaks(batch: SequenceBatch, chunk_size: int, limit: float, n: int = NGRAM) -> int:
     """Make neighbors missing whose overlap is above `limit`; how many there were. Changes the batch's lengths."""
     assert batch.lengths is not None
     leaks = (overlaps(batch, chunk_size, n) > limit) & (batch.lengths > 0)

@@ -19,7 +19,7 @@ import torch
 
 from retro_engine.config import Config, ModelConfig, flat_keys
 from retro_engine.data import files
-from retro_engine.data.batches import Batch
+from retro_engine.data.batches import SequenceBatch
 from retro_engine.errors import MissingExtraError
 from retro_engine.model.flops import training_flops
 from retro_engine.progress import Reporter
@@ -52,7 +52,9 @@ class Window:
         self.norms: list[float] = []
         self.rate, self.tokens, self.flops, self.seconds, self.waited = 0.0, 0, 0.0, 0.0, 0.0
 
-    def add(self, result: StepResult, seconds: float, waited: float, config: ModelConfig, batches: list[Batch]) -> None:
+    def add(
+        self, result: StepResult, seconds: float, waited: float, config: ModelConfig, batches: list[SequenceBatch]
+    ) -> None:
         """Count one step, of whose seconds so many were spent waiting for its batches."""
         self.waited += waited
         self.losses.append(result.loss)

@@ -22,7 +22,7 @@ from retro_kernels.backend import backend
 
 from retro_engine.config import Config, ModelConfig, flat_keys, to_yaml
 from retro_engine.data import files
-from retro_engine.data.batches import Batch
+from retro_engine.data.batches import SequenceBatch
 from retro_engine.data.chat_files import read_chat_files
 from retro_engine.data.loader import has_native_loader
 from retro_engine.errors import GateError, RetroError, UsageError
@@ -266,7 +266,7 @@ class _Training:
             f"loader: {'C++' if has_native_loader() else 'NumPy (no compiler at installation)'}, {torch.get_num_threads()} threads"
         )
 
-    def _run_steps(self, log: RunLog, signals: Signals, batches: Iterator[list[Batch]], meter: Meter) -> int:
+    def _run_steps(self, log: RunLog, signals: Signals, batches: Iterator[list[SequenceBatch]], meter: Meter) -> int:
         """The steps from here to the last, logged, validated and saved; what stopped them before (`_stop_code`)."""
         trainer, saved_step, stopped, window = self.config.trainer, -1, 0, Window()
         while self.step < self.last_step and not (stopped := self._stop_code(signals)):
@@ -319,11 +319,11 @@ class _Training:
         return Window()
 
     @contextlib.contextmanager
-    def _prefetched(self) -> Iterator[Iterator[list[Batch]]]:
+    def _prefetched(self) -> Iterator[Iterator[list[SequenceBatch]]]:
         """The micro-batches of each step from here on; the next step's are made while this one trains."""
         m, data = self.config.model, self.config.model.data
 
-        def make(step: int) -> list[Batch]:
+        def make(step: int) -> list[SequenceBatch]:
             is_dropped = np.random.default_rng((self.config.seed, step, 1)).random() < data.neighbor_dropout
             mode = "on" if m.retrieval and not is_dropped else "off"
             if mode == "on" and step < data.self_neighbor_steps:
@@ -332,9 +332,9 @@ class _Training:
             numbers = range(first, first + self.accumulate * self.parallel.data, self.parallel.data)
             return [self.data.train.training_batch(n, m.micro_batch_size, self.order, mode) for n in numbers]
 
-        def stream(pool: ThreadPoolExecutor) -> Iterator[list[Batch]]:
+        def stream(pool: ThreadPoolExecutor) -> Iterator[list[SequenceBatch]]:
             steps = iter(range(self.step, self.last_step))
-            waiting: deque[Future[list[Batch]]] = deque()
+            waiting: deque[Future[list[SequenceBatch]]] = deque()
             waiting.extend(pool.submit(make, step) for step in itertools.islice(steps, data.num_workers))
             while waiting:
                 batches = waiting.popleft().result()
@@ -347,7 +347,7 @@ class _Training:
         with ThreadPoolExecutor(1) as pool:  # one: the batches of an epoch share its order
             yield stream(pool)
 
-    def _train_step(self, micro_batches: list[Batch]) -> StepResult:
+    def _train_step(self, micro_batches: list[SequenceBatch]) -> StepResult:
         """One optimizer step, or none where the loss or the gradient is not finite or the loss leaps."""
         optim, optimizer = self.config.model.optim, self.optimizer
         if not self.drops_gradients:

@@ -48,7 +48,7 @@ SMALL = {
     "model.optim.lr": 1e-3,
     "model.optim.sched.warmup_steps": 10,
 }
-Batch = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # what `evaluate.to_tensors` returns
+TensorBatch = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # what `evaluate.to_tensors` returns
 
 
 def open_config(overrides: list[str], preset: str | None, store: str | None) -> Config:
@@ -108,7 +108,7 @@ def at_width(m: ModelConfig, width: int, is_mup: bool, keeps_head_width: bool = 
     return model
 
 
-def coordinate_changes(model: RetroModel, optim: OptimConfig, batch: Batch, steps: int) -> dict[str, list[float]]:
+def coordinate_changes(model: RetroModel, optim: OptimConfig, batch: TensorBatch, steps: int) -> dict[str, list[float]]:
     """Mean |activation - activation at step 0| after each of `steps` steps on one batch at the fixed rate optim.lr.
 
     Of the logits, the decoder layers, what their self-attention and CCA add, and the encoder.
@@ -151,7 +151,7 @@ def _recorded(model: RetroModel) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _train_step(model: RetroModel, optimizer: Optimizer, batch: Batch, rate: float) -> float:
+def _train_step(model: RetroModel, optimizer: Optimizer, batch: TensorBatch, rate: float) -> float:
     """One step; the loss, not finite where the step was not taken."""
     tokens, labels, documents, neighbors, lengths = batch
     optimizer.zero_grad()
@@ -164,7 +164,7 @@ def _train_step(model: RetroModel, optimizer: Optimizer, batch: Batch, rate: flo
     return value
 
 
-def random_batch(m: ModelConfig, size: int, seed: int) -> Batch:
+def random_batch(m: ModelConfig, size: int, seed: int) -> TensorBatch:
     """Tokens and neighbors with the frequencies of words (Zipf's law, exponent 1).
 
     Of uniform random tokens nothing but noise could be learned, and noise shrinks with the width.
@@ -282,7 +282,7 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _batch(config: Config, data: RunData, step: int, seed: int) -> Batch:
+def _batch(config: Config, data: RunData, step: int, seed: int) -> TensorBatch:
     m = config.model
     size, mode = m.global_batch_size or m.micro_batch_size, "on" if m.retrieval else "off"
     return to_tensors(data.train.training_batch(step, size, Order(seed), mode), torch.device("cpu"))

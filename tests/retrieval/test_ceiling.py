@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from retro_engine.data.batches import Batch, Sequences, split_documents
+from retro_engine.data.batches import SequenceBatch, Sequences, split_documents
 from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.store import Store
 from retro_engine.retrieval.ceiling import CONTEXT, copy_ceiling, copyable, describe_ceiling
@@ -46,7 +46,7 @@ def test_its_rate(small_store: Store) -> None:
     tokens = np.random.default_rng(0).integers(0, 8000, (64, 2048))
     labels = np.roll(tokens, -1, 1)
     neighbors = np.random.default_rng(1).integers(0, 8000, (64, 32, 2, 128))
-    batch = Batch(tokens, labels, np.zeros_like(tokens), neighbors, np.full((64, 32, 2), 128))
+    batch = SequenceBatch(tokens, labels, np.zeros_like(tokens), neighbors, np.full((64, 32, 2), 128))
     copyable(batch, 64)
     start = time.perf_counter()
     copyable(batch, 64)

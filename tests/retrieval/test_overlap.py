@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 
-from retro_engine.data.batches import Batch
+from retro_engine.data.batches import SequenceBatch
 from retro_engine.retrieval.overlap import chunk_overlaps, drop_leaks, overlaps
 
 M = 4
 
 
-def batch(seed: int, vocabulary: int = 3) -> Batch:
+def batch(seed: int, vocabulary: int = 3) -> SequenceBatch:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocabulary, (2, 17))
     labels = tokens[:, 1:].copy()
     labels[0, 11:13] = -100
     documents = np.zeros((2, 16), np.int64)
     documents[1, 9:] = 1
-    return Batch(
+    return SequenceBatch(
         tokens[:, :-1], labels, documents, rng.integers(0, vocabulary, (2, 4, 2, 8)), rng.integers(0, 9, (2, 4, 2))
     )
 
