@@ -107,7 +107,7 @@ def test_memory_is_flat(benchmark, tmp_path: Path, stage: str) -> None:
         prepare([paths["train"]], folder / "store", vocab_size=2000, chunk_size=16)
         flags = {"embed": ["--retriever", "hash"], "neighbors": ["--k", "4"]}.get(command, ["--retriever", *kind])
         if kind == ["hash"]:
-            flags += ["--index", "IVF256,SQ8"]
+            flags += ["--faiss", "IVF256,SQ8"]
         if command == "neighbors":
             from retro_engine.cli import main
 

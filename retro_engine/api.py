@@ -25,18 +25,16 @@ from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError
-from retro_engine.evaluate.perplexity import DocumentLosses, evaluate
+from retro_engine.evaluate.losses import DocumentLosses
+from retro_engine.evaluate.perplexity import evaluate
 from retro_engine.generate.generator import Generation, Generator, model_coding
+from retro_engine.generate.open_model import open_model
 from retro_engine.generate.sampling import Sampling
-from retro_engine.model.device import pick_device
-from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import load_model
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.neighbors import build_neighbors
-from retro_engine.retrieval.search import Building, Retriever
-from retro_engine.train import checkpoint
+from retro_engine.retrieval.search import Building, Retriever, named
 from retro_engine.train.loop import TrainingResult, train
 
 TABLE_WIDTH = 20  # K: neighbors kept a chunk, so that some may be passed over
@@ -148,8 +146,12 @@ class Index:
 
     @classmethod
     def build(cls, *corpora: Corpus, retriever: str = "bm25", building: Building | None = None) -> "Index":
-        """`retriever`: bm25, hash, minilm, hybrid or a model; `building` says how, where the defaults do not do."""
-        return cls(Retriever([corpus.store for corpus in corpora], retriever, building=building))
+        """`retriever`: lexical (bm25), dense, hybrid, hash, minilm or a model; `building` says how, where the defaults
+        do not do.
+        """
+        building = building or Building()
+        stores = [corpus.store for corpus in corpora]
+        return cls(Retriever(stores, named(retriever, building.embedder), building=building))
 
     def search(self, text: str, k: int = 5) -> list[Any]:
         """The k best chunks (Hit: document, title, chunk, score, text, continuation, source)."""
@@ -174,9 +176,15 @@ class Evaluation:
 class Retro:
     """A trained model with its tokenizer."""
 
-    def __init__(self, model: RetroModel, tokenizer: Tokenizer, defaults: dict[str, Any] | None = None):
-        """`defaults`: generation_config.json, what `generate` does when nothing is said."""
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: RetroModel,
+        tokenizer: Tokenizer,
+        defaults: dict[str, Any] | None = None,
+        folder: str | Path = "",
+    ):
+        """`defaults`: generation_config.json, what `generate` does when nothing is said; `folder`: of the checkpoint."""
+        self.model, self.tokenizer, self.folder = model, tokenizer, Path(folder)
         values = defaults or {}
         self.sampling = Sampling() if values.get("greedy", True) else Sampling(**values)
 
@@ -184,23 +192,12 @@ class Retro:
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype | None = None,
-        weights: str | None = None,
+        dtype: str | torch.dtype | None = None,
         device: str | torch.device = "auto",
     ) -> "Retro":
-        """A run's newest checkpoint, or a checkpoint folder, after checking its files.
-
-        `weights`: fp32, bf16 or int8, for generation; None = as saved. `device`: auto (a GPU where there is one), cpu, gpu,
-        or one of torch's.
-        """
-        folder = checkpoint.find_checkpoint(path)
-        checkpoint.verify(folder)
-        place = pick_device(device) if isinstance(device, str) else device
-        model = load_model(folder, dtype)
-        if weights is not None:
-            use_weights(model, weights)
-        model.to(place)
-        return cls(model, Tokenizer.load(folder), checkpoint.read_generation(folder))
+        """A run's newest checkpoint, or a checkpoint folder, after checking its files: `open_model`."""
+        opened = open_model(path, dtype, device)
+        return cls(opened.model, opened.tokenizer, opened.generation, opened.folder)
 
     @property
     def device(self) -> torch.device:

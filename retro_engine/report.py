@@ -18,7 +18,7 @@ from retro_engine.data import files
 from retro_engine.data.batches import Sequences
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.evaluate.compare import Comparison, compare
-from retro_engine.evaluate.perplexity import show_interval
+from retro_engine.evaluate.losses import show_interval
 from retro_engine.generate.explain import Explanation, removed_lengths, text_log_probs
 from retro_engine.model.device import describe_device
 from retro_engine.model.retro import RetroModel

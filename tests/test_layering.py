@@ -26,7 +26,6 @@ ORDER = [
     ["__init__"],
     ["report"],
     ["demo", "bench"],
-    ["cli_docs", "cli_interop", "cli_serve"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -81,7 +80,7 @@ def test_modules_import_in_no_circle() -> None:
 
 
 def test_only_the_chooser_is_imported_outside_ops() -> None:
-    for path in (PACKAGE / "train" / "loop.py", PACKAGE / "cli.py"):
+    for path in (PACKAGE / "train" / "loop.py", PACKAGE / "cli" / "doctor.py"):
         kernels = [module for module in imports(path) if module.startswith("retro_kernels")]
         assert kernels == ["retro_kernels.backend.backend"], kernels
 

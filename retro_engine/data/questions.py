@@ -149,7 +149,7 @@ class Questions(Stream):
         lengths = np.zeros((len(numbers), self.K), np.int64)
         if has_found:
             if self.search is None:
-                raise UsageError("there is nothing to retrieve from", "a store is searched", "--index STORE")
+                raise UsageError("there is nothing to retrieve from", "a store is searched", "--stores STORE")
             found, valid = self.search([self.questions[number].query for number in numbers], self.K)
         for row, number in enumerate(numbers):
             pieces = self._own(number) if has_own else []

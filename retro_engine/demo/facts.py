@@ -24,7 +24,7 @@ from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import GateError, StoppedError, UsageError
 from retro_engine.evaluate.facts import FactsResult, evaluate_facts
-from retro_engine.evaluate.perplexity import show_interval
+from retro_engine.evaluate.losses import show_interval
 from retro_engine.generate.generator import Generator
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.neighbors import build_neighbors

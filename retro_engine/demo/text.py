@@ -19,7 +19,7 @@ from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import StoppedError, UsageError
 from retro_engine.evaluate.compare import Comparison, compare
-from retro_engine.evaluate.perplexity import show_interval
+from retro_engine.evaluate.losses import show_interval
 from retro_engine.model.flops import training_flops
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.ceiling import copy_ceiling, describe_ceiling

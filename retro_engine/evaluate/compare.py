@@ -12,7 +12,8 @@ import numpy as np
 
 from retro_engine.data.batches import Sequences
 from retro_engine.evaluate.leakage import ChunkLosses, chunk_losses
-from retro_engine.evaluate.perplexity import DocumentLosses, bootstrap, evaluate
+from retro_engine.evaluate.losses import DocumentLosses, bootstrap
+from retro_engine.evaluate.perplexity import evaluate
 from retro_engine.model.retro import RetroModel
 
 

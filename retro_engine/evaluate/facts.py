@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from retro_engine.data.batches import MODES, SequenceBatch, Sequences
-from retro_engine.evaluate.perplexity import DocumentLosses, bootstrap, token_losses
+from retro_engine.evaluate.losses import DocumentLosses, bootstrap, token_losses
 from retro_engine.model.retro import RetroModel
 
 
@@ -68,15 +68,15 @@ def evaluate_facts(
     results = {}
     for mode in modes:
         count = store.num_documents
-        tokens, right, values, right_values, nats, num_bytes, num_tokens = (np.zeros(count) for _ in range(7))
+        tokens, right, values, right_values = (np.zeros(count) for _ in range(4))
+        sums = DocumentLosses.zeros(count)
         is_right_value: dict[tuple[int, int], bool] = {}
         for rows in sequences.batch_rows(batch_size):
             batch = sequences.batch(rows, mode)
             losses, best = token_losses(model, batch, device, precision)
             document, has_label = batch.document_ids, batch.labels >= 0
-            np.add.at(nats, document[has_label], losses.double().cpu().numpy()[has_label])
-            np.add.at(num_bytes, document[has_label], token_bytes[batch.labels[has_label]])
-            np.add.at(num_tokens, document[has_label], 1)
+            nats = losses.double().cpu().numpy()[has_label]
+            sums.add(document[has_label], nats, batch.labels[has_label], token_bytes)
             value = _values_of_labels(value_of, rows, store.chunk_size)
             is_value = (value > 0) & has_label
             if mode == "one_right":
@@ -91,7 +91,7 @@ def evaluate_facts(
         for (number, _), good in is_right_value.items():
             values[number] += 1
             right_values[number] += good
-        results[mode] = FactsResult(tokens, right, values, right_values, DocumentLosses(nats, num_tokens, num_bytes))
+        results[mode] = FactsResult(tokens, right, values, right_values, sums)
     return results
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from retro_engine.data.batches import SequenceBatch, Sequences
-from retro_engine.evaluate.perplexity import DocumentLosses, autocast, own_bytes
+from retro_engine.evaluate.losses import DocumentLosses, autocast, evaluating
 from retro_engine.model.retro import RetroModel
 
 
@@ -25,25 +25,19 @@ def evaluate_in_prompt(
     precision: str = "32",
 ) -> DocumentLosses:
     """Losses per document of the same tokens as `evaluate`'s; `limit` batches of 8 sequences and `precision` as there."""
-    was_training = model.training
-    model.eval()
-    count = sequences.num_documents
-    sums = DocumentLosses(np.zeros(count), np.zeros(count, np.int64), np.zeros(count, np.int64))
-    for rows in sequences.batch_rows(8, limit):
-        batch = sequences.batch(rows)
-        for number in range(len(rows)):
-            with autocast(model.embedding.weight.device, precision):
-                losses = _losses(model, batch, number, sequences.store.chunk_size)
-            has_label = batch.labels[number] >= 0
-            document = batch.document_ids[number][has_label]
-            np.add.at(sums.nats, document, losses[has_label])
-            np.add.at(sums.tokens, document, 1)
-            np.add.at(sums.bytes, document, token_bytes[batch.labels[number][has_label]])
-            advance(1)
-    model.train(was_training)
-    seen = sums.tokens > 0
-    num_bytes = own_bytes(sequences, np.flatnonzero(seen), token_bytes, sums.bytes[seen])
-    return DocumentLosses(sums.nats[seen], sums.tokens[seen], num_bytes)
+    count, device = sequences.num_documents, model.embedding.weight.device
+    sums = DocumentLosses.zeros(count)
+    with evaluating(model):
+        for rows in sequences.batch_rows(8, limit):
+            batch = sequences.batch(rows)
+            for number in range(len(rows)):
+                with autocast(device, precision):
+                    losses = _losses(model, batch, number, sequences.store.chunk_size)
+                labels, has_label = batch.labels[number], batch.labels[number] >= 0
+                documents = batch.document_ids[number][has_label]
+                sums.add(documents, losses[has_label], labels[has_label], token_bytes)
+                advance(1)
+    return sums.seen(sequences, np.arange(count), token_bytes)
 
 
 def _losses(model: RetroModel, batch: SequenceBatch, number: int, M: int) -> np.ndarray:

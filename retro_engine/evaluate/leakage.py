@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from retro_engine.data.batches import SequenceBatch, Sequences
-from retro_engine.evaluate.perplexity import own_bytes, token_losses
+from retro_engine.evaluate.losses import own_bytes, token_losses
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.ceiling import copyable
 from retro_engine.retrieval.overlap import chunk_overlaps

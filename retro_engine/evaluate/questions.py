@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from retro_engine.data.questions import Questions
-from retro_engine.evaluate.perplexity import bootstrap
+from retro_engine.evaluate.losses import bootstrap
 from retro_engine.model.decoding import decode
 from retro_engine.model.retro import RetroModel
 

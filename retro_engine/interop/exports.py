@@ -14,10 +14,9 @@ from torch import Tensor
 from retro_engine.config import ModelConfig, architecture
 from retro_engine.data import files
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
-from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError
-from retro_engine.model.weights import load_model, read_architecture
-from retro_engine.train import checkpoint
+from retro_engine.generate.open_model import open_model
+from retro_engine.model.weights import read_architecture
 
 MODEL_TYPE = "retro_engine_hf"  # of retro_engine.interop.transformers_model
 PREFIX = "model."  # of its tensors' names
@@ -31,12 +30,12 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
     """Write the newest checkpoint at `path` as a Hugging Face folder. Raises UsageError for a folder that holds something."""
     from safetensors.torch import save as to_bytes
 
-    source, folder = checkpoint.find_checkpoint(path), Path(folder)
-    checkpoint.verify(source)
+    folder = Path(folder)
     files.check_unused(folder)
-    model, tokenizer = load_model(source), Tokenizer.load(source)
+    opened = open_model(path, device="cpu")
+    model, tokenizer = opened.model, opened.tokenizer
     weights = {f"{PREFIX}{name}": value.contiguous() for name, value in model.state_dict().items()}
-    sampling = checkpoint.read_generation(source)
+    sampling = opened.generation
     ids = {"eos_token_id": _one_or_all(tokenizer.end_ids), "pad_token_id": tokenizer.pad_id}
     config: dict[str, Any] = {
         "model_type": MODEL_TYPE,

@@ -22,7 +22,7 @@ from retro_engine.model.weights import new_model
 from retro_engine.train.checkpoint import publish_model
 
 FORMATS = ("auto", "hf", "gguf", "nemo", "mcore", "megatron")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GREEDY = {"greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 

@@ -16,7 +16,7 @@ def use_weights(model: RetroModel, weights: str) -> RetroModel:
     int8 replaces every matrix, the output head's too (the embedding stays), and computes in fp32 around them.
     """
     if weights not in WEIGHTS:
-        raise UsageError(f"weights={weights!r} does not exist", nearest(weights, list(WEIGHTS)), "fp32, bf16 or int8")
+        raise UsageError(f"dtype={weights!r} does not exist", nearest(weights, list(WEIGHTS)), "fp32, bf16 or int8")
     if weights != "int8":
         return model.to(torch.float32 if weights == "fp32" else torch.bfloat16)
     model.float()

@@ -171,7 +171,7 @@ class Embedder:
             raise StoreError(
                 f"{self.embedding.name} gave NaN for chunk {first + bad[0]} of {store.folder}",
                 f"{len(bad)} of {len(texts)} vectors are not finite",
-                "try --precision fp32, or another model",
+                "try --dtype fp32, or another model",
             )
         return vectors
 
@@ -251,9 +251,7 @@ def choose_embedding(
 ) -> tuple[Embedding, str]:
     """The embedding of a model, its precision measured on `sample` when it is auto; and what was measured."""
     if precision not in ("auto", "fp32", "bf16") or pooling not in ("model", "mean"):
-        raise UsageError(
-            f"--precision {precision} --pooling {pooling} cannot be used", "auto, fp32 or bf16; model or mean"
-        )
+        raise UsageError(f"--dtype {precision} --pooling {pooling} cannot be used", "auto, fp32 or bf16; model or mean")
     if model == "hash":
         return Embedding("hash"), ""
     folder = model_folder(model)

@@ -252,7 +252,7 @@ def make_faiss(factory: str, width: int, metric: str) -> Any:
     try:
         index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2)
     except RuntimeError as error:
-        raise UsageError(f"--index {factory} cannot be used", _reason(error), "--index auto chooses by size") from error
+        raise UsageError(f"--faiss {factory} cannot be used", _reason(error), "--faiss auto chooses by size") from error
     if num_lists(factory):
         faiss.extract_index_ivf(index).cp.min_points_per_centroid = 1
     return index
@@ -276,9 +276,9 @@ def _refuse_unreadable(factory: str) -> None:
 
 def _cannot_build(spec: dict[str, Any], error: Exception) -> UsageError:
     return UsageError(
-        f"--index {spec['factory']} cannot be built from {spec['rows']:,} chunks",
+        f"--faiss {spec['factory']} cannot be built from {spec['rows']:,} chunks",
         _reason(error),
-        "--index auto chooses by size",
+        "--faiss auto chooses by size",
     )
 
 

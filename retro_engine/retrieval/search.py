@@ -48,14 +48,19 @@ def index_folder(store: Store, retriever: str) -> Path:
     return store.folder / "index" / short_name(retriever)
 
 
+def named(retriever: str, embedder: str) -> str:
+    """The name of a retriever, which its index and its tables have: lexical is bm25, dense the embedder."""
+    return {"lexical": "bm25", "dense": embedder}.get(retriever, retriever)
+
+
 def check_retriever(retriever: str) -> None:
     """Raise UsageError for what is neither a retriever nor can be a model: a folder, or a hub id ORG/NAME."""
     if retriever not in RETRIEVERS and not Path(retriever).is_dir() and "/" not in retriever:
-        close = nearest(retriever, list(RETRIEVERS))
+        close = nearest(retriever, [*RETRIEVERS, "lexical", "dense"])
         raise UsageError(
             f"retriever {retriever!r} does not exist",
             close,
-            f"one of {', '.join(RETRIEVERS)}, or a SentenceTransformers model: a folder or a hub id",
+            f"lexical, dense, {', '.join(RETRIEVERS)}, or a SentenceTransformers model: a folder or a hub id",
         )
 
 
@@ -121,7 +126,7 @@ class Retriever:
         self.weights = np.array([1.0] * len(stores) if weights is None else weights, np.float32)
         if len(self.weights) != len(stores) or not (np.isfinite(self.weights) & (self.weights > 0)).all():
             given = " ".join(map(str, weights or ()))
-            raise UsageError(f"--weights {given} cannot be used", "one number above 0 for each database")
+            raise UsageError(f"--source-weights {given} cannot be used", "one number above 0 for each store")
         self.loader = NeighborLoader(stores)
         self.halves = halves(retriever, self.building.embedder)
         self._indexes = {half: [find_index(store, half, self.building) for store in stores] for half in self.halves}

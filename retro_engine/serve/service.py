@@ -14,6 +14,7 @@ from retro_engine.errors import StoreError, UsageError
 from retro_engine.generate.chat_template import ChatTemplate
 from retro_engine.generate.engine import Engine
 from retro_engine.generate.generator import Generator
+from retro_engine.generate.open_model import open_model
 from retro_engine.generate.sampling import Sampling
 from retro_engine.library.documents import Embedder, HashEmbedder
 from retro_engine.library.file import is_made
@@ -21,13 +22,9 @@ from retro_engine.library.importer import Importer
 from retro_engine.library.library import Library
 from retro_engine.library.live import LiveRetriever, library_coding
 from retro_engine.library.search import check_mode
-from retro_engine.model.device import pick_device
-from retro_engine.model.quantize import use_weights
-from retro_engine.model.weights import load_model
 from retro_engine.retrieval.hit import Found
 from retro_engine.retrieval.search import Retriever
 from retro_engine.serve.work import Work
-from retro_engine.train import checkpoint
 from retro_engine.train.run_data import run_databases
 
 
@@ -119,13 +116,8 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     Raises RetroError's for whatever is missing, damaged or does not fit.
     """
     check_mode(options.mode, (1.0, 1.0))
-    folder = checkpoint.find_checkpoint(options.run)
-    checkpoint.verify(folder)
-    model = load_model(folder)
-    if options.dtype is not None:
-        use_weights(model, options.dtype)
-    model.to(pick_device(options.device))
-    tokenizer = Tokenizer.load(folder)
+    opened = open_model(options.run, options.dtype, options.device)
+    folder, model, tokenizer = opened.folder, opened.model, opened.tokenizer
     library = importer = static = None
     if model.config.retrieval:
         stores = run_databases(folder) if options.stores is None else [Store(path) for path in options.stores]
@@ -140,8 +132,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     retriever = None if library is None else LiveRetriever(library, static, options.weights, options.mode)
     generator = Generator(model.eval(), tokenizer, retriever)
     engine = Engine(generator, options.max_batch, options.max_waiting, shares_prefixes=options.shares_prefixes)
-    defaults = checkpoint.read_generation(folder)
-    Sampling(**defaults)
+    Sampling(**opened.generation)
     name = options.name or run_folder(folder).resolve().name
     return Service(
         name=name,
@@ -150,7 +141,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
         library=library,
         importer=importer,
         static=static,
-        defaults=defaults,
+        defaults=opened.generation,
         chat=ChatTemplate(tokenizer) if tokenizer.chat_files.templates else None,
         mode=options.mode,
         weights=tuple(options.weights),

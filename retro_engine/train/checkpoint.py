@@ -414,6 +414,6 @@ def _readme(model: RetroModel, step: int) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"# A RETRO of {count / 1e6:.1f} M parameters, step {step}\n\n"
-        "Written by retro-engine. `retro generate FOLDER PROMPT --index STORE` answers with retrieval;\n"
+        "Written by retro-engine. `retro generate FOLDER PROMPT --stores STORE` answers with retrieval;\n"
         '`Retro.from_pretrained("FOLDER")` loads it in Python.\n'
     )

@@ -26,7 +26,8 @@ from retro_engine.data.batches import SequenceBatch
 from retro_engine.data.chat_files import read_chat_files
 from retro_engine.data.loader import has_native_loader
 from retro_engine.errors import GateError, RetroError, UsageError
-from retro_engine.evaluate.perplexity import autocast, evaluate, to_tensors
+from retro_engine.evaluate.losses import autocast, to_tensors
+from retro_engine.evaluate.perplexity import evaluate
 from retro_engine.model.attention import left_to_pytorch
 from retro_engine.model.device import describe_device
 from retro_engine.model.flops import peak_flops

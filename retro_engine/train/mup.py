@@ -22,7 +22,7 @@ from retro_engine.data.batches import Order
 from retro_engine.data.manifests import SWEEP_CELL
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, MissingExtraError, StoreError, UsageError
-from retro_engine.evaluate.perplexity import to_tensors
+from retro_engine.evaluate.losses import to_tensors
 from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter

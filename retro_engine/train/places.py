@@ -70,7 +70,7 @@ def located(
 
 def _advice(key: str, is_strict: bool) -> str:
     """What the commands that evaluate a run take, and those that read its stores."""
-    named = f"{key}=PATH" if is_strict else f"--index STORE (retro eval: {key}=PATH)"
+    named = f"{key}=PATH" if is_strict else f"--stores STORE (retro eval: {key}=PATH)"
     return f"{VARIABLE}=FOLDER names the folders to look in (with {os.pathsep} between them), or {named}"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from retro_engine.config import Config
-from retro_engine.evaluate.perplexity import autocast
+from retro_engine.evaluate.losses import autocast
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from retro_engine.data.batches import Order, Stream
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.evaluate.perplexity import to_tensors
+from retro_engine.evaluate.losses import to_tensors
 from retro_engine.model.fit import fit_cross_attention, unmet
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import WEIGHTS_FILE, load_state, read_config, read_tensors

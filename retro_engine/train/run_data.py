@@ -19,7 +19,7 @@ from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
-from retro_engine.retrieval.search import Retriever
+from retro_engine.retrieval.search import Building, Retriever
 from retro_engine.train import checkpoint, places, record
 from retro_engine.train.parallel import sequences_per_step
 
@@ -68,7 +68,7 @@ def _open_sequences(config: Config, store: Store) -> RunData:
         raise UsageError(
             f"model.data.self_neighbor_steps={data.self_neighbor_steps} cannot be used",
             f"{store.folder} is not one of the stores that its neighbors come from",
-            f"retro neighbors {store.folder} --database {store.folder} ...",
+            f"retro neighbors {store.folder} --stores {store.folder} ...",
         )
     fingerprints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
     if table is not None:
@@ -140,9 +140,11 @@ def _open_questions(config: Config, store: Store, say: Callable[[str], None]) ->
     return RunData(train, valid, store, prints, validation=validation)
 
 
-def question_search(stores: list[Store], retriever: str, retrieved_length: int) -> Search:
+def question_search(
+    stores: list[Store], retriever: str, retrieved_length: int, building: Building | None = None
+) -> Search:
     """Retrieval for questions from `stores`."""
-    found = Retriever(stores, retriever)
+    found = Retriever(stores, retriever, building=building)
 
     def search(texts: Iterable[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         return found.loader.gather(found.search(list(texts), k)[0], retrieved_length)

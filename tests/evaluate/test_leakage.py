@@ -9,7 +9,8 @@ from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.store import Store
 from retro_engine.evaluate.compare import compare
 from retro_engine.evaluate.leakage import LIMITS, chunk_losses
-from retro_engine.evaluate.perplexity import evaluate, token_losses
+from retro_engine.evaluate.losses import token_losses
+from retro_engine.evaluate.perplexity import evaluate
 from retro_engine.model.retro import RetroModel
 
 

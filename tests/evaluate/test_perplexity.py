@@ -12,15 +12,8 @@ from retro_engine.data.batches import Sequences
 from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError
-from retro_engine.evaluate.perplexity import (
-    DocumentLosses,
-    Given,
-    bootstrap,
-    count_words,
-    evaluate,
-    show_interval,
-    word_perplexity,
-)
+from retro_engine.evaluate.losses import DocumentLosses, bootstrap, show_interval
+from retro_engine.evaluate.perplexity import Given, count_words, evaluate, word_perplexity
 from retro_engine.generate.generator import encode_neighbors
 from retro_engine.model.retro import RetroModel
 
@@ -122,7 +115,7 @@ def test_bytes_are_the_texts_own(tmp_path: Path) -> None:
     from retro_engine.data.prepare import prepare
     from retro_engine.data.question_files import Question
     from retro_engine.data.questions import Questions
-    from retro_engine.evaluate.perplexity import own_bytes
+    from retro_engine.evaluate.losses import own_bytes
 
     texts = [f"Café {'黄山' * n} of Zürich, 🦊 number {n}." for n in range(1, 9)]
     backend = Backend(models.WordPiece(unk_token="[UNK]"))

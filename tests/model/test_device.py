@@ -7,14 +7,15 @@ import pytest
 import torch
 from training_helpers import config
 
-from retro_engine import api, cli_interop
 from retro_engine.api import Retro
 from retro_engine.cli import main
 from retro_engine.data.store import Store
 from retro_engine.errors import OutOfResourceError, RetroError, UsageError
+from retro_engine.generate import open_model
 from retro_engine.model import device
 from retro_engine.model.device import describe_device, num_processes, pick_device
 from retro_engine.progress import Reporter
+from retro_engine.train.__main__ import DEVICES
 from retro_engine.train.loop import train
 
 
@@ -93,7 +94,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert place.type == "meta", "the model is not where it was asked to be"
         raise AskedError(f"asked for {seen[-1]}")
 
-    monkeypatch.setattr(api, "pick_device", fake)
+    monkeypatch.setattr(open_model, "pick_device", fake)
     for module in (
         "retro_engine.report",
         "retro_engine.model.device",
@@ -130,13 +131,12 @@ def test_every_command_moves_the_model_and_says_where(run: Path, tmp_path: Path,
 
 
 def test_serving_moves_the_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from retro_engine.serve import service
     from retro_engine.serve.service import ServiceOptions, open_service
 
     def fake(accelerator: str = "auto", local_rank: int = 0) -> torch.device:
         raise AskedError(f"asked for {accelerator}")
 
-    monkeypatch.setattr(service, "pick_device", fake)
+    monkeypatch.setattr(open_model, "pick_device", fake)
     with pytest.raises(AskedError, match="asked for gpu"):
         open_service(ServiceOptions(run=str(run), library=str(tmp_path / "library"), device="gpu"))
     seen: list[Any] = []
@@ -180,5 +180,4 @@ def test_it_is_said_on_standard_error(run: Path, capsys: pytest.CaptureFixture[s
     assert "CPU" not in said.out
     assert main(["generate", str(run), "river", "--device", "gpu"]) == 5
     assert "there is no GPU" in capsys.readouterr().err
-    assert cli_interop.DEVICES == ("auto", "cpu", "gpu")
-    assert device.ACCELERATORS == cli_interop.DEVICES
+    assert device.ACCELERATORS == DEVICES == ("auto", "cpu", "gpu")

@@ -64,5 +64,5 @@ def test_every_matrix_is_quantised_and_decodes() -> None:
             step(model, cache, tokens[:, :8], neighbors)
             found = step(model, cache, tokens[:, 8:])[:, -1]
         assert (found - exact).norm() / exact.norm() < 0.05
-    with pytest.raises(UsageError, match="weights='fp8' does not exist"):
+    with pytest.raises(UsageError, match="dtype='fp8' does not exist"):
         use_weights(model, "fp8")

@@ -126,7 +126,7 @@ def test_models_that_cannot_be_used(model: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(MissingInputError, match="nobody/nothing is neither a folder"):
         model_folder("nobody/nothing")
-    with pytest.raises(UsageError, match="--precision int3"):
+    with pytest.raises(UsageError, match="--dtype int3"):
         choose_embedding("hash", TEXTS, "int3")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import stat
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,31 +52,3 @@ def test_keys(run: Any) -> None:
     assert run("keys", "list")[0] == ""
     assert "does not exist" in run("keys", "remove", row["id"], code=2)[1]
     assert "days" in run("keys", "add", "ci", "--days", "0", code=2)[1]
-
-
-def test_serve_without_its_extra(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    error = run("serve", "runs/none", code=4)[1]
-    assert "pip install 'retro-engine[serve]'" in error
-
-
-def test_flags_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    import argparse
-
-    from retro_engine.cli_serve import add_serve
-
-    for name, value in {
-        "HOST": "::1", "PORT": "99", "PROXY": "true", "NEMO_COMPAT": "no", "ALLOW_HOST": "a.example b.example", "WEIGHTS": "2 1",
-        "INDEX": "", "METRICS_TOKEN": "t",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(f"RETRO_SERVE_{name}", value)
-    parser = argparse.ArgumentParser()
-    add_serve(parser)
-    args = parser.parse_args(["run", "--host", "127.0.0.1"])
-    assert (args.host, args.port, args.proxy, args.nemo_compat) == ("127.0.0.1", 99, True, False)
-    assert (args.allow_host, args.weights, args.index, args.metrics_token) == (
-        ["a.example", "b.example"],
-        [2.0, 1.0],
-        [],
-        "t",
-    )

@@ -1,48 +1,19 @@
-"""`retro import`, `export` and `explain` from the command line."""
+"""`retro import` and `export` from the command line, and what imported models can do."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from cli_helpers import TINY
 
 from retro_engine import cli
 from retro_engine.data.store import Store
 from retro_engine.interop.imports import Imported, write_checkpoint
 from retro_engine.model.retro import RetroModel
 
-TINY = ["model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_attention_heads=2", "model.init=standard",
-        "model.encoder_seq_length=64", "trainer.max_steps=2", "trainer.precision=32", "model.chunk_size=16",
-        "model.data.splits_string='70,30,0'", "model.data.neighbors=bm25"]  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def run(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "x"
-    store = f"model.data.store='{small_store.folder}'"
-    assert cli.main(["train", "--preset", "tiny", "--out", str(out), store, *TINY]) == 0
-    return out
-
-
-def test_explain(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["explain", str(run), "river stone amber", " lantern orchard"]
-    page = tmp_path / "map.html"
-    capsys.readouterr()
-    assert cli.main([*command, "--json", "--html", str(page)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["neighbors"]) == 2
-    assert [len(n["token_changes"]) for n in found["neighbors"]] == [len(found["tokens"])] * 2
-    assert "".join(token["text"] for token in found["tokens"]) == " lantern orchard"
-    assert "nats in all" in page.read_text()
-    assert cli.main([*command, "--neighbors", "<b>river</b>", "--html", str(tmp_path / "given.html")]) == 0
-    assert "&lt;b&gt;river" in (tmp_path / "given.html").read_text()
-    assert "most on" in capsys.readouterr().out
-    assert cli.main([*command[:3], "--k", "1"]) == 0, "the text is generated"
-    assert cli.main([*command, "--k", "0"]) == 2
-    assert cli.main(["explain", str(tmp_path), "a", "b"]) == 3
-
-
-def test_import_and_export(small_store: Store, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_and_export(small_store: Store, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=small_store.vocab_size, n_embd=32, n_layer=2, n_head=2, n_positions=64)
@@ -62,20 +33,20 @@ def test_import_and_export(small_store: Store, run: Path, tmp_path: Path, capsys
         assert cli.main(command) == 3
     assert cli.main(["inspect", str(tmp_path / "ours"), "--verify"]) == 0
     assert cli.main(["generate", str(tmp_path / "ours"), "river", "inference.tokens_to_generate=3"]) == 0
-    for path in (run, tmp_path / "ours"):
+    for path in (work / "run", tmp_path / "ours"):
         assert cli.main(["export", str(path), "--out", str(tmp_path / f"out-{path.name}")]) == 0
         assert (tmp_path / f"out-{path.name}" / "model.safetensors").is_file()
-    assert cli.main(["export", str(run), "--out", str(tmp_path / "out-ours")]) == 2
+    assert cli.main(["export", str(work / "run"), "--out", str(tmp_path / "out-ours")]) == 2
 
 
-def test_an_imported_model_cannot_be_resumed(small_store: Store, run: Path, tmp_path: Path) -> None:
+def test_an_imported_model_cannot_be_resumed(small_store: Store, work: Path, tmp_path: Path) -> None:
     from retro_engine.model.weights import read_config
     from retro_engine.train.checkpoint import find_checkpoint
 
-    model = RetroModel(read_config(find_checkpoint(run)))
+    model = RetroModel(read_config(find_checkpoint(work / "run")))
     write_checkpoint(Imported(model, small_store.tokenizer, "hf"), tmp_path / "x", "x")
     store = f"model.data.store='{small_store.folder}'"
-    command = ["train", "--preset", "tiny", "--out", str(tmp_path / "run"), store, *TINY]
+    command = ["train", "--preset", "tiny", "--out", str(tmp_path / "run"), store, "model.data.neighbors=bm25", *TINY]
     assert cli.main([*command, "--resume", str(tmp_path / "x")]) == 2
 
 
@@ -130,9 +101,9 @@ def test_training_from_an_imported_decoder(
         "--json",
     ]
     assert cli.main(asked) == 3, "nor a store"
-    assert cli.main([*asked, "--index", str(small_store.folder)]) == 0
+    assert cli.main([*asked, "--stores", str(small_store.folder)]) == 0
     (tmp_path / "kept.yaml").rename(tmp_path / "run" / "config.yaml")
-    half = ["--limit", "1", "--in-prompt", "--precision", "bf16-mixed", "--json"]
+    half = ["--limit", "1", "--in-prompt", "--dtype", "bf16", "--json"]
     assert cli.main(["eval", str(tmp_path / "run"), *half]) == 0
     rounded = json.loads(capsys.readouterr().out.splitlines()[-1])
     for mode in ("on", "off", "random", "prompt"):

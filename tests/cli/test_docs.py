@@ -37,10 +37,12 @@ def test_from_nothing_to_an_answer_and_back(run: Any, small_store: Store, tmp_pa
     out, _ = run("query", library, "heron", "--json", "--k", "1")
     hit = json.loads(out)
     assert (hit["document"], hit["text"], hit["chunk"]) == ("ok", "a heron", 0)
-    for mode in ("dense", "hybrid"):
-        out, _ = run("query", library, "heron", "--mode", mode, "--weights", "1", "2")
+    for mode in ("dense", "hybrid", "hash"):
+        out, _ = run("query", library, "heron", "--retriever", mode, "--fusion", "1", "2")
         assert len(out.splitlines()) == 5
-    out, _ = run("query", library, "river stone", "--store", str(small_store.folder), "--store-weight", "1", "--json")
+    out, _ = run(
+        "query", library, "river stone", "--stores", str(small_store.folder), "--source-weights", "1", "1", "--json"
+    )
     assert {json.loads(line)["source"] for line in out.splitlines()} == {"library", "store"}
     out, _ = run("list", library, "--limit", "3", "--after", "d1")
     assert [line.split("\t")[0] for line in out.splitlines()] == ["d10", "d11", "d2"]
@@ -86,7 +88,7 @@ def test_refusals(run: Any, small_store: Store, tmp_path: Path) -> None:
     assert "needs an id" in run("add", library, "-", code=2)[1]
     assert "k=0" in run("query", library, "river", "--k", "0", code=2)[1]
     assert "1,000,000 characters" in run("query", library, "x" * 1_000_000, code=2)[1]
-    assert "needs vectors" in run("query", library, "river", "--mode", "dense", code=2)[1]
+    assert "needs vectors" in run("query", library, "river", "--retriever", "dense", code=2)[1]
     with pytest.raises(SystemExit):
         main(["docs", "reset", library])
 
@@ -109,7 +111,7 @@ def test_no_hit_says_why(run: Any, small_store: Store, tmp_path: Path) -> None:
     for text, why in (("to be or not to be", "stop words"), ("zebra", "none of its words"), ("?!", "no word")):
         out, error = run("query", library, text)
         assert out == "" and "no hit: " in error and why in error
-    assert "nor in" in run("query", library, "zebra", "--store", str(small_store.folder))[1]
+    assert "nor in" in run("query", library, "zebra", "--stores", str(small_store.folder))[1]
     assert json.loads(run("query", library, "zebra", "--json")[1])["text"].startswith("no hit")
     assert run("query", library, "zebra", "--quiet") == ("", "")
     assert run("query", library, "c++")[1] == ""

@@ -6,8 +6,20 @@ import json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from retro_engine.cli.flags import (
+    INPUTS_HELP,
+    Commands,
+    add_reading,
+    command,
+    family,
+    library_mode,
+    open_stores,
+    print_result,
+    reading,
+    reporter,
+)
 from retro_engine.errors import MissingInputError, UsageError
 
 if TYPE_CHECKING:
@@ -15,87 +27,61 @@ if TYPE_CHECKING:
     from retro_engine.library.importer import Importer, Job
     from retro_engine.library.library import Library
     from retro_engine.progress import Reporter
-    from retro_engine.retrieval.analyzer import Analyzer
     from retro_engine.serve.client import RemoteLibrary
 
 BATCH = 256  # documents added at once
 
 
-def add_docs(sub: argparse.ArgumentParser) -> None:
+def add(commands: Commands) -> None:
     """The flags of every `retro docs WHAT`."""
-    commands = sub.add_subparsers(dest="what", metavar="WHAT", required=True)
+    whats = family(commands, "docs", "a live library: add, list, get, rm, reset, query, import")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
-        what = commands.add_parser(name, help=about, description=about)
-        what.set_defaults(run=run)
-        what.add_argument("library", metavar="LIBRARY", help="a folder, or a server's URL (its key in RETRO_API_KEY)")
-        what.add_argument("--namespace", default="default")
-        what.add_argument("--json", action="store_true", help="results as JSON lines")
-        what.add_argument("--quiet", action="store_true")
-        return what
+    def what(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+        sub = command(whats, name, run, about)
+        sub.add_argument("library", metavar="LIBRARY", help="a folder, or a server's URL (its key in RETRO_API_KEY)")
+        sub.add_argument("--namespace", default="default")
+        return sub
 
-    def makes(what: argparse.ArgumentParser) -> None:
-        what.add_argument("--store", metavar="STORE", help="make LIBRARY with its tokenizer and chunk size")
-        what.add_argument("--stride", type=int, metavar="TOKENS", help="between starts of chunks (default: no overlap)")
-        what.add_argument("--embedder", choices=["none", "hash"], default="none", help="vectors for dense and hybrid")
-        add_reading(what)
-
-    what = command("add", _add, "add files, or replace what has their names")
-    what.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="IN",
-        help="text, HTML, JSON, TSV, CSV, Parquet, compressed or not; folders; - for one text",
+    sub = what("add", run_add, "add files, or replace what has their names")
+    sub.add_argument("inputs", nargs="+", metavar="IN", help=INPUTS_HELP)
+    sub.add_argument("--id", metavar="ID", help="of the text from standard input")
+    sub.add_argument("--text-key", default="text", help="key of the text in rows")
+    sub.add_argument("--errors", default="strict", choices=["strict", "replace"], help="replace repairs bad UTF-8")
+    _add_making(sub)
+    sub = what("import", run_import, "add a large file of rows; goes on when it was interrupted")
+    rows = ".jsonl .json .tsv .csv .parquet, compressed or not; - for JSON lines from standard input"
+    sub.add_argument("input", metavar="IN", help=rows)
+    _add_making(sub)
+    sub = what("list", run_list, "documents by id, and the library's counts")
+    sub.add_argument("--after", default="", metavar="ID", help="documents after this one")
+    sub.add_argument("--limit", type=int, default=100, metavar="N")
+    what("get", run_get, "print a document").add_argument("id", metavar="ID")
+    what("rm", run_rm, "delete documents").add_argument("ids", nargs="+", metavar="ID")
+    sub = what("reset", run_reset, "delete every document of the namespace")
+    sub.add_argument("--yes", action="store_true", required=True, help="there is no way back")
+    what("vacuum", run_vacuum, "give the space of what was deleted back, and make one segment of the index")
+    add_reading(
+        what("reread", run_reread, "read the words of all documents anew, as this version does or the flags say")
     )
-    what.add_argument("--id", metavar="ID", help="of the text from standard input")
-    what.add_argument("--text-key", default="text", help="key of the text in rows")
-    what.add_argument("--errors", default="strict", choices=["strict", "replace"], help="replace repairs bad UTF-8")
-    makes(what)
-    what = command("import", _import, "add a large file of rows; goes on when it was interrupted")
-    what.add_argument(
-        "input",
-        metavar="IN",
-        help=".jsonl .json .tsv .csv .parquet, compressed or not; - for JSON lines from standard input",
-    )
-    makes(what)
-    what = command("list", _list, "documents by id, and the library's counts")
-    what.add_argument("--after", default="", metavar="ID", help="documents after this one")
-    what.add_argument("--limit", type=int, default=100, metavar="N")
-    what = command("get", _get, "print a document")
-    what.add_argument("id", metavar="ID")
-    what = command("rm", _rm, "delete documents")
-    what.add_argument("ids", nargs="+", metavar="ID")
-    what = command("reset", _reset, "delete every document of the namespace")
-    what.add_argument("--yes", action="store_true", required=True, help="there is no way back")
-    command("vacuum", _vacuum, "give the space of what was deleted back, and make one segment of the index")
-    what = command("reread", _reread, "read the words of all documents anew, as this version does or the flags say")
-    add_reading(what)
-    what = command("query", _query, "the best chunks for a text")
-    what.add_argument("text", metavar="TEXT")
-    what.add_argument("--k", type=int, default=5)
-    what.add_argument("--mode", default="lexical", help="lexical, dense or hybrid")
-    what.add_argument("--weights", nargs=2, type=float, default=[1.0, 1.0], metavar="W", help="hybrid: lexical, dense")
-    what.add_argument("--store", nargs="+", metavar="STORE", default=[], help="published stores to search as well")
-    what.add_argument("--store-weight", type=float, default=1.0, metavar="W", help="of the stores; the library has 1")
+    _add_query(what("query", run_query, "the best chunks for a text"))
 
 
-def add_reading(sub: argparse.ArgumentParser) -> None:
-    """Flags of the commands that decide how words are read."""
-    sub.add_argument(
-        "--stemmer", metavar="LANGUAGE", help="Snowball's, of words before BM25 compares them (default none)"
-    )
-    sub.add_argument(
-        "--stop-words", metavar="LANG", help="what BM25 leaves out: a language, none, or a file (default en)"
-    )
+def _add_making(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--store", metavar="STORE", help="make LIBRARY with its tokenizer and chunk size")
+    sub.add_argument("--stride", type=int, metavar="TOKENS", help="between starts of chunks (default: no overlap)")
+    sub.add_argument("--embedder", choices=["none", "hash"], default="none", help="vectors for dense and hybrid")
+    add_reading(sub)
 
 
-def reading(args: argparse.Namespace) -> "Analyzer | None":
-    """The analyzer of `add_reading`'s flags, None where none is given."""
-    from retro_engine.retrieval.analyzer import make_analyzer
-
-    if args.stemmer is None and args.stop_words is None:
-        return None
-    return make_analyzer(None if args.stemmer == "none" else args.stemmer, args.stop_words or "en")
+def _add_query(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("text", metavar="TEXT")
+    sub.add_argument("--k", type=int, default=5)
+    retriever = "of the library: lexical (bm25), dense (its embedder's) or hybrid (default lexical)"
+    sub.add_argument("--retriever", default="lexical", metavar="NAME", help=retriever)
+    sub.add_argument("--fusion", nargs=2, type=float, default=[1.0, 1.0], metavar="W", help="hybrid: lexical, dense")
+    sub.add_argument("--stores", nargs="+", metavar="STORE", default=[], help="to search as well, by words")
+    weights = "of the library and --stores"
+    sub.add_argument("--source-weights", nargs=2, type=float, default=[1.0, 1.0], metavar="W", help=weights)
 
 
 def with_url(words: list[str]) -> list[str]:
@@ -121,7 +107,7 @@ def _open(args: argparse.Namespace, is_read_only: bool = False) -> "Library | Re
 
 
 def _refuse_folder_flags(args: argparse.Namespace) -> None:
-    for name in ("store", "stemmer", "stop_words"):
+    for name in ("store", "stores", "stemmer", "stop_words"):
         if getattr(args, name, None):
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} is for a library in a folder", f"{args.library} is a server's", "leave it out")
@@ -156,7 +142,7 @@ def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Libra
     return library
 
 
-def _add(args: argparse.Namespace) -> int:
+def run_add(args: argparse.Namespace) -> int:
     from retro_engine.data.corpus import Document, Reader
     from retro_engine.data.inputs import SetAside, find_files, standard_input, tell
     from retro_engine.data.streams import read_text
@@ -174,7 +160,7 @@ def _add(args: argparse.Namespace) -> int:
         raise UsageError("--id cannot be used", "it is of the text from standard input, -", "leave it out")
     else:
         paths, passed_over = find_files(args.inputs)
-        tell(passed_over, _reporter(args).say)
+        tell(passed_over, reporter(args).say)
         rows = Reader(args.text_key, args.errors, MAX_DOCUMENT_BYTES).read(paths)
     num_added = num_set_aside = 0
     with _open(args) as library:
@@ -190,11 +176,11 @@ def _add(args: argparse.Namespace) -> int:
             for row in batch:
                 if isinstance(row, SetAside):
                     num_set_aside += 1
-                    _reporter(args).say(f"set aside: {row.source}: {row.reason}")
+                    reporter(args).say(f"set aside: {row.source}: {row.reason}")
             if good:
                 library.add(good, args.namespace)
             num_added += len(good)
-        _print(args, {"added": num_added, "set_aside": num_set_aside, "version": library.version})
+        print_result(args, {"added": num_added, "set_aside": num_set_aside, "version": library.version})
     if not num_added:
         raise MissingInputError("nothing was added", "every document was set aside", "name other files")
     return 0
@@ -210,12 +196,12 @@ def _identified(library: "Library | RemoteLibrary", documents: "list[Document]",
     return [identified(document, Path.cwd()) for document in documents]
 
 
-def _import(args: argparse.Namespace) -> int:
+def run_import(args: argparse.Namespace) -> int:
     job = _import_remotely(args) if _is_url(args) else _import_here(args)
     for source, reason in job.errors:
-        _reporter(args).say(f"set aside: {source}: {reason}")
+        reporter(args).say(f"set aside: {source}: {reason}")
     names = ("number", "state", "done", "added", "failed", "reason")
-    _print(args, {name: getattr(job, name) for name in names})
+    print_result(args, {name: getattr(job, name) for name in names})
     return 0 if job.state == "done" else 3
 
 
@@ -240,7 +226,7 @@ def _import_here(args: argparse.Namespace) -> "Job":
 
     with _open_folder(args) as library, Importer(library) as importer:
         number = importer.start(standard_input() if args.input == "-" else args.input, args.namespace)
-        return _follow(importer, number, _reporter(args))
+        return _follow(importer, number, reporter(args))
 
 
 def _follow(importer: "Importer", number: int, reporter: "Reporter") -> "Job":
@@ -252,7 +238,7 @@ def _follow(importer: "Importer", number: int, reporter: "Reporter") -> "Job":
     return job
 
 
-def _list(args: argparse.Namespace) -> int:
+def run_list(args: argparse.Namespace) -> int:
     with _open(args, is_read_only=True) as library:
         for entry in library.entries(args.namespace, args.after, args.limit):
             shown = vars(entry)
@@ -262,11 +248,11 @@ def _list(args: argparse.Namespace) -> int:
                 else f"{entry.id}\t{entry.chunks} chunks\t{entry.bytes} bytes\t{entry.title}"
             )
         if not args.json and not args.quiet:
-            _reporter(args).say(json.dumps(library.statistics()))
+            reporter(args).say(json.dumps(library.statistics()))
     return 0
 
 
-def _get(args: argparse.Namespace) -> int:
+def run_get(args: argparse.Namespace) -> int:
     with _open(args, is_read_only=True) as library:
         document = library.get(args.id, args.namespace)
     if document is None:
@@ -279,27 +265,27 @@ def _get(args: argparse.Namespace) -> int:
     return 0
 
 
-def _rm(args: argparse.Namespace) -> int:
+def run_rm(args: argparse.Namespace) -> int:
     with _open(args) as library:
-        _print(args, {"deleted": library.delete(args.ids, args.namespace), "version": library.version})
+        print_result(args, {"deleted": library.delete(args.ids, args.namespace), "version": library.version})
     return 0
 
 
-def _reset(args: argparse.Namespace) -> int:
+def run_reset(args: argparse.Namespace) -> int:
     with _open(args) as library:
-        _print(args, {"deleted": library.reset(args.namespace), "version": library.version})
+        print_result(args, {"deleted": library.reset(args.namespace), "version": library.version})
     return 0
 
 
-def _vacuum(args: argparse.Namespace) -> int:
+def run_vacuum(args: argparse.Namespace) -> int:
     if _is_url(args):
         raise UsageError("vacuum is for a library in a folder", f"{args.library} is a server's", "run it where it lies")
     with _open_folder(args) as library:
-        _print(args, {"bytes": library.vacuum(), "version": library.version})
+        print_result(args, {"bytes": library.vacuum(), "version": library.version})
     return 0
 
 
-def _reread(args: argparse.Namespace) -> int:
+def run_reread(args: argparse.Namespace) -> int:
     from retro_engine.library.file import set_analyzer
     from retro_engine.library.library import Library
     from retro_engine.retrieval.analyzer import Analyzer
@@ -311,42 +297,28 @@ def _reread(args: argparse.Namespace) -> int:
     Library(args.library).close()  # raises where there is none, or it is in use
     set_analyzer(Path(args.library), reading(args) or Analyzer())
     with Library(args.library) as library:
-        _print(args, {"words": library.file.analyzer.describe(), "version": library.version})
+        print_result(args, {"words": library.file.analyzer.describe(), "version": library.version})
     return 0
 
 
-def _query(args: argparse.Namespace) -> int:
-    from retro_engine.data.store import Store
+def run_query(args: argparse.Namespace) -> int:
     from retro_engine.library.library import Library
     from retro_engine.library.live import LiveRetriever
     from retro_engine.retrieval.search import Retriever
 
     with _open(args, is_read_only=True) as library:
         if isinstance(library, Library):
-            static = Retriever([Store(path) for path in args.store]) if args.store else None
-            source = LiveRetriever(library, static, (1.0, args.store_weight), args.mode, args.namespace)
-            hits = source.search(args.text, args.k, weights=args.weights).hits
+            static = Retriever(open_stores(args.stores)) if args.stores else None
+            mode = library_mode(args.retriever, library.file.settings["embedder"])
+            source = LiveRetriever(library, static, args.source_weights, mode, args.namespace)
+            hits = source.search(args.text, args.k, weights=args.fusion).hits
         else:
-            hits = library.search(args.text, args.k, args.mode, args.namespace, args.weights)
+            hits = library.search(args.text, args.k, library_mode(args.retriever), args.namespace, args.fusion)
         if not hits:
-            _reporter(args).say(f"no hit: {why_nothing(args, library)}")
+            beside = f", nor in {' '.join(args.stores)}" if args.stores else ""
+            reporter(args).say(f"no hit: {library.why_nothing(args.text, args.namespace)}{beside}")
     for hit in hits:
         text = " ".join(hit.text.split())
         shown = f"{hit.score:8.3f}  {hit.where}: {text}"
         print(json.dumps(vars(hit)) if args.json else shown)
     return 0
-
-
-def why_nothing(args: argparse.Namespace, library: "Library | RemoteLibrary") -> str:
-    """Why a query has no hit, in the library or in the stores that were searched with it."""
-    return library.why_nothing(args.text, args.namespace) + (f", nor in {' '.join(args.store)}" if args.store else "")
-
-
-def _reporter(args: argparse.Namespace) -> "Reporter":
-    from retro_engine.progress import Reporter
-
-    return Reporter("json" if args.json else "quiet" if args.quiet else "text")
-
-
-def _print(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    print(json.dumps(result) if args.json else "\n".join(f"{key}: {value}" for key, value in result.items()))

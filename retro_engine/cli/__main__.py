@@ -1,0 +1,7 @@
+"""`python -m retro_engine.cli` is the command `retro`."""
+
+import sys
+
+from retro_engine.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,194 @@
+"""`retro eval`: bits per byte with retrieval on, off, random or given; other figures are in eval_tasks.py."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retro_engine.cli import eval_tasks
+from retro_engine.cli.flags import (
+    RUN_HELP,
+    Commands,
+    add_device,
+    add_neighbors,
+    add_share,
+    add_sources,
+    check_limit,
+    command,
+    reporter,
+    say_device,
+)
+from retro_engine.errors import UsageError
+
+if TYPE_CHECKING:
+    from retro_engine.api import Retro
+    from retro_engine.data.batches import Sequences
+    from retro_engine.data.questions import Questions
+    from retro_engine.evaluate.losses import DocumentLosses
+    from retro_engine.model.retro import RetroModel
+
+READS = ("model.data.", "model.encoder_seq_length", "model.chunk_size")
+PRECISIONS = {"fp32": "32", "bf16": "bf16-mixed"}  # of the model's products
+
+
+def add(commands: Commands) -> None:
+    sub = command(commands, "eval", run, "bits per byte with retrieval on, off, random or given", READS)
+    sub.add_argument("path", metavar="RUN", help=RUN_HELP)
+    add_device(sub)
+    add_share(sub)
+    modes = "of on,off,random,given (default on,off,random); questions: of retrieved,gold,random,off,prompt"
+    sub.add_argument("--modes", help=modes)
+    add_neighbors(sub)
+    sub.add_argument("--limit", type=int, help="batches, or questions, a mode")
+    sub.add_argument("--dtype", choices=[*PRECISIONS], default="fp32", help="of the model's products")
+    leak = "neighbors that state more of the next chunk are missing"
+    sub.add_argument("--leak-limit", type=float, metavar="SHARE", help=leak)
+    sub.add_argument("--against", nargs="+", metavar="RUN", default=[], help="plain decoders to compare with, paired")
+    sub.add_argument("--in-prompt", action="store_true", help="also the same decoder with the neighbors in its prompt")
+    words = "perplexity per word of FILE, the share's text as the papers count it"
+    sub.add_argument("--words", metavar="FILE", help=words)
+    sub.add_argument("--fail-if", metavar="EXPR", help="exit 6 when true, like 'bpb_on>bpb_off'")
+    add_sources(sub)
+    eval_tasks.add_flags(sub)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_limit(args.limit)
+    if args.questions is not None or args.lm_eval is not None:
+        return eval_tasks.run(args)
+    if args.words is not None and args.limit is not None:
+        raise UsageError("--words needs the whole share", "its words are those of all documents", "leave --limit out")
+    from retro_engine.api import Retro
+    from retro_engine.evaluate.compare import gain_of
+    from retro_engine.evaluate.gate import check_gate
+    from retro_engine.evaluate.perplexity import pick_modes
+    from retro_engine.train.run_data import open_evaluation
+
+    retro = Retro.from_pretrained(args.path, device=args.device)
+    sequences = open_evaluation(retro.folder, retro.model.config, args.overrides, args.share, reporter(args).say)
+    modes = pick_modes(args.modes, retro.model.config.retrieval, bool(args.neighbors))
+    say_device(args, retro)
+    results = _evaluate(args, retro, sequences, modes)
+    summary = {mode: losses.summary() for mode, losses in results.items()}
+    if args.words is not None:
+        _add_word_perplexity(args, results, summary)
+    gains = {}
+    for path in args.against:
+        losses = _losses(args, _plain_decoder(path, retro), retro, sequences, ["off"], f"evaluating {path}")["off"]
+        gains[path], summary[path] = gain_of(results[modes[0]], losses), losses.summary()
+    if args.json:
+        print(json.dumps({"checkpoint": str(retro.folder), "share": args.share, **summary, "gains": gains}))
+    else:
+        _print_table(f"{retro.folder}", args.share, summary)
+        _print_gains(modes[0], gains, summary)
+    if args.fail_if:
+        check_gate(args.fail_if, summary)
+    return 0
+
+
+def _evaluate(
+    args: argparse.Namespace, retro: "Retro", sequences: "Sequences | Questions", modes: list[str]
+) -> "dict[str, DocumentLosses]":
+    """Each mode, and with --in-prompt the rival that needs no RETRO, on the same documents."""
+    from retro_engine.data.batches import Sequences
+    from retro_engine.evaluate.in_prompt import evaluate_in_prompt
+
+    results = _losses(args, retro.model, retro, sequences, modes, "evaluating")
+    if not args.in_prompt:
+        return results
+    if not isinstance(sequences, Sequences) or sequences.table is None:
+        raise UsageError(
+            "--in-prompt has no neighbors to read", "the run has no neighbor table", "retro eval a RETRO's run"
+        )
+    token_bytes, precision = retro.tokenizer.token_bytes(), PRECISIONS[args.dtype]
+    what, count = "evaluating neighbors in the prompt", _count(args, sequences)
+    with reporter(args).progress(what, count, "sequences") as meter:
+        prompt = evaluate_in_prompt(retro.model, sequences, token_bytes, args.limit, meter.advance, precision)
+    return {**results, "prompt": prompt}
+
+
+def _losses(
+    args: argparse.Namespace,
+    model: "RetroModel",
+    retro: "Retro",
+    sequences: "Sequences | Questions",
+    modes: list[str],
+    what: str,
+) -> "dict[str, DocumentLosses]":
+    """Losses of `retro`'s model, or of another one with its tokenizer."""
+    from retro_engine.evaluate.perplexity import Given, evaluate
+    from retro_engine.generate.generator import encode_neighbors
+
+    given = None
+    if "given" in modes:
+        given = Given(*encode_neighbors(retro.tokenizer, args.neighbors, model.config.r))
+    with reporter(args).progress(what, _count(args, sequences) * len(modes), "sequences") as meter:
+        return evaluate(
+            model,
+            sequences,
+            retro.tokenizer.token_bytes(),
+            modes,
+            limit=args.limit,
+            precision=PRECISIONS[args.dtype],
+            advance=meter.advance,
+            given=given,
+            leak_limit=args.leak_limit,
+        )
+
+
+def _count(args: argparse.Namespace, sequences: "Sequences | Questions") -> int:
+    """Sequences of a mode; a batch has 8."""
+    count = len(sequences.in_order())
+    return count if args.limit is None else min(8 * args.limit, count)
+
+
+def _plain_decoder(path: str, retro: "Retro") -> "RetroModel":
+    """The model of a run that reads no neighbors, with the tokenizer of `retro`."""
+    from retro_engine.api import Retro
+
+    other = Retro.from_pretrained(path, device=retro.device)
+    if other.model.config.retrieval:
+        raise UsageError(
+            f"{path} is a RETRO", "--against takes plain decoders (model.retrieval=false)", "retro eval it"
+        )
+    if other.tokenizer.json != retro.tokenizer.json:
+        raise UsageError(
+            f"{path} has another tokenizer", "losses are compared token by token", "train it on the same store"
+        )
+    return other.model
+
+
+def _add_word_perplexity(
+    args: argparse.Namespace, results: "dict[str, DocumentLosses]", summary: dict[str, dict[str, Any]]
+) -> None:
+    """exp(nats of the share / words of the file): comparable between tokenizers, as WikiText-103's papers report it."""
+    from retro_engine.evaluate.perplexity import count_words, word_perplexity
+
+    words = count_words(Path(args.words))
+    for mode, losses in results.items():
+        summary[mode] |= {"word_perplexity": word_perplexity(losses, words), "words": words}
+
+
+def _print_table(checkpoint: str, share: str, summary: dict[str, dict[str, Any]]) -> None:
+    from retro_engine.evaluate.losses import show_interval
+
+    first = next(iter(summary.values()))
+    counts = f"{first['documents']} documents, {first['tokens']:,} tokens, {first['bytes']:,} bytes"
+    print(f"{checkpoint}: {counts} ({share})")
+    print(f"{'retrieval':12}{'bits per byte':>15}{'95 % interval':>20}{'perplexity':>12}{'loss':>9}")
+    for mode, s in summary.items():
+        low, high = s["interval"] or (math.nan, math.nan)
+        interval = show_interval(low, high, ".4f")
+        print(f"{mode:12}{s['bits_per_byte']:>15.4f}{interval:>20}{s['perplexity']:>12.2f}{s['loss']:>9.4f}")
+
+
+def _print_gains(mode: str, gains: dict[str, dict[str, float]], summary: dict[str, dict[str, Any]]) -> None:
+    from retro_engine.evaluate.losses import show_interval
+
+    for path, gain in gains.items():
+        interval = show_interval(gain["low"], gain["high"], ".1%")
+        print(f"{mode} saves {gain['gain']:.1%} {interval} against {path}")
+    for name, s in summary.items():
+        if "word_perplexity" in s:
+            print(f"{name:12} perplexity per word {s['word_perplexity']:.2f}")

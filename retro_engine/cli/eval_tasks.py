@@ -1,0 +1,93 @@
+"""`retro eval --questions` and `--lm-eval`: right answers instead of bits."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from retro_engine.cli.flags import open_retriever, open_stores, reporter, say_device
+from retro_engine.errors import MissingInputError, UsageError
+
+if TYPE_CHECKING:
+    from retro_engine.api import Retro
+    from retro_engine.data.questions import Questions
+
+Results = dict[str, dict[str, Any]]
+
+
+def add_flags(sub: argparse.ArgumentParser) -> None:
+    questions = "exact match and F1 on questions (JSON, TSV, Parquet)"
+    sub.add_argument("--questions", metavar="FILE", help=questions)
+    sub.add_argument("--strict", action="store_true", help="questions: stop at the first row that cannot be used")
+    sub.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas between them")
+    sub.add_argument("--lm-eval-path", metavar="DIR", help="task files of yours")
+    sub.add_argument("--no-retrieval", action="store_true", help="tasks: retrieval off")
+
+
+def run(args: argparse.Namespace) -> int:
+    from retro_engine.api import Retro
+
+    retro = Retro.from_pretrained(args.path, device=args.device)
+    results = _eval_questions(args, retro) if args.questions is not None else _eval_lm(args, retro)
+    if args.json:
+        print(json.dumps({"checkpoint": str(retro.folder), **results}))
+        return 0
+    for name, values in results.items():
+        shown = [f"{key} {x:.4f}" if isinstance(x, float) else f"{key} {x}" for key, x in values.items()]
+        print(f"{name:12} {', '.join(shown)}")
+    return 0
+
+
+def _eval_questions(args: argparse.Namespace, retro: "Retro") -> Results:
+    from retro_engine.evaluate.perplexity import check_modes
+    from retro_engine.evaluate.questions import MODES, answer_questions
+
+    modes = args.modes.split(",") if args.modes else ["retrieved", "gold", "random", "off"]
+    check_modes(modes, MODES)
+    report = reporter(args)
+    questions = _open_questions(args, retro)
+    if questions.num_left_out:
+        report.say(f"{questions.num_left_out} questions are longer than the model's sequences: left out")
+    say_device(args, retro)
+    results = {}
+    count = min(args.limit or len(questions.questions), len(questions.questions))
+    with report.progress("answering", count * len(modes), "questions") as meter:
+        for mode in modes:
+            answers = answer_questions(retro.model, questions, mode, limit=args.limit, advance=meter.advance)
+            results[mode] = answers.summary()
+    return results
+
+
+def _open_questions(args: argparse.Namespace, retro: "Retro") -> "Questions":
+    from retro_engine.config import DataConfig
+    from retro_engine.data.question_files import load_questions, tell_bad
+    from retro_engine.data.questions import Questions
+    from retro_engine.retrieval.search import Building, named
+    from retro_engine.train.checkpoint import read_coding
+    from retro_engine.train.run_data import question_search, run_config
+
+    try:
+        data = run_config(retro.folder, args.overrides, needed=() if args.stores else ("store",)).model.data
+    except MissingInputError:  # a checkpoint apart from its run
+        if args.stores is None:
+            raise
+        data = DataConfig()
+    if args.stores is None and data.store is None:
+        raise UsageError("there is no store", "it has the documents of the questions", "--stores STORE")
+    stores = open_stores(args.stores or [str(data.store)])
+    read_coding(retro.folder, stores[0].chunk_size).check(*(store.coding for store in stores))
+    rows, bad = load_questions(args.questions, data.question_template)
+    tell_bad(rows, bad, args.questions, None if args.strict else reporter(args).say)
+    c = retro.model.config
+    search = question_search(stores, named(args.retriever, args.embedder), c.r, Building(embedder=args.embedder))
+    length, K = c.encoder_seq_length, c.num_neighbors
+    return Questions(rows, stores[0], args.questions, length, K, c.r, "data", search, num_set_aside=len(bad))
+
+
+def _eval_lm(args: argparse.Namespace, retro: "Retro") -> Results:
+    from retro_engine.generate.generator import Generator
+    from retro_engine.interop.lm_eval_model import run_tasks
+
+    is_retrieving = retro.model.config.retrieval and not args.no_retrieval
+    generator = Generator(retro.model, retro.tokenizer, open_retriever(args, retro) if is_retrieving else None)
+    say_device(args, retro)
+    return run_tasks(generator, args.lm_eval.split(","), args.lm_eval_path, args.limit)

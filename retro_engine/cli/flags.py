@@ -1,0 +1,132 @@
+"""What the commands share: how one is declared, the flags that mean the same in all of them, where words and results go."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from retro_engine.errors import UsageError
+from retro_engine.train.__main__ import DEVICES
+
+if TYPE_CHECKING:
+    from retro_engine.api import Retro
+    from retro_engine.data.store import Store
+    from retro_engine.progress import Reporter
+    from retro_engine.retrieval.analyzer import Analyzer
+    from retro_engine.retrieval.search import Retriever
+
+Commands = Any  # argparse's sub-parsers: it has no public name for them
+EVERY_SETTING = None  # of `reads`
+INPUTS_HELP = "text, HTML, JSON, TSV, CSV, Parquet, compressed or not; folders; - for standard input"
+RUN_HELP = "a run's folder or a checkpoint"
+RETRIEVER_HELP = "lexical (bm25), dense, hybrid, or by name bm25, hash, minilm, a SentenceTransformers model"
+WEIGHTS = ("fp32", "bf16", "int8")
+
+
+def command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    about: str,
+    reads: Sequence[str] | None = (),
+) -> argparse.ArgumentParser:
+    """A command; `reads` names the settings that it takes beside its flags (what ends with a point is a section)."""
+    sub: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
+    sub.set_defaults(run=run, reads=reads)
+    sub.add_argument("--json", action="store_true", help="events and results as JSON lines")
+    sub.add_argument("--quiet", action="store_true")
+    return sub
+
+
+def family(commands: Commands, name: str, about: str) -> Commands:
+    """A command that consists of commands: `retro NAME WHAT`."""
+    sub = commands.add_parser(name, help=about, description=about)
+    return sub.add_subparsers(dest="what", metavar="WHAT", required=True)
+
+
+def add_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", choices=DEVICES, help="a GPU where there is one (auto), or trainer.accelerator=")
+
+
+def add_share(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--share", default="valid", choices=["train", "valid", "test", "all"], help="which documents")
+
+
+def add_reading(sub: argparse.ArgumentParser) -> None:
+    """Flags of the commands that decide how words are read."""
+    sub.add_argument(
+        "--stemmer", metavar="LANGUAGE", help="Snowball's, of words before BM25 compares them (default none)"
+    )
+    sub.add_argument(
+        "--stop-words", metavar="LANG", help="what BM25 leaves out: a language, none, or a file (default en)"
+    )
+
+
+def reading(args: argparse.Namespace) -> "Analyzer | None":
+    """The analyzer of `add_reading`'s flags, None where none is given."""
+    from retro_engine.retrieval.analyzer import make_analyzer
+
+    if args.stemmer is None and args.stop_words is None:
+        return None
+    return make_analyzer(None if args.stemmer == "none" else args.stemmer, args.stop_words or "en")
+
+
+def add_retriever(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--retriever", default="lexical", metavar="NAME", help=f"{RETRIEVER_HELP} (default lexical)")
+    sub.add_argument("--embedder", default="minilm", metavar="MODEL", help="of dense and hybrid (default minilm)")
+
+
+def add_neighbors(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--neighbors", action="append", metavar="TEXT", help="a given neighbor; may be repeated")
+
+
+def add_sources(sub: argparse.ArgumentParser) -> None:
+    """What a model reads from."""
+    sub.add_argument("--stores", nargs="+", metavar="STORE", help="to retrieve from (default: the run's)")
+    add_retriever(sub)
+
+
+def open_stores(paths: Sequence[str]) -> "list[Store]":
+    from retro_engine.data.store import Store
+
+    return [Store(path) for path in paths]
+
+
+def open_retriever(args: argparse.Namespace, retro: "Retro", retriever: str | None = None) -> "Retriever":
+    """`add_sources`' stores, or those of the run, with its retriever (or another one)."""
+    from retro_engine.retrieval.search import Building, Retriever, named
+    from retro_engine.train.run_data import run_databases
+
+    stores = open_stores(args.stores) if args.stores else run_databases(retro.folder)
+    for store in stores:
+        _ = store.tokenizer  # read at the first search: what is damaged shows before the work begins
+    building = Building(embedder=args.embedder)
+    return Retriever(stores, named(retriever or args.retriever, args.embedder), building=building)
+
+
+def library_mode(retriever: str, embedder: str | None = None) -> str:
+    """How a library is searched: its words are bm25's, and its vectors those of the `embedder` it was made with."""
+    return {"bm25": "lexical", embedder: "dense"}.get(retriever, retriever)
+
+
+def say_device(args: argparse.Namespace, retro: "Retro") -> None:
+    """What --device led to, before the first computation."""
+    from retro_engine.model.device import describe_device
+
+    reporter(args).say(describe_device(retro.device))
+
+
+def check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit} cannot be used", "at least one batch is evaluated")
+
+
+def reporter(args: argparse.Namespace) -> "Reporter":
+    from retro_engine.progress import Reporter
+
+    mode = "json" if args.json else "quiet" if args.quiet else "text"
+    return Reporter(mode, is_yes=getattr(args, "yes", True))
+
+
+def print_result(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    print(json.dumps(result) if args.json else "\n".join(f"{key}: {value}" for key, value in result.items()))

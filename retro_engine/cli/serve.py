@@ -1,0 +1,92 @@
+"""`retro serve`. Every flag also reads RETRO_SERVE_FLAG."""
+
+import argparse
+import os
+from typing import Any
+
+from retro_engine.cli.accounts import default_accounts, open_accounts
+from retro_engine.cli.flags import RUN_HELP, WEIGHTS, Commands, command, library_mode, reporter
+from retro_engine.cli.renamed import FLAGS
+from retro_engine.errors import MissingExtraError, UsageError
+from retro_engine.train.__main__ import DEVICES
+
+
+def add(commands: Commands) -> None:
+    sub = command(commands, "serve", run, "OpenAI's API, live documents and a web page on a trained model")
+
+    def flag(name: str, default: Any = None, **about: Any) -> None:
+        found: Any = _variable(name)
+        if found is not None and "nargs" in about:
+            found = found.split()
+            found = [about["type"](part) for part in found] if "type" in about else found
+        elif found is not None and about.get("action") == "store_true":
+            found = found.lower() in ("1", "true", "yes")
+        sub.add_argument(f"--{name}", default=default if found is None else found, **about)
+
+    sub.add_argument("path", metavar="RUN", help=RUN_HELP)
+    flag("library", metavar="FOLDER", help="live documents (default RUN/library; made when it is not there)")
+    stores = "published stores to read as well, by words (default: the run's; none: no store)"
+    flag("stores", nargs="*", metavar="STORE", help=stores)
+    retriever = "of the library: lexical (bm25), dense or hybrid (default lexical)"
+    flag("retriever", "lexical", metavar="NAME", help=retriever)
+    flag("source-weights", [1.0, 1.0], nargs=2, type=float, metavar="W", help="of the library, and of the stores")
+    flag("dtype", choices=WEIGHTS, help="of the weights (default: as saved)")
+    flag("device", choices=DEVICES, help="a GPU where there is one (auto), or trainer.accelerator=")
+    flag("host", "127.0.0.1", help="address to listen on; others than this machine's own need users or keys")
+    flag("port", 8000, type=int, help="0 takes a free one")
+    flag("name", help="of the model (default: the run's)")
+    flag("accounts", default_accounts(), metavar="FILE", help="users and keys")
+    flag("allow-host", [], nargs="+", metavar="NAME", help="host names that this server is reached by")
+    flag("proxy", False, action="store_true", help="trust X-Forwarded-For and -Proto of a proxy on this machine")
+    flag("metrics-token", metavar="TOKEN", help="GET /metrics from elsewhere takes it")
+    flag("nemo-compat", False, action="store_true", help="also PUT /generate and PUT /knn, as NeMo's services")
+    flag("max-batch", 8, type=int, metavar="N", help="sequences generated at once")
+    flag("max-waiting", 64, type=int, metavar="N", help="requests in the queue; more get 429")
+    shares = "callers use each other's remembered prompts: the time of an answer then tells what others have asked"
+    flag("share-prefixes", False, action="store_true", help=shares)
+
+
+def _variable(name: str) -> str | None:
+    """What the environment says of a flag, whose earlier names are read too."""
+    names = [f"--{name}", *(old for old, new in FLAGS["serve"].items() if new == f"--{name}")]
+    variables = [f"RETRO_SERVE_{name.removeprefix('--').upper().replace('-', '_')}" for name in names]
+    return next((os.environ[variable] for variable in variables if variable in os.environ), None)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        import prometheus_client  # noqa: F401
+        import pydantic  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(f"{error.name} is not installed", "serve needs it", "pip install 'retro-engine[serve]'") from error  # fmt: skip
+    from retro_engine.serve.service import ServiceOptions
+    from retro_engine.serve.start import Address, serve_until_signal
+
+    for name in ("max_batch", "max_waiting"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be used", "at least 1")
+    options = ServiceOptions(
+        run=args.path,
+        library=args.library,
+        stores=args.stores,
+        mode=library_mode(args.retriever),
+        weights=args.source_weights,
+        name=args.name,
+        max_batch=args.max_batch,
+        max_waiting=args.max_waiting,
+        dtype=args.dtype,
+        shares_prefixes=args.share_prefixes,
+        device=args.device,
+    )
+    address = Address(
+        host=args.host,
+        port=args.port,
+        allowed_hosts=args.allow_host,
+        is_behind_proxy=args.proxy,
+        metrics_token=args.metrics_token,
+        has_nemo=args.nemo_compat,
+    )
+    serve_until_signal(options, address, open_accounts(args), reporter(args))
+    return 0
