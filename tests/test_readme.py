@@ -26,7 +26,7 @@ SIZES = {  # appended to a command, so that it ends in seconds; the last value o
     "retro train": MODEL,
     "torchrun": MODEL,
     "retro eval": "--limit 1",
-    "retro generate": "inference.tokens_to_generate=4",
+    "retro generate": "--max-new-tokens 4",
 }
 
 
