@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retro_engine.cli.flags import Commands, command, family
+from retro_engine.cli import flags
 from retro_engine.errors import UsageError
 
 if TYPE_CHECKING:
     from retro_engine.serve.accounts import Accounts
 
 
-def add(commands: Commands) -> None:
+def add(commands: flags.Commands) -> None:
     for kind, about in (("users", "who may sign in to the page"), ("keys", "keys of the API")):
-        whats = family(commands, kind, f"{about}: add, remove, list")
+        whats = flags.family(commands, kind, f"{about}: add, remove, list")
         is_user = kind == "users"
         sub = _what(whats, "add", _add_user if is_user else _add_key, f"add one of the {kind}")
         sub.add_argument("name", metavar="NAME")
@@ -29,8 +29,10 @@ def add(commands: Commands) -> None:
         _what(whats, "list", _list_users if is_user else _list_keys, f"the {kind}")
 
 
-def _what(whats: Commands, name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
-    sub = command(whats, name, run, about)
+def _what(
+    whats: flags.Commands, name: str, run: Callable[[argparse.Namespace], int], about: str
+) -> argparse.ArgumentParser:
+    sub = flags.command(whats, name, run, about)
     sub.add_argument("--accounts", default=default_accounts(), metavar="FILE")
     return sub
 

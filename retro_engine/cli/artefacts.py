@@ -1,8 +1,7 @@
-"""Whatever is published, opened by what it is: a store, a neighbor table, vectors, an index, a library, a checkpoint."""
+"""Whatever is published, opened by what it is, and what it holds as lines to read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,34 @@ from retro_engine.train import checkpoint
 SAMPLE_NEIGHBORS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Artefact:
-    opened: Any  # a Store, NeighborTable, Vectors, Bm25Index, VectorIndex or Library; the folder of a checkpoint
-    summary: Callable[[], dict[str, Any]]
-    verify: Callable[[], object]  # compares every file with its checksum; raises StoreError
-    store: Store | None = None  # whose chunks it is about
+class Checkpoint:
+    """A checkpoint's folder, with the methods of the others."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def summary(self) -> dict[str, Any]:
+        return {"kind": "checkpoint", "path": str(self.folder), **checkpoint.read_trainer(self.folder)}
+
+    def verify(self) -> None:
+        checkpoint.verify(self.folder)
+
+
+Chunks = Store | NeighborTable | Vectors | Bm25Index | VectorIndex
 
 
 @contextmanager
-def open_artefact(path: str | Path) -> Iterator[Artefact]:
-    """Raises MissingInputError for what is none of them, StoreError for one that is damaged."""
+def open_artefact(path: str | Path) -> Iterator[Chunks | Library | Checkpoint]:
+    """A store, a neighbor table, vectors, an index, a library, or the newest checkpoint of a run.
+
+    Raises MissingInputError for what is none of them, StoreError for one that is damaged.
+    """
     path = Path(path)
     if (path / "checkpoints").is_dir() or (path / checkpoint.COMPLETE).exists():
-        yield _checkpoint(checkpoint.find_checkpoint(path))
+        yield Checkpoint(checkpoint.find_checkpoint(path))
     elif (path / FILE).is_file():
         with Library(path, is_read_only=True) as library:
-            yield Artefact(opened=library, summary=library.statistics, verify=library.verify)
+            yield library
     elif (path / files.MANIFEST).is_file():
         yield _published(path)
     else:
@@ -47,63 +57,54 @@ def open_artefact(path: str | Path) -> Iterator[Artefact]:
         )
 
 
-def _checkpoint(folder: Path) -> Artefact:
-    def summary() -> dict[str, Any]:
-        return {"kind": "checkpoint", "path": str(folder), **checkpoint.read_trainer(folder)}
-
-    return Artefact(opened=folder, summary=summary, verify=lambda: checkpoint.verify(folder))
-
-
-def _published(path: Path) -> Artefact:
+def _published(path: Path) -> Chunks:
     try:
         kind = files.read_json(path / files.MANIFEST).get("kind")
     except (ValueError, AttributeError, OSError):
         kind = "store"  # reading it as one says what is wrong
     store = Store(path.parent.parent if kind in ("neighbors", "index", "embeddings") else path)
-    opened: Any = store
     if kind == "neighbors":
-        opened = NeighborTable(path, store)
-    elif kind == "index":
-        opened = Bm25Index(path, store) if path.name == "bm25" else VectorIndex(path, store)
-    elif kind == "embeddings":
-        opened = Vectors(path, store)
-    return Artefact(opened=opened, summary=opened.summary, verify=opened.verify, store=store)
+        return NeighborTable(path, store)
+    if kind == "index":
+        return Bm25Index(path, store) if path.name == "bm25" else VectorIndex(path, store)
+    return Vectors(path, store) if kind == "embeddings" else store
 
 
-def samples(artefact: Artefact, count: int) -> Iterator[str]:
-    """Lines on some chunks, evenly spread: each with its neighbors, what an index finds for it, or its vector."""
-    store, opened = artefact.store, artefact.opened
-    if store is None:
-        return
+def samples(opened: Chunks, count: int) -> Iterator[str]:
+    """Lines on some chunks, evenly spread: each with its neighbors, its vector, or what an index finds for it."""
+    store = _store_of(opened)
     for row in np.linspace(0, store.num_rows - 1, min(count, store.num_rows)).astype(int).tolist():
-        if isinstance(opened, Store | NeighborTable):
-            yield f"\n{_shown(store, row, row)}"
-            yield from _neighbors(opened, row) if isinstance(opened, NeighborTable) else ()
-        else:
-            yield f"\n{row} {' '.join(store.text(row).split())}"
+        yield f"\n{_named(store, row, row)}"
+        if isinstance(opened, NeighborTable):
+            for chunk in opened.ids(np.array([row]), min(SAMPLE_NEIGHBORS, opened.num_neighbors))[0].tolist():
+                if chunk >= 0:
+                    yield f"    {_named(*opened.locate(chunk), chunk)}"
+        elif isinstance(opened, Vectors):
+            yield f"    {np.array2string(opened.rows(row, row + 1)[0], precision=3, threshold=8)}"
+        elif not isinstance(opened, Store):
             yield from _found(opened, store, row)
 
 
-def _shown(store: Store, row: int, number: int) -> str:
+def _store_of(opened: Chunks) -> Store:
+    if isinstance(opened, NeighborTable):
+        return opened.query
+    if isinstance(opened, Vectors):
+        return Store(opened.folder.parent.parent)
+    return opened if isinstance(opened, Store) else opened.store
+
+
+def _named(store: Store, row: int, number: int) -> str:
+    """A chunk by its number, with its document."""
     identifier, title = store.name(store.document_of(row))
     return f"{number} [{identifier} {title}] {' '.join(store.text(row).split())}"
 
 
-def _neighbors(table: NeighborTable, row: int) -> Iterator[str]:
-    for chunk in table.ids(np.array([row]), min(SAMPLE_NEIGHBORS, table.num_neighbors))[0].tolist():
-        if chunk >= 0:
-            yield f"    {_shown(*table.locate(chunk), chunk)}"
-
-
-def _found(opened: Vectors | VectorIndex | Bm25Index, store: Store, row: int) -> Iterator[str]:
-    if isinstance(opened, Vectors):
-        yield f"    {np.array2string(opened.rows(row, row + 1)[0], precision=3, threshold=8)}"
-        return
+def _found(index: VectorIndex | Bm25Index, store: Store, row: int) -> Iterator[str]:
     depth = SAMPLE_NEIGHBORS + 1  # it finds itself
-    if isinstance(opened, VectorIndex):
-        ids, scores = opened.search_vectors(opened.vectors.rows(row, row + 1), depth)
+    if isinstance(index, VectorIndex):
+        ids, scores = index.search_vectors(index.vectors.rows(row, row + 1), depth)
     else:
-        ids, scores = opened.search([store.text(row)], depth)
+        ids, scores = index.search([store.text(row)], depth)
     for chunk, score in zip(ids[0].tolist(), scores[0].tolist()):
         if chunk >= 0 and chunk != row:
             yield f"    {chunk} {score:.3f} {' '.join(store.text(chunk).split())}"

@@ -3,17 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from retro_engine.cli.flags import (
-    RETRIEVER_HELP,
-    Commands,
-    add_reading,
-    add_retriever,
-    command,
-    open_stores,
-    print_result,
-    reading,
-    reporter,
-)
+from retro_engine.cli import flags
 from retro_engine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,16 +16,16 @@ CEILING_CHUNKS = 8  # of the sequences in which the copy ceiling is measured
 EMBEDDER = "minilm"  # of embed --retriever dense
 
 
-def add(commands: Commands) -> None:
-    sub = command(commands, "index", run_index, "index a store for a retriever")
+def add(commands: flags.Commands) -> None:
+    sub = flags.command(commands, "index", run_index, "index a store for a retriever")
     sub.add_argument("store")
     _add_indexing(sub)
-    sub = command(commands, "embed", run_embed, "vectors of a store's chunks")
+    sub = flags.command(commands, "embed", run_embed, "vectors of a store's chunks")
     sub.add_argument("store")
-    sub.add_argument("--retriever", default="hash", metavar="NAME", help=f"{RETRIEVER_HELP} (default hash)")
+    sub.add_argument("--retriever", default="hash", metavar="NAME", help=f"{flags.RETRIEVER_HELP} (default hash)")
     _add_embedding(sub)
     for name, about in (("neighbors", "fill a store's neighbor table"), ("build", "embed, index and neighbors")):
-        _add_neighbors(command(commands, name, run_neighbors, about))
+        _add_neighbors(flags.command(commands, name, run_neighbors, about))
 
 
 def _add_neighbors(sub: argparse.ArgumentParser) -> None:
@@ -54,11 +44,11 @@ def _add_neighbors(sub: argparse.ArgumentParser) -> None:
 
 def _add_indexing(sub: argparse.ArgumentParser) -> None:
     """Flags of the commands that build indexes."""
-    add_retriever(sub)
+    flags.add_retriever(sub)
     sub.add_argument("--fusion", nargs=2, type=float, default=[1.0, 1.0], metavar="W", help="hybrid: lexical, dense")
     sub.add_argument("--faiss", default="auto", metavar="FACTORY", help="auto, by size, or Faiss' factory string")
     sub.add_argument("--metric", default="auto", choices=["auto", "ip", "l2"], help="ip (auto) or distance")
-    add_reading(sub)
+    flags.add_reading(sub)
     _add_embedding(sub)
 
 
@@ -91,7 +81,7 @@ def _building(args: argparse.Namespace, retriever: str) -> "Building":
 
     if min(args.fusion) < 0 or max(args.fusion) <= 0:
         raise UsageError(f"--fusion {args.fusion} cannot be used", "two weights, none below 0, not both 0")
-    analyzer = reading(args)
+    analyzer = flags.reading(args)
     if analyzer is not None and retriever not in ("bm25", "hybrid"):
         raise UsageError(
             f"--stemmer and --stop-words do not apply to --retriever {retriever}",
@@ -100,7 +90,7 @@ def _building(args: argparse.Namespace, retriever: str) -> "Building":
         )
     return Building(
         executor=_executor(args),
-        reporter=reporter(args),
+        reporter=flags.reporter(args),
         factory=args.faiss,
         metric=args.metric,
         embedder=args.embedder,
@@ -119,7 +109,7 @@ def run_index(args: argparse.Namespace) -> int:
     store, building = Store(args.store), _building(args, retriever)
     for half in halves(retriever, args.embedder):
         say_index_cost(store, half, building.reporter)
-        print_result(args, make_index(store, half, building).summary())
+        flags.print_result(args, make_index(store, half, building).summary())
     return 0
 
 
@@ -134,8 +124,8 @@ def run_embed(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--retriever {retriever} has no vectors", "embed makes them for hash or a model", "retro index"
         )
-    vectors = build_vectors(Store(args.store), retriever, _executor(args), reporter(args), **_embedding(args))
-    print_result(args, vectors.summary())
+    vectors = build_vectors(Store(args.store), retriever, _executor(args), flags.reporter(args), **_embedding(args))
+    flags.print_result(args, vectors.summary())
     return 0
 
 
@@ -148,7 +138,7 @@ def run_neighbors(args: argparse.Namespace) -> int:
     query, retriever = Store(args.query), named(args.retriever, args.embedder)
     table = build_neighbors(
         query,
-        open_stores(args.stores) if args.stores else [query],
+        flags.open_stores(args.stores) if args.stores else [query],
         retriever,
         args.k,
         args.name,
@@ -158,7 +148,7 @@ def run_neighbors(args: argparse.Namespace) -> int:
         filters=Filters(args.near_duplicates, args.leak_limit, DataConfig().splits_string),
     )
     result = {"table": str(table.folder), **table.summary(), "share_without_neighbors": share_without_neighbors(table)}
-    print_result(args, result | _worth(args, table, query))
+    flags.print_result(args, result | _worth(args, table, query))
     return 0
 
 
@@ -172,7 +162,7 @@ def _worth(args: argparse.Namespace, table: "NeighborTable", query: "Store") -> 
     shares = split_documents(query, DataConfig().splits_string)
     if not len(shares["valid"]):
         return {}
-    length, say = CEILING_CHUNKS * query.chunk_size, reporter(args).say
+    length, say = CEILING_CHUNKS * query.chunk_size, flags.reporter(args).say
     heldout = Sequences(query, shares["valid"], length, table, min(2, args.k), database_documents=shares["train"])
     (ceiling, count), repeated = copy_ceiling(heldout), repeated_share(heldout)
     say(describe_ceiling(ceiling, count, repeated))

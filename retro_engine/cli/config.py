@@ -2,13 +2,13 @@
 
 import argparse
 
-from retro_engine.cli.flags import EVERY_SETTING, Commands, command
+from retro_engine.cli import flags
 from retro_engine.errors import UsageError, nearest
 
 
-def add(commands: Commands) -> None:
+def add(commands: flags.Commands) -> None:
     about = "show the settings, list the keys, or compare two files"
-    sub = command(commands, "config", run, about, EVERY_SETTING)
+    sub = flags.command(commands, "config", run, about, flags.EVERY_SETTING)
     sub.add_argument("what", choices=["show", "keys", "diff"])
     sub.add_argument("arguments", nargs="*", metavar="ARG", help="keys: a section; diff: two files; show: key=value")
     sub.add_argument("--preset")

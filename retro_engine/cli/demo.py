@@ -4,13 +4,13 @@ import argparse
 import json
 from pathlib import Path
 
-from retro_engine.cli.flags import EVERY_SETTING, Commands, command, reporter
+from retro_engine.cli import flags
 from retro_engine.errors import MissingInputError, UsageError
 
 
-def add(commands: Commands) -> None:
+def add(commands: flags.Commands) -> None:
     about = "the whole pipeline on a small corpus, ends with what retrieval gives"
-    sub = command(commands, "demo", run, about, EVERY_SETTING)
+    sub = flags.command(commands, "demo", run, about, flags.EVERY_SETTING)
     what = "facts, python-docs, or files of yours"
     sub.add_argument("what", nargs="?", default="facts", metavar="facts|python-docs|PATH", help=what)
     sub.add_argument("--out", "-o", default="runs/demo", metavar="DIR")
@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    out, report = Path(args.out), reporter(args)
+    out, report = Path(args.out), flags.reporter(args)
     if args.steps is not None and args.steps < 1:
         raise UsageError(f"--steps {args.steps} cannot be used", "at least one step is trained")
     for text in args.overrides:

@@ -8,18 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retro_engine.cli.flags import (
-    INPUTS_HELP,
-    Commands,
-    add_reading,
-    command,
-    family,
-    library_mode,
-    open_stores,
-    print_result,
-    reading,
-    reporter,
-)
+from retro_engine.cli import flags
 from retro_engine.errors import MissingInputError, UsageError
 
 if TYPE_CHECKING:
@@ -32,18 +21,18 @@ if TYPE_CHECKING:
 BATCH = 256  # documents added at once
 
 
-def add(commands: Commands) -> None:
+def add(commands: flags.Commands) -> None:
     """The flags of every `retro docs WHAT`."""
-    whats = family(commands, "docs", "a live library: add, list, get, rm, reset, query, import")
+    whats = flags.family(commands, "docs", "a live library: add, list, get, rm, reset, query, import")
 
     def what(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
-        sub = command(whats, name, run, about)
+        sub = flags.command(whats, name, run, about)
         sub.add_argument("library", metavar="LIBRARY", help="a folder, or a server's URL (its key in RETRO_API_KEY)")
         sub.add_argument("--namespace", default="default")
         return sub
 
     sub = what("add", run_add, "add files, or replace what has their names")
-    sub.add_argument("inputs", nargs="+", metavar="IN", help=INPUTS_HELP)
+    sub.add_argument("inputs", nargs="+", metavar="IN", help=flags.INPUTS_HELP)
     sub.add_argument("--id", metavar="ID", help="of the text from standard input")
     sub.add_argument("--text-key", default="text", help="key of the text in rows")
     sub.add_argument("--errors", default="strict", choices=["strict", "replace"], help="replace repairs bad UTF-8")
@@ -60,7 +49,7 @@ def add(commands: Commands) -> None:
     sub = what("reset", run_reset, "delete every document of the namespace")
     sub.add_argument("--yes", action="store_true", required=True, help="there is no way back")
     what("vacuum", run_vacuum, "give the space of what was deleted back, and make one segment of the index")
-    add_reading(
+    flags.add_reading(
         what("reread", run_reread, "read the words of all documents anew, as this version does or the flags say")
     )
     _add_query(what("query", run_query, "the best chunks for a text"))
@@ -70,7 +59,7 @@ def _add_making(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--store", metavar="STORE", help="make LIBRARY with its tokenizer and chunk size")
     sub.add_argument("--stride", type=int, metavar="TOKENS", help="between starts of chunks (default: no overlap)")
     sub.add_argument("--embedder", choices=["none", "hash"], default="none", help="vectors for dense and hybrid")
-    add_reading(sub)
+    flags.add_reading(sub)
 
 
 def _add_query(sub: argparse.ArgumentParser) -> None:
@@ -126,12 +115,12 @@ def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Libra
         if store is None:
             raise MissingInputError(f"{folder} does not exist", "a new library needs a tokenizer", "--store STORE")
         embedder = HashEmbedder(store.tokenizer) if args.embedder == "hash" else None
-        Library.create(folder, store.tokenizer, store.chunk_size, args.stride, embedder, reading(args))
+        Library.create(folder, store.tokenizer, store.chunk_size, args.stride, embedder, flags.reading(args))
     with contextlib.ExitStack() as stack:
         library = stack.enter_context(Library(folder, is_read_only=is_read_only))
         if store is not None:  # one that was there keeps what it was made with
             store.coding.check(library_coding(library))
-        wanted = reading(args) if hasattr(args, "stemmer") else None
+        wanted = flags.reading(args) if hasattr(args, "stemmer") else None
         if wanted is not None and wanted != library.file.analyzer:
             raise UsageError(
                 f"{folder} reads words with {library.file.analyzer.describe()}",
@@ -160,7 +149,7 @@ def run_add(args: argparse.Namespace) -> int:
         raise UsageError("--id cannot be used", "it is of the text from standard input, -", "leave it out")
     else:
         paths, passed_over = find_files(args.inputs)
-        tell(passed_over, reporter(args).say)
+        tell(passed_over, flags.reporter(args).say)
         rows = Reader(args.text_key, args.errors, MAX_DOCUMENT_BYTES).read(paths)
     num_added = num_set_aside = 0
     with _open(args) as library:
@@ -176,11 +165,11 @@ def run_add(args: argparse.Namespace) -> int:
             for row in batch:
                 if isinstance(row, SetAside):
                     num_set_aside += 1
-                    reporter(args).say(f"set aside: {row.source}: {row.reason}")
+                    flags.reporter(args).say(f"set aside: {row.source}: {row.reason}")
             if good:
                 library.add(good, args.namespace)
             num_added += len(good)
-        print_result(args, {"added": num_added, "set_aside": num_set_aside, "version": library.version})
+        flags.print_result(args, {"added": num_added, "set_aside": num_set_aside, "version": library.version})
     if not num_added:
         raise MissingInputError("nothing was added", "every document was set aside", "name other files")
     return 0
@@ -199,9 +188,9 @@ def _identified(library: "Library | RemoteLibrary", documents: "list[Document]",
 def run_import(args: argparse.Namespace) -> int:
     job = _import_remotely(args) if _is_url(args) else _import_here(args)
     for source, reason in job.errors:
-        reporter(args).say(f"set aside: {source}: {reason}")
+        flags.reporter(args).say(f"set aside: {source}: {reason}")
     names = ("number", "state", "done", "added", "failed", "reason")
-    print_result(args, {name: getattr(job, name) for name in names})
+    flags.print_result(args, {name: getattr(job, name) for name in names})
     return 0 if job.state == "done" else 3
 
 
@@ -226,7 +215,7 @@ def _import_here(args: argparse.Namespace) -> "Job":
 
     with _open_folder(args) as library, Importer(library) as importer:
         number = importer.start(standard_input() if args.input == "-" else args.input, args.namespace)
-        return _follow(importer, number, reporter(args))
+        return _follow(importer, number, flags.reporter(args))
 
 
 def _follow(importer: "Importer", number: int, reporter: "Reporter") -> "Job":
@@ -248,7 +237,7 @@ def run_list(args: argparse.Namespace) -> int:
                 else f"{entry.id}\t{entry.chunks} chunks\t{entry.bytes} bytes\t{entry.title}"
             )
         if not args.json and not args.quiet:
-            reporter(args).say(json.dumps(library.statistics()))
+            flags.reporter(args).say(json.dumps(library.statistics()))
     return 0
 
 
@@ -267,13 +256,13 @@ def run_get(args: argparse.Namespace) -> int:
 
 def run_rm(args: argparse.Namespace) -> int:
     with _open(args) as library:
-        print_result(args, {"deleted": library.delete(args.ids, args.namespace), "version": library.version})
+        flags.print_result(args, {"deleted": library.delete(args.ids, args.namespace), "version": library.version})
     return 0
 
 
 def run_reset(args: argparse.Namespace) -> int:
     with _open(args) as library:
-        print_result(args, {"deleted": library.reset(args.namespace), "version": library.version})
+        flags.print_result(args, {"deleted": library.reset(args.namespace), "version": library.version})
     return 0
 
 
@@ -281,7 +270,7 @@ def run_vacuum(args: argparse.Namespace) -> int:
     if _is_url(args):
         raise UsageError("vacuum is for a library in a folder", f"{args.library} is a server's", "run it where it lies")
     with _open_folder(args) as library:
-        print_result(args, {"bytes": library.vacuum(), "version": library.version})
+        flags.print_result(args, {"bytes": library.vacuum(), "version": library.version})
     return 0
 
 
@@ -295,9 +284,9 @@ def run_reread(args: argparse.Namespace) -> int:
             "reread is for a library in a folder", f"{args.library} is a server's", "stop the server first"
         )
     Library(args.library).close()  # raises where there is none, or it is in use
-    set_analyzer(Path(args.library), reading(args) or Analyzer())
+    set_analyzer(Path(args.library), flags.reading(args) or Analyzer())
     with Library(args.library) as library:
-        print_result(args, {"words": library.file.analyzer.describe(), "version": library.version})
+        flags.print_result(args, {"words": library.file.analyzer.describe(), "version": library.version})
     return 0
 
 
@@ -308,15 +297,15 @@ def run_query(args: argparse.Namespace) -> int:
 
     with _open(args, is_read_only=True) as library:
         if isinstance(library, Library):
-            static = Retriever(open_stores(args.stores)) if args.stores else None
-            mode = library_mode(args.retriever, library.file.settings["embedder"])
+            static = Retriever(flags.open_stores(args.stores)) if args.stores else None
+            mode = flags.library_mode(args.retriever, library.file.settings["embedder"])
             source = LiveRetriever(library, static, args.source_weights, mode, args.namespace)
             hits = source.search(args.text, args.k, weights=args.fusion).hits
         else:
-            hits = library.search(args.text, args.k, library_mode(args.retriever), args.namespace, args.fusion)
+            hits = library.search(args.text, args.k, flags.library_mode(args.retriever), args.namespace, args.fusion)
         if not hits:
             beside = f", nor in {' '.join(args.stores)}" if args.stores else ""
-            reporter(args).say(f"no hit: {library.why_nothing(args.text, args.namespace)}{beside}")
+            flags.reporter(args).say(f"no hit: {library.why_nothing(args.text, args.namespace)}{beside}")
     for hit in hits:
         text = " ".join(hit.text.split())
         shown = f"{hit.score:8.3f}  {hit.where}: {text}"

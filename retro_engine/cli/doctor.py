@@ -2,7 +2,7 @@
 
 import argparse
 
-from retro_engine.cli.flags import Commands, command, print_result
+from retro_engine.cli import flags
 
 PACKAGES = (
     "torch", "numpy", "tokenizers", "safetensors", "faiss-cpu", "bm25s", "apsw", "numba", "tensorboard",
@@ -10,8 +10,8 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def add(commands: Commands) -> None:
-    command(commands, "doctor", run, "what is installed and which implementations will be used")
+def add(commands: flags.Commands) -> None:
+    flags.command(commands, "doctor", run, "what is installed and which implementations will be used")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         "kernels": backend(device),
         "loader": "C++" if has_native_loader() else "NumPy (no compiler when it was installed)",
     }
-    print_result(args, found | {package: _version(package) for package in PACKAGES})
+    flags.print_result(args, found | {package: _version(package) for package in PACKAGES})
     return 0
 
 

@@ -6,19 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retro_engine.cli import eval_tasks
-from retro_engine.cli.flags import (
-    RUN_HELP,
-    Commands,
-    add_device,
-    add_neighbors,
-    add_share,
-    add_sources,
-    check_limit,
-    command,
-    reporter,
-    say_device,
-)
+from retro_engine.cli import eval_tasks, flags
 from retro_engine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,14 +20,14 @@ READS = ("model.data.", "model.encoder_seq_length", "model.chunk_size")
 PRECISIONS = {"fp32": "32", "bf16": "bf16-mixed"}  # of the model's products
 
 
-def add(commands: Commands) -> None:
-    sub = command(commands, "eval", run, "bits per byte with retrieval on, off, random or given", READS)
-    sub.add_argument("path", metavar="RUN", help=RUN_HELP)
-    add_device(sub)
-    add_share(sub)
+def add(commands: flags.Commands) -> None:
+    sub = flags.command(commands, "eval", run, "bits per byte with retrieval on, off, random or given", READS)
+    sub.add_argument("path", metavar="RUN", help=flags.RUN_HELP)
+    flags.add_device(sub)
+    flags.add_share(sub)
     modes = "of on,off,random,given (default on,off,random); questions: of retrieved,gold,random,off,prompt"
     sub.add_argument("--modes", help=modes)
-    add_neighbors(sub)
+    flags.add_neighbors(sub)
     sub.add_argument("--limit", type=int, help="batches, or questions, a mode")
     sub.add_argument("--dtype", choices=[*PRECISIONS], default="fp32", help="of the model's products")
     leak = "neighbors that state more of the next chunk are missing"
@@ -49,12 +37,12 @@ def add(commands: Commands) -> None:
     words = "perplexity per word of FILE, the share's text as the papers count it"
     sub.add_argument("--words", metavar="FILE", help=words)
     sub.add_argument("--fail-if", metavar="EXPR", help="exit 6 when true, like 'bpb_on>bpb_off'")
-    add_sources(sub)
+    flags.add_sources(sub)
     eval_tasks.add_flags(sub)
 
 
 def run(args: argparse.Namespace) -> int:
-    check_limit(args.limit)
+    flags.check_limit(args.limit)
     if args.questions is not None or args.lm_eval is not None:
         return eval_tasks.run(args)
     if args.words is not None and args.limit is not None:
@@ -66,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
     from retro_engine.train.run_data import open_evaluation
 
     retro = Retro.from_pretrained(args.path, device=args.device)
-    sequences = open_evaluation(retro.folder, retro.model.config, args.overrides, args.share, reporter(args).say)
+    sequences = open_evaluation(retro.folder, retro.model.config, args.overrides, args.share, flags.reporter(args).say)
     modes = pick_modes(args.modes, retro.model.config.retrieval, bool(args.neighbors))
-    say_device(args, retro)
+    flags.say_device(args, retro)
     results = _evaluate(args, retro, sequences, modes)
     summary = {mode: losses.summary() for mode, losses in results.items()}
     if args.words is not None:
@@ -103,7 +91,7 @@ def _evaluate(
         )
     token_bytes, precision = retro.tokenizer.token_bytes(), PRECISIONS[args.dtype]
     what, count = "evaluating neighbors in the prompt", _count(args, sequences)
-    with reporter(args).progress(what, count, "sequences") as meter:
+    with flags.reporter(args).progress(what, count, "sequences") as meter:
         prompt = evaluate_in_prompt(retro.model, sequences, token_bytes, args.limit, meter.advance, precision)
     return {**results, "prompt": prompt}
 
@@ -123,7 +111,7 @@ def _losses(
     given = None
     if "given" in modes:
         given = Given(*encode_neighbors(retro.tokenizer, args.neighbors, model.config.r))
-    with reporter(args).progress(what, _count(args, sequences) * len(modes), "sequences") as meter:
+    with flags.reporter(args).progress(what, _count(args, sequences) * len(modes), "sequences") as meter:
         return evaluate(
             model,
             sequences,

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from retro_engine.cli.flags import open_retriever, open_stores, reporter, say_device
+from retro_engine.cli import flags
 from retro_engine.errors import MissingInputError, UsageError
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ def _eval_questions(args: argparse.Namespace, retro: "Retro") -> Results:
 
     modes = args.modes.split(",") if args.modes else ["retrieved", "gold", "random", "off"]
     check_modes(modes, MODES)
-    report = reporter(args)
+    report = flags.reporter(args)
     questions = _open_questions(args, retro)
     if questions.num_left_out:
         report.say(f"{questions.num_left_out} questions are longer than the model's sequences: left out")
-    say_device(args, retro)
+    flags.say_device(args, retro)
     results = {}
     count = min(args.limit or len(questions.questions), len(questions.questions))
     with report.progress("answering", count * len(modes), "questions") as meter:
@@ -73,10 +73,10 @@ def _open_questions(args: argparse.Namespace, retro: "Retro") -> "Questions":
         data = DataConfig()
     if args.stores is None and data.store is None:
         raise UsageError("there is no store", "it has the documents of the questions", "--stores STORE")
-    stores = open_stores(args.stores or [str(data.store)])
+    stores = flags.open_stores(args.stores or [str(data.store)])
     read_coding(retro.folder, stores[0].chunk_size).check(*(store.coding for store in stores))
     rows, bad = load_questions(args.questions, data.question_template)
-    tell_bad(rows, bad, args.questions, None if args.strict else reporter(args).say)
+    tell_bad(rows, bad, args.questions, None if args.strict else flags.reporter(args).say)
     c = retro.model.config
     search = question_search(stores, named(args.retriever, args.embedder), c.r, Building(embedder=args.embedder))
     length, K = c.encoder_seq_length, c.num_neighbors
@@ -88,6 +88,6 @@ def _eval_lm(args: argparse.Namespace, retro: "Retro") -> Results:
     from retro_engine.interop.lm_eval_model import run_tasks
 
     is_retrieving = retro.model.config.retrieval and not args.no_retrieval
-    generator = Generator(retro.model, retro.tokenizer, open_retriever(args, retro) if is_retrieving else None)
-    say_device(args, retro)
+    generator = Generator(retro.model, retro.tokenizer, flags.open_retriever(args, retro) if is_retrieving else None)
+    flags.say_device(args, retro)
     return run_tasks(generator, args.lm_eval.split(","), args.lm_eval_path, args.limit)

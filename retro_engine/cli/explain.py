@@ -4,27 +4,18 @@ import argparse
 import json
 from pathlib import Path
 
-from retro_engine.cli.flags import (
-    RUN_HELP,
-    Commands,
-    add_device,
-    add_neighbors,
-    add_sources,
-    command,
-    open_retriever,
-    say_device,
-)
+from retro_engine.cli import flags
 from retro_engine.errors import UsageError
 
 
-def add(commands: Commands) -> None:
-    sub = command(commands, "explain", run, "what each neighbor did to a text: change of log-probability")
-    add_device(sub)
-    sub.add_argument("path", metavar="RUN", help=RUN_HELP)
+def add(commands: flags.Commands) -> None:
+    sub = flags.command(commands, "explain", run, "what each neighbor did to a text: change of log-probability")
+    flags.add_device(sub)
+    sub.add_argument("path", metavar="RUN", help=flags.RUN_HELP)
     sub.add_argument("prompt")
     sub.add_argument("text", nargs="?", help="what is explained (default: what the model generates)")
-    add_neighbors(sub)
-    add_sources(sub)
+    flags.add_neighbors(sub)
+    flags.add_sources(sub)
     sub.add_argument("--k", type=int, help="neighbors to retrieve (default: the model's)")
     sub.add_argument("--html", metavar="FILE", help="write the heat map as a page")
 
@@ -40,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--k {args.k} cannot be used", "at least one neighbor is explained")
     retro = Retro.from_pretrained(args.path, device=args.device)
     is_retrieving = args.neighbors is None and retro.model.config.retrieval
-    generator = Generator(retro.model, retro.tokenizer, open_retriever(args, retro) if is_retrieving else None)
-    say_device(args, retro)
+    generator = Generator(retro.model, retro.tokenizer, flags.open_retriever(args, retro) if is_retrieving else None)
+    flags.say_device(args, retro)
     text = args.text
     if text is None:
         text = generator.generate(args.prompt, neighbors=args.neighbors, num_neighbors=args.k).text

@@ -9,19 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retro_engine.cli.flags import (
-    RUN_HELP,
-    WEIGHTS,
-    Commands,
-    add_device,
-    add_neighbors,
-    add_sources,
-    command,
-    library_mode,
-    open_retriever,
-    reporter,
-    say_device,
-)
+from retro_engine.cli import flags
 from retro_engine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,23 +36,23 @@ REQUEST = (  # flags of the request: each is a setting's other name
 GREEDY = "inference.greedy"
 
 
-def add(commands: Commands) -> None:
-    sub = command(commands, "generate", run, "continue a prompt, reading neighbors", READS)
-    sub.add_argument("path", nargs="?", metavar="RUN", help=f"{RUN_HELP} (or checkpoint_dir=)")
-    add_device(sub)
+def add(commands: flags.Commands) -> None:
+    sub = flags.command(commands, "generate", run, "continue a prompt, reading neighbors", READS)
+    sub.add_argument("path", nargs="?", metavar="RUN", help=f"{flags.RUN_HELP} (or checkpoint_dir=)")
+    flags.add_device(sub)
     sub.add_argument("prompt", nargs="?")
     sub.add_argument("-i", "--interactive", action="store_true", help="one prompt a line from standard input")
     for flag, key, kind, metavar, about in REQUEST:
         action = "append" if flag == "--stop" else "store"
         sub.add_argument(flag, dest=key, type=kind, metavar=metavar, action=action, help=about)
     sub.add_argument("--seed", type=int, default=0)
-    add_sources(sub)
+    flags.add_sources(sub)
     library = "a live library to read from; with --stores from both, and --retriever LIBRARY'S,STORES'"
     sub.add_argument("--library", metavar="FOLDER", help=library)
     weights = "of --library and --stores"
     sub.add_argument("--source-weights", nargs=2, type=float, default=[1.0, 1.0], metavar="W", help=weights)
-    sub.add_argument("--dtype", choices=WEIGHTS, help="of the weights (default: as saved)")
-    add_neighbors(sub)
+    sub.add_argument("--dtype", choices=flags.WEIGHTS, help="of the weights (default: as saved)")
+    flags.add_neighbors(sub)
     sub.add_argument("--no-retrieval", action="store_true")
     sub.add_argument("--show-neighbors", action="store_true")
 
@@ -77,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     asked = load_config(args.overrides)  # NeMo's commands name the checkpoint, the prompt and the neighbors here
     _refuse_many_processes(asked)
     if asked.trainer.precision != "auto":
-        reporter(args).say("note: trainer.precision means nothing here: --dtype chooses the weights' type")
+        flags.reporter(args).say("note: trainer.precision means nothing here: --dtype chooses the weights' type")
     settings = [*args.overrides, *_settings_of_flags(args, asked)]
     prompt = args.prompt if args.prompt is not None else asked.prompt
     args.neighbors = args.neighbors or asked.neighbors
@@ -89,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     is_retrieving = retro.model.config.retrieval and not args.no_retrieval and not args.neighbors
     with _source(args, retro) if is_retrieving else contextlib.nullcontext() as source:
         generator = Generator(retro.model, retro.tokenizer, source)
-        say_device(args, retro)
+        flags.say_device(args, retro)
         request = _request(args, retro, settings)
         for text in [prompt] if prompt is not None else map(str.rstrip, sys.stdin):
             if text or not args.interactive:
@@ -150,11 +138,11 @@ def _source(args: argparse.Namespace, retro: "Retro") -> "Iterator[NeighborSourc
     if comma and not (args.library and args.stores):
         raise UsageError(f"--retriever {args.retriever} names two", "one source is read", "--library with --stores")
     if not args.library:
-        yield open_retriever(args, retro)
+        yield flags.open_retriever(args, retro)
         return
-    stores = open_retriever(args, retro, second or "lexical") if args.stores else None
+    stores = flags.open_retriever(args, retro, second or "lexical") if args.stores else None
     with Library(args.library, is_read_only=True) as library:
-        mode = library_mode(first, library.file.settings["embedder"])
+        mode = flags.library_mode(first, library.file.settings["embedder"])
         yield LiveRetriever(library, stores, args.source_weights, mode)
 
 
@@ -198,7 +186,7 @@ def _request(args: argparse.Namespace, retro: "Retro", asked: list[Any]) -> "Req
 
 def _print_generation(args: argparse.Namespace, prompt: str, out: "Generation", is_echoed: bool) -> None:
     for note in out.notes:
-        reporter(args).say(f"note: {note}")
+        flags.reporter(args).say(f"note: {note}")
     if args.json:
         segments = [{"text": s.text, "neighbors": [hit.to_json() for hit in s.neighbors]} for s in out.segments]
         result = {"prompt": prompt, "text": out.text, "segments": segments, "finish_reason": out.finish_reason}

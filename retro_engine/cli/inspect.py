@@ -3,13 +3,13 @@
 import argparse
 import json
 
-from retro_engine.cli.flags import Commands, command, print_result
+from retro_engine.cli import flags
 from retro_engine.errors import UsageError
 
 
-def add(commands: Commands) -> None:
+def add(commands: flags.Commands) -> None:
     about = "what a store, table, index, library or checkpoint is; --plan: what training would take"
-    sub = command(commands, "inspect", run, about)
+    sub = flags.command(commands, "inspect", run, about)
     sub.add_argument("path", nargs="?")
     sub.add_argument("--plan", action="store_true", help="memory, FLOPs and communication of a step on H100s, on paper")
     sub.add_argument("--preset", help="--plan: tiny, small, base, mcore or nemo")
@@ -29,19 +29,21 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "nothing to inspect was given", "", "retro inspect PATH, or retro inspect --plan key=value ..."
         )
-    from retro_engine.cli.artefacts import open_artefact, samples
+    from retro_engine.cli.artefacts import Checkpoint, open_artefact, samples
     from retro_engine.data.neighbor_table import NeighborTable
+    from retro_engine.library.library import Library
     from retro_engine.retrieval.quality import describe_quality, quality
 
-    with open_artefact(args.path) as artefact:
+    with open_artefact(args.path) as opened:
         if args.verify:
-            artefact.verify()
-        print_result(args, {**artefact.summary(), **({"verified": True} if args.verify else {})})
-        if isinstance(artefact.opened, NeighborTable):
-            report = quality(artefact.opened)
-            print_result(args, report) if args.json else print("\n".join(describe_quality(report)))
-        for line in samples(artefact, args.samples):
-            print(line)
+            opened.verify()
+        summary = opened.statistics() if isinstance(opened, Library) else opened.summary()
+        flags.print_result(args, {**summary, **({"verified": True} if args.verify else {})})
+        if isinstance(opened, NeighborTable):
+            report = quality(opened)
+            flags.print_result(args, report) if args.json else print("\n".join(describe_quality(report)))
+        if args.samples and not isinstance(opened, Library | Checkpoint):
+            print("\n".join(samples(opened, args.samples)))
     return 0
 
 

@@ -4,13 +4,13 @@ import argparse
 import json
 from pathlib import Path
 
-from retro_engine.cli.flags import RUN_HELP, Commands, command, print_result, reporter
+from retro_engine.cli import flags
 from retro_engine.errors import MissingInputError, StoreError
 
 
-def add(commands: Commands) -> None:
+def add(commands: flags.Commands) -> None:
     about = "a model of another project as a checkpoint: Hugging Face, GGUF, Megatron, NeMo"
-    sub = command(commands, "import", run_import, about)
+    sub = flags.command(commands, "import", run_import, about)
     sub.add_argument("path", metavar="PATH", help="a folder, or a .gguf, .nemo or .pt file")
     sub.add_argument("--out", "-o", required=True, metavar="DIR", help="the checkpoint's folder")
     sub.add_argument("--format", default="auto", help="auto, hf, gguf, nemo, mcore, megatron")
@@ -19,8 +19,8 @@ def add(commands: Commands) -> None:
     sub.add_argument("--metadata", metavar="FILE", help="JSON: settings that a Megatron checkpoint does not have in it")
     sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the weights")
 
-    sub = command(commands, "export", run_export, "a checkpoint as a Hugging Face folder")
-    sub.add_argument("path", metavar="RUN", help=RUN_HELP)
+    sub = flags.command(commands, "export", run_export, "a checkpoint as a Hugging Face folder")
+    sub.add_argument("path", metavar="RUN", help=flags.RUN_HELP)
     sub.add_argument("--out", "-o", required=True, metavar="DIR")
 
 
@@ -40,7 +40,7 @@ def run_import(args: argparse.Namespace) -> int:
     imported = import_model(args.path, args.format, args.tokenizer, metadata, DTYPES[args.dtype], args.end_token)
     write_checkpoint(imported, args.out, args.path)
     for note in imported.notes:
-        reporter(args).say(f"note: {note}")
+        flags.reporter(args).say(f"note: {note}")
     config = imported.model.config
     count = sum(parameter.numel() for parameter in imported.model.parameters())
     result = {
@@ -51,7 +51,7 @@ def run_import(args: argparse.Namespace) -> int:
         "vocab_size": config.vocab_size,
         "retrieval": config.retrieval,
     }
-    print_result(args, result)
+    flags.print_result(args, result)
     return 0
 
 
@@ -59,5 +59,5 @@ def run_export(args: argparse.Namespace) -> int:
     from retro_engine.interop.exports import export_model
 
     folder = export_model(args.path, args.out)
-    print_result(args, {"folder": str(folder)})
+    flags.print_result(args, {"folder": str(folder)})
     return 0

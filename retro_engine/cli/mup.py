@@ -4,13 +4,13 @@ import argparse
 import json
 from pathlib import Path
 
-from retro_engine.cli.flags import Commands, command, print_result, reporter
+from retro_engine.cli import flags
 from retro_engine.errors import UsageError
 
 
-def add(commands: Commands) -> None:
+def add(commands: flags.Commands) -> None:
     about = "width scaling: write base widths, check activations, sweep learning rates"
-    sub = command(commands, "mup", run, about, ("model.", "seed", "trainer.accelerator"))
+    sub = flags.command(commands, "mup", run, about, ("model.", "seed", "trainer.accelerator"))
     sub.add_argument("what", choices=["base", "check", "sweep"])
     sub.add_argument("store", nargs="?", help="sweep: trained on; check: instead of random tokens")
     sub.add_argument("--out", "-o", help="base: the YAML file; check, sweep: a folder (default runs/mup)")
@@ -33,7 +33,7 @@ def _base(args: argparse.Namespace) -> int:
     if args.out is None:
         raise UsageError("retro mup base has no file to write", "", "--out FILE.yaml")
     model = load_config(args.overrides, args.preset).model
-    print_result(args, {"shape_file": args.out, **mup.write_base(model, Path(args.out))})
+    flags.print_result(args, {"shape_file": args.out, **mup.write_base(model, Path(args.out))})
     return 0
 
 
@@ -51,7 +51,7 @@ def _scale(args: argparse.Namespace) -> int:
         raise UsageError("retro mup sweep has nothing to train on", "", "retro mup sweep STORE")
     if args.what == "sweep" and "model.optim.lr" in named_keys(args.overrides, with_environment=False):
         raise UsageError("model.optim.lr cannot be used", "a sweep trains at many rates", "--rates 1e-3,2e-3")
-    out, report = Path(args.out or "runs/mup"), reporter(args)
+    out, report = Path(args.out or "runs/mup"), flags.reporter(args)
     config = mup.open_config(args.overrides, args.preset, args.store)
     if args.what == "check":
         steps = args.steps or 5

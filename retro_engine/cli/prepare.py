@@ -4,13 +4,13 @@ import argparse
 import os
 from pathlib import Path
 
-from retro_engine.cli.flags import INPUTS_HELP, Commands, command, print_result, reporter
+from retro_engine.cli import flags
 from retro_engine.errors import UsageError
 
 
-def add(commands: Commands) -> None:
-    sub = command(commands, "prepare", run, "files -> tokens and chunks")
-    sub.add_argument("inputs", nargs="+", metavar="IN", help=INPUTS_HELP)
+def add(commands: flags.Commands) -> None:
+    sub = flags.command(commands, "prepare", run, "files -> tokens and chunks")
+    sub.add_argument("inputs", nargs="+", metavar="IN", help=flags.INPUTS_HELP)
     sub.add_argument("--out", "-o", metavar="DIR", help="the store (default store/NAME of the first input)")
     sub.add_argument("--tokenizer", default="auto", help="auto trains one; or a tokenizer.json or a folder with one")
     end_token = "of --tokenizer: ends a document (default: its files say which)"
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         args.chunk_size,
         Reader(args.text_key, args.errors),
         args.strict,
-        reporter(args).say,
+        flags.reporter(args).say,
         args.end_token,
     )
-    print_result(args, {"store": str(out), **store.summary()})
+    flags.print_result(args, {"store": str(out), **store.summary()})
     return 0

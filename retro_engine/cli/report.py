@@ -3,16 +3,16 @@
 import argparse
 from pathlib import Path
 
-from retro_engine.cli.flags import Commands, add_device, add_share, check_limit, command, reporter
+from retro_engine.cli import flags
 from retro_engine.errors import UsageError
 
 
-def add(commands: Commands) -> None:
+def add(commands: flags.Commands) -> None:
     about = "one HTML page on a run: what retrieval gave, how it trained, what it read"
-    sub = command(commands, "report", run, about)
+    sub = flags.command(commands, "report", run, about)
     sub.add_argument("path", metavar="RUN")
-    add_device(sub)
-    add_share(sub)
+    flags.add_device(sub)
+    flags.add_share(sub)
     against = "a plain decoder to compare with"
     sub.add_argument("--against", action="append", default=[], metavar="NAME=RUN", help=against)
     sub.add_argument("--limit", type=int, default=32, help="batches a mode")
@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from retro_engine.report import write_report
 
-    check_limit(args.limit)
+    flags.check_limit(args.limit)
     decoders = {}
     for text in args.against:
         name, separator, path = text.partition("=")
@@ -32,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
             )
         decoders[name] = Path(path)
     limit = None if args.all else args.limit
-    print(write_report(Path(args.path), decoders, args.share, limit, reporter(args), args.device))
+    print(write_report(Path(args.path), decoders, args.share, limit, flags.reporter(args), args.device))
     return 0

@@ -4,15 +4,15 @@ import argparse
 import os
 from typing import Any
 
+from retro_engine.cli import flags
 from retro_engine.cli.accounts import default_accounts, open_accounts
-from retro_engine.cli.flags import RUN_HELP, WEIGHTS, Commands, command, library_mode, reporter
 from retro_engine.cli.renamed import FLAGS
 from retro_engine.errors import MissingExtraError, UsageError
 from retro_engine.train.__main__ import DEVICES
 
 
-def add(commands: Commands) -> None:
-    sub = command(commands, "serve", run, "OpenAI's API, live documents and a web page on a trained model")
+def add(commands: flags.Commands) -> None:
+    sub = flags.command(commands, "serve", run, "OpenAI's API, live documents and a web page on a trained model")
 
     def flag(name: str, default: Any = None, **about: Any) -> None:
         found: Any = _variable(name)
@@ -23,14 +23,14 @@ def add(commands: Commands) -> None:
             found = found.lower() in ("1", "true", "yes")
         sub.add_argument(f"--{name}", default=default if found is None else found, **about)
 
-    sub.add_argument("path", metavar="RUN", help=RUN_HELP)
+    sub.add_argument("path", metavar="RUN", help=flags.RUN_HELP)
     flag("library", metavar="FOLDER", help="live documents (default RUN/library; made when it is not there)")
     stores = "published stores to read as well, by words (default: the run's; none: no store)"
     flag("stores", nargs="*", metavar="STORE", help=stores)
     retriever = "of the library: lexical (bm25), dense or hybrid (default lexical)"
     flag("retriever", "lexical", metavar="NAME", help=retriever)
     flag("source-weights", [1.0, 1.0], nargs=2, type=float, metavar="W", help="of the library, and of the stores")
-    flag("dtype", choices=WEIGHTS, help="of the weights (default: as saved)")
+    flag("dtype", choices=flags.WEIGHTS, help="of the weights (default: as saved)")
     flag("device", choices=DEVICES, help="a GPU where there is one (auto), or trainer.accelerator=")
     flag("host", "127.0.0.1", help="address to listen on; others than this machine's own need users or keys")
     flag("port", 8000, type=int, help="0 takes a free one")
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         run=args.path,
         library=args.library,
         stores=args.stores,
-        mode=library_mode(args.retriever),
+        mode=flags.library_mode(args.retriever),
         weights=args.source_weights,
         name=args.name,
         max_batch=args.max_batch,
@@ -88,5 +88,5 @@ def run(args: argparse.Namespace) -> int:
         metrics_token=args.metrics_token,
         has_nemo=args.nemo_compat,
     )
-    serve_until_signal(options, address, open_accounts(args), reporter(args))
+    serve_until_signal(options, address, open_accounts(args), flags.reporter(args))
     return 0
