@@ -1,18 +1,41 @@
-"""`python -m retro_engine.bench kernels|loader|model|decode|pipeline|profile`: a table on the screen, JSON and CSV on disk, one JSON line last."""
+"""`python -m retro_engine.bench NAME ...`: tables on the screen, JSON and CSV on disk, one JSON line last.
+
+In a checkout of the repository also the benches in its benchmarks/, of whole parts: bench_NAME.py.
+"""
 
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from retro_engine.bench import frame
-from retro_engine.bench.peers import DECODERS, NAMES, SHAPES
-from retro_engine.errors import RetroError
+from retro_engine.bench import checkout, decode, kernels, loader, model, pipeline, profile, results
+from retro_engine.bench.contestants import DECODERS, NAMES, SHAPES
+from retro_engine.bench.frame import Measured, Options, Target
+from retro_engine.bench.machine import MAX_LOAD, MIN_FREE, environment
+from retro_engine.errors import RetroError, UsageError
 
-BENCHES = ["kernels", "loader", "model", "decode", "pipeline"]
+BENCHES: dict[str, Callable[[Options], Measured]] = {
+    "kernels": kernels.run,
+    "loader": loader.run,
+    "model": model.run,
+    "decode": decode.run,
+    "pipeline": pipeline.run,
+    "profile": profile.run,
+}
+DEFAULT = [name for name in BENCHES if name != "profile"]
+TAKEN_BY = {  # what an option is for; with others it is refused
+    "sizes": ["model", "decode", "profile"],
+    "implementations": ["model", "decode"],
+    "text": ["pipeline"],
+    "device": ["kernels"],
+    "dtype": ["kernels"],
+    "compile": ["kernels"],
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,69 +46,79 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
 
 
-def _run(argv: list[str] | None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m retro_engine.bench", description=__doc__)
-    parser.add_argument("bench", nargs="*", choices=[*BENCHES, "profile", []], help="default: all but profile")
+    of = {option: f"of {', '.join(names)}" for option, names in TAKEN_BY.items()}
+    benches = [*BENCHES, *checkout.benches()]
+    parser.add_argument("bench", nargs="*", choices=[*benches, []], help=f"{', '.join(benches)}; default {DEFAULT}")
+    parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), help=f"{of['sizes']}; default 5M and 30M")
     parser.add_argument(
-        "--sizes", nargs="+", choices=list(SHAPES), default=["5M", "30M"], help="of model, decode and profile"
+        "--implementations",
+        nargs="+",
+        choices=sorted({*NAMES, *DECODERS}),
+        help=f"{of['implementations']}; default: all",
     )
-    parser.add_argument(
-        "--implementations", nargs="+", choices=sorted({*NAMES, *DECODERS}), help="of model and decode; default: all"
-    )
-    parser.add_argument("--text", metavar="FILE", help="of pipeline (default: generated facts)")
+    parser.add_argument("--text", metavar="FILE", help=f"{of['text']}; default: generated facts")
     parser.add_argument("--out", "-o", default="runs/bench", metavar="DIR", help="where JSON, CSV and plots go")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16", "fp16"], help="default fp32 and bf16")
-    parser.add_argument("--threads", type=int, help="of the processor (default torch's)")
-    parser.add_argument("--compile", action="store_true", help="also compiled alternatives (always on a GPU)")
+    parser.add_argument("--device", help=f"{of['device']}; default cuda where it is, else cpu")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help=f"{of['dtype']}; default fp32 and bf16")
+    parser.add_argument("--threads", type=int, help="of the processor; default torch's")
+    parser.add_argument(
+        "--compile", action="store_true", help=f"{of['compile']}: also what torch.compile makes (always on a GPU)"
+    )
     parser.add_argument("--plot", action="store_true", help="also PNG (needs matplotlib: the extra `train`)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _run(argv: list[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    names = args.bench or DEFAULT
+    for option, benches in TAKEN_BY.items():
+        if getattr(args, option) and not set(benches) & set(names):
+            raise UsageError(
+                f"--{option} says nothing to {', '.join(names)}",
+                f"it is of {', '.join(benches)}",
+                f"leave --{option} out",
+            )
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtypes = [names[name] for name in args.dtype or ["fp32", "bf16"]]
-    about = frame.environment(device)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    last: dict[str, object] = dict(about)
-    for bench in args.bench or BENCHES:
-        if bench == "profile":
-            from retro_engine.bench import profile
-
-            print(*profile.run(args.sizes, Path(args.out) / "profiles", about), sep="\n")
-            continue
-        if bench == "kernels":
-            from retro_engine.bench import kernels
-
-            ceilings = frame.measure_ceilings(device, dtypes)
-            about["ceilings"] = asdict(ceilings)
-            rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in ceilings.matmul_gflop_s.items())
-            print(f"ceilings: copy {ceilings.copy_gb_s:.1f} GB/s, matmul {rates}")
-            rows = kernels.run(device, ceilings, dtypes, args.compile or device.type == "cuda")
-        elif bench == "model":
-            from retro_engine.bench import model
-
-            rows = model.run(args.sizes, args.implementations)
-        elif bench == "decode":
-            from retro_engine.bench import decode
-
-            rows = decode.run(args.sizes, names=args.implementations)
-        elif bench == "pipeline":
-            from retro_engine.bench import pipeline
-
-            rows = pipeline.run(args.text)
-        else:
-            from retro_engine.bench import loader
-
-            rows = loader.run()
-        print(frame.table(rows))
-        path = Path(args.out) / bench
-        frame.write(rows, path, about)
-        if args.plot:
-            frame.plot(rows, path.with_suffix(".png"))
-        last[bench] = {row.case: row.ratios for row in rows if row.ratios}
-    print(json.dumps(last))
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = Options(
+        sizes=args.sizes or Options.sizes,
+        implementations=args.implementations,
+        text=args.text,
+        device=device,
+        dtypes=[DTYPES[name] for name in args.dtype] if args.dtype else Options.dtypes,
+        compiles=args.compile or device.type == "cuda",
+        out=Path(args.out),
+    )
+    print(json.dumps(measure(names, options, is_plotted=args.plot)))
     return 0
+
+
+def measure(names: Sequence[str], options: Options, is_plotted: bool = False) -> dict[str, Any]:
+    """Run benches one after the other, show and write what they found; the machine, ratios by case and all targets."""
+    about = environment(options.device)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if about["busy"]:
+        print(
+            f"BUSY: more than {MAX_LOAD} processes run, or less than {MIN_FREE >> 30} GiB are free: figures may be low"
+        )
+    last: dict[str, Any] = dict(about)
+    targets: list[Target] = []
+    for name in names:
+        measured = (BENCHES[name] if name in BENCHES else checkout.load(f"bench_{name}").run)(options)
+        if not measured.rows:
+            continue
+        print(results.table(measured.rows))
+        if measured.targets:
+            print(results.target_table(measured.targets))
+        results.write(name, measured, options.out, about)
+        if is_plotted:
+            results.plot(measured.rows, options.out / f"{name}.png")
+        last[name] = results.ratios_by_case(measured.rows)
+        targets += measured.targets
+    return last | {"targets": results.targets_by_row(targets)}
 
 
 if __name__ == "__main__":

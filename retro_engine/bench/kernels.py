@@ -1,12 +1,15 @@
 """`bench kernels`: every op against the ways one would write it otherwise, forward and forward + backward.
 
 Reference implementations: eager math, scaled_dot_product_attention (SDPA), batched products (bmm), compiled FlexAttention
-(on a CPU with --compile), and on a GPU flash-attn and xformers where they are installed, each with this project's RoPE. Data are random; inputs rotate, so that caches do not lie. Errors are
-relative to float64. Letters as in kernels/reference.py.
+(on a CPU with --compile), and on a GPU flash-attn and xformers where they are installed, each with this project's RoPE;
+for products of a few rows (a step of decoding) torch's own, and reading the weights. Data are random; inputs rotate, so
+that caches do not lie. Errors are relative to float64. Letters as in kernels/reference.py.
 """
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,45 +19,106 @@ from retro_kernels.attention import attention
 from retro_kernels.backend import choose
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
 from retro_kernels.gather_neighbors import gather_neighbors
+from retro_kernels.linear import linear
 from retro_kernels.rope import rope, rope_qk
 from torch import Tensor
 
-from retro_engine.bench.frame import Ceilings, Rotation, Row, Work, name_of, peak_of, time_in_turns
+from retro_engine.bench.ceilings import Ceilings, measure_ceilings
+from retro_engine.bench.frame import (
+    Measured,
+    Options,
+    Rotation,
+    Row,
+    Target,
+    Work,
+    at_least,
+    at_most,
+    compared,
+    time_in_turns,
+)
+from retro_engine.bench.machine import name_of, peak_of
 
 ROTATED = 4  # sets of inputs that take turns
+PADDED = "ours, half padded"
+OUTPUTS, INPUTS, BYTES = 3072, 768, 230_000_000  # of products of a few rows: so much memory that no cache holds it
 
 
-def run(device: torch.device, ceilings: Ceilings, dtypes: list[torch.dtype], compiles: bool) -> list[Row]:
-    """`compiles`: also alternatives that torch.compile makes, half a minute each."""
-    is_gpu = device.type == "cuda"
-    rows = []
-    for dtype in dtypes:
-        rows += _rope(device, dtype, (16, 2048, 12, 64) if is_gpu else (8, 512, 8, 64), ceilings, compiles)
-        shapes = [(16, 2048, 12, 64), (8, 2048, 16, 128)] if is_gpu else [(2, 1024, 8, 64)]
-        for B, N, H, E in shapes:
-            rows += _cross(device, dtype, (B, N, H, E, 64, 2, 128), ceilings, compiles)
-        for B, N in [(8, 2048)] if is_gpu else [(8, 256), (2, 512), (1, 2048)]:
-            rows += _causal(device, dtype, (B, N, 8, 64), ceilings)
-        rows += _short(device, dtype, (512 if is_gpu else 64, 128, 8, 64), ceilings)
-    return rows + _gather(device, ceilings)
+@dataclass(frozen=True)
+class On:
+    """Where and in what the ops are measured."""
+
+    device: torch.device
+    dtype: torch.dtype
+    ceilings: Ceilings
+    compiles: bool
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def run(options: Options) -> Measured:
+    ceilings = measure_ceilings(options.device, options.dtypes)
+    rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in ceilings.matmul_gflop_s.items())
+    print(f"ceilings: copy {ceilings.copy_gb_s:.1f} GB/s, matmul {rates}")
+    rows: list[Row] = []
+    for dtype in options.dtypes:
+        on = On(options.device, dtype, ceilings, options.compiles)
+        rows += _rope(on, (16, 2048, 12, 64) if on.is_gpu else (8, 512, 8, 64))
+        for B, N, H, E in [(16, 2048, 12, 64), (8, 2048, 16, 128)] if on.is_gpu else [(2, 1024, 8, 64)]:
+            rows += _cross(on, (B, N, H, E, 64, 2, 128))
+        for B, N in [(8, 2048)] if on.is_gpu else [(8, 256), (2, 512), (1, 2048)]:
+            rows += _self("causal self-attention", on, (B, N, 8, 64), is_causal=True)
+        rows += _self("encoder self-attention", on, (512 if on.is_gpu else 64, 128, 8, 64), is_causal=False)
+    rows += _gather(On(options.device, torch.float32, ceilings, options.compiles))
+    is_gpu = options.device.type == "cuda"
+    if not is_gpu:
+        rows += [row for kind in (torch.float32, torch.bfloat16, torch.int8) for row in _products(kind)]
+    return Measured(rows, targets(rows, is_gpu), {"ceilings": asdict(ceilings)})
+
+
+def targets(rows: list[Row], is_gpu: bool) -> list[Target]:
+    """Of README and docs/kernels.md; on a GPU what the kernels were designed for. Times as fast, where nothing else is said."""
+    out = []
+    for row in rows:
+        case, took = row.case, row.ratios
+        best = min((ratio for name, ratio in took.items() if name != PADDED), default=None)
+        if not took:
+            continue
+        if case.startswith("rope"):
+            out.append(at_least(f"{case}: against eager math", took["eager"], 8 if is_gpu else 4))
+            out.append(at_least(f"{case}: share of what copying takes", took["clone"], 0.9 if is_gpu else 0.8))
+            if is_gpu:
+                out.append(at_least(f"{case}: against torch.compile", took["torch.compile"], 1))
+        elif case.startswith("chunked"):
+            is_forward = case.endswith("fwd")
+            if is_gpu:
+                out.append(at_least(f"{case}: against the best other", best, 2 if is_forward else 1.8))
+                out.append(at_least(f"{case}: against eager math", took["bmm"], 5 if is_forward else 4))
+            elif not is_forward:
+                out.append(at_least(f"{case}: against the best other", best, 1.5))
+            if is_forward and is_gpu:
+                out.append(at_least(f"{case}: share of the rate of copying", row.ceiling_share, 0.85))
+            if not is_forward:
+                out.append(at_most(f"{case}: {PADDED}, share of the time", took[PADDED], 0.6 if is_gpu else 0.62))
+        elif case.startswith("causal") and not is_gpu:
+            out.append(at_least(f"{case}: against SDPA", took["SDPA"], 1.3))
+        elif case.startswith("product of 1 "):
+            out.append(at_least(f"{case}: share of the rate of reading", row.ceiling_share, 0.8))
+    return out
 
 
 def _rows(
-    case: str, ours: str, works: dict[str, Work], device: torch.device, ceilings: Ceilings, dtype: torch.dtype,
-    num_bytes: float, flops: float, bound: str, error: float | None,
-) -> list[Row]:  # fmt: skip
-    times = time_in_turns(works, device)
-    rows = []
-    for name, (median, low, high) in times.items():
-        gb_s, gflop_s = 1e-9 * num_bytes / median, 1e-9 * flops / median
-        share = gb_s / ceilings.copy_gb_s if bound == "copy" else gflop_s / ceilings.matmul_gflop_s[name_of(dtype)]
-        row = Row("kernels", case, name, median, low, high, gb_s, gflop_s or None, bound, share)
-        row.peak_mib = peak_of(works[name], device)
-        if name == "ours":
-            row.implementation = f"ours ({ours})"
-            row.ratios = {other: t[0] / median for other, t in times.items() if other != "ours"}
-            row.error = error
-        rows.append(row)
+    case: str, on: On, works: dict[str, Work], *, backend: str, num_bytes: float, flops: float, bound: str, error: float
+) -> list[Row]:
+    rows = compared(case, time_in_turns(works, on.device))
+    for row in rows:
+        row.gb_s, row.gflop_s, row.bound = 1e-9 * num_bytes / row.median_s, 1e-9 * flops / row.median_s or None, bound
+        copied, multiplied = on.ceilings.copy_gb_s, on.ceilings.matmul_gflop_s.get(name_of(on.dtype), torch.nan)
+        row.ceiling_share = row.gb_s / copied if bound == "copy" else (row.gflop_s or 0) / multiplied
+        row.peak_mib = peak_of(works[row.implementation], on.device)
+        if row.ratios:
+            row.implementation, row.error = f"ours ({backend})", error
     return rows
 
 
@@ -90,113 +154,111 @@ def _forward(function: Callable[..., Any], sets: list[list[Tensor]]) -> Work:
     return Rotation(forward, sets)
 
 
-def _sets(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[list[Tensor]]:
-    return [[torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes] for _ in range(ROTATED)]
+def _sets(on: On, *shapes: tuple[int, ...]) -> list[list[Tensor]]:
+    return [
+        [torch.randn(shape, device=on.device).to(on.dtype).requires_grad_() for shape in shapes] for _ in range(ROTATED)
+    ]
 
 
-def _rope(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], ceilings: Ceilings, compiles: bool
-) -> list[Row]:
+def _rope(on: On, shape: tuple[int, ...]) -> list[Row]:
     B, N, H, E = shape
-    sets = _sets(device, dtype, shape, shape)
-    cos, sin = _tables(N, E, device)
+    sets = _sets(on, shape, shape)
+    cos, sin = _tables(N, E, on.device)
     ours = lambda q, k: rope_qk(q, k, cos, sin)  # noqa: E731
     eager = lambda q, k: (reference.rope(q, cos, sin), reference.rope(k, cos, sin))  # noqa: E731
     works = {"ours": _forward(ours, sets), "eager": _forward(eager, sets)}
     works["clone"] = _forward(lambda q, k: (q.clone(), k.clone()), sets)  # the limit: the same bytes, only copied
-    if compiles:
+    if on.compiles:
         works["torch.compile"] = _forward(torch.compile(eager), sets)
     num_bytes = 4 * B * N * H * E * sets[0][0].element_size()
     error = _error(lambda q, k: rope_qk(q, k, cos, sin), *(x[:1, :64] for x in sets[0]))
-    case = f"rope q and k {name_of(dtype)} {B}x{N}x{H}x{E}"
-    return _rows(case, choose("rope", *sets[0]), works, device, ceilings, dtype, num_bytes, 0, "copy", error)
+    case = f"rope q and k {name_of(on.dtype)} {B}x{N}x{H}x{E}"
+    name = choose("rope", *sets[0])
+    return _rows(case, on, works, backend=name, num_bytes=num_bytes, flops=0, bound="copy", error=error)
 
 
-def libraries(device: torch.device, dtype: torch.dtype, compiles: bool) -> dict[str, Callable[..., Tensor]]:
+def libraries(on: On) -> dict[str, Callable[..., Tensor]]:
     """Other libraries' attention of [b, n, h, e] and [b, s, h, e], of those that are installed and run here."""
     found: dict[str, Callable[..., Tensor]] = {}
-    if compiles:
+    if on.compiles:
         from torch.nn.attention.flex_attention import flex_attention
 
         flex = torch.compile(flex_attention)
         found["FlexAttention"] = lambda *qkv: flex(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
-    if device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
+    if on.is_gpu and on.dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_func
 
         found["flash-attn"] = flash_attn_func
-    if device.type == "cuda" and importlib.util.find_spec("xformers"):
+    if on.is_gpu and importlib.util.find_spec("xformers"):
         from xformers.ops import memory_efficient_attention
 
         found["xformers"] = memory_efficient_attention
     return found
 
 
-def _cross(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], ceilings: Ceilings, compiles: bool
-) -> list[Row]:
+def _other_ways(on: On, shape: tuple[int, ...], lengths: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Any]:
+    """Chunked cross-attention as others would write it, of q, k and v: SDPA, bmm, and the libraries that are here."""
     B, N, H, E, M, K, R = shape
-    L = N // M
-    sets = _sets(device, dtype, (B, N, H, E), (B, L, K, R, H, E), (B, L, K, R, H, E))
-    full, half = (torch.full((B, L, K), length, device=device) for length in (R, R // 2))
-    cos, sin = _tables(max(2 * M, R), E, device)
-    scale, slope = E**-0.5, torch.randn(B, N, H, E, device=device).to(dtype)
-
-    def ours(lengths: Tensor) -> Callable[..., Any]:
-        return lambda q, k, v: chunked_cross_attention(q, k, v, lengths, M, cos, sin)
+    L, device = N // M, on.device
+    places = torch.arange(M - 1, 2 * M - 1, device=device)
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.chunked_cross_attention(q, k, v, full, M, cos, sin, scale, M - 1)
+        return reference.chunked_cross_attention(q, k, v, lengths, M, cos, sin, E**-0.5, M - 1)
 
     def bmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tail = L * M - (N - M + 1)
-        q = F.pad(q[:, M - 1 :], (0, 0, 0, 0, 0, tail)).reshape(B * L, M, H, E)
-        q = reference.rope(q, cos, sin, torch.arange(M - 1, 2 * M - 1, device=device)).transpose(1, 2)
+        q = F.pad(q[:, M - 1 :], (0, 0, 0, 0, 0, M - 1)).reshape(B * L, M, H, E)
+        q = reference.rope(q, cos, sin, places).transpose(1, 2)
         k = reference.rope(k.reshape(B * L * K, R, H, E), cos, sin).reshape(B * L, K * R, H, E).permute(0, 2, 3, 1)
-        score = (q @ k).float() * scale
-        valid = (torch.arange(R, device=device) < full.reshape(-1, 1)).reshape(B * L, 1, 1, K * R)
+        score = (q @ k).float() * E**-0.5
+        valid = (torch.arange(R, device=device) < lengths.reshape(-1, 1)).reshape(B * L, 1, 1, K * R)
         weight = score.masked_fill(~valid, -torch.inf).softmax(-1).to(q.dtype)
-        out = (weight @ v.reshape(B * L, K * R, H, E).transpose(1, 2)).transpose(1, 2).reshape(B, L * M, H, E)
-        return F.pad(out[:, : L * M - tail], (0, 0, 0, 0, M - 1, 0))
+        return whole((weight @ v.reshape(B * L, K * R, H, E).transpose(1, 2)).transpose(1, 2))
 
     def blocks(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated [b l, m, h, e] and twice [b l, K r, h, e]: what a library of attention kernels is given."""
         q = F.pad(q[:, M - 1 :], (0, 0, 0, 0, 0, M - 1)).reshape(B * L, M, H, E)
-        q = rope(q, cos, sin, torch.arange(M - 1, 2 * M - 1, device=device))
         k = rope(k.reshape(B * L * K, R, H, E), cos, sin)
-        return q, k.reshape(B * L, K * R, H, E), v.reshape(B * L, K * R, H, E)
+        return rope(q, cos, sin, places), k.reshape(B * L, K * R, H, E), v.reshape(B * L, K * R, H, E)
 
     def whole(out: Tensor) -> Tensor:
         return F.pad(out.reshape(B, L * M, H, E)[:, : N - M + 1], (0, 0, 0, 0, M - 1, 0))
 
-    others = {
-        name: lambda q, k, v, f=function: whole(f(*blocks(q, k, v)))
-        for name, function in libraries(device, dtype, compiles).items()
-    }
+    found = {name: lambda q, k, v, f=function: whole(f(*blocks(q, k, v))) for name, function in libraries(on).items()}
+    return {"SDPA": sdpa, "bmm": bmm, **found}
+
+
+def _cross(on: On, shape: tuple[int, ...]) -> list[Row]:
+    B, N, H, E, M, K, R = shape
+    L, device = N // M, on.device
+    sets = _sets(on, (B, N, H, E), (B, L, K, R, H, E), (B, L, K, R, H, E))
+    full, half = (torch.full((B, L, K), length, device=device) for length in (R, R // 2))
+    cos, sin = _tables(max(2 * M, R), E, device)
+    slope = torch.randn(B, N, H, E, device=device).to(on.dtype)
+
+    def ours(lengths: Tensor) -> Callable[..., Any]:
+        return lambda q, k, v: chunked_cross_attention(q, k, v, lengths, M, cos, sin)
+
+    ways = {"ours": ours(full), **_other_ways(on, shape, full, cos, sin)}
+    forward = {name: _forward(way, sets) for name, way in ways.items()}
+    has_backward = [name for name in ways if on.is_gpu or name != "FlexAttention"]
+    both = {name: _both(ways[name], sets, slope) for name in has_backward} | {PADDED: _both(ours(half), sets, slope)}
     small = [x[:1, : 4 * M] if x.dim() == 4 else x[:1, :4] for x in sets[0]]
-    error = _error(lambda q, k, v: chunked_cross_attention(q, k, v, half[:1, :4], M, cos, sin), *small)
-    name = choose("chunked_cross_attention", *sets[0])
+    ours_is: dict[str, Any] = {
+        "backend": choose("chunked_cross_attention", *sets[0]),
+        "bound": "copy" if on.is_gpu else "matmul",
+        "error": _error(ours(half[:1, :4]), *small),
+    }
     num_bytes = (2 * B * N + 2 * B * L * K * R) * H * E * sets[0][0].element_size()
     flops = 4 * B * L * H * M * K * R * E
-    bound = "copy" if device.type == "cuda" else "matmul"
-    text = f"chunked cross-attention {name_of(dtype)} {B}x{N}x{H}x{E}"
-    forward = {"ours": _forward(ours(full), sets), "SDPA": _forward(sdpa, sets), "bmm": _forward(bmm, sets)}
-    both = {"ours": _both(ours(full), sets, slope), "SDPA": _both(sdpa, sets, slope), "bmm": _both(bmm, sets, slope)}
-    forward |= {name: _forward(function, sets) for name, function in others.items()}
-    if device.type == "cuda":  # FlexAttention has no backward pass on a CPU
-        both |= {name: _both(function, sets, slope) for name, function in others.items()}
-    both["ours, half padded"] = _both(ours(half), sets, slope)
-    rows = _rows(f"{text} fwd", name, forward, device, ceilings, dtype, num_bytes, flops, bound, error)
-    return rows + _rows(
-        f"{text} fwd+bwd", name, both, device, ceilings, dtype, 3 * num_bytes, 3.5 * flops, bound, error
-    )
+    text = f"chunked cross-attention {name_of(on.dtype)} {B}x{N}x{H}x{E}"
+    rows = _rows(f"{text} fwd", on, forward, num_bytes=num_bytes, flops=flops, **ours_is)
+    return rows + _rows(f"{text} fwd+bwd", on, both, num_bytes=3 * num_bytes, flops=3.5 * flops, **ours_is)
 
 
-def _self(
-    case: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], ceilings: Ceilings, is_causal: bool
-) -> list[Row]:
+def _self(case: str, on: On, shape: tuple[int, ...], is_causal: bool) -> list[Row]:
     B, N, H, E = shape
-    sets = _sets(device, dtype, shape, shape, shape)
-    slope = torch.randn(shape, device=device).to(dtype)
+    sets = _sets(on, shape, shape, shape)
+    slope = torch.randn(shape, device=on.device).to(on.dtype)
     ours = lambda q, k, v: attention(q, k, v, is_causal=is_causal)  # noqa: E731
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -207,19 +269,12 @@ def _self(
     flops = 3.5 * 4 * B * H * N * N * E / (2 if is_causal else 1)
     works = {"ours": _both(ours, sets, slope), "SDPA": _both(sdpa, sets, slope)}
     num_bytes = 12 * B * N * H * E * sets[0][0].element_size()
-    text = f"{case} {name_of(dtype)} {B}x{N}x{H}x{E} fwd+bwd"
-    return _rows(text, choose("attention", *sets[0]), works, device, ceilings, dtype, num_bytes, flops, "matmul", error)
+    text, name = f"{case} {name_of(on.dtype)} {B}x{N}x{H}x{E} fwd+bwd", choose("attention", *sets[0])
+    return _rows(text, on, works, backend=name, num_bytes=num_bytes, flops=flops, bound="matmul", error=error)
 
 
-def _causal(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], ceilings: Ceilings) -> list[Row]:
-    return _self("causal self-attention", device, dtype, shape, ceilings, True)
-
-
-def _short(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], ceilings: Ceilings) -> list[Row]:
-    return _self("encoder self-attention", device, dtype, shape, ceilings, False)
-
-
-def _gather(device: torch.device, ceilings: Ceilings) -> list[Row]:
+def _gather(on: On) -> list[Row]:
+    device = on.device
     rows, M, R, count = 200_000, 64, 128, 20_000
     table = torch.randint(0, 30_000, (rows, M), device=device).int()
     document = torch.arange(rows, device=device) // 10
@@ -230,4 +285,27 @@ def _gather(device: torch.device, ceilings: Ceilings) -> list[Row]:
         "eager": _forward(lambda ids: reference.gather_neighbors(table, document, lengths, ids, R, 0), sets),
     }
     case, name = f"gather neighbors {count} of {rows} rows", choose("gather_neighbors", sets[0][0])
-    return _rows(case, name, works, device, ceilings, torch.float32, 8 * count * R, 0, "copy", 0.0)
+    return _rows(case, on, works, backend=name, num_bytes=8 * count * R, flops=0, bound="copy", error=0.0)
+
+
+def _products(kind: torch.dtype) -> list[Row]:
+    """A step of decoding reads every weight once: products of one row and of eight, against reading alone."""
+    weights = [(20 * torch.randn(OUTPUTS, INPUTS)).to(kind) for _ in range(BYTES // (OUTPUTS * INPUTS * kind.itemsize))]
+    scale = torch.rand(OUTPUTS) if kind == torch.int8 else None
+    memory, rows = torch.ones(BYTES // 4), []
+
+    def each(product: Callable[[Tensor], Tensor]) -> Work:
+        return lambda: [product(weight) for weight in weights]
+
+    for count in (1, 8):
+        x = torch.randn(count, INPUTS).to(torch.bfloat16 if kind == torch.bfloat16 else torch.float32)
+        works: dict[str, Work] = {"ours": each(partial(linear, x, scale=scale)), "reading": memory.sum}
+        if scale is None:
+            works["torch"] = each(partial(F.linear, x))
+        with torch.inference_mode():
+            found = compared(f"product of {count} row{'s' * (count > 1)} {name_of(kind)}", time_in_turns(works))
+        for row in found:
+            row.gb_s, row.bound = 1e-9 * BYTES / row.median_s, "reading memory"
+            row.ceiling_share = found[1].median_s / row.median_s
+        rows += found
+    return rows

@@ -5,53 +5,68 @@ the decoder alone. FLOPs are those of the formula (model/flops.py), three times 
 of the rate of matrix products count them for every RETRO alike.
 """
 
-import statistics
-
 import torch
 
-from retro_engine.bench import peers
-from retro_engine.bench.frame import Row, measure_ceilings
-from retro_engine.bench.peers import SHAPES, Contestant, Shape, check_memory
+from retro_engine.bench import contestants
+from retro_engine.bench.ceilings import measure_ceilings
+from retro_engine.bench.contestants import RETRO_PEERS, SHAPES, Shape
+from retro_engine.bench.frame import CPU, Measured, Options, Row, Spread, Target, at_least, at_most, compared
 from retro_engine.train.precision import has_fast_bf16
 
 
-def run(sizes: list[str], names: list[str] | None = None, rounds: int = 5) -> list[Row]:
+def run(options: Options, rounds: int = 5) -> Measured:
     """Rows of every size: `ratios` of ours hold how many times as long the others took; `peak_mib` is what the step
     takes beyond weights, gradients and optimizer state.
     """
-    chosen = peers.chosen(names, peers.NAMES) or [name for name in peers.NAMES if "bf16" not in name or has_fast_bf16()]
-    names = peers.present(chosen)
-    rows: list[Row] = []
-    for size in sizes:
-        rows += _size(size, SHAPES[size], names, rounds)
-    return rows
+    known = [name for name in contestants.NAMES if "bf16" not in name or has_fast_bf16()]
+    names = contestants.present(contestants.chosen(options.implementations, contestants.NAMES) or known)
+    measured = Measured([])
+    for size in options.sizes:
+        rows = _size(size, SHAPES[size], names, rounds)
+        measured.rows += rows
+        measured.targets += targets(size, rows)
+    return measured
 
 
 def _size(size: str, shape: Shape, names: list[str], rounds: int) -> list[Row]:
-    rate = measure_ceilings(torch.device("cpu"), [torch.float32]).matmul_gflop_s["fp32"]
-    check_memory(names, shape)
-    contestants = [Contestant(name, shape, torch.get_num_threads()) for name in names]
-    try:
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        mib: dict[str, float] = {}
-        for contestant in contestants:
+    rate = measure_ceilings(CPU, [torch.float32]).matmul_gflop_s["fp32"]
+    contestants.check_memory(names, shape)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    mib: dict[str, float] = {}
+    with contestants.started(names, shape) as started:
+        for contestant in started:
             contestant.step(2)
         for _ in range(rounds):
-            for contestant in contestants:
+            for contestant in started:
                 taken, mib[contestant.name], _loss = contestant.step()
                 seconds[contestant.name].append(taken)
-    finally:
-        for contestant in contestants:
-            contestant.close()
-    rows = []
-    for contestant in contestants:
-        values = sorted(seconds[contestant.name])
-        low, *_, high = statistics.quantiles(values, n=5) if len(values) > 1 else values * 2
-        median = statistics.median(values)
-        gflop = 3e-9 * shape.forward_flops(has_retrieval=contestant.name != "gpt2")
-        row = Row("model", f"step {size}, {shape.batch} x {shape.length}", contestant.name, median, low, high)
-        row.gflop_s, row.bound, row.ceiling_share = gflop / median, "matmul fp32", gflop / median / rate
-        row.peak_mib, row.note = mib[contestant.name], f"{contestant.parameters / 1e6:.1f} M parameters"
-        row.ratios = {other: statistics.median(seconds[other]) / median for other in names if other != contestant.name}
-        rows.append(row)
+    times = {name: Spread.of(values) for name, values in seconds.items()}
+    rows = compared(f"step {size}, {shape.batch} x {shape.length}", times, ours=names)
+    for row, contestant in zip(rows, started):
+        row.gflop_s = 3e-9 * shape.forward_flops(has_retrieval=row.implementation != "gpt2") / row.median_s
+        row.bound, row.ceiling_share = "matmul fp32", row.gflop_s / rate
+        row.peak_mib, row.note = mib[row.implementation], f"{contestant.parameters / 1e6:.1f} M parameters"
     return rows
+
+
+def targets(size: str, rows: list[Row]) -> list[Target]:
+    """Of docs/performance-log.md: speed and memory against the better peer; at 57M on one thread the share of the rate."""
+    found = {row.implementation: row for row in rows}
+    peers = [found[name] for name in RETRO_PEERS if name in found]
+    out = []
+    if "ours" in found:
+        fastest = min((peer.median_s for peer in peers), default=None)
+        types = {
+            "fp32": (1.35, ["ours", "ours, compiled"]),
+            "the best type": (2.5, [name for name in found if name.startswith("ours")]),
+        }
+        for what, (target, names) in types.items():
+            best = min(found[name].median_s for name in names if name in found)
+            value = fastest / best if fastest is not None else None
+            out.append(at_least(f"step {size}: times as fast as the faster peer, {what}", value, target))
+        leanest = min((peer.peak_mib or 0 for peer in peers), default=None)
+        mine = min(row.peak_mib or 0 for name, row in found.items() if name.startswith("ours"))
+        out.append(at_most(f"step {size}: memory against the leaner peer", mine / leanest if leanest else None, 0.5))
+        if size == "57M" and torch.get_num_threads() == 1:
+            out.append(at_least(f"step {size}: share of the fp32 matmul rate", found["ours"].ceiling_share, 0.88))
+    return out

@@ -7,31 +7,32 @@ time is in our C++ calls and in Python between them).
 import cProfile
 import io
 import pstats
-from pathlib import Path
 
 import torch
 
-from retro_engine.bench.peers import SHAPES, Inputs, M, build
+from retro_engine.bench.contestants import SHAPES, Inputs, M, build
+from retro_engine.bench.frame import CPU, Measured, Options
+from retro_engine.bench.machine import environment
 from retro_engine.train.precision import has_fast_bf16
 
 ROWS = 24
 PROMPT, NEW = 256, M
 
 
-def run(sizes: list[str], folder: Path, about: dict[str, object]) -> list[Path]:
-    """Write step-SIZE-TYPE.txt and decode-SIZE-TYPE.txt; return their paths."""
+def run(options: Options) -> Measured:
+    """Write OUT/profiles/step-SIZE-TYPE.txt and decode-SIZE-TYPE.txt; there are no rows."""
+    folder = options.out / "profiles"
     folder.mkdir(parents=True, exist_ok=True)
-    head = ", ".join(f"{key} {value}" for key, value in about.items()) + "\n\n"
-    written = []
-    for size in sizes:
+    head = ", ".join(f"{key} {value}" for key, value in environment(CPU).items()) + "\n\n"
+    for size in options.sizes:
         names = ["ours", *(["ours, bf16"] if has_fast_bf16() else [])]
         texts = {f"step-{size}-{_type(name)}.txt": _step(size, name) for name in names}
         for name in ("ours", "ours, bf16 weights", "ours, int8 weights"):
             texts[f"decode-{size}-{_type(name)}.txt"] = _decode(size, name)
         for name, text in texts.items():
             (folder / name).write_text(head + text)
-            written.append(folder / name)
-    return written
+            print(folder / name)
+    return Measured([])
 
 
 def _type(name: str) -> str:

@@ -1,17 +1,10 @@
-"""The bench's frame: what is timed in turns, written down and drawn; and both benches on tiny inputs."""
+"""The bench's frame: what is timed in turns, and what a target says."""
 
-import csv
-import json
 import time
-from pathlib import Path
 
 import pytest
-import torch
 
 from retro_engine.bench import frame
-from retro_engine.bench.__main__ import main
-
-CPU = torch.device("cpu")
 
 
 def test_alternatives_are_timed_in_turns() -> None:
@@ -20,34 +13,29 @@ def test_alternatives_are_timed_in_turns() -> None:
     def work(name: str, seconds: float) -> frame.Work:
         return lambda: (calls.append(name), time.sleep(seconds))
 
-    times = frame.time_in_turns({"fast": work("fast", 0.001), "slow": work("slow", 0.01)}, CPU, 5)
+    times = frame.time_in_turns({"fast": work("fast", 0.001), "slow": work("slow", 0.01)}, rounds=5)
     assert calls == ["fast", "slow"] * 6, "one round more than is counted"
-    assert times["fast"][0] < times["slow"][0]
+    assert times["fast"].median < times["slow"].median
     for median, low, high in times.values():
         assert low <= median <= high
 
 
-def test_ceilings_and_files(tmp_path: Path) -> None:
-    ceilings = frame.measure_ceilings(CPU, [torch.float32])
-    assert ceilings.copy_gb_s > 0.1 and ceilings.matmul_gflop_s["fp32"] > 0.1
-    rows = [
-        frame.Row("kernels", "case", "ours", 0.5, 0.4, 0.6, 1.0, None, "copy", 0.25, {"other": 2.0}, 1e-7),
-        frame.Row("kernels", "case", "other", 1.0, 0.9, 1.1),
-    ]
-    frame.write(rows, tmp_path / "out" / "kernels", {"device": "test"})
-    written = json.loads((tmp_path / "out" / "kernels.json").read_text())
-    assert written["device"] == "test" and written["rows"][0]["ratios"] == {"other": 2.0}
-    with (tmp_path / "out" / "kernels.csv").open() as file:
-        assert [row["implementation"] for row in csv.DictReader(file)] == ["ours", "other"]
-    text = frame.table(rows)
-    assert "other 2.00x" in text and "25%" in text
-    pytest.importorskip("matplotlib")
-    frame.plot(rows, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+def test_a_row_of_ours_says_how_much_longer_the_others_took() -> None:
+    times = {name: frame.Spread.of([seconds]) for name, seconds in {"ours": 0.5, "other": 1.0}.items()}
+    ours, other = frame.compared("case", times)
+    assert ours.ratios == {"other": 2.0}
+    assert other.ratios == {}
+    assert [row.ratios for row in frame.compared("case", times, ours=times)] == [{"other": 2.0}, {"ours": 0.5}]
 
 
-def test_the_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["nothing"])
-    assert stopped.value.code == 2
-    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+@pytest.mark.parametrize(("values", "spread"), [([3.0], (3, 3, 3)), ([1.0, 2.0, 6.0], (2, 1, 6))])
+def test_few_values_are_not_extrapolated(values: list[float], spread: tuple[float, ...]) -> None:
+    assert frame.Spread.of(values) == spread
+
+
+def test_a_target_holds_at_its_bound_and_never_unmeasured() -> None:
+    assert frame.at_least("row", 1.5, 1.5).holds
+    assert not frame.at_least("row", 1.49, 1.5).holds
+    assert frame.at_most("row", 0.5, 0.5).holds
+    assert not frame.at_most("row", 0.51, 0.5).holds
+    assert not frame.at_most("row", None, 0.5).holds

@@ -1,28 +1,23 @@
-"""The models that `bench model` and `bench decode` compare: ours, megatron-core's and retro-pytorch's RETRO, GPT-2.
+"""The models that `bench model` and `bench decode` compare, each in a process of its own.
 
-Every one lives in a process of its own (`Contestant`) and works only when it is told to, so that they can take turns
-and each has a peak of memory of its own. The peers come from a folder that `make peers` fills with `pip install
---no-deps`; a peer that is absent is left out by name. Letters as in model/flops.py.
+A `Contestant` works only when it is told to, so that they can take turns, and has a peak of memory of its own. Ours are
+built here, the rivals (megatron-core's and retro-pytorch's RETRO, GPT-2) in a checkout's benchmarks/peers.py; one that is
+absent is left out by name. Letters as in model/flops.py.
 """
 
 import contextlib
-import importlib.util
 import multiprocessing
-import os
-import sys
-import tempfile
 import time
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from retro_engine.bench.frame import forget_peak, free_memory, resident_mib
+from retro_engine.bench import checkout
+from retro_engine.bench.machine import forget_peak, free_memory, resident_mib
 from retro_engine.config import ModelConfig, OptimConfig, preset_model
 from retro_engine.errors import OutOfResourceError, UsageError
 from retro_engine.model import flops
@@ -32,7 +27,6 @@ from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
 from retro_engine.train.optimizer import Optimizer
 
-FOLDER = Path(os.environ.get("RETRO_PEERS", ".peers"))
 NAMES = (
     "ours",
     "ours, selective",
@@ -45,11 +39,12 @@ NAMES = (
     "gpt2",
 )
 RETRO_PEERS = ("megatron-core", "retro-pytorch")
-DECODERS = ("ours", "ours, bf16 weights", "ours, int8 weights", *RETRO_PEERS, "gpt2")
+RECOMPUTED = "ours, recomputed"  # without its cache
+DECODERS = ("ours", "ours, bf16 weights", "ours, int8 weights", RECOMPUTED, *RETRO_PEERS, "gpt2")
 M, K = 64, 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """The work: megatron-core's RETRO (chunked cross-attention in layers 6, 9, 12, ..., an encoder of 2 layers)."""
 
@@ -78,10 +73,10 @@ class Shape:
 
 
 SHAPES = {
-    "5M": Shape(6, 192, 3, 4096),
-    "30M": Shape(9, 384, 6, 16384),
-    "57M": Shape(12, 512, 8, 16384),
-    "120M": Shape(12, 768, 12, 16384),
+    "5M": Shape(layers=6, width=192, heads=3, vocab=4096),
+    "30M": Shape(layers=9, width=384, heads=6, vocab=16384),
+    "57M": Shape(layers=12, width=512, heads=8, vocab=16384),
+    "120M": Shape(layers=12, width=768, heads=12, vocab=16384),
 }
 
 
@@ -110,10 +105,9 @@ def missing(name: str) -> str:
     """Why a contestant cannot take part; empty = it can."""
     if name.startswith("ours"):
         return ""
-    if name == "gpt2":
-        return "" if importlib.util.find_spec("transformers") else "transformers is not installed"
-    package = {"megatron-core": "megatron", "retro-pytorch": "retro_pytorch"}[name]
-    return "" if (FOLDER / package).is_dir() else f"{FOLDER}/{package} is not there: make peers"
+    if not checkout.IS_HERE:
+        return "rivals take a checkout of the repository, and make peers in it"
+    return str(checkout.load("peers").missing(name))
 
 
 def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
@@ -136,8 +130,8 @@ def build(name: str, shape: Shape) -> tuple[nn.Module, Step, Decode]:
     torch.manual_seed(0)
     if name.startswith("ours"):
         return _ours(shape, name)
-    sys.path.insert(0, str(FOLDER.resolve()))
-    return {"megatron-core": _megatron, "retro-pytorch": _retro_pytorch, "gpt2": _gpt2}[name](shape)
+    built: tuple[nn.Module, Step, Decode] = checkout.load("peers").build(name, shape)
+    return built
 
 
 def _ours(shape: Shape, name: str) -> tuple[nn.Module, Step, Decode]:
@@ -173,24 +167,10 @@ def _ours(shape: Shape, name: str) -> tuple[nn.Module, Step, Decode]:
             token = logits[:, -1].argmax(-1, keepdim=True)
             given = neighbors[:, t // M : t // M + 1] if (t + 1) % M == 0 else None
 
-    return model, step, decode
+    return model, step, recompute(model) if name == RECOMPUTED else decode
 
 
-def _with_adamw(model: nn.Module, loss_of: Callable[[Inputs], Tensor]) -> Step:
-    """A step with torch's fastest AdamW."""
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step(inputs: Inputs) -> float:
-        adamw.zero_grad()
-        loss = loss_of(inputs)
-        loss.backward()
-        adamw.step()
-        return float(loss.detach())
-
-    return step
-
-
-def _recompute(logits_of: Callable[[Tensor, Tensor], Tensor]) -> Decode:
+def recompute(logits_of: Callable[[Tensor, Tensor], Tensor]) -> Decode:
     """Generation as the peers do it: the whole sequence again at every token. Prompts and steps are whole chunks or
     the last chunk is filled up, as megatron-core's own generation does.
     """
@@ -203,90 +183,6 @@ def _recompute(logits_of: Callable[[Tensor, Tensor], Tensor]) -> Decode:
             tokens = torch.cat((tokens, logits[:, tokens.shape[1] - 1].argmax(-1, keepdim=True)), 1)
 
     return decode
-
-
-def _megatron(shape: Shape) -> tuple[nn.Module, Step, Decode]:
-    """Its CUDA-only calls (random states, the current device) are replaced by what a processor has."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.FileStore(tempfile.mkdtemp() + "/store", 1), rank=0, world_size=1)
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
-    from megatron.core import parallel_state
-    from megatron.core.models.retro import RetroConfig, get_retro_decoder_block_spec
-    from megatron.core.models.retro import RetroModel as Megatron
-    from megatron.core.models.retro import config as retro_config
-    from megatron.core.transformer import dot_product_attention
-
-    retro_config.is_te_min_version = lambda *_: False
-    tracker = types.SimpleNamespace(fork=contextlib.nullcontext)
-    dot_product_attention.tensor_parallel.get_cuda_rng_tracker = lambda *_: tracker
-    parallel_state.initialize_model_parallel()
-    config = RetroConfig(
-        num_layers=shape.layers, hidden_size=shape.width, ffn_hidden_size=4 * shape.width, num_attention_heads=shape.heads,
-        use_cpu_initialization=True, hidden_dropout=0.0, attention_dropout=0.0, retro_encoder_hidden_dropout=0.0,
-        retro_encoder_attention_dropout=0.0, retro_chunk_length=M, retro_num_neighbors=K, retro_split_preprocessing="98,2,0",
-        bias_activation_fusion=False,
-    )  # fmt: skip
-    spec = get_retro_decoder_block_spec(config, use_transformer_engine=False)
-    model = Megatron(
-        config=config, transformer_layer_spec=spec, vocab_size=shape.vocab, max_sequence_length=shape.length,
-        position_embedding_type="rope", share_embeddings_and_output_weights=True,
-    )  # fmt: skip
-
-    def forward(tokens: Tensor, neighbors: Tensor, labels: Tensor | None) -> Tensor:
-        B, N = tokens.shape
-        retrieved = neighbors.reshape(-1, 2 * M)
-        causal = torch.ones(B, 1, N, N, dtype=torch.bool).triu(1)
-        masked = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
-        positions = torch.arange(N).expand(B, N), torch.arange(2 * M).expand(len(retrieved), 2 * M)
-        return model(tokens, positions[0], causal, retrieved, positions[1], masked, labels=labels)
-
-    step = _with_adamw(model, lambda inputs: forward(inputs.tokens, inputs.neighbors, inputs.labels).mean())
-    return model, step, _recompute(lambda tokens, neighbors: forward(tokens, neighbors, None))
-
-
-def _retro_pytorch(shape: Shape) -> tuple[nn.Module, Step, Decode]:
-    """Its model file alone: the package imports what prepares its data."""
-    package = types.ModuleType("retro_pytorch")
-    package.__path__ = [str(FOLDER / "retro_pytorch")]
-    retrieval = types.ModuleType("retro_pytorch.retrieval")
-    retrieval.BERT_VOCAB_SIZE = shape.vocab  # type: ignore[attr-defined]
-    sys.modules |= {"retro_pytorch": package, "retro_pytorch.retrieval": retrieval}
-    from retro_pytorch.retro_pytorch import RETRO
-
-    model = RETRO(
-        num_tokens=shape.vocab, max_seq_len=shape.length, enc_dim=shape.width, enc_depth=2, enc_cross_attn_layers=(1,),
-        dec_depth=shape.layers, dec_cross_attn_layers=tuple(i + 1 for i in shape.cross_layers), heads=shape.heads,
-        dec_dim=shape.width, dim_head=shape.width // shape.heads, chunk_size=M,
-    )  # fmt: skip
-
-    def loss_of(inputs: Inputs) -> Tensor:
-        row = torch.cat((inputs.tokens, inputs.labels[:, -1:]), 1)
-        return model(row, inputs.neighbors, return_loss=True)
-
-    return model, _with_adamw(model, loss_of), _recompute(lambda tokens, neighbors: model(tokens, neighbors))
-
-
-def _gpt2(shape: Shape) -> tuple[nn.Module, Step, Decode]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=shape.vocab, n_positions=shape.length, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-
-    def loss_of(inputs: Inputs) -> Tensor:
-        logits = model(inputs.tokens).logits
-        return nn.functional.cross_entropy(logits.flatten(0, 1), inputs.labels.flatten())
-
-    def decode(prompts: Tensor, neighbors: Tensor, new: int) -> None:
-        past, token = None, prompts
-        for _ in range(new):
-            out = model(token, past_key_values=past, use_cache=True)
-            past, token = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
-
-    return model, _with_adamw(model, loss_of), decode
 
 
 def _work(connection: Connection, name: str, shape: Shape, threads: int) -> None:
@@ -368,3 +264,16 @@ class Contestant:
             self._connection.send(None)
         self._process.join(10)
         self._process.kill()
+
+
+@contextlib.contextmanager
+def started(names: Sequence[str], shape: Shape) -> Iterator[list[Contestant]]:
+    """One of each, on as many threads as this process has; all are ended with the block."""
+    running: list[Contestant] = []
+    try:
+        for name in names:
+            running.append(Contestant(name, shape, torch.get_num_threads()))
+        yield running
+    finally:
+        for contestant in running:
+            contestant.close()
