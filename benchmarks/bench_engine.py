@@ -1,17 +1,15 @@
-"""What the engine costs and what batching gives: tokens/s of 1 and 8 sequences, its overhead, a warm prompt, weights.
+"""What the engine costs and what batching gives: tokens/s of 1 and 8 sequences, its overhead, a warm prompt.
 
 97 M parameters with random weights (width 768, 12 layers, 16,384 entries, two encoder layers): large enough that
-reading weights is most of a step. Two neighbors of 128 tokens, given, at every chunk boundary. One thread. Ratios are
-medians over rounds in which the sides take turns.
+reading weights is most of a step. Two neighbors of 128 tokens, given, at every chunk boundary. ROUNDS sets the rounds.
 """
 
 import os
-import statistics
 import time
 
-import pytest
 import torch
 
+from retro_engine.bench.frame import Measured, Options, Spread, at_least, at_most, compared, time_in_turns
 from retro_engine.config import preset_model
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.generate.engine import Engine, Request
@@ -24,8 +22,19 @@ V, NEW = 16384, 128
 NEIGHBORS = ["the quick brown fox " * 40, "jumps over the lazy dog " * 40]
 
 
+def run(options: Options) -> Measured:
+    measured = Measured([])
+    for weights in ("fp32", "int8"):
+        generator = make_generator(weights)
+        for neighbors in ([], NEIGHBORS):
+            measure_batch(measured, generator, weights, neighbors)
+        if weights == "fp32":
+            measure_overhead(measured, generator)
+            measure_first_token(measured, generator)
+    return measured
+
+
 def make_generator(weights: str) -> Generator:
-    torch.set_num_threads(1)
     config = preset_model(
         "base", vocab_size=V, hidden_size=768, ffn_hidden_size=3072, num_attention_heads=12, dec_num_layers=12,
         enc_num_layers=2, dec_cross_attention=[5, 8, 11], enc_cross_attention=[0], activation="gelu", encoder_seq_length=512,
@@ -44,46 +53,38 @@ def request(number: int, new: int = NEW, neighbors: list[str] = NEIGHBORS) -> Re
     return Request(prompt(number), new, neighbors=neighbors)
 
 
-def ratio(sides: dict[str, list[float]], above: str, below: str) -> float:
-    return statistics.median(a / b for a, b in zip(sides[above], sides[below]))
-
-
-@pytest.mark.parametrize("weights", ["fp32", "int8"])
-@pytest.mark.parametrize("neighbors", [[], NEIGHBORS], ids=["off", "neighbors"])
-def test_batch_of_8_against_1(weights: str, neighbors: list[str]) -> None:
-    generator = make_generator(weights)
-    rates: dict[str, list[float]] = {"1": [], "8": []}
+def measure_batch(measured: Measured, generator: Generator, weights: str, neighbors: list[str]) -> None:
     with Engine(generator, max_batch=8, prefix_bytes=0) as engine:
-        engine.submit(request(99, 4)).result()
-        for _ in range(ROUNDS):
-            for size in (1, 8):
-                start = time.perf_counter()
-                for stream in [engine.submit(request(number, NEW, neighbors)) for number in range(size)]:
-                    stream.result()
-                rates[str(size)].append(size * NEW / (time.perf_counter() - start))
-    print(f"\n{weights}, {'two neighbors' if neighbors else 'retrieval off'}: tokens/s of 1: {statistics.median(rates['1']):.1f}, "
-          f"of 8: {statistics.median(rates['8']):.1f}: {ratio(rates, '8', '1'):.2f}x (target 4x)")  # fmt: skip
+
+        def decode(size: int) -> None:
+            for stream in [engine.submit(request(number, NEW, neighbors)) for number in range(size)]:
+                stream.result()
+
+        works = {f"{size} at once": lambda size=size: decode(size) for size in (1, 8)}
+        times = time_in_turns(works, rounds=ROUNDS)
+    case = f"{weights}, {'two neighbors' if neighbors else 'retrieval off'}"
+    rows = compared(case, times, ours=["8 at once"])
+    one, eight = (size * NEW / row.median_s for size, row in zip((1, 8), rows))
+    rows[0].note, rows[1].note = f"{one:.1f} tokens/s", f"{eight:.1f} tokens/s"
+    measured.rows += rows
+    measured.targets.append(at_least(f"{case}: tokens/s of 8 sequences against 1", eight / one, 4))
 
 
-def test_overhead_over_the_bare_generator() -> None:
-    generator = make_generator("fp32")
-    seconds: dict[str, list[float]] = {"bare": [], "engine": []}
+def measure_overhead(measured: Measured, generator: Generator) -> None:
     with Engine(generator, max_batch=8, prefix_bytes=0) as engine:
-        for number in range(ROUNDS + 1):
-            start = time.perf_counter()
-            generator.generate_all([request(number, 64)])
-            middle = time.perf_counter()
-            engine.submit(request(number, 64)).result()
-            if number:
-                seconds["bare"].append(middle - start)
-                seconds["engine"].append(time.perf_counter() - middle)
-    print(f"\nengine against the bare generator: {ratio(seconds, 'engine', 'bare'):.3f}x its time (target 1.05x)")
+        works = {
+            "bare generator": lambda: generator.generate_all([request(1, 64)]),
+            "engine": lambda: engine.submit(request(1, 64)).result(),
+        }
+        rows = compared("one sequence of 64 tokens", time_in_turns(works, rounds=ROUNDS), ours=["engine"])
+    measured.rows += rows
+    cost = rows[1].median_s / rows[0].median_s
+    measured.targets.append(at_most("engine against the bare generator, its time", cost, 1.05))
 
 
-def test_first_token_after_a_warm_prefix() -> None:
-    """A prompt of 512 tokens, taken in before, against one step of that sequence."""
-    generator = make_generator("fp32")
-    seconds: dict[str, list[float]] = {"cold": [], "warm": [], "step": []}
+def measure_first_token(measured: Measured, generator: Generator) -> None:
+    """A prompt of 512 tokens, new and taken in before, against one step of that sequence."""
+    seconds: dict[str, list[float]] = {"cold": [], "warm": [], "a step": []}
     with Engine(generator, max_batch=8) as engine:
         for number in range(ROUNDS + 1):
             asked = Request(prompt(number, 512), 33, neighbors=NEIGHBORS)
@@ -97,6 +98,8 @@ def test_first_token_after_a_warm_prefix() -> None:
                 if number:
                     seconds[side].append(first - start)
             if number:
-                seconds["step"].append((time.perf_counter() - first) / 32)
-    warm, cold = ratio(seconds, "warm", "step"), ratio(seconds, "cold", "step")
-    print(f"\nfirst token of a prompt of 512, in steps: cold {cold:.1f}, warm {warm:.2f} (target 1.5)")
+                seconds["a step"].append((time.perf_counter() - first) / 32)
+    rows = compared("first token of a prompt of 512", {side: Spread.of(values) for side, values in seconds.items()})
+    measured.rows += rows
+    steps = rows[1].median_s / rows[2].median_s
+    measured.targets.append(at_most("first token of a warm prompt of 512, in steps", steps, 1.5))

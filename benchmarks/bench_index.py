@@ -1,28 +1,31 @@
 """An index of 10^6 vectors of width 384 on this machine: building time, ms a query, recall, bytes a vector.
 
 The vectors are synthetic: 20,000 topics on a 32-dimensional surface, with noise. Alone on two cores it takes about
-six minutes. `python benchmarks/bench_index.py [VECTORS]`.
+six minutes. RETRO_VECTORS sets their number.
 """
 
-import json
-import resource
-import sys
+import os
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import faiss
 import numpy as np
 
+from retro_engine.bench.frame import Measured, Options, Row, compared, time_in_turns
+from retro_engine.bench.machine import forget_peak, resident_mib
 from retro_engine.data.corpus import Document
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.progress import Reporter
 from retro_engine.retrieval import index as index_module
 from retro_engine.retrieval import vectors as vectors_module
+from retro_engine.retrieval.embed import Embedding
 from retro_engine.retrieval.index import build_index
 from retro_engine.retrieval.vectors import ExactSearch
 
+VECTORS = int(os.environ.get("RETRO_VECTORS", 10**6))
 WIDTH = 384
 
 
@@ -35,6 +38,8 @@ def make_store(folder: Path, chunks: int) -> Store:
 
 class Synthetic:
     """Stands for an embedder: the vectors of a stretch of chunks, the same whenever they are asked for."""
+
+    embedding = Embedding("synthetic", width=WIDTH)
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -49,56 +54,41 @@ class Synthetic:
         return values / np.linalg.norm(values, axis=1, keepdims=True)
 
 
-def main() -> None:
-    chunks = int(sys.argv[1]) if len(sys.argv) > 1 else 10**6
-    from retro_engine.retrieval.embed import Embedding
-
+def run(options: Options) -> Measured:
+    forget_peak()
     synthetic = Synthetic()
-    synthetic.embedding = Embedding("synthetic", width=WIDTH)  # type: ignore[attr-defined]
-    vectors_module.open_embedder = lambda text, model: synthetic  # type: ignore[assignment]
-    vectors_module.choose_embedding = lambda *given, **named: (synthetic.embedding, "")  # type: ignore[attr-defined]
-    with tempfile.TemporaryDirectory() as temporary:
-        store = make_store(Path(temporary) / "s", chunks)
+    times: dict[str, float] = {}
+    real = index_module.run_stage
+
+    def timed(stage, executor, reporter):  # type: ignore[no-untyped-def]
+        start = time.perf_counter()
+        found = real(stage, executor, reporter)
+        times[stage.name.split()[0]] = round(time.perf_counter() - start, 1)
+        return found
+
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        mock.patch.object(vectors_module, "open_embedder", return_value=synthetic),
+        mock.patch.object(vectors_module, "choose_embedding", return_value=(synthetic.embedding, "")),
+    ):
+        store = make_store(Path(temporary) / "s", VECTORS)
         reporter = Reporter("text")
         vectors = vectors_module.build_vectors(store, "synthetic", reporter=reporter)
-        times: dict[str, float] = {}
-        real = index_module.run_stage
-
-        def timed(stage, executor, reporter):  # type: ignore[no-untyped-def]
-            start = time.perf_counter()
-            found = real(stage, executor, reporter)
-            times[stage.name.split()[0]] = round(time.perf_counter() - start, 1)
-            return found
-
-        index_module.run_stage = timed  # type: ignore[assignment]
         start = time.perf_counter()
-        index = build_index(store, "synthetic", store.folder / "index" / "synthetic", reporter=reporter)
-        whole_s = time.perf_counter() - start
-        queries = vectors.rows(0, 500)
-        start = time.perf_counter()
-        index.search_vectors(queries, 10)
-        batch_ms = (time.perf_counter() - start) / 500 * 1e3
-        start = time.perf_counter()
-        for query in queries[:200]:
-            index.search_vectors(query[None], 10)
-        single_ms = (time.perf_counter() - start) / 200 * 1e3
-        start = time.perf_counter()
-        ExactSearch(vectors, "ip").search(queries, 10)
-        exact_ms = (time.perf_counter() - start) / 500 * 1e3
-        result = {
-            "vectors": chunks,
-            "width": WIDTH,
-            **index.summary(),
-            "threads": faiss.omp_get_max_threads(),
-            "build_s": round(whole_s, 1),
-            "stages_s": times,
-            "ms_per_query_500_at_once": round(batch_ms, 3),
-            "ms_per_query_single": round(single_ms, 3),
-            "ms_per_query_exact": round(exact_ms, 3),
-            "peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        with mock.patch.object(index_module, "run_stage", timed):
+            index = build_index(store, "synthetic", store.folder / "index" / "synthetic", reporter=reporter)
+        built_s = time.perf_counter() - start
+        rows = [Row(case=f"building, {VECTORS:,} vectors", implementation="ours", median_s=built_s, low_s=built_s,
+                    high_s=built_s, peak_mib=resident_mib(is_peak=True), note=f"stages {times}")]  # fmt: skip
+        queries, exact = vectors.rows(0, 500), ExactSearch(vectors, "ip")
+        works = {
+            "all at once": lambda: index.search_vectors(queries, 10),
+            "one by one": lambda: [index.search_vectors(query[None], 10) for query in queries],
+            "exact": lambda: exact.search(queries, 10),
         }
-        print(json.dumps(result, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+        rows += compared(f"{len(queries)} queries", time_in_turns(works, rounds=3), ours=["all at once"])
+        for row in rows[1:]:
+            row.note = f"{1e3 * row.median_s / len(queries):.3f} ms a query"
+        facts = {"vectors": VECTORS, "width": WIDTH, "threads": faiss.omp_get_max_threads(), **index.summary()}
+    print(facts)
+    return Measured(rows, facts={"index": facts})

@@ -9,18 +9,21 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import apsw
 import numpy as np
-import pytest
-from helpers import shared
 
+from retro_engine.bench.frame import Measured, Options, Spread, at_least, at_most, compared
+from retro_engine.bench.machine import ROOT
 from retro_engine.data.corpus import Document, Reader
 from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import MissingInputError
 from retro_engine.library.documents import HashEmbedder
 from retro_engine.library.library import Library
 from retro_engine.retrieval.analyzer import Analyzer
@@ -30,14 +33,33 @@ WORDS_PER_DOCUMENT = 45
 WRITES_PER_S = 50
 QUERIES = 300
 K = 10
+WIKIPEDIA = ROOT.parent / "shared" / "data" / "wikipedia-featured-good.jsonl.zst"
+
+
+def run(options: Options) -> Measured:
+    tokenizer = Tokenizer.train([d.text for d in Texts(200_000).documents(20_000)], 16384)
+    measured = Measured([])
+    with tempfile.TemporaryDirectory() as name:
+        for batch in (1, 100):
+            folder = Path(name) / f"adds-{batch}"
+            folder.mkdir()
+            measure_adds(measured, tokenizer, folder, batch)
+        folder = filled(Path(os.environ.get("RETRO_LIBRARY", Path(name) / "library")), tokenizer)
+        for mode in ("lexical", "dense", "hybrid"):
+            for question, num_terms in (("8-term question", 8), ("64-token chunk", 0)):
+                measure_answers(measured, folder, mode, question, num_terms)
+        measure_opening(measured, folder)
+    return measured
 
 
 @functools.cache
 def passages() -> list[str]:
     """Every passage of the corpus, in order."""
+    path = Path(os.environ.get("RETRO_TEXT", WIKIPEDIA))
+    if not path.exists():
+        raise MissingInputError(f"{path} is not there", "its passages fill the library", "RETRO_TEXT=FILE.jsonl")
     out = []
-    path = os.environ.get("RETRO_TEXT") or shared("data/wikipedia-featured-good.jsonl.zst")
-    for row in Reader().read([Path(path)]):
+    for row in Reader().read([path]):
         words = row.text.split() if isinstance(row, Document) else []
         out += [" ".join(words[i : i + WORDS_PER_DOCUMENT]) for i in range(0, len(words), WORDS_PER_DOCUMENT)]
     return out
@@ -60,15 +82,8 @@ class Texts:
         return " ".join(Analyzer().words(document.text)[:num_terms]) if num_terms else document.text
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train([d.text for d in Texts(200_000).documents(20_000)], 16384)
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def filled(path: Path, tokenizer: Tokenizer) -> Path:
     """A library of NUM_CHUNKS chunks with vectors."""
-    path = Path(os.environ.get("RETRO_LIBRARY", tmp_path_factory.mktemp("library") / "library"))
     if not path.exists():
         Library.create(path, tokenizer, 64, embedder=HashEmbedder(tokenizer))
     texts = Texts()
@@ -76,7 +91,7 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     with Library(path) as library:
         while sum(n["chunks"] for n in library.statistics()["namespaces"].values()) < NUM_CHUNKS:
             library.add(texts.documents(1000))
-        print(f"\nfilled in {time.perf_counter() - start:.0f} s: {library.statistics()}")
+        print(f"filled in {time.perf_counter() - start:.0f} s: {library.statistics()}")
     return path
 
 
@@ -115,72 +130,68 @@ class TokenizerAlone:
         self.tokenizer.encode_batch([d.text for d in documents])
 
 
-@pytest.mark.benchmark(group="acknowledged adds")
-@pytest.mark.parametrize("batch", [1, 100])
-def test_adds(benchmark, tokenizer: Tokenizer, tmp_path: Path, batch: int) -> None:
+def measure_adds(measured: Measured, tokenizer: Tokenizer, folder: Path, batch: int) -> None:
     """The same documents to each in turns, so that what else the machine does falls on all alike."""
     texts = Texts(100_000)
-    targets: dict[str, Bare | TokenizerAlone | Library] = {
-        "apsw_with_fts5": Bare(tmp_path / "bare.sqlite"),
-        "tokenizer_alone": TokenizerAlone(tokenizer),
+    adders: dict[str, Bare | TokenizerAlone | Library] = {
+        "apsw with FTS5": Bare(folder / "bare.sqlite"),
+        "tokenizer alone": TokenizerAlone(tokenizer),
     }
-    for name, embedder in (("lexical", None), ("lexical_and_hash_vectors", HashEmbedder(tokenizer))):
-        Library.create(tmp_path / name, tokenizer, 64, embedder=embedder)
-        targets[name] = Library(tmp_path / name)
-    times: dict[str, list[float]] = {name: [] for name in targets}
-
-    def add_to_all() -> None:
+    libraries = {"lexical": None, "with hash vectors": HashEmbedder(tokenizer)}
+    for name, embedder in libraries.items():
+        Library.create(folder / name, tokenizer, 64, embedder=embedder)
+        adders[name] = Library(folder / name)
+    times: dict[str, list[float]] = {name: [] for name in adders}
+    for _ in range(410 if batch == 1 else 70):
         documents = texts.documents(batch)
-        for name, target in targets.items():
+        for name, adder in adders.items():
             start = time.perf_counter()
-            target.add(documents)
+            adder.add(documents)
             times[name].append(time.perf_counter() - start)
+    for adder in adders.values():
+        if isinstance(adder, Library):
+            adder.close()
+    case = f"acknowledged adds of {batch}"
+    rows = compared(case, {name: Spread.of(each[10:]) for name, each in times.items()}, ours=libraries)
+    for row in rows:
+        row.note = f"{batch / row.median_s:,.0f} documents/s"
+        if row.ratios:
+            share = row.ratios["apsw with FTS5"]
+            measured.targets.append(at_least(f"{case}, {row.implementation}: share of bare apsw's rate", share, 0.5))
+    measured.rows += rows
 
-    benchmark.pedantic(add_to_all, rounds=400 if batch == 1 else 60, warmup_rounds=10)
-    medians = {name: float(np.median(each[10:])) for name, each in times.items()}
-    for name, seconds in medians.items():
-        benchmark.extra_info[f"{name}_documents_per_s"] = batch / seconds
-        benchmark.extra_info[f"{name}_ratio"] = medians["apsw_with_fts5"] / seconds
-    for target in targets.values():
-        if isinstance(target, Library):
-            target.close()
 
-
-@pytest.mark.benchmark(group="answers while 50 documents/s are added")
-@pytest.mark.parametrize("mode", ["lexical", "dense", "hybrid"])
-@pytest.mark.parametrize("num_terms", [8, 0], ids=["8-term question", "64-token chunk"])
-def test_answers(benchmark, folder: Path, mode: str, num_terms: int) -> None:
+def measure_answers(measured: Measured, folder: Path, mode: str, question: str, num_terms: int) -> None:
     texts, more = Texts(230_000), Texts(10_000_000 * (1 + num_terms))
     is_over = threading.Event()
-    written = [0]
+    written = 0
     with Library(folder) as library:
 
         def write() -> None:
+            nonlocal written
             start = time.perf_counter()
             while not is_over.is_set():
                 library.add(more.documents(1))
-                written[0] += 1
-                time.sleep(max(0.0, start + written[0] / WRITES_PER_S - time.perf_counter()))
+                written += 1
+                time.sleep(max(0.0, start + written / WRITES_PER_S - time.perf_counter()))
 
         for _ in range(20):
             library.search(texts.question(num_terms), K, mode)
         writer = threading.Thread(target=write)
         writer.start()
         start = time.perf_counter()
-        benchmark.pedantic(
-            library.search,
-            setup=lambda: (time.sleep(0.01), ((texts.question(num_terms), K, mode), {}))[1],
-            rounds=QUERIES,
-        )
+        times = []
+        for _ in range(QUERIES):
+            time.sleep(0.01)
+            asked = texts.question(num_terms)
+            times.append(timed(lambda asked=asked: library.search(asked, K, mode)))
         seconds = time.perf_counter() - start
         is_over.set()
         writer.join()
-    times = np.sort(benchmark.stats.stats.data) * 1e3
-    benchmark.extra_info |= {
-        "p50_ms": float(np.median(times)),
-        "p99_ms": float(times[int(0.99 * len(times))]),
-        "writes_per_s": written[0] / seconds,
-    }
+    (row,) = compared(f"{question} beside {WRITES_PER_S} adds a second", {mode: Spread.of(times)})
+    row.note = f"p99 {1e3 * float(np.quantile(times, 0.99)):.1f} ms, {written / seconds:.0f} adds a second"
+    measured.rows.append(row)
+    measured.targets.append(at_most(f"{row.case}, {mode}: p50 in ms", 1e3 * row.median_s, 15))
 
 
 WRITER = """
@@ -196,12 +207,11 @@ with Library(sys.argv[1]) as library:
 """
 
 
-@pytest.mark.benchmark(group="open after a kill, and answer")
-def test_ready_after_a_kill(benchmark, folder: Path) -> None:
+def measure_opening(measured: Measured, folder: Path) -> None:
     here = Path(__file__).parent
 
     def kill_a_writer() -> None:
-        command = [sys.executable, "-c", WRITER, str(folder), str(here), str(here.parent / "tests")]
+        command = [sys.executable, "-c", WRITER, str(folder), str(here)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "open\n"
@@ -212,4 +222,16 @@ def test_ready_after_a_kill(benchmark, folder: Path) -> None:
         with Library(folder) as library:
             assert library.search(Texts(230_000).question(8), K)
 
-    benchmark.pedantic(open_and_ask, setup=kill_a_writer, rounds=3)
+    times = []
+    for _ in range(3):
+        kill_a_writer()
+        times.append(timed(open_and_ask))
+    rows = compared("open after a kill, and answer", {"ours": Spread.of(times)})
+    measured.rows += rows
+    measured.targets.append(at_most("open after a kill, and answer: seconds", rows[0].median_s, 10))
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

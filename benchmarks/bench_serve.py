@@ -2,58 +2,55 @@
 
 The server is a process of its own (`retro serve` on loopback), the engine alone runs in this one, with the same run: a
 tiny model, so that the service shows. The client is a plain socket. Sides take turns; differences are of medians.
+REQUESTS sets how many the memory is looked at over (10,000), ROUNDS how many a side takes.
 """
 
 import concurrent.futures
 import json
 import os
 import socket
-import statistics
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from helpers import write_corpus
 from serve_helpers import Process, make_run, started
 
+from retro_engine.bench.frame import Measured, Options, Spread, at_most, compared, time_in_turns
+from retro_engine.bench.machine import resident_mib
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.generate.engine import Engine, Request
-from retro_engine.generate.generator import Generator
+from retro_engine.generate.sampling import Sampling
 from retro_engine.retrieval.neighbors import build_neighbors
 from retro_engine.serve.accounts import Accounts
-from retro_engine.serve.service import Service, ServiceOptions, open_service
+from retro_engine.serve.service import ServiceOptions, open_service
 
-REQUESTS = int(os.environ.get("REQUESTS", 10_000))  # of the memory test
+REQUESTS = int(os.environ.get("REQUESTS", 10_000))
 ROUNDS = int(os.environ.get("ROUNDS", 200))
 PROMPT = "river stone amber lantern"
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store, a run of three steps on it, and a key."""
-    folder = tmp_path_factory.mktemp("bench")
-    store = prepare([write_corpus(folder / "c.jsonl", 40)], folder / "store", vocab_size=300, chunk_size=16)
-    build_neighbors(store, [store], "bm25", num_neighbors=6)
-    make_run(Store(folder / "store"), folder / "run")
-    (folder / "key").write_text(Accounts(folder / "accounts.sqlite").add_key("bench", "write"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(place: Path) -> Iterator[Process]:
-    with started(place / "run", place, "--max-waiting", "200") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def engine(place: Path) -> Iterator[Engine]:
-    (place / "other").mkdir()
-    service: Service = open_service(ServiceOptions(run=str(place / "run"), library=str(place / "other" / "library")))
-    assert isinstance(service.engine.generator, Generator)
-    yield service.engine
-    service.close()
+def run(options: Options) -> Measured:
+    measured = Measured([])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = prepare([write_corpus(folder / "c.jsonl", 40)], folder / "store", vocab_size=300, chunk_size=16)
+        build_neighbors(store, [store], "bm25", num_neighbors=6)
+        make_run(Store(folder / "store"), folder / "run")
+        key = Accounts(folder / "accounts.sqlite").add_key("bench", "write")
+        (folder / "alone").mkdir()
+        service = open_service(ServiceOptions(run=str(folder / "run"), library=str(folder / "alone" / "library")))
+        try:
+            with started(folder / "run", folder, "--max-waiting", "200") as server:
+                measure_requests(measured, Client(server, key), service.engine)
+                measure_streams(measured, server, Client(server, key), service.engine)
+                measure_stalled(measured, server, key)
+                measure_memory(measured, server, Client(server, key))
+        finally:
+            service.close()
+    return measured
 
 
 class Client:
@@ -94,11 +91,6 @@ class Client:
         return self.receive()
 
 
-@pytest.fixture
-def client(place: Path, server: Process) -> Client:
-    return Client(server, (place / "key").read_text())
-
-
 def body(tokens: int, **more: object) -> dict[str, object]:
     retro = {"neighbors": []}
     return {
@@ -112,34 +104,30 @@ def body(tokens: int, **more: object) -> dict[str, object]:
     }
 
 
-def timed(work: object) -> float:
+def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
-    work()  # type: ignore[operator]
+    work()
     return time.perf_counter() - start
 
 
 def request(engine: Engine, tokens: int) -> Request:
-    from retro_engine.generate.sampling import Sampling
-
     ids = engine.generator.tokenizer.encode(PROMPT)
     return Request(ids, tokens, sampling=Sampling(min_tokens=tokens), neighbors=[])
 
 
-def test_a_request(client: Client, engine: Engine) -> None:
-    served, alone, empty = [], [], []
-    for turn in range(ROUNDS + 20):
-        values = (
-            timed(lambda: client.ask("/v1/completions", body(1))),
-            timed(lambda: engine.submit(request(engine, 1)).result()),
-            timed(lambda: client.ask("/health")),
-        )
-        for side, value in zip((served, alone, empty), values):
-            side.append(value)
-        del turn
-    served, alone, empty = (sorted(side[20:]) for side in (served, alone, empty))
-    cost = statistics.median(served) - statistics.median(alone)
-    print(f"\na request: {1e3 * statistics.median(served):.2f} ms served, {1e3 * statistics.median(alone):.2f} ms in the engine alone, "
-          f"the service costs {1e3 * cost:.2f} ms (target 3); /health {1e3 * statistics.median(empty):.2f} ms")  # fmt: skip
+def measure_requests(measured: Measured, client: Client, engine: Engine) -> None:
+    works = {
+        "served": lambda: client.ask("/v1/completions", body(1)),
+        "engine alone": lambda: engine.submit(request(engine, 1)).result(),
+        "/health": lambda: client.ask("/health"),
+    }
+    for work in works.values():
+        for _ in range(20):
+            work()
+    rows = compared("a request of one token", time_in_turns(works, rounds=ROUNDS), ours=["served"])
+    measured.rows += rows
+    cost = rows[0].median_s - rows[1].median_s
+    measured.targets.append(at_most("a request: ms that the service costs", 1e3 * cost, 3))
 
 
 def cpu_s(pid: int) -> float:
@@ -148,24 +136,28 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_a_streamed_token(server: Process, client: Client, engine: Engine) -> None:
-    tokens, served, alone, work = 256, [], [], []
+def measure_streams(measured: Measured, server: Process, client: Client, engine: Engine) -> None:
+    tokens = 256
+    seconds: dict[str, list[float]] = {"served": [], "engine alone": [], "the service's processor time": []}
     for _ in range(max(3, ROUNDS // 20)):
         begin = cpu_s(server.process.pid)
-        served.append(timed(lambda: client.ask("/v1/completions", body(tokens, stream=True))))
+        served = timed(lambda: client.ask("/v1/completions", body(tokens, stream=True)))
         middle, mine = cpu_s(server.process.pid), time.process_time()
-        alone.append(timed(lambda: list(engine.submit(request(engine, tokens)))))
-        work.append((middle - begin - (time.process_time() - mine)) / tokens)
-    cost = (statistics.median(served) - statistics.median(alone)) / tokens
-    print(f"\nprocessor time of the service a streamed token: {1e3 * statistics.median(work):.3f} ms")
-    print(f"\na streamed token: {1e3 * statistics.median(served) / tokens:.3f} ms served, {1e3 * statistics.median(alone) / tokens:.3f} ms "
-          f"in the engine alone, the service costs {1e3 * cost:.3f} ms (target .5)")  # fmt: skip
+        alone = timed(lambda: list(engine.submit(request(engine, tokens))))
+        work = middle - begin - (time.process_time() - mine)
+        for side, value in zip(seconds.values(), (served, alone, work)):
+            side.append(value / tokens)
+    times = {side: Spread.of(values) for side, values in seconds.items()}
+    rows = compared("a streamed token", times, ours=["served"])
+    measured.rows += rows
+    cost = rows[0].median_s - rows[1].median_s
+    measured.targets.append(at_most("a streamed token: ms that the service costs", 1e3 * cost, 0.5))
 
 
-def test_64_streams_with_4_stalled(place: Path, server: Process) -> None:
-    key = (place / "key").read_text()
+def measure_stalled(measured: Measured, server: Process, key: str) -> None:
+    """64 streams, all read or four of them not; none of the other 60 may be lost."""
 
-    def run(_: int) -> float:
+    def stream(_: int) -> float:
         client = Client(server, key)
 
         def work() -> None:
@@ -175,35 +167,34 @@ def test_64_streams_with_4_stalled(place: Path, server: Process) -> None:
 
         return timed(work)
 
-    worst: dict[bool, list[float]] = {False: [], True: []}
+    worst: dict[str, list[float]] = {"all read": [], "4 stalled": []}
     for _ in range(6):
-        for is_stalled in (False, True):
+        for side, values in worst.items():
             stalled = [Client(server, key) for _ in range(4)]
             for client in stalled:
                 client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
                 client.send("/v1/completions", body(64, stream=True, logprobs=20))
-                if not is_stalled:
+                if side == "all read":
                     client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
             with concurrent.futures.ThreadPoolExecutor(64) as pool:
-                readers = [] if is_stalled else [pool.submit(client.receive) for client in stalled]
-                seconds = sorted(pool.map(run, range(60)))
+                readers = [pool.submit(client.receive) for client in stalled] if side == "all read" else []
+                seconds = sorted(pool.map(stream, range(60)))
                 for reader in readers:
                     reader.result()
-            worst[is_stalled].append(seconds[int(0.99 * len(seconds))])
+            values.append(seconds[int(0.99 * len(seconds))])
             for client in stalled:
                 client.socket.close()
-    change = statistics.median(a / b for a, b in zip(worst[True], worst[False])) - 1
-    print(f"\n64 streams, 4 of them stalled: none of the other 60 lost, their p99 {statistics.median(worst[True]):.2f} s against "
-          f"{statistics.median(worst[False]):.2f} s when all read: {100 * change:+.0f} % (target +20 %)")  # fmt: skip
+    times = {side: Spread.of(values) for side, values in worst.items()}
+    measured.rows += compared("64 streams, p99 of 60", times, ours=["4 stalled"])
+    change = Spread.of([a / b - 1 for a, b in zip(worst["4 stalled"], worst["all read"])]).median
+    measured.targets.append(at_most("64 streams, 4 stalled: change of the others' p99", change, 0.2))
 
 
-def test_memory_over_many_requests(place: Path, server: Process, client: Client) -> None:
-    def resident_mib() -> float:
-        text = Path(f"/proc/{server.process.pid}/status").read_text()
-        return int(text.partition("VmRSS:")[2].split()[0]) / 1024
-
-    sizes = []
+def measure_memory(measured: Measured, server: Process, client: Client) -> None:
+    """After each tenth of many requests: searches, adds, streams, new connections."""
+    sizes, times = [], []
     for turn in range(REQUESTS):
+        start = time.perf_counter()
         if turn % 10 == 0:
             client.ask("/v1/retrieve", {"query": f"amber {turn}"})
             client = Client(server, client.key)
@@ -213,6 +204,9 @@ def test_memory_over_many_requests(place: Path, server: Process, client: Client)
             client.ask("/v1/completions", body(2, prompt=f"river {turn % 100} stone", stream=True))
         else:
             client.ask("/v1/completions", body(1, prompt=f"amber {turn % 100}", retro={}))
+        times.append(time.perf_counter() - start)
         if turn % (REQUESTS // 10) == REQUESTS // 10 - 1:
-            sizes.append(resident_mib())
-    print(f"\nmemory after each tenth of {REQUESTS:,} requests, MiB: {' '.join(f'{size:.0f}' for size in sizes)}")
+            sizes.append(resident_mib(pid=server.process.pid))
+    (row,) = compared(f"{REQUESTS:,} requests of all kinds", {"served": Spread.of(times)})
+    row.peak_mib, row.note = max(sizes), f"MiB after each tenth: {' '.join(f'{size:.0f}' for size in sizes)}"
+    measured.rows.append(row)

@@ -1,22 +1,21 @@
 """What many processes and checkpoints cost: two gloo processes against one with as many threads; saving every 100 steps.
 
 Runs of `retro train` on generated facts, in turns. A checkpoint's cost is that of ten of them in 100 steps, divided
-by ten. RETRO_WIDTH sets the model's width (384: 30 M parameters with its vocabulary).
+by ten; width RETRO_WIDTH (384: 30 M parameters with its vocabulary) and one sequence a step: the state is large and the
+steps are short.
 """
 
 import json
 import os
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-import pytest
-
+from retro_engine.bench.frame import Measured, Options, Spread, at_least, at_most, compared
 from retro_engine.data.builtin import write_facts
 from retro_engine.data.prepare import prepare
-from retro_engine.data.store import Store
 from retro_engine.retrieval.neighbors import build_neighbors
 
 WIDTH = int(os.environ.get("RETRO_WIDTH", "384"))
@@ -28,71 +27,66 @@ MODEL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    folder = tmp_path_factory.mktemp("training")
-    paths = write_facts(folder, 4000, 100)
-    made = prepare([paths["train"], paths["notes"]], folder / "store", chunk_size=64)
-    build_neighbors(made, [made], "bm25", num_neighbors=2)
-    return made
+def run(options: Options) -> Measured:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = write_facts(folder, 4000, 100)
+        store = prepare([paths["train"], paths["notes"]], folder / "store", chunk_size=64)
+        build_neighbors(store, [store], "bm25", num_neighbors=2)
+        measured = Measured([])
+        measure_processes(measured, folder)
+        measure_checkpoints(measured, folder)
+    return measured
 
 
-def train(store: Store, out: Path, threads: int, *settings: str) -> tuple[float, list[float]]:
-    """Seconds of the whole run, and tokens/s of its steps after the first three."""
-    command = [
-        sys.executable,
-        "-m",
-        "retro_engine.cli",
-        "train",
-        "--preset",
-        "small",
-        "--out",
-        str(out),
-        *MODEL,
-        *settings,
-    ]
+def train(folder: Path, out: str, threads: int, *settings: str) -> tuple[float, list[dict[str, float]]]:
+    """Seconds of the whole run, and its lines of metrics."""
+    command = [sys.executable, "-m", "retro_engine.cli", "train", "--preset", "small", "--out", str(folder / out)]
     start = time.perf_counter()
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(
-        [*command, f"model.data.store='{store.folder}'"], check=True, env=environment, stdout=subprocess.DEVNULL
+        [*command, *MODEL, *settings, f"model.data.store='{folder / 'store'}'"],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.DEVNULL,
     )
     seconds = time.perf_counter() - start
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return seconds, [row["tokens_per_s"] for row in rows if "tokens_per_s" in row][3:]
+    return seconds, [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_against_one(store: Store, tmp_path: Path) -> None:
-    rates: dict[int, list[float]] = {1: [], 2: []}
+def measure_processes(measured: Measured, folder: Path) -> None:
+    """Seconds a token, of the steps after the first three."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(2):
-        for processes in rates:
+        for processes in seconds:
             work = ["trainer.max_steps=7", "model.micro_batch_size=4", "model.global_batch_size=8"]
-            out = tmp_path / f"{processes}-{turn}"
-            rates[processes] += train(store, out, 2 // processes, *work, "--nproc", str(processes))[1]
-    one, two = (statistics.median(rates[processes]) for processes in (1, 2))
-    print(
-        f"\none process, two threads: {one:.0f} tokens/s; two gloo processes: {two:.0f}: {two / one:.2f}x (target .9x)"
-    )
+            more = ["--nproc", str(processes)]
+            _, lines = train(folder, f"{processes}-{turn}", 2 // processes, *work, *more)
+            seconds[processes] += [1 / line["tokens_per_s"] for line in lines if "tokens_per_s" in line][3:]
+    names = {1: "one process, two threads", 2: "two gloo processes"}
+    times = {names[processes]: Spread.of(values) for processes, values in seconds.items()}
+    rows = compared("a token of training", times, ours=[names[2]])
+    for row in rows:
+        row.note = f"{1 / row.median_s:.0f} tokens/s"
+    measured.rows += rows
+    ratio = rows[0].median_s / rows[1].median_s
+    measured.targets.append(at_least("two gloo processes against one of two threads", ratio, 0.9))
 
 
-def test_checkpoints(store: Store, tmp_path: Path) -> None:
-    """Width WIDTH and one sequence a step: the state is large and the steps are short."""
+def measure_checkpoints(measured: Measured, folder: Path) -> None:
     seconds: dict[int, list[float]] = {10: [], 1000: []}
-    steps: list[float] = []
+    hundred: list[float] = []  # steps without a checkpoint
     for turn in range(2):
         for interval in seconds:
-            work = [
-                "trainer.max_steps=101",
-                "model.micro_batch_size=1",
-                f"exp_manager.checkpoint_every_n_steps={interval}",
-            ]
-            out = tmp_path / f"{interval}-{turn}"
-            whole, _ = train(store, out, 2, *work)
+            work = ["trainer.max_steps=101", "model.micro_batch_size=1"]
+            saving = f"exp_manager.checkpoint_every_n_steps={interval}"
+            whole, lines = train(folder, f"every-{interval}-{turn}", 2, *work, saving)
             seconds[interval].append(whole)
-            last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-            steps.append(last.get("train_s", 0.0))
-    without, saved = (statistics.median(seconds[interval]) for interval in (1000, 10))
-    cost = (saved - without) / 10
-    hundred = statistics.median(steps[1::2])
-    print(
-        f"\na checkpoint: {cost:.2f} s; 100 steps: {hundred:.1f} s: {cost / hundred:.1%} when one is saved every 100 steps (target 3 %)"
-    )
+            if interval == 1000:
+                hundred.append(lines[-1]["train_s"])
+    times = {f"every {interval} steps": Spread.of(values) for interval, values in seconds.items()}
+    rows = compared("100 steps, a checkpoint", times, ours=["every 10 steps"])
+    cost = (rows[0].median_s - rows[1].median_s) / 10
+    rows[0].note = f"a checkpoint {cost:.2f} s, 100 steps {Spread.of(hundred).median:.1f} s"
+    measured.rows += rows
+    share = cost / Spread.of(hundred).median
+    measured.targets.append(at_most("a checkpoint every 100 steps, share of their time", share, 0.03))
