@@ -30,12 +30,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Other implementations, for `python -m retro_engine.bench model`: only what their model files import.
+# Other implementations, for `python -m retro_engine.bench model` and `decode`: only what their model files import.
 peers: setup
 	$(BIN)/pip install -q --no-deps --target .peers megatron-core==0.15.3 retro-pytorch==0.3.9 einops==0.8.2
 
+# Every bench, one after the other: hours. One: python -m retro_engine.bench NAME.
 bench: setup
-	$(BIN)/pytest benchmarks --benchmark-only -s -o addopts=--import-mode=importlib
+	$(BIN)/pytest benchmarks -s
 
 # The kernels without a GPU: interpreted, compiled for four generations, and under AddressSanitizer.
 gates: setup
