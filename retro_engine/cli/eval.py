@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     flags.check_limit(args.limit)
     if args.questions is not None or args.lm_eval is not None:
         return eval_tasks.run(args)
+    if args.stores is not None:
+        raise UsageError("--stores is for --questions and --lm-eval", "documents have the neighbors of their table")
     if args.words is not None and args.limit is not None:
         raise UsageError("--words needs the whole share", "its words are those of all documents", "leave --limit out")
     from retro_engine.api import Retro
