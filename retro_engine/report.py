@@ -6,7 +6,7 @@ and writes RUN/report.html: no script, no other file, no other host. Letters: M 
 
 import html
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ import torch
 from retro_engine.api import Retro
 from retro_engine.data import files
 from retro_engine.data.batches import Sequences
+from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.evaluate.compare import Comparison, compare
+from retro_engine.evaluate.compare import Comparison, compare, show_gain
 from retro_engine.evaluate.losses import show_interval
 from retro_engine.generate.explain import Explanation, removed_lengths, text_log_probs
 from retro_engine.model.device import describe_device
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
+from retro_engine.retrieval.hit import Hit
 from retro_engine.retrieval.overlap import chunk_overlaps
 from retro_engine.retrieval.search import store_hit
 from retro_engine.train.checkpoint import find_checkpoint, is_imported, read_trainer
@@ -81,22 +83,17 @@ def write_report(
     comparison = None
     if retro.model.config.retrieval:
         comparison = compare(retro.model, sequences, retro.tokenizer.token_bytes(), others, limit)
-    parts = [
-        f"<h1>{html.escape(folder.name)}</h1>",
-        f'<p class="verdict">{html.escape(verdict(comparison, list(others)))}</p>',
-        *(_comparison(comparison, share) if comparison is not None else []),
-        _curves(metrics),
-        *(_neighbor_quality(sequences) if comparison is not None else []),
-        *(_samples(sequences) if comparison is not None else []),
-        *(_explanations(retro, sequences) if comparison is not None else []),
-        _throughput(metrics),
-        _environment(facts, checkpoint, run, decoders or {}, share, limit),
-    ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(folder.name)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
-    files.publish(folder / "report.html", [page.encode()])
+    parts = [f'<p class="verdict">{html.escape(verdict(comparison, list(others)))}</p>']
+    if comparison is None:
+        parts.append(_curves(metrics))
+    else:
+        samples = _sampled(sequences)
+        parts += [*_comparison(comparison, share), _curves(metrics), _neighbor_quality(sequences)]
+        parts += [*_samples(sequences.store, samples), *_explanations(retro, sequences.store, samples)]
+    command = f"retro report {run} --share {share}" + (f" --limit {limit}" if limit is not None else " --all")
+    command += "".join(f" --against {name}={path}" for name, path in (decoders or {}).items())
+    parts += [_throughput(metrics), _environment(facts, checkpoint, command)]
+    files.publish(folder / "report.html", [_page(folder.name, parts).encode()])
     reporter.say(f"wrote {folder / 'report.html'}")
     return folder / "report.html"
 
@@ -121,20 +118,34 @@ def verdict(comparison: Comparison | None, decoders: Sequence[str]) -> str:
     return f"Retrieval makes no measurable difference against the plain decoder {name}: {interval}."
 
 
+def _page(title: str, parts: Sequence[str]) -> str:
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"{''.join(parts)}</body></html>\n"
+    )
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def _text(note: str, text: str) -> str:
+    """A text as it stands, and what it is."""
+    return f"{_note(note)}<pre>{html.escape(text)}</pre>"
+
+
 def _comparison(comparison: Comparison, share: str) -> list[str]:
     rows = []
     for name, losses in comparison.losses.items():
         low, high = losses.interval()
-        saved = ""
-        if name != "on":
-            gain = comparison.gain(name)
-            saved = f"{gain['gain']:.1%} {show_interval(gain['low'], gain['high'], '.1%')}"
+        saved = "" if name == "on" else show_gain(comparison.gain(name))
         rows.append(
             (name, f"{losses.bits_per_byte:.4f}", show_interval(low, high, ".4f"), f"{losses.perplexity:.2f}", saved)
         )
@@ -146,11 +157,12 @@ def _comparison(comparison: Comparison, share: str) -> list[str]:
     return [
         "<h2>What retrieval gives</h2>",
         _table(("retrieval", "bits per byte", "95 % interval", "perplexity", "on saves"), rows),
-        f'<p class="note">{documents} documents of the {html.escape(share)} share, {tokens:,} tokens; intervals over documents.</p>',
+        _note(f"{documents} documents of the {share} share, {tokens:,} tokens; intervals over documents."),
         "<h2>Gain by overlap</h2>",
         _table(("overlap with neighbors", "chunks", *comparison.chunks.nats), groups),
-        '<p class="note">Bits per byte of what a chunk\'s neighbors can condition, by the share of it that they state in '
-        "runs of 8 tokens.</p>",
+        _note(
+            "Bits per byte of what a chunk's neighbors can condition, by the share of it that they state in runs of 8 tokens."
+        ),
     ]
 
 
@@ -202,7 +214,7 @@ def _figure(title: str, curves: Sequence[tuple[str, str, Sequence[tuple[float, f
     )
 
 
-def _neighbor_quality(sequences: Sequences) -> list[str]:
+def _neighbor_quality(sequences: Sequences) -> str:
     assert sequences.table is not None
     rows = sequences.in_order()
     rows = rows[rows >= 0]
@@ -217,40 +229,24 @@ def _neighbor_quality(sequences: Sequences) -> list[str]:
         ("neighbors kept a chunk", f"{sequences.table.num_neighbors}"),
         ("retriever", sequences.table.manifest["retriever"].get("name", "")),
     ]
-    return ["<h2>Neighbors</h2>", _table(("", ""), cells)]
+    return "<h2>Neighbors</h2>" + _table(("", ""), cells)
 
 
-def _samples(sequences: Sequences) -> list[str]:
+@dataclass
+class _Sample:
+    """A chunk of `store`, the tokens that follow it, and its neighbors: as they are read, [k, r] and [k] valid ones."""
+
+    row: int
+    follows: list[int]
+    hits: list[Hit]
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+def _sampled(sequences: Sequences) -> list[_Sample]:
     """Chunks whose neighbors state most of what follows, spread over the best fifth."""
-    store = sequences.store
-    out = [
-        "<h2>What it read</h2>",
-        f'<p class="note">Marked: runs of {COPIED} tokens or more that also follow the chunk.</p>',
-    ]
-    for row, follows, ids in _sampled_chunks(sequences):
-        tokens, lengths = sequences.neighbor_tokens(ids)
-        identifier, title = store.name(store.document_of(row))
-        out.append(
-            f'<div class="chunk"><p class="note">{html.escape(f"{identifier} {title}")}</p><pre>{html.escape(store.text(row))}</pre>'
-        )
-        out.append(f'<p class="note">what follows</p><pre>{html.escape(store.tokenizer.decode(follows))}</pre>')
-        for k, chunk in enumerate(ids):
-            if chunk >= 0:
-                assert sequences.table is not None
-                database, local = sequences.table.locate(int(chunk))
-                identifier, title = database.name(database.document_of(local))
-                text = tokens[k, : lengths[k]].tolist()
-                out.append(
-                    f'<div class="neighbor"><p class="note">neighbor {k + 1}: {html.escape(f"{identifier} {title}")}</p>'
-                )
-                out.append(f"<pre>{_marked(text, follows, store.tokenizer)}</pre></div>")
-        out.append("</div>")
-    return out
-
-
-def _sampled_chunks(sequences: Sequences) -> list[tuple[int, list[int], np.ndarray]]:
-    """Row, the tokens that follow it and the ids of its neighbors, of the chunks that `_samples` shows."""
     m, all_rows = sequences.store.chunk_size, sequences.in_order()[:400]
+    assert sequences.table is not None
     batch = sequences.batch(all_rows, "on")
     overlap = chunk_overlaps(batch, m, COPIED)
     order = np.argsort(-overlap.reshape(-1), kind="stable")
@@ -258,11 +254,33 @@ def _sampled_chunks(sequences: Sequences) -> list[tuple[int, list[int], np.ndarr
     found = []
     for flat in best[np.linspace(0, len(best) - 1, min(NUM_SAMPLES, len(best))).astype(int)]:
         s, u = divmod(int(flat), overlap.shape[1])
+        if all_rows[s, u] < 0:
+            continue
         first = u * m + m - 1
         follows = [int(t) for t in batch.labels[s, first : first + m] if t >= 0]
-        if all_rows[s, u] >= 0:
-            found.append((int(all_rows[s, u]), follows, sequences.neighbor_ids(all_rows[s : s + 1])[0, u]))
+        ids = sequences.neighbor_ids(all_rows[s : s + 1])[0, u]
+        tokens, lengths = sequences.neighbor_tokens(ids)
+        hits = []
+        for chunk, text, length in zip(ids[ids >= 0], tokens[ids >= 0], lengths[ids >= 0]):
+            database, local = sequences.table.locate(int(chunk))
+            read = sequences.store.tokenizer.decode(text[:length])
+            hits.append(replace(store_hit(database, local), text=read, continuation=""))
+        found.append(_Sample(int(all_rows[s, u]), follows, hits, tokens[ids >= 0], lengths[ids >= 0]))
     return found
+
+
+def _samples(store: Store, samples: Sequence[_Sample]) -> list[str]:
+    out = ["<h2>What it read</h2>", _note(f"Marked: runs of {COPIED} tokens or more that also follow the chunk.")]
+    for sample in samples:
+        name = " ".join(store.name(store.document_of(sample.row)))
+        out.append(f'<div class="chunk">{_text(name, store.text(sample.row))}')
+        out.append(_text("what follows", store.tokenizer.decode(sample.follows)))
+        for k, hit in enumerate(sample.hits):
+            text = _marked(sample.tokens[k, : sample.lengths[k]].tolist(), sample.follows, store.tokenizer)
+            name = _note(f"neighbor {k + 1}: {hit.document} {hit.title}")
+            out.append(f'<div class="neighbor">{name}<pre>{text}</pre></div>')
+        out.append("</div>")
+    return out
 
 
 def _marked(text: list[int], follows: list[int], tokenizer: Any) -> str:
@@ -292,57 +310,40 @@ def heat_map(found: Explanation) -> str:
             share = 100 * abs(float(value)) / largest
             shade = f"background: color-mix(in srgb, {color} {share:.0f}%, transparent)"
             cells.append(f'<span style="{shade}" title="{value:+.3f} nats">{html.escape(piece)}</span>')
-        name = html.escape(f"{hit.document} {hit.title}".strip())
-        rows.append(
-            f'<div class="neighbor"><p class="note">{name}: {change:+.3f} nats in all</p><pre>{html.escape(hit.text)}</pre>'
-            f"<pre>{''.join(cells)}</pre></div>"
-        )
+        name = f"{hit.document} {hit.title}".strip()
+        read = _text(f"{name}: {change:+.3f} nats in all", hit.text)
+        rows.append(f'<div class="neighbor">{read}<pre>{"".join(cells)}</pre></div>')
     on, off = float(found.log_probs_T.sum()), float(found.off_T.sum())
-    note = (
-        f'<p class="note">Log-probability {on:.3f} nats, {off:.3f} without neighbors. Green: likelier because of this neighbor, '
-        f"orange: less likely; full color is {largest:.2f} nats.</p>"
+    note = _note(
+        f"Log-probability {on:.3f} nats, {off:.3f} without neighbors. Green: likelier because of this neighbor, "
+        f"orange: less likely; full color is {largest:.2f} nats."
     )
     return note + "".join(rows)
 
 
 def heat_map_page(prompt: str, found: Explanation) -> str:
     """`heat_map` as a page of its own."""
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>What the neighbors did</title><style>{_STYLE}</style></head><body><h1>What the neighbors did</h1>"
-        f'<p class="note">after</p><pre>{html.escape(prompt)}</pre>{heat_map(found)}</body></html>\n'
-    )
+    return _page("What the neighbors did", [_text("after", prompt), heat_map(found)])
 
 
-def _explanations(retro: Retro, sequences: Sequences) -> list[str]:
+def _explanations(retro: Retro, store: Store, samples: Sequence[_Sample]) -> list[str]:
     """What each neighbor changed of what follows the sampled chunks; the whole document before the chunk is not read."""
-    store, model = sequences.store, retro.model
+    model, tokenizer = retro.model, store.tokenizer
     out = ["<h2>What each neighbor changed</h2>"]
-    for row, follows, ids in _sampled_chunks(sequences):
-        tokens, lengths = sequences.neighbor_tokens(ids)
-        keeps = lengths > 0
-        if not keeps.any() or len(follows) < 2 or model.config.partial_chunk != "last":
+    for sample in samples:
+        follows = sample.follows
+        if not sample.hits or len(follows) < 2 or model.config.partial_chunk != "last":
             continue
-        prompt = store.rows(row, row + 1)[0][0].tolist()
-        if store.tokenizer.eod_id in (*prompt, *follows[:-1]):
+        prompt = store.rows(sample.row, sample.row + 1)[0][0].tolist()
+        if tokenizer.eod_id in (*prompt, *follows[:-1]):
             continue  # a cache reads one document
-        values = text_log_probs(
-            model, prompt, follows, tokens[keeps], removed_lengths(lengths[keeps]), store.tokenizer.pad_id
-        )
-        hits = []
-        for chunk, text, length in zip(ids[keeps], tokens[keeps], lengths[keeps]):
-            assert sequences.table is not None
-            database, local = sequences.table.locate(int(chunk))
-            hits.append(
-                replace(store_hit(database, local), text=store.tokenizer.decode(text[:length]), continuation="")
-            )
-        pieces = [store.tokenizer.decode([token]) for token in follows]
+        lengths = removed_lengths(sample.lengths)
+        values = text_log_probs(model, prompt, follows, sample.tokens, lengths, tokenizer.pad_id)
+        pieces = [tokenizer.decode([token]) for token in follows]
         found = Explanation(
-            pieces=pieces, neighbors=hits, log_probs_T=values[0], without_KT=values[1:-1], off_T=values[-1]
+            pieces=pieces, neighbors=sample.hits, log_probs_T=values[0], without_KT=values[1:-1], off_T=values[-1]
         )
-        out.append(
-            f'<div class="chunk"><p class="note">after</p><pre>{html.escape(store.text(row))}</pre>{heat_map(found)}</div>'
-        )
+        out.append(f'<div class="chunk">{_text("after", store.text(sample.row))}{heat_map(found)}</div>')
     return out if len(out) > 1 else []
 
 
@@ -361,18 +362,12 @@ def _throughput(metrics: list[dict[str, Any]]) -> str:
     return "<h2>Throughput and memory</h2>" + _table(("", ""), cells)
 
 
-def _environment(
-    facts: dict[str, Any], checkpoint: Path, run: Path, decoders: dict[str, Path], share: str, limit: int | None
-) -> str:
+def _environment(facts: dict[str, Any], checkpoint: Path, command: str) -> str:
     keys = ("version", "git", "seed", "python", "torch", "machine", "threads")
     cells = [(key, facts.get(key)) for key in keys] + [("checkpoint", checkpoint.name)]
-    command = f"retro report {run} --share {share}" + (f" --limit {limit}" if limit is not None else " --all")
-    command += "".join(f" --against {name}={path}" for name, path in decoders.items())
     trained = " ".join(str(word) for word in facts.get("command", []))
     return (
-        "<h2>Environment</h2>"
-        + _table(("", ""), cells)
-        + f"<p class=note>trained by</p><pre>{html.escape(trained)}</pre><p class=note>this page by</p><pre>{html.escape(command)}</pre>"
+        "<h2>Environment</h2>" + _table(("", ""), cells) + _text("trained by", trained) + _text("this page by", command)
     )
 
 

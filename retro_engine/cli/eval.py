@@ -174,11 +174,10 @@ def _print_table(checkpoint: str, share: str, summary: dict[str, dict[str, Any]]
 
 
 def _print_gains(mode: str, gains: dict[str, dict[str, float]], summary: dict[str, dict[str, Any]]) -> None:
-    from retro_engine.evaluate.losses import show_interval
+    from retro_engine.evaluate.compare import show_gain
 
     for path, gain in gains.items():
-        interval = show_interval(gain["low"], gain["high"], ".1%")
-        print(f"{mode} saves {gain['gain']:.1%} {interval} against {path}")
+        print(f"{mode} saves {show_gain(gain)} against {path}")
     for name, s in summary.items():
         if "word_perplexity" in s:
             print(f"{name:12} perplexity per word {s['word_perplexity']:.2f}")

@@ -15,21 +15,21 @@ from typing import Any
 import numpy as np
 
 from retro_engine.api import Retro
-from retro_engine.config import load_config, named_keys
+from retro_engine.config import load_config
 from retro_engine.data.batches import Sequences
 from retro_engine.data.builtin import Entity, ask, entity_notes, make_entities, write_facts
 from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.prepare import prepare, store_from_documents
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import GateError, StoppedError, UsageError
+from retro_engine.demo.runs import refuse_held, refuse_own, trained
+from retro_engine.errors import GateError
 from retro_engine.evaluate.facts import FactsResult, evaluate_facts
 from retro_engine.evaluate.losses import show_interval
 from retro_engine.generate.generator import Generator
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.neighbors import build_neighbors
 from retro_engine.retrieval.search import Retriever
-from retro_engine.train.loop import train
 
 CHUNK_SIZE, LENGTH, VOCABULARY = 32, 128, 1024  # tokens of a chunk, tokens of a sequence, entries
 NUM_HELDOUT = 512
@@ -37,6 +37,16 @@ STEPS, WARMUP_STEPS, CONSTANT_SHARE = 1500, 50, 0.6
 ENTITIES_PER_STEP = 9  # a batch has 8 sequences of about one document each: every entity is seen once at most
 GATE_ON, GATE_OFF = 0.90, 0.15
 ANSWER_TOKENS = 16
+_OWN = {  # settings that would train on other data than are measured, or that a flag says
+    "trainer.max_steps": "--steps says it",
+    "seed": "--seed says it",
+    "model.init": "--init says it",
+    "exp_manager.exp_dir": "--out says it",
+    "model.data.store": "retro train takes any",
+    "model.data.valid_store": "retro train takes any",
+    "model.chunk_size": "retro train takes any",
+    "model.encoder_seq_length": "retro train takes any",
+}
 _ROWS = {
     "on": "its two notes",
     "off": "nothing (retrieval off)",
@@ -104,9 +114,8 @@ def run_facts(
     """Run the demo in folder `out` and return its figures. Raises GateError when the proof fails."""
     reporter = reporter or Reporter()
     steps = STEPS if steps is None else steps
-    if (out / "text").exists():
-        raise UsageError(f"{out} holds a demo", "it is not overwritten", f"choose another --out, or rm -r {out}")
-    _refuse_own(overrides)
+    refuse_held(out, "text")
+    refuse_own(overrides, _OWN, "its figures are of what it made")
     start = time.monotonic()
     num_train = max(64, steps * ENTITIES_PER_STEP)
     data = facts_data(out, num_train, min(NUM_HELDOUT, num_train), 1, reporter, chunk_size)
@@ -119,12 +128,8 @@ def run_facts(
     ]
     config = load_config(settings, "tiny")
     start = time.monotonic()
-    result = train(config, reporter)
+    result = trained(config, out, reporter)
     trained_s = time.monotonic() - start
-    if result.exit_code:
-        raise StoppedError(
-            result.exit_code, f"the checkpoint of step {result.step} is saved", f"rm -r {out}, and run it again"
-        )
     retro = Retro.from_pretrained(result.checkpoint)
     results = evaluate_facts(retro.model, heldout_sequences(retro, data.heldout), data.heldout_path)
     figures: dict[str, Any] = {mode: value.summary() for mode, value in results.items()}
@@ -136,16 +141,6 @@ def run_facts(
     if is_gated:
         _gate(results)
     return figures
-
-
-def _refuse_own(overrides: Sequence[str]) -> None:
-    """Raise UsageError for a setting that would train on other data than are measured, or that a flag says."""
-    flags = {"trainer.max_steps": "--steps", "seed": "--seed", "model.init": "--init", "exp_manager.exp_dir": "--out"}
-    own = (*flags, "model.data.store", "model.data.valid_store", "model.chunk_size", "model.encoder_seq_length")
-    for key in sorted(named_keys(overrides, with_environment=False)):
-        if key in own:
-            do = f"{flags[key]} says it" if key in flags else "retro train takes any"
-            raise UsageError(f"{key} is the demo's own", "its figures are of what it made", do)
 
 
 def table(results: dict[str, FactsResult]) -> str:

@@ -6,26 +6,27 @@ FLOPs, and the gain by how much of the text the neighbors state already.
 """
 
 import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retro_engine.api import Retro
-from retro_engine.config import load_config
+from retro_engine.config import Config, TrainedModelConfig, load_config
 from retro_engine.data.batches import Sequences, copies_of, split_documents
 from retro_engine.data.builtin import python_docs
 from retro_engine.data.prepare import prepare
-from retro_engine.data.store import Store
-from retro_engine.errors import StoppedError, UsageError
-from retro_engine.evaluate.compare import Comparison, compare
+from retro_engine.demo.runs import refuse_held, refuse_own, trained
+from retro_engine.errors import UsageError
+from retro_engine.evaluate.compare import Comparison, compare, show_gain
 from retro_engine.evaluate.losses import show_interval
 from retro_engine.model.flops import training_flops
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.ceiling import copy_ceiling, describe_ceiling
 from retro_engine.retrieval.neighbors import build_neighbors
 from retro_engine.retrieval.overlap import repeated_share
-from retro_engine.train.loop import train
 
 CHUNK_SIZE, LENGTH, VOCABULARY = 32, 256, 4096  # tokens of a chunk and of a sequence, entries
 TESTED_TOKENS = 150_000  # at most, spread over all held-out documents
@@ -52,15 +53,10 @@ def run_text(
 ) -> dict[str, Any]:
     """Run the demo on "python-docs" or a path and return its figures. Raises UsageError for too little text."""
     reporter = reporter or Reporter()
-    if (out / "store").exists():
-        raise UsageError(f"{out} holds a demo", "it is not overwritten", f"choose another --out, or rm -r {out}")
-    own = {setting[0] for setting in _settings(out, out, 1, seed, is_plain=True)}
-    for text in overrides or []:
-        key = text.split("=", 1)[0].lstrip("+~")
-        if key in own:
-            raise UsageError(
-                f"{key} is the demo's own", "it keeps the comparison fair", "--steps and --seed can be chosen"
-            )
+    overrides = overrides or []
+    refuse_held(out, "store")
+    own = dict.fromkeys(dict(_settings(out, out, 1, seed, is_plain=True)), "--steps and --seed can be chosen")
+    refuse_own(overrides, own, "it keeps the comparison fair")
     store = prepare([_source(what, out)], out / "store", chunk_size=CHUNK_SIZE, vocab_size=VOCABULARY, say=reporter.say)
     if store.num_documents < MIN_DOCUMENTS:
         raise UsageError(
@@ -89,9 +85,8 @@ def run_text(
         "tokens": store.counts["tokens"],
     }
     if ceiling > 0:
-        figures |= _measure(
-            store, heldout, out, STEPS if steps is None else steps, seed, overrides or [], preset, reporter
-        )
+        load = partial(_load, store.folder, seed=seed, overrides=overrides, preset=preset)
+        figures |= _measure(heldout, out, STEPS if steps is None else steps, load, reporter)
     (out / "text.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
@@ -108,35 +103,27 @@ def _source(what: str, out: Path) -> Path:
 
 
 def _measure(
-    store: Store,
-    heldout: Sequences,
-    out: Path,
-    steps: int,
-    seed: int,
-    overrides: list[str],
-    preset: str,
-    reporter: Reporter,
+    heldout: Sequences, out: Path, steps: int, load: Callable[..., Config], reporter: Reporter
 ) -> dict[str, Any]:
-    runs = {
-        "retro": steps,
-        "plain": steps,
-        "plain-flops": round(steps * _flops_ratio(store, out, heldout, seed, overrides, preset)),
-    }
+    """Train and compare; `load` gives the settings of a run's folder, steps and `is_plain`."""
+    ratio = _flops_ratio(load(out, 1, is_plain=False).model, heldout)
+    runs = {"retro": steps, "plain": steps, "plain-flops": round(steps * ratio)}
     models = {}
     for name, count in runs.items():
         reporter.say(f"\n{name}: {count:,} steps")
-        settings = _settings(store.folder, out / name, count, seed, is_plain=name != "retro")
-        result = train(load_config([*settings, *overrides], preset), reporter)
-        if result.exit_code:
-            raise StoppedError(
-                result.exit_code, f"the checkpoint of step {result.step} is saved", f"rm -r {out}, and run it again"
-            )
-        models[name] = Retro.from_pretrained(result.checkpoint)
-    decoders = {name: retro.model for name, retro in models.items() if name != "retro"}
+        result = trained(load(out / name, count, is_plain=name != "retro"), out, reporter)
+        models[name] = Retro.from_pretrained(result.checkpoint).model
     limit = max(1, TESTED_TOKENS // (8 * LENGTH))
-    comparison = compare(models["retro"].model, heldout, store.tokenizer.token_bytes(), decoders, limit)
+    retro, token_bytes = models.pop("retro"), heldout.store.tokenizer.token_bytes()
+    comparison = compare(retro, heldout, token_bytes, models, limit)
     reporter.say(table_of(comparison))
     return {"steps": runs, **comparison.summary()}
+
+
+def _load(
+    store: Path, run: Path, steps: int, *, seed: int, overrides: Sequence[str], preset: str, is_plain: bool
+) -> Config:
+    return load_config([*_settings(store, run, steps, seed, is_plain), *overrides], preset)
 
 
 def _settings(store: Path, run: Path, steps: int, seed: int, is_plain: bool) -> list[tuple[str, Any]]:
@@ -149,10 +136,9 @@ def _settings(store: Path, run: Path, steps: int, seed: int, is_plain: bool) -> 
     ]  # fmt: skip
 
 
-def _flops_ratio(store: Store, out: Path, heldout: Sequences, seed: int, overrides: list[str], preset: str) -> float:
+def _flops_ratio(config: TrainedModelConfig, heldout: Sequences) -> float:
     """FLOPs of a RETRO step over those of a plain decoder's, by the neighbors that there are and are not dropped."""
-    config = load_config([*_settings(store.folder, out, 1, seed, is_plain=False), *overrides], preset).model
-    config.vocab_size = store.vocab_size
+    config.vocab_size = heldout.store.vocab_size
     tokens = neighbor_tokens = 0
     for batch in heldout.batches(8, limit=20):
         assert batch.lengths is not None
@@ -170,10 +156,7 @@ def table_of(comparison: Comparison) -> str:
     for name, label in _ROWS.items():
         losses = comparison.losses[name]
         low, high = losses.interval()
-        saved = ""
-        if name != "on":
-            gain = comparison.gain(name)
-            saved = f"{gain['gain']:.1%} {show_interval(gain['low'], gain['high'], '.1%')}"
+        saved = "" if name == "on" else show_gain(comparison.gain(name))
         lines.append(f"{label:42}{f'{losses.bits_per_byte:.3f} {show_interval(low, high)}':>24}{saved:>26}")
     realized = comparison.chunks.realized()
     lines.append(

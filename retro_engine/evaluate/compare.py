@@ -12,7 +12,7 @@ import numpy as np
 
 from retro_engine.data.batches import Sequences
 from retro_engine.evaluate.leakage import ChunkLosses, chunk_losses
-from retro_engine.evaluate.losses import DocumentLosses, bootstrap
+from retro_engine.evaluate.losses import DocumentLosses, bootstrap, show_interval
 from retro_engine.evaluate.perplexity import evaluate
 from retro_engine.model.retro import RetroModel
 
@@ -43,6 +43,11 @@ def gain_of(losses: DocumentLosses, other: DocumentLosses) -> dict[str, float]:
     a, b = losses.nats, other.nats
     low, high = bootstrap(lambda draw: 1 - a[draw].sum() / b[draw].sum(), len(a))
     return {"gain": float(1 - a.sum() / b.sum()), "low": low, "high": high}
+
+
+def show_gain(gain: dict[str, float]) -> str:
+    """`12.3% [10.1%, 14.0%]`."""
+    return f"{gain['gain']:.1%} {show_interval(gain['low'], gain['high'], '.1%')}"
 
 
 def compare(
