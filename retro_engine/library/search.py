@@ -1,8 +1,7 @@
 """Searching a snapshot of a live library.
 
-BM25 as in `lexical` (Lucene's form, k1 = 1.5, b = 0.75), with the statistics of the chunks that are alive: for term t
-of a query, idf(t) tf / (tf + k1 (1 - b + b length / average)). Rankings are joined by reciprocal rank fusion:
-sum of weight / (60 + rank). Letters: T terms, K results.
+BM25 (`retrieval/bm25.py`) with the statistics of the chunks that are alive. Rankings are joined by reciprocal rank
+fusion: sum of weight / (60 + rank). Letters: T terms, K results.
 """
 
 import math
@@ -13,8 +12,8 @@ import numpy as np
 from retro_engine.errors import UsageError, nearest
 from retro_engine.jit import numba
 from retro_engine.library.segments import Snapshot
+from retro_engine.retrieval import bm25
 from retro_engine.retrieval.hit import drop_overlaps, fuse
-from retro_engine.retrieval.lexical import K1, B
 
 MODES = ("lexical", "dense", "hybrid")
 MIN_DEPTH = 100  # of the rankings that are fused
@@ -58,62 +57,32 @@ def lexical(snapshot: Snapshot, hashes: np.ndarray, k: int) -> Ranking:
     num_chunks = sum(view.num_alive for view in snapshot)
     found = [view.part.postings(hashes, len(view.alive)) for view in snapshot]
     frequencies = np.zeros(len(hashes), np.int64)
-    for view, (firsts, lasts, chunks, _) in zip(snapshot, found):
-        _count_alive(firsts, lasts, chunks, view.alive, view.num_alive == len(view.alive), frequencies)
+    for view, postings in zip(snapshot, found):
+        if view.num_alive == len(view.alive):
+            frequencies += postings.lasts - postings.firsts
+        else:
+            _count_alive(postings.firsts, postings.lasts, postings.chunks, view.alive, frequencies)
     if not frequencies.any():
         return []
-    idf = np.log(1 + (num_chunks - frequencies + 0.5) / (frequencies + 0.5)).astype(np.float32)
+    idf = bm25.idf(frequencies, num_chunks)
     average = sum(view.num_terms for view in snapshot) / num_chunks
     out: Ranking = []
-    for place, (view, (firsts, lasts, chunks, counts)) in enumerate(zip(snapshot, found)):
+    for place, (view, postings) in enumerate(zip(snapshot, found)):
         if view.num_alive:
-            lengths = view.part.chunk_lengths(len(view.alive))
-            best, scores = _score(
-                firsts, lasts, chunks, counts, lengths, view.alive, idf, average, min(k, len(lengths))
-            )
+            total = bm25.totals(postings, idf, view.part.chunk_lengths(len(view.alive)), average)
+            if view.num_alive < len(view.alive):
+                total[~view.alive] = 0
+            best, scores = bm25.best(total, min(k, len(total)))
             out += [(place, chunk, score) for chunk, score in zip(best.tolist(), scores.tolist()) if chunk >= 0]
     return sorted(out, key=lambda hit: -hit[2])[:k]  # stable: ties keep the older chunk
 
 
 @numba.njit(nogil=True, cache=True)
-def _count_alive(firsts, lasts, chunks, alive, is_whole, frequencies):  # type: ignore[no-untyped-def]
-    """Add the chunks that are alive and have each term. Entries past `alive` are newer than the view."""
-    for term in range(len(firsts)):
-        if is_whole and lasts[term] > firsts[term] and chunks[lasts[term] - 1] < len(alive):
-            frequencies[term] += lasts[term] - firsts[term]
-            continue
-        for entry in range(firsts[term], lasts[term]):
-            if chunks[entry] < len(alive) and alive[chunks[entry]]:
-                frequencies[term] += 1
-
-
-@numba.njit(nogil=True, cache=True)
-def _score(firsts, lasts, chunks, counts, lengths, alive, idf, average, k):  # type: ignore[no-untyped-def]
-    total = np.zeros(len(alive), np.float32)
+def _count_alive(firsts, lasts, chunks, alive, frequencies):  # type: ignore[no-untyped-def]
+    """Add the chunks that are alive and have each term."""
     for term in range(len(firsts)):
         for entry in range(firsts[term], lasts[term]):
-            chunk = chunks[entry]
-            if chunk < len(alive):
-                norm = K1 * (1 - B + B * lengths[chunk] / average)
-                total[chunk] += np.float32(idf[term] * counts[entry] / (counts[entry] + norm))
-    ids = np.full(k, -1, np.int64)
-    best = np.zeros(k, np.float32)
-    found = 0
-    floor = np.float32(0)  # the worst score kept, once k are kept
-    for chunk in range(len(alive)):
-        score = total[chunk]
-        if score > floor and alive[chunk]:
-            slot = found if found < k else k - 1
-            while slot > 0 and best[slot - 1] < score:
-                best[slot] = best[slot - 1]
-                ids[slot] = ids[slot - 1]
-                slot -= 1
-            best[slot] = score
-            ids[slot] = chunk
-            found = min(found + 1, k)
-            if found == k:
-                floor = best[k - 1]
-    return ids, best
+            frequencies[term] += alive[chunks[entry]]
 
 
 def dense(snapshot: Snapshot, vector_Z: np.ndarray, k: int) -> Ranking:

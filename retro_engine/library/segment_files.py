@@ -17,6 +17,7 @@ from retro_engine.errors import StoreError
 from retro_engine.library import codes as library_codes
 from retro_engine.library.codes import CodedVectors
 from retro_engine.library.segments import Segment
+from retro_engine.retrieval.postings import Postings, do_fit
 
 DTYPES = {
     "keys": np.int64,
@@ -35,8 +36,8 @@ def publish_segment(segment: Segment, folder: Path, parent: str) -> str:
     """Write a segment of the library with settings `parent`; return its fingerprint."""
     files.make_folder(folder)
     hashes = {}
-    for name in DTYPES:
-        hashes[f"{name}.npy"] = _publish_array(folder / f"{name}.npy", getattr(segment, name))
+    for name, values in arrays_of(segment).items():
+        hashes[f"{name}.npy"] = _publish_array(folder / f"{name}.npy", values)
     content: dict[str, Any] = {"library": parent, "documents": len(segment.keys), "chunks": len(segment.lengths)}
     if segment.vectors is not None:
         content["width"] = segment.vectors.shape[1]
@@ -45,6 +46,13 @@ def publish_segment(segment: Segment, folder: Path, parent: str) -> str:
             content[f"recall_at_{library_codes.RECALL_AT}"] = _publish_codes(folder / CODES, segment.vectors)
             hashes[CODES] = files.sha256_file(folder / CODES)
     return files.write_manifest(folder, "segment", {**content, "files": hashes})
+
+
+def arrays_of(segment: Segment) -> dict[str, np.ndarray]:
+    """What is written of a segment, by the names in `DTYPES`."""
+    found = segment.inverted
+    each = segment.keys, segment.starts, segment.lengths, found.terms, found.starts, found.chunks, found.values
+    return dict(zip(DTYPES, each))
 
 
 def _publish_codes(path: Path, vectors: np.ndarray) -> float:
@@ -76,34 +84,31 @@ def open_segment(folder: Path, parent: str, fingerprint: str) -> Segment:
         raise StoreError(f"{folder} is another segment", "the library names its fingerprint", "it is built again")
     files.verify_files(folder, manifest["files"], needed=[f"{name}.npy" for name in DTYPES])
     load: dict[str, Any] = {name: files.map_npy(folder / f"{name}.npy", DTYPES[name], 1) for name in DTYPES}
-    if VECTORS in manifest["files"]:
-        load["vectors"] = files.map_npy(folder / VECTORS, np.float32, 2)
-    segment = Segment(**load, folder=folder)
-    _check(segment, manifest)
+    vectors = files.map_npy(folder / VECTORS, np.float32, 2) if VECTORS in manifest["files"] else None
+    if not _do_fit(load, vectors, manifest):
+        raise StoreError(f"{folder} contradicts itself", "its arrays do not fit", "it is built again")
+    starts = load["term_starts"]
+    postings = Postings(load["terms"], starts[:-1], starts[1:], load["chunks"], load["counts"])
+    segment = Segment(load["keys"], load["starts"], load["lengths"], postings, vectors, folder=folder)
     if CODES in manifest["files"] and segment.vectors is not None:
         segment = replace(segment, codes=CodedVectors.open(folder / CODES, segment.vectors))
     return segment
 
 
-def _check(segment: Segment, manifest: dict[str, Any]) -> None:
+def _do_fit(load: dict[str, Any], vectors: np.ndarray | None, manifest: dict[str, Any]) -> bool:
     """Everything that the search loops take for granted: numba checks no bounds."""
-    s, count = segment, manifest["chunks"]
-    holds = (
-        len(s.keys) == manifest["documents"] >= 1
-        and len(s.starts) == len(s.keys) + 1
-        and len(s.lengths) == count
-        and (int(s.starts[0]), int(s.starts[-1])) == (0, count)
-        and bool((np.diff(s.starts) > 0).all() and (np.diff(s.keys) > 0).all())
-        and len(s.term_starts) == len(s.terms) + 1
-        and bool((s.terms[1:] > s.terms[:-1]).all() and (np.diff(s.term_starts) >= 0).all())
-        and (int(s.term_starts[0]), int(s.term_starts[-1])) == (0, len(s.chunks))
-        and len(s.counts) == len(s.chunks)
-        and (not len(s.chunks) or (int(s.chunks.min()) >= 0 and int(s.chunks.max()) < count))
-        and int(s.counts.min(initial=1)) > 0
-        and int(np.take(s.lengths, s.chunks).min(initial=1)) > 0
-        and bool((s.lengths >= 0).all())
-        and (s.vectors is None or s.vectors.shape == (count, manifest.get("width")))
-        and (s.vectors is None or (float(s.vectors.min()) >= -LARGEST and float(s.vectors.max()) <= LARGEST))
+    keys, starts, lengths, terms, term_starts, chunks, counts = load.values()
+    count = manifest["chunks"]
+    return (
+        len(keys) == manifest["documents"] >= 1
+        and len(starts) == len(keys) + 1
+        and len(lengths) == count
+        and (int(starts[0]), int(starts[-1])) == (0, count)
+        and bool((np.diff(starts) > 0).all() and (np.diff(keys) > 0).all())
+        and do_fit(terms, term_starts, chunks, counts, count)
+        and int(counts.min(initial=1)) > 0
+        and int(np.take(lengths, chunks).min(initial=1)) > 0
+        and bool((lengths >= 0).all())
+        and (vectors is None or vectors.shape == (count, manifest.get("width")))
+        and (vectors is None or (float(vectors.min()) >= -LARGEST and float(vectors.max()) <= LARGEST))
     )
-    if not holds:
-        raise StoreError(f"{s.folder} contradicts itself", "its arrays do not fit", "it is built again")

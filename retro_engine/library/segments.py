@@ -1,8 +1,7 @@
 """What a live library searches: immutable segments and a delta that grows, seen through snapshots.
 
 A part (segment or delta) holds documents in the order of their keys: `keys` [documents], `starts` [documents + 1]
-(first chunk of each), `lengths` [chunks] (terms in each), and for every term, by its 64-bit hash, the chunks that
-have it and how often. A view is a part with the chunks that are still alive; a snapshot is a tuple of views that
+(first chunk of each), `lengths` [chunks] (terms in each), and postings of counts. A view is a part with the chunks that are still alive; a snapshot is a tuple of views that
 never changes, the delta last. BM25's statistics are counted over a snapshot, so a library that has lived scores as a
 fresh one of the same documents does.
 Letters: U chunks, T terms, Z embedding width.
@@ -19,9 +18,7 @@ import numpy as np
 from retro_engine.jit import numba
 from retro_engine.library.codes import CodedVectors
 from retro_engine.retrieval.analyzer import Terms
-
-# The chunks and counts of each of T terms: entries firsts[t] ... lasts[t] - 1 of two flat arrays.
-Postings = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+from retro_engine.retrieval.postings import Postings, joined
 
 
 @dataclass(frozen=True)
@@ -31,22 +28,13 @@ class Segment:
     keys: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
-    terms: np.ndarray  # [T] u8, ascending
-    term_starts: np.ndarray  # [T + 1]
-    chunks: np.ndarray
-    counts: np.ndarray
+    inverted: Postings  # the counts of each chunk
     vectors: np.ndarray | None = None  # [U, Z]
     codes: CodedVectors | None = None  # of the vectors, when there are many
     folder: Path | None = None
 
     def postings(self, hashes: np.ndarray, count: int) -> Postings:
-        places = np.searchsorted(self.terms, hashes)
-        known = places < len(self.terms)
-        places = np.where(known, places, 0)
-        known &= self.terms[places] == hashes if len(self.terms) else False
-        firsts = np.where(known, self.term_starts[places], 0)
-        lasts = np.where(known, self.term_starts[np.minimum(places + 1, len(self.terms))], 0)
-        return firsts, lasts, self.chunks, self.counts
+        return self.inverted.of(hashes)
 
     def chunk_lengths(self, count: int) -> np.ndarray:
         return self.lengths
@@ -81,8 +69,7 @@ class Delta:
         assert self.starts[-1] == end, (self.starts[-1], end)
 
     def postings(self, hashes: np.ndarray, count: int) -> Postings:
-        table = _hash_table(hashes)
-        return _find(table, hashes, self._hashes, self._counts, self._ends, count)
+        return Postings(hashes, *_find(_hash_table(hashes), hashes, self._hashes, self._counts, self._ends, count))
 
     def chunk_lengths(self, count: int) -> np.ndarray:
         return _frozen(self._lengths[:count])
@@ -94,18 +81,11 @@ class Delta:
         """The delta as a segment, once nothing is appended any more."""
         count = self.starts[-1]
         num_terms = int(self._ends[count - 1]) if count else 0
-        hashes = self._hashes[:num_terms]
-        order = np.argsort(hashes, kind="stable")  # of one term, chunks stay ascending
-        terms, firsts = np.unique(hashes[order], return_index=True)
-        chunks = np.repeat(np.arange(count, dtype=np.int32), np.diff(self._ends[:count], prepend=0))
         return Segment(
             np.array(self.keys, np.int64),
             np.array(self.starts, np.int32),
             self._lengths[:count],
-            terms,
-            np.append(firsts, num_terms).astype(np.int64),
-            chunks[order],
-            self._counts[:num_terms][order],
+            Postings.inverted(self._hashes[:num_terms], self._counts[:num_terms], self._ends[:count]),
             self.all_vectors(count),
         )
 
@@ -261,45 +241,11 @@ def merge(views: Sequence[View]) -> Segment:
         if rows is not None:
             vectors.append(rows[view.alive])
         num_chunks += view.num_alive
-    terms = np.unique(np.concatenate([part.terms for part in parts]))
-    sizes = np.zeros(len(terms), np.int64)
-    places = [np.searchsorted(terms, part.terms) for part in parts]
-    for part, place, numbers in zip(parts, places, renumbered):
-        _count_entries(part.term_starts, part.chunks, numbers, place, sizes)
-    ends = np.cumsum(sizes)
-    cursors = ends - sizes
-    chunks, counts = np.empty(ends[-1] if len(ends) else 0, np.int32), np.empty(ends[-1] if len(ends) else 0, np.uint16)
-    for part, place, numbers in zip(parts, places, renumbered):
-        _copy_entries(part.term_starts, part.chunks, part.counts, numbers, place, cursors, chunks, counts)
-    used = sizes > 0
     return Segment(
         np.concatenate(keys),
         np.concatenate([*starts, [num_chunks]]).astype(np.int32),
         np.concatenate(lengths),
-        terms[used],
-        np.concatenate(([0], ends[used])),
-        chunks,
-        counts,
+        joined([part.inverted for part in parts], renumbered),
         np.concatenate(vectors) if vectors else None,
     )
 
-
-@numba.njit(nogil=True, cache=True)
-def _count_entries(term_starts, chunks, numbers, places, sizes):  # type: ignore[no-untyped-def]
-    for term in range(len(places)):
-        for entry in range(term_starts[term], term_starts[term + 1]):
-            if numbers[chunks[entry]] >= 0:
-                sizes[places[term]] += 1
-
-
-@numba.njit(nogil=True, cache=True)
-def _copy_entries(term_starts, chunks, counts, numbers, places, cursors, to_chunks, to_counts):  # type: ignore[no-untyped-def]
-    for term in range(len(places)):
-        cursor = cursors[places[term]]
-        for entry in range(term_starts[term], term_starts[term + 1]):
-            number = numbers[chunks[entry]]
-            if number >= 0:
-                to_chunks[cursor] = number
-                to_counts[cursor] = counts[entry]
-                cursor += 1
-        cursors[places[term]] = cursor

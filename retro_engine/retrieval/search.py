@@ -17,6 +17,7 @@ from retro_engine.data.neighbor_table import check_databases
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError, UsageError, nearest
 from retro_engine.progress import Reporter
+from retro_engine.retrieval import bm25
 from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.executor import Executor
@@ -234,12 +235,10 @@ class Retriever:
         indexes = [index for index in self._indexes["bm25"] if isinstance(index, Bm25Index)]
         if len(indexes) == 1:
             return [indexes[0].search(texts, k, exclude[0])]
-        together: dict[int, int] = {}
-        for index in indexes:
-            for term, count in index.frequencies_of(texts).items():
-                together[term] = together.get(term, 0) + count
-        total = sum(index.num_chunks for index in indexes)
-        return [index.search(texts, k, rows, together, total) for index, rows in zip(indexes, exclude)]
+        hashes = np.unique(indexes[0].analyzer.terms(texts, is_query=True).hashes)
+        frequencies = np.sum([index.frequencies(hashes) for index in indexes], axis=0)
+        together = hashes, bm25.idf(frequencies, sum(index.num_chunks for index in indexes))
+        return [index.search(texts, k, rows, together) for index, rows in zip(indexes, exclude)]
 
     def hits(self, text: str, k: int) -> list[Hit]:
         """The k best chunks for a text, with their documents."""

@@ -146,7 +146,7 @@ def use_table(folder: Path) -> None:
 def use_bm25(folder: Path) -> None:
     index = Bm25Index(folder, Store(folder.parent.parent))
     index.search(["river stone amber", "nothing"], 5)
-    index.frequencies_of(["river"])
+    index.frequencies(Analyzer().query("river"))
     index.summary()
     index.verify()
 

@@ -12,7 +12,7 @@ from retro_engine.data.store import Store
 from retro_engine.library.documents import HashEmbedder
 from retro_engine.library.library import Library
 from retro_engine.retrieval.analyzer import Analyzer
-from retro_engine.retrieval.lexical import K1, B
+from retro_engine.retrieval.bm25 import K1, B
 
 
 def texts_of(count: int) -> dict[str, str]:

@@ -8,7 +8,7 @@ from helpers import WORDS
 
 from retro_engine.errors import MissingInputError, StoreError
 from retro_engine.library import codes as library_codes
-from retro_engine.library.segment_files import open_segment, publish_segment
+from retro_engine.library.segment_files import arrays_of, open_segment, publish_segment
 from retro_engine.library.segments import Delta, Segment
 from retro_engine.retrieval.analyzer import Analyzer
 
@@ -27,8 +27,7 @@ def random_segment() -> Segment:
 
 
 def arrays(segment: Segment) -> dict[str, bytes]:
-    names = ("keys", "starts", "lengths", "terms", "term_starts", "chunks", "counts", "vectors")
-    return {name: np.asarray(getattr(segment, name)).tobytes() for name in names}
+    return {name: np.asarray(values).tobytes() for name, values in (arrays_of(segment) | {"vectors": segment.vectors}).items()}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers import WORDS
 
+from retro_engine.library.segment_files import arrays_of
 from retro_engine.library.segments import (
     Delta,
     Segment,
@@ -34,8 +35,7 @@ def random_documents(seed: int, keys: range) -> dict[int, list[str]]:
 
 
 def arrays(segment: Segment) -> dict[str, bytes]:
-    names = ("keys", "starts", "lengths", "terms", "term_starts", "chunks", "counts", "vectors")
-    return {name: np.asarray(getattr(segment, name)).tobytes() for name in names}
+    return {name: np.asarray(values).tobytes() for name, values in (arrays_of(segment) | {"vectors": segment.vectors}).items()}
 
 
 @pytest.mark.parametrize("width", [None, 3])
@@ -69,9 +69,9 @@ def test_a_view_does_not_see_what_is_appended_later() -> None:
     terms = Analyzer().query("river falcon")
     for key in range(2, 200):
         delta.append([key], [1], Analyzer().terms(["river falcon"]), np.ones((1, 3), np.float32))
-    firsts, lasts, chunks, _ = delta.postings(terms, len(view.alive))
-    assert (lasts - firsts).sum() == 1
-    assert chunks.tolist() == [0]
+    found = delta.postings(terms, len(view.alive))
+    assert (found.lasts - found.firsts).sum() == 1
+    assert found.chunks.tolist() == [0]
     vectors = delta.all_vectors(len(view.alive))
     assert vectors is not None
     assert vectors.tolist() == [[11, 2, 1]]
@@ -85,14 +85,14 @@ def test_postings_of_deltas_and_segments_are_the_same() -> None:
     terms = Analyzer().query(" ".join(WORDS) + " unknown words beyond")
     found = []
     for part in (delta, segment):
-        firsts, lasts, chunks, counts = part.postings(terms, delta.starts[-1])
-        found.append([(chunks[a:b].tolist(), counts[a:b].tolist()) for a, b in zip(firsts, lasts)])
+        p = part.postings(terms, delta.starts[-1])
+        found.append([(p.chunks[a:b].tolist(), p.values[a:b].tolist()) for a, b in zip(p.firsts, p.lasts)])
     assert found[0] == found[1]
     assert sum(bool(chunks) for chunks, _ in found[0]) == len(WORDS)
     empty = Delta(None)
     for part in (empty, empty.segment()):
-        firsts, lasts, _, _ = part.postings(terms, 0)
-        assert not (lasts - firsts).any()
+        nothing = part.postings(terms, 0)
+        assert not (nothing.lasts - nothing.firsts).any()
 
 
 def test_which_views_are_merged() -> None:
