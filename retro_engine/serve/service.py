@@ -58,7 +58,6 @@ class Service:
     defaults: dict[str, Any] = field(default_factory=dict)  # of sampling, from the checkpoint
     chat: ChatTemplate | None = None  # None: question and answer
     mode: str = "lexical"
-    weights: Sequence[float] = (1.0, 1.0)
     work: Work = field(default_factory=Work)  # beside the engine
 
     @functools.cached_property
@@ -144,7 +143,6 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
         defaults=opened.generation,
         chat=ChatTemplate(tokenizer) if tokenizer.chat_files.templates else None,
         mode=options.mode,
-        weights=tuple(options.weights),
         work=Work(options.max_waiting),
     )
 

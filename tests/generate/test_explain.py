@@ -118,7 +118,7 @@ def test_log_probabilities_are_those_of_the_full_pass(
     ):
         prompt, text = numbers.integers(2, 50, length).tolist(), numbers.integers(2, 50, text_length).tolist()
         tokens_KR, lengths_K = numbers.integers(2, 50, (K, R)), numbers.integers(1, R + 1, K)
-        rows = text_log_probs(model, prompt, text, tokens_KR, removed_lengths(lengths_K), 1)
+        rows = text_log_probs(model, prompt, text, tokens_KR, lengths_VK=removed_lengths(lengths_K), pad_id=1)
         pad = -length % M
         first = pad + length
         ids = torch.tensor([[1] * pad + prompt + text])

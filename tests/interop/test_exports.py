@@ -48,7 +48,9 @@ def test_logits_loss_and_generation(folder: Path, model: RetroModel, small_store
     prompts = torch.tensor([[0, 0, 7, 8, 9], [3, 4, 5, 6, 7]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     out = theirs.generate(prompts, mask, neighbors[:, 0], max_new_tokens=5, eos_token_id=[])
-    answers = decode(model, [[7, 8, 9], [3, 4, 5, 6, 7]], neighbors[:, 0], None, 5, [], 0)
+    answers = decode(
+        model, [[7, 8, 9], [3, 4, 5, 6, 7]], neighbors[:, 0], None, max_new_tokens=5, stop_ids=[], pad_id=0
+    )
     assert out[:, :5].tolist() == prompts.tolist()
     assert out[:, 5:].tolist() == answers
     stop = answers[0][2]
@@ -92,7 +94,8 @@ def test_a_pipeline_generates(folder: Path, model: RetroModel, small_store: Stor
     tokenizer = small_store.tokenizer
     generate = transformers.pipeline("text-generation", str(folder), device="cpu")
     (out,) = generate("river stone", max_new_tokens=6, do_sample=False)
-    (ids,) = decode(model, [tokenizer.encode("river stone")], None, None, 6, tokenizer.end_ids, tokenizer.pad_id)
+    prompt, end = tokenizer.encode("river stone"), tokenizer.end_ids
+    (ids,) = decode(model, [prompt], None, None, max_new_tokens=6, stop_ids=end, pad_id=tokenizer.pad_id)
     assert out["generated_text"] == "river stone" + tokenizer.decode(ids)
     both = generate(["river", "amber lantern tide"], max_new_tokens=4, do_sample=True, temperature=0.7, batch_size=2)
     assert both[0][0]["generated_text"].startswith("river")

@@ -14,9 +14,9 @@ from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.retrieval import lexical
 from retro_engine.retrieval.analyzer import ENGLISH, FIRST, Analyzer, make_analyzer, titled
+from retro_engine.retrieval.bm25 import K1, B
 from retro_engine.retrieval.executor import Executor
 from retro_engine.retrieval.left_out import LeftOut
-from retro_engine.retrieval.bm25 import K1, B
 from retro_engine.retrieval.lexical import Bm25Index, row_titles
 
 
