@@ -34,7 +34,7 @@ from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.neighbors import build_neighbors
-from retro_engine.retrieval.search import Building, Retriever, named
+from retro_engine.retrieval.search import Building, Retriever
 from retro_engine.train.loop import TrainingResult, train
 
 TABLE_WIDTH = 20  # K: neighbors kept a chunk, so that some may be passed over
@@ -146,12 +146,8 @@ class Index:
 
     @classmethod
     def build(cls, *corpora: Corpus, retriever: str = "bm25", building: Building | None = None) -> "Index":
-        """`retriever`: lexical (bm25), dense, hybrid, hash, minilm or a model; `building` says how, where the defaults
-        do not do.
-        """
-        building = building or Building()
-        stores = [corpus.store for corpus in corpora]
-        return cls(Retriever(stores, named(retriever, building.embedder), building=building))
+        """`retriever`: lexical (bm25), dense, hybrid, hash, minilm or a model; `building` says how, else as is usual."""
+        return cls(Retriever([corpus.store for corpus in corpora], retriever, building=building))
 
     def search(self, text: str, k: int = 5) -> list[Any]:
         """The k best chunks (Hit: document, title, chunk, score, text, continuation, source)."""

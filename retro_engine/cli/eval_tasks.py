@@ -61,7 +61,7 @@ def _open_questions(args: argparse.Namespace, retro: "Retro") -> "Questions":
     from retro_engine.config import DataConfig
     from retro_engine.data.question_files import load_questions, tell_bad
     from retro_engine.data.questions import Questions
-    from retro_engine.retrieval.search import Building, named
+    from retro_engine.retrieval.search import Building
     from retro_engine.train.checkpoint import read_coding
     from retro_engine.train.run_data import question_search, run_config
 
@@ -78,7 +78,7 @@ def _open_questions(args: argparse.Namespace, retro: "Retro") -> "Questions":
     rows, bad = load_questions(args.questions, data.question_template)
     tell_bad(rows, bad, args.questions, None if args.strict else flags.reporter(args).say)
     c = retro.model.config
-    search = question_search(stores, named(args.retriever, args.embedder), c.r, Building(embedder=args.embedder))
+    search = question_search(stores, args.retriever, c.r, Building(embedder=args.embedder))
     length, K = c.encoder_seq_length, c.num_neighbors
     return Questions(rows, stores[0], args.questions, length, K, c.r, "data", search, num_set_aside=len(bad))
 

@@ -94,14 +94,13 @@ def open_stores(paths: Sequence[str]) -> "list[Store]":
 
 def open_retriever(args: argparse.Namespace, retro: "Retro", retriever: str | None = None) -> "Retriever":
     """`add_sources`' stores, or those of the run, with its retriever (or another one)."""
-    from retro_engine.retrieval.search import Building, Retriever, named
+    from retro_engine.retrieval.search import Building, Retriever
     from retro_engine.train.run_data import run_databases
 
     stores = open_stores(args.stores) if args.stores else run_databases(retro.folder)
     for store in stores:
         _ = store.tokenizer  # read at the first search: what is damaged shows before the work begins
-    building = Building(embedder=args.embedder)
-    return Retriever(stores, named(retriever or args.retriever, args.embedder), building=building)
+    return Retriever(stores, retriever or args.retriever, building=Building(embedder=args.embedder))
 
 
 def library_mode(retriever: str, embedder: str | None = None) -> str:

@@ -122,14 +122,15 @@ class Retriever:
         one that is named twice and for weights that are not above 0.
         """
         check_databases(stores)
-        self.stores, self.kind, self.merge_overlaps = list(stores), retriever, merge_overlaps
         self.building = building or Building()
+        self.kind = named(retriever, self.building.embedder)
+        self.stores, self.merge_overlaps = list(stores), merge_overlaps
         self.weights = np.array([1.0] * len(stores) if weights is None else weights, np.float32)
         if len(self.weights) != len(stores) or not (np.isfinite(self.weights) & (self.weights > 0)).all():
             given = " ".join(map(str, weights or ()))
             raise UsageError(f"--source-weights {given} cannot be used", "one number above 0 for each store")
         self.loader = NeighborLoader(stores)
-        self.halves = halves(retriever, self.building.embedder)
+        self.halves = halves(self.kind, self.building.embedder)
         self._indexes = {half: [find_index(store, half, self.building) for store in stores] for half in self.halves}
         for half in self.halves:
             _check_embeddings([index.vectors for index in self._dense(half)])
