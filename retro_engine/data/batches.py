@@ -148,23 +148,15 @@ class Stream(ABC):
     """
 
     store: Store
-    documents: np.ndarray  # what is read: numbers below `num_documents`
+    documents: np.ndarray  # what is read
+    num_documents: int  # what the document ids of batches are below
     table: NeighborTable | None = None
+    holds_itself = False  # the store is one of the databases: its chunks can be neighbors (mode self)
     gathers_neighbors = True  # False: batches bring neighbor ids instead of tokens
 
     def __init__(self) -> None:
-        self._lengths: dict[Order, dict[int, int]] = {}
+        self._lengths: dict[tuple[Order, int], int] = {}
         self._epoch: tuple[Order, int, np.ndarray] | None = None
-
-    @property
-    @abstractmethod
-    def num_documents(self) -> int:
-        """What the document ids of batches are below."""
-
-    @property
-    def holds_itself(self) -> bool:
-        """Whether the store is one of the databases, so that its chunks can be neighbors (mode self)."""
-        return False
 
     @abstractmethod
     def in_order(self) -> np.ndarray:
@@ -187,10 +179,10 @@ class Stream(ABC):
 
     def epoch_length(self, order: Order, number: int) -> int:
         """Shuffled documents pack a little differently each time."""
-        lengths, number = self._lengths.setdefault(order, {}), number if order.is_shuffled else 0
-        if number not in lengths:
-            lengths[number] = len(self.epoch(order, number))
-        return lengths[number]
+        key = order, number if order.is_shuffled else 0
+        if key not in self._lengths:
+            self._lengths[key] = len(self.epoch(*key))
+        return self._lengths[key]
 
     def num_sequences(self, order: Order) -> int | None:
         """How many there are to train on: known to every process alike; None = without end."""
@@ -262,7 +254,7 @@ class Sequences(Stream):
         self.store, self.table, self.num_neighbors = store, table, num_neighbors
         self.rows_per_sequence = sequence_length // m
         self.retrieved_length = retrieved_length or 2 * m
-        self.documents = np.asarray(documents)
+        self.documents, self.num_documents = np.asarray(documents), store.num_documents
         first = store.documents[:, 0]
         counts = np.diff(first, append=store.num_rows)
         self._first_rows, self._num_rows = first[self.documents], counts[self.documents]
@@ -272,20 +264,12 @@ class Sequences(Stream):
             table.ids(np.zeros(0, np.int64), num_neighbors)  # refuses k > K
             self._neighbor_loader = NeighborLoader(table.databases)
             self._own_start = self._find_own(table)
+            self.holds_itself = self._own_start is not None
             self._is_allowed = np.ones(store.num_documents, bool)
             if database_documents is not None:
                 self._is_allowed = np.isin(np.arange(store.num_documents), database_documents)
             self._held_out = np.unique(store.contents[~self._is_allowed])
         self._evaluation_rows = np.concatenate([np.arange(f, f + c) for f, c in zip(self._first_rows, self._num_rows)])
-
-    @property
-    def num_documents(self) -> int:
-        """Of the whole store."""
-        return self.store.num_documents
-
-    @property
-    def holds_itself(self) -> bool:
-        return self.table is not None and self._own_start is not None
 
     def _find_own(self, table: NeighborTable) -> int | None:
         """The id of the store's first row among the databases; None = the store is not among them."""

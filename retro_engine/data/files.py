@@ -252,6 +252,11 @@ def publish_folder(folder: Path) -> Iterator[Path]:
         remove_tree(aside)
 
 
+def json_bytes(values: dict[str, Any], is_sorted: bool = False) -> bytes:
+    """The JSON file of an object, for people to read too."""
+    return (json.dumps(values, indent=1, sort_keys=is_sorted) + "\n").encode()
+
+
 def io_error(error: OSError, path: Path, size: int = 0) -> Exception:
     """The typed error for a failed write of `size` bytes to `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -473,7 +478,7 @@ def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> str:
         stale.unlink(missing_ok=True)
     body = {"kind": kind, "version": VERSION, **content}
     mark = fingerprint(body)
-    publish(folder / MANIFEST, [(json.dumps({**body, "fingerprint": mark}, indent=1, sort_keys=True) + "\n").encode()])
+    publish(folder / MANIFEST, [json_bytes({**body, "fingerprint": mark}, is_sorted=True)])
     return mark
 
 

@@ -64,7 +64,7 @@ class Questions(Stream):
                 "",
                 "raise model.encoder_seq_length",
             )
-        self.documents = np.arange(len(self.questions))
+        self.documents, self.num_documents = np.arange(len(self.questions)), len(self.questions)
         self._document_of = self._find_documents(path)
 
     def _find_documents(self, path: str | Path) -> dict[str, int]:
@@ -80,10 +80,6 @@ class Questions(Stream):
                     )
         return found
 
-    @property
-    def num_documents(self) -> int:
-        return len(self.questions)
-
     def only(self, numbers: np.ndarray) -> "Questions":
         """The same with some of the questions."""
         other = object.__new__(Questions)
@@ -91,7 +87,7 @@ class Questions(Stream):
         Stream.__init__(other)  # it has epochs of its own
         other.questions = [self.questions[i] for i in numbers]
         other.prompts, other.answers = [self.prompts[i] for i in numbers], [self.answers[i] for i in numbers]
-        other.documents = np.arange(len(numbers))
+        other.documents, other.num_documents = np.arange(len(numbers)), len(numbers)
         return other
 
     def deal(self, shares: str) -> tuple["Questions", "Questions | None"]:

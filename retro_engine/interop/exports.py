@@ -5,7 +5,6 @@ modeling_retro.py, which imports retro_engine: `AutoModelForCausalLM.from_pretra
 `import retro_engine.interop.transformers_model` first.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +58,9 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
     text = {"padding_side": "left", "clean_up_tokenization_spaces": False}
     tokenizer_config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **text, **special, **named}
     contents = {
-        "config.json": _json(config),
-        "generation_config.json": _json(generation),
-        "tokenizer_config.json": _json(tokenizer_config),
+        "config.json": files.json_bytes(config),
+        "generation_config.json": files.json_bytes(generation),
+        "tokenizer_config.json": files.json_bytes(tokenizer_config),
         TOKENIZER_FILE: tokenizer.json_beside(str(tokenizer_config["eos_token"])).encode(),
         "modeling_retro.py": MODULE.encode(),
         "model.safetensors": to_bytes(weights, {"format": "pt"}),
@@ -87,7 +86,3 @@ def read_export(values: dict[str, Any], state: dict[str, Tensor], name: str) -> 
 
 def _one_or_all(ids: list[int]) -> int | list[int]:
     return ids[0] if len(ids) == 1 else list(ids)
-
-
-def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=1) + "\n").encode()

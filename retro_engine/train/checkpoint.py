@@ -9,7 +9,6 @@ name (.step-NNNNNN.tmp, .old) that nobody lists, so that a kill leaves no half o
 """
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from retro_engine.data.chat_files import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from retro_engine.data.coding import Coding
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError
+from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError
 from retro_engine.model.linear import is_sharded
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, load_state, read_config, read_tensors
@@ -44,6 +43,10 @@ _NAME = re.compile(r"step-([0-9]{1,18})")
 _LEFTOVER = re.compile(r"\.step-[0-9]{1,18}\.(tmp|old)")
 # What a resumed run needs of trainer.json.
 _STATE = ("tokens_seen", "train_s", "precision", "mean_loss", "loss_scale", "good_steps", "fingerprints", "stream")
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
 
 
 class Saver:
@@ -71,7 +74,7 @@ class Saver:
     ) -> None:
         """Begin to write RUN/checkpoints/step-NNNNNN. Raises what the save before it met (`wait`)."""
         self.wait()
-        final = self.run / "checkpoints" / f"step-{step:06d}"
+        final = folder_of(self.run, step)
         is_there = self.parallel.is_main and (final / COMPLETE).is_file() and not flaw(final)
         if self.parallel.from_main(is_there):  # a run that was resumed at its end
             return
@@ -190,15 +193,11 @@ def _contents(
     return {
         CONFIG_FILE: config_to_json(model.config).encode(),
         TOKENIZER_FILE: tokenizer.json_beside(None).encode(),
-        GENERATION_FILE: _json(generation | {"eos_token_id": tokenizer.end_ids}),
-        **({TOKENIZER_CONFIG_FILE: _json(named)} if named else {}),
+        GENERATION_FILE: files.json_bytes(generation | {"eos_token_id": tokenizer.end_ids}),
+        **({TOKENIZER_CONFIG_FILE: files.json_bytes(named)} if named else {}),
         "README.md": _readme(model, trainer["step"]).encode(),
-        TRAINER_FILE: _json(trainer),
+        TRAINER_FILE: files.json_bytes(trainer),
     }
-
-
-def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=1) + "\n").encode()
 
 
 def _complete(folder: Path, contents: dict[str, bytes]) -> None:
@@ -207,7 +206,7 @@ def _complete(folder: Path, contents: dict[str, bytes]) -> None:
         files.publish(folder / name, [content])
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     hashes = {name: files.sha256_file(folder / name) for name in names}
-    files.publish(folder / COMPLETE, [(json.dumps(hashes, indent=1) + "\n").encode()])
+    files.publish(folder / COMPLETE, [files.json_bytes(hashes)])
 
 
 def _whole(model: RetroModel, is_main: bool) -> dict[str, Tensor]:
@@ -286,23 +285,17 @@ def find_checkpoint(path: str | Path) -> Path:
 def verify(checkpoint: Path) -> None:
     """Compare every file with COMPLETE. Raises StoreError for the first that is damaged."""
     entries = _hashes(checkpoint)
-    missing = {
-        CONFIG_FILE,
-        WEIGHTS_FILE,
-        TOKENIZER_FILE,
-        GENERATION_FILE,
-        TRAINER_FILE,
-    } - entries.keys()
+    missing = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, GENERATION_FILE, TRAINER_FILE} - entries.keys()
     is_trained = TRAINER_FILE in missing or "imported" not in read_trainer(checkpoint)
     if is_trained and not any(name.startswith(f"{OPTIMIZER_FOLDER}/") for name in entries):
         missing.add(OPTIMIZER_FOLDER)
     if missing:
-        raise StoreError(
-            f"{checkpoint / COMPLETE} is damaged",
-            f"it does not name {', '.join(sorted(missing))}",
-            "resume from another checkpoint",
-        )
+        raise _damaged(checkpoint / COMPLETE, f"it does not name {', '.join(sorted(missing))}")
     files.verify_files(checkpoint, entries, depth=2)  # optimizer/shard-...
+
+
+def _damaged(path: Path, why: str) -> StoreError:
+    return StoreError(f"{path} is damaged", why, "resume from another checkpoint")
 
 
 def _hashes(checkpoint: Path) -> dict[str, str]:
@@ -315,7 +308,7 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
     try:
         manifests.COMPLETE(hashes, COMPLETE)
     except ValueError as error:
-        raise StoreError(f"{path} is damaged", str(error), "resume from another checkpoint") from error
+        raise _damaged(path, str(error)) from error
     return hashes
 
 
@@ -381,10 +374,8 @@ def read_trainer(checkpoint: Path) -> dict[str, Any]:
     try:
         state = files.read_object(path)
         manifests.TRAINER(state, TRAINER_FILE)
-    except (MissingInputError, StoreError) as error:
-        raise StoreError(f"{path} is damaged", error.why, "resume from another checkpoint") from error
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged", str(error), "resume from another checkpoint") from error
+    except (MissingInputError, ValueError) as error:
+        raise _damaged(path, error.why if isinstance(error, RetroError) else str(error)) from error
     return state
 
 
@@ -393,8 +384,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     state = read_trainer(checkpoint)
     missing = [name for name in _STATE if name not in state]
     if missing:
-        path = checkpoint / TRAINER_FILE
-        raise StoreError(f"{path} is damaged", f"it has no {', '.join(missing)}", "resume from another checkpoint")
+        raise _damaged(checkpoint / TRAINER_FILE, f"it has no {', '.join(missing)}")
     return state
 
 

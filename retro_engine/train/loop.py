@@ -212,7 +212,7 @@ class _Training:
         if not self.drops_gradients:
             retrofit.set_trainable(self.model, m, self.step)
         finds_unused = m.retrieval and m.data.neighbor_dropout > 0
-        return self.parallel.spread(self.model, self.precision.shards_master, finds_unused)
+        return self.parallel.spread(self.model, m.megatron_amp_O2, finds_unused)
 
     def _validation(self) -> tuple[int, int | None]:
         """Steps between two validations, and batches of one; shares are of an epoch, and of the validation data."""
@@ -230,7 +230,7 @@ class _Training:
         self.reporter.say(f"note: {text}")
 
     def run_all(self) -> TrainingResult:
-        saved = self.run / "checkpoints" / f"step-{self.step:06d}"
+        saved = checkpoint.folder_of(self.run, self.step)
         if self.step >= self.last_step and self.parallel.from_main((saved / checkpoint.COMPLETE).is_file()):
             return self._finished_before(saved)
         peak_flops(self.device)  # measured before anything else runs
@@ -251,8 +251,7 @@ class _Training:
         code = 128 + stopped if stopped > 1 else 0
         if code:
             self.reporter.say(f"stopped by signal {stopped} at step {self.step}, checkpoint saved")
-        saved = self.run / "checkpoints" / f"step-{self.step:06d}"
-        return TrainingResult(self.run, saved, self.step, self.metrics, code)
+        return TrainingResult(self.run, checkpoint.folder_of(self.run, self.step), self.step, self.metrics, code)
 
     def _announce(self) -> None:
         m, steps = self.config.model, self.config.trainer.max_steps

@@ -4,7 +4,6 @@ The model, its initialization and the optimizer compute muP; here it is asked wh
 coordinates.json and coordinates.png; sweep.json, cells.jsonl (one line a trained model) and sweep.png.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -255,7 +254,7 @@ def save_check(check: CoordinateCheck, config: Config, steps: int, out: Path) ->
         "settings": to_yaml(config),
     }
     files.make_folder(out)
-    files.publish(out / "coordinates.json", [(json.dumps(facts, indent=1) + "\n").encode()])
+    files.publish(out / "coordinates.json", [files.json_bytes(facts)])
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
     for axis, (mode, (changes, _)) in zip(axes, modes.items()):
@@ -421,7 +420,7 @@ def _keep_facts(out: Path, facts: dict[str, Any], config: Config) -> None:
     facts = {**facts, "settings": to_yaml(config)}
     path = out / "sweep.json"
     if not path.exists():
-        files.publish(path, [(json.dumps(facts, indent=1) + "\n").encode()])
+        files.publish(path, [files.json_bytes(facts)])
         return
     before = files.read_object(path, "choose another --out")
     keys = [key for key in facts if before.get(key) != facts[key]]

@@ -12,6 +12,7 @@ from retro_engine.config import Config, ModelConfig
 from retro_engine.errors import UsageError
 from retro_engine.model.flops import H100_FLOPS, attention_flops, forward_flops
 from retro_engine.train.parallel import micro_batches, strategy_of
+from retro_engine.train.precision import Precision
 
 MATMUL_FLOPS = 800e12  # what large bf16 products on random data reach there (the power limit keeps them below)
 ATTENTION_FLOPS = 350e12  # the cores: FlashAttention-2 reaches 35 % on an H100 (arXiv 2407.08608)
@@ -143,8 +144,7 @@ class Layout:
 
     @property
     def has_master(self) -> bool:
-        """The optimizer holds fp32 copies; FSDP shards fp32 weights and gathers bf16 copies instead."""
-        return self.is_o2 and self.strategy != "fsdp"
+        return Precision(name=self.precision, is_o2=self.is_o2, strategy=self.strategy).has_master
 
 
 def layout_of(config: Config, processes: int) -> Layout:

@@ -25,14 +25,9 @@ class Precision:
         return "32" if self.is_o2 else self.name
 
     @property
-    def shards_master(self) -> bool:
-        """fp32 shards, of which bf16 copies are gathered."""
-        return self.is_o2 and self.strategy == "fsdp"
-
-    @property
     def has_master(self) -> bool:
-        """The optimizer holds fp32 copies of bf16 weights."""
-        return self.is_o2 and not self.shards_master
+        """The optimizer holds fp32 copies; FSDP shards fp32 weights and gathers bf16 copies instead."""
+        return self.is_o2 and self.strategy != "fsdp"
 
     @property
     def weights(self) -> torch.dtype:
@@ -40,7 +35,7 @@ class Precision:
 
     @property
     def is_scaled(self) -> bool:
-        """The loss is: fp16's small gradients would be 0."""
+        """The loss, so that fp16's small gradients are not 0."""
         return self.name == "16-mixed"
 
 

@@ -48,7 +48,7 @@ def check_settings(path: Path, say: Say = note) -> None:
 
 def write_facts(run: Path, facts: dict[str, Any]) -> None:
     whole = {**facts, "fingerprint": files.fingerprint(facts)}
-    files.publish(run / FACTS_FILE, [(json.dumps(whole, indent=1) + "\n").encode()])
+    files.publish(run / FACTS_FILE, [files.json_bytes(whole)])
 
 
 def read_facts(run: Path, say: Say = note) -> dict[str, Any]:
