@@ -1,7 +1,8 @@
 """What a run writes down: run.json, config.yaml, metrics.jsonl, TensorBoard events, WandB.
 
-A `Window` sums the steps up between two lines. metrics.jsonl has one JSON object a line, each with its step (record.py has the checksums); after a resume the lines past
-the resumed step are dropped, so that the file tells of one run.
+metrics.jsonl has one JSON object a line, each with its step (record.py has the checksums), which sums up what happened
+since the line before (`Window`); after a resume the lines past the resumed step are dropped, so that the file tells of
+one run.
 """
 
 import math
