@@ -19,10 +19,10 @@ from retro_engine.data.corpus import Document
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.progress import Reporter
-from retro_engine.retrieval import index as index_module
+from retro_engine.retrieval import index_build
 from retro_engine.retrieval import vectors as vectors_module
 from retro_engine.retrieval.embed import Embedding
-from retro_engine.retrieval.index import build_index
+from retro_engine.retrieval.index_build import build_index
 from retro_engine.retrieval.vectors import ExactSearch
 
 VECTORS = int(os.environ.get("RETRO_VECTORS", 10**6))
@@ -58,7 +58,7 @@ def run(options: Options) -> Measured:
     forget_peak()
     synthetic = Synthetic()
     times: dict[str, float] = {}
-    real = index_module.run_stage
+    real = index_build.run_stage
 
     def timed(stage, executor, reporter):  # type: ignore[no-untyped-def]
         start = time.perf_counter()
@@ -75,7 +75,7 @@ def run(options: Options) -> Measured:
         reporter = Reporter("text")
         vectors = vectors_module.build_vectors(store, "synthetic", reporter=reporter)
         start = time.perf_counter()
-        with mock.patch.object(index_module, "run_stage", timed):
+        with mock.patch.object(index_build, "run_stage", timed):
             index = build_index(store, "synthetic", store.folder / "index" / "synthetic", reporter=reporter)
         built_s = time.perf_counter() - start
         rows = [Row(case=f"building, {VECTORS:,} vectors", implementation="ours", median_s=built_s, low_s=built_s,

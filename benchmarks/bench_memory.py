@@ -18,7 +18,7 @@ STAGES = {
     "prepare": ["prepare", "{text}", "--out", "{folder}/prepared"],
     "embed (hash)": ["embed", "{folder}/store", "--retriever", "hash"],
     "index (BM25)": ["index", "{folder}/store", "--retriever", "bm25"],
-    "index (hash, IVF256,SQ8)": ["index", "{folder}/store", "--retriever", "hash", "--index", "IVF256,SQ8"],
+    "index (hash, IVF256,SQ8)": ["index", "{folder}/store", "--retriever", "hash", "--faiss", "IVF256,SQ8"],
     "neighbors (BM25)": ["neighbors", "{folder}/store", "--k", "4"],
 }
 TEXT_REPEATED = 8  # of what `prepare` reads: it is done with the facts alone too soon

@@ -15,7 +15,7 @@ from helpers import WORDS
 from retro_engine.data.corpus import Document
 from retro_engine.library.library import Library
 from retro_engine.library.search import lexical
-from retro_engine.library.segments import Delta, View, merge
+from retro_engine.library.segments import Delta, View, merge_views
 from retro_engine.retrieval.analyzer import Analyzer
 
 
@@ -46,7 +46,7 @@ def warm_up() -> None:
 
     delta = Delta(None)
     delta.append([1], [1], Analyzer().terms(["a river of words"]), None)
-    merge([View.whole(delta)])
+    merge_views([View.whole(delta)])
     lexical((View.whole(delta),), Analyzer().query("river"), 1)
 
 

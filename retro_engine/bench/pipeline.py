@@ -22,7 +22,7 @@ from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.retrieval.bm25 import K1, B
-from retro_engine.retrieval.index import build_index
+from retro_engine.retrieval.index_build import build_index
 from retro_engine.retrieval.lexical import Bm25Index
 
 QUERIES, K, ROUNDS = 2000, 20, 3

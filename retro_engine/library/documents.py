@@ -58,7 +58,7 @@ class HashEmbedder:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Prepared:
     """Documents ready to be written: nothing about them can fail any more but the disk."""
 
     documents: list[Document]
@@ -79,7 +79,7 @@ class Chunker:
     width: int | None  # Z; None = the library has no vectors
     analyzer: Analyzer = field(default_factory=Analyzer)
 
-    def prepare(self, documents: Sequence[Document]) -> Batch:
+    def prepare(self, documents: Sequence[Document]) -> Prepared:
         """Check, cut and embed. Raises UsageError for a document or an embedder that cannot be used."""
         for document in documents:
             check_document(document)
@@ -88,7 +88,9 @@ class Chunker:
         texts, words = self.texts(tokens)
         vectors = None if self.width is None else self.embed(texts)
         counts = [num_chunks(len(t), self.chunk_size, self.stride) for t in tokens]
-        return Batch(list(documents), tokens, counts, self.terms([d.title for d in documents], counts, words), vectors)
+        return Prepared(
+            list(documents), tokens, counts, self.terms([d.title for d in documents], counts, words), vectors
+        )
 
     def terms(self, titles: Sequence[str], counts: Sequence[int], words: Sequence[str]) -> Terms:
         """The terms of documents' chunks, the title's with those of each."""

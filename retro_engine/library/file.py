@@ -23,7 +23,7 @@ import numpy as np
 from retro_engine.data import files, manifests
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
-from retro_engine.library.documents import Batch, num_chunks
+from retro_engine.library.documents import Prepared, num_chunks
 from retro_engine.retrieval.analyzer import Analyzer, from_json
 
 FILE = "documents.sqlite"
@@ -363,7 +363,7 @@ class LibraryFile:
             raise StoreError(f"{self.path} is damaged", "it has no version", "restore it from a copy")
         return int(rows[0][0])
 
-    def insert(self, namespace: str, batch: Batch) -> list[int]:
+    def insert(self, namespace: str, batch: Prepared) -> list[int]:
         """Write documents, inside a transaction; return their keys."""
         keys = []
         total_bytes = row = 0

@@ -22,10 +22,10 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError, UsageError
 from retro_engine.library import file as library_file
 from retro_engine.library.documents import (
-    Batch,
     Chunker,
     Embedder,
     HashEmbedder,
+    Prepared,
     check_id,
     check_namespace,
     check_query,
@@ -176,7 +176,7 @@ class Library:
     def write(
         self,
         namespace: str,
-        batch: Batch | None,
+        batch: Prepared | None,
         deleted: Sequence[str],
         also: Callable[[apsw.Connection], None] | None = None,
     ) -> tuple[int, int]:

@@ -221,7 +221,7 @@ def tail_to_merge(snapshot: Snapshot, is_all: bool = False) -> int:
     return first
 
 
-def merge(views: Sequence[View]) -> Segment:
+def merge_views(views: Sequence[View]) -> Segment:
     """One segment of the chunks that are alive: byte for byte what their documents alone would make."""
     parts = [view.part.segment() if isinstance(view.part, Delta) else view.part for view in views]
     keys: list[np.ndarray] = []
@@ -248,4 +248,3 @@ def merge(views: Sequence[View]) -> Segment:
         joined([part.inverted for part in parts], renumbered),
         np.concatenate(vectors) if vectors else None,
     )
-

@@ -18,7 +18,7 @@ import numpy as np
 
 from retro_engine.data import files
 from retro_engine.errors import MissingInputError, RetroError, StoreError, UnavailableError
-from retro_engine.library.documents import Batch, Chunker, num_chunks
+from retro_engine.library.documents import Chunker, Prepared, num_chunks
 from retro_engine.library.file import LibraryFile
 from retro_engine.library.segment_files import open_segment, publish_segment
 from retro_engine.library.segments import (
@@ -26,7 +26,7 @@ from retro_engine.library.segments import (
     Segment,
     Snapshot,
     View,
-    merge,
+    merge_views,
     tail_to_merge,
 )
 
@@ -99,7 +99,9 @@ class LibraryIndex:
             self._thread.join()
         self._show({})
 
-    def show(self, version: int, namespace: str, dead: Sequence[int], keys: Sequence[int], batch: Batch | None) -> None:
+    def show(
+        self, version: int, namespace: str, dead: Sequence[int], keys: Sequence[int], batch: Prepared | None
+    ) -> None:
         """Publish a snapshot without the dead keys and with the new documents, and with it the version."""
         old = self.snapshots.get(namespace) or (self._empty_delta(),)
         views = [view.without(dead) for view in old] if dead else list(old)
@@ -166,7 +168,9 @@ class LibraryIndex:
                 first = tail_to_merge(views, is_all)
                 self._show({**self.snapshots, namespace: (*views, self._empty_delta())})
             inputs = views[first:]
-            merged, row = self._publish(namespace, merge(inputs)) if any(v.num_alive for v in inputs) else (None, None)
+            merged, row = (
+                self._publish(namespace, merge_views(inputs)) if any(v.num_alive for v in inputs) else (None, None)
+            )
             with self._lock:
                 current = self.snapshots.get(namespace, ())
                 replaced, after = current[first : first + len(inputs)], current[first + len(inputs) :]

@@ -48,12 +48,14 @@ def best(total_U: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 def _add_scores(total, firsts, lasts, chunks, values, weights, lengths, average):  # type: ignore[no-untyped-def]
     """Add a query's scores: of counts, with `weights` the idf; without `lengths`, the values times their weights."""
     for term in range(len(firsts)):
-        for entry in range(firsts[term], lasts[term]):
-            chunk = chunks[entry]
-            if len(lengths):
-                total[chunk] += np.float32(_term_score(weights[term], values[entry], lengths[chunk], average))
-            else:
-                total[chunk] += np.float32(weights[term] * values[entry])
+        weight = weights[term]
+        if len(lengths):
+            for entry in range(firsts[term], lasts[term]):
+                chunk = chunks[entry]
+                total[chunk] += np.float32(_term_score(weight, values[entry], lengths[chunk], average))
+        else:
+            for entry in range(firsts[term], lasts[term]):
+                total[chunks[entry]] += np.float32(weight * values[entry])
 
 
 @numba.njit(nogil=True, cache=True)

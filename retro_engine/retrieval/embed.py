@@ -142,7 +142,7 @@ def short_name(retriever: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", path.resolve().name if path.is_dir() else retriever.replace("/", "--"))
 
 
-class Embedder:
+class StoreEmbedder:
     """Makes vectors as an `Embedding` says."""
 
     def __init__(self, embedding: Embedding, model: str):
@@ -214,9 +214,9 @@ class Embedder:
 
 
 @lru_cache(2)
-def open_embedder(text: str, model: str) -> Embedder:
+def open_embedder(text: str, model: str) -> StoreEmbedder:
     """The embedder of an `Embedding` as JSON; kept, since loading a model takes seconds."""
-    return Embedder(Embedding(**json.loads(text)), model)
+    return StoreEmbedder(Embedding(**json.loads(text)), model)
 
 
 def load_model(folder: Path, pooling: str, precision: str) -> Any:

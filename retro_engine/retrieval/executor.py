@@ -29,7 +29,7 @@ MAX_DEATHS = 3  # of worker processes, one after another without a finished shar
 RAY_DEATHS = 20  # of workers and nodes, in one stage
 RAY_OLDEST = (2, 10)
 
-Part = bytes | memoryview
+Piece = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Stream:
     """A file made piece by piece: `parts` add up to `size` bytes, and are never held together."""
 
     size: int
-    parts: Iterable[Part]
+    parts: Iterable[Piece]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Stage:
     """One kind of file to build. `spec` is JSON with all that decides the bytes; `paths` is where the inputs lie here."""
 
     name: str
-    work: "Callable[[Stage, int], Sequence[Part] | Stream]"  # a function of a module, so that other processes find it
+    work: "Callable[[Stage, int], Sequence[Piece] | Stream]"  # a function of a module, so that other processes find it
     spec: str
     folder: Path
     outputs: tuple[str, ...]  # the file of each shard
@@ -109,7 +109,7 @@ def build_shard(stage: Stage, shard: int) -> str:
     stream = made if isinstance(made, Stream) else Stream(sum(memoryview(part).nbytes for part in made), made)
     digest = hashlib.sha256()
 
-    def hashed() -> Iterator[Part]:
+    def hashed() -> Iterator[Piece]:
         for part in stream.parts:
             digest.update(part)
             yield part

@@ -24,7 +24,7 @@ from retro_engine.jit import numba
 from retro_engine.progress import Reporter
 from retro_engine.retrieval import analyzer_loops, bm25
 from retro_engine.retrieval.analyzer import FIRST, Analyzer, code_points, from_json, titled
-from retro_engine.retrieval.executor import Executor, Part, Stage, Stream, is_finished, remove_shards, run_stage
+from retro_engine.retrieval.executor import Executor, Piece, Stage, Stream, is_finished, remove_shards, run_stage
 from retro_engine.retrieval.left_out import LeftOut
 from retro_engine.retrieval.postings import Postings, do_fit, joined
 
@@ -157,7 +157,11 @@ class Bm25Index:
 
     def summary(self) -> dict[str, Any]:
         shown = {key: self.manifest[key] for key in ("kind", "retriever", "chunks", "store", "fingerprint")}
-        read = {"words": self.analyzer.describe(), "terms": len(self.postings.terms), "postings": len(self.postings.chunks)}
+        read = {
+            "words": self.analyzer.describe(),
+            "terms": len(self.postings.terms),
+            "postings": len(self.postings.chunks),
+        }
         return {**shown, **read}
 
 
@@ -197,7 +201,7 @@ def block_name(number: int) -> str:
     return f"block-{number:05d}.bin"
 
 
-def count_block(stage: Stage, shard: int) -> Sequence[Part]:
+def count_block(stage: Stage, shard: int) -> Sequence[Piece]:
     """How often each term is in each chunk of one block; terms ascending, chunks in order within a term."""
     spec = json.loads(stage.spec)
     store, analyzer = Store(stage.paths[0]), from_json(spec["analyzer"], stage.paths[0])
@@ -288,7 +292,7 @@ def _open_merger(folder: Path, spec: str, num_rows: int) -> Merger:
     return Merger(folder, json.loads(spec), num_rows)
 
 
-def merge_blocks(stage: Stage, shard: int) -> Sequence[Part] | Stream:
+def merge_blocks(stage: Stage, shard: int) -> Sequence[Piece] | Stream:
     """One file of the index from all blocks."""
     merger = _open_merger(stage.folder, stage.spec, Store(stage.paths[0]).num_rows)
     name = stage.outputs[shard]

@@ -24,7 +24,7 @@ from retro_engine.errors import StoreError, UsageError
 from retro_engine.progress import Reporter, duration
 from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.embed import short_name
-from retro_engine.retrieval.executor import Part, Stage, run_stage
+from retro_engine.retrieval.executor import Piece, Stage, run_stage
 from retro_engine.retrieval.lexical import Bm25Index
 from retro_engine.retrieval.overlap import NGRAM, stated_shares
 from retro_engine.retrieval.search import (
@@ -152,7 +152,7 @@ def _open_search(spec_text: str, paths: tuple[str, ...]) -> "_TableSearch":
     return _TableSearch(json.loads(spec_text), paths)
 
 
-def find_shard(stage: Stage, shard: int) -> Sequence[Part]:
+def find_shard(stage: Stage, shard: int) -> Sequence[Piece]:
     """The neighbors of one shard's chunks, as an array file."""
     search = _open_search(stage.spec, stage.paths)
     rows = json.loads(stage.spec)["shard_rows"]

@@ -22,7 +22,8 @@ from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.executor import Executor
 from retro_engine.retrieval.hit import Found, Hit, drop_overlaps, fuse
-from retro_engine.retrieval.index import VectorIndex, build_index
+from retro_engine.retrieval.index import VectorIndex
+from retro_engine.retrieval.index_build import build_index
 from retro_engine.retrieval.left_out import LeftOut
 from retro_engine.retrieval.lexical import Bm25Index, check_analyzers
 from retro_engine.retrieval.vectors import Vectors, build_vectors, vectors_folder
@@ -210,7 +211,7 @@ class Retriever:
             (ids, np.where(scores > 0, scores * weight, scores / weight))
             for (ids, scores), weight in zip(each, self.weights)
         ]
-        return merge(weighted, self.starts, k)
+        return best_over_stores(weighted, self.starts, k)
 
     def _best(self, found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
         ids, scores = found[0] if len(found) == 1 else _fused(found, self.building.fusion, k * self._span)
@@ -312,7 +313,9 @@ def _check_embeddings(vectors: Sequence[Vectors]) -> None:
             )
 
 
-def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], starts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def best_over_stores(
+    found: Sequence[tuple[np.ndarray, np.ndarray]], starts: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The k best of several stores' results; ids are shifted to count through the stores."""
     ids = np.concatenate([np.where(i >= 0, i + start, -1) for (i, _), start in zip(found, starts)], 1)
     scores = np.concatenate([s for _, s in found], 1)

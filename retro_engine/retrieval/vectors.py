@@ -19,7 +19,7 @@ from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError
 from retro_engine.progress import Reporter, duration
 from retro_engine.retrieval.embed import Embedding, choose_embedding, open_embedder, short_name
-from retro_engine.retrieval.executor import Executor, Part, Stage, run_stage
+from retro_engine.retrieval.executor import Executor, Piece, Stage, run_stage
 
 SHARD_ROWS = 1 << 16
 EMBEDDING_FILE = "embedding.json"
@@ -65,7 +65,7 @@ def build_vectors(
     return Vectors(folder, store)
 
 
-def embed_shard(stage: Stage, shard: int) -> Sequence[Part]:
+def embed_shard(stage: Stage, shard: int) -> Sequence[Piece]:
     """One shard's vectors as .npy."""
     spec = json.loads(stage.spec)
     store = Store(stage.paths[0])

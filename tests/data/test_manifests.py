@@ -37,7 +37,8 @@ from retro_engine.library.segments import View
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.retrieval.analyzer import Analyzer
-from retro_engine.retrieval.index import VectorIndex, build_index
+from retro_engine.retrieval.index import VectorIndex
+from retro_engine.retrieval.index_build import build_index
 from retro_engine.retrieval.left_out import LeftOut
 from retro_engine.retrieval.lexical import Bm25Index
 from retro_engine.retrieval.quality import quality

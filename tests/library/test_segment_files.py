@@ -27,7 +27,10 @@ def random_segment() -> Segment:
 
 
 def arrays(segment: Segment) -> dict[str, bytes]:
-    return {name: np.asarray(values).tobytes() for name, values in (arrays_of(segment) | {"vectors": segment.vectors}).items()}
+    return {
+        name: np.asarray(values).tobytes()
+        for name, values in (arrays_of(segment) | {"vectors": segment.vectors}).items()
+    }
 
 
 @pytest.fixture

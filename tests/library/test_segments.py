@@ -9,7 +9,7 @@ from retro_engine.library.segments import (
     Delta,
     Segment,
     View,
-    merge,
+    merge_views,
     tail_to_merge,
 )
 from retro_engine.retrieval.analyzer import Analyzer
@@ -35,7 +35,10 @@ def random_documents(seed: int, keys: range) -> dict[int, list[str]]:
 
 
 def arrays(segment: Segment) -> dict[str, bytes]:
-    return {name: np.asarray(values).tobytes() for name, values in (arrays_of(segment) | {"vectors": segment.vectors}).items()}
+    return {
+        name: np.asarray(values).tobytes()
+        for name, values in (arrays_of(segment) | {"vectors": segment.vectors}).items()
+    }
 
 
 @pytest.mark.parametrize("width", [None, 3])
@@ -45,7 +48,7 @@ def test_a_merge_is_what_the_documents_alone_would_make(width: int | None) -> No
     second = View.whole(delta_of({k: documents[k] for k in range(20, 45)}, width))
     third = View.whole(delta_of({k: documents[k] for k in range(45, 60)}, width))
     dead = [1, 7, 19, 20, 44, 59, 999]
-    merged = merge([view.without(dead) for view in (first, second, third)])
+    merged = merge_views([view.without(dead) for view in (first, second, third)])
     alone = delta_of({key: texts for key, texts in documents.items() if key not in dead}, width).segment()
     assert arrays(merged) == arrays(alone)
     assert View.whole(merged).num_alive == sum(len(t) for k, t in documents.items() if k not in dead)

@@ -11,7 +11,7 @@ import pytest
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingExtraError, MissingInputError, StoreError, UsageError
 from retro_engine.retrieval import embed as embed_module
-from retro_engine.retrieval.embed import Embedder, Embedding, choose_embedding, embed, model_folder, short_name
+from retro_engine.retrieval.embed import Embedding, StoreEmbedder, choose_embedding, embed, model_folder, short_name
 
 TEXTS = ["river stone amber", "the winter harbor", "copper", "meadow falcon ember willow granite"]
 
@@ -73,7 +73,7 @@ def test_vectors_are_the_models_own(model: Path, small_store: Store) -> None:
     assert "chunks/s" in said
     embedding, _ = choose_embedding(str(model), TEXTS, "fp32")
     assert (embedding.name, embedding.width, embedding.dtype.str) == ("tiny", 24, "<f2")
-    embedder = Embedder(embedding, str(model))
+    embedder = StoreEmbedder(embedding, str(model))
     texts = [text for batch in small_store.texts(0, 9) for text in batch]
     np.testing.assert_allclose(embedder.rows(small_store, 0, 9), encode(model, texts), atol=1e-5)
     asked = encode(model, [f"ask {text}" for text in TEXTS])
@@ -84,7 +84,7 @@ def test_vectors_are_the_models_own(model: Path, small_store: Store) -> None:
 
 def test_prompts_and_pooling_can_be_chosen(model: Path, small_store: Store) -> None:
     embedding, _ = choose_embedding(str(model), TEXTS, "fp32", "model", "find: ", "passage: ")
-    embedder = Embedder(embedding, str(model))
+    embedder = StoreEmbedder(embedding, str(model))
     asked = encode(model, [f"find: {text}" for text in TEXTS])
     np.testing.assert_allclose(embedder.texts(TEXTS, small_store), asked, atol=1e-5)
     passage = encode(model, [f"passage: {small_store.text(3)}"])
@@ -94,7 +94,7 @@ def test_prompts_and_pooling_can_be_chosen(model: Path, small_store: Store) -> N
 
     loaded = SentenceTransformer(str(model))
     tokens = loaded.encode([small_store.text(3)], output_value="token_embeddings")[0].float().mean(0).numpy()
-    found = Embedder(mean, str(model)).rows(small_store, 3, 4)[0]
+    found = StoreEmbedder(mean, str(model)).rows(small_store, 3, 4)[0]
     np.testing.assert_allclose(found, tokens / np.linalg.norm(tokens), atol=1e-5)
 
 
@@ -102,8 +102,8 @@ def test_another_model_width_or_nan_is_refused(model: Path, small_store: Store, 
     embedding, _ = choose_embedding(str(model), TEXTS, "fp32")
     other = make_model(tmp_path / "other", seed=1)
     with pytest.raises(StoreError, match=f"the vectors are of tiny {embedding.fingerprint[:12]}"):
-        Embedder(embedding, str(other))
-    embedder = Embedder(embedding, str(model))
+        StoreEmbedder(embedding, str(other))
+    embedder = StoreEmbedder(embedding, str(model))
     real = embedder._model.encode
     embedder._model.encode = lambda *given, **named: real(*given, **named)[:, :20]
     with pytest.raises(StoreError, match="gave vectors of width 20"):

@@ -17,7 +17,7 @@ import pytest
 from retro_engine.data import files
 from retro_engine.errors import MissingExtraError, OutOfResourceError, RetroError, StoreError, UsageError
 from retro_engine.progress import Reporter
-from retro_engine.retrieval.executor import Executor, Part, Stage, Stream, connect_ray, remove_shards, run_stage
+from retro_engine.retrieval.executor import Executor, Piece, Stage, Stream, connect_ray, remove_shards, run_stage
 
 QUIET = Reporter("quiet")
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-def numbers(stage: Stage, shard: int) -> Sequence[Part] | Stream:
+def numbers(stage: Stage, shard: int) -> Sequence[Piece] | Stream:
     """The work of the tests: `size` bytes that depend on spec and shard; slow, failing or deadly when told to be."""
     spec = json.loads(stage.spec)
     time.sleep(spec.get("sleep_s", 0))

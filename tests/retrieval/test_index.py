@@ -19,17 +19,13 @@ from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import RetroError, StoreError, UsageError
 from retro_engine.progress import Reporter
-from retro_engine.retrieval import index as index_module
+from retro_engine.retrieval import index_build
 from retro_engine.retrieval import vectors as vectors_module
 from retro_engine.retrieval.embed import Embedding
 from retro_engine.retrieval.executor import Executor
-from retro_engine.retrieval.index import (
-    VectorIndex,
-    build_index,
-    clamp_lists,
-    factory_for,
-    num_lists,
-)
+from retro_engine.retrieval.index import VectorIndex
+from retro_engine.retrieval.index_build import build_index
+from retro_engine.retrieval.inverted_lists import ListsFile, read_faiss
 from retro_engine.retrieval.left_out import LeftOut
 from retro_engine.retrieval.vectors import ExactSearch
 
@@ -78,25 +74,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     found = store_of(tmp_path / "s", 3000)
     with_vectors(found)
     return found
-
-
-def test_the_kind_of_index_follows_the_size() -> None:
-    table = {
-        1: "Flat",
-        49_999: "Flat",
-        50_000: "IVF1024,Flat",
-        999_999: "IVF4096,Flat",
-        10**6: "IVF16384,SQ8",
-        10**7: "IVF65536_HNSW32,PQ48",
-        3 * 10**8: "IVF131072_HNSW32,PQ48",
-        10**9: "IVF262144_HNSW32,PQ48",
-    }
-    for size, factory in table.items():
-        assert factory_for(size, 384) == factory
-        assert num_lists(factory) <= max(1, size // 39) or size < 50
-    assert factory_for(10**8, 100).endswith("PQ10"), "the number of subquantizers divides the width"
-    assert clamp_lists("OPQ8,IVF1024_HNSW32,PQ8", 3900) == "OPQ8,IVF100_HNSW32,PQ8"
-    assert clamp_lists("IVF8,Flat", 10) == "IVF1,Flat"
 
 
 @pytest.mark.parametrize("size", [1, 2, 10, 100, 1000])
@@ -176,19 +153,17 @@ def test_rows_left_out_are_not_found_and_nothing_is_missed(store: Store, tmp_pat
 def test_many_lists_are_trained_in_two_levels(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, factory: str
 ) -> None:
-    monkeypatch.setattr(index_module, "TWO_LEVELS", 64)
+    monkeypatch.setattr(index_build, "TWO_LEVELS", 64)
     index = build_index(store, "hash", tmp_path / "i", factory, metric)
     assert index.manifest["recall"] >= 0.95
     assert index.nprobe < 64
-    lists = index_module.ListsFile(index.folder / "lists-00000.bin", 64, 32 if "SQ8" in factory else 128)
+    lists = ListsFile(index.folder / "lists-00000.bin", 64, 32 if "SQ8" in factory else 128)
     assert (lists.sizes > 0).mean() > 0.9, "the centroids are spread over the vectors"
 
 
 def test_parts_merge_to_what_one_addition_gives(store: Store, tmp_path: Path) -> None:
     """Lists of the merged file hold exactly the vectors that Faiss puts there at once."""
     import faiss
-
-    from retro_engine.retrieval.index import ListsFile, read_faiss
 
     index = build_index(store, "hash", tmp_path / "i", "IVF25,SQ8")
     whole = read_faiss(index.folder / "trained.faiss")
