@@ -1,4 +1,4 @@
-"""The C++ kernels on CPU tensors (csrc/cpu): checks types, hands over addresses, strides and sizes.
+"""The C++ kernels on CPU tensors (csrc/cpu): checks types, hands over tensors, strides and sizes in the order of module.cpp.
 
 The instruction set is the best that the processor has; RETRO_CPU (scalar, avx2, avx512, avx512_bf16) forces one.
 Shape letters: B batch, N tokens, H query heads, G key/value heads, E head width, L chunks, K neighbors, R keys.
@@ -56,7 +56,7 @@ def multiplies_bf16() -> bool:
     return instruction_set() == "avx512_bf16"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Problem:
     """Everything of an attention but the tensors with gradients. chunk_length 0 = every query sees all keys."""
 
@@ -88,11 +88,12 @@ def _rope(
     B, N, H, E = x_BNHE.shape
     y = torch.empty((B, N, H, E), dtype=x_BNHE.dtype)
     cos, sin, place = cos.detach().float().contiguous(), sin.detach().float().contiguous(), _integers(positions)
-    stride = N if positions is not None and positions.dim() == 2 else 0
-    sizes = (B, N, H, E, cos.shape[1], cos.shape[0], stride, int(interleaved), int(inverse))
+    position_stride = N if positions is not None and positions.dim() == 2 else 0
+    sizes = (_TYPES[y.dtype], B, N, H, E, cos.shape[1], *x_BNHE.stride()[:3], *y.stride()[:3])
     if y.numel():
-        addresses = (x_BNHE.data_ptr(), y.data_ptr(), cos.data_ptr(), sin.data_ptr(), _address(place))
-        _cpu.rope(instruction_set(), _TYPES[y.dtype], sizes, (*x_BNHE.stride()[:3], *y.stride()[:3]), addresses)
+        _cpu.rope(
+            instruction_set(), *sizes, x_BNHE, y, cos, sin, cos.shape[0], place, position_stride, interleaved, inverse
+        )
     return y
 
 
@@ -104,18 +105,17 @@ def gather_neighbors(
     tokens = torch.empty((*ids.shape, retrieved_length), dtype=dtype)
     lengths = torch.empty(ids.shape, dtype=torch.int64)
     tensors = (table.contiguous(), document.int().contiguous(), row_lengths.int().contiguous(), ids.long().contiguous())
-    addresses = [tensor.data_ptr() for tensor in (*tensors, tokens, lengths)]
     sizes = (table.element_size(), ids.numel(), *table.shape, retrieved_length, pad_id)
-    _cpu.gather_neighbors(instruction_set(), sizes, addresses)
+    _cpu.gather_neighbors(instruction_set(), *sizes, *tensors, tokens, lengths)
     return tokens, lengths
 
 
 def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, has_gradient: bool) -> Tensor:
     """As `reference.cross_entropy_`; contiguous."""
     losses, labels = torch.empty(logits_TV.shape[0]), labels_T.contiguous()
-    addresses = (logits_TV.data_ptr(), labels.data_ptr(), losses.data_ptr())
-    sizes = (*logits_TV.shape, int(has_gradient))
-    _cpu.cross_entropy(instruction_set(), _TYPES[logits_TV.dtype], sizes, addresses)
+    _cpu.cross_entropy(
+        instruction_set(), _TYPES[logits_TV.dtype], *logits_TV.shape, logits_TV, labels, losses, has_gradient
+    )
     return losses
 
 
@@ -123,7 +123,7 @@ def linear(x_TD: Tensor, matrix: Matrix) -> Tensor:
     """float32, contiguous -> [t, o]."""
     y = torch.empty(x_TD.shape[0], matrix.weight.shape[0])
     if y.numel():
-        _cpu.linear(instruction_set(), [x_TD.shape[0], x_TD.data_ptr(), y.data_ptr(), *_matrix(matrix)])
+        _cpu.linear(instruction_set(), x_TD.shape[0], *_matrix(matrix), x_TD, y)
     return y
 
 
@@ -131,14 +131,13 @@ def primitive(name: str, x: Tensor) -> Tensor:
     """A function that the kernels compute themselves (`bfloat16` rounds to it), of float32: so that all of its domain is tested."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    _cpu.apply(instruction_set(), _PRIMITIVES[name], (x.data_ptr(), y.data_ptr()), x.numel())
+    _cpu.apply(instruction_set(), _PRIMITIVES[name], x, y, x.numel())
     return y
 
 
 def new_steps(parts: tuple[Part, ...]) -> object:
     """What `steps` takes; holds addresses, not the memory."""
-    fields, factors = zip(*(_part(part) for part in parts))
-    return _cpu.Steps(instruction_set(), fields, factors)
+    return _cpu.Steps(instruction_set(), [_part(part) for part in parts])
 
 
 def steps(made: object, x_BD: Tensor, first: int, last: int) -> Tensor:
@@ -148,40 +147,36 @@ def steps(made: object, x_BD: Tensor, first: int, last: int) -> Tensor:
     return y
 
 
-def _part(part: Part) -> tuple[list[int], tuple[float, float]]:
-    """The fields of a part, kind first, as csrc/cpu/module.cpp reads them; its norm's eps and its scale."""
+def _part(part: Part) -> tuple[object, ...]:
     if isinstance(part, FeedForward):
-        gate = (0,) * 7 if part.gate is None else _matrix(part.gate)
-        activation = _ACTIVATIONS[part.activation]
-        return [2, activation, *_norm(part), *gate, *_matrix(part.up), *_matrix(part.down)], (part.norm.eps, 0.0)
-    attending, factors = _attending(part), (part.norm.eps, part.attending.scale)
+        gate = (0, 0, 0, 0, None, None, None) if part.gate is None else _matrix(part.gate)
+        return 2, *_norm(part), *gate, *_matrix(part.up), *_matrix(part.down), _ACTIVATIONS[part.activation]
+    attending = _attending(part)
     if isinstance(part, CrossAttention):
-        return [1, int(part.adds_bias), *_norm(part), *_matrix(part.q), *_matrix(part.out), *attending], factors
+        return 1, *_norm(part), *_matrix(part.q), *_matrix(part.out), *attending, part.adds_bias
     matrices = (*_matrix(part.q), *_matrix(part.k), *_matrix(part.v), *_matrix(part.out))
-    return [0, *_norm(part), *matrices, *attending], factors
+    return 0, *_norm(part), *matrices, *attending, False
 
 
-def _matrix(m: Matrix) -> tuple[int, ...]:
-    bias_type = 0 if m.bias is None else _TYPES[m.bias.dtype]
-    addresses = (m.weight.data_ptr(), _address(m.bias), _address(m.scale))
-    return (_TYPES[m.weight.dtype], bias_type, *m.weight.shape, *addresses)
+def _matrix(m: Matrix) -> tuple[object, ...]:
+    types = (_TYPES[m.weight.dtype], 0 if m.bias is None else _TYPES[m.bias.dtype])
+    return *types, *m.weight.shape, m.weight, m.bias, m.scale
 
 
-def _norm(part: Part) -> tuple[int, ...]:
+def _norm(part: Part) -> tuple[object, ...]:
     norm, width = part.norm, (part.up if isinstance(part, FeedForward) else part.q).weight.shape[1]
     weight_type = 0 if norm.weight is None else _TYPES[norm.weight.dtype]
-    return (width, int(norm.is_rms), weight_type, _address(norm.weight), _address(norm.bias))
+    return width, norm.is_rms, weight_type, norm.weight, norm.bias, norm.eps
 
 
-def _attending(part: SelfAttention | CrossAttention) -> tuple[int, ...]:
+def _attending(part: SelfAttention | CrossAttention) -> tuple[object, ...]:
     a = part.attending
     B, S, G, E = a.keys.shape
     positions, pairs = (0, 0) if a.cos is None else a.cos.shape
-    heads = part.q.weight.shape[0] // E
-    sizes = (B, heads, G, E, pairs, int(a.interleaved), _TYPES[a.keys.dtype], *a.keys.stride()[:3])
-    ranges = (_address(a.begins), _address(a.starts), _address(a.valid), _address(a.positions))
-    tables = (_address(a.cos), _address(a.sin))
-    return (*sizes, S, positions, a.keys.data_ptr(), a.values.data_ptr(), *ranges, *tables)
+    sizes = (B, part.q.weight.shape[0] // E, G, E, pairs)
+    cache = (_TYPES[a.keys.dtype], a.keys, a.values, *a.keys.stride()[:3], S)
+    places = (a.begins, a.starts, a.valid, a.positions)
+    return *sizes, *cache, *places, a.cos, a.sin, positions, a.interleaved, a.scale
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -192,7 +187,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tupl
     o = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("inf"))
     if o.numel() and k.numel():
-        _call(q, k, v, o, lse, problem, ())
+        _attention(q, k, v, o, lse, problem, (None,) * 4)
     return o, lse
 
 
@@ -203,38 +198,39 @@ def attention_backward(
     grad_q = torch.zeros(q.shape, dtype=q.dtype)
     grad_k, grad_v = torch.empty(k.shape, dtype=k.dtype), torch.empty(k.shape, dtype=k.dtype)
     if o.numel() and k.numel():
-        _call(q, k, v, o, lse, problem, (grad_o.contiguous(), grad_q, grad_k, grad_v))
+        _attention(q, k, v, o, lse, problem, (grad_o.contiguous(), grad_q, grad_k, grad_v))
     else:
         grad_k.zero_()
         grad_v.zero_()
     return grad_q, grad_k, grad_v
 
 
-def _call(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, problem: Problem, gradients: tuple[Tensor, ...]
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    gradients: tuple[Tensor | None, ...],
 ) -> None:
+    """`gradients`: of o, q, k and v; None = forward."""
     B, N, H, E = q.shape
     _, L, K, R, G, _ = k.shape
     M, num_queries = problem.chunk_length, problem.chunk_length or N
     cos, sin = _table(problem.cos), _table(problem.sin)
-    sizes = (
-        *(B, L, G, H // G, E, N, num_queries, M, max(0, M - 1), K, R),
-        *(0 if cos is None else cos.shape[1], problem.query_offset, problem.query_period or num_queries),
-        int(problem.is_causal),
-    )
-    grad_kv = gradients[2] if gradients else k
-    strides = (*q.stride()[:3], *o.stride()[:3], *k.stride()[:5], *v.stride()[:5], *grad_kv.stride()[:5])
-    integers = [_integers(x) for x in (problem.lengths, problem.begins, problem.first_keys)]
-    tensors = (q, k, v, o, lse, *integers, cos, sin)
-    addresses = [_address(tensor) for tensor in (*tensors, *gradients)]
+    grad_k = k if gradients[2] is None else gradients[2]
+    sizes = (_TYPES[q.dtype], B, L, G, H // G, E, N, num_queries, M, max(0, M - 1), K, R)
+    strides = (*q.stride()[:3], *o.stride()[:3], *k.stride()[:5], *v.stride()[:5], *grad_k.stride()[:5])
+    ranges = (*(_integers(x) for x in (problem.lengths, problem.begins, problem.first_keys)), problem.is_causal)
+    pairs = 0 if cos is None else cos.shape[1]
+    rotation = (cos, sin, pairs, problem.query_offset, problem.query_period or num_queries)
     seed = int(problem.seed) if problem.dropout and problem.seed is not None else 0
-    dropout = (drop_below(problem.dropout), seed & 0xFFFFFFFF, seed >> 32)
-    factors = (problem.scale, 1 / (1 - problem.dropout))
-    _cpu.attention(instruction_set(), _TYPES[q.dtype], sizes, factors, dropout, strides, addresses)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    dropout = (drop_below(problem.dropout), seed & 0xFFFFFFFF, seed >> 32, 1 / (1 - problem.dropout))
+    tensors = (q, k, v, o, lse)
+    _cpu.attention(
+        instruction_set(), *sizes, *strides, *tensors, *ranges, *rotation, problem.scale, *dropout, *gradients
+    )
 
 
 def _table(x: Tensor | None) -> Tensor | None:

@@ -2,13 +2,12 @@
 #include "kernels.h"
 #ifdef RETRO_X86
 #include <immintrin.h>
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+RETRO_TARGET_BEGIN("avx2,fma")
 #define RETRO_BUILD avx2
 #define RETRO_FLOATS 8
 #define RETRO_ROWS 4
 #define RETRO_VECTORS 3
 #define RETRO_BF16 0
 #include "build.inc"
-#pragma GCC pop_options
+RETRO_TARGET_END
 #endif

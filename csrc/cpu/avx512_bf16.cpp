@@ -2,13 +2,12 @@
 #include "kernels.h"
 #ifdef RETRO_X86
 #include <immintrin.h>
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+RETRO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #define RETRO_BUILD avx512_bf16
 #define RETRO_FLOATS 16
 #define RETRO_ROWS 8
 #define RETRO_VECTORS 3
 #define RETRO_BF16 1
 #include "build.inc"
-#pragma GCC pop_options
+RETRO_TARGET_END
 #endif

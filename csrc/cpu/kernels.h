@@ -7,7 +7,10 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
+
+#include "../compiler.h"
 
 namespace retro {
 
@@ -136,8 +139,7 @@ struct Build {
 };
 
 extern const Build scalar_build;
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define RETRO_X86 1
+#ifdef RETRO_X86
 extern const Build avx2_build, avx512_build, avx512_bf16_build;
 #endif
 

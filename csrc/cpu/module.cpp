@@ -1,6 +1,6 @@
-// retro_kernels._cpu: attention, RoPE, gathering, cross-entropy and decoding steps on CPU tensors, given as addresses, sizes and strides (kernels/cpp.py checks
-// them). No torch header: the module builds anywhere and works with any torch. Threads are torch's own: the address
-// of libtorch's torch_parallel_for is handed over at import; without it everything runs on the calling thread.
+// retro_kernels._cpu: attention, RoPE, gathering, cross-entropy and decoding steps on CPU tensors. Every function takes a build's
+// name and a kernel's fields, numbers and tensors, in the one order in which it reads them (kernels/cpp.py checks and writes them). No torch header: the module builds anywhere and works with any torch. Threads are torch's own: the address of
+// libtorch's torch_parallel_for is handed over at import; without it everything runs on the calling thread.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -57,155 +57,131 @@ const Build& find_build(const std::string& name) {
   throw std::invalid_argument("this processor has no " + name);
 }
 
-template <class T>
-T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+void check_position(int64_t position, int64_t num_positions) {
+  if (position < 0 || position >= num_positions)
+    throw py::value_error("positions holds " + std::to_string(position) + "; cos has " + std::to_string(num_positions) + " positions");
+}
 
-// sizes: B L KV G E N num_queries query_step query_first K R P query_offset query_period is_causal.
-// strides: q 3, o 3, k 5, v 5, gradients of k and v 5.
-// addresses: q k v o lse lengths begins first_keys cos sin; backward also grad_o grad_q grad_k grad_v.
-// dropout: drop_below, the seed's low and high half; factors: scale, 1 / (1 - dropout).
-typedef std::array<int64_t, 3> Dropout;
-Attention make_attention(const std::array<int64_t, 15>& sizes, const std::array<float, 2>& factors, const Dropout& dropout, const std::array<int64_t, 21>& strides, const std::vector<uintptr_t>& addresses) {
+// Reads a kernel's fields, all of them, in the order in which they are written here: a number, a flag, a tensor (None = no address).
+class Fields {
+ public:
+  explicit Fields(const py::tuple& fields) : fields_(fields) {}
+  template <class... Values>
+  void read(Values&... values) { (take(values), ...); }
+  void end() const {
+    if (at_ != fields_.size()) throw std::invalid_argument("too many fields");
+  }
+
+ private:
+  PyObject* next() {
+    if (at_ == fields_.size()) throw std::invalid_argument("too few fields");
+    return PyTuple_GET_ITEM(fields_.ptr(), Py_ssize_t(at_++));
+  }
+  static int64_t integer(PyObject* x) {
+    const int64_t value = PyLong_AsLongLong(x);
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  template <class T>
+  void take(T& x) { x = T(integer(next())); }  // also a flag or a type
+  template <class T>
+  void take(T*& x) {
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    PyObject* const tensor = next();
+    x = nullptr;
+    if (tensor == Py_None) return;
+    const auto address = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, data_ptr));
+    if (!address) throw py::error_already_set();
+    x = reinterpret_cast<T*>(static_cast<uintptr_t>(integer(address.ptr())));
+  }
+  template <size_t count>
+  void take(int64_t (&strides)[count]) { for (int64_t& x : strides) take(x); }
+  void take(float& x) {
+    const double value = PyFloat_AsDouble(next());
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    x = float(value);
+  }
+  void take(Matrix& m) { read(m.type, m.bias_type, m.O, m.D, m.w, m.bias, m.scale); }
+  void take(Norm& n) { read(n.D, n.is_rms, n.type, n.weight, n.bias, n.eps); }
+  void take(Step& a) {
+    read(a.B, a.H, a.G, a.E, a.P, a.type, a.keys, a.values, a.row_stride, a.token_stride, a.head_stride, a.num_keys);
+    read(a.begins, a.starts, a.valid, a.positions, a.cos, a.sin, a.num_positions, a.is_interleaved, a.scale);
+  }
+
+  const py::tuple& fields_;
+  size_t at_ = 0;
+};
+template <class... Values>
+void read_all(const py::tuple& from, Values&... values) {
+  Fields fields(from);
+  fields.read(values...);
+  fields.end();
+}
+
+void attention(const std::string& build, const py::args& given) {
+  Type type;
   Attention a{};
-  int64_t* fields[] = {&a.B, &a.L, &a.KV, &a.G, &a.E, &a.N, &a.num_queries, &a.query_step, &a.query_first, &a.K, &a.R, &a.P, &a.query_offset, &a.query_period};
-  for (int i = 0; i < 14; i++) *fields[i] = sizes[size_t(i)];
-  a.is_causal = sizes[14] != 0;
-  a.scale = factors[0], a.keep = factors[1];
-  a.drop_below = int32_t(dropout[0]), a.seed_low = uint32_t(dropout[1]), a.seed_high = uint32_t(dropout[2]);
-  auto from = strides.begin();
-  for (auto [to, count] : {std::pair{a.q_strides, 3}, {a.o_strides, 3}, {a.k_strides, 5}, {a.v_strides, 5}, {a.grad_kv_strides, 5}}) {
-    std::copy(from, from + count, to);
-    from += count;
-  }
-  a.q = pointer<void>(addresses[0]);
-  a.k = pointer<void>(addresses[1]);
-  a.v = pointer<void>(addresses[2]);
-  a.o = pointer<void>(addresses[3]);
-  a.lse = pointer<float>(addresses[4]);
-  a.lengths = pointer<int64_t>(addresses[5]);
-  a.begins = pointer<int64_t>(addresses[6]);
-  a.first_keys = pointer<int64_t>(addresses[7]);
-  a.cos = pointer<float>(addresses[8]);
-  a.sin = pointer<float>(addresses[9]);
-  if (addresses.size() > 10) {
-    a.grad_o = pointer<void>(addresses[10]);
-    a.grad_q = pointer<void>(addresses[11]);
-    a.grad_k = pointer<void>(addresses[12]);
-    a.grad_v = pointer<void>(addresses[13]);
-  }
-  return a;
-}
-
-void attention(const std::string& build, int type, const std::array<int64_t, 15>& sizes, const std::array<float, 2>& factors, const Dropout& dropout, const std::array<int64_t, 21>& strides, const std::vector<uintptr_t>& addresses) {
-  const Attention a = make_attention(sizes, factors, dropout, strides, addresses);
-  const bool is_backward = addresses.size() > 10;
-  const auto run = is_backward ? find_build(build).attention_backward : find_build(build).attention_forward;
+  Fields fields(given);
+  fields.read(type, a.B, a.L, a.KV, a.G, a.E, a.N, a.num_queries, a.query_step, a.query_first, a.K, a.R);
+  fields.read(a.q_strides, a.o_strides, a.k_strides, a.v_strides, a.grad_kv_strides, a.q, a.k, a.v, a.o, a.lse);
+  fields.read(a.lengths, a.begins, a.first_keys, a.is_causal, a.cos, a.sin, a.P, a.query_offset, a.query_period, a.scale);
+  fields.read(a.drop_below, a.seed_low, a.seed_high, a.keep, a.grad_o, a.grad_q, a.grad_k, a.grad_v);
+  fields.end();
+  const auto run = a.grad_o ? find_build(build).attention_backward : find_build(build).attention_forward;
   const py::gil_scoped_release release;
-  parallel_for(a.B * a.L * a.KV, 1, [&](int64_t begin, int64_t end) { run(a, Type(type), begin, end); });
+  parallel_for(a.B * a.L * a.KV, 1, [&](int64_t begin, int64_t end) { run(a, type, begin, end); });
 }
 
-// sizes: B N H E P num_positions position_stride is_interleaved is_inverse; strides: x 3, y 3; addresses: x y cos sin positions.
-void rope(const std::string& build, int type, const std::array<int64_t, 9>& sizes, const std::array<int64_t, 6>& strides, const std::array<uintptr_t, 5>& addresses) {
+void rope(const std::string& build, const py::args& given) {
+  Type type;
   Rope a{};
-  a.B = sizes[0], a.N = sizes[1], a.H = sizes[2], a.E = sizes[3], a.P = sizes[4], a.num_positions = sizes[5];
-  a.position_stride = sizes[6], a.is_interleaved = sizes[7] != 0, a.is_inverse = sizes[8] != 0;
-  std::copy(strides.begin(), strides.begin() + 3, a.x_strides);
-  std::copy(strides.begin() + 3, strides.end(), a.y_strides);
-  a.x = pointer<void>(addresses[0]);
-  a.y = pointer<void>(addresses[1]);
-  a.cos = pointer<float>(addresses[2]);
-  a.sin = pointer<float>(addresses[3]);
-  a.positions = pointer<int64_t>(addresses[4]);
+  read_all(given, type, a.B, a.N, a.H, a.E, a.P, a.x_strides, a.y_strides, a.x, a.y, a.cos, a.sin, a.num_positions, a.positions, a.position_stride, a.is_interleaved, a.is_inverse);
   if (a.positions) {
     const int64_t count = a.position_stride ? a.B * a.N : a.N;
-    for (int64_t i = 0; i < count; i++)
-      if (a.positions[i] < 0 || a.positions[i] >= a.num_positions)
-        throw py::value_error("positions holds " + std::to_string(a.positions[i]) + "; cos has " + std::to_string(a.num_positions) + " positions");
+    for (int64_t i = 0; i < count; i++) check_position(a.positions[i], a.num_positions);
   }
   const auto run = find_build(build).rope;
   const py::gil_scoped_release release;
-  parallel_for(a.B * a.N, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, a.H * a.E)), [&](int64_t begin, int64_t end) { run(a, Type(type), begin, end); });
+  parallel_for(a.B * a.N, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, a.H * a.E)), [&](int64_t begin, int64_t end) { run(a, type, begin, end); });
 }
 
-// sizes: item count rows M R pad; addresses: table document row_lengths ids tokens lengths.
-void gather_neighbors(const std::string& build, const std::array<int64_t, 6>& sizes, const std::array<uintptr_t, 6>& addresses) {
+void gather_neighbors(const std::string& build, const py::args& given) {
   Gather a{};
-  a.item = sizes[0], a.count = sizes[1], a.rows = sizes[2], a.M = sizes[3], a.R = sizes[4], a.pad = sizes[5];
-  a.table = pointer<void>(addresses[0]);
-  a.document = pointer<int32_t>(addresses[1]);
-  a.row_lengths = pointer<int32_t>(addresses[2]);
-  a.ids = pointer<int64_t>(addresses[3]);
-  a.tokens = pointer<void>(addresses[4]);
-  a.lengths = pointer<int64_t>(addresses[5]);
+  read_all(given, a.item, a.count, a.rows, a.M, a.R, a.pad, a.table, a.document, a.row_lengths, a.ids, a.tokens, a.lengths);
   const auto run = find_build(build).gather_neighbors;
   const py::gil_scoped_release release;
   parallel_for(a.count, 512, [&](int64_t begin, int64_t end) { run(a, begin, end); });
 }
 
-// sizes: T V has_gradient; addresses: logits labels losses.
-void cross_entropy(const std::string& name, int type, const std::array<int64_t, 3>& sizes, const std::array<uintptr_t, 3>& addresses) {
+void cross_entropy(const std::string& build, const py::args& given) {
+  Type type;
+  int64_t T;
   CrossEntropy a{};
-  const int64_t T = sizes[0];
-  a.V = sizes[1], a.has_gradient = sizes[2] != 0;
-  a.logits = pointer<void>(addresses[0]), a.labels = pointer<int64_t>(addresses[1]), a.losses = pointer<float>(addresses[2]);
+  read_all(given, type, T, a.V, a.logits, a.labels, a.losses, a.has_gradient);
   for (int64_t row = 0; row < T; row++)
     if (a.labels[row] < 0 || a.labels[row] >= a.V) throw py::value_error("labels holds " + std::to_string(a.labels[row]) + "; there are " + std::to_string(a.V) + " logits");
-  const auto run = find_build(name).cross_entropy;
+  const auto run = find_build(build).cross_entropy;
   const py::gil_scoped_release release;
-  parallel_for(T, std::max<int64_t>(1, 16384 / a.V), [&](int64_t begin, int64_t end) { run(a, Type(type), begin, end); });
+  parallel_for(T, std::max<int64_t>(1, 16384 / a.V), [&](int64_t begin, int64_t end) { run(a, type, begin, end); });
 }
 
-// addresses: x y, `count` floats each.
-void apply(const std::string& name, int primitive, const std::array<uintptr_t, 2>& addresses, int64_t count) {
-  const auto run = find_build(name).apply;
+void apply(const std::string& build, const py::args& given) {
+  Primitive primitive;
+  const float* x;
+  float* y;
+  int64_t count;
+  read_all(given, primitive, x, y, count);
+  const auto run = find_build(build).apply;
   const py::gil_scoped_release release;
-  run(Primitive(primitive), pointer<float>(addresses[0]), pointer<float>(addresses[1]), count);
+  run(primitive, x, y, count);
 }
-
-// Numbers and addresses one after another, in the order in which kernels/cpp.py writes them.
-class Fields {
- public:
-  explicit Fields(const std::vector<int64_t>& values) : next_(values.begin()), end_(values.end()) {}
-  int64_t integer() {
-    if (next_ == end_) throw std::invalid_argument("too few fields");
-    return *next_++;
-  }
-  template <class T>
-  T* address() { return reinterpret_cast<T*>(static_cast<uintptr_t>(integer())); }
-  Matrix matrix() {
-    Matrix m{};
-    m.type = Type(integer()), m.bias_type = Type(integer()), m.O = integer(), m.D = integer();
-    m.w = address<void>(), m.bias = address<void>(), m.scale = address<float>();
-    return m;
-  }
-  Norm norm(float eps) {
-    Norm n{};
-    n.D = integer(), n.is_rms = integer() != 0, n.type = Type(integer());
-    n.weight = address<void>(), n.bias = address<void>(), n.eps = eps;
-    return n;
-  }
-  Step attention(float scale) {
-    Step a{};
-    a.B = integer(), a.H = integer(), a.G = integer(), a.E = integer(), a.P = integer(), a.is_interleaved = integer() != 0;
-    a.type = Type(integer()), a.row_stride = integer(), a.token_stride = integer(), a.head_stride = integer(), a.num_keys = integer(), a.num_positions = integer();
-    a.keys = address<void>(), a.values = address<void>();
-    a.begins = address<int64_t>(), a.starts = address<int64_t>(), a.valid = address<uint8_t>();
-    a.positions = address<int64_t>(), a.cos = address<float>(), a.sin = address<float>();
-    a.scale = scale;
-    return a;
-  }
-
- private:
-  std::vector<int64_t>::const_iterator next_, end_;
-};
 
 void check_places(const Step& a) {
   for (int64_t b = 0; b < a.B; b++) {
     const int64_t last = a.starts ? a.starts[b] : a.num_keys - 1, first = a.begins ? a.begins[b] : 0;
     if (first < 0 || last >= a.num_keys || (a.starts && last < 0))
       throw py::value_error("row " + std::to_string(b) + " attends " + std::to_string(first) + " ... " + std::to_string(last) + "; the cache holds " + std::to_string(a.num_keys));
-    if (a.cos && (a.positions[b] < 0 || a.positions[b] >= a.num_positions))
-      throw py::value_error("positions holds " + std::to_string(a.positions[b]) + "; cos has " + std::to_string(a.num_positions) + " positions");
+    if (a.cos) check_position(a.positions[b], a.num_positions);
   }
 }
 
@@ -231,12 +207,9 @@ void run(const Build& build, const Step& a) {
   parallel_for(a.B * a.G, std::max<int64_t>(1, 65536 / work), [&](int64_t begin, int64_t end) { build.attend(a, begin, end); });
 }
 
-// T, x, y; the matrix.
-void linear(const std::string& name, const std::vector<int64_t>& values) {
-  Fields fields(values);
+void linear(const std::string& name, const py::args& given) {
   Linear a{};
-  a.T = fields.integer(), a.x = fields.address<float>(), a.y = fields.address<float>();
-  a.m = fields.matrix();
+  read_all(given, a.T, a.m, a.x, a.y);
   const Build& build = find_build(name);
   const py::gil_scoped_release release;
   run(build, {a});
@@ -270,22 +243,18 @@ struct Part {
   Activation activation;
 };
 
-Part make_part(const std::vector<int64_t>& values, float eps, float scale) {
-  Fields fields(values);
+Part make_part(const py::tuple& given) {
   Part p{};
-  p.kind = Part::Kind(fields.integer());
+  Fields fields(given);
+  fields.read(p.kind, p.norm);
   if (p.kind == Part::FEED_FORWARD) {
-    p.activation = Activation(fields.integer());
-    p.norm = fields.norm(eps);
-    p.gate = fields.matrix(), p.up = fields.matrix(), p.down = fields.matrix();
-    return p;
+    fields.read(p.gate, p.up, p.down, p.activation);
+  } else {
+    fields.read(p.q);
+    if (p.kind == Part::SELF_ATTENTION) fields.read(p.k, p.v);
+    fields.read(p.out, p.attending, p.adds);
   }
-  p.adds = p.kind == Part::CROSS_ATTENTION && fields.integer() != 0;
-  p.norm = fields.norm(eps);
-  p.q = fields.matrix();
-  if (p.kind == Part::SELF_ATTENTION) p.k = fields.matrix(), p.v = fields.matrix();
-  p.out = fields.matrix();
-  p.attending = fields.attention(scale);
+  fields.end();
   return p;
 }
 
@@ -331,10 +300,8 @@ void run(const Build& build, const Part& p, int64_t B, const float* x, float* y)
 // The parts of a decoder's layers for one new token a row, told once and run at every step.
 class Steps {
  public:
-  Steps(const std::string& build, const std::vector<std::vector<int64_t>>& fields, const std::vector<std::array<float, 2>>& factors) : build_(find_build(build)) {
-    for (size_t i = 0; i < fields.size(); i++) {
-      parts_.push_back(make_part(fields[i], factors.at(i)[0], factors.at(i)[1]));
-    }
+  Steps(const std::string& build, const std::vector<py::tuple>& parts) : build_(find_build(build)) {
+    for (const py::tuple& part : parts) parts_.push_back(make_part(part));
     const py::gil_scoped_release release;
     for (const Part& p : parts_)
       for (const Matrix& m : {p.q, p.k, p.v, p.out, p.gate, p.up, p.down})
@@ -342,7 +309,7 @@ class Steps {
   }
   // x, y [B, D]: parts first ... last - 1.
   void run_parts(uintptr_t x, uintptr_t y, int64_t B, size_t first, size_t last) const {
-    const float* from = pointer<const float>(x);
+    const float* from = reinterpret_cast<const float*>(x);
     if (first >= last || last > parts_.size()) throw std::invalid_argument("there are no such parts");
     for (size_t i = first; i < last; i++)
       if (parts_[i].kind != Part::FEED_FORWARD) check_places(parts_[i].attending);
@@ -351,7 +318,7 @@ class Steps {
     for (size_t i = first; i < last; i++) {
       std::vector<float>& next = between[i % 2];
       next.resize(size_t(B * parts_[i].norm.D));
-      float* to = i + 1 == last ? pointer<float>(y) : next.data();
+      float* to = i + 1 == last ? reinterpret_cast<float*>(y) : next.data();
       run(build_, parts_[i], B, from, to);
       from = to;
     }
@@ -378,6 +345,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("apply", &apply);
   m.def("cross_entropy", &cross_entropy);
   py::class_<Steps>(m, "Steps")
-      .def(py::init<const std::string&, const std::vector<std::vector<int64_t>>&, const std::vector<std::array<float, 2>>&>())
+      .def(py::init<const std::string&, const std::vector<py::tuple>&>())
       .def("run", &Steps::run_parts);
 }

@@ -25,6 +25,8 @@
 #include <string>
 #include <vector>
 
+#include "../compiler.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -68,12 +70,6 @@ T read_at(const uint8_t* p, uint64_t offset) {
   std::memcpy(&value, p + offset, sizeof(T));
   return value;
 }
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define RETRO_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define RETRO_CLONES
-#endif
 
 // n values as int64; the largest of them, -1 for none.
 RETRO_CLONES int64_t widen16(const uint16_t* __restrict in, int64_t n, int64_t* __restrict out) {
