@@ -37,8 +37,9 @@ def targets_by_row(targets: list[Target]) -> dict[str, dict[str, Any]]:
 
 
 def table(rows: list[Row]) -> str:
+    width = max(len(row.case) for row in rows) + 2
     lines = [
-        f"{'case':46}{'implementation':22}{'median':>11}{'GB/s':>8}{'GFLOP/s':>9}{'share':>8}{'error':>9}  slower by"
+        f"{'case':{width}}{'implementation':22}{'median':>11}{'GB/s':>8}{'GFLOP/s':>9}{'share':>8}{'error':>9}  slower by"
     ]
     for row in rows:
         unit = f"{row.median_s * 1e3:.3f} ms" if row.median_s > 1e-4 else f"{row.median_s * 1e6:.1f} us"
@@ -48,17 +49,18 @@ def table(rows: list[Row]) -> str:
         ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row.ratios.items())
         said = "; ".join(filter(None, (ratios, row.note)))
         lines.append(
-            f"{row.case:46}{row.implementation:22}{unit:>11}{cells[0]:>8}{cells[1]:>9}{share:>8}{error:>9}  {said}"
+            f"{row.case:{width}}{row.implementation:22}{unit:>11}{cells[0]:>8}{cells[1]:>9}{share:>8}{error:>9}  {said}"
         )
     return "\n".join(lines)
 
 
 def target_table(targets: list[Target]) -> str:
-    lines = [f"{'must reach':90}{'value':>10}{'target':>12}"]
+    width = max(len(target.row) for target in targets) + 2
+    lines = [f"{'must reach':{width}}{'value':>10}{'target':>12}"]
     for t in targets:
         value = "-" if t.value is None else f"{t.value:,.3f}"
         said = "holds" if t.holds else "not measured" if t.value is None else "falls short"
-        lines.append(f"{t.row:90}{value:>10}{'<=' if t.is_at_most else '>=':>4}{t.target:>8,g}  {said}")
+        lines.append(f"{t.row:{width}}{value:>10}{'<=' if t.is_at_most else '>=':>4}{t.target:>8,g}  {said}")
     return "\n".join(lines)
 
 
