@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def prepare(
             if spooled is not None:
                 paths.append(spooled)
             mark = files.fingerprint([asdict(reader), [[str(path), files.sha256_file(path)] for path in paths]])
-            trains = partial(_train_tokenizer, reader, paths, vocab_size=vocab_size, is_strict=is_strict, say=say)
+            trains = lambda: _train_tokenizer(reader, paths, vocab_size, is_strict, say)  # noqa: E731
             chosen = given or _trained_tokenizer(out, files.fingerprint([mark, vocab_size, SAMPLE_BYTES]), trains)
             writer = StoreWriter(out, chosen, chunk_size, store.SHARD_ROWS, mark)
             if writer.counts["documents"]:
