@@ -182,7 +182,7 @@ def test_streams_that_a_killed_process_left_go_on(
 ) -> None:
     """A kept stream goes on by itself, a file goes on when it is named again, and what no job names is removed."""
     monkeypatch.setattr(library_import, "BATCH_DOCUMENTS", 5)
-    path = write(tmp_path / "in.jsonl", rows(2000))
+    path = write(tmp_path / "in.jsonl", rows(600))
     kept = folder / "imports"
     with Library(folder) as library, Importer(library) as importer:
         numbers = [importer.start(io.BytesIO(path.read_bytes()), "streams"), importer.start(path, "files")]
@@ -195,10 +195,10 @@ def test_streams_that_a_killed_process_left_go_on(
     with Library(folder) as library, Importer(library) as importer:
         importer.recover()
         job = importer.wait(numbers[0])
-        assert (job.state, job.added) == ("done", 2000)
+        assert (job.state, job.added) == ("done", 600)
         assert importer.job(numbers[1]).state == "interrupted"
         assert [file.name for file in kept.iterdir()] == [new.name], "on its way, perhaps"
-        assert importer.wait(importer.start(path, "files")).added == 2000
+        assert importer.wait(importer.start(path, "files")).added == 600
     with Library(folder) as library, Importer(library) as importer:  # a stream that is gone
         number = importer.start(io.BytesIO(path.read_bytes()), "gone")
         importer.stop()

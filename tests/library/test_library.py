@@ -551,7 +551,7 @@ def test_reads_between_disk_and_snapshot_wait(folder: Path, monkeypatch: pytest.
 
 
 def test_kills_lose_nothing_acknowledged(folder: Path) -> None:
-    kills = 1000 if IS_CAMPAIGN else 25
+    kills = 1000 if IS_CAMPAIGN else 12
     rng = random.Random(os.environ.get("RETRO_SEED", "0"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     state: dict[str, str] = {}

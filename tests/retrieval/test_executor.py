@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ from retro_engine.retrieval.executor import Executor, Piece, Stage, Stream, conn
 QUIET = Reporter("quiet")
 ROOT = Path(__file__).resolve().parents[2]
 CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
+FORK = multiprocessing.get_context("fork")  # what is killed need not import everything again
 
 
 @pytest.fixture(autouse=True)
@@ -128,30 +130,26 @@ run_stage(stage_in(Path(sys.argv[1]), shards=20, sleep_s=0.01), Executor(sys.arg
 """
 
 
-def script(folder: Path, kind: str) -> "subprocess.Popen[bytes]":
-    code = SCRIPT.format(tests=str(Path(__file__).parent))
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
-    return subprocess.Popen([sys.executable, "-c", code, str(folder), kind], env=environment, cwd=folder.parent)
-
-
 def test_kill_9_at_any_time_and_any_executor_goes_on(tmp_path: Path) -> None:
     """Killed when a random number of shards is there; another executor continues, and redoes none that is finished."""
     whole = run_stage(stage_in(tmp_path / "whole", shards=20, sleep_s=0.01), Executor(), QUIET)
     rng = random.Random(1)
     for number in range(1000 if CAMPAIGN else 20):
         folder = tmp_path / f"k{number}"
-        kind = "processes" if number % 10 == 0 else "inline"
-        process = script(folder, kind)
+        executor = Executor("processes" if number % 10 == 0 else "inline", 2)
+        stage = stage_in(folder, shards=20, sleep_s=0.01)
+        process = FORK.Process(target=run_stage, args=(stage, executor, QUIET))
+        process.start()
         target = rng.randrange(20)
-        while process.poll() is None and len(list(folder.glob("n-*.ok"))) < target:
+        while process.is_alive() and len(list(folder.glob("n-*.ok"))) < target:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.02)
         process.kill()
-        process.wait()
-        if kind == "processes":
+        process.join()
+        if executor.kind == "processes":
             time.sleep(0.3)  # its workers notice
-        before = {path.name: path.stat().st_mtime_ns for path in folder.glob("n-*.ok")} if folder.exists() else {}
-        found = run_stage(stage_in(folder, shards=20, sleep_s=0.01), Executor(), QUIET)
+        before = {path.name: path.stat().st_mtime_ns for path in folder.glob("n-*.ok")}
+        found = run_stage(stage, Executor(), QUIET)
         assert found == whole, f"kill {number} at {target}"
         assert content(folder) == content(tmp_path / "whole"), f"kill {number} at {target}"
         assert all((folder / name).stat().st_mtime_ns == time_ns for name, time_ns in before.items())

@@ -115,7 +115,7 @@ def test_two_builders_in_one_folder(store: Store) -> None:
     """Of two that start together one may be refused; what there is in the end is always whole."""
     whole = content(build_vectors(store, "hash").folder)
     refused = 0
-    for _ in range(200 if os.environ.get("RETRO_CAMPAIGN") else 50):
+    for _ in range(200 if os.environ.get("RETRO_CAMPAIGN") else 15):
         shutil.rmtree(store.folder / "embeddings")
         results: list[object] = []
         start = threading.Barrier(2)
