@@ -35,7 +35,9 @@ def run(init: str, seed: int, chunk_size: int, steps: int) -> dict[str, Any]:
     """One row: train, then every condition."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "demo"
-        figures = run_facts(out, steps, init, seed, False, Reporter("quiet"), chunk_size=chunk_size)
+        figures = run_facts(
+            out, steps, init, seed=seed, is_gated=False, reporter=Reporter("quiet"), chunk_size=chunk_size
+        )
         row: dict[str, Any] = {"init": init, "seed": seed, "chunk_size": chunk_size, "steps": steps}
         for mode in ("on", "off", "random"):
             keys = ("value_accuracy", "whole_values", "bits_per_byte")

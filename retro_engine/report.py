@@ -338,7 +338,9 @@ def _explanations(retro: Retro, store: Store, samples: Sequence[_Sample]) -> lis
         if tokenizer.eod_id in (*prompt, *follows[:-1]):
             continue  # a cache reads one document
         lengths = removed_lengths(sample.lengths)
-        values = text_log_probs(model, prompt, follows, sample.tokens, lengths, tokenizer.pad_id)
+        values = text_log_probs(
+            model, prompt, follows, tokens_KR=sample.tokens, lengths_VK=lengths, pad_id=tokenizer.pad_id
+        )
         pieces = [tokenizer.decode([token]) for token in follows]
         found = Explanation(
             pieces=pieces, neighbors=sample.hits, log_probs_T=values[0], without_KT=values[1:-1], off_T=values[-1]

@@ -118,7 +118,7 @@ def run_facts(
     refuse_own(overrides, _OWN, "its figures are of what it made")
     start = time.monotonic()
     num_train = max(64, steps * ENTITIES_PER_STEP)
-    data = facts_data(out, num_train, min(NUM_HELDOUT, num_train), 1, reporter, chunk_size)
+    data = facts_data(out, num_train, min(NUM_HELDOUT, num_train), seed=1, reporter=reporter, chunk_size=chunk_size)
     prepared_s = time.monotonic() - start
     settings = [
         *facts_settings(out, steps, init, chunk_size),
@@ -165,7 +165,14 @@ def heldout_sequences(retro: Retro, store: Store, num_neighbors: int | None = No
     c = retro.model.config
     table = NeighborTable(store.folder / "neighbors" / "bm25", store)
     documents = np.arange(store.num_documents)
-    return Sequences(store, documents, c.encoder_seq_length, table, num_neighbors or c.num_neighbors, c.r)
+    return Sequences(
+        store,
+        documents,
+        c.encoder_seq_length,
+        table,
+        num_neighbors=num_neighbors or c.num_neighbors,
+        retrieved_length=c.r,
+    )
 
 
 def _new_entity(retro: Retro, data: FactsData, out: Path, seed: int, reporter: Reporter) -> list[dict[str, Any]]:
