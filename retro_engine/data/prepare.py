@@ -63,8 +63,11 @@ def prepare(
             if spooled is not None:
                 paths.append(spooled)
             mark = files.fingerprint([asdict(reader), [[str(path), files.sha256_file(path)] for path in paths]])
-            trains = lambda: _train_tokenizer(reader, paths, vocab_size, is_strict, say)  # noqa: E731
-            chosen = given or _trained_tokenizer(out, files.fingerprint([mark, vocab_size, SAMPLE_BYTES]), trains)
+            chosen = given or _trained_tokenizer(
+                out,
+                files.fingerprint([mark, vocab_size, SAMPLE_BYTES]),
+                lambda: _train_tokenizer(reader, paths, vocab_size, is_strict, say),
+            )
             writer = StoreWriter(out, chosen, chunk_size, store.SHARD_ROWS, mark)
             if writer.counts["documents"]:
                 say(f"{writer.counts['documents']:,} documents are in finished shards already")
