@@ -93,6 +93,40 @@ def _range(BEGINS, ENDS, at, R, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr
 
 
 @triton.jit
+def _first_keys(FIRST, at, exists, BM: tl.constexpr, HAS_FIRST: tl.constexpr):
+    """The first key that each query of a tile sees."""
+    low = tl.zeros([BM], tl.int32)
+    if HAS_FIRST:
+        low = tl.load(FIRST + at, mask=exists, other=0).to(tl.int32)
+    return low
+
+
+@triton.jit
+def _seen_range(begin, end, i, low, exists, R, num_queries, CAUSAL: tl.constexpr, HAS_FIRST: tl.constexpr):
+    """The range of keys that any query of a tile sees."""
+    start = begin
+    if HAS_FIRST:
+        start = tl.maximum(begin, tl.min(tl.where(exists, low, R), 0))
+    if CAUSAL:
+        end = tl.minimum(end, tl.max(tl.where(exists, i, -1), 0) + R - num_queries + 1)
+    return start, end
+
+
+@triton.jit
+def _place(b, u, j, key, g, s_b, s_l, s_j, s_s, s_h):
+    """Where each key of a tile lies in k, v or their gradients."""
+    return b * s_b + u.to(tl.int64) * s_l + j * s_j + key.to(tl.int64) * s_s + g * s_h
+
+
+@triton.jit
+def _load_values(V, at, inside, e, HALF: tl.constexpr, UPCAST: tl.constexpr):
+    value = tl.load(V + at[:, None] + e[None, :], mask=inside[:, None] & (e < 2 * HALF)[None, :], other=0.0)
+    if UPCAST:
+        value = value.to(tl.float32)
+    return value
+
+
+@triton.jit
 def _mixed(x):
     """As kernels/dropout.py's, of uint32."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
@@ -131,23 +165,17 @@ def _attention_forward(
     head = g * G + head
     rows = b * q_b + token.to(tl.int64) * q_n + head * q_h
     q1, q2 = _load_rotated(Q, rows, exists, COS, SIN, query_offset + i % query_period, half, P, HALF, UPCAST)
-    low = tl.zeros([BM], tl.int32)
-    if HAS_FIRST:
-        low = tl.load(FIRST + b * N + token, mask=exists, other=0).to(tl.int32)
+    low = _first_keys(FIRST, b * N + token, exists, BM, HAS_FIRST)
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, E], tl.float32)
     for j in range(NUM):
         begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
-        start = begin
-        if HAS_FIRST:
-            start = tl.maximum(begin, tl.min(tl.where(exists, low, R), 0))
-        if CAUSAL:
-            end = tl.minimum(end, tl.max(tl.where(exists, i, -1), 0) + R - num_queries + 1)
+        start, end = _seen_range(begin, end, i, low, exists, R, num_queries, CAUSAL, HAS_FIRST)
         for s0 in range(start // BN * BN, end, BN):
             key = s0 + tl.arange(0, BN)
             inside = (key >= begin) & (key < end)
-            at = b * k_b + u.to(tl.int64) * k_l + j * k_j + key.to(tl.int64) * k_s + g * k_h
+            at = _place(b, u, j, key, g, k_b, k_l, k_j, k_s, k_h)
             k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
             score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
             score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
@@ -160,10 +188,8 @@ def _attention_forward(
             total = total * factor + tl.sum(weight, 1)
             if DROPS:
                 weight *= _kept(SEED, _hash_queries(SEED, b, head, token), j * R + key, drop_below, scale_keep)
-            at = b * v_b + u.to(tl.int64) * v_l + j * v_j + key.to(tl.int64) * v_s + g * v_h
-            value = tl.load(V + at[:, None] + e[None, :], mask=inside[:, None] & (e < 2 * HALF)[None, :], other=0.0)
-            if UPCAST:
-                value = value.to(tl.float32)
+            at = _place(b, u, j, key, g, v_b, v_l, v_j, v_s, v_h)
+            value = _load_values(V, at, inside, e, HALF, UPCAST)
             out = tl.dot(weight.to(value.dtype), value, out * factor[:, None], input_precision="ieee")
             peak = new_peak
     attends = total != 0  # NaN stays NaN
@@ -206,31 +232,23 @@ def _attention_backward(
         rows = b * q_b + token.to(tl.int64) * q_n + head * q_h
         q1, q2 = _load_rotated(Q, rows, exists, COS, SIN, position, half, P, HALF, UPCAST)
         grad, delta, lse = _load_gradient(O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, UPCAST)
-        low = tl.zeros([BM], tl.int32)
-        if HAS_FIRST:
-            low = tl.load(FIRST + b * N + token, mask=exists, other=0).to(tl.int32)
+        low = _first_keys(FIRST, b * N + token, exists, BM, HAS_FIRST)
         dq1 = tl.zeros([BM, EH], tl.float32)
         dq2 = tl.zeros([BM, EH], tl.float32)
         for j in range(NUM):
             begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
-            start = begin
-            if HAS_FIRST:
-                start = tl.maximum(begin, tl.min(tl.where(exists, low, R), 0))
-            if CAUSAL:
-                end = tl.minimum(end, tl.max(tl.where(exists, i, -1), 0) + R - num_queries + 1)
+            start, end = _seen_range(begin, end, i, low, exists, R, num_queries, CAUSAL, HAS_FIRST)
             for s0 in range(start // BN * BN, end, BN):
                 key = s0 + tl.arange(0, BN)
                 inside = (key >= begin) & (key < end)
-                at = b * k_b + u.to(tl.int64) * k_l + j * k_j + key.to(tl.int64) * k_s + g * k_h
+                at = _place(b, u, j, key, g, k_b, k_l, k_j, k_s, k_h)
                 k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
                 score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
                 score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
                 sees = _seen(i, key, low, end, begin, R, num_queries, CAUSAL)
                 weight = tl.exp2(tl.where(sees, score * scale_log2, float("-inf")) - lse[:, None])
-                at = b * v_b + u.to(tl.int64) * v_l + j * v_j + key.to(tl.int64) * v_s + g * v_h
-                value = tl.load(V + at[:, None] + e[None, :], mask=inside[:, None] & (e < 2 * HALF)[None, :], other=0.0)
-                if UPCAST:
-                    value = value.to(tl.float32)
+                at = _place(b, u, j, key, g, v_b, v_l, v_j, v_s, v_h)
+                value = _load_values(V, at, inside, e, HALF, UPCAST)
                 slope = tl.dot(grad, tl.trans(value), input_precision="ieee")
                 if DROPS:
                     slope *= _kept(SEED, _hash_queries(SEED, b, head, token), j * R + key, drop_below, scale_keep)
@@ -244,12 +262,10 @@ def _attention_backward(
         j, key = number // segment_tiles, number % segment_tiles * BN + tl.arange(0, BN)
         begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
         inside = (key < end) & (key >= begin)
-        at = b * k_b + u.to(tl.int64) * k_l + j * k_j + key.to(tl.int64) * k_s + g * k_h
+        at = _place(b, u, j, key, g, k_b, k_l, k_j, k_s, k_h)
         k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
-        at = b * v_b + u.to(tl.int64) * v_l + j * v_j + key.to(tl.int64) * v_s + g * v_h
-        value = tl.load(V + at[:, None] + e[None, :], mask=inside[:, None] & (e < 2 * HALF)[None, :], other=0.0)
-        if UPCAST:
-            value = value.to(tl.float32)
+        at = _place(b, u, j, key, g, v_b, v_l, v_j, v_s, v_h)
+        value = _load_values(V, at, inside, e, HALF, UPCAST)
         dk1 = tl.zeros([BN, EH], tl.float32)
         dk2 = tl.zeros([BN, EH], tl.float32)
         dv = tl.zeros([BN, E], tl.float32)
@@ -269,9 +285,7 @@ def _attention_backward(
                 grad, delta, lse = _load_gradient(
                     O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, UPCAST
                 )
-                low = tl.zeros([BM], tl.int32)
-                if HAS_FIRST:
-                    low = tl.load(FIRST + b * N + token, mask=exists, other=0).to(tl.int32)
+                low = _first_keys(FIRST, b * N + token, exists, BM, HAS_FIRST)
                 score = tl.dot(k1, tl.trans(q1), input_precision="ieee")
                 score = tl.dot(k2, tl.trans(q2), score, input_precision="ieee")
                 sees = tl.trans(_seen(i, key, low, end, begin, R, num_queries, CAUSAL))
@@ -288,7 +302,7 @@ def _attention_backward(
                 dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
                 dk2 = tl.dot(slope, q2, dk2, input_precision="ieee")
         in_segment = key < R
-        at = b * g_b + u.to(tl.int64) * g_l + j * g_j + key.to(tl.int64) * g_s + g * g_h
+        at = _place(b, u, j, key, g, g_b, g_l, g_j, g_s, g_h)
         tl.store(
             DV + at[:, None] + e[None, :],
             dv.to(DV.dtype.element_ty),
