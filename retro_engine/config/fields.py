@@ -32,7 +32,10 @@ class ModelConfig:
     encoder_hidden_size: int | None = number(None, low=1)  # None = hidden_size
     encoder_num_attention_heads: int | None = number(None, low=1)  # None = num_attention_heads
     encoder_ffn_hidden_size: int | None = number(None, low=1)  # None = ffn_hidden_size, scaled with the encoder's width
-    retrieval: bool = True  # False = a plain decoder: no encoder, no chunked cross-attention
+    retrieval: bool = True  # False = a plain decoder: reads no neighbors
+    # cross_attention: encoded neighbors, chunked cross-attention; prefix: their keys and values before the decoder's own
+    reading: str = choice("cross_attention", "prefix")
+    sink_id: int | None = number(None, low=0)  # with reading=prefix: the token before the neighbors; None = no token
     normalization: str = choice("rmsnorm", "layernorm")
     layernorm_epsilon: float = number(1e-5, low=0, high=1)
     activation: str = choice("swiglu", "gelu", "gelu_tanh")  # gelu is with erf, gelu_tanh GPT-2's approximation
@@ -130,8 +133,30 @@ class ModelConfig:
 
     @property
     def cross_layers(self) -> list[int]:
-        """Decoder layers that cross-attend to neighbors; empty without retrieval."""
-        return sorted(self.dec_cross_attention) if self.retrieval else []
+        """Decoder layers that cross-attend to neighbors; empty without retrieval, and where neighbors stand in front."""
+        return sorted(self.dec_cross_attention) if self.retrieval and not self.reads_prefix else []
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether neighbors are read in front of the decoder's own keys."""
+        return self.retrieval and self.reading == "prefix"
+
+    @property
+    def first_position(self) -> int:
+        """Of a text: what is before it is for the token and the neighbors in front."""
+        if not self.reads_prefix:
+            return 0
+        return self.num_neighbors * self.r + (self.sink_id is not None)
+
+    @property
+    def encodes_alone(self) -> bool:
+        """Whether a neighbor's keys and values depend on nothing but its own tokens and the weights."""
+        return self.reads_prefix or bool(self.cross_layers) and not self.enc_cross_attention
+
+    @property
+    def num_reading_layers(self) -> int:
+        """Decoder layers that meet keys and values of neighbors."""
+        return self.dec_num_layers if self.reads_prefix else len(self.cross_layers)
 
 
 def base_config(c: ModelConfig) -> ModelConfig:

@@ -16,6 +16,8 @@ def _check_model_rules(c: ModelConfig) -> None:
     _check_widths(c)
     _check_cross_layers(c)
     _check_positions(c)
+    if c.reads_prefix:
+        _check_prefix(c)
     if c.init == "retrieval_ready" and c.retrieval:
         _check_retrieval_ready(c)
     if c.mup:
@@ -35,7 +37,7 @@ def _check_widths(c: ModelConfig) -> None:
 
 
 def _check_cross_layers(c: ModelConfig) -> None:
-    if not c.retrieval:
+    if not c.retrieval or c.reads_prefix:
         return
     for name, layers in (("dec_cross_attention", c.dec_num_layers), ("enc_cross_attention", c.enc_num_layers)):
         key, crossing = f"model.{name}", getattr(c, name)
@@ -48,7 +50,7 @@ def _check_cross_layers(c: ModelConfig) -> None:
 def _check_positions(c: ModelConfig) -> None:
     rows = c.max_position_embeddings or c.encoder_seq_length
     require(
-        not c.retrieval or c.encoder_position_embedding != "learned" or rows >= c.r,
+        not c.retrieval or c.reads_prefix or c.encoder_position_embedding != "learned" or rows >= c.r,
         "model.encoder_position_embedding",
         "learned",
         f"neighbors have {c.r} tokens and there are {rows} learned positions",
@@ -68,6 +70,20 @@ def _check_positions(c: ModelConfig) -> None:
         str(c.rotary_factors)[:80],
         f"a number above 0 for each of the {pairs} rotary frequencies",
     )
+
+
+def _check_prefix(c: ModelConfig) -> None:
+    conditions = {
+        "whole chunks from the first token on (partial_chunk=last)": c.partial_chunk == "last",
+        "missing neighbors are not read (mask_neighbors=true)": c.mask_neighbors,
+        "texts do not read one another (reset_attention=true, cca_reset=true)": c.reset_attention and c.cca_reset,
+        "there is nothing to read neighbors with from the first step on (init=standard)": c.init == "standard",
+        f"sink_id is below vocab_size={c.vocab_size}": c.sink_id is None
+        or not c.vocab_size
+        or c.sink_id < c.vocab_size,
+    }
+    for rule, holds in conditions.items():
+        require(holds, "model.reading", "prefix", rule, "change that, or set model.reading=cross_attention")
 
 
 def _check_retrieval_ready(c: ModelConfig) -> None:

@@ -115,7 +115,9 @@ def own_bytes(
     return counted if np.array_equal(own, stood) else counted * (own / np.maximum(1, stood))
 
 
-def to_tensors(batch: SequenceBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def to_tensors(
+    batch: SequenceBatch, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """tokens, labels, document_ids, neighbors and lengths (None when every neighbor is full) on `device`."""
     tokens, labels, documents = (
         torch.from_numpy(array).to(device) for array in (batch.tokens, batch.labels, batch.document_ids)
@@ -137,7 +139,9 @@ def autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, half) if half is not None else nullcontext()
 
 
-def token_losses(model: RetroModel, batch: SequenceBatch, device: torch.device, precision: str = "32") -> tuple[Tensor, Tensor]:
+def token_losses(
+    model: RetroModel, batch: SequenceBatch, device: torch.device, precision: str = "32"
+) -> tuple[Tensor, Tensor]:
     """Nats of every label [b, n] (0 where there is none) and the most likely token [b, n]."""
     tokens, labels, documents, neighbors, lengths = to_tensors(batch, device)
     with torch.no_grad(), autocast(device, precision):

@@ -96,7 +96,7 @@ def answer_questions(
         chunks = -(-len(prompts[order[place]]) // questions.M)
         group = [n for n in order[place : place + batch_size] if -(-len(prompts[n]) // questions.M) == chunks]
         neighbors = lengths = None
-        if mode not in ("off", "prompt") and model.encoder is not None:
+        if mode not in ("off", "prompt") and model.config.retrieval:
             tokens, valid = questions.neighbors(group, mode)
             neighbors, lengths = torch.from_numpy(tokens), torch.from_numpy(valid)
         asked = [prompts[number] for number in group]

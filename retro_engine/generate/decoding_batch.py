@@ -3,6 +3,8 @@
 Letters: T prompt tokens, M chunk length, V vocabulary.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from retro_engine.generate.prefix import PrefixCache, keys_of
 from retro_engine.generate.sequence import DecodingSequence, stacked
 from retro_engine.model.decode_cache import new_cache
 from retro_engine.model.decoding import decode_one, prefill
+from retro_engine.model.encodings import Encodings
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.hit import Found
 
@@ -28,10 +31,12 @@ class DecodingBatch:
         neighbor_tokens: int,
         deterministic: bool = False,
         prefixes: PrefixCache | None = None,
+        encodings: Encodings | None = None,
     ):
         """`deterministic`: rows are computed one by one, so that what is with them changes no bit."""
         self.model, self.pad_id, self.device = model, pad_id, model.embedding.weight.device
-        self.cache = new_cache(model, size, capacity, neighbor_tokens)
+        encode = None if encodings is None else partial(encodings.of, apart=deterministic)
+        self.cache = new_cache(model, size, capacity, neighbor_tokens, encode)
         self.size, self.deterministic, self.prefixes = size, deterministic, prefixes
         self.decoding: list[DecodingSequence] = []  # in the order of their rows
         self.joining: DecodingSequence | None = None  # in the row after them
@@ -42,7 +47,7 @@ class DecodingBatch:
         """`found`: the neighbors of the prompt's chunks."""
         assert self.joining is None and len(self.decoding) < self.size
         self.joining, self._found = sequence, found
-        self.cache.clear(len(self.decoding), sequence.pad)
+        self.cache.clear(len(self.decoding), sequence.pad, sequence.is_reading)
         self._keys = []
         if self.prefixes is not None:
             piece = PIECE_CHUNKS * sequence.chunk_size

@@ -22,6 +22,7 @@ from retro_engine.generate.generator import Generator
 from retro_engine.generate.prefix import PrefixCache
 from retro_engine.generate.request import Event, Generation, Request
 from retro_engine.generate.sequence import DecodingSequence
+from retro_engine.model.encodings import EncodingStats
 from retro_engine.retrieval.hit import Found
 
 __all__ = ["BusyError", "Engine", "Event", "Request", "Submission"]
@@ -132,6 +133,7 @@ class Engine:
             neighbor_tokens=self.max_neighbors,
             deterministic=deterministic,
             prefixes=self.prefixes,
+            encodings=generator.encodings,
         )
         self._pool = FairPool(retrieval_threads, "retrieval")
         self._waiting: FairQueue[Submission] = FairQueue()
@@ -211,7 +213,14 @@ class Engine:
                 "cache_bytes": in_use * self._batch.cache.bytes_per_token(),
                 "prefix_bytes": self.prefixes.nbytes,
                 "prefix_tokens_reused": self.prefixes.reused,
+                **self._encodings(),
             }
+
+    def _encodings(self) -> dict[str, int]:
+        """Neighbors that were read from what is kept of them, those that were encoded, and the bytes that are kept."""
+        kept = self.generator.encodings
+        stats = EncodingStats() if kept is None else kept.stats
+        return {"neighbors_kept": stats.hits, "neighbors_encoded": stats.misses, "neighbor_bytes": stats.nbytes}
 
     def _look_up(self, stream: Submission, stop: int) -> None:
         """Neighbors of the chunks up to token `stop`: at once where they are given, else in the pool."""

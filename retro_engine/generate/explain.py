@@ -74,7 +74,7 @@ def explain(
     `check` is called again and again and ends the work by raising. Raises UsageError for an empty prompt or text, for a plain decoder, and where there is no neighbor to explain.
     """
     model, tokenizer = generator.model, generator.tokenizer
-    if model.encoder is None:
+    if not model.config.retrieval:
         raise UsageError("there is nothing to explain", "this model is a plain decoder (model.retrieval=false)")
     prompt_ids = tokenizer.encode(prompt)
     text_ids, offsets = tokenizer.encode_after(prompt, text)
@@ -130,7 +130,7 @@ def text_log_probs(
     tokens = [pad_id] * pad + [*prompt_ids, *text_ids]
     first = pad + len(prompt_ids)
     most = config.most_tokens
-    if most is not None and len(tokens) > most:
+    if most is not None and config.first_position + len(tokens) > most:
         raise UsageError(
             f"prompt and text have {len(tokens)} tokens", f"the model has {most} positions", "shorten them"
         )
@@ -144,7 +144,7 @@ def text_log_probs(
     piece = M * max(1, min(PIECE_CHUNKS, PIECE_NEIGHBOR_TOKENS // max(1, tokens_KR.size)))
     out = np.zeros((len(lengths_VK), len(text_ids)))
     for choice, lengths_K in enumerate(lengths_VK):
-        cache.lengths_B[0], cache.cross_valid_BX[0] = shared, False
+        cache.rewind(0, shared)
         keeps = lengths_K > 0
         neighbors_KR = torch.from_numpy(tokens_KR[keeps]).to(device)
         kept_K = torch.from_numpy(lengths_K[keeps]).to(device)

@@ -16,23 +16,38 @@ from retro_engine.generate.decoding_batch import DecodingBatch
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
 from retro_engine.generate.sequence import DecodingSequence
+from retro_engine.model.encodings import Encodings
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.hit import Found, Hit, NeighborSource
 
 MAX_FOUND = 1024  # texts whose neighbors are remembered
+NEIGHBOR_BYTES = 512 << 20  # of encoded neighbors that are kept
 KnownTexts = dict[tuple[tuple[str, ...], int], tuple[Found, list[str]]]  # texts, R -> them as neighbors, notes
 
 
 class Generator:
     """A model with its tokenizer and, with a retriever, live retrieval."""
 
-    def __init__(self, model: RetroModel, tokenizer: Tokenizer, retriever: NeighborSource | None = None):
-        """Raises StoreError when the retriever's texts were made with another tokenizer or in other chunks."""
+    def __init__(
+        self,
+        model: RetroModel,
+        tokenizer: Tokenizer,
+        retriever: NeighborSource | None = None,
+        neighbor_bytes: int | None = None,
+    ):
+        """`neighbor_bytes`: of encoded neighbors that are kept, 0 = none (None: 512 MiB where the model lets them be kept).
+
+        Raises StoreError when the retriever's texts were made with another tokenizer or in other chunks, UsageError for
+        `neighbor_bytes` that cannot be used.
+        """
         if model.config.partial_chunk != "last":
             raise UsageError(
                 f"model.partial_chunk={model.config.partial_chunk}", "such a model cannot be decoded with a cache"
             )
         self.model, self.tokenizer, self.retriever = model, tokenizer, retriever
+        if neighbor_bytes is None:
+            neighbor_bytes = NEIGHBOR_BYTES if model.config.encodes_alone else 0
+        self.encodings = Encodings(model, neighbor_bytes) if neighbor_bytes else None
         self._found: OrderedDict[tuple[str, str, str, int, int, str | None], Found] = OrderedDict()
         self._lock = threading.Lock()
         if retriever is not None:
@@ -74,6 +89,7 @@ class Generator:
             capacity=max((s.total for s in sequences), default=0),
             neighbor_tokens=max((s.neighbor_tokens for s in sequences), default=0),
             deterministic=deterministic,
+            encodings=self.encodings,
         )
         for sequence in sequences:
             batch.join(sequence, self.find(sequence, sequence.prompt_length))
@@ -107,10 +123,10 @@ class Generator:
             )
         prompt_ids = self._prompt_ids(request)
         texts = request.neighbors
-        if texts and self.model.encoder is None:
+        if texts and not config.retrieval:
             raise UsageError("neighbors were given", "this model is a plain decoder (model.retrieval=false)")
         has_neighbors = bool(texts) if texts is not None else self.retriever is not None
-        is_reading = self.model.encoder is not None and has_neighbors
+        is_reading = config.retrieval and has_neighbors
         given, notes = self._given(texts, request, R, {} if known is None else known) if texts else (None, [])
         M = config.chunk_size
         pad = -len(prompt_ids) % M if is_reading and request.pad_prompt else 0
@@ -119,7 +135,7 @@ class Generator:
                 f"inference.pad_prompt=false: the first retrieval happens at token {M}, the prompt has {len(prompt_ids)}"
             )
         tokens = [self.tokenizer.pad_id] * pad + prompt_ids
-        self._check_length(len(tokens), request)
+        self._check_length(len(tokens), request, config.first_position if is_reading else 0)
         return DecodingSequence(
             request=request,
             tokenizer=self.tokenizer,
@@ -133,11 +149,12 @@ class Generator:
             notes=notes,
         )
 
-    def _check_length(self, num_tokens: int, request: Request) -> None:
+    def _check_length(self, num_tokens: int, request: Request, in_front: int) -> None:
         most = self.model.config.most_tokens
-        if most is not None and num_tokens + request.max_new_tokens > most:
+        if most is not None and in_front + num_tokens + request.max_new_tokens > most:
             asked = f"{num_tokens} prompt and {request.max_new_tokens} new tokens"
-            raise UsageError(asked, f"the model has {most} positions", "ask for fewer")
+            why = f"the model has {most} positions" + (f", {in_front} of them for its neighbors" if in_front else "")
+            raise UsageError(asked, why, "ask for fewer")
         if request.sampling.min_tokens and self.tokenizer.vocab_size <= len(self.tokenizer.end_ids):
             raise UsageError("min_tokens cannot be used", "the vocabulary has no other token")
 

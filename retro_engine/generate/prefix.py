@@ -19,6 +19,7 @@ from retro_engine.retrieval.hit import Found
 @dataclass(kw_only=True)
 class _Piece:
     stop: int  # tokens up to its end
+    front: list[Tensor]  # [t, g, e]: what stood in front then, keys of all decoder layers, then values
     keys_values: list[Tensor]  # [t, g, e]: keys of all decoder layers, then values
     hidden: Tensor  # [m, d] state of the open chunk
     cross: list[Tensor]  # [x, g, e]: keys of all cross-attending layers, then values
@@ -27,7 +28,7 @@ class _Piece:
 
     @property
     def nbytes(self) -> int:
-        tensors = [*self.keys_values, self.hidden, *self.cross, self.cross_valid]
+        tensors = [*self.front, *self.keys_values, self.hidden, *self.cross, self.cross_valid]
         return sum(t.nbytes for t in tensors) + (0 if self.logits is None else self.logits.nbytes)
 
 
@@ -51,17 +52,21 @@ class PrefixCache:
             known.pop()
         for key in reversed(keys[: len(known)]):  # what others build on is forgotten last
             self._pieces.move_to_end(key)
-        start = 0
+        start, everywhere = 0, (*cache.keys_BSGE, *cache.values_BSGE)
         for piece in known:
-            for tensor, part in zip((*cache.keys_BSGE, *cache.values_BSGE), piece.keys_values):
-                tensor[row, start : piece.stop] = part
+            for tensor, part in zip(everywhere, piece.keys_values):
+                tensor[row, cache.origin + start : cache.origin + piece.stop] = part
             start = piece.stop
         if known:
             last, half = known[-1], len(cache.cross_keys_BXGE)
             cache.hidden_BMD[row] = last.hidden
             cross = [part[None] for part in last.cross]
             cache.put_cross([row], list(zip(cross[:half], cross[half:])), last.cross_valid[None])
-            cache.lengths_B[row] = start
+            end = int(cache.pads_B[row])
+            cache.begins_B[row] = begin = end - last.front[0].shape[0]
+            for tensor, part in zip(everywhere, last.front):
+                tensor[row, begin:end] = part
+            cache.lengths_B[row] = cache.origin + start
         self.reused += start
         is_whole = bool(known) and len(known) == len(keys)
         return start, known[-1].logits if is_whole else None
@@ -71,9 +76,12 @@ class PrefixCache:
     ) -> None:
         """Keep piece `number` of a prompt, just computed in a row from token `start` on."""
         stop, width = int(cache.lengths_B[row]), cache.cross_width(row)
+        everywhere = (*cache.keys_BSGE, *cache.values_BSGE)
+        front = slice(int(cache.begins_B[row]), int(cache.pads_B[row]))
         piece = _Piece(
-            stop=stop,
-            keys_values=[tensor[row, start:stop].clone() for tensor in (*cache.keys_BSGE, *cache.values_BSGE)],
+            stop=stop - cache.origin,
+            front=[tensor[row, front].clone() for tensor in everywhere],
+            keys_values=[tensor[row, cache.origin + start : stop].clone() for tensor in everywhere],
             hidden=cache.hidden_BMD[row].clone(),
             cross=[tensor[row, :width].clone() for tensor in (*cache.cross_keys_BXGE, *cache.cross_values_BXGE)],
             cross_valid=cache.cross_valid_BX[row, :width].clone(),

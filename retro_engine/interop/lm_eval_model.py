@@ -67,7 +67,7 @@ class RetroLM(LM):
 
     def _score(self, prompt_ids: Sequence[int], text_ids: Sequence[int]) -> tuple[float, bool]:
         M, pad_id = self.model.config.chunk_size, self.tokenizer.pad_id
-        is_reading = self.model.encoder is not None and self.generator.retriever is not None
+        is_reading = self.model.config.retrieval and self.generator.retriever is not None
         pad = -len(prompt_ids) % M if is_reading else 0
         tokens = [pad_id] * pad + [*prompt_ids, *text_ids]
         first = pad + len(prompt_ids)

@@ -9,6 +9,7 @@ row reads (k*r), G key/value heads, E head width, M chunk length, D width.
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 
 from retro_engine.model import ops
 from retro_engine.model.attention import Rotary
+from retro_engine.model.decoder import Places
+from retro_engine.model.encodings import Encode, encode_each
 from retro_engine.model.retro import RetroModel
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair a cross-attending layer
-OF_ROWS = ("hidden_BMD", "cross_valid_BX", "lengths_B", "pads_B", "offsets_B")
+OF_ROWS = ("hidden_BMD", "cross_valid_BX", "lengths_B", "pads_B", "begins_B", "positions_B", "offsets_B")
 OF_ROWS_AND_LAYERS = ("keys_BSGE", "values_BSGE", "cross_keys_BXGE", "cross_values_BXGE")
 
 
@@ -53,11 +56,19 @@ class DecodeCache:
     cross_keys_BXGE: list[Tensor]  # one a cross-attending layer, rotated: the last whole chunk's neighbors
     cross_values_BXGE: list[Tensor]
     cross_valid_BX: Tensor
-    lengths_B: Tensor  # tokens taken so far, padding included
-    pads_B: Tensor  # padding on the left
+    lengths_B: Tensor  # the place of a row's next token: of those taken so far, padding and `origin` included
+    pads_B: Tensor  # the place of its first one, after the padding on the left
+    begins_B: Tensor  # the first key that counts: where nothing stands in front `pads_B`
+    positions_B: Tensor  # the position of place `origin`
     offsets_B: Tensor  # of a row's next token, in the table of cross-attention
     rotary: tuple[Rotary, Rotary]  # tables of every position, and of those in a chunk
     grows: bool  # wider neighbors take more memory; else they are refused
+    chunk_size: int
+    encode: Encode  # neighbors whose encoding depends on nothing else
+    origin: int = 0  # places before those of a text, for neighbors that stand in front; a multiple of m
+    sink_CSGE: Tensor | None = None  # what stands before those neighbors, s = 0 or 1; None = nothing is read in front
+    first_position: int = 0  # of a text that reads in front
+    interleaved: bool = False  # how keys are rotated
     steps: PreparedSteps | None = field(default=None, init=False, repr=False, compare=False)  # on this memory
     parts: dict[tuple[int, int], "DecodeCache"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -66,11 +77,12 @@ class DecodeCache:
 
     @property
     def capacity(self) -> int:
+        """Places, those in front included."""
         return self.keys_BSGE[0].shape[1]
 
     @property
     def length(self) -> int:
-        """Tokens taken so far. Raises ValueError where that differs from row to row."""
+        """The place of the next token. Raises ValueError where that differs from row to row."""
         lengths: list[int] = self.lengths_B.tolist()
         if lengths.count(lengths[0]) != len(lengths):
             raise ValueError(f"the rows hold {lengths} tokens; a block needs rows of one length")
@@ -87,10 +99,51 @@ class DecodeCache:
             self.parts[first, last] = replace(self, **rows, **lists, grows=False)
         return self.parts[first, last]
 
-    def clear(self, row: int, pad: int) -> None:
-        """Make a row ready for a sequence with `pad` tokens of padding on the left."""
-        self.lengths_B[row], self.pads_B[row] = 0, pad
-        self.cross_valid_BX[row] = False
+    def clear(self, row: int, pad: int, reads: bool = True) -> None:
+        """Make a row ready for a sequence with `pad` tokens of padding on the left; `reads` False = retrieval is off."""
+        self.pads_B[row] = self.begins_B[row] = self.origin + pad
+        self.positions_B[row] = self.first_position if reads else 0
+        self.rewind(row, 0)
+
+    def rewind(self, row: int, length: int) -> None:
+        """Back to a row's first tokens, as if it had read no neighbors since."""
+        self.lengths_B[row], self.cross_valid_BX[row] = self.origin + length, False
+        if self.reads(row):
+            self.put_front(row, self.front(row, []))
+
+    def reads(self, row: int) -> bool:
+        """Whether a row reads in front."""
+        return self.sink_CSGE is not None and bool(self.positions_B[row])
+
+    def positions(self, places: Places) -> Places:
+        """[b] or one, of places that are the same in all rows."""
+        if isinstance(places, int):
+            return places - self.origin + int(self.positions_B[0])
+        return places - self.origin + self.positions_B if self.origin else places
+
+    def front(self, row: int, neighbors: Sequence[Tensor]) -> Tensor:
+        """The sink and the neighbors [c, t, g, e], best first, as they stand in front of a row's text: the best next to it,
+        keys rotated for their places. Raises ValueError where there is no room.
+        """
+        assert self.sink_CSGE is not None
+        front = torch.cat((self.sink_CSGE, *reversed(neighbors)), 1)
+        end, rotary = int(self.pads_B[row]), self.rotary[0]
+        if front.shape[1] > self.origin:
+            raise ValueError(f"{front.shape[1]} tokens shall stand in front; the cache has room for {self.origin}")
+        if rotary is None:
+            return front
+        places = torch.arange(end - front.shape[1], end, device=front.device)
+        keys = ops.rope(front[0::2], *rotary, positions=places, interleaved=self.interleaved)
+        return torch.stack((keys, front[1::2]), 1).flatten(0, 1)
+
+    def put_front(self, row: int, front_CTGE: Tensor, only: int | None = None) -> None:
+        """What a row reads from now on; `only`: in one layer."""
+        end, T = int(self.pads_B[row]), front_CTGE.shape[1]
+        for layer in range(len(self.keys_BSGE)) if only is None else [only]:
+            self.keys_BSGE[layer][row, end - T : end] = front_CTGE[2 * layer]
+            self.values_BSGE[layer][row, end - T : end] = front_CTGE[2 * layer + 1]
+        if only is None:
+            self.begins_B[row] = end - T
 
     def note_padding(self, is_token_BT: Tensor) -> None:
         """Count padding on the left of the next block. Raises ValueError for padding after a token."""
@@ -99,7 +152,11 @@ class DecodeCache:
         if bool((after_a_token & ~is_token_BT).any()):
             raise ValueError("padding comes after a token: a row of the cache has it on the left alone")
         pads_B = self.lengths_B + (~is_token_BT).sum(1)  # the same again where a block is given again
-        self.pads_B.copy_(torch.where(has_tokens_B, self.pads_B, pads_B))
+        for row, has_tokens in enumerate(has_tokens_B.tolist()):
+            if not has_tokens:
+                self.pads_B[row] = self.begins_B[row] = pads_B[row]
+                if self.reads(row):
+                    self.put_front(row, self.front(row, []))
 
     def move(self, source: int, target: int) -> None:
         length = int(self.lengths_B[source])
@@ -108,7 +165,8 @@ class DecodeCache:
         width = self.cross_width(source)
         for tensor in (*self.cross_keys_BXGE, *self.cross_values_BXGE):
             tensor[target, :width] = tensor[source, :width]
-        for tensor in (self.hidden_BMD, self.cross_valid_BX, self.lengths_B, self.pads_B):
+        places = (self.lengths_B, self.pads_B, self.begins_B, self.positions_B)
+        for tensor in (self.hidden_BMD, self.cross_valid_BX, *places):
             tensor[target] = tensor[source]
 
     def cross_width(self, row: int) -> int:
@@ -146,13 +204,26 @@ class DecodeCache:
         return sum(tensor[0, 0].nbytes for tensor in (*self.keys_BSGE, *self.values_BSGE))
 
 
-def new_cache(model: RetroModel, batch_size: int, capacity: int, neighbor_tokens: int | None = None) -> DecodeCache:
+def new_cache(
+    model: RetroModel,
+    batch_size: int,
+    capacity: int,
+    neighbor_tokens: int | None = None,
+    encode: Encode | None = None,
+) -> DecodeCache:
     """An empty cache: at most `capacity` tokens a row, which reads at most `neighbor_tokens` (k*r) at a time (None: as
-    many as are given).
+    many as are given; in front as many as the model was made for). `encode`: such as remembers neighbors
+    (`Encodings.of`).
     """
     c, weight = model.config, model.embedding.weight
     device, num_crossing = weight.device, len(c.cross_layers)
     X = (neighbor_tokens or 0) if num_crossing else 0
+    sinks, origin = None, 0
+    if c.reads_prefix and neighbor_tokens != 0:
+        with torch.no_grad():
+            sinks = torch.stack([part[0] for pair in model.sinks() for part in pair]).to(model.cache_dtype)
+        in_front = sinks.shape[1] + (c.num_neighbors * c.r if neighbor_tokens is None else neighbor_tokens)
+        origin = -(-in_front // c.chunk_size) * c.chunk_size
 
     def empty(tokens: int, count: int) -> list[Tensor]:
         """In memory each head's tokens follow one another, as a step of decoding reads them."""
@@ -162,19 +233,30 @@ def new_cache(model: RetroModel, batch_size: int, capacity: int, neighbor_tokens
     def places() -> Tensor:
         return torch.zeros(batch_size, dtype=torch.long, device=device)
 
-    return DecodeCache(
-        keys_BSGE=empty(capacity, c.dec_num_layers),
-        values_BSGE=empty(capacity, c.dec_num_layers),
+    cache = DecodeCache(
+        keys_BSGE=empty(origin + capacity, c.dec_num_layers),
+        values_BSGE=empty(origin + capacity, c.dec_num_layers),
         hidden_BMD=torch.zeros(batch_size, c.chunk_size, c.hidden_size, dtype=weight.dtype, device=device),
         cross_keys_BXGE=empty(X, num_crossing),
         cross_values_BXGE=empty(X, num_crossing),
         cross_valid_BX=torch.zeros(batch_size, X, dtype=torch.bool, device=device),
         lengths_B=places(),
         pads_B=places(),
+        begins_B=places(),
+        positions_B=places(),
         offsets_B=places(),
-        rotary=(model.decoder_rotary(capacity, device), model.cross_rotary(device)),
+        rotary=(model.decoder_rotary(origin + capacity, device), model.cross_rotary(device)),
         grows=neighbor_tokens is None,
+        chunk_size=c.chunk_size,
+        encode=partial(encode_each, model) if encode is None else encode,
+        origin=origin,
+        sink_CSGE=sinks,
+        first_position=c.first_position if origin else 0,
+        interleaved=c.rotary_interleaved,
     )
+    for row in range(batch_size):
+        cache.clear(row, 0)
+    return cache
 
 
 def prepared_steps(model: RetroModel, cache: DecodeCache) -> ops.Steps:
@@ -186,7 +268,7 @@ def prepared_steps(model: RetroModel, cache: DecodeCache) -> ops.Steps:
         for layer, keys, values in zip(model.layers, cache.keys_BSGE, cache.values_BSGE):
             a, reading, starts = layer.attention, None, cache.lengths_B
             attending = ops.Attending(
-                keys, values, a.scale, cache.pads_B, starts, None, starts, *decoder, a.interleaved
+                keys, values, a.scale, cache.begins_B, starts, None, starts, *decoder, a.interleaved
             )
             if layer.is_crossing:
                 places = (None, None, cache.cross_valid_BX, cache.offsets_B)

@@ -16,7 +16,9 @@ from retro_engine.errors import UsageError
 from retro_engine.model import ops
 from retro_engine.model.attention import ChunkedCrossAttention, SelfAttention
 from retro_engine.model.decode_cache import DecodeCache, Pairs, new_cache, prepared_steps
+from retro_engine.model.decode_prefix import FrontReading, read_in_front
 from retro_engine.model.decoder import Places, offset_read
+from retro_engine.model.encodings import Encode
 from retro_engine.model.retro import RetroModel
 
 ALL = slice(None)
@@ -42,9 +44,12 @@ def prefill(
     reading = None
     if model.config.cross_layers:
         reading = _CachedReading(model, cache, start, T, neighbors_BLKR, lengths_BLK)
-    x = model.run_layers(model.embed(tokens_BT, start), _CachedAttention(cache, start, T), reading)
-    if reading is not None:
-        reading.keep()
+    front = None if cache.sink_CSGE is None else FrontReading(cache, start, T, neighbors_BLKR, lengths_BLK)
+    attention = _CachedAttention(cache, start, T, front)
+    x = model.run_layers(model.embed(tokens_BT, cache.positions(start)), attention, reading)
+    for read in (reading, front):
+        if read is not None:
+            read.keep()
     cache.lengths_B += T
     return model.logits(model.normed(x[:, -1:] if last_only else x))
 
@@ -71,7 +76,9 @@ def decode_one(
         raise ValueError(f"the cache holds {cache.capacity} tokens; {max(places) + 1} were given")
     if ending or neighbors_NKR is not None:
         _check_ending(model, places, neighbors_NKR, ending)
-    x = model.embed(tokens_B[:, None], starts)[:, 0]
+    if ending and cache.sink_CSGE is not None:
+        read_in_front(cache, ending, neighbors_NKR, lengths_NK)
+    x = model.embed(tokens_B[:, None], cache.positions(starts))[:, 0]
     steps, begun = prepared_steps(model, cache), 0
     if c.cross_layers:
         begun = 2 * c.cross_layers[0] + 1  # the parts before the first cross-attention
@@ -126,10 +133,10 @@ def _note_places(config: ModelConfig, cache: DecodeCache, places: list[int], z_B
 class _CachedAttention:
     """Self-attention of a block over the cache, which it writes the block's keys and values to."""
 
-    def __init__(self, cache: DecodeCache, start: int, T: int):
-        self.cache, self.start, self.stop = cache, start, start + T
+    def __init__(self, cache: DecodeCache, start: int, T: int, front: FrontReading | None):
+        self.cache, self.start, self.stop, self.front = cache, start, start + T, front
         self.positions = torch.arange(start, start + T, device=cache.lengths_B.device)
-        self.begins_B = cache.pads_B.clamp(max=self.stop) if bool(cache.pads_B.any()) else None
+        self.begins_B = cache.begins_B.clamp(max=self.stop) if bool(cache.begins_B.any()) else None
 
     def __call__(self, layer: int, attention: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rotary = self.cache.rotary[0]
@@ -137,6 +144,8 @@ class _CachedAttention:
             q, k = ops.rope_qk(q, k, *rotary, positions=self.positions, interleaved=attention.interleaved)
         keys, values = self.cache.keys_BSGE[layer], self.cache.values_BSGE[layer]
         keys[:, self.start : self.stop], values[:, self.start : self.stop] = k, v
+        if self.front is not None:
+            return self.front.attend(layer, attention, q).flatten(-2)
         seen = keys[:, : self.stop].to(q.dtype), values[:, : self.stop].to(q.dtype)
         return ops.attention(q, *seen, True, key_begins=self.begins_B, scale=attention.scale).flatten(-2)
 
@@ -171,7 +180,7 @@ class _CachedReading:
             first_B = torch.full_like(self.cache.lengths_B, self.start // M * M)
             chunks = whole.unflatten(1, (self.completed, M))
             arguments = (chunks, first_B, self.cache.pads_B, self.neighbors_BLKR, self.lengths_BLK)
-            self.pairs, self.lengths_BLK = _encode(self.model, *arguments)
+            self.pairs, self.lengths_BLK = _encode(self.model, self.cache.encode, *arguments)
 
     def encoded(self, layer: int) -> tuple[Tensor, ...]:
         return self.pairs[self.model.config.cross_layers.index(layer)] if self.pairs else ()
@@ -232,12 +241,14 @@ def _read_anew(
     first_N = cache.lengths_B[ending] // M * M
     lengths_NLK = None if lengths_NK is None else lengths_NK[:, None]
     chunks = cache.hidden_BMD[ending][:, None].to(model.embedding.weight.dtype)
-    pairs, lengths = _encode(model, chunks, first_N, cache.pads_B[ending], neighbors_NKR[:, None], lengths_NLK)
+    arguments = (chunks, first_N, cache.pads_B[ending], neighbors_NKR[:, None], lengths_NLK)
+    pairs, lengths = _encode(model, cache.encode, *arguments)
     _keep(cache, ending, [(k[:, 0], v[:, 0]) for k, v in pairs], lengths[:, 0])
 
 
 def _encode(
     model: RetroModel,
+    encode: Encode,
     chunks_NLMD: Tensor,
     first_N: Tensor,
     pads_N: Tensor,
@@ -257,7 +268,23 @@ def _encode(
         pads_NL = (pads_N[:, None] - chunk_NL).clamp(0, M)  # in each chunk
         lengths_NLK = torch.where((pads_NL < M)[..., None], lengths_NLK, 0)
         seen = (pads_NL.clamp(max=M - 1), torch.full_like(pads_NL, M))
-    return model.encode_neighbors(chunks_NLMD, seen, neighbors_NLKR, lengths_NLK), lengths_NLK
+    if not model.config.encodes_alone:
+        return model.encode_neighbors(chunks_NLMD, seen, neighbors_NLKR, lengths_NLK), lengths_NLK
+    return _encode_alone(model, encode, neighbors_NLKR, lengths_NLK, chunks_NLMD.dtype), lengths_NLK
+
+
+def _encode_alone(
+    model: RetroModel, encode: Encode, neighbors_NLKR: Tensor, lengths_NLK: Tensor, dtype: torch.dtype
+) -> Pairs:
+    """As `RetroModel.encode_neighbors`; 0 where there is no token."""
+    c, tokens, lengths = model.config, neighbors_NLKR.flatten(0, 2), lengths_NLK.flatten()
+    shape = (2 * c.num_reading_layers, *tokens.shape, c.key_value_heads, c.head_width)
+    out = torch.zeros(shape, dtype=dtype, device=tokens.device)
+    given = [row for row, length in enumerate(lengths.tolist()) if length]
+    for row, one in zip(given, encode(tokens[given], lengths[given]) if given else []):
+        out[:, row, : one.shape[1]] = one
+    out = out.unflatten(1, neighbors_NLKR.shape[:3])
+    return list(zip(out[0::2], out[1::2]))
 
 
 def _keep(cache: DecodeCache, rows: list[int] | slice, pairs_NKRGE: Pairs, lengths_NK: Tensor) -> None:
@@ -278,7 +305,7 @@ def _cross_position(config: ModelConfig, places: Places) -> Places:
 
 
 def _check_ending(model: RetroModel, places: list[int], neighbors_NKR: Tensor | None, ending: Sequence[int]) -> None:
-    if neighbors_NKR is not None and model.encoder is None:
+    if neighbors_NKR is not None and not model.config.retrieval:
         raise ValueError(PLAIN)
     if neighbors_NKR is not None and len(neighbors_NKR) != len(ending):
         raise ValueError(f"neighbors has shape {tuple(neighbors_NKR.shape)}; expected [{len(ending)}, k, r]")
@@ -299,8 +326,10 @@ def _check_block(
         raise ValueError(f"tokens hold the end-of-document id {c.eod_id}: a cache decodes one document")
     if start + T > cache.capacity:
         raise ValueError(f"the cache holds {cache.capacity} tokens; {start + T} were given")
-    if neighbors_BLKR is not None and model.encoder is None:
+    if neighbors_BLKR is not None and not c.retrieval:
         raise ValueError(PLAIN)
+    if c.position_embedding == "learned" and len(set(cache.positions_B.tolist())) > 1:
+        raise ValueError("some rows of the block read in front and some do not: their learned positions differ")
     completed = (start + T) // c.chunk_size - start // c.chunk_size
     if neighbors_BLKR is not None and neighbors_BLKR.shape[:2] != (B, completed):
         raise ValueError(f"neighbors has shape {tuple(neighbors_BLKR.shape)}; expected [{B}, {completed}, k, r]")
@@ -333,7 +362,7 @@ def decode(
     if not all(prompts):
         raise ValueError("a prompt is empty: there is nothing to continue")
     device, M, B = model.embedding.weight.device, model.config.chunk_size, len(prompts)
-    if model.encoder is None:
+    if not model.config.retrieval:
         neighbors_BKR = None
     longest = max(map(len, prompts))
     length = longest if neighbors_BKR is None else -(-longest // M) * M
@@ -343,8 +372,9 @@ def decode(
         raise UsageError(what, f"the model has {most} positions", "ask for fewer")
     rows = [[pad_id] * (length - len(prompt)) + [*prompt] for prompt in prompts]
     block = torch.tensor(rows, device=device)
-    cache = new_cache(model, B, length + max_new_tokens)
-    cache.pads_B.copy_(torch.tensor([length - len(prompt) for prompt in prompts]))
+    cache = new_cache(model, B, length + max_new_tokens, 0 if neighbors_BKR is None else neighbors_BKR[0].numel())
+    for row, prompt in enumerate(prompts):
+        cache.clear(row, length - len(prompt))
     answers: list[list[int]] = [[] for _ in range(B)]
     is_open = torch.ones(B, dtype=torch.bool)
     for _ in range(max_new_tokens):

@@ -85,13 +85,14 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self, y: Tensor, layout: NeighborLayout, hidden_BLMD: Tensor, hidden_seen: Seen, rotary: Rotary
+        self, y: Tensor, layout: NeighborLayout, hidden_BLMD: Tensor | None, hidden_seen: Seen, rotary: Rotary
     ) -> Tensor:
-        """Tokens as they lie in `layout` [..., c] -> the same."""
+        """Tokens as they lie in `layout` [..., c] -> the same; `hidden` None where the layer does not cross-attend."""
         q, k, v = (layout.padded(part) for part in self.attention.project(self.attention_norm(y)))
         attended = self.attention.attend(q, k, v, rotary, is_causal=False, key_ends=layout.key_ends)
         y = y + self.dropout(self.attention.out(layout.packed(attended)))
         if self.is_crossing:
+            assert hidden_BLMD is not None
             z = self.cross_norm(y)
             crossed = self._cross(layout.padded(self.cross.queries(z)), hidden_BLMD, hidden_seen, layout, rotary)
             y = (z if self.residual_is_norm else y) + self.dropout(self.cross.out(layout.packed(crossed)))
@@ -130,12 +131,13 @@ class Encoder(nn.Module):
         self.recompute: str | None = None
 
     def forward(
-        self, embedded: Tensor, layout: NeighborLayout, hidden_BLMD: Tensor, hidden_seen: Seen, rotary: Rotary
+        self, embedded: Tensor, layout: NeighborLayout, hidden_BLMD: Tensor | None, hidden_seen: Seen, rotary: Rotary
     ) -> Tensor:
         """Embedded neighbor tokens as they lie in `layout` [..., c] -> encoded, the same.
 
         The output at padding is finite and means nothing. `hidden_BLMD` is the normed state of the chunk at the first
-        cross-attending decoder layer; `hidden_seen` its tokens that may be read, at least one a chunk.
+        cross-attending decoder layer (None where no layer reads it); `hidden_seen` its tokens that may be read, at least
+        one a chunk.
         """
         y = self.dropout(embedded)
         for layer in self.layers:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig, base_config, check_model
+from retro_engine.errors import UsageError
 from retro_engine.model import ops
 from retro_engine.model.attention import ChunkedCrossAttention, NeighborProjection, Rotary, SelfAttention, norm
 from retro_engine.model.decoder import CausalAttention, DecoderLayer, Reading, chunk_read
@@ -20,6 +21,7 @@ from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
 from retro_engine.model.initialization import initialize
 from retro_engine.model.linear import Int8Linear, Linear, is_sharded
 from retro_engine.model.loss import linear_cross_entropy
+from retro_engine.model.prefix import Pairs, PrefixAttention, Recording
 
 
 @dataclass
@@ -109,9 +111,63 @@ class RetroModel(nn.Module):
         elif documents is not None:
             mask = self._mask_of_padding(documents)
         retrieved = self._neighbor_view(tokens, neighbors, neighbor_lengths, documents)
-        attending = _FullAttention(self.decoder_rotary(N, tokens.device), first_keys, mask)
-        reading = None if retrieved is None else _FullReading(self, retrieved)
-        return self.normed(self.run_layers(self.embed(tokens, 0), attending, reading))
+        attending: CausalAttention = _FullAttention(self.decoder_rotary(N, tokens.device), first_keys, mask)
+        reading, start = None, 0
+        if retrieved is not None and self.config.reads_prefix:
+            attending = self._prefix_attention(retrieved, N, first_keys)
+            start = self.config.first_position
+        elif retrieved is not None:
+            reading = _FullReading(self, retrieved)
+        return self.normed(self.run_layers(self.embed(tokens, start), attending, reading))
+
+    def _prefix_attention(self, retrieved: _Neighbors, N: int, first_keys: Tensor | None) -> PrefixAttention:
+        B, L, K, R = retrieved.tokens_BLKR.shape
+        lengths = retrieved.lengths_BLK
+        if lengths is None:
+            lengths = torch.full((B, L, K), R, device=retrieved.tokens_BLKR.device)
+        pairs = [
+            tuple(part.unflatten(0, (B, L, K)) for part in pair)
+            for pair in self.run_alone(retrieved.tokens_BLKR.flatten(0, 2))
+        ]
+        sinks = self.sinks()
+        X = sinks[0][0].shape[1] + K * R
+        rotary = self.decoder_rotary(X + N, lengths.device)
+        return PrefixAttention(pairs, sinks, lengths, retrieved.attends_BN, rotary, first_keys, self.config.chunk_size)
+
+    def run_alone(self, tokens_WR: Tensor) -> Pairs:
+        """Keys and values [w, r, g, e] of every decoder layer for neighbors that run alone, behind the sink; not rotated."""
+        tokens, S = self._behind_sink(tokens_WR), 0 if self.config.sink_id is None else 1
+        recording = Recording(self.decoder_rotary(tokens.shape[1], tokens.device))
+        self.run_layers(self.embed(tokens, 0), recording, None)
+        return [(k[:, S:], v[:, S:]) for k, v in recording.pairs]
+
+    def encode_alone(self, tokens_WR: Tensor, lengths_W: Tensor) -> Tensor:
+        """What is read of neighbors that depend on nothing else (`ModelConfig.encodes_alone`): keys and values of each
+        reading layer in turn, [c, w, r, g, e], not rotated.
+        """
+        if self.config.reads_prefix:
+            pairs = self.run_alone(tokens_WR)
+        else:
+            assert self.neighbor_projection is not None
+            layout = layout_of(tokens_WR[None, None], lengths_W[None, None], packs=False)
+            pairs = self.neighbor_projection(self.encode(tokens_WR[None, None], layout, None, None))
+        return torch.stack([part for pair in pairs for part in pair])
+
+    def sinks(self) -> Pairs:
+        """Keys and values [1, s, g, e] of every decoder layer for the token that stands before the neighbors; s is 0 or 1."""
+        device = self.embedding.weight.device
+        if self.config.sink_id is None:
+            G, E = self.config.key_value_heads, self.config.head_width
+            none = torch.zeros(1, 0, G, E, dtype=self.embedding.weight.dtype, device=device)
+            return [(none, none)] * self.config.dec_num_layers
+        recording = Recording(self.decoder_rotary(1, device))
+        token = torch.tensor([[self.config.sink_id]], device=device)
+        self.run_layers(self.embed(token, 0), recording, None)
+        return recording.pairs
+
+    def _behind_sink(self, tokens_WR: Tensor) -> Tensor:
+        sink_id = self.config.sink_id
+        return tokens_WR if sink_id is None else F.pad(tokens_WR, (1, 0), value=sink_id)
 
     def run_layers(self, x: Tensor, attending: CausalAttention, reading: Reading | None) -> Tensor:
         """[b, n, d] -> [b, n, d]: all decoder layers; `reading` None = retrieval off."""
@@ -144,7 +200,13 @@ class RetroModel(nn.Module):
         return logits.full_tensor()
 
     def set_recompute(self, recompute: str | None) -> None:
-        """None, "selective" or "full": what the backward pass computes again."""
+        """None, "selective" or "full": what the backward pass computes again. Raises UsageError where it cannot."""
+        if recompute is not None and self.config.reads_prefix:
+            raise UsageError(
+                f"model.activations_checkpoint_granularity={recompute}",
+                "model.reading=prefix reads keys and values that a second pass would make anew",
+                "leave it out",
+            )
         self.recompute = recompute
         for layer in self.layers:
             layer.recompute = recompute
@@ -232,7 +294,7 @@ class RetroModel(nn.Module):
         self, tokens: Tensor, neighbors: Tensor | None, lengths: Tensor | None, documents: Tensor | None
     ) -> _Neighbors | None:
         """The neighbors with what each token and each chunk may see of them; None = retrieval off."""
-        if neighbors is None or neighbors.shape[1] == 0 or self.encoder is None:
+        if neighbors is None or neighbors.shape[1] == 0 or not self.config.retrieval:
             return None
         c, M = self.config, self.config.chunk_size
         B, L, K, R = neighbors.shape
@@ -276,11 +338,13 @@ class RetroModel(nn.Module):
         encoded = self.encode(neighbors_BLKR, layout, hidden_BLMD, hidden_seen)
         return self.neighbor_projection(encoded.unflatten(0, neighbors_BLKR.shape[:3]))
 
-    def encode(self, neighbors_BLKR: Tensor, layout: NeighborLayout, hidden_BLMD: Tensor, hidden_seen: Seen) -> Tensor:
-        """The encoded neighbors as they lie in `layout`, [..., c]."""
+    def encode(
+        self, neighbors_BLKR: Tensor, layout: NeighborLayout, hidden_BLMD: Tensor | None, hidden_seen: Seen
+    ) -> Tensor:
+        """The encoded neighbors as they lie in `layout`, [..., c]; `hidden` None where no layer reads the chunk."""
         assert self.encoder is not None
         embedded = self._embed_neighbors(neighbors_BLKR.flatten(0, 2), layout)
-        return self.encoder(embedded, layout, hidden_BLMD, hidden_seen, self._encoder_rotary(hidden_BLMD.device))
+        return self.encoder(embedded, layout, hidden_BLMD, hidden_seen, self._encoder_rotary(embedded.device))
 
     def _check_shapes(
         self, tokens: Tensor, neighbors: Tensor | None, lengths: Tensor | None, document_ids: Tensor | None
@@ -293,7 +357,7 @@ class RetroModel(nn.Module):
             raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}; expected {tuple(tokens.shape)}")
         if neighbors is None:
             return
-        if self.encoder is None:
+        if not self.config.retrieval:
             raise ValueError("this model is a plain decoder (model.retrieval=false): it takes no neighbors")
         L = -(-N // c.chunk_size) if c.partial_chunk == "first" else N // c.chunk_size
         if neighbors.dim() != 4 or neighbors.shape[:2] != (B, L):

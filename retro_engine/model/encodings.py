@@ -1,0 +1,106 @@
+"""Neighbors that were encoded before: their keys and values at every layer that reads them, least used forgotten first.
+
+Where a neighbor's encoding depends on nothing else (an encoder with `enc_cross_attention=[]`, or neighbors in front of the
+decoder's own keys), the same tokens give the same, whoever retrieves them. Encodings are kept by the tokens themselves: of
+a document that was replaced other tokens are retrieved, so the old ones are never read again. Weights that change forget
+everything.
+Letters: W neighbors, R tokens per neighbor, T tokens of one neighbor, C keys and values (two a reading layer), G key/value
+heads, E head width.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retro_engine.errors import UsageError
+from retro_engine.model.retro import RetroModel
+
+
+@dataclass
+class EncodingStats:
+    """`hits` and `misses`: neighbors that were read from the cache, or encoded, since it was made."""
+
+    hits: int = 0
+    misses: int = 0
+    nbytes: int = 0
+
+
+Encode = Callable[[Tensor, Tensor], list[Tensor]]  # as `encode_each` of a model
+
+
+@torch.no_grad()
+def encode_each(model: RetroModel, tokens_WR: Tensor, lengths_W: Tensor) -> list[Tensor]:
+    """[c, t, g, e] of each neighbor, t its length, in the cache's type; not rotated."""
+    encoded_CWRGE = model.encode_alone(tokens_WR, lengths_W).to(model.cache_dtype)
+    return [encoded_CWRGE[:, row, :length].clone() for row, length in enumerate(lengths_W.tolist())]
+
+
+class Encodings:
+    """At most `max_bytes` of a model's encoded neighbors, shared by all that decode with it; any thread may ask."""
+
+    def __init__(self, model: RetroModel, max_bytes: int):
+        """Raises UsageError for a model whose encoder reads the query too, and for less memory than a neighbor takes."""
+        c = model.config
+        if not c.encodes_alone:
+            raise UsageError(
+                "encoded neighbors cannot be kept",
+                f"model.enc_cross_attention={c.enc_cross_attention}: they depend on the chunk that reads them",
+                "train with model.enc_cross_attention=[], or keep none (0 bytes)",
+            )
+        largest = c.r * 2 * c.num_reading_layers * c.key_value_heads * c.head_width * model.cache_dtype.itemsize
+        if max_bytes < largest:
+            raise UsageError(
+                f"{max_bytes} bytes for encoded neighbors",
+                f"one neighbor of {c.r} tokens takes {largest}",
+                "give more, or 0 to keep none",
+            )
+        self.model, self.max_bytes, self.stats = model, max_bytes, EncodingStats()
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()  # [c, t, g, e], not rotated
+        self._weights = tuple(self._look())
+        self._lock = threading.Lock()
+
+    def of(self, tokens_WR: Tensor, lengths_W: Tensor, apart: bool = False) -> list[Tensor]:
+        """As `encode_each`; what comes is shared, and not to be written to. `apart`: one by one, so that what is beside a
+        neighbor changes no bit of it.
+        """
+        keys = [row[:length].tobytes() for row, length in zip(tokens_WR.cpu().numpy(), lengths_W.tolist())]
+        found = self._known(keys)
+        missing = {key: row for row, key in enumerate(keys) if key not in found}
+        rows = list(missing.values())
+        parts = [[row] for row in rows] if apart else [rows] if rows else []
+        made = [one for part in parts for one in encode_each(self.model, tokens_WR[part], lengths_W[part])]
+        self._keep(dict(zip(missing, made)))
+        found |= zip(missing, made)
+        return [found[key] for key in keys]
+
+    def _known(self, keys: list[bytes]) -> dict[bytes, Tensor]:
+        with self._lock:
+            weights = tuple(self._look())
+            if weights != self._weights:
+                self._kept.clear()
+                self._weights, self.stats.nbytes = weights, 0
+            found = {key: self._kept[key] for key in keys if key in self._kept}
+            for key in found:
+                self._kept.move_to_end(key)
+            hits = sum(key in found for key in keys)
+            self.stats.hits += hits
+            self.stats.misses += len(keys) - hits
+        return found
+
+    def _keep(self, made: dict[bytes, Tensor]) -> None:
+        with self._lock:
+            for key, one in made.items():
+                if key not in self._kept:  # another thread may have made it meanwhile
+                    self._kept[key] = one
+                    self.stats.nbytes += one.nbytes
+            while self.stats.nbytes > self.max_bytes:
+                self.stats.nbytes -= self._kept.popitem(last=False)[1].nbytes
+
+    def _look(self) -> Iterator[tuple[int, int]]:
+        """Which memory the weights lie in, and how often it was written to."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            yield tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
