@@ -413,7 +413,7 @@ def test_readers_and_writers_at_once(folder: Path) -> None:
     def write(owner: int) -> None:
         rng = random.Random(owner)
         try:
-            for number in range(60):
+            for number in range(60 if IS_CAMPAIGN else 30):
                 word = f"w{owner}x{number}"
                 library.add([Document(f"{owner}-{number % 7}", "", f"{word} " + " ".join(rng.choices(WORDS, k=12)))])
                 assert library.search(word, 1)[0].document == f"{owner}-{number % 7}"

@@ -117,13 +117,13 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_blocks_give_what_one_block_gives(small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted in blocks of 37 chunks and merged 50 postings at a time, here and in processes: the same arrays."""
+    """Counted in blocks of 37 chunks and merged 500 postings at a time, here and in processes: the same arrays."""
     whole = Bm25Index.build(small_store, tmp_path / "whole")
     monkeypatch.setattr(lexical, "BLOCK_ROWS", 37)
-    monkeypatch.setattr(lexical, "MERGE_POSTINGS", 50)
+    monkeypatch.setattr(lexical, "MERGE_POSTINGS", 500)
     here = Bm25Index.build(small_store, tmp_path / "here")
     monkeypatch.setattr(lexical, "MERGE_POSTINGS", 1 << 22)
-    apart = Bm25Index.build(small_store, tmp_path / "apart", Executor("processes", 2))
+    apart = Bm25Index.build(small_store, tmp_path / "apart", Executor("processes", 1))
     assert content(here.folder) == content(apart.folder)
     for name in lexical.OUTPUTS:
         assert (here.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
