@@ -72,6 +72,13 @@ class Steps:
         if _memory(self._tensors) != self._memory:
             self._prepare()
 
+    def takes(self, x_BD: Tensor) -> bool:
+        """Whether C++ computes rows such as these: then all new keys are written before any row reads, so rows may be the
+        next tokens of one sequence, each with its place in the same memory.
+        """
+        is_few = 0 < len(x_BD) <= FEW_ROWS and x_BD.dtype in _FLOATS
+        return is_few and self._is_packed and choose("linear", x_BD) == "cpp"
+
     def run(self, x_BD: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """A call without `look`: only while nothing can have moved since the last one."""
         if carries_derivative(x_BD, *(self._tensors if torch.is_grad_enabled() else ())):
@@ -85,8 +92,7 @@ class Steps:
         last = len(self.parts) if last is None else last
         if not 0 <= first < last <= len(self.parts):
             raise ValueError(f"parts {first} ... {last - 1} were asked for; there are {len(self.parts)}")
-        is_few = 0 < rows <= FEW_ROWS and x_BD.dtype in _FLOATS
-        if is_few and self._is_packed and choose("linear", x_BD) == "cpp":
+        if self.takes(x_BD):
             self._cpp = self._cpp or cpp.new_steps(self.parts)
             return cpp.steps(self._cpp, x_BD.float().contiguous().resolve_neg(), first, last)
         for part in self.parts[first:last]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from retro_engine.generate.prefix import PrefixCache, keys_of
+from retro_engine.generate.request import Event
 from retro_engine.generate.sequence import DecodingSequence, stacked
 from retro_engine.model.decode_cache import new_cache
-from retro_engine.model.decoding import decode_one, prefill
+from retro_engine.model.decoding import decode_ahead, decode_one, prefill
 from retro_engine.model.encodings import Encodings
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.hit import Found
@@ -40,6 +41,7 @@ class DecodingBatch:
         self.size, self.deterministic, self.prefixes = size, deterministic, prefixes
         self.decoding: list[DecodingSequence] = []  # in the order of their rows
         self.joining: DecodingSequence | None = None  # in the row after them
+        self._draft: list[int] = []  # of the step that was made last
         self._keys: list[bytes] = []
         self._found: list[Found] = []
 
@@ -96,23 +98,40 @@ class DecodingBatch:
             self.decoding.append(sequence)
 
     @torch.no_grad()
-    def step(self, found: dict[DecodingSequence, Found], waits: frozenset[DecodingSequence] = frozenset()) -> Tensor:
-        """Each decoding sequence's newest token -> logits [b, V]; nothing counts of those that wait.
+    def step(
+        self, found: dict[DecodingSequence, Found], waits: frozenset[DecodingSequence] = frozenset()
+    ) -> list[Tensor]:
+        """Each decoding sequence's newest token -> logits [t, V], for `accepted`; nothing counts of those that wait.
 
-        `found`: the neighbors of the chunks that end with it.
+        `found`: the neighbors of the chunks that end with it. One that is alone is read ahead: t - 1 tokens are drafted.
         """
         count = len(self.decoding)
-        if self.deterministic:
-            parts = [self._step(row, row + 1, found, waits) for row in range(count)]
-            logits = torch.cat(parts)
+        self._draft = self.decoding[0].draft() if count == 1 and not found and not waits else []
+        if self._draft:
+            logits = [decode_ahead(self.model, self.cache, 0, [self.decoding[0].tokens[-1], *self._draft])]
+        elif self.deterministic:
+            logits = [self._step(row, row + 1, found, waits) for row in range(count)]
         else:
-            logits = self._step(0, count, found, waits)
+            logits = list(self._step(0, count, found, waits).split(1))
         for sequence in self.decoding:
             if sequence not in waits:
                 sequence.filled += 1
                 if sequence in found:
                     sequence.keep_found(found[sequence])
         return logits
+
+    def accepted(self, sequence: DecodingSequence, logits_TV: Tensor) -> list[Event | None]:
+        """Choose the tokens that come of a step's logits: as many as its draft holds, and one more."""
+        events, draft = [sequence.accept(logits_TV[0])], self._draft
+        while sequence.finish_reason is None and len(events) < len(logits_TV):
+            if sequence.tokens[-1] != draft[len(events) - 1]:
+                break
+            events.append(sequence.accept(logits_TV[len(events)]))
+        if len(logits_TV) > 1 and sequence.drafts is not None:
+            sequence.drafts.note(len(draft), len(events) - 1)
+            sequence.filled += len(events) - 1
+            self.cache.lengths_B[0] += len(events) - 1
+        return events
 
     def _step(
         self, first: int, last: int, found: dict[DecodingSequence, Found], waits: frozenset[DecodingSequence]

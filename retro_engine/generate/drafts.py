@@ -39,10 +39,14 @@ class Drafts:
             self._waits -= 1
             return []
         key = tuple(tokens[-KEY:])
-        source, place = self._neighbors.get(key, (tokens, self._text.get(key)))
-        if place is None:
+        most = min(most, self._length)
+        if key in self._neighbors:
+            source, place = self._neighbors[key]
+            return list(source[place : place + most])
+        if key not in self._text:
             return []
-        return list(source[place : place + min(most, self._length)])
+        period = len(tokens) - self._text[key]  # what is repeated may be repeated on
+        return [tokens[len(tokens) - period + i % period] for i in range(most)]
 
     def note(self, drafted: int, accepted: int) -> None:
         """How many tokens of the last draft came."""

@@ -305,7 +305,7 @@ class Engine:
         logits = self._attempt([stream], self._batch.take_in)
         if logits is not None:
             self._batch.settle()
-            self._accept(stream, logits)
+            self._accept(stream, logits[None])
 
     def _step(self) -> None:
         ready = [s for s in self._batch.decoding if _is_found(self._streams[s])]
@@ -319,27 +319,28 @@ class Engine:
         waits = frozenset(stream.sequence for stream in streams if stream.sequence not in ready)
         if len(streams) == len(waits):
             return
-        logits_BV = self._attempt(streams, lambda: self._batch.step(found, waits))
-        if logits_BV is not None:
-            for stream, logits_V in zip(streams, logits_BV):
+        logits = self._attempt(streams, lambda: self._batch.step(found, waits))
+        if logits is not None:
+            for stream, logits_TV in zip(streams, logits):
                 if stream.sequence not in waits:
-                    self._accept(stream, logits_V)
+                    self._accept(stream, logits_TV)
 
-    def _accept(self, stream: Submission, logits_V: Tensor) -> None:
-        """Choose a token, pass on what there is to show, and look up what the next step reads."""
+    def _accept(self, stream: Submission, logits_TV: Tensor) -> None:
+        """Choose the tokens that come, pass on what there is to show, and look up what the next step reads."""
         sequence, stream.found = stream.sequence, None
-        event = self._attempt([stream], lambda: sequence.accept(logits_V))
+        events = self._attempt([stream], lambda: self._batch.accepted(sequence, logits_TV)) or []
         with self._changed:
             now = time.monotonic()
-            self._counts.append(now)
-            while now - self._counts[0] > RATE_S:
+            self._counts.extend([now] * len(events))
+            while self._counts and now - self._counts[0] > RATE_S:
                 self._counts.popleft()
         if sequence.finish_reason is not None:
             self._drop(stream)
         elif sequence in self._streams and sequence.completes():
             self._look_up(stream, len(sequence.tokens))
-        if event is not None:
-            self._send(stream, event)
+        for event in events:
+            if event is not None:
+                self._send(stream, event)
 
     def _result(self, stream: Submission) -> list[Found] | None:
         """What was found for it; None where the search failed, which ends it."""

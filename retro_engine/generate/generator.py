@@ -13,6 +13,7 @@ from retro_engine.data.coding import Coding
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import UsageError
 from retro_engine.generate.decoding_batch import DecodingBatch
+from retro_engine.generate.drafts import Drafts
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
 from retro_engine.generate.sequence import DecodingSequence
@@ -34,8 +35,10 @@ class Generator:
         tokenizer: Tokenizer,
         retriever: NeighborSource | None = None,
         neighbor_bytes: int | None = None,
+        drafts: bool = True,
     ):
         """`neighbor_bytes`: of encoded neighbors that are kept, 0 = none (None: 512 MiB where the model lets them be kept).
+        `drafts`: what quotes is read ahead (the tokens stay what they are).
 
         Raises StoreError when the retriever's texts were made with another tokenizer or in other chunks, UsageError for
         `neighbor_bytes` that cannot be used.
@@ -44,7 +47,7 @@ class Generator:
             raise UsageError(
                 f"model.partial_chunk={model.config.partial_chunk}", "such a model cannot be decoded with a cache"
             )
-        self.model, self.tokenizer, self.retriever = model, tokenizer, retriever
+        self.model, self.tokenizer, self.retriever, self.drafts = model, tokenizer, retriever, drafts
         if neighbor_bytes is None:
             neighbor_bytes = NEIGHBOR_BYTES if model.config.encodes_alone else 0
         self.encodings = Encodings(model, neighbor_bytes) if neighbor_bytes else None
@@ -93,16 +96,16 @@ class Generator:
         )
         for sequence in sequences:
             batch.join(sequence, self.find(sequence, sequence.prompt_length))
-            logits = None
-            while logits is None:
-                logits = batch.take_in()
-            sequence.accept(logits)
+            first = None
+            while first is None:
+                first = batch.take_in()
+            sequence.accept(first)
             batch.settle()
         while batch.decoding:
             found = {s: self.find(s, len(s.tokens)) for s in batch.decoding if s.completes()}
-            logits_BV = batch.step({s: f[0] for s, f in found.items()})
-            for sequence, logits_V in zip(list(batch.decoding), logits_BV):
-                sequence.accept(logits_V)
+            logits = batch.step({s: f[0] for s, f in found.items()})
+            for sequence, logits_TV in zip(list(batch.decoding), logits):
+                batch.accepted(sequence, logits_TV)
                 if sequence.finish_reason is not None:
                     batch.leave(sequence)
         return [sequence.generation() for sequence in sequences]
@@ -147,6 +150,7 @@ class Generator:
             is_reading=is_reading,
             given=given,
             notes=notes,
+            drafts=Drafts() if self.drafts else None,
         )
 
     def _check_length(self, num_tokens: int, request: Request, in_front: int) -> None:

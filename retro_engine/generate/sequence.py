@@ -11,6 +11,7 @@ from torch import Tensor
 
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.generate.detokenizer import Detokenizer
+from retro_engine.generate.drafts import Drafts
 from retro_engine.generate.request import Event, FinishReason, Generation, Request, TextSegment, TokenLogprob
 from retro_engine.generate.sampling import adjusted, choose
 from retro_engine.retrieval.hit import Found, Hit
@@ -30,6 +31,7 @@ class DecodingSequence:
     is_reading: bool
     given: Found | None  # read at every chunk boundary from the prompt's last token on
     notes: list[str]
+    drafts: Drafts | None = None
     filled: int = 0  # tokens that the cache has
     finish_reason: FinishReason | None = None
     segments: list[TextSegment] = field(default_factory=list)
@@ -80,8 +82,20 @@ class DecodingSequence:
         if self._new_hits is not None and self.segments:  # a whole chunk without text: half a character, still
             self.segments.append(TextSegment("", self._new_hits))
         self._new_hits = found.hits
+        if self.drafts is not None:
+            self.drafts.read([tokens[:length].tolist() for tokens, length in zip(found.tokens_KR, found.lengths_K)])
         if self.request.refresh == "never" and self.given is None:
             self.given = found
+
+    def draft(self) -> list[int]:
+        """What may come after the newest token: up to the token before one that ends a chunk whose neighbors are read."""
+        if self.drafts is None:
+            return []
+        place, M = len(self.tokens) - 1, self.chunk_size
+        most = self.total - len(self.tokens) - 1
+        if self.is_reading:
+            most = min(most, (place + 1 + M) // M * M - 2 - place)
+        return self.drafts.propose(self.tokens, most) if most > 0 else []
 
     def note_prompt(self, logits_TV: Tensor, start: int) -> None:
         """Log-probabilities of the prompt's tokens after each of tokens start ... start + t - 1."""

@@ -99,6 +99,23 @@ class DecodeCache:
             self.parts[first, last] = replace(self, **rows, **lists, grows=False)
         return self.parts[first, last]
 
+    def ahead(self, row: int, count: int) -> "DecodeCache":
+        """The next `count` tokens of a row as rows of their own, on its memory; they read what it reads now."""
+        if (row, -count) not in self.parts:
+            lists: dict[str, Any] = {
+                name: [tensor[row : row + 1].expand(count, -1, -1, -1) for tensor in getattr(self, name)]
+                for name in OF_ROWS_AND_LAYERS
+            }
+            rows: dict[str, Any] = {name: getattr(self, name)[[row] * count] for name in OF_ROWS}
+            self.parts[row, -count] = replace(
+                self, **lists, **rows | {"hidden_BMD": self.hidden_BMD[row : row + 1]}, grows=False
+            )
+        part = self.parts[row, -count]
+        for name in ("cross_valid_BX", "lengths_B", "pads_B", "begins_B", "positions_B"):
+            getattr(part, name).copy_(getattr(self, name)[row : row + 1].expand_as(getattr(part, name)))
+        part.lengths_B += torch.arange(count, device=part.lengths_B.device)
+        return part
+
     def clear(self, row: int, pad: int, reads: bool = True) -> None:
         """Make a row ready for a sequence with `pad` tokens of padding on the left; `reads` False = retrieval is off."""
         self.pads_B[row] = self.begins_B[row] = self.origin + pad

@@ -93,6 +93,26 @@ def decode_one(
     return model.logits(model.normed(x.to(model.embedding.weight.dtype)))
 
 
+@torch.no_grad()
+def decode_ahead(model: RetroModel, cache: DecodeCache, row: int, tokens: Sequence[int]) -> Tensor:
+    """The next token of a row and guesses at what comes after it -> logits [t, V] after each; `DecodeCache.lengths_B` counts
+    the first. A guess that holds is counted by whoever finds it to hold; the others' places are written again.
+
+    In a few rows of C++ no bit of a token's logits depends on the guesses. Guesses must not end a chunk that is read.
+    """
+    device = model.embedding.weight.device
+    ahead = cache.ahead(row, len(tokens))
+    x = torch.empty(len(tokens), 1, dtype=model.embedding.weight.dtype, device=device)
+    if prepared_steps(model, ahead).takes(x):
+        logits = decode_one(model, ahead, torch.tensor(tokens, device=device))
+        cache.lengths_B[row] += 1
+        return logits
+    part = cache.part(row, row + 1)
+    logits = prefill(model, part, torch.tensor([tokens], device=device))[0]
+    part.lengths_B -= len(tokens) - 1
+    return logits
+
+
 def step(
     model: RetroModel,
     cache: DecodeCache,
@@ -126,6 +146,8 @@ def _note_places(config: ModelConfig, cache: DecodeCache, places: list[int], z_B
         cache.offsets_B.fill_(_cross_position(config, place))
         return
     rows = torch.arange(len(places), device=z_BD.device)
+    if len(cache.hidden_BMD) < len(places):  # they are tokens of one row
+        rows = torch.zeros_like(rows)
     cache.hidden_BMD[rows, cache.lengths_B % M] = z_BD
     cache.offsets_B.copy_(_cross_position(config, cache.lengths_B))
 
