@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from retro_engine.bench import checkout, decode, kernels, loader, model, pipeline, profile, results
+from retro_engine.bench import checkout, decode, kernels, loader, model, neighbors, pipeline, profile, results
 from retro_engine.bench.contestants import DECODERS, NAMES, SHAPES
 from retro_engine.bench.frame import Measured, Options, Target
 from retro_engine.bench.machine import MAX_LOAD, MIN_FREE, environment
@@ -23,12 +23,13 @@ BENCHES: dict[str, Callable[[Options], Measured]] = {
     "loader": loader.run,
     "model": model.run,
     "decode": decode.run,
+    "neighbors": neighbors.run,
     "pipeline": pipeline.run,
     "profile": profile.run,
 }
 DEFAULT = [name for name in BENCHES if name != "profile"]
 TAKEN_BY = {  # what an option is for; with others it is refused
-    "sizes": ["model", "decode", "profile"],
+    "sizes": ["model", "decode", "neighbors", "profile"],
     "implementations": ["model", "decode"],
     "text": ["pipeline"],
     "device": ["kernels"],
