@@ -20,9 +20,11 @@ from retro_engine.model import ops
 from retro_engine.model.attention import Rotary
 from retro_engine.model.decoder import Places
 from retro_engine.model.encodings import Encode, encode_each
+from retro_engine.model.prefix import stacked
 from retro_engine.model.retro import RetroModel
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair a cross-attending layer
+Front = tuple[Tensor, Tensor]  # keys, rotated, and values of what stands in front of a row's text, [layers, t, g, e]
 OF_ROWS = ("hidden_BMD", "cross_valid_BX", "lengths_B", "pads_B", "begins_B", "positions_B", "offsets_B")
 OF_ROWS_AND_LAYERS = ("keys_BSGE", "values_BSGE", "cross_keys_BXGE", "cross_values_BXGE")
 
@@ -138,7 +140,7 @@ class DecodeCache:
             return places - self.origin + int(self.positions_B[0])
         return places - self.origin + self.positions_B if self.origin else places
 
-    def front(self, row: int, neighbors: Sequence[Tensor]) -> Tensor:
+    def front(self, row: int, neighbors: Sequence[Tensor]) -> Front:
         """The sink and the neighbors [c, t, g, e], best first, as they stand in front of a row's text: the best next to it,
         keys rotated for their places. Raises ValueError where there is no room.
         """
@@ -147,18 +149,19 @@ class DecodeCache:
         end, rotary = int(self.pads_B[row]), self.rotary[0]
         if front.shape[1] > self.origin:
             raise ValueError(f"{front.shape[1]} tokens shall stand in front; the cache has room for {self.origin}")
-        if rotary is None:
-            return front
-        places = torch.arange(end - front.shape[1], end, device=front.device)
-        keys = ops.rope(front[0::2], *rotary, positions=places, interleaved=self.interleaved)
-        return torch.stack((keys, front[1::2]), 1).flatten(0, 1)
+        keys, values = front.chunk(2)
+        if rotary is not None:
+            places = torch.arange(end - front.shape[1], end, device=front.device)
+            keys = ops.rope(keys, *rotary, positions=places, interleaved=self.interleaved)
+        return keys, values
 
-    def put_front(self, row: int, front_CTGE: Tensor, only: int | None = None) -> None:
+    def put_front(self, row: int, front: Front, only: int | None = None) -> None:
         """What a row reads from now on; `only`: in one layer."""
-        end, T = int(self.pads_B[row]), front_CTGE.shape[1]
+        (keys, values), end = front, int(self.pads_B[row])
+        T = keys.shape[1]
         for layer in range(len(self.keys_BSGE)) if only is None else [only]:
-            self.keys_BSGE[layer][row, end - T : end] = front_CTGE[2 * layer]
-            self.values_BSGE[layer][row, end - T : end] = front_CTGE[2 * layer + 1]
+            self.keys_BSGE[layer][row, end - T : end] = keys[layer]
+            self.values_BSGE[layer][row, end - T : end] = values[layer]
         if only is None:
             self.begins_B[row] = end - T
 
@@ -238,7 +241,7 @@ def new_cache(
     sinks, origin = None, 0
     if c.reads_prefix and neighbor_tokens != 0:
         with torch.no_grad():
-            sinks = torch.stack([part[0] for pair in model.sinks() for part in pair]).to(model.cache_dtype)
+            sinks = stacked(model.sinks())[:, 0].to(model.cache_dtype)
         in_front = sinks.shape[1] + (c.num_neighbors * c.r if neighbor_tokens is None else neighbor_tokens)
         origin = -(-in_front // c.chunk_size) * c.chunk_size
 

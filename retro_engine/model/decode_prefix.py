@@ -1,7 +1,7 @@
 """Neighbors in front (model/prefix.py) while decoding: what stands before each row's text, exchanged where a chunk ends.
 
-Letters: B rows, N rows whose chunk ends, L chunks that a block completes, T tokens in front, K neighbors, R tokens per
-neighbor, C keys and values (two a layer), G key/value heads, E head width, M chunk length.
+Letters: B rows, N rows whose chunk ends, L chunks that a block completes, T tokens of it, K neighbors, R tokens per
+neighbor, M chunk length.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retro_engine.model import ops
 from retro_engine.model.attention import SelfAttention
-from retro_engine.model.decode_cache import DecodeCache
+from retro_engine.model.decode_cache import DecodeCache, Front
 from retro_engine.model.prefix import segments
 
 
@@ -22,7 +22,7 @@ class _Run:
 
     first: int
     end: int
-    fronts: dict[int, Tensor]
+    fronts: dict[int, Front]
     begins_B: Tensor
 
 
@@ -45,7 +45,7 @@ class FrontReading:
                 fronts = _fronts(cache, range(len(none_B)), neighbors, lengths, none_B)
                 begins_B = begins_B.clone()
                 for row, front in fronts.items():
-                    begins_B[row] = cache.pads_B[row] - front.shape[1]
+                    begins_B[row] = cache.pads_B[row] - front[0].shape[1]
             self.runs.append(_Run(first, end, fronts, begins_B))
 
     def attend(self, layer: int, attention: SelfAttention, q: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _fronts(
     neighbors_NKR: Tensor | None,
     lengths_NK: Tensor | None,
     none_N: Tensor | None = None,
-) -> dict[int, Tensor]:
+) -> dict[int, Front]:
     """What stands in front of each of these rows from now on; `none_N` True: no neighbors, whatever is given."""
     reading = {row: n for n, row in enumerate(rows) if cache.reads(row)}
     found: dict[int, list[Tensor]] = {row: [] for row in reading}

@@ -306,7 +306,7 @@ def _encode_alone(
     for row, one in zip(given, encode(tokens[given], lengths[given]) if given else []):
         out[:, row, : one.shape[1]] = one
     out = out.unflatten(1, neighbors_NLKR.shape[:3])
-    return list(zip(out[0::2], out[1::2]))
+    return list(zip(*out.chunk(2)))
 
 
 def _keep(cache: DecodeCache, rows: list[int] | slice, pairs_NKRGE: Pairs, lengths_NK: Tensor) -> None:

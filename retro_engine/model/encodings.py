@@ -4,7 +4,7 @@ Where a neighbor's encoding depends on nothing else (an encoder with `enc_cross_
 decoder's own keys), the same tokens give the same, whoever retrieves them. Encodings are kept by the tokens themselves: of
 a document that was replaced other tokens are retrieved, so the old ones are never read again. Weights that change forget
 everything.
-Letters: W neighbors, R tokens per neighbor, T tokens of one neighbor, C keys and values (two a reading layer), G key/value
+Letters: W neighbors, R tokens per neighbor, T tokens of one neighbor, C keys of all reading layers, then their values, G key/value
 heads, E head width.
 """
 

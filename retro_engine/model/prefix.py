@@ -5,7 +5,7 @@ Each neighbor runs through the decoder alone, behind one shared first token (the
 wherever they stand (block attention, arXiv 2409.15355). They end where the text begins, the best neighbor last; at a
 chunk's last token the block is exchanged, and the text's own keys stay.
 Letters: B batch, N tokens, W neighbors, L chunks, K neighbors a chunk, R tokens per neighbor, X places in front,
-T tokens in front, C keys and values (two a layer), G key/value heads, E head width, M chunk length.
+T tokens in front, C keys of all layers, then their values, G key/value heads, E head width, M chunk length.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,11 @@ from retro_engine.model import ops
 from retro_engine.model.attention import Rotary, SelfAttention
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair a layer
+
+
+def stacked(pairs: Pairs) -> Tensor:
+    """[c, ...]: the keys of all layers, then their values."""
+    return torch.stack([*(k for k, _ in pairs), *(v for _, v in pairs)])
 
 
 class Recording:

@@ -21,7 +21,7 @@ from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
 from retro_engine.model.initialization import initialize
 from retro_engine.model.linear import Int8Linear, Linear, is_sharded
 from retro_engine.model.loss import linear_cross_entropy
-from retro_engine.model.prefix import Pairs, PrefixAttention, Recording
+from retro_engine.model.prefix import Pairs, PrefixAttention, Recording, stacked
 
 
 @dataclass
@@ -142,8 +142,8 @@ class RetroModel(nn.Module):
         return [(k[:, S:], v[:, S:]) for k, v in recording.pairs]
 
     def encode_alone(self, tokens_WR: Tensor, lengths_W: Tensor) -> Tensor:
-        """What is read of neighbors that depend on nothing else (`ModelConfig.encodes_alone`): keys and values of each
-        reading layer in turn, [c, w, r, g, e], not rotated.
+        """What is read of neighbors that depend on nothing else (`ModelConfig.encodes_alone`): keys of all reading layers,
+        then their values, [c, w, r, g, e], not rotated.
         """
         if self.config.reads_prefix:
             pairs = self.run_alone(tokens_WR)
@@ -151,7 +151,7 @@ class RetroModel(nn.Module):
             assert self.neighbor_projection is not None
             layout = layout_of(tokens_WR[None, None], lengths_W[None, None], packs=False)
             pairs = self.neighbor_projection(self.encode(tokens_WR[None, None], layout, None, None))
-        return torch.stack([part for pair in pairs for part in pair])
+        return stacked(pairs)
 
     def sinks(self) -> Pairs:
         """Keys and values [1, s, g, e] of every decoder layer for the token that stands before the neighbors; s is 0 or 1."""
