@@ -28,7 +28,7 @@ from retro_engine.errors import StoreError
 from retro_engine.evaluate.losses import DocumentLosses
 from retro_engine.evaluate.perplexity import evaluate
 from retro_engine.generate.generator import Generation, Generator, model_coding
-from retro_engine.generate.open_model import open_model
+from retro_engine.generate.open_model import open_model, read_in_front
 from retro_engine.generate.sampling import Sampling
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
@@ -194,6 +194,11 @@ class Retro:
         """A run's newest checkpoint, or a checkpoint folder, after checking its files: `open_model`."""
         opened = open_model(path, dtype, device)
         return cls(opened.model, opened.tokenizer, opened.generation, opened.folder)
+
+    def read_in_front(self, chunk_size: int | None = None, asked: dict[str, Any] | None = None) -> "Retro":
+        """Itself, a plain decoder, as one that reads neighbors in front: `open_model.read_in_front`."""
+        read_in_front(self.model, self.tokenizer, chunk_size, asked)
+        return self
 
     @property
     def device(self) -> torch.device:

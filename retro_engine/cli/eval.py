@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from retro_engine.evaluate.losses import DocumentLosses
     from retro_engine.model.retro import RetroModel
 
-READS = ("model.data.", "model.encoder_seq_length", "model.chunk_size")
+READS = ("model.data.", "model.encoder_seq_length", "model.chunk_size", *flags.IN_FRONT)
 PRECISIONS = {"fp32": "32", "bf16": "bf16-mixed"}  # of the model's products
 
 
@@ -28,6 +28,7 @@ def add(commands: flags.Commands) -> None:
     modes = "of on,off,random,given (default on,off,random); questions: of retrieved,gold,random,off,prompt"
     sub.add_argument("--modes", help=modes)
     flags.add_neighbors(sub)
+    flags.add_in_front(sub)
     sub.add_argument("--limit", type=int, help="batches, or questions, a mode")
     sub.add_argument("--dtype", choices=[*PRECISIONS], default="fp32", help="of the model's products")
     leak = "neighbors that state more of the next chunk are missing"
@@ -53,9 +54,11 @@ def run(args: argparse.Namespace) -> int:
     from retro_engine.evaluate.compare import gain_of
     from retro_engine.evaluate.gate import check_gate
     from retro_engine.evaluate.perplexity import pick_modes
-    from retro_engine.train.run_data import open_evaluation
+    from retro_engine.train.run_data import open_evaluation, store_chunk_size
 
     retro = Retro.from_pretrained(args.path, device=args.device)
+    if flags.settle_reading(args, retro, bool(args.neighbors)):
+        flags.read_in_front(args, retro, store_chunk_size(retro.folder, args.overrides))
     sequences = open_evaluation(retro.folder, retro.model.config, args.overrides, args.share, flags.reporter(args).say)
     modes = pick_modes(args.modes, retro.model.config.retrieval, bool(args.neighbors))
     flags.say_device(args, retro)

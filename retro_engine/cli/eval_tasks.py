@@ -27,7 +27,9 @@ def run(args: argparse.Namespace) -> int:
     from retro_engine.api import Retro
 
     retro = Retro.from_pretrained(args.path, device=args.device)
-    results = _eval_questions(args, retro) if args.questions is not None else _eval_lm(args, retro)
+    has_something = args.stores is not None and not args.no_retrieval
+    reads = flags.settle_reading(args, retro, has_something)
+    results = _eval_questions(args, retro, reads) if args.questions is not None else _eval_lm(args, retro, reads)
     if args.json:
         print(json.dumps({"checkpoint": str(retro.folder), **results}))
         return 0
@@ -37,14 +39,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _eval_questions(args: argparse.Namespace, retro: "Retro") -> Results:
+def _eval_questions(args: argparse.Namespace, retro: "Retro", reads: bool) -> Results:
     from retro_engine.evaluate.perplexity import check_modes
     from retro_engine.evaluate.questions import MODES, answer_questions
 
     modes = args.modes.split(",") if args.modes else ["retrieved", "gold", "random", "off"]
     check_modes(modes, MODES)
     report = flags.reporter(args)
-    questions = _open_questions(args, retro)
+    questions = _open_questions(args, retro, reads)
     if questions.num_left_out:
         report.say(f"{questions.num_left_out} questions are longer than the model's sequences: left out")
     flags.say_device(args, retro)
@@ -57,7 +59,7 @@ def _eval_questions(args: argparse.Namespace, retro: "Retro") -> Results:
     return results
 
 
-def _open_questions(args: argparse.Namespace, retro: "Retro") -> "Questions":
+def _open_questions(args: argparse.Namespace, retro: "Retro", reads: bool) -> "Questions":
     from retro_engine.config import DataConfig
     from retro_engine.data.question_files import load_questions, tell_bad
     from retro_engine.data.questions import Questions
@@ -77,17 +79,21 @@ def _open_questions(args: argparse.Namespace, retro: "Retro") -> "Questions":
     read_coding(retro.folder, stores[0].chunk_size).check(*(store.coding for store in stores))
     rows, bad = load_questions(args.questions, data.question_template)
     tell_bad(rows, bad, args.questions, None if args.strict else flags.reporter(args).say)
+    if reads:
+        flags.read_in_front(args, retro, stores[0].chunk_size)
     c = retro.model.config
     search = question_search(stores, args.retriever, c.r, Building(embedder=args.embedder))
     length, K = c.encoder_seq_length, c.num_neighbors
     return Questions(rows, stores[0], args.questions, length, K, c.r, "data", search, num_set_aside=len(bad))
 
 
-def _eval_lm(args: argparse.Namespace, retro: "Retro") -> Results:
+def _eval_lm(args: argparse.Namespace, retro: "Retro", reads: bool) -> Results:
     from retro_engine.generate.generator import Generator
     from retro_engine.interop.lm_eval_model import run_tasks
 
-    is_retrieving = retro.model.config.retrieval and not args.no_retrieval
-    generator = Generator(retro.model, retro.tokenizer, flags.open_retriever(args, retro) if is_retrieving else None)
+    source = flags.open_retriever(args, retro) if reads and not args.no_retrieval else None
+    if source is not None:
+        flags.read_in_front(args, retro, source.coding.chunk_size)
+    generator = Generator(retro.model, retro.tokenizer, source)
     flags.say_device(args, retro)
     return run_tasks(generator, args.lm_eval.split(","), args.lm_eval_path, args.limit)

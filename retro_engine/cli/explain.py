@@ -9,12 +9,15 @@ from retro_engine.errors import UsageError
 
 
 def add(commands: flags.Commands) -> None:
-    sub = flags.command(commands, "explain", run, "what each neighbor did to a text: change of log-probability")
+    sub = flags.command(
+        commands, "explain", run, "what each neighbor did to a text: change of log-probability", flags.IN_FRONT
+    )
     flags.add_device(sub)
     sub.add_argument("path", metavar="RUN", help=flags.RUN_HELP)
     sub.add_argument("prompt")
     sub.add_argument("text", nargs="?", help="what is explained (default: what the model generates)")
     flags.add_neighbors(sub)
+    flags.add_in_front(sub)
     flags.add_sources(sub)
     sub.add_argument("--k", type=int, help="neighbors to retrieve (default: the model's)")
     sub.add_argument("--html", metavar="FILE", help="write the heat map as a page")
@@ -30,8 +33,11 @@ def run(args: argparse.Namespace) -> int:
     if args.k is not None and args.k < 1:
         raise UsageError(f"--k {args.k} cannot be used", "at least one neighbor is explained")
     retro = Retro.from_pretrained(args.path, device=args.device)
-    is_retrieving = args.neighbors is None and retro.model.config.retrieval
-    generator = Generator(retro.model, retro.tokenizer, flags.open_retriever(args, retro) if is_retrieving else None)
+    reads = flags.settle_reading(args, retro, bool(args.stores or args.neighbors))
+    source = flags.open_retriever(args, retro) if reads and args.neighbors is None else None
+    if reads:
+        flags.read_in_front(args, retro, None if source is None else source.coding.chunk_size)
+    generator = Generator(retro.model, retro.tokenizer, source)
     flags.say_device(args, retro)
     text = args.text
     if text is None:

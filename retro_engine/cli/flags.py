@@ -19,6 +19,7 @@ Commands = Any  # argparse's sub-parsers: it has no public name for them
 EVERY_SETTING = None  # of `reads`
 INPUTS_HELP = "text, HTML, JSON, TSV, CSV, Parquet, compressed or not; folders; - for standard input"
 RUN_HELP = "a run's folder or a checkpoint"
+IN_FRONT = ("model.reading", "model.num_neighbors", "model.retrieved_length", "model.sink_id")  # how a decoder reads
 RETRIEVER_HELP = "lexical (bm25), dense, hybrid, or by name bm25, hash, minilm, a SentenceTransformers model"
 WEIGHTS = ("fp32", "bf16", "int8")
 
@@ -78,6 +79,59 @@ def add_retriever(sub: argparse.ArgumentParser) -> None:
 
 def add_neighbors(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--neighbors", action="append", metavar="TEXT", help="a given neighbor; may be repeated")
+
+
+def add_in_front(sub: argparse.ArgumentParser) -> None:
+    """Whether a plain decoder reads, for the commands that take the settings IN_FRONT."""
+    about = "of a plain decoder: neighbors in front of its own keys (where it has something to read), or none"
+    sub.add_argument("--reading", choices=("prefix", "none"), help=about)
+
+
+def settle_reading(args: argparse.Namespace, retro: "Retro", has_something: bool) -> bool:
+    """Whether the model reads neighbors: as it was trained, or where a plain decoder `has_something` to read or is told to.
+
+    Raises UsageError for a flag or setting that says otherwise, or that means nothing then.
+    """
+    from retro_engine.generate.open_model import check_reading
+
+    asked, c = _in_front(args), retro.model.config
+    setting = asked.pop("reading", None)
+    if setting is not None and args.reading not in (None, setting):
+        raise UsageError(f"--reading {args.reading} and model.reading={setting}", "they differ", "name one")
+    if not c.retrieval and setting == "cross_attention":
+        raise UsageError(
+            "model.reading=cross_attention", "a plain decoder has none", "retro train --init-from makes it"
+        )
+    reading = args.reading or (setting if setting != "cross_attention" else None)
+    check_reading(retro.model, reading)
+    for name, value in asked.items():
+        if c.retrieval and value != getattr(c, name):
+            raise UsageError(
+                f"model.{name}={value} cannot be used", f"the model has {getattr(c, name)}", "leave it out"
+            )
+    reads = c.retrieval or reading == "prefix" or (reading is None and has_something)
+    if not reads and (has_something or asked):
+        what = ", ".join(f"model.{name}={value}" for name, value in asked.items()) or "something to read was given"
+        raise UsageError(what, "this model is a plain decoder, which reads nothing now", "--reading prefix")
+    return reads
+
+
+def read_in_front(args: argparse.Namespace, retro: "Retro", chunk_size: int | None) -> None:
+    """Let a plain decoder read, in chunks of `chunk_size` (None: its own); a model that was trained to reads already."""
+    if not retro.model.config.retrieval:
+        asked = _in_front(args)
+        asked.pop("reading", None)
+        retro.read_in_front(chunk_size, asked)
+
+
+def _in_front(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings IN_FRONT that are named, by their fields."""
+    from retro_engine.config import load_config, named_keys
+
+    typed = {text: named_keys([text], with_environment=False) & {*IN_FRONT} for text in args.overrides}
+    config = load_config([text for text, keys in typed.items() if keys], say=lambda note: None).model
+    names = [key.removeprefix("model.") for keys in typed.values() for key in keys]
+    return {name: getattr(config, name) for name in names}
 
 
 def add_sources(sub: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 READS = (
     "inference.", "checkpoint_dir", "checkpoint_name", "prompt", "neighbors", "cluster_type", "megatron_amp_O2",
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "retro_model_file", "trainer.devices",
-    "trainer.num_nodes", "trainer.precision",
+    "trainer.num_nodes", "trainer.precision", *flags.IN_FRONT,
 )  # fmt: skip
 REQUEST = (  # flags of the request: each is a setting's other name
     ("--max-new-tokens", "inference.tokens_to_generate", int, "N", "tokens to generate (default 64)"),
@@ -53,6 +53,7 @@ def add(commands: flags.Commands) -> None:
     sub.add_argument("--source-weights", nargs=2, type=float, default=[1.0, 1.0], metavar="W", help=weights)
     sub.add_argument("--dtype", choices=flags.WEIGHTS, help="of the weights (default: as saved)")
     flags.add_neighbors(sub)
+    flags.add_in_front(sub)
     sub.add_argument("--no-retrieval", action="store_true")
     sub.add_argument("--show-neighbors", action="store_true")
 
@@ -74,8 +75,12 @@ def run(args: argparse.Namespace) -> int:
             "there is no prompt, or one too many", "", "retro generate RUN 'The prompt', or retro generate RUN -i"
         )
     retro = Retro.from_pretrained(args.path or _named_checkpoint(asked), args.dtype, args.device)
-    is_retrieving = retro.model.config.retrieval and not args.no_retrieval and not args.neighbors
+    sources = None if args.no_retrieval else args.stores or args.library
+    reads = flags.settle_reading(args, retro, bool(sources or args.neighbors))
+    is_retrieving = reads and not args.no_retrieval and not args.neighbors
     with _source(args, retro) if is_retrieving else contextlib.nullcontext() as source:
+        if reads:
+            flags.read_in_front(args, retro, None if source is None else source.coding.chunk_size)
         generator = Generator(retro.model, retro.tokenizer, source)
         flags.say_device(args, retro)
         request = _request(args, retro, settings)

@@ -42,6 +42,12 @@ def add(commands: flags.Commands) -> None:
     flag("nemo-compat", False, action="store_true", help="also PUT /generate and PUT /knn, as NeMo's services")
     flag("max-batch", 8, type=int, metavar="N", help="sequences generated at once")
     flag("max-waiting", 64, type=int, metavar="N", help="requests in the queue; more get 429")
+    flag(
+        "reading",
+        choices=("prefix", "none"),
+        help="of a plain decoder: neighbors in front of its keys, or none (default prefix)",
+    )
+    flag("neighbor-bytes", type=int, metavar="N", help="of encoded neighbors that are kept, 0 = none (default 512 MiB)")
     shares = "callers use each other's remembered prompts: the time of an answer then tells what others have asked"
     flag("share-prefixes", False, action="store_true", help=shares)
 
@@ -67,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("max_batch", "max_waiting"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be used", "at least 1")
+    if args.neighbor_bytes is not None and args.neighbor_bytes < 0:
+        raise UsageError(f"--neighbor-bytes {args.neighbor_bytes} cannot be used", "0 or more")
     options = ServiceOptions(
         run=args.path,
         library=args.library,
@@ -79,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         shares_prefixes=args.share_prefixes,
         device=args.device,
+        reading=args.reading,
+        neighbor_bytes=args.neighbor_bytes,
     )
     address = Address(
         host=args.host,

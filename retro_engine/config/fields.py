@@ -148,6 +148,12 @@ class ModelConfig:
             return 0
         return self.num_neighbors * self.r + (self.sink_id is not None)
 
+    def positions_in_front(self, neighbor_tokens: int) -> int:
+        """Positions that a text loses to so many tokens of neighbors at a time."""
+        if not self.reads_prefix or not neighbor_tokens:
+            return 0
+        return max(self.first_position, neighbor_tokens + (self.sink_id is not None))
+
     @property
     def encodes_alone(self) -> bool:
         """Whether a neighbor's keys and values depend on nothing but its own tokens and the weights."""

@@ -124,6 +124,14 @@ def _check_lengths(m: TrainedModelConfig) -> None:
     key, rule = "model.max_position_embeddings", f"sequences have model.encoder_seq_length={length} tokens"
     has_room = m.position_embedding != "learned" or not rows or rows >= length
     require(has_room, key, rows, rule, f"{key}={length}")
+    most, front = m.most_tokens or MANY, m.first_position
+    require(
+        not m.reads_prefix or front + length <= most,
+        "model.encoder_seq_length",
+        length,
+        f"the model has {most} positions, {front} of them for the neighbors in front (model.reading=prefix)",
+        f"use {max(1, (most - front) // m.chunk_size) * m.chunk_size}, or fewer or shorter neighbors",
+    )
 
 
 def _check_batch(config: Config) -> None:
@@ -166,7 +174,10 @@ def _check_freezing(m: TrainedModelConfig) -> None:
     ):
         require(not value or has, key, value, f"without {needed} it means nothing", f"set {needed}")
     if m.freeze_decoder:
-        require(m.retrieval, "model.freeze_decoder", True, "a plain decoder has nothing else that could learn")
+        has_more = bool(m.cross_layers)
+        require(
+            has_more, "model.freeze_decoder", True, "without cross-attention there is nothing else that could learn"
+        )
         share = m.data.neighbor_dropout
         rule = "a frozen decoder learns nothing from a batch without neighbors"
         require(share == 0, "model.data.neighbor_dropout", share, rule, "model.data.neighbor_dropout=0")

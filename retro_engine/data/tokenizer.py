@@ -72,6 +72,14 @@ class Tokenizer:
         self.chat_files = ChatFiles()  # what lies beside it
 
     @property
+    def sink_id(self) -> int:
+        """What stands before neighbors that a decoder reads in front: the token that texts began with in its training, else
+        the one that ended them, which the next text came after.
+        """
+        ends = map(self.special_id, EOD_NAMES)  # those of documents come before those of turns
+        return next((i for i in (self.bos_id, *ends) if i is not None), self.eod_id)
+
+    @property
     def end_ids(self) -> list[int]:
         """Any of them ends a text that is generated: what the model's own files name, `eod_id`, and special tokens that
         have an end's name (an instruct model ends turns with one and documents with another).

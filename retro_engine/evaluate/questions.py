@@ -100,7 +100,8 @@ def answer_questions(
             tokens, valid = questions.neighbors(group, mode)
             neighbors, lengths = torch.from_numpy(tokens), torch.from_numpy(valid)
         asked = [prompts[number] for number in group]
-        count = _left(model, chunks * questions.M, max_new_tokens)  # the same in any batch
+        front = 0 if neighbors is None else model.config.positions_in_front(questions.K * model.config.r)
+        count = _left(model, front + chunks * questions.M, max_new_tokens)  # the same in any batch
         ids = decode(model, asked, neighbors, lengths, count, tokenizer.end_ids, tokenizer.pad_id)
         for number, answer in zip(group, tokenizer.decode_batch(ids)):
             texts[number] = answer.strip().split("\n", 1)[0].strip()  # no other sign ends a line

@@ -49,6 +49,7 @@ class DecodingBatch:
         """`found`: the neighbors of the prompt's chunks."""
         assert self.joining is None and len(self.decoding) < self.size
         self.joining, self._found = sequence, found
+        sequence.read = sum(int(one.lengths_K.sum()) for one in found)
         self.cache.clear(len(self.decoding), sequence.pad, sequence.is_reading)
         self._keys = []
         if self.prefixes is not None:
@@ -56,7 +57,13 @@ class DecodingBatch:
             prompt = sequence.tokens[: sequence.prompt_length]
             caller = "" if self.prefixes.is_shared else sequence.request.caller
             self._keys = keys_of(
-                prompt, sequence.pad, found, piece_tokens=piece, piece_chunks=PIECE_CHUNKS, caller=caller
+                prompt,
+                sequence.pad,
+                found,
+                piece_tokens=piece,
+                piece_chunks=PIECE_CHUNKS,
+                caller=caller,
+                is_reading=self.cache.reads(len(self.decoding)),
             )
 
     @torch.no_grad()
@@ -117,6 +124,7 @@ class DecodingBatch:
             if sequence not in waits:
                 sequence.filled += 1
                 if sequence in found:
+                    sequence.read += int(found[sequence].lengths_K.sum())
                     sequence.keep_found(found[sequence])
         return logits
 

@@ -130,7 +130,7 @@ def text_log_probs(
     tokens = [pad_id] * pad + [*prompt_ids, *text_ids]
     first = pad + len(prompt_ids)
     most = config.most_tokens
-    if most is not None and config.first_position + len(tokens) > most:
+    if most is not None and config.positions_in_front(tokens_KR.size) + len(tokens) > most:
         raise UsageError(
             f"prompt and text have {len(tokens)} tokens", f"the model has {most} positions", "shorten them"
         )

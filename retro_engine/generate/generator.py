@@ -138,8 +138,7 @@ class Generator:
                 f"inference.pad_prompt=false: the first retrieval happens at token {M}, the prompt has {len(prompt_ids)}"
             )
         tokens = [self.tokenizer.pad_id] * pad + prompt_ids
-        self._check_length(len(tokens), request, config.first_position if is_reading else 0)
-        return DecodingSequence(
+        sequence = DecodingSequence(
             request=request,
             tokenizer=self.tokenizer,
             chunk_size=M,
@@ -152,6 +151,8 @@ class Generator:
             notes=notes,
             drafts=Drafts() if self.drafts else None,
         )
+        self._check_length(len(tokens), request, config.positions_in_front(sequence.neighbor_tokens))
+        return sequence
 
     def _check_length(self, num_tokens: int, request: Request, in_front: int) -> None:
         most = self.model.config.most_tokens

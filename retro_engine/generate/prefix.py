@@ -98,11 +98,20 @@ class PrefixCache:
 
 
 def keys_of(
-    tokens: list[int], pad: int, found: list[Found], piece_tokens: int, piece_chunks: int, caller: str = ""
+    tokens: list[int],
+    pad: int,
+    found: list[Found],
+    *,
+    piece_tokens: int,
+    piece_chunks: int,
+    caller: str = "",
+    is_reading: bool = False,
 ) -> list[bytes]:
-    """The key of every piece of a caller's prompt; `found` has the neighbors of its chunks, or nothing."""
+    """The key of every piece of a caller's prompt; `found` has the neighbors of its chunks, or nothing. `is_reading`: it
+    has something in front even where it found nothing.
+    """
     who = caller.encode()
-    digest, keys = hashlib.sha256(struct.pack("<2q", len(who), pad) + who), []
+    digest, keys = hashlib.sha256(struct.pack("<2q?", len(who), pad, is_reading) + who), []
     for number, start in enumerate(range(0, len(tokens), piece_tokens)):
         part = tokens[start : start + piece_tokens]
         digest.update(struct.pack(f"<q{len(part)}q", len(part), *part))

@@ -86,6 +86,7 @@ class Event:
     logprobs: list[TokenLogprob] | None = None
     new_hits: list[Hit] | None = None  # the neighbors that this piece and those after it can read, when they change
     finish_reason: FinishReason | None = None  # set in the last event
+    neighbor_tokens: int = 0  # that were read so far
     notes: list[str] = field(default_factory=list)
     error: BaseException | None = None  # in the last event of a request that failed
 

@@ -33,6 +33,7 @@ class DecodingSequence:
     notes: list[str]
     drafts: Drafts | None = None
     filled: int = 0  # tokens that the cache has
+    read: int = 0  # tokens of neighbors so far
     finish_reason: FinishReason | None = None
     segments: list[TextSegment] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -187,6 +188,7 @@ class DecodingSequence:
             logprobs=logprobs,
             new_hits=hits,
             finish_reason=self.finish_reason,
+            neighbor_tokens=self.read,
             notes=notes,
             error=error,
         )

@@ -36,7 +36,10 @@ class RetroLM(LM):
         super().__init__()
         self.generator = generator
         self.model, self.tokenizer = generator.model, generator.tokenizer
-        self.max_length = self.model.config.encoder_seq_length
+        c = self.model.config
+        self.max_length = c.encoder_seq_length
+        if c.reads_prefix and c.most_tokens is not None:  # padding and neighbors have positions too
+            self.max_length = min(self.max_length, c.most_tokens - c.first_position - c.chunk_size)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its text, and whether greedy decoding gives it."""

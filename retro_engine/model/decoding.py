@@ -44,7 +44,8 @@ def prefill(
     reading = None
     if model.config.cross_layers:
         reading = _CachedReading(model, cache, start, T, neighbors_BLKR, lengths_BLK)
-    front = None if cache.sink_CSGE is None else FrontReading(cache, start, T, neighbors_BLKR, lengths_BLK)
+    reads = any(map(cache.reads, range(len(tokens_BT))))
+    front = FrontReading(cache, start, T, neighbors_BLKR, lengths_BLK) if reads else None
     attention = _CachedAttention(cache, start, T, front)
     x = model.run_layers(model.embed(tokens_BT, cache.positions(start)), attention, reading)
     for read in (reading, front):
@@ -388,13 +389,14 @@ def decode(
         neighbors_BKR = None
     longest = max(map(len, prompts))
     length = longest if neighbors_BKR is None else -(-longest // M) * M
-    most = model.config.most_tokens
-    if most is not None and length + max_new_tokens > most:
+    neighbor_tokens = 0 if neighbors_BKR is None else neighbors_BKR[0].numel()
+    most, front = model.config.most_tokens, model.config.positions_in_front(neighbor_tokens)
+    if most is not None and front + length + max_new_tokens > most:
         what = f"{length} prompt and {max_new_tokens} new tokens"
         raise UsageError(what, f"the model has {most} positions", "ask for fewer")
     rows = [[pad_id] * (length - len(prompt)) + [*prompt] for prompt in prompts]
     block = torch.tensor(rows, device=device)
-    cache = new_cache(model, B, length + max_new_tokens, 0 if neighbors_BKR is None else neighbors_BKR[0].numel())
+    cache = new_cache(model, B, length + max_new_tokens, neighbor_tokens)
     for row, prompt in enumerate(prompts):
         cache.clear(row, length - len(prompt))
     answers: list[list[int]] = [[] for _ in range(B)]

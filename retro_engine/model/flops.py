@@ -25,6 +25,8 @@ def forward_flops(config: ModelConfig, num_tokens: int, num_neighbor_tokens: int
     cores = attention_flops(config, num_tokens, num_neighbor_tokens)
     if num_neighbor_tokens == 0:
         return num_tokens * per_token + cores
+    if config.reads_prefix:  # through the decoder's layers alone
+        return num_tokens * per_token + num_neighbor_tokens * config.dec_num_layers * layer + cores
     encoder_share = config.encoder_key_value_heads / config.encoder_heads
     crossing, encoder_crossing = len(config.cross_layers), len(config.enc_cross_attention)
     per_token += crossing * 4 * d * d + encoder_crossing * 4 * d * c * encoder_share
@@ -39,6 +41,8 @@ def attention_flops(config: ModelConfig, num_tokens: int, num_neighbor_tokens: i
     d, c, m = config.hidden_size, config.encoder_width, config.chunk_size
     per_neighbor_token = config.enc_num_layers * 4 * config.r * c + len(config.enc_cross_attention) * 4 * m * c
     per_neighbor_token += len(config.cross_layers) * 4 * m * d
+    if config.reads_prefix:
+        per_neighbor_token = config.dec_num_layers * (2 * config.r + 4 * m) * d
     per_token = config.dec_num_layers * 2 * config.encoder_seq_length * d
     return num_tokens * per_token + num_neighbor_tokens * per_neighbor_token
 

@@ -130,7 +130,9 @@ class RetroModel(nn.Module):
             for pair in self.run_alone(retrieved.tokens_BLKR.flatten(0, 2))
         ]
         sinks = self.sinks()
-        X = sinks[0][0].shape[1] + K * R
+        X, most = sinks[0][0].shape[1] + K * R, self.config.most_tokens
+        if most is not None and most < X + N:
+            raise UsageError(f"{X} tokens in front of {N}", f"the model has {most} positions", "fewer or shorter ones")
         rotary = self.decoder_rotary(X + N, lengths.device)
         return PrefixAttention(pairs, sinks, lengths, retrieved.attends_BN, rotary, first_keys, self.config.chunk_size)
 

@@ -33,7 +33,7 @@ class Answer(ABC):
             "created": int(time.time()),
             "model": service.name,
         }
-        self.prompt_tokens = self.completion_tokens = 0
+        self.prompt_tokens = self.completion_tokens = self.neighbor_tokens = 0
         self.echoed: dict[int, int] = {}  # tokens of the prompt that a choice's first event begins with
         self.events: list[tuple[int, Event]] = []
 
@@ -49,6 +49,7 @@ class Answer(ABC):
 
     def _count(self, index: int, event: Event) -> None:
         self.completion_tokens += len(event.tokens) - self.echoed.pop(index, 0)
+        self.neighbor_tokens += event.neighbor_tokens if event.finish_reason is not None else 0
 
     def add(self, index: int, event: Event) -> None:
         self._count(index, event)
@@ -73,6 +74,7 @@ class Answer(ABC):
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "neighbor_tokens": self.neighbor_tokens,
         }
 
     def _retro(self) -> dict[str, Any]:

@@ -148,6 +148,9 @@ async def _load(state: ServerState, load: Callable[[], Service], stop: Callable[
     stats = service.engine.stats
     state.metrics.watch("retro_engine_running", "Sequences being generated", lambda: stats()["running"])
     state.metrics.watch("retro_engine_waiting", "Requests in the queue", lambda: stats()["waiting"])
+    state.metrics.watch("retro_neighbors_kept", "Neighbors read from what is kept", lambda: stats()["neighbors_kept"])
+    state.metrics.watch("retro_neighbors_encoded", "Neighbors encoded", lambda: stats()["neighbors_encoded"])
+    state.metrics.watch("retro_neighbor_bytes", "Of encoded neighbors that are kept", lambda: stats()["neighbor_bytes"])
     state.metrics.watch(
         "retro_beside_engine_waiting", "Work beside the engine that waits", lambda: service.work.stats()["waiting"]
     )

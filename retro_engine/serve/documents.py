@@ -57,7 +57,9 @@ class Query(Strict):
 def library_of(request: Request) -> tuple[Library, Importer]:
     service = service_of(request)
     if service.library is None or service.importer is None:
-        raise ApiError(400, "this model is a plain decoder: it reads no documents", code="no_library")
+        raise ApiError(
+            400, "there is no library: the server of a plain decoder has one with --library", code="no_library"
+        )
     return service.library, service.importer
 
 

@@ -240,6 +240,8 @@ def _check_retrieval(body: Sampled, service: Service, prompts: Sequence[list[int
     said = next((name for name in ("neighbors", "k", "mode", "retrieved_length") if getattr(options, name)), None)
     if said is not None and not config.retrieval:
         raise ApiError(400, "this model is a plain decoder: it reads no neighbors", f"retro.{said}")
+    if said not in (None, "neighbors") and service.generator.retriever is None:
+        raise ApiError(400, "there are no documents to retrieve from", f"retro.{said}", "no_library")
     if options.retrieved_length is not None and options.retrieved_length > config.r:
         raise ApiError(400, f"the model reads at most {config.r} tokens a neighbor", "retro.retrieved_length")
     count = len(options.neighbors or ()) or options.k or 0

@@ -29,7 +29,14 @@ from retro_engine.model.weights import read_config
 from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.app import make_app
 from retro_engine.serve.limits import Limits
-from retro_engine.serve.service import Service, ServiceOptions, library_folder, open_library, open_service
+from retro_engine.serve.service import (
+    Service,
+    ServiceOptions,
+    library_folder,
+    open_library,
+    open_service,
+    reads_documents,
+)
 from retro_engine.serve.start import Address, make_state
 from retro_engine.train import checkpoint
 
@@ -45,8 +52,9 @@ class Shelf:
 
     def __init__(self, options: ServiceOptions):
         folder = checkpoint.find_checkpoint(options.run)
-        chunk_size = read_config(folder).chunk_size
-        self.library = open_library(library_folder(options, folder), Tokenizer.load(folder), chunk_size)
+        config, place = read_config(folder), library_folder(options, folder)
+        takes_any = not config.retrieval
+        self.library = open_library(place, Tokenizer.load(folder), config.chunk_size, takes_any)
         self.importer = Importer(self.library)
         self.importer.recover()
 
@@ -152,7 +160,7 @@ for _name in FORWARDED:
 
 def build(settings: dict[str, str]) -> Any:
     """The Ray Serve application: run=RUN and accounts=FILE, and if wanted replicas=N, cpus=N of each, allow_host=NAME,
-    metrics_token=TOKEN and of `retro serve` library, mode, name, dtype, max_batch and max_waiting.
+    metrics_token=TOKEN and of `retro serve` library, mode, name, dtype, reading, neighbor_bytes, max_batch and max_waiting.
 
     Raises MissingExtraError without Ray Serve, UsageError for what cannot be set or while nobody has access.
     """
@@ -172,6 +180,8 @@ def build(settings: dict[str, str]) -> Any:
         raise UsageError("run or accounts is not set", "a replica needs both", "run=RUN accounts=FILE")
     given: dict[str, Any] = {key: value for key, value in settings.items() if key in known}
     given |= {key: _number(settings, key, 1) for key in ("max_batch", "max_waiting") if key in settings}
+    if "neighbor_bytes" in settings:
+        given["neighbor_bytes"] = _number(settings, "neighbor_bytes", 0, least=0)
     given |= {key: str(Path(given[key]).resolve()) for key in ("run", "library") if key in given}  # Ray works elsewhere
     options = ServiceOptions(**given)
     check_mode(options.mode, (1.0, 1.0))
@@ -181,7 +191,8 @@ def build(settings: dict[str, str]) -> Any:
     replicas = _number(settings, "replicas", 2)
     cpus = _number(settings, "cpus", max(1, (os.cpu_count() or 1) // replicas))
     hosts = [settings["allow_host"]] if "allow_host" in settings else []
-    has_library = read_config(checkpoint.find_checkpoint(options.run)).retrieval
+    folder = checkpoint.find_checkpoint(options.run)
+    has_library = reads_documents(options, folder, read_config(folder))
 
     def app() -> Any:
         # to the application Ray's proxy is every client: a token opens the metrics, not an address
@@ -202,10 +213,10 @@ def build(settings: dict[str, str]) -> Any:
     return server.bind(shelf.bind(options))
 
 
-def _number(settings: dict[str, str], name: str, default: int) -> int:
+def _number(settings: dict[str, str], name: str, default: int, least: int = 1) -> int:
     text = settings.get(name, str(default))
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) < 1 << 31:
-        raise UsageError(f"{name}={text} cannot be used", "a number from 1 on")
+    if not text.isascii() or not text.isdigit() or not least <= int(text) < 1 << 40:
+        raise UsageError(f"{name}={text} cannot be used", f"a number from {least} on")
     return int(text)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retro_engine.config import ModelConfig
 from retro_engine.data.coding import Coding
 from retro_engine.data.store import Store
 from retro_engine.data.token_bytes import TokenBytes
@@ -14,7 +15,7 @@ from retro_engine.errors import StoreError, UsageError
 from retro_engine.generate.chat_template import ChatTemplate
 from retro_engine.generate.engine import Engine
 from retro_engine.generate.generator import Generator
-from retro_engine.generate.open_model import open_model
+from retro_engine.generate.open_model import check_reading, open_model, read_in_front
 from retro_engine.generate.sampling import Sampling
 from retro_engine.library.documents import Embedder, HashEmbedder
 from retro_engine.library.file import is_made
@@ -43,6 +44,8 @@ class ServiceOptions:
     dtype: str | None = None  # of the model's weights: fp32, bf16, int8; None: as saved
     shares_prefixes: bool = False  # callers use each other's: faster, and times tell what others have asked
     device: str = "auto"  # a GPU where there is one; cpu, gpu
+    reading: str | None = None  # of a plain decoder: prefix, none; None: prefix, documents where there are some
+    neighbor_bytes: int | None = None  # of encoded neighbors that are kept: `Generator`
 
 
 @dataclass(kw_only=True)
@@ -117,19 +120,29 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     check_mode(options.mode, (1.0, 1.0))
     opened = open_model(options.run, options.dtype, options.device)
     folder, model, tokenizer = opened.folder, opened.model, opened.tokenizer
+    check_reading(model, options.reading)
     library = importer = static = None
-    if model.config.retrieval:
-        stores = run_databases(folder) if options.stores is None else [Store(path) for path in options.stores]
+    is_plain = not model.config.retrieval
+    if reads_documents(options, folder, model.config):
+        named = options.stores is not None or is_plain
+        stores = [Store(path) for path in options.stores or ()] if named else run_databases(folder)
         static = Retriever(stores) if stores else None
         if shared is None:
-            library = open_library(library_folder(options, folder), tokenizer, model.config.chunk_size)
+            chunk_size = stores[0].chunk_size if is_plain and stores else model.config.chunk_size
+            library = open_library(library_folder(options, folder), tokenizer, chunk_size, takes_any=is_plain)
             shared = library, Importer(library)
             shared[1].recover()
         library, importer = shared
-    elif options.library is not None:
-        raise UsageError(f"{options.run} is a plain decoder", "it reads no documents", "leave --library out")
+    if is_plain and options.reading != "none":
+        try:  # for documents, or for neighbors that requests give
+            read_in_front(model, tokenizer, None if library is None else library.file.chunk_size)
+        except UsageError:  # with nothing to read it is a plain decoder
+            if library is not None or options.reading is not None:
+                raise
+    if options.neighbor_bytes and not model.config.retrieval:
+        raise UsageError(f"--neighbor-bytes {options.neighbor_bytes}", "this model reads no neighbors", "leave it out")
     retriever = None if library is None else LiveRetriever(library, static, options.weights, options.mode)
-    generator = Generator(model.eval(), tokenizer, retriever)
+    generator = Generator(model.eval(), tokenizer, retriever, options.neighbor_bytes)
     engine = Engine(generator, options.max_batch, options.max_waiting, shares_prefixes=options.shares_prefixes)
     Sampling(**opened.generation)
     name = options.name or run_folder(folder).resolve().name
@@ -147,6 +160,20 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     )
 
 
+def reads_documents(options: ServiceOptions, checkpoint_folder: Path, config: ModelConfig) -> bool:
+    """Whether there is a library: for a plain decoder where documents are named, or were added before, or it is told to
+    read. Raises UsageError for documents that it is told not to read.
+    """
+    if config.retrieval:
+        return True
+    is_named = options.library is not None or bool(options.stores)
+    if options.reading == "none" and is_named:
+        what = "--library" if options.library is not None else "--stores"
+        raise UsageError(f"{what} with --reading none", f"{options.run} then reads no documents", f"leave {what} out")
+    is_there = options.reading is None and is_made(library_folder(options, checkpoint_folder))
+    return options.reading == "prefix" or is_named or is_there
+
+
 def run_folder(checkpoint_folder: Path) -> Path:
     """The run that a checkpoint is of; itself where it lies alone."""
     parent = checkpoint_folder.parent
@@ -157,15 +184,16 @@ def library_folder(options: ServiceOptions, checkpoint_folder: Path) -> Path:
     return Path(options.library or run_folder(checkpoint_folder) / "library")
 
 
-def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int) -> Library:
+def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int, takes_any: bool = False) -> Library:
     """The library, made with the model's tokenizer and chunk size when it is not there.
 
-    Raises StoreError for one of another tokenizer or chunk size.
+    Raises StoreError for one of another tokenizer, or of another chunk size unless the model `takes_any`.
     """
     if not is_made(folder):
         Library.create(folder, tokenizer, chunk_size, embedder=HashEmbedder(tokenizer))
     library = Library(folder)
     try:
+        chunk_size = library.file.chunk_size if takes_any else chunk_size
         Coding("the model", tokenizer.fingerprint, chunk_size, "model").check(library_coding(library))
     except StoreError:
         library.close()

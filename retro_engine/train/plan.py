@@ -411,6 +411,8 @@ def plan(config: Config, processes: int) -> dict[str, Any]:
         raise UsageError(
             "model.vocab_size=0 cannot be planned", "there is no tokenizer to ask", "model.vocab_size=50257"
         )
+    if c.reads_prefix:
+        raise UsageError("model.reading=prefix has no plan", "memory of neighbors in front is not counted", "train it")
     x, p = layout_of(config, processes), parameters(c)
     kept = activations(c, x)
     T = x.micro_batch * c.encoder_seq_length

@@ -1,7 +1,8 @@
 """Training that begins from another checkpoint: what of its model is inherited, its weights, and which of them learn.
 
 From a plain decoder a RETRO is made (arXiv 2112.04426 section 4.2): encoder and chunked cross-attention are new, and the
-output of the latter is 0, so that step 0 computes exactly what the decoder computes. From a RETRO all of it is taken.
+output of the latter is 0, so that step 0 computes exactly what the decoder computes; or one that reads neighbors in front
+of its own keys (model.reading=prefix), with no part that is new. From a RETRO all of it is taken.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ NEW_PARTS = (  # fields of what a plain decoder does not have
     "retrieval", "chunk_size", "enc_num_layers", "dec_cross_attention", "enc_cross_attention", "encoder_hidden_size",
     "encoder_num_attention_heads", "encoder_ffn_hidden_size", "encoder_position_embedding", "cca_position_embedding",
     "cca_query_offset", "partial_chunk", "mask_neighbors", "reset_attention", "cca_reset", "cca_bias_everywhere",
-    "encoder_ca_residual", "encoder_final_norm", "eod_id", "pad_id", "init_method_std",
+    "encoder_ca_residual", "encoder_final_norm", "eod_id", "pad_id", "init_method_std", "reading", "sink_id",
 )  # fmt: skip
 NEW_PREFIXES = ("encoder.", "encoder_input.", "neighbor_projection.")
 
@@ -70,6 +71,8 @@ def inherit(config: Config) -> Path | None:
             raise UsageError(f"model.{name}={mine} does not fit", f"{source} has {value}", f"leave model.{name} out")
         setattr(m, name, value)
     _settle_fit(m, source, theirs.retrieval)
+    if not theirs.retrieval and m.reads_prefix and m.sink_id is None:
+        m.sink_id = Tokenizer.load(source).sink_id
     if not theirs.retrieval and m.retrieval and m.dec_cross_attention == default.dec_cross_attention:
         m.dec_cross_attention = crossing_layers(m.dec_num_layers)
     check(config)
@@ -79,6 +82,7 @@ def inherit(config: Config) -> Path | None:
 def _settle_fit(m: TrainedModelConfig, source: Path, is_retro: bool) -> None:
     """Decide model.fit_cross_attention where nothing is said; with it cross-attention has no positions."""
     rule = "the weights are a plain decoder's, to be retro-fitted" if is_retro or not m.retrieval else None
+    rule = "model.reading=prefix has no cross-attention" if m.reads_prefix else rule
     rule = rule or unmet(replace(m, cca_position_embedding="none"))
     if m.fit_cross_attention and rule is not None:
         raise UsageError("model.fit_cross_attention=true cannot be used", f"with {source}: {rule}", "change that")

@@ -23,6 +23,8 @@ from retro_engine.retrieval.search import Building, Retriever
 from retro_engine.train import checkpoint, places, record
 from retro_engine.train.parallel import sequences_per_step
 
+IN_FRONT = ("retrieval", "reading", "num_neighbors", "retrieved_length", "sink_id", "chunk_size")
+
 
 @dataclass
 class RunData:
@@ -153,11 +155,15 @@ def question_search(
 
 
 def run_config(
-    checkpoint_folder: Path, overrides: list[str], needed: Collection[str] = places.READ, is_strict: bool = False
+    checkpoint_folder: Path,
+    overrides: list[str],
+    needed: Collection[str] = places.READ,
+    is_strict: bool = False,
+    read_as: ModelConfig | None = None,
 ) -> Config:
     """The settings a checkpoint's run was started with, with overrides; an imported checkpoint's are its model's. Paths
     are those where the data lie now, of which the `needed` ones must be there (places.py; `is_strict`: another store in
-    the place of the run's is refused).
+    the place of the run's is refused). `read_as`: a plain decoder that was opened to read in front.
 
     Raises MissingInputError for a run without config.yaml, or whose data are not there, StoreError where it is not what
     the run wrote.
@@ -183,7 +189,17 @@ def run_config(
         trained = state.get("fingerprints", {}) | state.get("validation", {})
         found = places.located(run, Path(file), named_keys(overrides), trained, needed, is_strict)
     settings = [(f"model.{key}", value) for key, value in done.items()]
-    return load_config([*settings, *found.items(), *overrides], file=file)
+    named = named_keys(overrides)
+    keys = {f"model.{name}": name for name in IN_FRONT if name != "chunk_size" or "model.chunk_size" not in named}
+    last = [] if read_as is None else [(key, getattr(read_as, name)) for key, name in keys.items()]
+    return load_config([*settings, *found.items(), *overrides, *last], file=file)
+
+
+def store_chunk_size(checkpoint_folder: Path, overrides: list[str]) -> int | None:
+    """Tokens a chunk of what a checkpoint is evaluated on; None = no store is named."""
+    of_data = [text for text in overrides if text.lstrip("+").startswith("model.data.")]
+    store = run_config(checkpoint_folder, of_data, places.ALL, is_strict=True).model.data.store
+    return None if store is None else Store(store).chunk_size
 
 
 def open_evaluation(
@@ -198,7 +214,8 @@ def open_evaluation(
     With a validation store of its own, valid is that store and the other shares are of the training store. Raises
     StoreError for a store of another tokenizer, or for a RETRO of another chunk size.
     """
-    config = run_config(checkpoint_folder, overrides, places.ALL, is_strict=True)
+    read_as = model if model.reads_prefix else None
+    config = run_config(checkpoint_folder, overrides, places.ALL, is_strict=True, read_as=read_as)
     data = open_data(config)
     coding = checkpoint.read_coding(checkpoint_folder, data.store.chunk_size)
     coding.check(data.store.coding)  # a validation store has the same

@@ -48,7 +48,7 @@ async function status() {
       ["chunk", `${about.chunk_size} tokens`], ["neighbors a chunk", about.num_neighbors], ["tokens a neighbor", about.retrieved_length]]),
     facts("Engine", [["state", health.status], ...Object.entries(about.engine).map(([name, value]) => [name.replaceAll("_", " "), value.toLocaleString("en")])]),
   ];
-  if (about.reads_neighbors) {
+  if (about.library !== null) {
     const { statistics, index_version: version } = await call("GET", "/v1/documents?limit=1");
     const { documents = 0, chunks = 0, tokens = 0 } = statistics;
     cards.push(facts("Documents", [["documents", documents.toLocaleString("en")], ["chunks", chunks.toLocaleString("en")],

@@ -99,7 +99,7 @@ async function generate(model, readsNeighbors) {
 }
 
 export function startPlayground(model) {
-  const readsNeighbors = model.retro.reads_neighbors;
+  const readsNeighbors = model.retro.library !== null;
   $("compare").closest("label").hidden = !readsNeighbors;
   $("max-tokens").max = model.retro.max_new_tokens;
   $("ask").onsubmit = (event) => {
