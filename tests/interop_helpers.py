@@ -8,7 +8,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizer_helpers import CHATML, chatml
 
+from retro_engine.config import ModelConfig
 from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.interop.imports import Imported, write_checkpoint
+from retro_engine.model.retro import RetroModel
 
 
 def chain_folder(folder: Path, tokenizer: Tokenizer, chain: dict[int, int], **values: Any) -> Path:
@@ -45,4 +48,13 @@ def chat_folder(folder: Path) -> Path:
     settings = {"chat_template": named, "eos_token": {"content": "<|im_end|>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2]}))
+    return folder
+
+
+def decoder_folder(folder: Path, tokenizer: Tokenizer, **values: Any) -> Path:
+    """A small random decoder of another project, imported."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "dec_num_layers": 2}
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, retrieval=False, init_method_std=0.3, **(sizes | values))
+    model = RetroModel(config, torch.Generator().manual_seed(0))
+    write_checkpoint(Imported(model, tokenizer, "hf"), folder, "x")
     return folder

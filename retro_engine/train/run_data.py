@@ -191,7 +191,10 @@ def run_config(
     settings = [(f"model.{key}", value) for key, value in done.items()]
     named = named_keys(overrides)
     keys = {f"model.{name}": name for name in IN_FRONT if name != "chunk_size" or "model.chunk_size" not in named}
-    last = [] if read_as is None else [(key, getattr(read_as, name)) for key, name in keys.items()]
+    last: list[tuple[str, Any]] = []
+    if read_as is not None:
+        last = [(key, getattr(read_as, name)) for key, name in keys.items()]
+        last.append(("model.max_position_embeddings", read_as.most_tokens or 0))  # however long the sequences are
     return load_config([*settings, *found.items(), *overrides, *last], file=file)
 
 

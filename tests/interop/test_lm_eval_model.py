@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import small_config
+from helpers import small_config, small_model
 
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, UsageError
 from retro_engine.generate.explain import explain
 from retro_engine.generate.generator import Generator
+from retro_engine.generate.open_model import read_in_front
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.search import Retriever
 
@@ -85,6 +86,16 @@ def test_log_probabilities_are_those_of_explanation(generator: Generator) -> Non
     assert spaced == pytest.approx(on)
     ((empty, _),) = RetroLM(generator).loglikelihood([request("", "river")])
     assert empty < 0
+
+
+def test_a_decoder_that_reads_in_front(small_store: Store) -> None:
+    model = small_model(vocab_size=small_store.vocab_size, retrieval=False, encoder_seq_length=64)
+    read_in_front(model, small_store.tokenizer, 16)
+    generator = Generator(model, small_store.tokenizer, Retriever([small_store]))
+    ((on, _),) = RetroLM(generator).loglikelihood([request("river stone amber", " copper")])
+    explained = explain(generator, "river stone amber", " copper")
+    assert on == pytest.approx(float(explained.log_probs_T.sum()), abs=1e-5)
+    assert on != pytest.approx(float(explained.off_T.sum()), abs=1e-3)
 
 
 def test_greedy_and_stop_strings(generator: Generator) -> None:

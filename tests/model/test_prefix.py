@@ -1,6 +1,7 @@
 """Neighbors in front of a decoder's own keys, against prompts that hold them as text (float64)."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -34,14 +35,26 @@ def plain(model: RetroModel, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens)
 
 
+WINDOW = {"max_position_embeddings": R + 6, "encoder_seq_length": 5}  # what a sliding window is bounded to
+
+
 @pytest.mark.parametrize("sink_id", [None, 3])
-@pytest.mark.parametrize("position", ["rope", "learned", "none"])
-def test_one_neighbor_is_the_prompt_with_it(position: str, sink_id: int | None) -> None:
+@pytest.mark.parametrize(
+    "positions",
+    [
+        {},
+        {"position_embedding": "learned", "max_position_embeddings": 64},
+        {"position_embedding": "none"},
+        WINDOW,
+        {"rotary_factors": [1.0, 2.5, 8.0, 8.0]},
+        {"rotary_percentage": 0.5, "rotary_interleaved": True},
+    ],
+    ids=str,
+)
+def test_one_neighbor_is_the_prompt_with_it(positions: dict[str, Any], sink_id: int | None) -> None:
     """The tokens that read one whole neighbor, given from the text's first token on, get what the prompt gives."""
     sinks = 0 if sink_id is None else 1
-    model = decoder(
-        sink_id=sink_id, position_embedding=position, max_position_embeddings=64, chunk_size=1, num_neighbors=1
-    )
+    model = decoder(sink_id=sink_id, chunk_size=1, num_neighbors=1, **positions)
     tokens, neighbors, _ = inputs(model, 2, 5, K=1)
     neighbors = neighbors[:, :1].repeat(1, 5, 1, 1)  # the same one at every token
     got = model(tokens, neighbors)
@@ -121,8 +134,12 @@ def test_what_cannot_apply_is_refused() -> None:
         decoder(sink_id=1000)
     model = decoder(max_position_embeddings=20, position_embedding="learned")
     tokens, neighbors, lengths = inputs(model, 1, 8)
-    with pytest.raises(ValueError, match="20 positions"):
+    with pytest.raises(UsageError, match="20 positions"):
         model(tokens, neighbors, lengths)
+    model = decoder(**WINDOW, num_neighbors=1)  # another neighbor than it has positions for
+    assert model(tokens[:, :5], neighbors[:, :1, :1]).shape[1] == 5
+    with pytest.raises(UsageError, match="13 positions"):
+        model(tokens[:, :5], neighbors[:, :1])
 
 
 def test_runs_of_tokens_that_read_the_same() -> None:
