@@ -33,6 +33,7 @@ from retro_engine.serve.service import (
     Service,
     ServiceOptions,
     library_folder,
+    made_chunk_size,
     open_library,
     open_service,
     reads_documents,
@@ -53,8 +54,8 @@ class Shelf:
     def __init__(self, options: ServiceOptions):
         folder = checkpoint.find_checkpoint(options.run)
         config, place = read_config(folder), library_folder(options, folder)
-        takes_any = not config.retrieval
-        self.library = open_library(place, Tokenizer.load(folder), config.chunk_size, takes_any)
+        known = None if config.retrieval else made_chunk_size(place)  # a plain decoder reads chunks of any
+        self.library = open_library(place, Tokenizer.load(folder), known or config.chunk_size)
         self.importer = Importer(self.library)
         self.importer.recover()
 

@@ -1,5 +1,6 @@
 """What one server serves: a model in its engine, a live library, and the published stores that are read beside it."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from retro_engine.generate.generator import Generator
 from retro_engine.generate.open_model import check_reading, open_model, read_in_front
 from retro_engine.generate.sampling import Sampling
 from retro_engine.library.documents import Embedder, HashEmbedder
-from retro_engine.library.file import is_made
+from retro_engine.library.file import LibraryFile, is_made
 from retro_engine.library.importer import Importer
 from retro_engine.library.library import Library
 from retro_engine.library.live import LiveRetriever, library_coding
@@ -122,25 +123,25 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     folder, model, tokenizer = opened.folder, opened.model, opened.tokenizer
     check_reading(model, options.reading)
     library = importer = static = None
-    is_plain = not model.config.retrieval
-    if reads_documents(options, folder, model.config):
-        named = options.stores is not None or is_plain
+    has_documents, stores = reads_documents(options, folder, model.config), []
+    if has_documents:
+        named = options.stores is not None or not model.config.retrieval
         stores = [Store(path) for path in options.stores or ()] if named else run_databases(folder)
-        static = Retriever(stores) if stores else None
-        if shared is None:
-            chunk_size = stores[0].chunk_size if is_plain and stores else model.config.chunk_size
-            library = open_library(library_folder(options, folder), tokenizer, chunk_size, takes_any=is_plain)
-            shared = library, Importer(library)
-            shared[1].recover()
-        library, importer = shared
-    if is_plain and options.reading != "none":
+    if not model.config.retrieval and options.reading != "none":
         try:  # for documents, or for neighbors that requests give
-            read_in_front(model, tokenizer, None if library is None else library.file.chunk_size)
+            read_in_front(model, tokenizer, _chunk_size(options, folder, stores, shared))
         except UsageError:  # with nothing to read it is a plain decoder
-            if library is not None or options.reading is not None:
+            if has_documents or options.reading is not None:
                 raise
     if options.neighbor_bytes and not model.config.retrieval:
         raise UsageError(f"--neighbor-bytes {options.neighbor_bytes}", "this model reads no neighbors", "leave it out")
+    if has_documents:
+        static = Retriever(stores) if stores else None
+        if shared is None:
+            library = open_library(library_folder(options, folder), tokenizer, model.config.chunk_size)
+            shared = library, Importer(library)
+            shared[1].recover()
+        library, importer = shared
     retriever = None if library is None else LiveRetriever(library, static, options.weights, options.mode)
     generator = Generator(model.eval(), tokenizer, retriever, options.neighbor_bytes)
     engine = Engine(generator, options.max_batch, options.max_waiting, shares_prefixes=options.shares_prefixes)
@@ -158,6 +159,24 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
         mode=options.mode,
         work=Work(options.max_waiting),
     )
+
+
+def _chunk_size(
+    options: ServiceOptions, checkpoint_folder: Path, stores: Sequence[Store], shared: tuple[Library, Importer] | None
+) -> int | None:
+    """Tokens a chunk of what there is to read; None = there is nothing yet."""
+    if shared is not None:
+        return shared[0].file.chunk_size
+    known = made_chunk_size(library_folder(options, checkpoint_folder))
+    return known or (stores[0].chunk_size if stores else None)
+
+
+def made_chunk_size(library: Path) -> int | None:
+    """Tokens a chunk of a library that is there."""
+    if not is_made(library):
+        return None
+    with contextlib.closing(LibraryFile(library, is_read_only=True)) as file:
+        return file.chunk_size
 
 
 def reads_documents(options: ServiceOptions, checkpoint_folder: Path, config: ModelConfig) -> bool:
@@ -184,16 +203,15 @@ def library_folder(options: ServiceOptions, checkpoint_folder: Path) -> Path:
     return Path(options.library or run_folder(checkpoint_folder) / "library")
 
 
-def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int, takes_any: bool = False) -> Library:
+def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int) -> Library:
     """The library, made with the model's tokenizer and chunk size when it is not there.
 
-    Raises StoreError for one of another tokenizer, or of another chunk size unless the model `takes_any`.
+    Raises StoreError for one of another tokenizer or chunk size.
     """
     if not is_made(folder):
         Library.create(folder, tokenizer, chunk_size, embedder=HashEmbedder(tokenizer))
     library = Library(folder)
     try:
-        chunk_size = library.file.chunk_size if takes_any else chunk_size
         Coding("the model", tokenizer.fingerprint, chunk_size, "model").check(library_coding(library))
     except StoreError:
         library.close()

@@ -103,7 +103,9 @@ def test_a_document_that_was_replaced_is_not_read_again(small_store: Store, tmp_
 
         def texts() -> tuple[str, list[float | None]]:
             (out,) = generator.generate_all([Request("river", 5, logprobs=0)])
-            return "".join(hit.text + hit.continuation for hit in out.neighbors), [one.logprob for one in out.logprobs or []]
+            return "".join(hit.text + hit.continuation for hit in out.neighbors), [
+                one.logprob for one in out.logprobs or []
+            ]
 
         library.add([Document("note", "", "river stone amber")])
         old, logprobs = texts()
