@@ -8,7 +8,7 @@ import pytest
 from helpers import WORDS, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_helpers import KINDS
+from tokenizer_helpers import KINDS, byte_level, chatml, roberta
 
 from retro_engine.data.tokenizer import Tokenizer, auto_vocab_size
 from retro_engine.errors import MissingInputError, StoreError, UsageError
@@ -113,3 +113,11 @@ def test_text_never_becomes_a_special_token_of_any_kind(make: Callable[[], Token
         assert tokenizer.encode(text) == tokenizer.encode_batch([text, "The"])[0] == ids
         assert all(0 <= start <= end <= len(text) for start, end in offsets)
         assert tokenizer.encode_batch([text, "The castle"])[1] == tokenizer.encode("The castle")
+
+
+def test_what_stands_before_neighbors_in_front() -> None:
+    """The token that texts began with; else that which ends documents, also where turns end with another."""
+    assert roberta().sink_id == 0  # <s>
+    instruct = Tokenizer(chatml().json, end_token="<|im_end|>")
+    assert (instruct.eod_id, instruct.sink_id) == (2, 0)
+    assert byte_level().sink_id == byte_level().eod_id

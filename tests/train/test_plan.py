@@ -199,6 +199,17 @@ def test_flops_are_the_models(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert cores == attention_flops(c, T, W) + half_cores
 
 
+def test_products_of_neighbors_in_front_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETRO_BACKEND", "reference")
+    c = replace(small("rmsnorm"), reading="prefix")
+    T, W = sizes(c)
+    products, _ = counted(RetroModel(c), has_backward=False)
+    head = 2 * T * c.hidden_size * c.vocab_size
+    assert products == forward_flops(c, T, W) - attention_flops(c, T, W) + 2 * head
+    with pytest.raises(UsageError, match="reading=prefix has no plan"):
+        plan(load_config(settings(c, "model.reading=prefix")), 1)
+
+
 @pytest.mark.parametrize("name", ["rmsnorm", "layernorm", "no retrieval"])
 def test_recomputed_flops_are_the_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETRO_BACKEND", "reference")

@@ -128,6 +128,45 @@ def test_another_tokenizer_and_other_tensors(small_store: Store, source: Path, t
         load_initial(source, RetroModel(config.model))
 
 
+PREFIX = ["model.reading=prefix", "model.dec_cross_attention=[3,4,5]"]  # the default, which means nothing then
+
+
+def test_a_decoder_is_tuned_to_read_in_front(small_store: Store, source: Path, tmp_path: Path) -> None:
+    tokenizer = small_store.tokenizer
+    start = retrofitted(small_store, source, *PREFIX)
+    assert {name for name, _ in start.named_parameters()} == set(load_file(source / "model.safetensors"))
+    train(load_config(settings(small_store, source, *PREFIX, "trainer.max_steps=2", out=tmp_path / "run")))
+    tuned = read_config(find_checkpoint(tmp_path / "run"))
+    assert (tuned.reading, tuned.sink_id, tuned.chunk_size) == ("prefix", tokenizer.sink_id, 16)
+    before, after = load_file(source / "model.safetensors"), weights(tmp_path / "run")
+    assert all(after[name].isfinite().all() and not torch.equal(value, after[name]) for name, value in before.items())
+    again = load_config(settings(small_store, tmp_path / "run", "model.dec_cross_attention=[3,4,5]"))
+    inherit(again)  # tuned further, it reads as before
+    assert again.model.reads_prefix
+    assert not again.model.fit_cross_attention
+
+
+def test_reading_in_front_that_cannot_be_tuned(small_store: Store, source: Path, tmp_path: Path) -> None:
+    learned = RetroModel(decoder_config(small_store, position_embedding="learned", max_position_embeddings=96))
+    write_checkpoint(Imported(learned, small_store.tokenizer, "hf"), tmp_path / "learned", "x")
+    for where, more, message in (
+        (source, "model.fit_cross_attention=true", "reading=prefix has no cross-attention"),
+        (source, "model.freeze_decoder=true", "nothing else that could learn"),
+        (source, "model.sink_id=100000", "sink_id is below"),
+        (tmp_path / "learned", "model.num_neighbors=2", "96 positions, 65 of them for the neighbors in front"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            inherit(load_config(settings(small_store, where, *PREFIX, more)))
+    model = RetroModel(decoder_config(small_store, retrieval=True, chunk_size=16, dec_cross_attention=[1], enc_num_layers=1, enc_cross_attention=[0]))  # fmt: skip
+    write_checkpoint(Imported(model, small_store.tokenizer, "hf"), tmp_path / "retro", "x")
+    with pytest.raises(UsageError, match=r"model\.reading=prefix does not fit\n.*cross_attention"):
+        inherit(
+            load_config(
+                settings(small_store, tmp_path / "retro", "model.reading=prefix", "model.dec_cross_attention=[1]")
+            )
+        )
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     (path,) = run.glob("checkpoints/*/model.safetensors")
     return load_file(path)
