@@ -27,6 +27,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError
 from retro_engine.evaluate.losses import DocumentLosses
 from retro_engine.evaluate.perplexity import evaluate
+from retro_engine.generate.encode_store import open_encodings
 from retro_engine.generate.generator import Generation, Generator, model_coding
 from retro_engine.generate.open_model import open_model, read_in_front
 from retro_engine.generate.sampling import Sampling
@@ -232,9 +233,18 @@ class Retro:
         neighbors: Sequence[str] | None = None,
         sampling: Sampling | None = None,
         pad_prompt: bool = True,
+        encodings: Sequence[str | Path] = (),
     ) -> Generation:
-        """Continue `prompt`, reading from `index`, from the texts `neighbors`, or from nothing."""
-        generator = Generator(self.model, self.tokenizer, index.retriever if index is not None else None)
+        """Continue `prompt`, reading from `index`, from the texts `neighbors`, or from nothing.
+
+        `encodings`: folders that `retro encode` wrote for these weights, as they were loaded; what is in them is not encoded
+        again.
+        """
+        source, encoded = index.retriever if index is not None else None, []
+        if encodings:
+            stores = source.stores if source is not None else []
+            encoded = open_encodings(self.folder, self.model.config, self.tokenizer, stores, encodings)
+        generator = Generator(self.model, self.tokenizer, source, encoded=encoded)
         return generator.generate(prompt, max_new_tokens, sampling or self.sampling, neighbors, pad_prompt=pad_prompt)
 
 

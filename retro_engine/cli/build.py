@@ -1,4 +1,6 @@
-"""`retro embed`, `index`, `neighbors`, and `build`, which is all three: from chunks to a neighbor table."""
+"""`retro embed`, `index`, `neighbors`, and `build`, which is all three: from chunks to a neighbor table; `retro encode`: what a
+model reads of them.
+"""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,11 @@ def add(commands: flags.Commands) -> None:
     _add_embedding(sub)
     for name, about in (("neighbors", "fill a store's neighbor table"), ("build", "embed, index and neighbors")):
         _add_neighbors(flags.command(commands, name, run_neighbors, about))
+    sub = flags.command(commands, "encode", run_encode, "what a model reads of a store's chunks, encoded once")
+    sub.add_argument("path", metavar="RUN", help=flags.RUN_HELP)
+    sub.add_argument("store", metavar="STORE")
+    sub.add_argument("--out", "-o", metavar="FOLDER", help="default: beside the store, where it is read by itself")
+    _add_executor(sub)
 
 
 def _add_neighbors(sub: argparse.ArgumentParser) -> None:
@@ -58,6 +65,10 @@ def _add_embedding(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--pooling", default="model", choices=["model", "mean"], help="the model's own, or mean of tokens")
     sub.add_argument("--query-prompt", metavar="TEXT", help="put before queries (default: the model's own)")
     sub.add_argument("--document-prompt", metavar="TEXT", help="put before chunks (default: the model's own)")
+    _add_executor(sub)
+
+
+def _add_executor(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--executor", default="inline", help="inline, processes or ray")
     sub.add_argument("--workers", type=int, metavar="N", help="processes or Ray tasks at once (default: one a core)")
     sub.add_argument("--yes", action="store_true", help="do not ask before long work")
@@ -126,6 +137,18 @@ def run_embed(args: argparse.Namespace) -> int:
         )
     vectors = build_vectors(Store(args.store), retriever, _executor(args), flags.reporter(args), **_embedding(args))
     flags.print_result(args, vectors.summary())
+    return 0
+
+
+def run_encode(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from retro_engine.data.store import Store
+    from retro_engine.generate.encode_store import encode_store
+
+    out = None if args.out is None else Path(args.out)
+    made = encode_store(args.path, Store(args.store), out, _executor(args), flags.reporter(args))
+    flags.print_result(args, {"folder": str(made.folder), **made.summary()})
     return 0
 
 

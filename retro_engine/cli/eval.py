@@ -44,6 +44,9 @@ def add(commands: flags.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     flags.check_limit(args.limit)
+    if args.encodings and args.lm_eval is None:
+        why = "losses are those of a whole pass, which encodes its neighbors itself"
+        raise UsageError("--encodings is for --lm-eval", why, "leave it out")
     if args.questions is not None or args.lm_eval is not None:
         return eval_tasks.run(args)
     if args.stores is not None:

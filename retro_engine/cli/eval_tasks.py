@@ -21,6 +21,7 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas between them")
     sub.add_argument("--lm-eval-path", metavar="DIR", help="task files of yours")
     sub.add_argument("--no-retrieval", action="store_true", help="tasks: retrieval off")
+    flags.add_encodings(sub)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,12 +89,11 @@ def _open_questions(args: argparse.Namespace, retro: "Retro", reads: bool) -> "Q
 
 
 def _eval_lm(args: argparse.Namespace, retro: "Retro", reads: bool) -> Results:
-    from retro_engine.generate.generator import Generator
     from retro_engine.interop.lm_eval_model import run_tasks
 
     source = flags.open_retriever(args, retro) if reads and not args.no_retrieval else None
     if source is not None:
         flags.read_in_front(args, retro, source.coding.chunk_size)
-    generator = Generator(retro.model, retro.tokenizer, source)
+    generator = flags.open_generator(args, retro, source)
     flags.say_device(args, retro)
     return run_tasks(generator, args.lm_eval.split(","), args.lm_eval_path, args.limit)

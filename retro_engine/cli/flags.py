@@ -11,8 +11,10 @@ from retro_engine.train.__main__ import DEVICES
 if TYPE_CHECKING:
     from retro_engine.api import Retro
     from retro_engine.data.store import Store
+    from retro_engine.generate.generator import Generator
     from retro_engine.progress import Reporter
     from retro_engine.retrieval.analyzer import Analyzer
+    from retro_engine.retrieval.hit import NeighborSource
     from retro_engine.retrieval.search import Retriever
 
 Commands = Any  # argparse's sub-parsers: it has no public name for them
@@ -138,6 +140,23 @@ def add_sources(sub: argparse.ArgumentParser) -> None:
     """What a model reads from."""
     sub.add_argument("--stores", nargs="+", metavar="STORE", help="to retrieve from (default: the run's)")
     add_retriever(sub)
+
+
+def add_encodings(sub: argparse.ArgumentParser) -> None:
+    about = "of retro encode, elsewhere than beside their store"
+    sub.add_argument("--encodings", nargs="+", default=[], metavar="FOLDER", help=about)
+
+
+def open_generator(args: argparse.Namespace, retro: "Retro", source: "NeighborSource | None") -> "Generator":
+    """The model with what it reads: neighbors that are encoded already (`add_encodings`) are not encoded again."""
+    from retro_engine.generate.encode_store import open_encodings
+    from retro_engine.generate.generator import Generator
+
+    stores = source.stores if source is not None else []
+    encoded = open_encodings(retro.folder, retro.model.config, retro.tokenizer, stores, args.encodings)
+    for file in encoded:
+        reporter(args).say(f"encoded neighbors are read from {file.folder}")
+    return Generator(retro.model, retro.tokenizer, source, encoded=encoded)
 
 
 def open_stores(paths: Sequence[str]) -> "list[Store]":

@@ -47,6 +47,7 @@ def add(commands: flags.Commands) -> None:
         sub.add_argument(flag, dest=key, type=kind, metavar=metavar, action=action, help=about)
     sub.add_argument("--seed", type=int, default=0)
     flags.add_sources(sub)
+    flags.add_encodings(sub)
     library = "a live library to read from; with --stores from both, and --retriever LIBRARY'S,STORES'"
     sub.add_argument("--library", metavar="FOLDER", help=library)
     weights = "of --library and --stores"
@@ -61,7 +62,6 @@ def add(commands: flags.Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from retro_engine.api import Retro
     from retro_engine.config import load_config
-    from retro_engine.generate.generator import Generator
 
     asked = load_config(args.overrides)  # NeMo's commands name the checkpoint, the prompt and the neighbors here
     _refuse_many_processes(asked)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     with _source(args, retro) if is_retrieving else contextlib.nullcontext() as source:
         if reads:
             flags.read_in_front(args, retro, None if source is None else source.coding.chunk_size)
-        generator = Generator(retro.model, retro.tokenizer, source)
+        generator = flags.open_generator(args, retro, source)
         flags.say_device(args, retro)
         request = _request(args, retro, settings)
         for text in [prompt] if prompt is not None else map(str.rstrip, sys.stdin):

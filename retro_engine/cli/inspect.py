@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "nothing to inspect was given", "", "retro inspect PATH, or retro inspect --plan key=value ..."
         )
-    from retro_engine.cli.artefacts import Checkpoint, open_artefact, samples
+    from retro_engine.cli.artefacts import Other, open_artefact, samples
     from retro_engine.data.neighbor_table import NeighborTable
     from retro_engine.library.library import Library
     from retro_engine.retrieval.quality import describe_quality, quality
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(opened, NeighborTable):
             report = quality(opened)
             flags.print_result(args, report) if args.json else print("\n".join(describe_quality(report)))
-        if args.samples and not isinstance(opened, Library | Checkpoint):
+        if args.samples and not isinstance(opened, Other):
             print("\n".join(samples(opened, args.samples)))
     return 0
 

@@ -27,6 +27,7 @@ def add(commands: flags.Commands) -> None:
     flag("library", metavar="FOLDER", help="live documents (default RUN/library; made when it is not there)")
     stores = "published stores to read as well, by words (default: the run's; none: no store)"
     flag("stores", nargs="*", metavar="STORE", help=stores)
+    flag("encodings", nargs="+", metavar="FOLDER", help="of retro encode, elsewhere than beside their store")
     retriever = "of the library: lexical (bm25), dense or hybrid (default lexical)"
     flag("retriever", "lexical", metavar="NAME", help=retriever)
     flag("source-weights", [1.0, 1.0], nargs=2, type=float, metavar="W", help="of the library, and of the stores")
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         run=args.path,
         library=args.library,
         stores=args.stores,
+        encodings=args.encodings or (),
         mode=flags.library_mode(args.retriever),
         weights=args.source_weights,
         name=args.name,

@@ -489,7 +489,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     finished), StoreError when it is damaged, of another kind, newer, or was not written by this program.
     """
     path = folder / MANIFEST
-    build = {"store": "retro prepare", "neighbors": "retro neighbors", "index": "retro index"}.get(kind, "build it")
+    commands = {"store": "prepare", "neighbors": "neighbors", "index": "index", "encodings": "encode"}
+    build = f"retro {commands[kind]}" if kind in commands else "build it"
     try:
         raw = read_bytes(path)
     except FileNotFoundError as error:

@@ -168,6 +168,15 @@ INDEX_OPTIONAL = {
     "recall_k": COUNT,
     "recall_queries": COUNT,
 }
+ENCODINGS = {
+    "format": whole(1, 1 << 16),
+    "weights": FINGERPRINT,
+    "tokenizer": FINGERPRINT,
+    "store": FINGERPRINT,
+    "r": whole(1, 1 << 24),
+    "values": whole(1, MOST),  # of a token
+    "files": FILES,
+}
 SEGMENT = {"library": FINGERPRINT, "documents": whole(1, MOST_IDS), "chunks": whole(1, MOST_IDS), "files": FILES}
 SEGMENT_OPTIONAL = {"width": whole(1, 1 << 16), "recall_at_10": real(0, 1)}
 
@@ -211,6 +220,7 @@ KINDS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {  # required and 
     "neighbors": (NEIGHBORS, {}),
     "embeddings": (EMBEDDINGS, {}),
     "index": (INDEX, INDEX_OPTIONAL),
+    "encodings": (ENCODINGS, {}),
     "segment": (SEGMENT, SEGMENT_OPTIONAL),
 }
 

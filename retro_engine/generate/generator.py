@@ -17,6 +17,7 @@ from retro_engine.generate.drafts import Drafts
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
 from retro_engine.generate.sequence import DecodingSequence
+from retro_engine.model.encoding_file import EncodingFile
 from retro_engine.model.encodings import Encodings
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.hit import Found, Hit, NeighborSource
@@ -36,9 +37,11 @@ class Generator:
         retriever: NeighborSource | None = None,
         neighbor_bytes: int | None = None,
         drafts: bool = True,
+        encoded: Sequence[EncodingFile] = (),
     ):
-        """`neighbor_bytes`: of encoded neighbors that are kept, 0 = none (None: 512 MiB where the model lets them be kept).
-        `drafts`: what quotes is read ahead (the tokens stay what they are).
+        """`neighbor_bytes`: of encoded neighbors that are kept, 0 = none (None: 512 MiB where the model lets them be kept);
+        `encoded`: those that `retro encode` wrote (`encode_store.open_encodings`). `drafts`: what quotes is read ahead (the
+        tokens stay what they are).
 
         Raises StoreError when the retriever's texts were made with another tokenizer or in other chunks, UsageError for
         `neighbor_bytes` that cannot be used.
@@ -50,7 +53,7 @@ class Generator:
         self.model, self.tokenizer, self.retriever, self.drafts = model, tokenizer, retriever, drafts
         if neighbor_bytes is None:
             neighbor_bytes = NEIGHBOR_BYTES if model.config.encodes_alone else 0
-        self.encodings = Encodings(model, neighbor_bytes) if neighbor_bytes else None
+        self.encodings = Encodings(model, neighbor_bytes, encoded) if neighbor_bytes or encoded else None
         self._found: OrderedDict[tuple[str, str, str, int, int, str | None], Found] = OrderedDict()
         self._lock = threading.Lock()
         if retriever is not None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from retro_engine.data.coding import Coding
+from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
 from retro_engine.library.documents import MAX_QUERY_CHARACTERS, check_query
 from retro_engine.library.library import DEFAULT, Library
@@ -47,6 +48,10 @@ class LiveRetriever:
     @property
     def name(self) -> str:
         return str(self.library.folder)
+
+    @property
+    def stores(self) -> list[Store]:
+        return [] if self.static is None else self.static.stores
 
     @property
     def coding(self) -> Coding:

@@ -10,19 +10,22 @@ heads, E head width.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
+from retro_engine.model.encoding_file import EncodingFile, from_values, num_values
 from retro_engine.model.retro import RetroModel
 
 
 @dataclass
 class EncodingStats:
-    """`hits` and `misses`: neighbors that were read from the cache, or encoded, since it was made."""
+    """`hits` and `misses`: neighbors that were read from memory or files, or encoded, since it was made."""
 
     hits: int = 0
     misses: int = 0
@@ -39,26 +42,37 @@ def encode_each(model: RetroModel, tokens_WR: Tensor, lengths_W: Tensor) -> list
     return [encoded_CWRGE[:, row, :length].clone() for row, length in enumerate(lengths_W.tolist())]
 
 
+def check_encodes_alone(config: ModelConfig) -> None:
+    """Raises UsageError for a model of which no encoded neighbor can be kept."""
+    if not config.retrieval:
+        raise UsageError("encoded neighbors cannot be kept", "this model is a plain decoder (model.retrieval=false)")
+    if not config.encodes_alone:
+        raise UsageError(
+            "encoded neighbors cannot be kept",
+            f"model.enc_cross_attention={config.enc_cross_attention}: they depend on the chunk that reads them",
+            "train with model.enc_cross_attention=[], or keep none (0 bytes)",
+        )
+
+
 class Encodings:
     """At most `max_bytes` of a model's encoded neighbors, shared by all that decode with it; any thread may ask."""
 
-    def __init__(self, model: RetroModel, max_bytes: int):
-        """Raises UsageError for a model whose encoder reads the query too, and for less memory than a neighbor takes."""
+    def __init__(self, model: RetroModel, max_bytes: int, encoded: Sequence[EncodingFile] = ()):
+        """`encoded`: what is there already, checked to be of these weights; with it `max_bytes` may be 0.
+
+        Raises UsageError for a model whose encoder reads the query too, and for less memory than a neighbor takes.
+        """
         c = model.config
-        if not c.encodes_alone:
-            raise UsageError(
-                "encoded neighbors cannot be kept",
-                f"model.enc_cross_attention={c.enc_cross_attention}: they depend on the chunk that reads them",
-                "train with model.enc_cross_attention=[], or keep none (0 bytes)",
-            )
-        largest = c.r * 2 * c.num_reading_layers * c.key_value_heads * c.head_width * model.cache_dtype.itemsize
-        if max_bytes < largest:
+        check_encodes_alone(c)
+        largest = c.r * num_values(c) * model.cache_dtype.itemsize
+        if max_bytes < largest and (max_bytes or not encoded):
             raise UsageError(
                 f"{max_bytes} bytes for encoded neighbors",
                 f"one neighbor of {c.r} tokens takes {largest}",
                 "give more, or 0 to keep none",
             )
         self.model, self.max_bytes, self.stats = model, max_bytes, EncodingStats()
+        self._files = list(encoded)
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()  # [c, t, g, e], not rotated
         self._weights = tuple(self._look())
         self._lock = threading.Lock()
@@ -82,10 +96,16 @@ class Encodings:
             weights = tuple(self._look())
             if weights != self._weights:
                 self._kept.clear()
+                self._files.clear()
                 self._weights, self.stats.nbytes = weights, 0
             found = {key: self._kept[key] for key in keys if key in self._kept}
             for key in found:
                 self._kept.move_to_end(key)
+            files = list(self._files)
+        for key in dict.fromkeys(keys):
+            if key not in found and (values := _in_files(files, key)) is not None:
+                found[key] = from_values(values, self.model)
+        with self._lock:
             hits = sum(key in found for key in keys)
             self.stats.hits += hits
             self.stats.misses += len(keys) - hits
@@ -104,3 +124,7 @@ class Encodings:
         """Which memory the weights lie in, and how often it was written to."""
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             yield tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _in_files(encoded: Sequence[EncodingFile], key: bytes) -> np.ndarray | None:
+    return next((values for file in encoded if (values := file.find(key)) is not None), None)

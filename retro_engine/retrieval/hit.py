@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from retro_engine.data.coding import Coding
+from retro_engine.data.store import Store
 from retro_engine.jit import numba
 
 RANK_OFFSET = 60  # of reciprocal rank fusion: weight / (60 + rank), ranks from 1
@@ -75,6 +76,11 @@ class NeighborSource(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def stores(self) -> Sequence[Store]:
+        """Those published ones that are read."""
+        ...
 
     @property
     def coding(self) -> Coding:

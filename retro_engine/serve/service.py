@@ -14,6 +14,7 @@ from retro_engine.data.token_bytes import TokenBytes
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.generate.chat_template import ChatTemplate
+from retro_engine.generate.encode_store import open_encodings
 from retro_engine.generate.engine import Engine
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.open_model import check_reading, open_model, read_in_front
@@ -37,6 +38,7 @@ class ServiceOptions:
     run: str
     library: str | None = None  # None: RUN/library; made when it is not there
     stores: Sequence[str] | None = None  # None: those that the run's neighbors came from; [] = none
+    encodings: Sequence[str] = ()  # of retro encode, elsewhere than beside their store
     mode: str = "lexical"
     weights: Sequence[float] = (1.0, 1.0)  # of the library, and of the stores
     name: str | None = None  # of the model; None: the run's
@@ -143,7 +145,8 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
             shared[1].recover()
         library, importer = shared
     retriever = None if library is None else LiveRetriever(library, static, options.weights, options.mode)
-    generator = Generator(model.eval(), tokenizer, retriever, options.neighbor_bytes)
+    encoded = open_encodings(folder, model.config, tokenizer, retriever.stores if retriever else [], options.encodings)
+    generator = Generator(model.eval(), tokenizer, retriever, options.neighbor_bytes, encoded=encoded)
     engine = Engine(generator, options.max_batch, options.max_waiting, shares_prefixes=options.shares_prefixes)
     Sampling(**opened.generation)
     name = options.name or run_folder(folder).resolve().name

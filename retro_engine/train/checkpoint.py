@@ -312,6 +312,13 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
     return hashes
 
 
+def weights_fingerprint(checkpoint: Path) -> str:
+    """Of the files that hold a checkpoint's weights. Raises StoreError where COMPLETE is damaged."""
+    return files.fingerprint(
+        {n: mark for n, mark in _hashes(checkpoint).items() if re.fullmatch(r"[^/]+\.safetensors", n)}
+    )
+
+
 def load_weights(checkpoint: Path, model: RetroModel) -> None:
     """Restore the weights of a model that is not spread yet, in the type they were saved in."""
     load_state(model, read_tensors(checkpoint / WEIGHTS_FILE), str(checkpoint / WEIGHTS_FILE))

@@ -1,9 +1,16 @@
-"""`retro index`, `embed`, `neighbors` and `build`: flags that cannot be used."""
+"""`retro index`, `embed`, `neighbors`, `build`: flags that cannot be used; `encode`, and what reads it."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from cli_helpers import run
+from helpers import small_config
+
+from retro_engine.data.store import Store
+from retro_engine.model.retro import RetroModel
+from retro_engine.train.checkpoint import publish_model
 
 
 def test_flags_of_building_that_cannot_be_used(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,3 +32,28 @@ def test_flags_of_building_that_cannot_be_used(work: Path, capsys: pytest.Captur
         assert capsys.readouterr().err.startswith("error: "), flags
     assert run("embed", work / "store", "--retriever", "bm25") == 2
     assert run("neighbors", work / "store", "--name", "wide", "--k", "10000", "--quiet") == 0
+
+
+def test_what_is_encoded_is_read_by_itself(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(work / "store")
+    model = RetroModel(small_config(vocab_size=store.vocab_size, chunk_size=16, enc_cross_attention=[]))
+    greedy = {"greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    publish_model(tmp_path / "run", model, store.tokenizer, {"imported": "here"}, greedy)
+    assert run("encode", tmp_path / "run", store.folder, "--json", "--quiet") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert Path(made["folder"]).parent == store.folder / "encodings"
+    assert 0 < made["neighbors"] <= store.num_rows and made["bytes"] == made["tokens"] * 2 * 2 * 2 * 24
+    assert run("inspect", made["folder"], "--verify") == 0
+    assert "kind: encodings" in capsys.readouterr().out
+    shutil.copytree(made["folder"], tmp_path / "apart")
+    words = ("generate", tmp_path / "run", "river stone amber", "--stores", store.folder, "--max-new-tokens", 4)
+    assert run(*words) == 0
+    assert f"encoded neighbors are read from {made['folder']}" in capsys.readouterr().err
+    shutil.rmtree(made["folder"])
+    assert run(*words) == 0
+    assert "encoded neighbors" not in capsys.readouterr().err
+    assert run(*words, "--encodings", tmp_path / "apart") == 0
+    assert f"encoded neighbors are read from {tmp_path / 'apart'}" in capsys.readouterr().err
+    assert run(*words, "--encodings", tmp_path / "nowhere") == 3
+    assert run("eval", tmp_path / "run", "--encodings", tmp_path / "apart") == 2
+    assert "--encodings is for --lm-eval" in capsys.readouterr().err

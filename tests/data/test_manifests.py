@@ -28,12 +28,14 @@ from retro_engine.data.loader import NeighborLoader
 from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.store import Store
 from retro_engine.errors import RetroError, StoreError
+from retro_engine.generate.encode_store import encode_store
 from retro_engine.generate.sampling import Sampling
 from retro_engine.library.documents import HashEmbedder
 from retro_engine.library.library import Library
 from retro_engine.library.search import dense, lexical
 from retro_engine.library.segment_files import open_segment
 from retro_engine.library.segments import View
+from retro_engine.model.encoding_file import EncodingFile
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
 from retro_engine.retrieval.analyzer import Analyzer
@@ -71,7 +73,7 @@ HOSTILE: list[Any] = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a table, indexes and vectors, a library with a segment, and a checkpoint."""
+    """A store with a table, indexes and vectors, a library with a segment, a checkpoint and its encodings of the store."""
     from helpers import small_config, write_corpus
 
     from retro_engine.data.prepare import prepare
@@ -87,9 +89,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         library.add([Document(f"d{i}", "A title", f"river stone amber number{i}x") for i in range(6)])
         library.merge()
         library.add([Document("late", "", "a late quarry"), Document("d1", "", "another text")])
-    model = RetroModel(small_config(vocab_size=store.vocab_size))
+    model = RetroModel(small_config(vocab_size=store.vocab_size, chunk_size=16, enc_cross_attention=[]))
     sampling = {"greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     checkpoint.publish_model(folder / "checkpoint", model, store.tokenizer, {"imported": "here"}, sampling)
+    encode_store(folder / "checkpoint", store, folder / "encodings")
     return folder
 
 
@@ -203,6 +206,15 @@ def use_checkpoint(folder: Path) -> None:
     read_config(folder)
 
 
+def use_encodings(folder: Path) -> None:
+    encoded = EncodingFile(folder)
+    tokens, lengths = NeighborLoader([Store(folder.parent / "store")]).gather(np.arange(4), 32)
+    for row, length in zip(tokens, lengths):
+        encoded.find(row[:length].tobytes())
+    encoded.summary()
+    encoded.verify()
+
+
 @contextlib.contextmanager
 def apsw_of(folder: Path) -> Iterator[apsw.Connection]:
     connection = apsw.Connection(str(folder / "documents.sqlite"))
@@ -258,6 +270,7 @@ USERS: dict[str, Callable[[Path], None]] = {
     "library/segments/00000001": use_segment,
     "library": use_library,
     "checkpoint": use_checkpoint,
+    "encodings": use_encodings,
 }
 
 
@@ -393,10 +406,10 @@ def packed(fields: list[Any], values: bytes) -> bytes:
     )
 
 
-@pytest.mark.parametrize("part", ["tokens", "lengths", "rows", "documents", "names", "ids"])
+@pytest.mark.parametrize("part", ["tokens", "lengths", "rows", "documents", "names", "ids", "values", "index"])
 def test_array_files(copy: Path, part: str) -> None:
-    name = "store/neighbors/bm25" if part == "ids" else "store"
-    path = copy / name / f"{part}-00000.bin"
+    name = {"ids": "store/neighbors/bm25", "values": "encodings", "index": "encodings"}.get(part, "store")
+    path = copy / name / ("index.bin" if part == "index" else f"{part}-00000.bin")
     for what, raw in hostile_arrays(path.read_bytes(), np.random.default_rng(0)):
         replaced(path, raw)
         with bounded(f"{part}: {what}"):
