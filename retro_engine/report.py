@@ -14,14 +14,16 @@ import numpy as np
 import torch
 
 from retro_engine.api import Retro
+from retro_engine.config import ModelConfig
 from retro_engine.data import files
 from retro_engine.data.batches import Sequences
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.evaluate.compare import Comparison, compare, show_gain
+from retro_engine.evaluate.compare import Comparison, compare, flops_against, show_flops, show_gain
 from retro_engine.evaluate.losses import show_interval
 from retro_engine.generate.explain import Explanation, removed_lengths, text_log_probs
 from retro_engine.model.device import describe_device
+from retro_engine.model.flops import token_flops
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.hit import Hit
@@ -88,7 +90,12 @@ def write_report(
         parts.append(_curves(metrics))
     else:
         samples = _sampled(sequences)
-        parts += [*_comparison(comparison, share), _curves(metrics), _neighbor_quality(sequences)]
+        parts += [
+            *_comparison(comparison, share),
+            _flops(retro.model.config, others),
+            _curves(metrics),
+            _neighbor_quality(sequences),
+        ]
         parts += [*_samples(sequences.store, samples), *_explanations(retro, sequences.store, samples)]
     command = f"retro report {run} --share {share}" + (f" --limit {limit}" if limit is not None else " --all")
     command += "".join(f" --against {name}={path}" for name, path in (decoders or {}).items())
@@ -164,6 +171,23 @@ def _comparison(comparison: Comparison, share: str) -> list[str]:
             "Bits per byte of what a chunk's neighbors can condition, by the share of it that they state in runs of 8 tokens."
         ),
     ]
+
+
+def _flops(config: ModelConfig, decoders: dict[str, RetroModel]) -> str:
+    """What a token takes of each model, neighbors whole and none dropped."""
+    rows = []
+    for name, c in (("this run", config), *((name, decoder.config) for name, decoder in decoders.items())):
+        flops = token_flops(c)
+        shown = [
+            f"{flops[key] / 1e6:,.1f}" if key in flops else "-" for key in ("training", "inference", "kept", "plain")
+        ]
+        rows.append((name, *shown))
+    notes = [
+        f"FLOPs of this run against {name}: {show_flops(flops_against(config, d.config))}."
+        for name, d in decoders.items()
+    ]
+    header = ("million FLOPs a token", "training", "inference", "kept encodings", "retrieval off")
+    return "<h2>FLOPs</h2>" + _table(header, rows) + "".join(map(_note, notes))
 
 
 def _curves(metrics: list[dict[str, Any]]) -> str:

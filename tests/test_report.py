@@ -68,6 +68,7 @@ def test_it_is_whole(page: str) -> None:
     for heading in (
         "What retrieval gives",
         "Gain by overlap",
+        "FLOPs of this run against plain: training",
         "Training",
         "Neighbors",
         "What it read",

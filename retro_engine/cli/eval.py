@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.words is not None and args.limit is not None:
         raise UsageError("--words needs the whole share", "its words are those of all documents", "leave --limit out")
     from retro_engine.api import Retro
-    from retro_engine.evaluate.compare import gain_of
+    from retro_engine.evaluate.compare import flops_against, gain_of
     from retro_engine.evaluate.gate import check_gate
     from retro_engine.evaluate.perplexity import pick_modes
     from retro_engine.train.run_data import open_evaluation, store_chunk_size
@@ -69,15 +69,18 @@ def run(args: argparse.Namespace) -> int:
     summary = {mode: losses.summary() for mode, losses in results.items()}
     if args.words is not None:
         _add_word_perplexity(args, results, summary)
-    gains = {}
+    gains, flops = {}, {}
     for path in args.against:
-        losses = _losses(args, _plain_decoder(path, retro), retro, sequences, ["off"], f"evaluating {path}")["off"]
+        decoder = _plain_decoder(path, retro)
+        losses = _losses(args, decoder, retro, sequences, ["off"], f"evaluating {path}")["off"]
         gains[path], summary[path] = gain_of(results[modes[0]], losses), losses.summary()
+        flops[path] = flops_against(retro.model.config, decoder.config)
     if args.json:
-        print(json.dumps({"checkpoint": str(retro.folder), "share": args.share, **summary, "gains": gains}))
+        about = {"checkpoint": str(retro.folder), "share": args.share}
+        print(json.dumps({**about, **summary, "gains": gains, "flops": flops}))
     else:
         _print_table(f"{retro.folder}", args.share, summary)
-        _print_gains(modes[0], gains, summary)
+        _print_gains(modes[0], gains, summary, flops)
     if args.fail_if:
         check_gate(args.fail_if, summary)
     return 0
@@ -179,11 +182,16 @@ def _print_table(checkpoint: str, share: str, summary: dict[str, dict[str, Any]]
         print(f"{mode:12}{s['bits_per_byte']:>15.4f}{interval:>20}{s['perplexity']:>12.2f}{s['loss']:>9.4f}")
 
 
-def _print_gains(mode: str, gains: dict[str, dict[str, float]], summary: dict[str, dict[str, Any]]) -> None:
-    from retro_engine.evaluate.compare import show_gain
+def _print_gains(
+    mode: str,
+    gains: dict[str, dict[str, float]],
+    summary: dict[str, dict[str, Any]],
+    flops: dict[str, dict[str, float]],
+) -> None:
+    from retro_engine.evaluate.compare import show_flops, show_gain
 
     for path, gain in gains.items():
-        print(f"{mode} saves {show_gain(gain)} against {path}")
+        print(f"{mode} saves {show_gain(gain)} against {path}; FLOPs a token: {show_flops(flops[path])}")
     for name, s in summary.items():
         if "word_perplexity" in s:
             print(f"{name:12} perplexity per word {s['word_perplexity']:.2f}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from retro_engine.config import Config, ModelConfig
 from retro_engine.errors import UsageError
-from retro_engine.model.flops import H100_FLOPS, attention_flops, forward_flops
+from retro_engine.model.flops import H100_FLOPS, attention_flops, describe_flops, forward_flops, token_flops
 from retro_engine.train.parallel import micro_batches, strategy_of
 from retro_engine.train.precision import Precision
 
@@ -416,7 +416,7 @@ def plan(config: Config, processes: int) -> dict[str, Any]:
     x, p = layout_of(config, processes), parameters(c)
     kept = activations(c, x)
     T = x.micro_batch * c.encoder_seq_length
-    W = T // c.chunk_size * c.num_neighbors * c.r if c.cross_layers else 0
+    W = T // c.chunk_size * c.num_neighbors * c.r if c.num_reading_layers else 0
     steps = x.num_micro_batches
     useful = 3 * forward_flops(c, T, W) * steps / x.tensor
     again = _recomputed_flops(c, T, W) * steps / x.tensor if x.recompute == "full" else 0.0
@@ -441,6 +441,7 @@ def plan(config: Config, processes: int) -> dict[str, Any]:
         "fits": memory["total"] <= 0.9 * GPU_BYTES,  # the rest: CUDA, NCCL and fragments
         "flops": useful,
         "recomputed_flops": again,
+        "token_flops": token_flops(c),
         "data_bytes": round(data_bytes),
         "tensor_bytes": round(tensor_bytes),
         "seconds": seconds,
@@ -462,6 +463,7 @@ def table(figures: dict[str, Any]) -> str:
         *((f"  {name}", f"{b[name] / 1e9:.2f} GB") for name in b if name != "total"),
         ("memory a GPU", f"{b['total'] / 1e9:.2f} GB of {GPU_BYTES / 1e9:.0f}{'' if f['fits'] else ': too much'}"),
         ("FLOPs", f"{f['flops'] / 1e12:.1f} T a step and GPU, and {f['recomputed_flops'] / 1e12:.1f} T computed again"),
+        ("  a token", describe_flops(f["token_flops"])),
         ("sent", f"data {f['data_bytes'] / 1e9:.2f} GB, tensor {f['tensor_bytes'] / 1e9:.2f} GB a step and GPU"),
         *((f"  {name.replace('_', ' ')}", f"{s[name]:.4f} s") for name in s if name != "step"),
         ("time a step", f"{s['step']:.4f} s, {f['tokens_per_s']:,.0f} tokens/s"),

@@ -6,6 +6,13 @@ from pathlib import Path
 
 import pytest
 from cli_helpers import run
+from helpers import small_config
+
+from retro_engine.data.store import Store
+from retro_engine.model.flops import token_flops
+from retro_engine.model.retro import RetroModel
+from retro_engine.model.weights import read_config
+from retro_engine.train.checkpoint import find_checkpoint, publish_model
 
 
 def test_eval(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,3 +28,19 @@ def test_eval(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is a RETRO" in capsys.readouterr().err
     for wrong in (["--fail-if", "import os"], ["--modes", "onn"], ["--modes", "given"]):
         assert run("eval", work / "run", "--limit", 1, *wrong) == 2
+
+
+def test_flops_against_a_plain_decoder(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(work / "store")
+    plain = small_config(vocab_size=store.vocab_size, chunk_size=16, encoder_seq_length=64, retrieval=False)
+    greedy = {"greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    publish_model(tmp_path / "plain", RetroModel(plain), store.tokenizer, {"imported": "here"}, greedy)
+    words = ("eval", work / "run", "--limit", 1, "--modes", "on", "--against", tmp_path / "plain")
+    assert run(*words, "--json", "--quiet") == 0
+    found = json.loads(capsys.readouterr().out)["flops"][str(tmp_path / "plain")]
+    mine, theirs = token_flops(read_config(find_checkpoint(work / "run"))), token_flops(plain)
+    assert found["inference"] == mine["inference"] / theirs["inference"] != 1
+    assert found["training"] == mine["training"] / theirs["training"]
+    assert ("kept" in found) == ("kept" in mine)
+    assert run(*words) == 0
+    assert f"FLOPs a token: training {found['training']:.2f} x, inference" in capsys.readouterr().out
