@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ class Checkpoint:
         self.folder = folder
 
     def summary(self) -> dict[str, Any]:
-        return {"kind": "checkpoint", "path": str(self.folder), **checkpoint.read_trainer(self.folder)}
+        base = checkpoint.read_base(self.folder)
+        beside = {} if base is None else {"adapters": asdict(base.lora), "base": str(base.folder)}
+        return {"kind": "checkpoint", "path": str(self.folder), **beside, **checkpoint.read_trainer(self.folder)}
 
     def verify(self) -> None:
         checkpoint.verify(self.folder)

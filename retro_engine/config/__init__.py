@@ -3,6 +3,7 @@
 from retro_engine.config.fields import (
     Config,
     DataConfig,
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     SchedConfig,
@@ -20,6 +21,7 @@ __all__ = [
     "PRESETS",
     "Config",
     "DataConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "SchedConfig",

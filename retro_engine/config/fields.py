@@ -242,6 +242,31 @@ class DataConfig:
     data_prefix: list[str] | None = None  # NeMo's name of `store`; ["none"] = see model.retro
 
 
+LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Adapters that learn beside frozen weights (arXiv 2106.09685; docs/tuning.md)."""
+
+    rank: int = number(0, low=0, high=4096)  # 0 = no adapters
+    alpha: float = number(16.0, low=1e-6, high=1e6)  # what an adapter gives is scaled by alpha / rank
+    targets: list[str] | None = checked(  # the linear layers that have one, by name; None = all of these names
+        None,
+        lambda names: names is None or bool(names) and set(names) <= set(LORA_TARGETS),
+        f"linear layers are {', '.join(LORA_TARGETS)}",
+    )
+    dropout: float = number(0.0, low=0, high=0.999)  # of an adapter's input
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        return LORA_TARGETS if self.targets is None else tuple(self.targets)
+
+
 @dataclass
 class RetroConfig:
     """NeMo's `model.retro.` section."""
@@ -270,6 +295,7 @@ class TrainedModelConfig(ModelConfig):
     unfreeze_step: int | None = number(None, low=0)  # the step from which the decoder learns as well; None = never
     # from then on one decoder layer more every so many steps, the last first; None = all
     unfreeze_every: int | None = number(None, low=1)
+    lora: LoraConfig = field(default_factory=LoraConfig)  # with init_from: adapters learn, its weights do not
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     retro: RetroConfig = field(default_factory=RetroConfig)

@@ -1,8 +1,9 @@
 """What must go together in a run's settings, each rule with the value and the fix. What one setting may be is on its field."""
 
 import math
+from dataclasses import fields
 
-from retro_engine.config.fields import Config, ModelConfig, TrainedModelConfig, base_config
+from retro_engine.config.fields import Config, LoraConfig, ModelConfig, TrainedModelConfig, base_config
 from retro_engine.config.values import MANY, check_fields, require
 
 
@@ -113,6 +114,7 @@ def check(config: Config) -> None:
     _check_batch(config)
     _check_schedule(config)
     _check_freezing(config.model)
+    _check_lora(config)
     _check_parallel(config)
 
 
@@ -174,13 +176,38 @@ def _check_freezing(m: TrainedModelConfig) -> None:
     ):
         require(not value or has, key, value, f"without {needed} it means nothing", f"set {needed}")
     if m.freeze_decoder:
-        has_more = bool(m.cross_layers)
-        require(
-            has_more, "model.freeze_decoder", True, "without cross-attention there is nothing else that could learn"
-        )
+        rule = "without cross-attention there is nothing else that could learn"
+        require(bool(m.cross_layers), "model.freeze_decoder", True, rule, "model.lora.rank=8 adds adapters to the decoder")
+    if m.freeze_decoder and not m.lora.rank:
         share = m.data.neighbor_dropout
         rule = "a frozen decoder learns nothing from a batch without neighbors"
         require(share == 0, "model.data.neighbor_dropout", share, rule, "model.data.neighbor_dropout=0")
+
+
+def _check_lora(config: Config) -> None:
+    m, lora = config.model, config.model.lora
+    if not lora.rank:
+        for item in fields(LoraConfig):
+            key, value = f"model.lora.{item.name}", getattr(lora, item.name)
+            rule = "without model.lora.rank it means nothing"
+            require(value == getattr(LoraConfig(), item.name), key, value, rule, "set model.lora.rank")
+        return
+    key, frozen = "model.lora.rank", "adapters stand beside weights that are given and stay"
+    require(m.init_from is not None, key, lora.rank, frozen, "model.init_from=RUN (--init-from RUN)")
+    require(lora.rank <= m.hidden_size, key, lora.rank, f"must be at most model.hidden_size={m.hidden_size}")
+    require(m.unfreeze_step is None, "model.unfreeze_step", m.unfreeze_step, frozen, "leave it out, or model.lora.rank")
+    has_gate = m.activation == "swiglu" or "gate" not in (lora.targets or [])
+    require(has_gate, "model.lora.targets", lora.targets, f"model.activation={m.activation} has no gate")
+    require(not m.mup, key, lora.rank, "rates of adapters do not transfer over widths (model.mup)", "model.mup=false")
+    size = m.tensor_model_parallel_size
+    require(size == 1, key, lora.rank, "adapters are not cut", "model.tensor_model_parallel_size=1")
+    fix = "trainer.strategy=ddp model.optim.name=adamw"
+    require(not _shards(config), key, lora.rank, "weights that stay are whole in every process", fix)
+
+
+def _shards(config: Config) -> bool:
+    """Whether data-parallel processes share out weights and the optimizer's state."""
+    return config.trainer.strategy == "fsdp" or config.model.optim.name == "distributed_fused_adam"
 
 
 def _check_parallel(config: Config) -> None:
@@ -200,8 +227,8 @@ def _check_parallel(config: Config) -> None:
         require(m.encoder_seq_length % size == 0 and m.r % size == 0, key, size, "must divide sequences and neighbors")
         rule = "sequence parallelism takes the residual before the norm"
         require(m.encoder_ca_residual == "input", "model.encoder_ca_residual", m.encoder_ca_residual, rule)
-    is_fsdp = config.trainer.strategy == "fsdp" or m.optim.name == "distributed_fused_adam"
-    require(config.trainer.strategy != "ddp" or not is_fsdp, "trainer.strategy", "ddp", "distributed_fused_adam shards")
+    is_whole = config.trainer.strategy != "ddp" or not _shards(config)
+    require(is_whole, "trainer.strategy", "ddp", "distributed_fused_adam shards")
     is_other = config.trainer.precision in ("32", "64", "16-mixed")
     require(
         not m.megatron_amp_O2 or not is_other,

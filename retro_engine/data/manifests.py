@@ -198,6 +198,16 @@ TRAINER = fields(
         "from": text(),
     },
 )
+ADAPTERS = fields(
+    {
+        "base": text(),
+        "fingerprint": FINGERPRINT,
+        "rank": whole(1, MOST_ENTRIES),
+        "alpha": real(0, 1e308),
+        "targets": maybe(each(text())),
+        "dropout": real(0, 1),
+    }
+)
 GENERATION = fields(
     {"greedy": yes_or_no, "temperature": real(0, 1e308), "top_k": whole(0, MOST), "top_p": real(0, 1)},
 )

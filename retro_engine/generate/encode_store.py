@@ -36,10 +36,11 @@ from retro_engine.model.encoding_file import (
 )
 from retro_engine.model.encodings import check_encodes_alone, encode_each
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import config_to_json, load_model
+from retro_engine.model.weights import config_to_json
 from retro_engine.progress import Reporter, duration
 from retro_engine.retrieval.executor import Executor, Piece, Stage, run_stage
 from retro_engine.train import checkpoint
+from retro_engine.train.adapters import load_model
 
 SHARD_BYTES = 256 << 20
 BATCH = 32  # neighbors encoded at once

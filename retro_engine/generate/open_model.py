@@ -14,8 +14,8 @@ from retro_engine.errors import UsageError
 from retro_engine.model.device import pick_device
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import load_model
 from retro_engine.train import checkpoint
+from retro_engine.train.adapters import load_model
 
 READINGS = ("prefix", "none")  # of a plain decoder
 

@@ -142,8 +142,8 @@ class ChunkedCrossAttention(nn.Module):
 class NeighborProjection(nn.Module):
     """Keys and values of the encoded neighbors for every cross-attending decoder layer, in one product."""
 
-    k: Sequence[nn.Linear]  # nn.ModuleLists
-    v: Sequence[nn.Linear]
+    k: Sequence[Linear]  # nn.ModuleLists
+    v: Sequence[Linear]
 
     def __init__(self, config: ModelConfig):
         super().__init__()

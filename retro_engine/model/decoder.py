@@ -117,6 +117,7 @@ class DecoderLayer(nn.Module):
 
 def _matrix(linear: nn.Module) -> ops.Matrix:
     """The weights of a Linear or an Int8Linear."""
+    assert getattr(linear, "adapter", None) is None, "adapters are merged before a model decodes"
     return ops.Matrix(linear.weight, linear.bias, getattr(linear, "scale", None))  # type: ignore[arg-type]
 
 

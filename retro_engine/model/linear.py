@@ -11,10 +11,20 @@ from retro_engine.model import ops
 
 
 class Linear(nn.Linear):
-    """nn.Linear, with an op of its own for the few rows of a decoding step."""
+    """nn.Linear, with an op of its own for the few rows of a decoding step, and room for what learns beside it."""
+
+    adapter: nn.Module | None  # model/lora.py
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        self.adapter = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        return self.adapted(ops.linear(x, self.weight, self.bias), x)
+
+    def adapted(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output for x, given what the matrix alone makes of it."""
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class Int8Linear(nn.Module):
@@ -45,7 +55,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
-def project(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     """The outputs of several linear layers on the same input [..., d].
 
     In training one product with the stacked matrices (fewer and larger ones for a GPU; on a CPU no difference was seen
@@ -64,4 +74,5 @@ def project(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     if any(linear.bias is not None for linear in linears):
         parts = [x.new_zeros(n) if linear.bias is None else linear.bias for n, linear in zip(sizes, linears)]
         bias = torch.cat([part.to(linears[0].weight.dtype) for part in parts])
-    return F.linear(x, torch.cat([linear.weight for linear in linears]), bias).split(sizes, -1)
+    outputs = F.linear(x, torch.cat([linear.weight for linear in linears]), bias).split(sizes, -1)
+    return tuple(linear.adapted(y, x) for linear, y in zip(linears, outputs))

@@ -1,10 +1,9 @@
 """A model's weights in fewer bytes, for generation: bfloat16, or int8 on a CPU."""
 
 import torch
-from torch import nn
 
 from retro_engine.errors import UsageError, nearest
-from retro_engine.model.linear import Int8Linear
+from retro_engine.model.linear import Int8Linear, Linear
 from retro_engine.model.retro import RetroModel
 
 WEIGHTS = ("fp32", "bf16", "int8")
@@ -23,7 +22,8 @@ def use_weights(model: RetroModel, weights: str) -> RetroModel:
     matrix, bias = model.head_weight, model.output_bias
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
+            if isinstance(child, Linear):
+                assert child.adapter is None, "adapters are merged before weights are rounded"
                 setattr(module, name, Int8Linear(child.weight.detach(), child.bias))
     model.head = Int8Linear(matrix.detach(), bias)
     return model

@@ -71,13 +71,6 @@ def _is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> RetroModel:
-    """The model of a checkpoint folder, in evaluation mode; `dtype` None = as saved."""
-    path = Path(folder) / WEIGHTS_FILE
-    model = new_model(read_config(folder), read_tensors(path), str(path))
-    return model.to(dtype or model.embedding.weight.dtype).eval()
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """What a .safetensors file holds. Raises MissingInputError, or StoreError for one that cannot be read."""
     from safetensors import SafetensorError

@@ -1,6 +1,7 @@
 """Checkpoints: one folder a step, written aside and renamed; the training checkpoint is the inference checkpoint.
 
-Reads and writes RUN/checkpoints/step-NNNNNN/: config.json, model.safetensors, tokenizer.json,
+Reads and writes RUN/checkpoints/step-NNNNNN/: config.json, model.safetensors (or, of adapters, adapters.safetensors with
+what learns and adapters.json with what they stand beside: train/adapters.py), tokenizer.json,
 generation_config.json, tokenizer_config.json (where the model has a chat template or names of its own for special tokens:
 `data.chat_files`), README.md, trainer.json, optimizer/*.safetensors (state and random numbers, each process writes
 its shards through torch.distributed.checkpoint; any number of processes reads them) and, last, COMPLETE, which has the
@@ -9,18 +10,21 @@ name (.step-NNNNNN.tmp, .old) that nobody lists, so that a kill leaves no half o
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import re
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from retro_engine.config import LoraConfig
 from retro_engine.data import files, manifests
 from retro_engine.data.chat_files import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from retro_engine.data.coding import Coding
@@ -29,13 +33,14 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError
 from retro_engine.model.linear import is_sharded
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, load_state, read_config, read_tensors
+from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, read_config
 from retro_engine.progress import note
 from retro_engine.train.optimizer import Optimizer
 from retro_engine.train.parallel import Parallel
 from retro_engine.train.record import Say
 
 COMPLETE = "COMPLETE"
+ADAPTERS_FILE, BASE_FILE = "adapters.safetensors", "adapters.json"
 OPTIMIZER_FOLDER = "optimizer"
 TRAINER_FILE = "trainer.json"
 GENERATION_FILE = "generation_config.json"
@@ -49,13 +54,31 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The checkpoint beside whose weights adapters learn."""
+
+    folder: Path
+    fingerprint: str  # of its weights
+    lora: LoraConfig
+
+
 class Saver:
     """Saves in the background: a step waits only while the state is copied, and for the save before it."""
 
-    def __init__(self, run: Path, parallel: Parallel, keep_last_n: int, keeps_best: bool, say: Say = note):
-        """Removes what a killed writer left half-written or half-removed: the caller has the run's lock."""
+    def __init__(
+        self,
+        run: Path,
+        parallel: Parallel,
+        keep_last_n: int,
+        keeps_best: bool,
+        say: Say = note,
+        *,
+        base: Base | None = None,
+    ):
+        """With a `base` only what learns is saved. Removes what a killed writer left half-written or half-removed: the caller has the run's lock."""
         self.run, self.parallel, self.keep_last_n, self.keeps_best = run, parallel, keep_last_n, keeps_best
-        self.say = say
+        self.say, self.base = say, base
         if parallel.is_main:
             for path in (run / "checkpoints").glob(".step-*"):
                 if _LEFTOVER.fullmatch(path.name):
@@ -83,8 +106,11 @@ class Saver:
             aside = publishing.enter_context(files.publish_folder(final))
             files.make_folder(aside / OPTIMIZER_FOLDER)
         aside = self.parallel.from_main(aside)  # nobody writes before the folder is there
-        weights = _whole(model, self.parallel.is_main)
+        learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        weights = _whole(model, self.parallel.is_main, None if self.base is None else learns)
         contents = _contents(model, tokenizer, {"step": step, **trainer}, generation)
+        if self.base is not None:
+            contents[BASE_FILE] = _base_json(self.base, final)
         write_shards = _staged(optimizer, aside / OPTIMIZER_FOLDER, self.parallel)
         self._thread = threading.Thread(
             target=self._write, args=(write_shards, publishing, aside, final, weights, contents)
@@ -110,7 +136,8 @@ class Saver:
                     return
                 for shard in (aside / OPTIMIZER_FOLDER).iterdir():
                     files.sync(shard)
-                _complete(aside, {**contents, WEIGHTS_FILE: to_bytes(weights)})
+                name = WEIGHTS_FILE if self.base is None else ADAPTERS_FILE
+                _complete(aside, {**contents, name: to_bytes(weights)})
                 _discard(final)  # never whole: see above
             self._prune()
         except BaseException as error:  # noqa: B036 (kept for `wait`, which raises it)
@@ -209,10 +236,12 @@ def _complete(folder: Path, contents: dict[str, bytes]) -> None:
     files.publish(folder / COMPLETE, [files.json_bytes(hashes)])
 
 
-def _whole(model: RetroModel, is_main: bool) -> dict[str, Tensor]:
-    """The weights, gathered and copied to the first process's host memory."""
+def _whole(model: RetroModel, is_main: bool, only: set[str] | None) -> dict[str, Tensor]:
+    """The weights (of `only` these names), gathered and copied to the first process's host memory."""
     whole = {}
     for name, value in model.state_dict().items():
+        if only is not None and name not in only:
+            continue
         tensor = value.full_tensor() if is_sharded(value) else value
         if is_main:
             whole[name] = tensor.detach().to("cpu", copy=True).contiguous()
@@ -285,7 +314,8 @@ def find_checkpoint(path: str | Path) -> Path:
 def verify(checkpoint: Path) -> None:
     """Compare every file with COMPLETE. Raises StoreError for the first that is damaged."""
     entries = _hashes(checkpoint)
-    missing = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, GENERATION_FILE, TRAINER_FILE} - entries.keys()
+    weights = {ADAPTERS_FILE, BASE_FILE} if ADAPTERS_FILE in entries else {WEIGHTS_FILE}
+    missing = {CONFIG_FILE, TOKENIZER_FILE, GENERATION_FILE, TRAINER_FILE, *weights} - entries.keys()
     is_trained = TRAINER_FILE in missing or "imported" not in read_trainer(checkpoint)
     if is_trained and not any(name.startswith(f"{OPTIMIZER_FOLDER}/") for name in entries):
         missing.add(OPTIMIZER_FOLDER)
@@ -313,15 +343,32 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def weights_fingerprint(checkpoint: Path) -> str:
-    """Of the files that hold a checkpoint's weights. Raises StoreError where COMPLETE is damaged."""
-    return files.fingerprint(
-        {n: mark for n, mark in _hashes(checkpoint).items() if re.fullmatch(r"[^/]+\.safetensors", n)}
-    )
+    """Of a checkpoint's weights: the file's hash; of adapters also their base's. Raises StoreError where COMPLETE is damaged."""
+    hashes = _hashes(checkpoint)
+    names = (ADAPTERS_FILE, BASE_FILE) if ADAPTERS_FILE in hashes else (WEIGHTS_FILE,)
+    parts = [hashes.get(name, "") for name in names]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def load_weights(checkpoint: Path, model: RetroModel) -> None:
-    """Restore the weights of a model that is not spread yet, in the type they were saved in."""
-    load_state(model, read_tensors(checkpoint / WEIGHTS_FILE), str(checkpoint / WEIGHTS_FILE))
+def _base_json(base: Base, checkpoint: Path) -> bytes:
+    """adapters.json; the base's folder as it lies from the checkpoint, so that both can be moved together."""
+    place = os.path.relpath(base.folder.resolve(), checkpoint.resolve())
+    return files.json_bytes({"base": place, "fingerprint": base.fingerprint, **asdict(base.lora)})
+
+
+def read_base(checkpoint: Path) -> Base | None:
+    """What a checkpoint's adapters stand beside; None = it has all of its weights. Raises StoreError when it is damaged."""
+    path = checkpoint / BASE_FILE
+    if not path.is_file():
+        return None
+    try:
+        values = files.read_object(path)
+        manifests.ADAPTERS(values, BASE_FILE)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    lora = LoraConfig(**{name: values[name] for name in asdict(LoraConfig())})
+    folder = Path(os.path.normpath(checkpoint.resolve() / values["base"]))
+    return Base(folder=folder, fingerprint=values["fingerprint"], lora=lora)
 
 
 def load_optimizer(checkpoint: Path, optimizer: Optimizer, parallel: Parallel) -> None:

@@ -32,9 +32,11 @@ from retro_engine.model.attention import left_to_pytorch
 from retro_engine.model.device import describe_device
 from retro_engine.model.flops import peak_flops
 from retro_engine.model.initialization import width_multipliers
+from retro_engine.model.lora import add_adapters
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Meter, Reporter
 from retro_engine.train import checkpoint, retrofit
+from retro_engine.train.adapters import resume_weights
 from retro_engine.train.device_table import DeviceTable, gathers_on_device
 from retro_engine.train.logging import RunLog, StepResult, Window, peak_mib
 from retro_engine.train.optimizer import Optimizer, learning_rate
@@ -133,9 +135,15 @@ class _Training:
         self.last_step = min(config.trainer.max_steps, steps_of_data(config, data) or config.trainer.max_steps)
         self.validates_every, self.valid_batches = self._validation()
         self._agree()
-        start = parallel.from_main(find_start(config, run, resume, self.note) if parallel.is_main else None)
+        base: checkpoint.Base | None = None
+        if m.lora.rank and source is not None:
+            base = checkpoint.Base(folder=source, fingerprint=checkpoint.weights_fingerprint(source), lora=m.lora)
+        start = parallel.from_main(find_start(config, run, resume, base, self.note) if parallel.is_main else None)
         torch.manual_seed(config.seed)
         self.model = RetroModel(m)
+        learns = retrofit.learning(m, 0)
+        if base is not None:
+            add_adapters(self.model, m.lora, learns, config.seed)
         widths = width_multipliers(self.model)
         self.step, self.tokens_seen, self.train_s, self.skipped = 0, 0, 0.0, 0
         self.mean_loss: float | None = None
@@ -143,14 +151,15 @@ class _Training:
         self.precision = self._settle_precision(before.get("precision"))
         self.module = self._spread()
         is_scaled = self.precision.is_scaled
-        self.optimizer = Optimizer(self.model, m.optim, widths, self.precision.has_master, is_scaled)
+        only = None if base is None else learns  # without adapters what is frozen may learn later
+        self.optimizer = Optimizer(self.model, m.optim, widths, self.precision.has_master, is_scaled, learns=only)
         torch.manual_seed(config.seed + parallel.data_rank)  # processes that share matrices drop the same features
         if start is not None:
             checkpoint.load_optimizer(start, self.optimizer, parallel)
             if is_scaled and before["precision"] == self.precision.name:
                 self.optimizer.scale = before["loss_scale"] or self.optimizer.scale
                 self.optimizer.good_steps = before["good_steps"]
-        self.saver = checkpoint.Saver(run, parallel, keep.keep_last_n, keep.keep_best, self.note)
+        self.saver = checkpoint.Saver(run, parallel, keep.keep_last_n, keep.keep_best, self.note, base=base)
         self.table: DeviceTable | None = None
         if data.train.table is not None and gathers_on_device(self.device):
             self.table = DeviceTable(data.train.table.databases, self.device)
@@ -179,7 +188,7 @@ class _Training:
             before = read_start(start, self.config, self.data)
             self.step, self.tokens_seen, self.train_s = before["step"], before["tokens_seen"], before["train_s"]
             self.mean_loss = before["mean_loss"]
-            checkpoint.load_weights(start, self.model)
+            resume_weights(start, self.model)
             self.reporter.say(f"resuming at step {self.step} from {start}")
         elif source is not None:
             retrofit.load_initial(source, self.model)
@@ -256,6 +265,9 @@ class _Training:
     def _announce(self) -> None:
         m, steps = self.config.model, self.config.trainer.max_steps
         self.reporter.say(describe(self.config, self.data))
+        counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        if not all(learns for _, learns in counts):
+            self.reporter.say(f"{sum(count for count, learns in counts if learns) / 1e6:.2f} M parameters learn")
         if self.data.warning is not None:
             self.reporter.say(self.data.warning)
         if self.last_step < steps:

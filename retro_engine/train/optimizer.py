@@ -39,9 +39,12 @@ class Optimizer:
         widths: dict[str, float],
         has_master: bool = False,
         is_scaled: bool = False,
+        *,
+        learns: Callable[[str], bool] | None = None,
     ):
+        """`learns`: of these parameters, by name, alone."""
         self.config, self.has_master = config, has_master
-        self.weights = dict(model.named_parameters())
+        self.weights = {name: weight for name, weight in model.named_parameters() if learns is None or learns(name)}
         self.parameters = self.weights
         if has_master:
             self.parameters = {name: nn.Parameter(p.detach().float()) for name, p in self.weights.items()}

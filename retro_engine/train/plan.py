@@ -413,6 +413,9 @@ def plan(config: Config, processes: int) -> dict[str, Any]:
         )
     if c.reads_prefix:
         raise UsageError("model.reading=prefix has no plan", "memory of neighbors in front is not counted", "train it")
+    if c.lora.rank:
+        why = "the figures are of training in which every weight learns"
+        raise UsageError(f"model.lora.rank={c.lora.rank} cannot be planned", why, "model.lora.rank=0")
     x, p = layout_of(config, processes), parameters(c)
     kept = activations(c, x)
     T = x.micro_batch * c.encoder_seq_length

@@ -1,6 +1,7 @@
 """Where a run goes on: which checkpoint, and whether model, data and order are those it began with."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from retro_engine.train.run_data import RunData, stream_settings
 ANOTHER = "--resume never --out ANOTHER starts a new run"
 
 
-def find_start(config: Config, run: Path, resume: str, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from; None = a new run. `resume` is `loop.train`'s.
+def find_start(
+    config: Config, run: Path, resume: str, base: checkpoint.Base | None, say: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint to go on from; None = a new run. `resume` is `loop.train`'s, `base` what its adapters stand beside.
 
     Raises UsageError where the run's folder would hold two histories, or has another model.
     """
@@ -32,11 +35,18 @@ def find_start(config: Config, run: Path, resume: str, say: Callable[[str], None
     elif start is not None and (resume == "never" or not config.exp_manager.resume_if_exists):
         raise UsageError(f"{run} holds a run", "it is not overwritten", f"choose another --out, or rm -r {run}")
     if start is not None:
-        saved, now = architecture(read_config(start)), architecture(config.model)
+        saved = architecture(read_config(start)) | _adapters(checkpoint.read_base(start))
+        now = architecture(config.model) | _adapters(base)
         if saved != now:
             why = "a run goes on with the model it began with"
             raise UsageError(f"{start} has another model: {_difference(saved, now)}", why, ANOTHER)
     return start
+
+
+def _adapters(base: checkpoint.Base | None) -> dict[str, Any]:
+    if base is None:
+        return {}
+    return {"base": base.fingerprint, **{f"lora.{name}": value for name, value in asdict(base.lora).items()}}
 
 
 def read_start(start: Path, config: Config, data: RunData) -> dict[str, Any]:

@@ -18,18 +18,20 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.evaluate.losses import to_tensors
 from retro_engine.model.fit import fit_cross_attention, unmet
+from retro_engine.model.lora import is_adapter
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import WEIGHTS_FILE, load_state, read_config, read_tensors
+from retro_engine.model.weights import load_state, read_config
 from retro_engine.train import checkpoint
+from retro_engine.train.adapters import read_weights
 
 FIT_TOKENS = 16_384  # that fit_cross_attention reads
 FREE = ("encoder_seq_length", "num_neighbors", "retrieved_length", "hidden_dropout", "attention_dropout", "ffn_dropout")
 DROPOUTS = FREE[3:]  # a decoder that was trained without is hurt by NeMo's default of 0.1
 NEW_PARTS = (  # fields of what a plain decoder does not have
-    "retrieval", "chunk_size", "enc_num_layers", "dec_cross_attention", "enc_cross_attention", "encoder_hidden_size",
+    "retrieval", "reading", "sink_id", "chunk_size", "enc_num_layers", "dec_cross_attention", "enc_cross_attention", "encoder_hidden_size",
     "encoder_num_attention_heads", "encoder_ffn_hidden_size", "encoder_position_embedding", "cca_position_embedding",
     "cca_query_offset", "partial_chunk", "mask_neighbors", "reset_attention", "cca_reset", "cca_bias_everywhere",
-    "encoder_ca_residual", "encoder_final_norm", "eod_id", "pad_id", "init_method_std", "reading", "sink_id",
+    "encoder_ca_residual", "encoder_final_norm", "eod_id", "pad_id", "init_method_std",
 )  # fmt: skip
 NEW_PREFIXES = ("encoder.", "encoder_input.", "neighbor_projection.")
 
@@ -73,8 +75,10 @@ def inherit(config: Config) -> Path | None:
     _settle_fit(m, source, theirs.retrieval)
     if not theirs.retrieval and m.reads_prefix and m.sink_id is None:
         m.sink_id = Tokenizer.load(source).sink_id
-    if not theirs.retrieval and m.retrieval and m.dec_cross_attention == default.dec_cross_attention:
-        m.dec_cross_attention = crossing_layers(m.dec_num_layers)
+    if not theirs.retrieval and m.cross_layers:
+        if m.dec_cross_attention == default.dec_cross_attention:
+            m.dec_cross_attention = crossing_layers(m.dec_num_layers)
+        m.freeze_decoder = m.freeze_decoder or m.lora.rank > 0  # what is new learns whole, beside adapters
     check(config)
     return source
 
@@ -110,17 +114,18 @@ def check_tokenizer(source: Path, store: Store) -> None:
 
 
 def load_initial(source: Path, model: RetroModel) -> None:
-    """Copy the checkpoint's weights; what a plain decoder does not have stays as initialised, its output set to 0.
+    """Copy the checkpoint's weights; adapters and what a plain decoder does not have stay as initialised, the output of
+    the latter set to 0.
 
     Raises StoreError listing tensors that do not fit.
     """
     checkpoint.verify(source)
-    state = read_tensors(source / WEIGHTS_FILE)
-    dtype = model.embedding.weight.dtype
-    if not read_config(source).retrieval:
-        state |= {name: value for name, value in model.state_dict().items() if is_new(name)}
-    load_state(model, {name: value.to(dtype) for name, value in state.items()}, str(source / WEIGHTS_FILE))
-    if read_config(source).retrieval:
+    state, dtype, is_retro = read_weights(source), model.embedding.weight.dtype, read_config(source).retrieval
+    for name, value in model.state_dict().items():
+        if is_adapter(name) or is_new(name) and not is_retro:
+            state[name] = value
+    load_state(model, {name: value.to(dtype) for name, value in state.items()}, str(source))
+    if is_retro:
         return
     with torch.no_grad():
         for layer in model.layers:
@@ -147,6 +152,8 @@ def fit(model: RetroModel, config: TrainedModelConfig, stream: Stream, seed: int
 
 def learning(config: TrainedModelConfig, step: int) -> Callable[[str], bool]:
     """Which parameters learn at this step, by name: a function of the settings and the step alone."""
+    if config.lora.rank:
+        return lambda name: is_adapter(name) or config.freeze_decoder and is_new(name)
     start, layers = config.unfreeze_step, config.dec_num_layers
     is_open = start is not None and step >= start
     opened = layers + 1 if is_open else 0  # the last layers that learn; one more = embedding, head and final norm too

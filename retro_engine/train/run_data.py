@@ -5,13 +5,13 @@ A resumed run must have the same data (`RunData.fingerprints`) in the same order
 """
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from retro_engine.config import Config, ModelConfig, load_config, named_keys
+from retro_engine.config import Config, LoraConfig, ModelConfig, load_config, named_keys
 from retro_engine.data.batches import Order, Sequences, describe_copies, split_documents
 from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
 from retro_engine.data.questions import Questions, Search, fingerprint, read_questions
@@ -174,6 +174,7 @@ def run_config(
         "freeze_decoder": False,
         "unfreeze_step": None,
         "unfreeze_every": None,
+        **{f"lora.{name}": value for name, value in asdict(LoraConfig()).items()},
         "optim.sched.min_lr": 0.0,  # of schedules that earlier versions took
         "optim.sched.constant_steps": 0,
     }  # what they did is in the settings and weights

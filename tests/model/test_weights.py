@@ -9,7 +9,8 @@ from helpers import small_inputs, small_model
 from safetensors.torch import save_file
 
 from retro_engine.errors import MissingInputError, StoreError
-from retro_engine.model.weights import config_to_json, load_model, read_config
+from retro_engine.model.weights import config_to_json, read_config
+from retro_engine.train.adapters import load_model
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from training_helpers import config
 
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError
-from retro_engine.model.weights import load_model
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint
+from retro_engine.train.adapters import load_model
 from retro_engine.train.loop import train
 
 PLAIN = ["model.retrieval=false", "trainer.val_check_interval=2", "trainer.limit_val_batches=1",

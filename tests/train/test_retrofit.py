@@ -219,7 +219,10 @@ def test_two_processes_freeze_and_unfreeze_as_one_does(small_store: Store, sourc
     exact = ["trainer.precision=64", "model.freeze_decoder=true", "trainer.max_steps=4", "model.optim.weight_decay=0.1"]
     exact += ["model.global_batch_size=4", "model.micro_batch_size=1"]
     runs = {"frozen": [], "from the last": ["model.unfreeze_step=1", "model.unfreeze_every=2"]}
-    before, several = load_file(source / "model.safetensors"), {}
+    adapters = [*exact[:1], *exact[2:], "model.lora.rank=2", "model.lora.targets=[q,v,up]"]
+    train(load_config(settings(small_store, source, *adapters, out=tmp_path / "lora")))
+    before = load_file(source / "model.safetensors")
+    several = {"lora dp2": settings(small_store, source, *adapters, out=tmp_path / "lora dp2")}
     for name, more in runs.items():
         train(load_config(settings(small_store, source, *exact, *more, out=tmp_path / name)))
         for layout, flags in LAYOUTS.items():
@@ -227,6 +230,8 @@ def test_two_processes_freeze_and_unfreeze_as_one_does(small_store: Store, sourc
             several[out.name] = settings(small_store, source, *exact, *more, *flags, out=out)
     codes, said = launch_several(2, several, tmp_path)
     assert codes == dict.fromkeys(several, 0), said[-3000:]
+    expected, found = losses(tmp_path / "lora"), losses(tmp_path / "lora dp2")
+    assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-9, "adapters"
     for name in runs:
         expected, alone = losses(tmp_path / name), weights(tmp_path / name)
         for layout in LAYOUTS:
