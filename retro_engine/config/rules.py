@@ -178,10 +178,11 @@ def _check_freezing(m: TrainedModelConfig) -> None:
     if m.freeze_decoder:
         rule = "without cross-attention there is nothing else that could learn"
         require(bool(m.cross_layers), "model.freeze_decoder", True, rule, "model.lora.rank=8 adds adapters to the decoder")
-    if m.freeze_decoder and not m.lora.rank:
         share = m.data.neighbor_dropout
         rule = "a frozen decoder learns nothing from a batch without neighbors"
-        require(share == 0, "model.data.neighbor_dropout", share, rule, "model.data.neighbor_dropout=0")
+        require(
+            share == 0 or m.lora.rank > 0, "model.data.neighbor_dropout", share, rule, "model.data.neighbor_dropout=0"
+        )
 
 
 def _check_lora(config: Config) -> None:

@@ -267,7 +267,7 @@ class _Training:
         self.reporter.say(describe(self.config, self.data))
         counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         if not all(learns for _, learns in counts):
-            self.reporter.say(f"{sum(count for count, learns in counts if learns) / 1e6:.2f} M parameters learn")
+            self.reporter.say(f"{sum(count for count, learns in counts if learns):,} of them learn")
         if self.data.warning is not None:
             self.reporter.say(self.data.warning)
         if self.last_step < steps:

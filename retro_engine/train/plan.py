@@ -407,15 +407,15 @@ def plan(config: Config, processes: int) -> dict[str, Any]:
     Products are at MATMUL_FLOPS, attention at ATTENTION_FLOPS.
     """
     c = config.model
+    if c.lora.rank:
+        why = "the figures are of training in which every weight learns"
+        raise UsageError(f"model.lora.rank={c.lora.rank} cannot be planned", why, "model.lora.rank=0")
     if c.vocab_size < 1:
         raise UsageError(
             "model.vocab_size=0 cannot be planned", "there is no tokenizer to ask", "model.vocab_size=50257"
         )
     if c.reads_prefix:
         raise UsageError("model.reading=prefix has no plan", "memory of neighbors in front is not counted", "train it")
-    if c.lora.rank:
-        why = "the figures are of training in which every weight learns"
-        raise UsageError(f"model.lora.rank={c.lora.rank} cannot be planned", why, "model.lora.rank=0")
     x, p = layout_of(config, processes), parameters(c)
     kept = activations(c, x)
     T = x.micro_batch * c.encoder_seq_length

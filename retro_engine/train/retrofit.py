@@ -28,10 +28,10 @@ FIT_TOKENS = 16_384  # that fit_cross_attention reads
 FREE = ("encoder_seq_length", "num_neighbors", "retrieved_length", "hidden_dropout", "attention_dropout", "ffn_dropout")
 DROPOUTS = FREE[3:]  # a decoder that was trained without is hurt by NeMo's default of 0.1
 NEW_PARTS = (  # fields of what a plain decoder does not have
-    "retrieval", "reading", "sink_id", "chunk_size", "enc_num_layers", "dec_cross_attention", "enc_cross_attention", "encoder_hidden_size",
+    "retrieval", "chunk_size", "enc_num_layers", "dec_cross_attention", "enc_cross_attention", "encoder_hidden_size",
     "encoder_num_attention_heads", "encoder_ffn_hidden_size", "encoder_position_embedding", "cca_position_embedding",
     "cca_query_offset", "partial_chunk", "mask_neighbors", "reset_attention", "cca_reset", "cca_bias_everywhere",
-    "encoder_ca_residual", "encoder_final_norm", "eod_id", "pad_id", "init_method_std",
+    "encoder_ca_residual", "encoder_final_norm", "eod_id", "pad_id", "init_method_std", "reading", "sink_id",
 )  # fmt: skip
 NEW_PREFIXES = ("encoder.", "encoder_input.", "neighbor_projection.")
 

@@ -123,7 +123,7 @@ def test_the_first_loss_is_the_bases(small_store: Store, source: Path, tuned: Pa
 def test_a_resumed_run_is_the_same(small_store: Store, source: Path, tuned: Path, tmp_path: Path) -> None:
     """Losses, adapters and the optimizer's state to the last bit; dropout is on."""
     out = tmp_path / "cut"
-    for steps in ("1", "3", "4"):
+    for steps in ("2", "4"):
         last = run(small_store, source, out, *PREFIX, f"trainer.max_steps={steps}")
     assert losses(out) == losses(tuned.parent.parent)
     for path in ("adapters.safetensors", next((tuned / "optimizer").iterdir()).relative_to(tuned)):
