@@ -7,8 +7,9 @@ Letters: B batch, N queries, S keys, H query heads, G key/value heads, E head wi
 """
 
 import torch
-from retro_kernels import cpp, flash, reference
-from retro_kernels.backend import attention_kernels, choose, is_forced
+from retro_kernels import flash, reference
+from retro_kernels.attention_op import new_op
+from retro_kernels.backend import choose, is_forced
 from retro_kernels.checks import check_heads, check_range, check_tables
 from retro_kernels.dropout import check as check_dropout
 from retro_kernels.dropout import new_seed
@@ -58,8 +59,8 @@ def attention(
             q, k = rope(q, cos, sin, query_offset + place % period), rope(k, cos, sin, place)
         return flash.causal_attention(q, k, v, first_keys, scale)
     if backend != "reference":
-        arguments = (first_keys, key_begins, key_ends, cos, sin, is_causal, query_offset, period, scale, dropout, seed)
-        return _attention(q, k, v, *arguments)[0]
+        tensors, numbers = (key_ends, key_begins, first_keys, cos, sin, seed), (query_offset, period, scale, dropout)
+        return _attention(q, k[:, None, None], v[:, None, None], *tensors, 0, is_causal, *numbers)[0]
     return reference.attention(
         q, k, v, is_causal, first_keys, key_begins, key_ends, cos, sin, query_offset, period, scale, dropout, seed
     )
@@ -94,113 +95,11 @@ def _check(
         check_range(name, tensor, k.shape[1])
 
 
-@torch.library.custom_op("retro_kernels::attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first_keys: Tensor | None,
-    key_begins: Tensor | None,
-    key_ends: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    is_causal: bool,
-    query_offset: int,
-    query_period: int,
-    scale: float,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    numbers = (is_causal, query_offset, query_period, scale, dropout, seed)
-    problem = _problem(first_keys, key_begins, key_ends, cos, sin, *numbers)
-    return attention_kernels(q, k, v).attention_forward(q, k[:, None, None], v[:, None, None], problem)
+def _twin(  # type: ignore[no-untyped-def]
+    q, k, v, key_ends, key_begins, first_keys, cos, sin, seed, _, is_causal, query_offset, query_period, scale, dropout
+):
+    ranges, numbers = (first_keys, key_begins, key_ends), (query_offset, query_period, scale, dropout)
+    return reference.attention(q, k[:, 0, 0], v[:, 0, 0], is_causal, *ranges, cos, sin, *numbers, seed)
 
 
-def _problem(
-    first_keys: Tensor | None,
-    key_begins: Tensor | None,
-    key_ends: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    is_causal: bool,
-    query_offset: int,
-    query_period: int,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> cpp.Problem:
-    return cpp.Problem(
-        lengths=key_ends,
-        begins=key_begins,
-        first_keys=first_keys,
-        is_causal=is_causal,
-        cos=cos,
-        sin=sin,
-        query_offset=query_offset,
-        query_period=query_period,
-        scale=scale,
-        dropout=dropout,
-        seed=seed,
-    )
-
-
-@_attention.register_fake
-def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-
-@torch.library.custom_op("retro_kernels::attention_backward", mutates_args=())
-def _attention_backward(
-    grad_o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    first_keys: Tensor | None,
-    key_begins: Tensor | None,
-    key_ends: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    is_causal: bool,
-    query_offset: int,
-    query_period: int,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    numbers = (is_causal, query_offset, query_period, scale, dropout, seed)
-    problem = _problem(first_keys, key_begins, key_ends, cos, sin, *numbers)
-    backward = attention_kernels(q, k, v).attention_backward
-    grad_q, grad_k, grad_v = backward(grad_o, q, k[:, None, None], v[:, None, None], o, lse, problem)
-    return grad_q, grad_k[:, 0, 0], grad_v[:, 0, 0]
-
-
-@_attention_backward.register_fake
-def _(grad_o, q, k, v, o, lse, *rest):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, first_keys, key_begins, key_ends, cos, sin, *ctx.numbers, seed = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, first_keys, key_begins, key_ends, cos, sin, seed)
-
-
-def _gradients(ctx, grad_o, grad_lse):  # type: ignore[no-untyped-def]
-    q, k, v, o, lse, *data, seed = ctx.saved_tensors
-    none = (None,) * 11
-    if grad_o is None:
-        return None, None, None, *none
-    if torch.is_grad_enabled():  # a gradient of this gradient may be asked for
-        first_keys, begins, ends, cos, sin = data
-        is_causal, *numbers = ctx.numbers
-        again = lambda q, k, v: reference.attention(  # noqa: E731
-            q, k, v, is_causal, first_keys, begins, ends, cos, sin, *numbers, seed
-        )
-        return *reference.gradients(again, grad_o, q, k, v), *none
-    return *_attention_backward(grad_o, q, k, v, o, lse, *data, *ctx.numbers, seed), *none
-
-
-_attention.register_autograd(_gradients, setup_context=_keep)
+_attention = new_op("attention", _twin)

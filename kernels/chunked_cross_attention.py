@@ -8,8 +8,9 @@ Reads q, k, v once and writes o once: bytes(q + k + v + o) is the roofline; padd
 import math
 
 import torch
-from retro_kernels import cpp, reference
-from retro_kernels.backend import attention_kernels, choose
+from retro_kernels import reference
+from retro_kernels.attention_op import new_op
+from retro_kernels.backend import choose
 from retro_kernels.checks import check_heads, check_range, check_tables
 from retro_kernels.dropout import check as check_dropout
 from retro_kernels.dropout import new_seed
@@ -44,8 +45,8 @@ def chunked_cross_attention(
     check_dropout(dropout)
     seed = new_seed(q) if dropout and seed is None else seed
     if choose("chunked_cross_attention", q, k, v) != "reference":
-        numbers = (chunk_length, offset, scale, dropout, seed)
-        o, lse = _chunked_cross_attention(q, k, v, neighbor_lengths, cos, sin, *numbers)
+        tensors = (neighbor_lengths, None, None, cos, sin, seed)
+        o, lse = _chunked_cross_attention(q, k, v, *tensors, chunk_length, False, offset, 0, scale, dropout)
         return (o, lse.detach() * math.log(2)) if return_lse else o
     arguments = (q, k, v, neighbor_lengths, chunk_length, cos, sin, scale, offset)
     o = reference.chunked_cross_attention(*arguments, dropout, seed)
@@ -87,97 +88,8 @@ def _check(
     check_tables(cos, sin, max(query_offset + chunk_length, k.shape[3]), q.shape[3])
 
 
-@torch.library.custom_op("retro_kernels::chunked_cross_attention", mutates_args=())
-def _chunked_cross_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    neighbor_lengths: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    chunk_length: int,
-    query_offset: int,
-    scale: float,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    problem = _problem(neighbor_lengths, cos, sin, chunk_length, query_offset, scale, dropout, seed)
-    return attention_kernels(q, k, v).attention_forward(q, k, v, problem)
+def _twin(q, k, v, lengths, begins, first_keys, cos, sin, seed, M, is_causal, offset, period, scale, dropout):  # type: ignore[no-untyped-def]
+    return reference.chunked_cross_attention(q, k, v, lengths, M, cos, sin, scale, offset, dropout, seed)
 
 
-def _problem(
-    lengths: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    chunk_length: int,
-    query_offset: int,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> cpp.Problem:
-    return cpp.Problem(
-        chunk_length=chunk_length,
-        lengths=lengths,
-        cos=cos,
-        sin=sin,
-        query_offset=query_offset,
-        scale=scale,
-        dropout=dropout,
-        seed=seed,
-    )
-
-
-@_chunked_cross_attention.register_fake
-def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-
-@torch.library.custom_op("retro_kernels::chunked_cross_attention_backward", mutates_args=())
-def _chunked_cross_attention_backward(
-    grad_o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    neighbor_lengths: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    chunk_length: int,
-    query_offset: int,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = _problem(neighbor_lengths, cos, sin, chunk_length, query_offset, scale, dropout, seed)
-    return attention_kernels(q, k, v).attention_backward(grad_o, q, k, v, o, lse, problem)
-
-
-@_chunked_cross_attention_backward.register_fake
-def _(grad_o, q, k, v, o, lse, *rest):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, lengths, cos, sin, *ctx.numbers, seed = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, lengths, cos, sin, seed)
-
-
-def _gradients(ctx, grad_o, grad_lse):  # type: ignore[no-untyped-def]
-    none = (None,) * 8
-    *tensors, seed = ctx.saved_tensors
-    if grad_o is None:
-        return None, None, None, *none
-    if torch.is_grad_enabled():  # a gradient of this gradient may be asked for
-        q, k, v, _, _, lengths, cos, sin = tensors
-        M, offset, scale, dropout = ctx.numbers
-        again = lambda q, k, v: reference.chunked_cross_attention(  # noqa: E731
-            q, k, v, lengths, M, cos, sin, scale, offset, dropout, seed
-        )
-        return *reference.gradients(again, grad_o, q, k, v), *none
-    return *_chunked_cross_attention_backward(grad_o, *tensors, *ctx.numbers, seed), *none
-
-
-_chunked_cross_attention.register_autograd(_gradients, setup_context=_keep)
+_chunked_cross_attention = new_op("chunked_cross_attention", _twin)

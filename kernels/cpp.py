@@ -60,18 +60,18 @@ def multiplies_bf16() -> bool:
 class Problem:
     """Everything of an attention but the tensors with gradients. chunk_length 0 = every query sees all keys."""
 
-    chunk_length: int = 0
     lengths: Tensor | None = None  # [b, l, K] or [b]: keys that are valid
     begins: Tensor | None = None  # the same shape: keys before it are masked
     first_keys: Tensor | None = None  # [b, n]: keys before it are masked for that query
-    is_causal: bool = False
     cos: Tensor | None = None
     sin: Tensor | None = None
+    seed: Tensor | None = None  # int64, of the hash that says which weights are dropped
+    chunk_length: int = 0
+    is_causal: bool = False
     query_offset: int = 0
     query_period: int = 0  # 0 = one period
     scale: float = 1.0
     dropout: float = 0.0
-    seed: Tensor | None = None  # int64, of the hash that says which weights are dropped
 
 
 def rope_qk(

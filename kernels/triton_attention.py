@@ -65,12 +65,12 @@ def _store_rotated_back(X, rows, mask, a, b, COS, SIN, position, half, P: tl.con
 
 
 @triton.jit
-def _queries(tile, u, N, num_queries, query_step, query_first, G: tl.constexpr, BM: tl.constexpr):
-    """Rows of a tile of queries: number within the problem, token, head within the group, whether it exists."""
+def _queries(tile, u, g, N, num_queries, query_step, query_first, G: tl.constexpr, BM: tl.constexpr):
+    """Rows of a tile of queries: number within the problem, token, head, whether it exists."""
     row = tile * BM + tl.arange(0, BM)
     i, head = row % num_queries, row // num_queries
     token = u * query_step + query_first + i
-    return i, token, head, (head < G) & (token < N)
+    return i, token, g * G + head, (head < G) & (token < N)
 
 
 @triton.jit
@@ -93,12 +93,23 @@ def _range(BEGINS, ENDS, at, R, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr
 
 
 @triton.jit
-def _first_keys(FIRST, at, exists, BM: tl.constexpr, HAS_FIRST: tl.constexpr):
-    """The first key that each query of a tile sees."""
+def _load_queries(
+    Q, FIRST, COS, SIN, b, i, token, head, exists, q_b, q_n, q_h, N, query_offset, query_period, half,
+    P: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A tile's queries, rotated, and the first key that each sees."""
+    rows = b * q_b + token.to(tl.int64) * q_n + head * q_h
+    q1, q2 = _load_rotated(Q, rows, exists, COS, SIN, query_offset + i % query_period, half, P, HALF, UPCAST)
     low = tl.zeros([BM], tl.int32)
     if HAS_FIRST:
-        low = tl.load(FIRST + at, mask=exists, other=0).to(tl.int32)
-    return low
+        low = tl.load(FIRST + b * N + token, mask=exists, other=0).to(tl.int32)
+    return q1, q2, low
+
+
+@triton.jit
+def _scores(a1, a2, b1, b2):
+    """Products [rows of a, rows of b] of queries and keys, given as their halves."""
+    return tl.dot(a2, tl.trans(b2), tl.dot(a1, tl.trans(b1), input_precision="ieee"), input_precision="ieee")
 
 
 @triton.jit
@@ -161,11 +172,9 @@ def _attention_forward(
     tile, g, pair = tl.program_id(0) % query_tiles, tl.program_id(1), tl.program_id(0) // query_tiles
     b, u = (pair // L).to(tl.int64), pair % L
     half, e = tl.arange(0, EH), tl.arange(0, E)
-    i, token, head, exists = _queries(tile, u, N, num_queries, query_step, query_first, G, BM)
-    head = g * G + head
-    rows = b * q_b + token.to(tl.int64) * q_n + head * q_h
-    q1, q2 = _load_rotated(Q, rows, exists, COS, SIN, query_offset + i % query_period, half, P, HALF, UPCAST)
-    low = _first_keys(FIRST, b * N + token, exists, BM, HAS_FIRST)
+    i, token, head, exists = _queries(tile, u, g, N, num_queries, query_step, query_first, G, BM)
+    q1, q2, low = _load_queries(Q, FIRST, COS, SIN, b, i, token, head, exists, q_b, q_n, q_h, N, query_offset,
+                                query_period, half, P, HALF, BM, HAS_FIRST, UPCAST)  # fmt: skip
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, E], tl.float32)
@@ -177,10 +186,8 @@ def _attention_forward(
             inside = (key >= begin) & (key < end)
             at = _place(b, u, j, key, g, k_b, k_l, k_j, k_s, k_h)
             k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
-            score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-            score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
             sees = _seen(i, key, low, end, begin, R, num_queries, CAUSAL)
-            score = tl.where(sees, score * scale_log2, float("-inf"))
+            score = tl.where(sees, _scores(q1, q2, k1, k2) * scale_log2, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(score, 1))
             base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # no key so far: all weights 0
             factor = tl.exp2(peak - base)
@@ -213,6 +220,96 @@ def _load_gradient(O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, 
 
 
 @triton.jit
+def _query_gradient(
+    Q, K, V, O, DO, LSE, DQ, BEGINS, ENDS, FIRST, COS, SIN, SEED, drop_below, scale_keep, scale_log2, scale,
+    q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h, N, L, HEADS, R, num_queries,
+    query_step, query_first, query_offset, query_period, tile, b, u, g, half, e,
+    NUM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, EH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries."""
+    i, token, head, exists = _queries(tile, u, g, N, num_queries, query_step, query_first, G, BM)
+    q1, q2, low = _load_queries(Q, FIRST, COS, SIN, b, i, token, head, exists, q_b, q_n, q_h, N, query_offset,
+                                query_period, half, P, HALF, BM, HAS_FIRST, UPCAST)  # fmt: skip
+    grad, delta, lse = _load_gradient(O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, UPCAST)
+    dq1 = tl.zeros([BM, EH], tl.float32)
+    dq2 = tl.zeros([BM, EH], tl.float32)
+    for j in range(NUM):
+        begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
+        start, end = _seen_range(begin, end, i, low, exists, R, num_queries, CAUSAL, HAS_FIRST)
+        for s0 in range(start // BN * BN, end, BN):
+            key = s0 + tl.arange(0, BN)
+            inside = (key >= begin) & (key < end)
+            at = _place(b, u, j, key, g, k_b, k_l, k_j, k_s, k_h)
+            k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
+            sees = _seen(i, key, low, end, begin, R, num_queries, CAUSAL)
+            score = tl.where(sees, _scores(q1, q2, k1, k2) * scale_log2, float("-inf"))
+            weight = tl.exp2(score - lse[:, None])
+            at = _place(b, u, j, key, g, v_b, v_l, v_j, v_s, v_h)
+            value = _load_values(V, at, inside, e, HALF, UPCAST)
+            slope = tl.dot(grad, tl.trans(value), input_precision="ieee")
+            if DROPS:
+                slope *= _kept(SEED, _hash_queries(SEED, b, head, token), j * R + key, drop_below, scale_keep)
+            slope = (weight * (slope - delta[:, None]) * scale).to(k1.dtype)
+            dq1 = tl.dot(slope, k1, dq1, input_precision="ieee")
+            dq2 = tl.dot(slope, k2, dq2, input_precision="ieee")
+    rows = b * o_b + token.to(tl.int64) * o_n + head * o_h  # grad_q is laid out as o
+    _store_rotated_back(DQ, rows, exists, dq1, dq2, COS, SIN, query_offset + i % query_period, half, P, HALF)
+
+
+@triton.jit
+def _key_gradients(
+    Q, K, V, O, DO, LSE, DK, DV, BEGINS, ENDS, FIRST, COS, SIN, SEED, drop_below, scale_keep, scale_log2, scale,
+    q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h, g_b, g_l, g_j, g_s, g_h,
+    N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period, query_tiles, j, lowest, b, u, g,
+    half, e, NUM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, EH: tl.constexpr,
+    E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr,
+    HAS_ENDS: tl.constexpr, HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of the tile of keys that begins at `lowest` of segment j."""
+    key = lowest + tl.arange(0, BN)
+    begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
+    inside = (key < end) & (key >= begin)
+    at = _place(b, u, j, key, g, k_b, k_l, k_j, k_s, k_h)
+    k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
+    value = _load_values(V, _place(b, u, j, key, g, v_b, v_l, v_j, v_s, v_h), inside, e, HALF, UPCAST)
+    dk1 = tl.zeros([BN, EH], tl.float32)
+    dk2 = tl.zeros([BN, EH], tl.float32)
+    dv = tl.zeros([BN, E], tl.float32)
+    stop = tl.where((lowest < end) & (lowest + BN > begin), query_tiles, 0)  # a tile of padding: zeros
+    for tile in range(0, stop):
+        i, token, head, exists = _queries(tile, u, g, N, num_queries, query_step, query_first, G, BM)
+        is_needed = True
+        if CAUSAL:
+            is_needed = tl.max(tl.where(exists, i, -1), 0) + R - num_queries >= lowest
+        if is_needed:
+            q1, q2, low = _load_queries(Q, FIRST, COS, SIN, b, i, token, head, exists, q_b, q_n, q_h, N, query_offset,
+                                        query_period, half, P, HALF, BM, HAS_FIRST, UPCAST)  # fmt: skip
+            grad, delta, lse = _load_gradient(
+                O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, UPCAST
+            )
+            sees = tl.trans(_seen(i, key, low, end, begin, R, num_queries, CAUSAL))
+            score = tl.where(sees, _scores(k1, k2, q1, q2) * scale_log2, float("-inf"))
+            weight = tl.exp2(score - lse[None, :])
+            slope = tl.dot(value, tl.trans(grad), input_precision="ieee")
+            share = weight
+            if DROPS:
+                hashes = _hash_queries(SEED, b, head, token)
+                kept = tl.trans(_kept(SEED, hashes, j * R + key, drop_below, scale_keep))
+                share = weight * kept
+                slope *= kept
+            dv = tl.dot(share.to(grad.dtype), grad, dv, input_precision="ieee")
+            slope = (weight * (slope - delta[None, :]) * scale).to(q1.dtype)
+            dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
+            dk2 = tl.dot(slope, q2, dk2, input_precision="ieee")
+    at = _place(b, u, j, key, g, g_b, g_l, g_j, g_s, g_h)
+    is_value = (key < R)[:, None] & (e < 2 * HALF)[None, :]
+    tl.store(DV + at[:, None] + e[None, :], dv.to(DV.dtype.element_ty), mask=is_value)
+    _store_rotated_back(DK, at, key < R, dk1, dk2, COS, SIN, key, half, P, HALF)
+
+
+@triton.jit
 def _attention_backward(
     Q, K, V, O, DO, LSE, DQ, DK, DV, BEGINS, ENDS, FIRST, COS, SIN, SEED, drop_below, scale_keep, scale_log2, scale,
     q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h, g_b, g_l, g_j, g_s, g_h,
@@ -225,90 +322,22 @@ def _attention_backward(
     program, g, pair = tl.program_id(0) % programs, tl.program_id(1), tl.program_id(0) // programs
     b, u = (pair // L).to(tl.int64), pair % L
     half, e = tl.arange(0, EH), tl.arange(0, E)
-    if program < query_tiles:  # dQ of one tile of queries
-        i, token, head, exists = _queries(program, u, N, num_queries, query_step, query_first, G, BM)
-        head = g * G + head
-        position = query_offset + i % query_period
-        rows = b * q_b + token.to(tl.int64) * q_n + head * q_h
-        q1, q2 = _load_rotated(Q, rows, exists, COS, SIN, position, half, P, HALF, UPCAST)
-        grad, delta, lse = _load_gradient(O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, UPCAST)
-        low = _first_keys(FIRST, b * N + token, exists, BM, HAS_FIRST)
-        dq1 = tl.zeros([BM, EH], tl.float32)
-        dq2 = tl.zeros([BM, EH], tl.float32)
-        for j in range(NUM):
-            begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
-            start, end = _seen_range(begin, end, i, low, exists, R, num_queries, CAUSAL, HAS_FIRST)
-            for s0 in range(start // BN * BN, end, BN):
-                key = s0 + tl.arange(0, BN)
-                inside = (key >= begin) & (key < end)
-                at = _place(b, u, j, key, g, k_b, k_l, k_j, k_s, k_h)
-                k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
-                score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-                score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
-                sees = _seen(i, key, low, end, begin, R, num_queries, CAUSAL)
-                weight = tl.exp2(tl.where(sees, score * scale_log2, float("-inf")) - lse[:, None])
-                at = _place(b, u, j, key, g, v_b, v_l, v_j, v_s, v_h)
-                value = _load_values(V, at, inside, e, HALF, UPCAST)
-                slope = tl.dot(grad, tl.trans(value), input_precision="ieee")
-                if DROPS:
-                    slope *= _kept(SEED, _hash_queries(SEED, b, head, token), j * R + key, drop_below, scale_keep)
-                slope = (weight * (slope - delta[:, None]) * scale).to(k1.dtype)
-                dq1 = tl.dot(slope, k1, dq1, input_precision="ieee")
-                dq2 = tl.dot(slope, k2, dq2, input_precision="ieee")
-        rows = b * o_b + token.to(tl.int64) * o_n + head * o_h  # grad_q is laid out as o
-        _store_rotated_back(DQ, rows, exists, dq1, dq2, COS, SIN, position, half, P, HALF)
-    else:  # dK and dV of one tile of keys
-        number = program - query_tiles
-        j, key = number // segment_tiles, number % segment_tiles * BN + tl.arange(0, BN)
-        begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
-        inside = (key < end) & (key >= begin)
-        at = _place(b, u, j, key, g, k_b, k_l, k_j, k_s, k_h)
-        k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
-        at = _place(b, u, j, key, g, v_b, v_l, v_j, v_s, v_h)
-        value = _load_values(V, at, inside, e, HALF, UPCAST)
-        dk1 = tl.zeros([BN, EH], tl.float32)
-        dk2 = tl.zeros([BN, EH], tl.float32)
-        dv = tl.zeros([BN, E], tl.float32)
-        lowest = number % segment_tiles * BN
-        stop = tl.where((lowest < end) & (lowest + BN > begin), query_tiles, 0)  # a tile of padding: zeros
-        for tile in range(0, stop):
-            i, token, head, exists = _queries(tile, u, N, num_queries, query_step, query_first, G, BM)
-            is_needed = True
-            if CAUSAL:
-                is_needed = tl.max(tl.where(exists, i, -1), 0) + R - num_queries >= lowest
-            if is_needed:
-                head = g * G + head
-                rows = b * q_b + token.to(tl.int64) * q_n + head * q_h
-                q1, q2 = _load_rotated(
-                    Q, rows, exists, COS, SIN, query_offset + i % query_period, half, P, HALF, UPCAST
-                )
-                grad, delta, lse = _load_gradient(
-                    O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, UPCAST
-                )
-                low = _first_keys(FIRST, b * N + token, exists, BM, HAS_FIRST)
-                score = tl.dot(k1, tl.trans(q1), input_precision="ieee")
-                score = tl.dot(k2, tl.trans(q2), score, input_precision="ieee")
-                sees = tl.trans(_seen(i, key, low, end, begin, R, num_queries, CAUSAL))
-                weight = tl.exp2(tl.where(sees, score * scale_log2, float("-inf")) - lse[None, :])
-                slope = tl.dot(value, tl.trans(grad), input_precision="ieee")
-                share = weight
-                if DROPS:
-                    hashes = _hash_queries(SEED, b, head, token)
-                    kept = tl.trans(_kept(SEED, hashes, j * R + key, drop_below, scale_keep))
-                    share = weight * kept
-                    slope *= kept
-                dv = tl.dot(share.to(grad.dtype), grad, dv, input_precision="ieee")
-                slope = (weight * (slope - delta[None, :]) * scale).to(q1.dtype)
-                dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
-                dk2 = tl.dot(slope, q2, dk2, input_precision="ieee")
-        in_segment = key < R
-        at = _place(b, u, j, key, g, g_b, g_l, g_j, g_s, g_h)
-        tl.store(
-            DV + at[:, None] + e[None, :],
-            dv.to(DV.dtype.element_ty),
-            mask=in_segment[:, None] & (e < 2 * HALF)[None, :],
-        )
-        _store_rotated_back(DK, at, in_segment, dk1, dk2, COS, SIN, key, half, P, HALF)
+    if program < query_tiles:
+        _query_gradient(
+            Q, K, V, O, DO, LSE, DQ, BEGINS, ENDS, FIRST, COS, SIN, SEED, drop_below, scale_keep, scale_log2, scale,
+            q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h, N, L, HEADS, R, num_queries,
+            query_step, query_first, query_offset, query_period, program, b, u, g, half, e,
+            NUM, G, P, HALF, EH, BM, BN, CAUSAL, HAS_BEGINS, HAS_ENDS, HAS_FIRST, UPCAST, DROPS,
+        )  # fmt: skip
+    else:
+        j, lowest = (program - query_tiles) // segment_tiles, (program - query_tiles) % segment_tiles * BN
+        _key_gradients(
+            Q, K, V, O, DO, LSE, DK, DV, BEGINS, ENDS, FIRST, COS, SIN, SEED, drop_below, scale_keep, scale_log2, scale,
+            q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h, g_b, g_l, g_j, g_s, g_h,
+            N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period, query_tiles, j, lowest,
+            b, u, g, half, e,
+            NUM, G, P, HALF, EH, E, BM, BN, CAUSAL, HAS_BEGINS, HAS_ENDS, HAS_FIRST, UPCAST, DROPS,
+        )  # fmt: skip
 
 
 def tile_of(capability: int, head_width: int, rows: int, is_fp32: bool, is_backward: bool) -> dict[str, int]:

@@ -80,8 +80,10 @@ def test_zero_sizes() -> None:
 def test_registration() -> None:
     arguments = case((2, 60, 60, 4, 2, 32), "packed", torch.float32)
     tensors = [arguments[name].requires_grad_() for name in QKV]  # type: ignore[attr-defined]
-    data = (arguments["first_keys"], None, None, *rotary_tables(60, 32), True, 0, 60, 0.2)
-    torch.library.opcheck(torch.ops.retro_kernels.attention.default, (*tensors, *data))
+    q, k, v = (x.detach() for x in tensors)
+    each = tuple(x.requires_grad_() for x in (q, k[:, None, None], v[:, None, None]))
+    data = (None, None, arguments["first_keys"], *rotary_tables(60, 32), None, 0, True, 0, 60, 0.2, 0.0)
+    torch.library.opcheck(torch.ops.retro_kernels.attention.default, (*each, *data))
     compiled = torch.compile(attention, fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(**arguments), attention(**arguments))
 

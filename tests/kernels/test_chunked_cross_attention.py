@@ -59,7 +59,8 @@ def test_registration() -> None:
     case = cca_case(CCA_SHAPES[0], torch.float32)
     case["k"], case["v"] = torch.nan_to_num(case["k"]), torch.nan_to_num(case["v"])  # type: ignore[arg-type]
     tensors = [case[name].requires_grad_() for name in QKV]  # type: ignore[attr-defined]
-    arguments = (*tensors, case["neighbor_lengths"], case["cos"], case["sin"], 16, 15, 0.2)
+    data = (case["neighbor_lengths"], None, None, case["cos"], case["sin"], None)
+    arguments = (*tensors, *data, 16, False, 15, 0, 0.2, 0.0)
     torch.library.opcheck(torch.ops.retro_kernels.chunked_cross_attention.default, arguments)
     loss = lambda q: chunked_cross_attention(**(case | {"q": q})).square().sum()  # noqa: E731
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)

@@ -110,13 +110,15 @@ def test_threads_and_recomputation() -> None:
 @pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
 def test_registration() -> None:
     arguments = case("packed")
-    tensors = [arguments[name].requires_grad_() for name in QKV]
-    data = (arguments["first_keys"], None, None, None, None, True, 0, 150, 0.2, 0.3, SEED)
+    tensors = [arguments[name] if name == "q" else arguments[name][:, None, None] for name in QKV]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    data = (None, None, arguments["first_keys"], None, None, SEED, 0, True, 0, 150, 0.2, 0.3)
     torch.library.opcheck(torch.ops.retro_kernels.attention.default, (*tensors, *data))
     arguments = crossing()
     arguments["k"], arguments["v"] = torch.nan_to_num(arguments["k"]), torch.nan_to_num(arguments["v"])
     tensors = [arguments[name].requires_grad_() for name in QKV]
-    data = (arguments["neighbor_lengths"], arguments["cos"], arguments["sin"], 16, 15, 0.2, 0.3, SEED)
+    data = (arguments["neighbor_lengths"], None, None, arguments["cos"], arguments["sin"], SEED)
+    data = (*data, 16, False, 15, 0, 0.2, 0.3)
     torch.library.opcheck(torch.ops.retro_kernels.chunked_cross_attention.default, (*tensors, *data))
 
 
