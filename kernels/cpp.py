@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from retro_kernels.dropout import drop_below
-from retro_kernels.reference import CrossAttention, FeedForward, Matrix, Part, SelfAttention
+from retro_kernels.reference import CrossAttentionPart, FeedForwardPart, Matrix, Part, SelfAttentionPart
 from torch import Tensor
 
 try:
@@ -148,11 +148,11 @@ def steps(made: object, x_BD: Tensor, first: int, last: int) -> Tensor:
 
 
 def _part(part: Part) -> tuple[object, ...]:
-    if isinstance(part, FeedForward):
+    if isinstance(part, FeedForwardPart):
         gate = (0, 0, 0, 0, None, None, None) if part.gate is None else _matrix(part.gate)
         return 2, *_norm(part), *gate, *_matrix(part.up), *_matrix(part.down), _ACTIVATIONS[part.activation]
     attending = _attending(part)
-    if isinstance(part, CrossAttention):
+    if isinstance(part, CrossAttentionPart):
         return 1, *_norm(part), *_matrix(part.q), *_matrix(part.out), *attending, part.adds_bias
     matrices = (*_matrix(part.q), *_matrix(part.k), *_matrix(part.v), *_matrix(part.out))
     return 0, *_norm(part), *matrices, *attending, False
@@ -164,12 +164,12 @@ def _matrix(m: Matrix) -> tuple[object, ...]:
 
 
 def _norm(part: Part) -> tuple[object, ...]:
-    norm, width = part.norm, (part.up if isinstance(part, FeedForward) else part.q).weight.shape[1]
+    norm, width = part.norm, (part.up if isinstance(part, FeedForwardPart) else part.q).weight.shape[1]
     weight_type = 0 if norm.weight is None else _TYPES[norm.weight.dtype]
     return width, norm.is_rms, weight_type, norm.weight, norm.bias, norm.eps
 
 
-def _attending(part: SelfAttention | CrossAttention) -> tuple[object, ...]:
+def _attending(part: SelfAttentionPart | CrossAttentionPart) -> tuple[object, ...]:
     a = part.attending
     B, S, G, E = a.keys.shape
     positions, pairs = (0, 0) if a.cos is None else a.cos.shape

@@ -298,7 +298,7 @@ class Attending:
 
 
 @dataclass(frozen=True)
-class SelfAttention:
+class SelfAttentionPart:
     """x + out(attention) for one new token a row, whose keys and values are written into the cache; attention is 0 in a row
     that has no valid key (its first key, or all that `valid` allows, behind the new token)."""
 
@@ -311,7 +311,7 @@ class SelfAttention:
 
 
 @dataclass(frozen=True)
-class CrossAttention:
+class CrossAttentionPart:
     """x + out(attention over the neighbors' tokens); a row that has none gets 0, or with `adds_bias` out's bias."""
 
     norm: Norm
@@ -322,7 +322,7 @@ class CrossAttention:
 
 
 @dataclass(frozen=True)
-class FeedForward:
+class FeedForwardPart:
     """x + down(activation(up)), activation gelu or gelu_tanh; or with `gate` and swiglu x + down(silu(gate) * up)."""
 
     norm: Norm
@@ -332,7 +332,7 @@ class FeedForward:
     activation: str
 
 
-Part = SelfAttention | CrossAttention | FeedForward
+Part = SelfAttentionPart | CrossAttentionPart | FeedForwardPart
 
 
 def linear(x: Tensor, matrix: Matrix) -> Tensor:
@@ -352,7 +352,7 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
 def step(x_BD: Tensor, part: Part) -> Tensor:
     """[b, d] -> [b, d], for one new token a row."""
     normed = normalize(x_BD, part.norm)
-    if isinstance(part, FeedForward):
+    if isinstance(part, FeedForwardPart):
         wide = linear(normed, part.up)
         if part.gate is not None:
             return x_BD + linear(F.silu(linear(normed, part.gate)) * wide, part.down)
@@ -360,7 +360,7 @@ def step(x_BD: Tensor, part: Part) -> Tensor:
         return x_BD + linear(F.gelu(wide, approximate=approximate), part.down)
     a = part.attending
     query = _heads(normed, part.q, a)
-    if isinstance(part, SelfAttention):
+    if isinstance(part, SelfAttentionPart):
         assert a.starts is not None
         rows, key = torch.arange(len(x_BD), device=x_BD.device), _heads(normed, part.k, a)
         a.keys[rows, a.starts] = key[:, 0].to(a.keys.dtype)

@@ -17,10 +17,18 @@ from retro_kernels import cpp, reference
 from retro_kernels.backend import choose
 from retro_kernels.checks import carries_derivative
 from retro_kernels.linear import FEW_ROWS
-from retro_kernels.reference import Attending, CrossAttention, FeedForward, Matrix, Norm, Part, SelfAttention
+from retro_kernels.reference import (
+    Attending,
+    CrossAttentionPart,
+    FeedForwardPart,
+    Matrix,
+    Norm,
+    Part,
+    SelfAttentionPart,
+)
 from torch import Tensor
 
-__all__ = ["Attending", "CrossAttention", "FeedForward", "Matrix", "Norm", "Part", "SelfAttention", "Steps"]
+__all__ = ["Attending", "CrossAttentionPart", "FeedForwardPart", "Matrix", "Norm", "Part", "SelfAttentionPart", "Steps"]
 _FLOATS = (torch.float32, torch.bfloat16)
 _WEIGHTS = (*_FLOATS, torch.int8)
 
@@ -46,10 +54,10 @@ class Steps:
     def _prepare(self) -> None:
         """Remember what C++ is told of the parts."""
         first = self.parts[0]
-        self.width = (first.up if isinstance(first, FeedForward) else first.q).weight.shape[1]
+        self.width = (first.up if isinstance(first, FeedForwardPart) else first.q).weight.shape[1]
         for part in self.parts:
             _check(part, self.width)
-        counts = {len(part.attending.keys) for part in self.parts if not isinstance(part, FeedForward)}
+        counts = {len(part.attending.keys) for part in self.parts if not isinstance(part, FeedForwardPart)}
         if len(counts) > 1:
             raise ValueError(f"the parts attend {sorted(counts)} rows; expected one number")
         self.rows = counts.pop() if counts else None
@@ -121,7 +129,7 @@ def _check(part: Part, D: int) -> None:
     for name, value in (("weight", part.norm.weight), ("bias", part.norm.bias)):
         if value is not None and value.shape != (D,):
             raise ValueError(f"the norm has {name} {tuple(value.shape)}; expected [{D}]")
-    if isinstance(part, FeedForward):
+    if isinstance(part, FeedForwardPart):
         if (part.gate is not None) != (part.activation == "swiglu"):
             raise ValueError(f"activation {part.activation}: swiglu has a gate, gelu and gelu_tanh have none")
         wide = part.up.weight.shape[0]
@@ -147,7 +155,7 @@ def _check(part: Part, D: int) -> None:
         raise ValueError(f"cos {tuple(a.cos.shape)} rotates {2 * a.cos.shape[1]} features; the head width is {E}")
     _check_matrix("q", part.q, width, D)
     _check_matrix("out", part.out, D, width)
-    if isinstance(part, SelfAttention):
+    if isinstance(part, SelfAttentionPart):
         if a.starts is None:
             raise ValueError(f"starts is None; expected [{B}], the places of the new tokens")
         for matrix in (part.k, part.v):
@@ -175,7 +183,7 @@ def _is_packed(part: Part) -> bool:
         return False
     if any(x.dtype != torch.float32 for x in scales):
         return False
-    if isinstance(part, FeedForward):
+    if isinstance(part, FeedForwardPart):
         return True
     a = part.attending
     strides = a.keys.stride()

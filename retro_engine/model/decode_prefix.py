@@ -17,7 +17,7 @@ from retro_engine.model.prefix import segments
 
 
 @dataclass
-class _Run:
+class _KeptRun:
     """Tokens first ... end - 1 of a block: what stands in front of each row from the first on, where it is another."""
 
     first: int
@@ -33,7 +33,7 @@ class FrontReading:
         self, cache: DecodeCache, start: int, T: int, neighbors_BLKR: Tensor | None, lengths_BLK: Tensor | None
     ):
         self.cache, self.start = cache, start
-        self.runs: list[_Run] = []
+        self.runs: list[_KeptRun] = []
         M, begins_B = cache.chunk_size, cache.begins_B
         for chunk, first, end in segments(T, M, start):
             place, fronts = chunk - start // M, {}
@@ -46,7 +46,7 @@ class FrontReading:
                 begins_B = begins_B.clone()
                 for row, front in fronts.items():
                     begins_B[row] = cache.pads_B[row] - front[0].shape[1]
-            self.runs.append(_Run(first, end, fronts, begins_B))
+            self.runs.append(_KeptRun(first, end, fronts, begins_B))
 
     def attend(self, layer: int, attention: SelfAttention, q: Tensor) -> Tensor:
         """q [b, t, h, e], rotated -> the same; the cache has the block's keys and values."""

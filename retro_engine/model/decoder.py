@@ -106,13 +106,13 @@ class DecoderLayer(nn.Module):
         """The layer for one new token a row: its self-attention, its cross-attention if it has one, its FFN."""
         a, f = self.attention, self.ffn
         weights = (_matrix(a.q), _matrix(a.k), _matrix(a.v), _matrix(a.out))
-        parts: list[ops.Part] = [ops.SelfAttention(_norm(self.attention_norm), *weights, attending)]
+        parts: list[ops.Part] = [ops.SelfAttentionPart(_norm(self.attention_norm), *weights, attending)]
         if reading is not None:
             norm, q, out = _norm(self.cross_norm), _matrix(self.cross.q), _matrix(self.cross.out)
-            parts.append(ops.CrossAttention(norm, q, out, reading, self.config.cca_bias_everywhere))
+            parts.append(ops.CrossAttentionPart(norm, q, out, reading, self.config.cca_bias_everywhere))
         gate = None if f.gate is None else _matrix(f.gate)
         norm, activation = _norm(self.ffn_norm), self.config.activation
-        return [*parts, ops.FeedForward(norm, gate, _matrix(f.up), _matrix(f.down), activation)]
+        return [*parts, ops.FeedForwardPart(norm, gate, _matrix(f.up), _matrix(f.down), activation)]
 
 
 def _matrix(linear: nn.Module) -> ops.Matrix:

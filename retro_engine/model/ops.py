@@ -15,17 +15,26 @@ from retro_kernels.cuda import register_host
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.linear import linear as kernels_linear
 from retro_kernels.rope import rope, rope_qk
-from retro_kernels.step import Attending, CrossAttention, FeedForward, Matrix, Norm, Part, SelfAttention, Steps
+from retro_kernels.step import (
+    Attending,
+    CrossAttentionPart,
+    FeedForwardPart,
+    Matrix,
+    Norm,
+    Part,
+    SelfAttentionPart,
+    Steps,
+)
 from torch import Tensor
 
 __all__ = [
     "Attending",
-    "CrossAttention",
-    "FeedForward",
+    "CrossAttentionPart",
+    "FeedForwardPart",
     "Matrix",
     "Norm",
     "Part",
-    "SelfAttention",
+    "SelfAttentionPart",
     "Steps",
     "attention",
     "chunked_cross_attention",

@@ -158,7 +158,7 @@ class StoreEmbedder:
                     f"the vectors are of {embedding.name} {embedding.fingerprint[:12]}",
                     "name the same model, or remove the vectors and build them again",
                 )
-            self._model = load_model(folder, embedding.pooling, embedding.precision)
+            self._model = load_sentence_model(folder, embedding.pooling, embedding.precision)
 
     def rows(self, store: Store, first: int, last: int) -> np.ndarray:
         """Vectors [last - first, Z] f32 of a store's chunks, as documents. Raises StoreError for NaN or another width."""
@@ -219,7 +219,7 @@ def open_embedder(text: str, model: str) -> StoreEmbedder:
     return StoreEmbedder(Embedding(**json.loads(text)), model)
 
 
-def load_model(folder: Path, pooling: str, precision: str) -> Any:
+def load_sentence_model(folder: Path, pooling: str, precision: str) -> Any:
     import torch
     from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
@@ -258,7 +258,7 @@ def choose_embedding(
     mark = model_fingerprint(folder)
     rates, sample = {}, list(sample)[:SAMPLE_TEXTS]
     for kind in ("fp32", "bf16") if precision == "auto" else (precision,):
-        loaded = load_model(folder, pooling, kind)
+        loaded = load_sentence_model(folder, pooling, kind)
         loaded.encode(sample[:2], show_progress_bar=False)
         start = time.monotonic()
         loaded.encode(sample, batch_size=ENCODE_BATCH, show_progress_bar=False)

@@ -13,7 +13,7 @@ from retro_kernels.cross_entropy import cross_entropy_
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.linear import linear
 from retro_kernels.rope import rope, rope_qk
-from retro_kernels.step import Attending, CrossAttention, Matrix, Norm, SelfAttention, Steps
+from retro_kernels.step import Attending, CrossAttentionPart, Matrix, Norm, SelfAttentionPart, Steps
 from torch import Tensor
 
 from retro_engine.model.loss import linear_cross_entropy
@@ -164,7 +164,11 @@ def test_a_step_with_no_valid_key(is_cross: bool) -> None:
     if not is_cross:
         cases.append(Attending(keys, values, 1.0, begins=torch.tensor([3, 0]), starts=starts))
     for attending in cases:
-        part = CrossAttention(plain, eye, eye, attending) if is_cross else SelfAttention(plain, *[eye] * 4, attending)
+        part = (
+            CrossAttentionPart(plain, eye, eye, attending)
+            if is_cross
+            else SelfAttentionPart(plain, *[eye] * 4, attending)
+        )
         found, exact = Steps([part])(x), reference.step(x, part)
         assert torch.equal(found[0], x[0])
         assert torch.equal(exact[0], x[0])
@@ -204,5 +208,5 @@ def test_views() -> None:
         torch.testing.assert_close(linear(row, matrix), row.clone() @ matrix.clone().T)
     assert linear(row[0], weight).shape == (6,)
     eye = Matrix(torch.eye(8))
-    part = CrossAttention(Norm(None, None, 1e-5, True), eye, eye, Attending(x[:, :3, :1], x[:, :3, 1:], 1.0))
+    part = CrossAttentionPart(Norm(None, None, 1e-5, True), eye, eye, Attending(x[:, :3, :1], x[:, :3, 1:], 1.0))
     torch.testing.assert_close(Steps([part])(row), Steps([part])(row.clone()))

@@ -12,7 +12,7 @@ from retro_kernels.chunked_cross_attention import chunked_cross_attention
 from retro_kernels.cross_entropy import cross_entropy_
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.rope import rope
-from retro_kernels.step import Attending, CrossAttention, FeedForward, Matrix, Norm, SelfAttention, Steps
+from retro_kernels.step import Attending, CrossAttentionPart, FeedForwardPart, Matrix, Norm, SelfAttentionPart, Steps
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
@@ -133,7 +133,9 @@ def test_scores_of_any_size(instruction_set: str) -> None:
         valid = torch.ones(1, 4, dtype=torch.bool)
         for mask in (None, valid, valid & (torch.arange(4) < 3)):
             eye = Matrix(torch.eye(2))
-            part = CrossAttention(Norm(None, None, 0.0, True), eye, eye, Attending(k, values, 1.0, valid=mask), True)
+            part = CrossAttentionPart(
+                Norm(None, None, 0.0, True), eye, eye, Attending(k, values, 1.0, valid=mask), True
+            )
             x = torch.tensor([[1.0, 0]]) / 2**0.5
             torch.testing.assert_close(Steps([part])(x), reference.step(x, part))
 
@@ -156,7 +158,7 @@ def test_a_cached_key_that_holds_nan(instruction_set: str, keys: int, dtype: tor
         cache = [torch.randn(2, keys + 1, 1, D).to(dtype) for _ in range(2)]
         cache[0][0, place] = torch.nan
         attending = Attending(*cache, 1.0, starts=torch.full((2,), keys))
-        out = Steps([SelfAttention(Norm(None, None, 0.0, True), eye, eye, eye, eye, attending)])(torch.ones(2, D))
+        out = Steps([SelfAttentionPart(Norm(None, None, 0.0, True), eye, eye, eye, eye, attending)])(torch.ones(2, D))
         assert out[0].isnan().all()
         assert out[1].isfinite().all()
 
@@ -186,7 +188,7 @@ def test_large_activations(instruction_set: str, kind: torch.dtype, activation: 
     inner = Matrix(torch.ones_like(inner).to(kind), None, inner[:, 0]) if kind == torch.int8 else Matrix(inner.to(kind))
     out = Matrix(torch.ones(1, 117).to(kind), None, torch.ones(1) if kind == torch.int8 else None)
     gate = inner if activation == "swiglu" else None
-    part = FeedForward(Norm(None, None, 0.0, True), gate, inner, out, activation)
+    part = FeedForwardPart(Norm(None, None, 0.0, True), gate, inner, out, activation)
     found = Steps([part])(x)
     exact = reference.step(x.to(kind if kind == torch.bfloat16 else torch.float32), part).float()
     torch.testing.assert_close(found, exact, rtol=2e-2 if kind == torch.bfloat16 else 2e-3, atol=1e-4, equal_nan=True)
@@ -197,7 +199,7 @@ def test_large_activations(instruction_set: str, kind: torch.dtype, activation: 
 def test_norms_of_any_size(instruction_set: str, is_rms: bool) -> None:
     """As PyTorch's: of 10^-40 ... 10^15, and NaN of what holds NaN or infinity."""
     eye = Matrix(torch.eye(21))
-    part = FeedForward(Norm(None, None, 1e-5, is_rms), None, eye, eye, "gelu_tanh")
+    part = FeedForwardPart(Norm(None, None, 1e-5, is_rms), None, eye, eye, "gelu_tanh")
     for size in (1e-40, 1e-20, 1.0, 1e10, 1e15):
         x = size * torch.randn(2, 21)
         found, exact = (function(x) - x for function in (Steps([part]), lambda x: reference.step(x, part)))

@@ -8,7 +8,16 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from retro_kernels import cpp, reference
-from retro_kernels.step import Attending, CrossAttention, FeedForward, Matrix, Norm, Part, SelfAttention, Steps
+from retro_kernels.step import (
+    Attending,
+    CrossAttentionPart,
+    FeedForwardPart,
+    Matrix,
+    Norm,
+    Part,
+    SelfAttentionPart,
+    Steps,
+)
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
@@ -71,7 +80,7 @@ def test_self_attention(
     D, cache_type = 24, torch.bfloat16 if is_cache_narrow else torch.float32
     attending = self_attending(shape, cache_type, E // 4 if is_rms else E // 2, interleaved=is_rms)
     weights = [matrix(n, D, kind) for n in (H * E, G * E, G * E)] + [matrix(D, H * E, kind, False)]
-    x, part = torch.randn(B, D), SelfAttention(norm(D, is_rms), *weights, attending)
+    x, part = torch.randn(B, D), SelfAttentionPart(norm(D, is_rms), *weights, attending)
     exact_part = wide(part)
     exact_attending = exact_part.attending  # type: ignore[attr-defined]
     exact = reference.step(x.double(), exact_part)  # type: ignore[arg-type]
@@ -100,7 +109,7 @@ def test_cross_attention(instruction_set: str, shape: tuple[int, ...], adds_bias
     attending = Attending(*cache, 0.2, valid=valid, positions=offsets, cos=cos, sin=sin)
     x, part = (
         torch.randn(B, D),
-        CrossAttention(norm(D, False), matrix(H * E, D), matrix(D, H * E), attending, adds_bias),
+        CrossAttentionPart(norm(D, False), matrix(H * E, D), matrix(D, H * E), attending, adds_bias),
     )
     exact = reference.step(x.double(), wide(part))  # type: ignore[arg-type]
     found = Steps([part])(x)
@@ -118,7 +127,7 @@ def test_feed_forward(instruction_set: str, rows: int, kind: torch.dtype, activa
     D, F = 40, 77
     gate = matrix(F, D, kind) if activation == "swiglu" else None
     x, plain = 3 * torch.randn(rows, D), norm(D, activation == "swiglu")
-    part = FeedForward(plain, gate, matrix(F, D, kind), matrix(D, F, kind), activation)
+    part = FeedForwardPart(plain, gate, matrix(F, D, kind), matrix(D, F, kind), activation)
     exact = reference.step(x.double(), wide(part))  # type: ignore[arg-type]
     found = Steps([part])(x)
     assert (found - exact).norm() <= (2e-6 if kind == torch.float32 else rounded()) * exact.norm()
@@ -136,7 +145,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(instruction_set: str, kind:
     def layer(rows: slice) -> Tensor:
         names = ("keys", "values", "begins", "starts", "positions")
         part = replace(attending, **{name: getattr(attending, name)[rows].clone() for name in names})
-        parts = [SelfAttention(first, *weights, part), FeedForward(second, *ffn, "swiglu")]
+        parts = [SelfAttentionPart(first, *weights, part), FeedForwardPart(second, *ffn, "swiglu")]
         return Steps(parts)(x[rows].contiguous())
 
     together = layer(slice(0, B))
@@ -148,7 +157,7 @@ def test_float64_and_many_rows_are_pytorchs() -> None:
     torch.manual_seed(4)
     for rows, dtype in ((3, torch.float64), (40, torch.float32)):
         x, ws = torch.randn(rows, 8).to(dtype), [Matrix(torch.randn(8, 8).to(dtype)) for _ in range(2)]
-        part = FeedForward(Norm(torch.ones(8, dtype=dtype), None, 1e-5, True), None, *ws, "gelu")
+        part = FeedForwardPart(Norm(torch.ones(8, dtype=dtype), None, 1e-5, True), None, *ws, "gelu")
         assert torch.equal(Steps([part])(x), reference.step(x, part))
 
 
@@ -157,7 +166,7 @@ def test_a_new_token_before_the_first_key_attends_nothing(instruction_set: str) 
     torch.manual_seed(6)
     weights = [matrix(16, 8), matrix(16, 8), matrix(16, 8), matrix(8, 16)]
     attending = replace(self_attending((2, 2, 2, 8), torch.float32, 4, False), begins=torch.tensor([7, S + 3]))
-    part = SelfAttention(norm(8, True), *weights, replace(attending, starts=torch.tensor([5, 0])))
+    part = SelfAttentionPart(norm(8, True), *weights, replace(attending, starts=torch.tensor([5, 0])))
     x = torch.randn(2, 8)
     torch.testing.assert_close(Steps([part])(x), reference.step(x, part))
 
@@ -180,21 +189,21 @@ def test_places_outside_are_named() -> None:
         ({"valid": torch.ones(2, 1, dtype=torch.bool)}, "valid has shape"),
     ):
         with pytest.raises(ValueError, match=message):
-            Steps([SelfAttention(plain, *weights, replace(attending, **change))])(x)
+            Steps([SelfAttentionPart(plain, *weights, replace(attending, **change))])(x)
     for place in range(4):
         wrong = [*weights[:place], matrix(9, 9), *weights[place + 1 :]]
         with pytest.raises(ValueError, match="expected"):
-            Steps([SelfAttention(plain, *wrong, attending)])
+            Steps([SelfAttentionPart(plain, *wrong, attending)])
     with pytest.raises(ValueError, match=r"down has weight \(8, 9\)"):
-        Steps([FeedForward(plain, None, matrix(10, 8), matrix(8, 9), "gelu")])
-    part = SelfAttention(plain, *weights, attending)
+        Steps([FeedForwardPart(plain, None, matrix(10, 8), matrix(8, 9), "gelu")])
+    part = SelfAttentionPart(plain, *weights, attending)
     with pytest.raises(ValueError, match=r"x has shape \(3, 8\); expected \[2, 8\]"):
         Steps([part])(torch.randn(3, 8))
     with pytest.raises(ValueError, match=r"attend \[1, 2\] rows"):
         Steps([part, replace(part, attending=self_attending((1, 2, 2, 8), torch.float32, 4, False))])
     with pytest.raises(ValueError, match=r"the norm has weight \(9,\); expected \[8\]"):
         Steps([replace(part, norm=norm(9, True))])
-    ffn = FeedForward(plain, matrix(10, 8), matrix(10, 8), matrix(8, 10), "gelu")
+    ffn = FeedForwardPart(plain, matrix(10, 8), matrix(10, 8), matrix(8, 10), "gelu")
     for wrong_gate in (ffn, replace(ffn, gate=None, activation="swiglu")):
         with pytest.raises(ValueError, match="swiglu has a gate"):
             Steps([wrong_gate])
@@ -210,9 +219,9 @@ def test_what_is_not_packed_is_pytorchs() -> None:
     x, plain = torch.randn(3, 16), norm(16, True)
     up, down = matrix(10, 16, torch.int8), matrix(16, 10, torch.int8)
     for part in (
-        FeedForward(Norm(torch.rand(32)[::2], None, 1e-5, True), None, up, down, "gelu"),
-        FeedForward(plain, None, replace(up, scale=up.scale.bfloat16()), down, "gelu"),  # type: ignore[union-attr]
-        FeedForward(plain, None, replace(up, bias=torch.randn(20)[::2]), down, "gelu"),
+        FeedForwardPart(Norm(torch.rand(32)[::2], None, 1e-5, True), None, up, down, "gelu"),
+        FeedForwardPart(plain, None, replace(up, scale=up.scale.bfloat16()), down, "gelu"),  # type: ignore[union-attr]
+        FeedForwardPart(plain, None, replace(up, bias=torch.randn(20)[::2]), down, "gelu"),
     ):
         assert torch.equal(Steps([part])(x), reference.step(x, part))
 
@@ -224,9 +233,9 @@ def test_parts_in_a_row_are_each_after_the_other() -> None:
     attending = self_attending((3, 4, 2, 16), torch.float32, 8, False)
     weights = [matrix(n, D) for n in (64, 32, 32)] + [matrix(D, 64)]
     reading = Attending(torch.randn(3, 9, 2, 16), torch.randn(3, 9, 2, 16), 0.2)
-    parts: list[Part] = [SelfAttention(norm(D, False), *weights, attending)]
-    parts += [CrossAttention(norm(D, True), matrix(64, D), matrix(D, 64), reading)]
-    parts += [FeedForward(norm(D, False), None, matrix(50, D), matrix(D, 50), "gelu")]
+    parts: list[Part] = [SelfAttentionPart(norm(D, False), *weights, attending)]
+    parts += [CrossAttentionPart(norm(D, True), matrix(64, D), matrix(D, 64), reading)]
+    parts += [FeedForwardPart(norm(D, False), None, matrix(50, D), matrix(D, 50), "gelu")]
     steps = Steps(parts)
     for _ in range(3):
         x = torch.randn(3, D)
@@ -253,11 +262,11 @@ class Layer(nn.Module):
     def parts(self, attending: Attending) -> list[Part]:
         plain = Norm(self.norm.weight, self.norm.bias, 1e-5, False)
         weights = [Matrix(m.weight, m.bias) for m in (self.q, self.k, self.v, self.out, self.up, self.down)]
-        return [SelfAttention(plain, *weights[:4], attending), FeedForward(plain, None, *weights[4:], "gelu")]
+        return [SelfAttentionPart(plain, *weights[:4], attending), FeedForwardPart(plain, None, *weights[4:], "gelu")]
 
     def attending(self) -> Attending:
         part = self.steps.parts[0]
-        assert isinstance(part, SelfAttention)
+        assert isinstance(part, SelfAttentionPart)
         return part.attending
 
 
