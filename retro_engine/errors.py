@@ -4,6 +4,10 @@ The exit codes of the command line hang on the class: 2 usage or config, 3 input
 incompatible, 4 optional dependency missing, 5 out of disk, memory or device, 6 quality gate failed.
 """
 
+import contextlib
+import errno
+from collections.abc import Iterator
+
 
 class RetroError(Exception):
     """Base of the errors below. `what` is one line; `why` and `do` may be empty."""
@@ -47,6 +51,15 @@ class MissingExtraError(RetroError, ImportError):
     exit_code = 4
 
 
+@contextlib.contextmanager
+def extra(name: str, what: str, why: str = "it is not installed") -> Iterator[None]:
+    """Around the import of what the extra `name` installs. Raises MissingExtraError."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(what, why, f"pip install 'retro-engine[{name}]'") from error
+
+
 class OutOfResourceError(RetroError, OSError):
     """No space on the disk, no memory, or no such device."""
 
@@ -78,8 +91,6 @@ class GateError(RetroError):
 
 def typed(error: BaseException) -> RetroError | None:
     """The typed form of what the system and the libraries raise for a full disk or memory, and for names; else None."""
-    import errno
-
     if isinstance(error, RetroError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

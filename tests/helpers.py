@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from retro_engine.config import ModelConfig, preset_model
+from retro_engine.data import files
+from retro_engine.data.neighbor_table import NeighborTable, ids_name, publish_table
+from retro_engine.data.store import Store
 from retro_engine.model.retro import RetroModel
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -25,6 +28,16 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"shared/{name} is absent")
     return path
+
+
+def table_of(query: Store, databases: list[Store], *shards: np.ndarray, name: str = "t") -> NeighborTable:
+    """A published neighbor table of these ids, QUERY/neighbors/NAME."""
+    folder, hashes = query.folder / "neighbors" / name, {}
+    files.make_folder(folder)
+    for number, ids in enumerate(shards):
+        file = ids_name(number)
+        hashes[file] = files.write_array(folder / file, "neighbors", ids.astype(np.int32), query.fingerprint)
+    return publish_table(folder, query, databases, shards[0].shape[1], {"name": "test"}, hashes)
 
 
 def small_config(**overrides: Any) -> ModelConfig:

@@ -17,42 +17,6 @@ from retro_engine.data.files import ArrayFile
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 
-SHARD_ROWS = 1 << 18
-
-
-class NeighborTableWriter:
-    """Publishes shards of ids in order; `close` publishes the table."""
-
-    def __init__(
-        self, folder: Path, query: Store, databases: Sequence[Store], num_neighbors: int, retriever: dict[str, Any]
-    ):
-        if num_neighbors < 1:
-            raise UsageError(f"K={num_neighbors} cannot be used", "a table holds at least one neighbor a chunk")
-        refuse_existing(folder)
-        check_databases(databases, query)
-        files.make_folder(folder)
-        self.folder, self.query, self.databases = folder, query, list(databases)
-        self.num_neighbors, self.retriever = num_neighbors, retriever
-        self.num_rows = sum(store.num_rows for store in databases)
-        self._files: dict[str, str] = {}
-        self._rows = 0
-
-    def write(self, ids: np.ndarray) -> None:
-        """The next rows, [rows, K]. Raises StoreError for ids outside the databases."""
-        assert ids.ndim == 2 and ids.shape[1] == self.num_neighbors, ids.shape
-        if ids.size and (ids.min() < -1 or ids.max() >= self.num_rows):
-            raise StoreError(f"neighbor id {ids.max()} is outside the databases", f"they have {self.num_rows} chunks")
-        dtype = np.int32 if self.num_rows < 1 << 31 else np.int64
-        for start in range(0, len(ids), SHARD_ROWS):
-            part = ids[start : start + SHARD_ROWS].astype(dtype)
-            name = ids_name(len(self._files))
-            self._files[name] = files.write_array(self.folder / name, "neighbors", part, self.query.fingerprint)
-            self._rows += len(part)
-
-    def close(self) -> "NeighborTable":
-        assert self._rows == self.query.num_rows, (self._rows, self.query.num_rows)
-        return publish_table(self.folder, self.query, self.databases, self.num_neighbors, self.retriever, self._files)
-
 
 def ids_name(number: int) -> str:
     return f"ids-{number:05d}.bin"
@@ -96,12 +60,7 @@ class NeighborTable:
         self.folder, self.query = Path(folder), query
         self.manifest = files.read_manifest(self.folder, "neighbors")
         m = self.manifest
-        if m["query"] != query.fingerprint:
-            raise StoreError(
-                f"{self.folder} is a table of store {m['query'][:12]}",
-                f"{query.folder} is {query.fingerprint[:12]}",
-                f"retro build {query.folder}",
-            )
+        query.check_mark(m["query"], f"{self.folder} is a table of store", f"retro build {query.folder}")
         self.num_neighbors: int = m["num_neighbors"]
         self.fingerprint: str = m["fingerprint"]
         self.databases = [self._database(entry) for entry in m["databases"]]
@@ -125,12 +84,7 @@ class NeighborTable:
         if entry["fingerprint"] == self.query.fingerprint:
             return self.query
         store = Store((self.folder / entry["path"]).resolve())
-        if store.fingerprint != entry["fingerprint"]:
-            raise StoreError(
-                f"{self.folder} has neighbors from store {entry['fingerprint'][:12]}",
-                f"{store.folder} is {store.fingerprint[:12]}",
-                "retro neighbors again",
-            )
+        store.check_mark(entry["fingerprint"], f"{self.folder} has neighbors from store", "retro neighbors again")
         return store
 
     def ids(self, rows: np.ndarray, k: int) -> np.ndarray:

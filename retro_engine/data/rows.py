@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from retro_engine.data.inputs import SetAside, kind_of, open_file, shown
 from retro_engine.data.streams import HEAD, STREAM_ERRORS, TEXT_KEY, Joined, Unusable, decode, open_text
-from retro_engine.errors import MissingExtraError, MissingInputError
+from retro_engine.errors import MissingInputError, extra
 
 PARQUET_ROWS = 256  # read at once
 SKIP_STEP = 1 << 20  # bytes of a line that is too long, passed over at once
@@ -426,13 +426,9 @@ def _csv_records(text: _Text, max_bytes: int) -> Iterator[tuple[int, list[str] |
 
 
 def _import_parquet() -> tuple[Any, Any]:
-    try:
+    with extra("data", ".parquet files need pyarrow"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtraError(
-            ".parquet files need pyarrow", "it is not installed", "pip install 'retro-engine[data]'"
-        ) from error
     return pyarrow.parquet, pyarrow
 
 

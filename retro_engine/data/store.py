@@ -305,6 +305,11 @@ class Store:
         """What a reader of its ids must have too."""
         return Coding(str(self.folder), self.manifest["tokenizer"], self.chunk_size)
 
+    def check_mark(self, mark: str, what: str, do: str) -> None:
+        """Raise StoreError unless `mark` is the fingerprint of the store that `what` is of."""
+        if mark != self.fingerprint:
+            raise StoreError(f"{what} {mark[:12]}", f"{self.folder} is {self.fingerprint[:12]}", do)
+
     @property
     def documents(self) -> np.ndarray:
         """[documents, 3] i64: first row, tokens, bytes."""

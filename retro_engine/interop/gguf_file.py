@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_engine.errors import MissingExtraError, MissingInputError, StoreError
+from retro_engine.errors import MissingInputError, StoreError, extra
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # type -> struct
 TEXT, ARRAY = 8, 9
@@ -63,12 +63,8 @@ class GgufFile:
 
 def read_gguf_file(path: Path) -> GgufFile:
     """Raises StoreError for what is damaged, MissingExtraError without the package gguf."""
-    try:
+    with extra("hf", "gguf is not installed", "it reads .gguf files"):
         from gguf.constants import GGML_QUANT_SIZES
-    except ImportError as error:
-        raise MissingExtraError(
-            "gguf is not installed", "it reads .gguf files", "pip install 'retro-engine[hf]'"
-        ) from error
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist", "", "name a .gguf file")
     if path.stat().st_size < 24:

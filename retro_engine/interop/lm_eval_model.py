@@ -11,20 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from retro_engine.errors import MissingExtraError, MissingInputError, UsageError, nearest
+from retro_engine.errors import MissingInputError, UsageError, extra, nearest
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.request import Request
 from retro_engine.generate.sampling import Sampling
 
-try:
+with extra("eval", "lm-eval is not installed", "--lm-eval runs its tasks"):
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ImportError as error:
-    raise MissingExtraError(
-        "lm-eval is not installed", "--lm-eval runs its tasks", "pip install 'retro-engine[eval]'"
-    ) from error
 
 MAX_NEW_TOKENS = 128  # where a task does not say
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from retro_engine.config import ModelConfig
-from retro_engine.errors import MissingExtraError
+from retro_engine.errors import extra
 from retro_engine.generate.sampling import Sampling, choose
 from retro_engine.model.decoding import decode
 from retro_engine.model.retro import RetroModel
 
-try:
+with extra("hf", "transformers is not installed", "RetroForCausalLM is one of its models"):
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -27,10 +27,6 @@ try:
         PreTrainedModel,
     )
     from transformers.modeling_outputs import CausalLMOutput
-except ImportError as error:
-    raise MissingExtraError(
-        "transformers is not installed", "RetroForCausalLM is one of its models", "pip install 'retro-engine[hf]'"
-    ) from error
 
 MODEL_TYPE = "retro_engine_hf"
 SAMPLED = ("temperature", "top_k", "top_p")

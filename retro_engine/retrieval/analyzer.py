@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_engine.errors import MissingExtraError, MissingInputError, StoreError, UsageError, nearest
+from retro_engine.errors import MissingInputError, StoreError, UsageError, extra, nearest
 from retro_engine.retrieval import analyzer_loops as loops
 
 VERSION = 2
@@ -177,12 +177,8 @@ def make_analyzer(stemmer: str | None = None, stop_words: str = "en") -> Analyze
 
 def open_stemmer(language: str) -> Any:
     """Snowball's stemmer of a language: one of a thread's own, they are not to be shared."""
-    try:
+    with extra("stem", f"stemmer {language} needs PyStemmer"):
         import Stemmer
-    except ImportError as error:
-        raise MissingExtraError(
-            f"stemmer {language} needs PyStemmer", "it is not installed", "pip install 'retro-engine[stem]'"
-        ) from error
     known = Stemmer.algorithms()
     language = LANGUAGES.get(language, language)
     if language not in known:

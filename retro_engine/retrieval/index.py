@@ -222,10 +222,6 @@ class VectorIndex:
         text = json.dumps(self.vectors.embedding.to_json(), sort_keys=True)
         return open_embedder(text, self.model).texts(texts, self.store)
 
-    def search_texts(self, texts: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """`search_vectors` for queries that are texts."""
-        return self.search_vectors(self.embed_texts(texts), k)
-
     def verify(self) -> None:
         """Compare every file with the manifests (opening has done so too)."""
         files.verify_files(self.folder, self.manifest["files"])

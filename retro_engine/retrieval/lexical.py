@@ -43,12 +43,7 @@ class Bm25Index:
         """Raises MissingInputError, or StoreError for an index of another store or a damaged one."""
         self.folder, self.store = folder, store
         self.manifest = files.read_manifest(folder, "index")
-        if self.manifest["store"] != store.fingerprint:
-            raise StoreError(
-                f"{folder} indexes store {self.manifest['store'][:12]}",
-                f"{store.folder} is {store.fingerprint[:12]}",
-                f"retro index {store.folder}",
-            )
+        store.check_mark(self.manifest["store"], f"{folder} indexes store", f"retro index {store.folder}")
         self.analyzer = from_json(self.manifest.get("analyzer"), str(folder))
         names = OUTPUTS if self.analyzer != FIRST else ("vocabulary.json", *OUTPUTS[1:])
         files.verify_files(folder, self.manifest["files"], needed=names)

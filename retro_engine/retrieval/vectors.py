@@ -82,20 +82,16 @@ def _settle_embedding(store: Store, model: str, folder: Path, reporter: Reporter
     path = folder / EMBEDDING_FILE
     try:
         known = files.read_json(path)
-        if known["store"] == store.fingerprint:
-            EMBEDDING(known["embedding"], EMBEDDING_FILE)
-            embedding = Embedding(**known["embedding"])
-            _refuse_other_choices(folder, embedding, choices)
-            return embedding
-        raise StoreError(
-            f"{folder} has vectors of store {str(known['store'])[:12]}",
-            f"{store.folder} is {store.fingerprint[:12]}",
-            f"rm -r {folder}, then build them again",
-        )
+        EMBEDDING(known["embedding"], EMBEDDING_FILE)
+        mark, embedding = str(known["store"]), Embedding(**known["embedding"])
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise StoreError(f"{path} is damaged", "it cannot be read", f"rm -r {folder}, then build again") from error
+    else:
+        store.check_mark(mark, f"{folder} has vectors of store", f"rm -r {folder}, then build them again")
+        _refuse_other_choices(folder, embedding, choices)
+        return embedding
     middle = max(0, (store.num_rows - SAMPLE_ROWS) // 2)
     sample = [text for batch in store.texts(middle, min(middle + SAMPLE_ROWS, store.num_rows)) for text in batch]
     embedding, measured = choose_embedding(model, sample, **choices)
@@ -168,12 +164,9 @@ class Vectors:
             self.embedding = Embedding(**self.manifest["embedding"])
         except (KeyError, TypeError) as error:
             raise StoreError(f"{folder} was made by another version", "", f"rm -r {folder}") from error
-        if store is not None and self.manifest["store"] != store.fingerprint:
-            raise StoreError(
-                f"{folder} has vectors of store {self.manifest['store'][:12]}",
-                f"{store.folder} is {store.fingerprint[:12]}",
-                f"rm -r {folder}, then build them again",
-            )
+        if store is not None:
+            do = f"rm -r {folder}, then build them again"
+            store.check_mark(self.manifest["store"], f"{folder} has vectors of store", do)
         files.verify_files(folder, self.manifest["files"])
         self._shards = [
             files.map_npy(files.child(folder, name), self.embedding.dtype, 2) for name in sorted(self.manifest["files"])

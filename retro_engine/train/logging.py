@@ -21,7 +21,7 @@ import torch
 from retro_engine.config import Config, ModelConfig, flat_keys
 from retro_engine.data import files
 from retro_engine.data.batches import SequenceBatch
-from retro_engine.errors import MissingExtraError
+from retro_engine.errors import MissingExtraError, extra
 from retro_engine.model.flops import training_flops
 from retro_engine.progress import Reporter
 from retro_engine.train import record
@@ -171,14 +171,8 @@ class RunLog:
     def _wandb(self, config: Config) -> "_Tracker | None":
         if not config.exp_manager.create_wandb_logger:
             return None
-        try:
+        with extra("wandb", "wandb is not installed", "exp_manager.create_wandb_logger=true needs it"):
             import wandb
-        except ImportError as error:
-            raise MissingExtraError(
-                "wandb is not installed",
-                "exp_manager.create_wandb_logger=true needs it",
-                "pip install 'retro-engine[wandb]'",
-            ) from error
         chosen = {key: v for key, v in vars(config.exp_manager.wandb_logger_kwargs).items() if v is not None}
         arguments = {"name": self.run.name, "project": "retro-engine"} | chosen
         try:

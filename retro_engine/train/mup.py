@@ -20,7 +20,7 @@ from retro_engine.data import files
 from retro_engine.data.batches import Order
 from retro_engine.data.manifests import SWEEP_CELL
 from retro_engine.data.store import Store
-from retro_engine.errors import GateError, MissingExtraError, StoreError, UsageError
+from retro_engine.errors import GateError, StoreError, UsageError, extra
 from retro_engine.evaluate.losses import to_tensors
 from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
@@ -269,12 +269,8 @@ def save_check(check: CoordinateCheck, config: Config, steps: int, out: Path) ->
 
 
 def _pyplot() -> Any:
-    try:
+    with extra("train", "matplotlib is not installed", "the plot needs it"):
         import matplotlib
-    except ImportError as error:
-        raise MissingExtraError(
-            "matplotlib is not installed", "the plot needs it", "pip install 'retro-engine[train]'"
-        ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_engine.data.batches import Order, Sequences, copies_of, describe_copies, pack, pack_in_order, split_documents
-from retro_engine.data.neighbor_table import NeighborTable, NeighborTableWriter, find_table
+from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
+from tests.helpers import table_of
 
 AS_IT_IS = Order(7, is_shuffled=False, is_cyclic=False)
 
@@ -214,9 +215,7 @@ def test_no_batch_has_a_copy_whatever_the_table_says(tmp_path: Path) -> None:
     other = copied_store(tmp_path / "b", texts, str(store.folder))
     total = store.num_rows + other.num_rows
     rng = np.random.default_rng(0)
-    writer = NeighborTableWriter(store.folder / "neighbors" / "t", store, [store, other], 40, {"name": "test"})
-    writer.write(np.stack([rng.permutation(total)[:40] for _ in range(store.num_rows)]))
-    table = writer.close()
+    table = table_of(store, [store, other], np.stack([rng.permutation(total)[:40] for _ in range(store.num_rows)]))
     held_out = np.array([4, 9])
     trained = np.setdiff1d(np.arange(store.num_documents), held_out)
     contents = np.concatenate([s.contents_of(np.arange(s.num_rows)) for s in (store, other)])

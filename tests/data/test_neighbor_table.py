@@ -8,10 +8,11 @@ import pytest
 
 from retro_engine.data import files
 from retro_engine.data.corpus import Document
-from retro_engine.data.neighbor_table import NeighborTable, NeighborTableWriter, find_table
+from retro_engine.data.neighbor_table import NeighborTable, check_databases, find_table, refuse_existing
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, RetroError, StoreError, UsageError
+from tests.helpers import table_of
 
 TOKENIZER = Tokenizer.train(["x"], 300)
 
@@ -31,10 +32,7 @@ def stores(tmp_path: Path) -> tuple[Store, Store]:
 def write_table(query: Store, databases: list[Store], K: int = 3) -> tuple[NeighborTable, np.ndarray]:
     total = sum(store.num_rows for store in databases)
     ids = np.random.default_rng(0).integers(-1, total, (query.num_rows, K))
-    writer = NeighborTableWriter(query.folder / "neighbors" / "t", query, databases, K, {"name": "test"})
-    writer.write(ids[:5])
-    writer.write(ids[5:])
-    return writer.close(), ids
+    return table_of(query, databases, ids[:5], ids[5:]), ids
 
 
 def test_round_trip(stores: tuple[Store, Store]) -> None:
@@ -49,20 +47,14 @@ def test_round_trip(stores: tuple[Store, Store]) -> None:
     assert find_table(a, None) == table.folder == find_table(a, "t")
 
 
-def test_k_above_the_width_and_ids_outside(stores: tuple[Store, Store]) -> None:
+def test_k_above_the_width_and_a_table_that_is_there(stores: tuple[Store, Store]) -> None:
     a, b = stores
     table, _ = write_table(a, [b])
     for k in (0, -1, 4):
         with pytest.raises(UsageError, match=f"k={k}"):
             table.ids(np.array([0]), k)
-    writer = NeighborTableWriter(a.folder / "neighbors" / "u", a, [b], 1, {})
-    for wrong in (b.num_rows, -2):
-        with pytest.raises(StoreError, match="outside the databases"):
-            writer.write(np.full((1, 1), wrong))
-    with pytest.raises(UsageError, match="K=0"):
-        NeighborTableWriter(a.folder / "neighbors" / "v", a, [b], 0, {})
     with pytest.raises(UsageError, match="never changes"):
-        NeighborTableWriter(table.folder, a, [b], 1, {})
+        refuse_existing(table.folder)
 
 
 def test_an_id_outside_in_the_file_is_refused(stores: tuple[Store, Store]) -> None:
@@ -128,7 +120,7 @@ def test_which_table(stores: tuple[Store, Store]) -> None:
 def test_a_store_named_twice_and_a_linked_store(stores: tuple[Store, Store], tmp_path: Path) -> None:
     a, b = stores
     with pytest.raises(UsageError, match="named twice"):
-        NeighborTableWriter(a.folder / "neighbors" / "w", a, [b, a, b], 1, {})
+        check_databases([b, a, b], a)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "link").symlink_to(b.folder)
     linked = Store(tmp_path / "elsewhere" / "link")
@@ -149,7 +141,7 @@ def test_a_database_of_other_ids_or_chunks(
         rf"{a.folder} has (tokenizer|chunk_size) .*\n.*{other.folder} has .*\n.*retro prepare --tokenizer {a.folder}"
     )
     with pytest.raises(StoreError, match=named):
-        NeighborTableWriter(a.folder / "neighbors" / "x", a, [a, other], 1, {})
+        check_databases([a, other], a)
     folder = a.folder / "neighbors" / "before"
     folder.mkdir(parents=True)
     ids = np.zeros((a.num_rows, 1), np.int32)

@@ -313,7 +313,7 @@ def test_k_that_cannot_be_used_and_k_above_the_store(tmp_path: Path) -> None:
 
 def test_queries_of_no_and_of_a_million_characters(tmp_path: Path) -> None:
     index = build_index(store_of(tmp_path / "s", 7), "hash", tmp_path / "i")
-    ids, _ = index.search_texts(["", "x" * 10**6], 3)
+    ids, _ = index.search_vectors(index.embed_texts(["", "x" * 10**6]), 3)
     assert (ids[0] == -1).all()
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from retro_engine.data.corpus import Document
-from retro_engine.data.neighbor_table import NeighborTable, NeighborTableWriter, find_table
+from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.retrieval.quality import describe_quality, quality
+from tests.helpers import table_of
 
 
 def test_copies_and_strangers(tmp_path: Path) -> None:
@@ -18,10 +19,9 @@ def test_copies_and_strangers(tmp_path: Path) -> None:
     for number in range(6):
         writer.add(Document(str(number), "", "x", "f"), list(range(10 + 40 * (number // 2), 41 + 40 * (number // 2))))
     store = writer.close()  # documents 0 and 1, 2 and 3, 4 and 5 are equal; two rows each
-    table = NeighborTableWriter(tmp_path / "s" / "neighbors" / "t", store, [store], 2, {"name": "test"})
     twin = [2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9]
-    table.write(np.array([[twin[row], (row + 4) % 12 if row % 4 < 2 else -1] for row in range(12)]))
-    report = quality(table.close())
+    ids = np.array([[twin[row], (row + 4) % 12 if row % 4 < 2 else -1] for row in range(12)])
+    report = quality(table_of(store, [store], ids))
     assert report["sampled_chunks"] == 12
     assert report["share_missing"] == pytest.approx(6 / 24)
     assert report["share_without_neighbors"] == 0
