@@ -210,15 +210,7 @@ class Retro:
         c = self.model.config
         model_coding(self.model, self.tokenizer).check(share.store.coding)
         table = share.table if c.retrieval else None
-        return Sequences(
-            share.store,
-            share.documents,
-            sequence_length=c.encoder_seq_length,
-            table=table,
-            num_neighbors=c.num_neighbors,
-            retrieved_length=c.r,
-            database_documents=share.database_documents,
-        )
+        return Sequences.of_model(c, share.store, share.documents, table, share.database_documents)
 
     def evaluate(self, share: Share, modes: Sequence[str] | None = None, limit: int | None = None) -> Evaluation:
         """Bits per byte over every token of `share`, retrieval on, off and random."""

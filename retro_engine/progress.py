@@ -6,7 +6,7 @@ Also asks before work that a measured sample says will be long.
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,16 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def seconds_each(work: Callable[[int, int], object], count: int, sample: int) -> float:
+    """Of one of `count` rows, from first to last - 1 of a sample in the middle; a few are done before, and may compile."""
+    sample = min(sample, count)
+    middle = (count - sample) // 2
+    work(middle, middle + min(4, sample))
+    start = time.monotonic()
+    work(middle, middle + sample)
+    return (time.monotonic() - start) / max(1, sample)
 
 
 def note(text: str) -> None:

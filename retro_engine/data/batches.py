@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retro_engine.config import splits
+from retro_engine.config import ModelConfig, splits
 from retro_engine.data.loader import NeighborLoader
 from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.store import Store
@@ -271,6 +271,18 @@ class Sequences(Stream):
             self._held_out = np.unique(store.contents[~self._is_allowed])
         self._evaluation_rows = np.concatenate([np.arange(f, f + c) for f, c in zip(self._first_rows, self._num_rows)])
 
+    @classmethod
+    def of_model(
+        cls,
+        m: ModelConfig,
+        store: Store,
+        documents: np.ndarray,
+        table: NeighborTable | None,
+        database: np.ndarray | None,
+    ) -> "Sequences":
+        """As a model with these settings reads them."""
+        return cls(store, documents, m.encoder_seq_length, table, m.num_neighbors, m.r, database)
+
     def _find_own(self, table: NeighborTable) -> int | None:
         """The id of the store's first row among the databases; None = the store is not among them."""
         start = 0
@@ -311,10 +323,10 @@ class Sequences(Stream):
         return SequenceBatch(
             tokens[..., :m].reshape(B, L * m),
             labels.reshape(B, L * m),
-            document_ids.reshape(B, L * m),
-            neighbors,
-            neighbor_lengths,
-            ids,
+            document_ids=document_ids.reshape(B, L * m),
+            neighbors=neighbors,
+            lengths=neighbor_lengths,
+            neighbor_ids=ids,
         )
 
     def neighbor_ids(self, rows_BL: np.ndarray, mode: str = "on") -> np.ndarray:

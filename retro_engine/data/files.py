@@ -519,6 +519,14 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     return {**body, "fingerprint": mark}
 
 
+def known_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """`read_manifest`, or {} where there is none."""
+    try:
+        return read_manifest(folder, kind)
+    except MissingInputError:
+        return {}
+
+
 def verify_files(folder: Path, files: dict[str, str], depth: int = 1, needed: Iterable[str] = ()) -> None:
     """Compare every file of a manifest (name -> SHA-256) with the disk; names are those that `child` allows.
 

@@ -142,7 +142,7 @@ def _question(row: Row, template: str) -> Question:
     documents = _list_of(values[named], named, _label) if named else ()
     identifier = next((values[key] for key in ID_KEYS if values.get(key, "") != ""), None)
     name = str(row.number) if identifier is None else _label(identifier, "id")
-    return Question(name, prompt, query, answers, neighbors, documents, row.number)
+    return Question(name, prompt, query, answers=answers, neighbors=neighbors, documents=documents, line=row.number)
 
 
 def _of_messages(messages: Any) -> tuple[str, str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -77,11 +77,7 @@ class RowReader:
         for line in text:
             if not line.strip():
                 continue
-            source = f"{name}:{text.number}"
-            try:
-                yield Row(_object(_parse(text.decoded(line))), source, text.number)
-            except Unusable as error:
-                yield SetAside(source, str(error))
+            yield _row(name, text.number, lambda line=line: _object(_parse(text.decoded(line))))  # type: ignore[misc]
 
     def _json(self, text: "_Text", name: str) -> Iterator[Row | SetAside]:
         """An array of rows, one object, or lines of objects; rows of an array are counted, not their lines."""
@@ -97,17 +93,8 @@ class RowReader:
                 yield SetAside(name, str(error))
 
     def _array(self, text: "_Text", name: str) -> Iterator[Row | SetAside]:
-        number = 0
-        for value in _values(text):
-            number += 1
-            source = f"{name}:{number}"
-            if isinstance(value, Unusable):
-                yield SetAside(source, str(value))
-                continue
-            try:
-                yield Row(_object(value), source, number)
-            except Unusable as error:
-                yield SetAside(source, str(error))
+        for number, value in enumerate(_values(text), 1):
+            yield _row(name, number, lambda value=value: _object(value))  # type: ignore[misc]
 
     def _table(self, text: "_Text", kind: str, name: str) -> Iterator[Row | SetAside]:
         """Lines of TSV or CSV under their names."""
@@ -160,11 +147,8 @@ class RowReader:
                     values = {name: batch.column(batch.schema.names.index(name)) for name in columns}
                     for row in range(batch.num_rows):
                         number += 1
-                        source = f"{shown(path)}:{number}"
-                        try:
-                            yield Row({name: self._cell(v, row) for name, v in values.items()}, source, number)
-                        except Unusable as error:
-                            yield SetAside(source, str(error))
+                        cells = lambda row=row, of=values: {name: self._cell(v, row) for name, v in of.items()}  # noqa: E731
+                        yield _row(shown(path), number, cells)
         except MissingInputError as error:
             yield SetAside(shown(path), f"{error.what}: {error.why}")
         except (arrow.ArrowException, OSError) as error:
@@ -260,7 +244,18 @@ def _parse(text: str) -> Any:
         raise Unusable(f"not JSON: {error}") from error
 
 
+def _row(name: str, number: int, values: Callable[[], dict[str, Any]]) -> Row | SetAside:
+    """Row `number` of a file, or why it is none: what `values` raises."""
+    source = f"{name}:{number}"
+    try:
+        return Row(values(), source, number)
+    except Unusable as error:
+        return SetAside(source, str(error))
+
+
 def _object(value: Any) -> dict[str, Any]:
+    if isinstance(value, Unusable):
+        raise value
     if not isinstance(value, dict):
         raise Unusable(f"not a JSON object but {type(value).__name__}")
     return value

@@ -8,7 +8,7 @@ a brand-new entity to a second store and asks for its facts. Exit code 6 when th
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,15 +164,8 @@ def heldout_sequences(retro: Retro, store: Store, num_neighbors: int | None = No
     """All documents of a store with their BM25 neighbors, for `retro`; `num_neighbors` None = as it was trained."""
     c = retro.model.config
     table = NeighborTable(store.folder / "neighbors" / "bm25", store)
-    documents = np.arange(store.num_documents)
-    return Sequences(
-        store,
-        documents,
-        c.encoder_seq_length,
-        table,
-        num_neighbors=num_neighbors or c.num_neighbors,
-        retrieved_length=c.r,
-    )
+    c = replace(c, num_neighbors=num_neighbors or c.num_neighbors)
+    return Sequences.of_model(c, store, np.arange(store.num_documents), table, None)
 
 
 def _new_entity(retro: Retro, data: FactsData, out: Path, seed: int, reporter: Reporter) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ and this model does not compute is refused by its name.
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,27 +144,27 @@ def _refuse(name: str, key: str, value: Any, why: str) -> None:
     raise StoreError(f"{name}: {key}={str(value)[:80]} is not supported", why)
 
 
-def _whole(v: dict[str, Any], key: str, name: str, default: int | None = None) -> int:
-    """A whole number above 0; `default` where the key is missing or null. Raises StoreError."""
+def _value(
+    v: dict[str, Any], key: str, name: str, default: Any, is_right: Callable[[Any], bool], expected: str
+) -> Any:  # fmt: skip
+    """`default` where the key is missing or null. Raises StoreError."""
     value = default if v.get(key) is None else v[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise StoreError(f"{name}: {key}={str(value)[:80]} cannot be used", "expected a whole number above 0")
+    if not is_right(value):
+        raise StoreError(f"{name}: {key}={str(value)[:80]} cannot be used", f"expected {expected}")
     return value
+
+
+def _whole(v: dict[str, Any], key: str, name: str, default: int | None = None) -> int:
+    return _value(v, key, name, default, lambda x: type(x) is int and x >= 1, expected="a whole number above 0")
 
 
 def _real(v: dict[str, Any], key: str, name: str, default: float | None = None) -> float:
-    """A finite number above 0, or `default`. Raises StoreError."""
-    value = default if v.get(key) is None else v[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise StoreError(f"{name}: {key}={str(value)[:80]} cannot be used", "expected a number above 0")
-    return float(value)
+    is_real = lambda x: type(x) in (int, float) and 0 < x < math.inf  # noqa: E731
+    return float(_value(v, key, name, default, is_real, expected="a number above 0"))
 
 
 def _choice(v: dict[str, Any], key: str, name: str, default: bool) -> bool:
-    value = default if v.get(key) is None else v[key]
-    if not isinstance(value, bool):
-        raise StoreError(f"{name}: {key}={str(value)[:80]} cannot be used", "expected true or false")
-    return value
+    return _value(v, key, name, default, lambda x: isinstance(x, bool), expected="true or false")
 
 
 def _length(positions: int) -> int:

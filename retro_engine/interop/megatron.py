@@ -133,6 +133,19 @@ def _megatron_config(meta: dict[str, str], state: State, **fields: Any) -> Model
     )
 
 
+def _root_of(state: State, meta: dict[str, str], config: ModelConfig, final_norm: str) -> _Taker:
+    """With all but the layers taken."""
+    take = _Taker(state, meta.get("layernorm_1p") == "True")
+    take.tensor("embedding.weight", "embedding.word_embeddings.weight")
+    if config.position_embedding == "learned":
+        take.tensor("position_embedding.weight", "embedding.position_embeddings.weight")
+    if not config.share_embeddings:
+        take.tensor("head.weight", "output_layer.weight")
+    if config.decoder_final_norm:
+        take.norm("final_norm", final_norm)
+    return take
+
+
 def _from_mcore(state: State, meta: dict[str, str]) -> tuple[ModelConfig, State]:
     layers, heads = int(meta["L"]), int(meta["heads"])
     crossing = [i for i in range(layers) if f"decoder.layers.{i}.cross_attention.attn.linear_q.weight" in state]
@@ -147,15 +160,7 @@ def _from_mcore(state: State, meta: dict[str, str]) -> tuple[ModelConfig, State]
         bias="decoder.layers.0.self_attention.linear_proj.bias" in state,
         decoder_final_norm="decoder.final_layernorm.weight" in state,
     )
-    take = _Taker(state, meta.get("layernorm_1p") == "True")
-    take.tensor("embedding.weight", "embedding.word_embeddings.weight")
-    if config.position_embedding == "learned":
-        take.tensor("position_embedding.weight", "embedding.position_embeddings.weight")
-    if not config.share_embeddings:
-        take.tensor("head.weight", "output_layer.weight")
-    if config.decoder_final_norm:
-        take.norm("final_norm", "decoder.final_layernorm")
-
+    take = _root_of(state, meta, config, "decoder.final_layernorm")
     names_kv, is_gated = partial(_key_value_names, crossing), config.activation == "swiglu"
 
     def layer(target: str, source: str, is_crossing: bool, ffn_norm: str) -> None:
@@ -196,13 +201,7 @@ def _from_megatron(state: State, meta: dict[str, str]) -> tuple[ModelConfig, Sta
         encoder_ca_residual="input",
         decoder_final_norm=True,
     )
-    take = _Taker(state, meta.get("layernorm_1p") == "True")
-    take.tensor("embedding.weight", "embedding.word_embeddings.weight")
-    if config.position_embedding == "learned":
-        take.tensor("position_embedding.weight", "embedding.position_embeddings.weight")
-    if not config.share_embeddings:
-        take.tensor("head.weight", "output_layer.weight")
-    take.norm("final_norm", "encoder.final_layernorm")
+    take = _root_of(state, meta, config, "encoder.final_layernorm")
     names_kv, groups = partial(_key_value_names, crossing), config.key_value_heads
 
     def layer(target: str, source: str) -> None:

@@ -86,10 +86,10 @@ class Library:
             self.chunker = Chunker(
                 self.file.tokenizer,
                 self.file.chunk_size,
-                self.file.stride,
-                embedder,
-                self.file.settings["width"],
-                self.file.analyzer,
+                stride=self.file.stride,
+                embedder=embedder,
+                width=self.file.settings["width"],
+                analyzer=self.file.analyzer,
             )
             self._check_embedder(embedder)
             self._lock = threading.RLock()  # writers, and whoever publishes a snapshot
@@ -331,7 +331,7 @@ class Library:
         reach = -(-(retrieved_length or self.file.chunk_size) // self.file.stride)
         with self._view() as (connection, shown):
             snapshot = shown.snapshots.get(namespace, ())
-            ranking = rank(snapshot, mode, self.file.analyzer.query(text), vector, weights, k * (2 * reach - 1))
+            ranking = rank(snapshot, mode, self.file.analyzer.query(text), vector, weights, k=k * (2 * reach - 1))
             ranking = without_overlaps(snapshot, ranking, reach)[:k] if reach > 1 else ranking
             found = self._hits(connection, snapshot, ranking)
         self._check_open()  # not closed while it searched

@@ -104,7 +104,7 @@ def masked_attention(
 
     A query that attends nothing gets 0, as in every op.
     """
-    return reference.masked_attention(q_BNHE, k_BSGE, v_BSGE, mask, is_causal, dropout, scale)
+    return reference.masked_attention(q_BNHE, k_BSGE, v_BSGE, mask, is_causal, dropout=dropout, scale=scale)
 
 
 def rotary_tables(

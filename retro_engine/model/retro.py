@@ -254,7 +254,7 @@ class RetroModel(nn.Module):
         c = self.config
         dtype = torch.float32 if c.rotary_table_precision == "float32" else self.embedding.weight.dtype
         rotary_width = 2 * (int(head_width * c.rotary_percentage) // 2)
-        return ops.rotary_tables(num_positions, rotary_width, c.rotary_base, dtype, device, factors)
+        return ops.rotary_tables(num_positions, rotary_width, c.rotary_base, dtype, device, factors=factors)
 
     def decoder_rotary(self, num_positions: int, device: torch.device) -> Rotary:
         c = self.config

@@ -248,10 +248,10 @@ def word_edges() -> WordEdges:
     return WordEdges(
         re.compile(mark),
         re.compile(base),
-        tuple(re.compile(f"(?:{mark}*{base}){{1,{count}}}") for count in (1, 2)),
-        tuple(re.compile(f"{mark}*(?:{base}{mark}*){{0,{count}}}") for count in (1, 2)),
-        re.compile(f"{within[:-1]}{signs}]*"),
-        re.compile(f"(?:[{signs}]+|[{joiners}]?{letter}){within}*[{signs}]*"),
+        characters_before=tuple(re.compile(f"(?:{mark}*{base}){{1,{count}}}") for count in (1, 2)),
+        characters_after=tuple(re.compile(f"{mark}*(?:{base}{mark}*){{0,{count}}}") for count in (1, 2)),
+        before=re.compile(f"{within[:-1]}{signs}]*"),
+        after=re.compile(f"(?:[{signs}]+|[{joiners}]?{letter}){within}*[{signs}]*"),
     )
 
 

@@ -6,7 +6,6 @@ Its weights are read from safetensors only. Letters: U chunks, M tokens per row,
 """
 
 import importlib.util
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -210,9 +209,9 @@ class StoreEmbedder:
 
 
 @lru_cache(2)
-def open_embedder(text: str, model: str) -> StoreEmbedder:
-    """The embedder of an `Embedding` as JSON; kept, since loading a model takes seconds."""
-    return StoreEmbedder(Embedding(**json.loads(text)), model)
+def open_embedder(embedding: Embedding, model: str) -> StoreEmbedder:
+    """Kept, since loading a model takes seconds."""
+    return StoreEmbedder(embedding, model)
 
 
 def load_sentence_model(folder: Path, pooling: str, precision: str) -> Any:

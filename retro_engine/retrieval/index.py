@@ -3,7 +3,6 @@
 `index_build` makes it. Letters: U chunks, Q queries, Z embedding width, K neighbors.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from retro_engine.retrieval.embed import embed, open_embedder
 from retro_engine.retrieval.faiss_factory import num_lists
 from retro_engine.retrieval.inverted_lists import ListsFile, map_lists, read_faiss
 from retro_engine.retrieval.left_out import LeftOut
-from retro_engine.retrieval.vectors import ExactSearch, Vectors
+from retro_engine.retrieval.vectors import ExactSearch, Vectors, has_gpu
 
 MOST_FILES = 1 << 12
 REFINE = 4  # times k results of a product quantizer are compared again, by their vectors
@@ -84,7 +83,7 @@ class VectorIndex:
         number, rows = start // self.manifest["index_rows"], self.manifest["index_rows"]
         last = min(start + rows, self.num_chunks)
         if self.factory == "Flat":
-            if start == 0 and last == self.num_chunks and _has_gpu():
+            if start == 0 and last == self.num_chunks and has_gpu():
                 return ExactSearch(self.vectors, self.metric)
             index = (
                 faiss.IndexFlatIP(self.vectors.width) if self.metric == "ip" else faiss.IndexFlatL2(self.vectors.width)
@@ -219,8 +218,7 @@ class VectorIndex:
         return self.search_vectors(self.embed_texts(self.store.tokenizer.decode_batch(rows)), k, exclude)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        text = json.dumps(self.vectors.embedding.to_json(), sort_keys=True)
-        return open_embedder(text, self.model).texts(texts, self.store)
+        return open_embedder(self.vectors.embedding, self.model).texts(texts, self.store)
 
     def verify(self) -> None:
         """Compare every file with the manifests (opening has done so too)."""
@@ -244,9 +242,3 @@ class VectorIndex:
         each = held / max(1, self.num_chunks) or self.vectors.width * self.vectors.embedding.dtype.itemsize
         shown = {key: self.manifest[key] for key in keys}
         return {**shown, "bytes_per_vector": round(each, 1), "fingerprint": self.fingerprint}
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

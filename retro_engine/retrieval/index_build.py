@@ -18,7 +18,7 @@ import numpy as np
 
 from retro_engine.data import files
 from retro_engine.data.store import Store
-from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.errors import StoreError, UsageError
 from retro_engine.progress import Reporter
 from retro_engine.retrieval import vectors as vectors_module
 from retro_engine.retrieval.embed import short_name
@@ -67,7 +67,7 @@ def build_index(
     refuse_unreadable(factory)
     reporter, executor = reporter or Reporter("quiet"), executor or Executor()
     vectors = build_vectors(store, model, executor, reporter, **choices)
-    known = _known(folder) or {}
+    known = files.known_manifest(folder, "index")
     metric = known.get("metric", "ip") if metric == "auto" else metric
     by_size = known.get("factory") or factory_for(vectors.num_rows, vectors.width)
     wanted = by_size if factory == "auto" else factory
@@ -100,25 +100,16 @@ def build_index(
     return VectorIndex(folder, store, model)
 
 
-def _known(folder: Path) -> dict[str, Any] | None:
-    try:
-        return files.read_manifest(folder, "index")
-    except MissingInputError:
-        return None
-
-
 def _refuse_other(folder: Path, factory: str, metric: str, vectors: Vectors, store: Store) -> None:
     """Raise StoreError when a published index differs from what is asked for, naming both sides."""
-    known = _known(folder)
-    if known is None:
-        return
+    known = files.known_manifest(folder, "index")
     for key, wanted in (
         ("store", store.fingerprint),
         ("embeddings", vectors.fingerprint),
         ("metric", metric),
         ("factory", factory),
     ):
-        if known.get(key) != wanted:
+        if known and known.get(key) != wanted:
             raise StoreError(
                 f"{folder} is an index with {key} {str(known.get(key))[:24]}",
                 f"{wanted[:24]} is asked for",
@@ -159,7 +150,7 @@ class _Build:
         self._merge = self._stage("merge", merge_lists, tuple(f"lists-{g:05d}.bin" for g in groups))
 
     def _stage(self, name: str, work: Any, outputs: tuple[str, ...]) -> Stage:
-        return Stage(f"{name} {self.factory}", work, self._spec, self.folder, outputs, self._paths)
+        return Stage(f"{name} {self.factory}", work, self._spec, folder=self.folder, outputs=outputs, paths=self._paths)
 
     def files(self) -> dict[str, str]:
         """Run what is not finished; the SHA-256 of every file of the index."""

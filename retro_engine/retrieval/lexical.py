@@ -102,14 +102,15 @@ class Bm25Index:
         spec = {**described, "block_rows": BLOCK_ROWS}
         text, here = json.dumps(spec, sort_keys=True), folder.resolve()
         paths = (str(store.folder.resolve()),)
-        count = Stage("bm25 terms", count_block, text, here, tuple(block_name(n) for n in range(blocks)), paths)
-        join = Stage("bm25 merge", merge_blocks, text, here, OUTPUTS, paths)
+        count = Stage("bm25 terms", count_block, text, here, tuple(block_name(n) for n in range(blocks)), paths=paths)
+        join = Stage("bm25 merge", merge_blocks, text, folder=here, outputs=OUTPUTS, paths=paths)
         with files.locked(folder):
             if not is_finished(join):
                 run_stage(count, executor, reporter)
             hashes = run_stage(join, executor, reporter)
             content = {"retriever": "bm25", "chunks": store.num_rows, **described, "files": hashes}
-            if not _is_published(folder, content):
+            known = files.known_manifest(folder, "index")
+            if any(known.get(key) != value for key, value in content.items()):
                 files.write_manifest(folder, "index", content)
                 for name in ("vocabulary.json", "vocabulary.json.ok"):  # of version 1
                     (folder / name).unlink(missing_ok=True)
@@ -182,14 +183,6 @@ def check_analyzers(indexes: Sequence[Bm25Index]) -> None:
                 if first_version is None
                 else f"retro index {first_version.store.folder}",  # no flags read so any more
             )
-
-
-def _is_published(folder: Path, content: dict[str, Any]) -> bool:
-    try:
-        known = files.read_manifest(folder, "index")
-    except MissingInputError:
-        return False
-    return all(known.get(key) == value for key, value in content.items())
 
 
 def block_name(number: int) -> str:

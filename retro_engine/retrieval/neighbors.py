@@ -6,7 +6,6 @@ their markers, and manifest.json. Letters: Q queries, K neighbors, R tokens per 
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -21,7 +20,7 @@ from retro_engine.data.contents import number_contents
 from retro_engine.data.neighbor_table import NeighborTable, check_databases, ids_name, publish_table, refuse_existing
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
-from retro_engine.progress import Reporter, duration
+from retro_engine.progress import Reporter, duration, seconds_each
 from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.executor import Piece, Stage, run_stage
@@ -112,10 +111,10 @@ def build_neighbors(
             described["weights"] = list(map(float, weights))
         if filters.is_on:
             described["filters"] = asdict(filters)
-        stage = _table_stage(folder, query, databases, retriever, num_neighbors, building, described)
+        stage = _table_stage(folder, query, databases, retriever, num_neighbors, building=building, described=described)
         _say_search_cost(stage, query, retriever, reporter)
         hashes = run_stage(stage, building.executor, reporter)
-        table = publish_table(folder, query, databases, num_neighbors, described, hashes)
+        table = publish_table(folder, query, databases, num_neighbors=num_neighbors, retriever=described, hashes=hashes)
     missing = share_without_neighbors(table)
     reporter.say(f"{missing:.1%} of the chunks have no neighbor from another document")
     if missing > MANY_MISSING and "bm25" in search.halves:
@@ -144,7 +143,7 @@ def _table_stage(
     count = -(-query.num_rows // SHARD_ROWS)
     outputs = tuple(ids_name(number) for number in range(count))
     text = json.dumps(spec, sort_keys=True)
-    return Stage("neighbors", find_shard, text, folder.resolve(), outputs, (*names, *stores))
+    return Stage("neighbors", find_shard, text, folder=folder.resolve(), outputs=outputs, paths=(*names, *stores))
 
 
 @lru_cache(1)
@@ -218,12 +217,7 @@ class _TableSearch:
 
 def _say_search_cost(stage: Stage, query: Store, retriever: str, reporter: Reporter) -> None:
     search = _open_search(stage.spec, stage.paths)
-    sample = min(SAMPLE_ROWS, query.num_rows)
-    middle = (query.num_rows - sample) // 2
-    search.find(middle, middle + min(4, sample))  # compiles the search loop
-    start = time.monotonic()
-    search.find(middle, middle + sample)
-    each_s = (time.monotonic() - start) / sample
+    each_s = seconds_each(search.find, query.num_rows, SAMPLE_ROWS)
     seconds = each_s * query.num_rows
     reporter.confirm(
         f"searching {query.num_rows:,} chunks with {retriever} at {1 / max(each_s, 1e-9):,.0f}/s: about "
@@ -256,12 +250,9 @@ def say_index_cost(store: Store, retriever: str, reporter: Reporter) -> None:
     """Say what BM25 indexing will take when the index is not there, measured on a sample; embedding says it itself."""
     if retriever != "bm25" or (index_folder(store, retriever) / files.MANIFEST).exists():
         return
-    sample = min(SAMPLE_ROWS, store.num_rows)
-    analyzer = Analyzer()
-    analyzer.terms([text for batch in store.texts(0, sample) for text in batch])  # the first call compiles the loops
-    start = time.monotonic()
-    analyzer.terms([text for batch in store.texts(0, sample) for text in batch])
-    seconds = 2 * (time.monotonic() - start) / sample * store.num_rows  # reading terms is half of indexing
+    terms = Analyzer().terms
+    read = lambda first, last: terms([text for batch in store.texts(first, last) for text in batch])  # noqa: E731
+    seconds = 2 * seconds_each(read, store.num_rows, SAMPLE_ROWS) * store.num_rows  # it is half of indexing
     reporter.confirm(
         f"indexing {store.num_rows:,} chunks of {store.folder} for {retriever}: about {duration(seconds)}", seconds
     )

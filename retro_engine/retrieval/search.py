@@ -3,7 +3,7 @@
 Letters: Q queries, K neighbors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,6 @@ def halves(retriever: str, embedder: str) -> tuple[str, ...]:
     return ("bm25", embedder) if retriever == "hybrid" else (retriever,)
 
 
-def open_index(store: Store, retriever: str) -> Bm25Index | VectorIndex:
-    """The published index of a store."""
-    check_retriever(retriever)
-    folder = index_folder(store, retriever)
-    return Bm25Index(folder, store) if retriever == "bm25" else VectorIndex(folder, store, retriever)
-
-
 def make_index(store: Store, retriever: str, building: Building) -> Bm25Index | VectorIndex:
     """Build the index of a store: what is there and whole is kept, what is missing or damaged is built."""
     check_retriever(retriever)
@@ -88,19 +81,21 @@ def make_index(store: Store, retriever: str, building: Building) -> Bm25Index | 
     return build_index(
         store,
         retriever,
-        folder,
-        building.factory,
-        building.metric,
-        building.executor,
-        building.reporter,
+        folder=folder,
+        factory=building.factory,
+        metric=building.metric,
+        executor=building.executor,
+        reporter=building.reporter,
         **building.choices,
     )
 
 
 def find_index(store: Store, retriever: str, building: Building | None = None) -> Bm25Index | VectorIndex:
     """The index of a store, built when it is not there."""
+    check_retriever(retriever)
+    folder = index_folder(store, retriever)
     try:
-        return open_index(store, retriever)
+        return Bm25Index(folder, store) if retriever == "bm25" else VectorIndex(folder, store, retriever)
     except FileNotFoundError:
         return make_index(store, retriever, building or Building())
 
@@ -154,16 +149,7 @@ class Retriever:
         """Ids [q, k] (-1 = fewer were found) and scores [q, k], best first; of copies only the first."""
         nothing = np.full(len(texts), -1, np.int32)
         exclude = [None if copies is None else copies.for_queries(nothing) for copies in self._copies]
-        found = []
-        for half in self.halves:
-            if half == "bm25":
-                each = self._search_bm25(texts, self._depth(k), exclude)
-            else:
-                vectors = self._dense(half)[0].embed_texts(texts)
-                pairs = zip(self._dense(half), exclude)
-                each = [index.search_vectors(vectors, self._depth(k), without) for index, without in pairs]
-            found.append(self._over_stores(each, self._depth(k)))
-        return self._best(found, k)
+        return self._search(k, exclude, lambda: texts, lambda half: self._dense(half)[0].embed_texts(texts))
 
     def search_rows(
         self, query: Store, first: int, last: int, k: int, exclude: Sequence[LeftOut | None]
@@ -173,17 +159,28 @@ class Retriever:
         Dense retrievers compare chunks as documents, by the stored vectors of both stores.
         """
         query.coding.check(self.coding)
-        found = []
+        texts = lambda: [text for batch in query.texts(first, last) for text in batch]  # noqa: E731
+        return self._search(k, exclude, texts, lambda half: self.query_vectors(query, half).rows(first, last))
+
+    def _search(
+        self,
+        k: int,
+        exclude: Sequence[LeftOut | None],
+        texts: Callable[[], Sequence[str]],
+        vectors: Callable[[str], np.ndarray],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        found, depth = [], self._depth(k)
         for half in self.halves:
             if half == "bm25":
-                texts = [text for batch in query.texts(first, last) for text in batch]
-                each = self._search_bm25(texts, self._depth(k), exclude)
+                each = self._search_bm25(texts(), depth, exclude)
             else:
-                vectors = self.query_vectors(query, half).rows(first, last)
-                pairs = zip(self._dense(half), exclude)
-                each = [index.search_vectors(vectors, self._depth(k), without) for index, without in pairs]
-            found.append(self._over_stores(each, self._depth(k)))
-        return self._best(found, k)
+                queries, pairs = vectors(half), zip(self._dense(half), exclude)
+                each = [index.search_vectors(queries, depth, without) for index, without in pairs]
+            found.append(self._over_stores(each, depth))
+        ids, scores = found[0] if len(found) == 1 else _fused(found, self.building.fusion, k * self._span)
+        if self.merge_overlaps:
+            ids, scores = self._without_overlaps(ids, scores)
+        return ids[:, :k], scores[:, :k]
 
     def query_vectors(self, query: Store, half: str) -> Vectors:
         """The vectors of a query store; they are built when they are not there."""
@@ -212,12 +209,6 @@ class Retriever:
             for (ids, scores), weight in zip(each, self.weights)
         ]
         return best_over_stores(weighted, self.starts, k)
-
-    def _best(self, found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-        ids, scores = found[0] if len(found) == 1 else _fused(found, self.building.fusion, k * self._span)
-        if self.merge_overlaps:
-            ids, scores = self._without_overlaps(ids, scores)
-        return ids[:, :k], scores[:, :k]
 
     def _without_overlaps(self, ids: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of hits beside each other in one document the better; what is dropped leaves -1 at the end."""

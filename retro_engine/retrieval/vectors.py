@@ -17,7 +17,7 @@ from retro_engine.data import files
 from retro_engine.data.manifests import EMBEDDING
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError
-from retro_engine.progress import Reporter, duration
+from retro_engine.progress import Reporter, duration, seconds_each
 from retro_engine.retrieval.embed import Embedding, choose_embedding, open_embedder, short_name
 from retro_engine.retrieval.executor import Executor, Piece, Stage, run_stage
 
@@ -52,12 +52,12 @@ def build_vectors(
         stage = Stage(
             f"embed {embedding.name}",
             embed_shard,
-            json.dumps(spec, sort_keys=True),
-            folder.resolve(),
-            tuple(f"vectors-{number:05d}.npy" for number in range(count)),
-            (str(store.folder.resolve()), model if embedding.name == "hash" else str(_absolute(model))),
+            spec=json.dumps(spec, sort_keys=True),
+            folder=folder.resolve(),
+            outputs=tuple(f"vectors-{number:05d}.npy" for number in range(count)),
+            paths=(str(store.folder.resolve()), model if embedding.name == "hash" else str(_absolute(model))),
             is_stateful=embedding.name != "hash",
-            gpus=_gpu_share() if embedding.name != "hash" else 0.0,
+            gpus=float(embedding.name != "hash" and has_gpu()),
         )
         hashes = run_stage(stage, executor, reporter)
         content = {"embedding": embedding.to_json(), "store": store.fingerprint, "files": hashes}
@@ -69,7 +69,7 @@ def embed_shard(stage: Stage, shard: int) -> Sequence[Piece]:
     """One shard's vectors as .npy."""
     spec = json.loads(stage.spec)
     store = Store(stage.paths[0])
-    embedder = open_embedder(json.dumps(spec["embedding"], sort_keys=True), stage.paths[1])
+    embedder = open_embedder(Embedding(**spec["embedding"]), stage.paths[1])
     first = shard * spec["shard_rows"]
     vectors = embedder.rows(store, first, min(first + spec["shard_rows"], store.num_rows))
     buffer = io.BytesIO()
@@ -115,15 +115,8 @@ def _refuse_other_choices(folder: Path, embedding: Embedding, choices: dict[str,
 
 
 def _say_cost(store: Store, model: str, embedding: Embedding, reporter: Reporter) -> None:
-    import time
-
-    embedder = open_embedder(json.dumps(embedding.to_json(), sort_keys=True), model)
-    middle = max(0, (store.num_rows - SAMPLE_ROWS) // 2)
-    last = min(middle + SAMPLE_ROWS, store.num_rows)
-    embedder.rows(store, middle, min(middle + 2, last))
-    start = time.monotonic()
-    embedder.rows(store, middle, last)
-    each_s = (time.monotonic() - start) / max(1, last - middle)
+    embedder = open_embedder(embedding, model)
+    each_s = seconds_each(lambda first, last: embedder.rows(store, first, last), store.num_rows, SAMPLE_ROWS)
     seconds = each_s * store.num_rows
     reporter.confirm(
         f"embedding {store.num_rows:,} chunks of {store.folder} with {embedding.name} at "
@@ -136,10 +129,10 @@ def _absolute(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def _gpu_share() -> float:
+def has_gpu() -> bool:
     import torch
 
-    return 1.0 if torch.cuda.is_available() else 0.0
+    return torch.cuda.is_available()
 
 
 def _publish_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -239,11 +232,11 @@ class ExactSearch:
     The oracle that recall is measured against.
     """
 
-    def __init__(self, vectors: Vectors, metric: str = "ip", device: str | None = None):
+    def __init__(self, vectors: Vectors, metric: str = "ip"):
         import torch
 
         self.vectors, self.metric = vectors, metric
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device("cuda" if has_gpu() else "cpu")
         self._kept: list[tuple[int, Any]] = []
         if self.device.type != "cpu":
             self._kept = [(first, torch.from_numpy(x).to(self.device).half()) for first, x in vectors.blocks(1 << 18)]

@@ -187,20 +187,20 @@ class Accounts:
 
     def of_key(self, key: str) -> Caller | None:
         digest = _sha256(key)
-        for hashed, name, scope, expires in self._rows(
-            "SELECT hash, name, scope, expires FROM keys WHERE id = ?", digest[:12]
-        ):
-            if hmac.compare_digest(hashed, digest) and (expires is None or time.time() < expires):
-                return Caller(name, scope, "key", digest[:12])
-        return None
+        row = self._valid(digest, "SELECT hash, expires, name, scope FROM keys WHERE id = ?", digest[:12])
+        return None if row is None else Caller(row[0], row[1], "key", digest[:12])
 
     def of_session(self, token: str) -> Caller | None:
         digest = _sha256(token)
-        for hashed, name, scope, expires in self._rows(
-            "SELECT hash, user, scope, expires FROM sessions JOIN users ON user = name WHERE hash = ?", digest
-        ):
-            if hmac.compare_digest(hashed, digest) and time.time() < expires:
-                return Caller(name, scope, "user")
+        statement = "SELECT hash, expires, user, scope FROM sessions JOIN users ON user = name WHERE hash = ?"
+        row = self._valid(digest, statement, digest)
+        return None if row is None else Caller(row[0], row[1], "user")
+
+    def _valid(self, digest: str, statement: str, *values: Any) -> list[Any] | None:
+        """What the first row has after its hash, which is `digest`, and the time up to which it is valid (None: for ever)."""
+        for hashed, expires, *rest in self._rows(statement, *values):
+            if hmac.compare_digest(hashed, digest) and (expires is None or time.time() < expires):
+                return rest
         return None
 
     def sign_in(self, name: str, password: str) -> str | None:
@@ -233,12 +233,8 @@ class Accounts:
     def device_of(self, token: str, name: str) -> str | None:
         """What tells a device of this user apart, or None where it is not one."""
         digest = _sha256(token)
-        for hashed, expires in self._rows(
-            "SELECT hash, expires FROM devices WHERE hash = ? AND user = ?", digest, name
-        ):
-            if hmac.compare_digest(hashed, digest) and time.time() < expires:
-                return digest[:12]
-        return None
+        row = self._valid(digest, "SELECT hash, expires FROM devices WHERE hash = ? AND user = ?", digest, name)
+        return digest[:12] if row is not None else None
 
     def sign_out(self, token: str) -> None:
         self._write("DELETE FROM sessions WHERE hash = ?", _sha256(token))

@@ -101,7 +101,7 @@ def train(config: Config, reporter: Reporter | None = None, resume: str = "auto"
             retrofit.check_tokenizer(source, data.store)
         config.model.vocab_size = config.model.vocab_size or data.store.vocab_size
         with files.locked(run) if parallel.is_main else contextlib.nullcontext():
-            return _Training(config, data, run, reporter, resume, parallel, source).run_all()
+            return _Training(config, data, run, reporter, resume, parallel=parallel, source=source).run_all()
     finally:
         parallel.close()
 
@@ -434,10 +434,10 @@ class _Training:
             self.data.valid,
             self.data.store.tokenizer.token_bytes(),
             modes,
-            self.config.model.micro_batch_size,
-            self.valid_batches,
-            self.precision.autocast,
-            advance,
+            batch_size=self.config.model.micro_batch_size,
+            limit=self.valid_batches,
+            precision=self.precision.autocast,
+            advance=advance,
             shard=(self.parallel.data_rank, self.parallel.data),
             reduce=self.parallel.sum_arrays,
         )

@@ -255,26 +255,30 @@ def save_check(check: CoordinateCheck, config: Config, steps: int, out: Path) ->
     }
     files.make_folder(out)
     files.publish(out / "coordinates.json", [files.json_bytes(facts)])
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
-    for axis, (mode, (changes, _)) in zip(axes, modes.items()):
-        for name, by_width in changes.items():
-            axis.loglog(list(by_width), [np.mean(values) for values in by_width.values()], marker="o", label=name)
-        axis.set_title("muP" if mode == "mup" else "without")
-        axis.set_xlabel("width")
-    axes[0].set_ylabel(f"mean |activation change| after {steps} steps")
-    axes[1].legend(fontsize=7)
-    figure.savefig(out / "coordinates.png", dpi=120)
-    pyplot.close(figure)
+    ylabel = f"mean |activation change| after {steps} steps"
+    with _figure(out / "coordinates.png", "width", ylabel, fontsize=7) as axes:
+        for axis, (changes, _) in zip(axes, modes.values()):
+            for name, by_width in changes.items():
+                axis.loglog(list(by_width), [np.mean(values) for values in by_width.values()], marker="o", label=name)
 
 
-def _pyplot() -> Any:
+@contextmanager
+def _figure(path: Path, xlabel: str, ylabel: str, fontsize: int | None = None) -> Iterator[Any]:
+    """Two plots beside each other: with muP, and without."""
     with extra("train", "matplotlib is not installed", "the plot needs it"):
         import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
+    yield axes
+    for axis, title in zip(axes, ("muP", "without")):
+        axis.set_title(title)
+        axis.set_xlabel(xlabel)
+    axes[0].set_ylabel(ylabel)
+    axes[1].legend(fontsize=fontsize)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def _batch(config: Config, data: RunData, step: int, seed: int) -> TensorBatch:
@@ -385,7 +389,7 @@ def sweep(
         ):
             for cell in cells:
                 if cell not in losses:
-                    losses[cell] = _train_cell(config, data, models[cell[:2]], cell[2], cell[3], steps)
+                    losses[cell] = _train_cell(config, data, models[cell[:2]], rate=cell[2], seed=cell[3], steps=steps)
                     row = dict(zip(("mup", "width", "rate", "seed"), cell))
                     loss = losses[cell] if math.isfinite(losses[cell]) else None
                     file.write(record.checked_line({**row, "loss": loss}))
@@ -446,16 +450,9 @@ def _read_cells(path: Path) -> dict[Cell, float]:
 
 
 def _plot_sweep(result: Sweep, path: Path) -> None:
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
-    for axis, is_mup in zip(axes, (True, False)):
-        for width in result.widths(is_mup):
-            curve = result.curve(is_mup, width)
-            axis.plot(list(curve), list(curve.values()), marker="o", label=f"width {width}")
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("learning rate")
-        axis.set_title("muP" if is_mup else "without")
-    axes[0].set_ylabel("training loss")
-    axes[1].legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with _figure(path, "learning rate", "training loss") as axes:
+        for axis, is_mup in zip(axes, (True, False)):
+            for width in result.widths(is_mup):
+                curve = result.curve(is_mup, width)
+                axis.plot(list(curve), list(curve.values()), marker="o", label=f"width {width}")
+            axis.set_xscale("log", base=2)

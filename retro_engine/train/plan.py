@@ -106,7 +106,7 @@ def parameters(c: ModelConfig) -> Parameters:
         if e != d:
             root += Part(0, d * e, 1)
         total += encoder.times(c.enc_num_layers) + encoder_cross.times(len(set(c.enc_cross_attention))) + projection
-    return Parameters(decoder, cross, encoder, encoder_cross, projection, root, total + root)
+    return Parameters(decoder, cross, encoder, encoder_cross, projection, root=root, total=total + root)
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,13 @@ def layout_of(config: Config, processes: int) -> Layout:
     return Layout(
         processes,
         tensor,
-        strategy_of(config, processes // tensor),
-        m.sequence_parallel,
-        m.micro_batch_size,
-        micro_batches(config, processes // tensor),
-        m.activations_checkpoint_granularity,
-        "bf16-mixed" if trainer.precision == "auto" else trainer.precision,
-        m.megatron_amp_O2,
+        strategy=strategy_of(config, processes // tensor),
+        is_sequence_parallel=m.sequence_parallel,
+        micro_batch=m.micro_batch_size,
+        num_micro_batches=micro_batches(config, processes // tensor),
+        recompute=m.activations_checkpoint_granularity,
+        precision="bf16-mixed" if trainer.precision == "auto" else trainer.precision,
+        is_o2=m.megatron_amp_O2,
     )
 
 
@@ -203,6 +203,17 @@ def _norm_kept(c: ModelConfig, x: Layout, width: int) -> float:
     return (4 * (1 + is_layer) + (x.wide * width if x.keeps_normed and not is_layer else 0)) / cut
 
 
+def _stack_kept(
+    c: ModelConfig, x: Layout, tokens: float, width: int, features: int, *, layers: int, reading: int, heads: int, keys: int
+) -> tuple[float, float, float]:  # fmt: skip
+    """Of a stack of layers, `reading` of which cross-attend as well: plain, selective, and the dearest layer's plain."""
+    attend, read = (_attention_kept(c, x, width, of, heads) for of in (keys, 0))
+    ffn = _ffn_kept(c, x, width, features)
+    plain = tokens * (layers * (attend.plain + ffn.plain) + reading * read.plain)
+    selective = tokens * (layers * (attend.selective + ffn.selective) + reading * read.selective)
+    return plain, selective, tokens * (attend.plain + ffn.plain + (read.plain if reading else 0))
+
+
 @dataclass(frozen=True)
 class Activations:
     kept: float  # bytes from the forward to the backward pass
@@ -218,12 +229,8 @@ def activations(c: ModelConfig, x: Layout) -> Activations:
     T, d = x.micro_batch * c.encoder_seq_length, c.hidden_size
     cut = x.tensor if x.is_sequence_parallel else 1
     g, crossing = c.key_value_heads * c.head_width, len(c.cross_layers)
-    attend = _attention_kept(c, x, d, 2 * g, c.num_attention_heads)
-    read = _attention_kept(c, x, d, 0, c.num_attention_heads)
-    ffn = _ffn_kept(c, x, d, c.ffn_hidden_size)
-    plain = T * (c.dec_num_layers * (attend.plain + ffn.plain) + crossing * read.plain)
-    selective = T * (c.dec_num_layers * (attend.selective + ffn.selective) + crossing * read.selective)
-    layer = T * (attend.plain + ffn.plain + (read.plain if crossing else 0))
+    stack = {"layers": c.dec_num_layers, "reading": crossing, "heads": c.num_attention_heads, "keys": 2 * g}
+    plain, selective, layer = _stack_kept(c, x, T, d, c.ffn_hidden_size, **stack)
     inputs = T * x.wide * d / cut * (c.dec_num_layers + crossing)  # with the last layer's output; not the first input
     ends = T * x.wide * d / cut  # the first layer's input
     ends += T * (_norm_kept(c, x, d) if c.decoder_final_norm else -x.wide * d / cut)  # the norm keeps the last output
@@ -253,14 +260,10 @@ def _encoder_kept(c: ModelConfig, x: Layout) -> _EncoderKept:
     W = T // c.chunk_size * c.num_neighbors * c.r
     cut = x.tensor if x.is_sequence_parallel else 1
     groups, crosses = c.encoder_key_value_heads * (e // c.encoder_heads), len(set(c.enc_cross_attention))
-    attend = _attention_kept(c, x, e, 2 * groups, c.encoder_heads)
-    read = _attention_kept(c, x, e, 0, c.encoder_heads)
-    ffn = _ffn_kept(c, x, e, c.encoder_ffn_width)
+    stack = {"layers": c.enc_num_layers, "reading": crosses, "heads": c.encoder_heads, "keys": 2 * groups}
+    plain, selective, layer = _stack_kept(c, x, W, e, c.encoder_ffn_width, **stack)
     chunk_keys = T * 2 * groups * x.narrow / x.tensor
     kv = W * 2 * c.key_value_heads * c.head_width * x.narrow / x.tensor  # of one cross-attending decoder layer
-    plain = W * (c.enc_num_layers * (attend.plain + ffn.plain) + crosses * read.plain) + crosses * chunk_keys
-    selective = W * (c.enc_num_layers * (attend.selective + ffn.selective) + crosses * read.selective)
-    layer = W * (attend.plain + ffn.plain + (read.plain if crosses else 0)) + chunk_keys
     crossing = len(c.cross_layers)
     chunk_copies = (crosses if x.is_autocast else 1) * x.narrow  # autocast makes each layer a copy of its own
     ends = W * x.wide * e / cut + T * _norm_kept(c, x, d)  # embedded neighbors; the chunks' norm
@@ -270,10 +273,10 @@ def _encoder_kept(c: ModelConfig, x: Layout) -> _EncoderKept:
     is_whole = x.recompute is not None  # a recomputed layer keeps its inputs as they are, in the residual's type
     ends += T * d * (x.wide if is_whole else chunk_copies) + W * e * (x.wide if x.recompute == "full" else x.narrow)
     return _EncoderKept(
-        plain + crossing * kv,
+        plain + crosses * chunk_keys + crossing * kv,
         selective + crosses * chunk_keys + crossing * kv,
         W * x.wide * e / cut * c.enc_num_layers,
-        layer,
+        layer + chunk_keys,
         ends,
     )
 

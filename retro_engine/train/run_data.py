@@ -65,7 +65,7 @@ def _open_sequences(config: Config, store: Store) -> RunData:
     shares = split_documents(store, data.splits_string)
     has_own_valid = data.valid_store is not None
     trained = np.arange(store.num_documents) if has_own_valid else shares["train"]
-    train = _sequences(m, store, trained, table, trained)
+    train = Sequences.of_model(m, store, trained, table, trained)
     if data.self_neighbor_steps and not train.holds_itself:
         raise UsageError(
             f"model.data.self_neighbor_steps={data.self_neighbor_steps} cannot be used",
@@ -82,12 +82,12 @@ def _open_sequences(config: Config, store: Store) -> RunData:
         other_table = _open_table(m, other, data.valid_neighbors)
         if other_table is not None:
             data.valid_neighbors = table_name(other_table)
-        valid = _sequences(m, other, np.arange(other.num_documents), other_table, None)
+        valid = Sequences.of_model(m, other, np.arange(other.num_documents), other_table, None)
         validation["valid_store"] = other.fingerprint
     elif len(shares["valid"]):
-        valid = _sequences(m, store, shares["valid"], table, trained)
+        valid = Sequences.of_model(m, store, shares["valid"], table, trained)
     warning = describe_copies(valid, train) if valid is not None else None
-    return RunData(train, valid, store, fingerprints, warning, validation)
+    return RunData(train, valid, store, fingerprints=fingerprints, warning=warning, validation=validation)
 
 
 def _open_store(config: Config, folder: str) -> Store:
@@ -110,12 +110,6 @@ def _open_store(config: Config, folder: str) -> Store:
 
 def _open_table(m: ModelConfig, store: Store, name: str | None) -> NeighborTable | None:
     return NeighborTable(find_table(store, name), store) if m.retrieval else None
-
-
-def _sequences(
-    m: ModelConfig, store: Store, documents: np.ndarray, table: NeighborTable | None, database: np.ndarray | None
-) -> Sequences:
-    return Sequences(store, documents, m.encoder_seq_length, table, m.num_neighbors, m.r, database)
 
 
 def _open_questions(config: Config, store: Store, say: Callable[[str], None]) -> RunData:
@@ -188,7 +182,7 @@ def run_config(
         record.check_settings(Path(file))
         state = checkpoint.read_trainer(checkpoint_folder)
         trained = state.get("fingerprints", {}) | state.get("validation", {})
-        found = places.located(run, Path(file), named_keys(overrides), trained, needed, is_strict)
+        found = places.located(run, Path(file), named_keys(overrides), trained, needed, is_strict=is_strict)
     settings = [(f"model.{key}", value) for key, value in done.items()]
     named = named_keys(overrides)
     keys = {f"model.{name}": name for name in IN_FRONT if name != "chunk_size" or "model.chunk_size" not in named}
