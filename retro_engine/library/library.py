@@ -376,6 +376,25 @@ class Library:
                     yield connection, shown
                     return
 
+    def last_key(self) -> int:
+        """Of the document that was added last, whether it is still there or not."""
+        rows = self.read("SELECT seq FROM sqlite_sequence WHERE name = 'documents'")
+        return self.file.typed(rows, int)[0][0] if rows else 0
+
+    def added_after(self, key: int, limit: int, namespace: str = DEFAULT) -> tuple[int, list[np.ndarray]]:
+        """The first `limit` documents that were added after the one with a key: the last one's key, and the tokens of each of
+        their chunks with its continuation, as `find` gives them.
+        """
+        columns = "key, tokens_crc, chunks, namespace, id, title, tokens"
+        statement = f"SELECT {columns} FROM documents WHERE namespace = ? AND key > ? ORDER BY key LIMIT ?"
+        last, neighbors = key, list[np.ndarray]()
+        for last, crc, chunks, *head, raw in self.read(statement, namespace, key, limit):
+            self.file.check(last, crc, raw, checksum(*head))
+            starts = range(0, chunks * self.file.stride, self.file.stride)
+            tokens = self.file.token_ids(last, raw)
+            neighbors += [tokens[start : start + 2 * self.file.chunk_size] for start in starts]
+        return last, neighbors
+
     def read(self, statement: str, *values: Any) -> list[Any]:
         """Rows of the library's tables."""
         self._check_open()

@@ -91,6 +91,15 @@ class Encodings:
         found |= zip(missing, made)
         return [found[key] for key in keys]
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether so many more are kept without anything being forgotten."""
+        num_bytes = num_tokens * num_values(self.model.config) * self.model.cache_dtype.itemsize
+        return self.stats.nbytes + num_bytes <= self.max_bytes
+
     def _known(self, keys: list[bytes]) -> dict[bytes, Tensor]:
         with self._lock:
             weights = tuple(self._look())

@@ -27,6 +27,7 @@ from retro_engine.library.live import LiveRetriever, library_coding
 from retro_engine.library.search import check_mode
 from retro_engine.retrieval.hit import Found
 from retro_engine.retrieval.search import Retriever
+from retro_engine.serve.encode_ahead import EncodeAhead
 from retro_engine.serve.work import Work
 from retro_engine.train.run_data import run_databases
 
@@ -65,6 +66,7 @@ class Service:
     chat: ChatTemplate | None = None  # None: question and answer
     mode: str = "lexical"
     work: Work = field(default_factory=Work)  # beside the engine
+    ahead: EncodeAhead | None = None  # of documents that are added
 
     @functools.cached_property
     def token_bytes(self) -> TokenBytes:
@@ -111,6 +113,8 @@ class Service:
             self.chat.close()
         if self.importer is not None:
             self.importer.stop()
+        if self.ahead is not None:
+            self.ahead.close()
         if self.library is not None:
             self.library.close()
 
@@ -148,6 +152,9 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     encoded = open_encodings(folder, model.config, tokenizer, retriever.stores if retriever else [], options.encodings)
     generator = Generator(model.eval(), tokenizer, retriever, options.neighbor_bytes, encoded=encoded)
     engine = Engine(generator, options.max_batch, options.max_waiting, shares_prefixes=options.shares_prefixes)
+    ahead = None
+    if isinstance(library, Library) and generator.encodings is not None and generator.encodings.max_bytes:
+        ahead = EncodeAhead(library, generator.encodings, model.config.r)
     Sampling(**opened.generation)
     name = options.name or run_folder(folder).resolve().name
     return Service(
@@ -161,6 +168,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
         chat=ChatTemplate(tokenizer) if tokenizer.chat_files.templates else None,
         mode=options.mode,
         work=Work(options.max_waiting),
+        ahead=ahead,
     )
 
 
