@@ -75,13 +75,7 @@ def _check(
     key_begins: Tensor | None,
     key_ends: Tensor | None,
 ) -> None:
-    if q.dim() != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}; expected [b, n, h, e]")
-    if k.dim() != 4 or k.shape != v.shape:
-        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)}: expected the same [b, s, h_kv, e]")
-    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
-        raise ValueError(f"k {tuple(k.shape)} and q {tuple(q.shape)}: batch and head width must agree")
-    check_heads(q, k, v)
+    check_heads(q, k, v, "[b, s, h_kv, e]")
     if is_causal and k.shape[1] < q.shape[1]:
         raise ValueError(f"is_causal with {q.shape[1]} queries and {k.shape[1]} keys: expected at least as many keys")
     for name, tensor, shape in (

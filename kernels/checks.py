@@ -24,8 +24,14 @@ def carries_derivative(*tensors: Tensor | None) -> bool:
     return requires_grad or is_transformed(*tensors)
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """The rules that every attention shares. Raises ValueError."""
+def check_heads(q: Tensor, k: Tensor, v: Tensor, keys: str) -> None:
+    """The rules that every attention shares; `keys`: the dimensions of k and v. Raises ValueError."""
+    if q.dim() != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected [b, n, h, e]")
+    if k.dim() != keys.count(",") + 1 or k.shape != v.shape:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)}: expected the same {keys}")
+    if (k.shape[0], k.shape[-1]) != (q.shape[0], q.shape[3]):
+        raise ValueError(f"k {tuple(k.shape)} and q {tuple(q.shape)}: batch and head width must agree")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: expected one type")
     if not q.device == k.device == v.device:

@@ -66,13 +66,7 @@ def _check(
     sin: Tensor | None,
     query_offset: int,
 ) -> None:
-    if q.dim() != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}; expected [b, n, h, e]")
-    if k.dim() != 6 or k.shape != v.shape:
-        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)}: expected the same [b, l, K, r, h_kv, e]")
-    if (k.shape[0], k.shape[5]) != (q.shape[0], q.shape[3]):
-        raise ValueError(f"k {tuple(k.shape)} and q {tuple(q.shape)}: batch and head width must agree")
-    check_heads(q, k, v)
+    check_heads(q, k, v, "[b, l, K, r, h_kv, e]")
     if chunk_length < 1 or k.shape[1] != q.shape[1] // chunk_length:
         raise ValueError(
             f"k has {k.shape[1]} chunks; n={q.shape[1]} tokens in chunks of {chunk_length} make "

@@ -6,10 +6,10 @@ its file, line and reason; nothing of it reaches the store, and the other docume
 
 import io
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from retro_engine.data.html_text import declared_encoding, page_text
 from retro_engine.data.identity import ID_KEYS, own_id
@@ -30,6 +30,9 @@ class Document:
     text: str
     source: str = ""  # file:line, or the file
     path: Path | None = None  # the file, where all of it is the document
+
+
+ReadRow = TypeVar("ReadRow", bound=Document | SetAside)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,22 @@ def _heading(text: str) -> str:
     """The title of Markdown that begins with one."""
     first = text.lstrip().split("\n", 1)[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+def in_batches(
+    rows: Iterable[ReadRow], most_characters: int, most: int | None = None
+) -> Iterator[list[ReadRow]]:  # fmt: skip
+    """Lists of rows that are full with so many characters of text, or so many rows."""
+    batch: list[ReadRow] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.text) if isinstance(row, Document) else 0
+        if size >= most_characters or len(batch) == most:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def spool_standard_input(folder: Path, max_document_bytes: int = MAX_DOCUMENT_BYTES) -> Path:

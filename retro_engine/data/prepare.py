@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from retro_engine.data import corpus, files, store
-from retro_engine.data.corpus import Document, Reader
+from retro_engine.data.corpus import Document, Reader, in_batches
 from retro_engine.data.inputs import KNOWN, SetAside, find_files, shown, tell
 from retro_engine.data.lossiness import Loss, Sample, as_json, describe, find_losses
 from retro_engine.data.store import Store, StoreWriter
@@ -128,7 +128,7 @@ def _fill(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: b
     sample = Sample(LOSS_SAMPLE)
     with ThreadPoolExecutor(1) as pool:
         waiting = None
-        for batch in chain(_batches(writer, rows, is_strict, sample), [[]]):
+        for batch in chain(in_batches(_unfinished(writer, rows, is_strict, sample), BATCH_BYTES), [[]]):
             encoding = pool.submit(writer.tokenizer.encode_batch, [document.text for document in batch])
             if waiting is not None:
                 documents, encoded = waiting
@@ -138,11 +138,10 @@ def _fill(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: b
     return find_losses(writer.tokenizer, sample.texts)
 
 
-def _batches(
+def _unfinished(
     writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: bool, sample: Sample
-) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
+) -> Iterator[Document]:
+    """The documents that are in no finished shard."""
     finished = writer.counts["documents"]
     for row in rows:
         if isinstance(row, SetAside):
@@ -152,14 +151,8 @@ def _batches(
         sample.add(row.text[:LOSS_TEXT])
         if finished:
             finished -= 1
-            continue
-        batch.append(row)
-        size += len(row.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+        else:
+            yield row
 
 
 def _trained_tokenizer(out: Path, mark: str, trains: Callable[[], Tokenizer]) -> Tokenizer:

@@ -13,7 +13,6 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +20,7 @@ from typing import IO, Any
 import apsw
 
 from retro_engine.data import files
-from retro_engine.data.corpus import Document, Reader
+from retro_engine.data.corpus import Document, Reader, in_batches
 from retro_engine.data.inputs import ROW_KINDS, SetAside, check_file, kind_of, shown
 from retro_engine.errors import MissingInputError, RetroError, UsageError
 from retro_engine.library.documents import MAX_DOCUMENT_BYTES, check_document, check_namespace
@@ -216,7 +215,7 @@ class Importer:
         try:
             reader = Reader(max_document_bytes=MAX_LINE_BYTES)
             rows = itertools.islice(reader.read([Path(job.path)]), job.done, None)
-            for batch in _batches(rows):
+            for batch in in_batches(rows, BATCH_CHARACTERS, BATCH_DOCUMENTS):
                 if self._is_stopping:
                     return  # stays running in the file: the next to open it calls it interrupted
                 self._write(job, batch)
@@ -269,19 +268,6 @@ class Importer:
     def _end(self, number: int, state: str, reason: str) -> None:
         with self.library.locked_transaction() as connection:
             connection.execute("UPDATE jobs SET state = ?, reason = ? WHERE number = ?", (state, reason, number))
-
-
-def _batches(rows: Iterator[Document | SetAside]) -> Iterator[list[Document | SetAside]]:
-    batch: list[Document | SetAside] = []
-    size = 0
-    for row in rows:
-        batch.append(row)
-        size += len(row.text) if isinstance(row, Document) else 0
-        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _state_of(path: Path) -> tuple[int, int]:

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig, base_config
-from retro_engine.model.attention import (
-    ChunkedCrossAttention,
-    CrossAttention,
-    FeedForward,
-    NeighborProjection,
-    SelfAttention,
-)
+from retro_engine.model.attention import NeighborProjection, SelfAttention
 from retro_engine.model.decoder import DecoderLayer
 from retro_engine.model.encoder import Encoder
 from retro_engine.model.linear import Int8Linear, Linear
@@ -91,23 +85,15 @@ def _normal(model: Network, config: ModelConfig, generator: torch.Generator | No
         layers += [(layer, config.enc_num_layers) for layer in model.encoder.layers]
     for layer, depth in layers:
         residual_gain = 1 / math.sqrt(2 * (config.dec_num_layers if config.init == "retrieval_ready" else depth))
-        for module in layer.modules():
-            if isinstance(module, SelfAttention | CrossAttention):
-                for linear in (module.q, module.k, module.v):
-                    fill(linear.weight)
-                fill(module.out.weight, residual_gain)
-            elif isinstance(module, ChunkedCrossAttention):
-                fill(module.q.weight)
-                assert isinstance(layer, DecoderLayer) and model.neighbor_projection is not None
+        for name, linear in layer.named_modules():
+            if not isinstance(linear, nn.Linear):
+                continue
+            if name == "cross.out" and isinstance(layer, DecoderLayer):  # its keys and values lie elsewhere
+                assert model.neighbor_projection is not None
                 place = config.cross_layers.index(layer.index)
                 fill(model.neighbor_projection.k[place].weight)
                 fill(model.neighbor_projection.v[place].weight)
-                fill(module.out.weight, residual_gain)
-            elif isinstance(module, FeedForward):
-                if module.gate is not None:
-                    fill(module.gate.weight)
-                fill(module.up.weight)
-                fill(module.down.weight, residual_gain)
+            fill(linear.weight, residual_gain if name.endswith(("out", "down")) else 1.0)
 
 
 def width_multipliers(model: Network) -> dict[str, float]:
