@@ -177,7 +177,9 @@ def _check_freezing(m: TrainedModelConfig) -> None:
         require(not value or has, key, value, f"without {needed} it means nothing", f"set {needed}")
     if m.freeze_decoder:
         rule = "without cross-attention there is nothing else that could learn"
-        require(bool(m.cross_layers), "model.freeze_decoder", True, rule, "model.lora.rank=8 adds adapters to the decoder")
+        require(
+            bool(m.cross_layers), "model.freeze_decoder", True, rule, "model.lora.rank=8 adds adapters to the decoder"
+        )
         share = m.data.neighbor_dropout
         rule = "a frozen decoder learns nothing from a batch without neighbors"
         require(
