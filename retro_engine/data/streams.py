@@ -134,14 +134,19 @@ class Joined(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            raw = self._file.read(READ_STEP)
-            self._ready = memoryview(self._take(raw))
-            if not raw and not self._ready:
+            more = self._more()
+            if more is None:
                 return 0
+            self._ready = memoryview(more)
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
+
+    def _more(self) -> bytes | None:
+        """The next bytes, which may be none; None at the end."""
+        raw = self._file.read(READ_STEP)
+        return self._take(raw) or (b"" if raw else None)
 
     def _take(self, raw: bytes) -> bytes:
         return raw
@@ -162,39 +167,26 @@ class _Recoded(Joined):
         return self._decoder.decode(raw, final=not raw).encode("utf-8", "surrogateescape")
 
 
-class _ZstdStream(io.RawIOBase):
+class _ZstdStream(Joined):
     """Decompressed frames of a .zst file; EOFError where the last one is cut short."""
 
     def __init__(self, file: IO[bytes]):
+        super().__init__(file, b"")
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame = self._new_frame()
-        self._file = file
         self._input = b""
-        self._ready = memoryview(b"")
         self._has_begun = False
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            if self._frame.eof:
-                self._input = self._frame.unused_data + self._input
-                self._frame, self._has_begun = self._new_frame(), False
-            self._input = self._input or self._file.read(1 << 17)
-            if not self._input:
-                if self._has_begun:
-                    raise EOFError("the compressed data is cut short")
-                return 0
-            self._has_begun = True
-            # a little at a time: a few bytes can stand for very many
-            self._ready = memoryview(self._frame.decompress(self._input[:ZSTD_STEP]))
-            self._input = self._input[ZSTD_STEP:]
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def _more(self) -> bytes | None:
+        if self._frame.eof:
+            self._input = self._frame.unused_data + self._input
+            self._frame, self._has_begun = self._new_frame(), False
+        self._input = self._input or self._file.read(1 << 17)
+        if not self._input:
+            if self._has_begun:
+                raise EOFError("the compressed data is cut short")
+            return None
+        self._has_begun = True
+        # a little at a time: a few bytes can stand for very many
+        part, self._input = self._input[:ZSTD_STEP], self._input[ZSTD_STEP:]
+        return self._frame.decompress(part)

@@ -95,26 +95,10 @@ def typed_errors(path: Path) -> Iterator[None]:
         raise MissingInputError(f"{path} cannot be read or written", str(error), "look at the disk") from error
 
 
-def create(
-    folder: Path,
-    tokenizer: Tokenizer,
-    chunk_size: int,
-    stride: int,
-    embedder: str | None,
-    width: int,
-    analyzer: Analyzer,
-) -> None:
+def create(folder: Path, settings: dict[str, Any]) -> None:
     """Make an empty library. Raises UsageError where there is one."""
     path = folder / FILE
-    settings = {
-        "tokenizer": tokenizer.json,
-        "chunk_size": chunk_size,
-        "stride": stride,
-        "embedder": embedder,
-        "width": width if embedder else None,
-        "analyzer": analyzer.to_json(),
-        "identity": IDENTITY,
-    }
+    settings = {**settings, "identity": IDENTITY}
     with files.locked(folder), typed_errors(path):
         _check_is_file(path)
         connection = _connect(path)

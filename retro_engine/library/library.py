@@ -118,9 +118,16 @@ class Library:
             raise UsageError(
                 f"chunk_size={chunk_size}, stride={stride} cannot be used", "1 <= stride <= chunk_size <= 65,535"
             )
-        width = 0 if embedder is None else int(np.asarray(embedder.encode(["width"])).shape[-1])
-        name = None if embedder is None else embedder.name
-        library_file.create(Path(folder), tokenizer, chunk_size, stride, name, width, analyzer or Analyzer())
+        width = None if embedder is None else int(np.asarray(embedder.encode(["width"])).shape[-1])
+        settings = {
+            "tokenizer": tokenizer.json,
+            "chunk_size": chunk_size,
+            "stride": stride,
+            "embedder": None if embedder is None else embedder.name,
+            "width": width,
+            "analyzer": (analyzer or Analyzer()).to_json(),
+        }
+        library_file.create(Path(folder), settings)
 
     def _check_embedder(self, embedder: Embedder | None) -> None:
         name = self.file.settings["embedder"]

@@ -33,19 +33,7 @@ class VectorIndex:
         Raises MissingInputError, or StoreError for an index of another store, embedder or version, or a damaged one.
         """
         manifest = files.read_manifest(folder, "index")
-        for key in (
-            "factory",
-            "metric",
-            "store",
-            "chunks",
-            "embeddings",
-            "embedding",
-            "nprobe",
-            "recall",
-            "recall_k",
-            "index_rows",
-            "files",
-        ):
+        for key in ("factory", "metric", "embeddings", "embedding", "nprobe", "recall", "recall_k", "index_rows"):
             if key not in manifest:
                 raise StoreError(
                     f"{folder} was made by another version", f"no {key!r}", f"rm -r {folder}, then retro index"

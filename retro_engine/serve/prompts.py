@@ -35,11 +35,15 @@ def _encode(service: Service, prompt: str | list[int], limits: Limits, param: st
     if len(ids) > limits.prompt_tokens:
         why = f"{len(ids):,} tokens: at most {limits.prompt_tokens:,} are read"
         raise ApiError(400, f"{_spoken(param)} has {why}", param, "context_length_exceeded")
+    check_ids(service, ids, param)
+    return ids
+
+
+def check_ids(service: Service, ids: Sequence[int], param: str) -> None:
     top = service.tokenizer.vocab_size
     outside = next((i for i in ids if not 0 <= i < top), None)
     if outside is not None:
         raise ApiError(400, f"token id {outside} is outside the vocabulary of {top:,}", param, "token_not_found")
-    return ids
 
 
 def _refuse_empty(param: str) -> list[list[int]]:

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bodies import Ids, Prompts, Strict, parse_body, read_json
-from retro_engine.serve.prompts import check_model_name, encode_prompts
+from retro_engine.serve.prompts import check_ids, check_model_name, encode_prompts
 from retro_engine.serve.request_context import brief, limits_of, long, service_of
 from retro_engine.serve.service import Service
 from retro_engine.serve.work import Check
@@ -93,8 +93,5 @@ async def detokenize(request: Request) -> Response:
     service = service_of(request)
     body = parse_body(Detokenize, await read_json(request, limits_of(request)))
     check_model_name(service, body.model or service.name)
-    top = service.tokenizer.vocab_size
-    outside = next((i for i in body.tokens if not 0 <= i < top), None)
-    if outside is not None:
-        raise ApiError(400, f"token id {outside} is outside the vocabulary of {top:,}", "tokens", "token_not_found")
+    check_ids(service, body.tokens, "tokens")
     return JSONResponse({"prompt": await brief(request, service.tokenizer.decode, body.tokens)})

@@ -121,10 +121,8 @@ class Parallel:
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Sums over the data-parallel groups."""
-        total = torch.tensor(list(values), dtype=torch.float64)
-        if self.data > 1:
-            total = total.to(self.device)
-            dist.all_reduce(total, group=self.mesh["data"].get_group())
+        total = np.array(list(values), np.float64)
+        self.sum_arrays([total])
         return total.tolist()
 
     def sum_arrays(self, arrays: Iterable[np.ndarray]) -> None:
