@@ -48,16 +48,11 @@ def describe(routes: Sequence[tuple[str, str, Any, str]]) -> dict[str, Any]:
                 "default": {"description": "an error", "content": _json(ERROR)},
             },
         }
-        if forms:
-            operation["requestBody"] = {
-                "required": True,
-                "content": _json(forms[0] if len(forms) == 1 else {"anyOf": forms}),
-            }
-        elif path.endswith("/import"):
-            operation["requestBody"] = {
-                "required": True,
-                "content": {"application/x-ndjson": {"schema": {"type": "string"}}},
-            }
+        content = _json(forms[0] if len(forms) == 1 else {"anyOf": forms}) if forms else None
+        if path.endswith("/import"):
+            content = {"application/x-ndjson": {"schema": {"type": "string"}}}
+        if content is not None:
+            operation["requestBody"] = {"required": True, "content": content}
         paths.setdefault(re.sub(r"\{(\w+):\w+\}", r"{\1}", path), {})[method.lower()] = operation
     return {
         "openapi": "3.1.0",
