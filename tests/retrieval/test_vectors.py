@@ -91,6 +91,12 @@ def test_choices_of_an_earlier_run_stay(store: Store) -> None:
     path.write_text("{")
     with pytest.raises(StoreError, match="is damaged"):
         build_vectors(store, "hash")
+    path.write_text(json.dumps({**known, "store": "0" * 64}))
+    with pytest.raises(StoreError, match="has vectors of store 000000000000"):
+        build_vectors(store, "hash")
+    path.write_text(json.dumps({**known, "embedding": {**known["embedding"], "name": "minilm"}}))
+    with pytest.raises(StoreError, match="was made with precision 'fp32'"):
+        build_vectors(store, "hash", precision="bf16")
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
