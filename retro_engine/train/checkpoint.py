@@ -76,7 +76,9 @@ class Saver:
         *,
         base: Base | None = None,
     ):
-        """With a `base` only what learns is saved. Removes what a killed writer left half-written or half-removed: the caller has the run's lock."""
+        """With a `base` only what learns is saved. Removes what a killed writer left half-written or half-removed: the
+        caller has the run's lock.
+        """
         self.run, self.parallel, self.keep_last_n, self.keeps_best = run, parallel, keep_last_n, keeps_best
         self.say, self.base = say, base
         if parallel.is_main:
