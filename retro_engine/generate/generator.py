@@ -22,6 +22,7 @@ from retro_engine.model.encodings import Encodings
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.hit import Found, Hit, NeighborSource
 
+PLAIN = "this model is a plain decoder (model.retrieval=false)", "let it read in front: open_model.read_in_front"
 MAX_FOUND = 1024  # texts whose neighbors are remembered
 NEIGHBOR_BYTES = 512 << 20  # of encoded neighbors that are kept
 KnownTexts = dict[tuple[tuple[str, ...], int], tuple[Found, list[str]]]  # texts, R -> them as neighbors, notes
@@ -50,6 +51,8 @@ class Generator:
             raise UsageError(
                 f"model.partial_chunk={model.config.partial_chunk}", "such a model cannot be decoded with a cache"
             )
+        if retriever is not None and not model.config.retrieval:
+            raise UsageError(f"{retriever.name} cannot be read", *PLAIN)
         self.model, self.tokenizer, self.retriever, self.drafts = model, tokenizer, retriever, drafts
         if neighbor_bytes is None:
             neighbor_bytes = NEIGHBOR_BYTES if model.config.encodes_alone else 0
@@ -130,7 +133,7 @@ class Generator:
         prompt_ids = self._prompt_ids(request)
         texts = request.neighbors
         if texts and not config.retrieval:
-            raise UsageError("neighbors were given", "this model is a plain decoder (model.retrieval=false)")
+            raise UsageError("neighbors were given", *PLAIN)
         has_neighbors = bool(texts) if texts is not None else self.retriever is not None
         is_reading = config.retrieval and has_neighbors
         given, notes = self._given(texts, request, R, {} if known is None else known) if texts else (None, [])

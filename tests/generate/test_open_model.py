@@ -17,6 +17,7 @@ from retro_engine.generate.request import Request
 from retro_engine.library.library import Library
 from retro_engine.library.live import LiveRetriever
 from retro_engine.model.retro import RetroModel
+from retro_engine.retrieval.search import Retriever
 
 NEIGHBOR = "river stone amber lantern"
 
@@ -85,6 +86,8 @@ def test_what_cannot_read_is_refused(small_store: Store) -> None:
         read_in_front(decoder(small_store), tokenizer, asked={"sink_id": 10**6})
     with pytest.raises(UsageError, match="in front or not at all"):
         check_reading(decoder(small_store), "behind")
+    with pytest.raises(UsageError, match="cannot be read\n.*plain decoder"):
+        Generator(decoder(small_store, chunk_size=16), tokenizer, Retriever([small_store]))
     reading = decoder(small_store, max_position_embeddings=30)
     read_in_front(reading, tokenizer)
     generator = Generator(reading, tokenizer)
