@@ -70,7 +70,11 @@ def inherit(config: Config) -> Path | None:
         elif name == "qk_bias":
             value = theirs.has_qk_bias
         if mine not in (getattr(default, name), getattr(theirs, name), value):
-            raise UsageError(f"model.{name}={mine} does not fit", f"{source} has {value}", f"leave model.{name} out")
+            raise UsageError(
+                f"model.{name}={mine} does not fit",
+                f"{source} has {value}",
+                f"leave model.{name} out, or model.{name}={value}",
+            )
         setattr(m, name, value)
     _settle_fit(m, source, theirs.retrieval)
     if not theirs.retrieval and m.reads_prefix and m.sink_id is None:

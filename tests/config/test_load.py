@@ -84,6 +84,14 @@ def test_every_preset_sets_fields_that_exist() -> None:
         preset_model(name)
 
 
+def test_neighbors_of_this_projects_presets_can_be_kept() -> None:
+    """Those of the imitated ones read the chunk, as they did."""
+    encoders = {name: preset_model(name).enc_cross_attention for name in PRESETS}
+    assert encoders == {"tiny": [], "small": [], "base": [], "mcore": [0], "nemo": [3]}
+    assert preset_model("small", enc_cross_attention=[0]).encodes_alone is False
+    assert preset_model("small").encodes_alone
+
+
 def test_splits() -> None:
     assert splits("'98,2,0'") == (0.98, 0.02, 0.0)
     assert splits("1,1,2") == (0.25, 0.25, 0.5)
