@@ -12,6 +12,7 @@ from retro_engine.generate.prefix import PrefixCache, keys_of
 from retro_engine.generate.request import Event
 from retro_engine.generate.sequence import DecodingSequence, stacked
 from retro_engine.model.decode_cache import new_cache
+from retro_engine.model.decode_prefix import read_in_front
 from retro_engine.model.decoding import decode_ahead, decode_one, prefill
 from retro_engine.model.encodings import Encodings
 from retro_engine.model.retro import RetroModel
@@ -46,11 +47,17 @@ class DecodingBatch:
         self._found: list[Found] = []
 
     def join(self, sequence: DecodingSequence, found: list[Found]) -> None:
-        """`found`: the neighbors of the prompt's chunks."""
+        """`found`: the neighbors of the prompt's chunks. In front of the decoder's keys each chunk of a prompt, all of which
+        is there, reads its own from its first token on: what is asked meets what it was found for.
+        """
         assert self.joining is None and len(self.decoding) < self.size
-        self.joining, self._found = sequence, found
-        sequence.read = sum(int(one.lengths_K.sum()) for one in found)
-        self.cache.clear(len(self.decoding), sequence.pad, sequence.is_reading)
+        self.joining, self._found, row = sequence, found, len(self.decoding)
+        sequence.read = sum(int(one.lengths_K.sum()) for one in {id(one): one for one in found}.values())
+        self.cache.clear(row, sequence.pad, sequence.is_reading)
+        first = sequence.given if sequence.given is not None else next(iter(found), None)
+        if self.cache.reads(row) and first is not None:
+            read_in_front(self.cache, [row], *stacked([first], self.pad_id, self.device))
+            self._found = [*found[1:], *found[-1:]]
         self._keys = []
         if self.prefixes is not None:
             piece = PIECE_CHUNKS * sequence.chunk_size
@@ -63,7 +70,7 @@ class DecodingBatch:
                 piece_tokens=piece,
                 piece_chunks=PIECE_CHUNKS,
                 caller=caller,
-                is_reading=self.cache.reads(len(self.decoding)),
+                is_reading=self.cache.reads(row),
             )
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from retro_engine.errors import UsageError
 from retro_engine.generate.decoding_batch import PIECE_CHUNKS
 from retro_engine.generate.generator import Generator, encode_neighbors
 from retro_engine.model.decode_cache import new_cache
+from retro_engine.model.decode_prefix import read_in_front
 from retro_engine.model.decoding import prefill
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.hit import Hit
@@ -148,6 +149,8 @@ def text_log_probs(
         keeps = lengths_K > 0
         neighbors_KR = torch.from_numpy(tokens_KR[keeps]).to(device)
         kept_K = torch.from_numpy(lengths_K[keeps]).to(device)
+        if keeps.any() and cache.reads(0):
+            read_in_front(cache, [0], neighbors_KR[None], kept_K[None])
         for start in range(shared, len(tokens) - 1, piece):
             check()
             stop = min(start + piece, len(tokens) - 1)

@@ -74,7 +74,8 @@ class Generator:
     ) -> Generation:
         """Continue `prompt`; ends at the end-of-document token or after `max_new_tokens`. `Request` says more.
 
-        `neighbors`: texts to read from the prompt's last token on instead of retrieved ones; [] = retrieval off.
+        `neighbors`: texts to read from the prompt's last token on (in front: from its first) instead of retrieved ones; [] =
+        retrieval off.
         Raises UsageError for an empty prompt or a setting that cannot be used.
         """
         request = Request(
@@ -193,13 +194,16 @@ class Generator:
     def find(self, sequence: DecodingSequence, stop: int) -> list[Found]:
         """The neighbors of the chunks that the tokens up to `stop` complete; [] where it reads none.
 
-        Given neighbors are read from the prompt's last token on: the chunks before have none.
+        Given neighbors are read from the prompt's last token on, in front of the decoder's keys from its first: the chunks
+        before have none, or them too.
         """
         num_chunks = stop // sequence.chunk_size - sequence.filled // sequence.chunk_size
         if not sequence.is_reading or not num_chunks:
             return []
         if sequence.given is None:
             return self._retrieve(sequence.texts(stop), sequence)
+        if self.model.config.reads_prefix:
+            return [sequence.given] * num_chunks
         none = Found(sequence.given.tokens_KR, np.zeros_like(sequence.given.lengths_K), [])
         return [none] * (num_chunks - 1) + [sequence.given]
 

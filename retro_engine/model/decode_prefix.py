@@ -33,6 +33,9 @@ class FrontReading:
         self, cache: DecodeCache, start: int, T: int, neighbors_BLKR: Tensor | None, lengths_BLK: Tensor | None
     ):
         self.cache, self.start = cache, start
+        self.firsts: list[int] = (
+            (cache.pads_B - start).clamp(0, T).tolist()
+        )  # each row's first token that is no padding
         self.runs: list[_KeptRun] = []
         M, begins_B = cache.chunk_size, cache.begins_B
         for chunk, first, end in segments(T, M, start):
@@ -48,9 +51,12 @@ class FrontReading:
                     begins_B[row] = cache.pads_B[row] - front[0].shape[1]
             self.runs.append(_KeptRun(first, end, fronts, begins_B))
 
-    def attend(self, layer: int, attention: SelfAttention, q: Tensor) -> Tensor:
-        """q [b, t, h, e], rotated -> the same; the cache has the block's keys and values."""
+    def attend(self, layer: int, attention: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [b, t, h, e], k and v [b, t, g, e], rotated -> as q; the cache gets those of the text."""
         keys, values, out = self.cache.keys_BSGE[layer], self.cache.values_BSGE[layer], []
+        for row, first in enumerate(self.firsts):  # where padding is stands what is read in front
+            place = slice(self.start + first, self.start + k.shape[1])
+            keys[row, place], values[row, place] = k[row, first:], v[row, first:]
         for run in self.runs:
             for row, front in run.fronts.items():
                 self.cache.put_front(row, front, layer)

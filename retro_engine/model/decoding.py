@@ -131,7 +131,8 @@ def step(
     start = _check_block(model, cache, tokens_BT, neighbors_BLKR, lengths_BLK)
     if is_token_BT is not None:
         cache.note_padding(is_token_BT)
-    if tokens_BT.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    is_padded = is_token_BT is not None and not bool(is_token_BT.all())
+    if tokens_BT.shape[1] != 1 or is_padded or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return prefill(model, cache, tokens_BT, neighbors_BLKR, lengths_BLK, last_only=last_only)
     if (start + 1) % model.config.chunk_size:
         return decode_one(model, cache, tokens_BT[:, 0])[:, None]
@@ -165,10 +166,10 @@ class _CachedAttention:
         rotary = self.cache.rotary[0]
         if rotary is not None:
             q, k = ops.rope_qk(q, k, *rotary, positions=self.positions, interleaved=attention.interleaved)
+        if self.front is not None:
+            return self.front.attend(layer, attention, q, k, v).flatten(-2)
         keys, values = self.cache.keys_BSGE[layer], self.cache.values_BSGE[layer]
         keys[:, self.start : self.stop], values[:, self.start : self.stop] = k, v
-        if self.front is not None:
-            return self.front.attend(layer, attention, q).flatten(-2)
         seen = keys[:, : self.stop].to(q.dtype), values[:, : self.stop].to(q.dtype)
         return ops.attention(q, *seen, True, key_begins=self.begins_B, scale=attention.scale).flatten(-2)
 
@@ -379,7 +380,7 @@ def decode(
     """A batch of prompts answered together, to the end of the longest answer; the stop id that ended one is not in it.
 
     Prompts are padded on the left to the same whole number of chunks, so that each one's last token ends a chunk and its
-    given neighbors act from that token on. `neighbors_BKR` None = retrieval off; `choose` makes tokens [b] of logits
+    given neighbors act from that token on (in front: from its first token on). `neighbors_BKR` None = retrieval off; `choose` makes tokens [b] of logits
     [b, V]. Raises ValueError for an empty prompt, UsageError for more tokens than the model has positions.
     """
     if not all(prompts):
@@ -399,6 +400,8 @@ def decode(
     cache = new_cache(model, B, length + max_new_tokens, neighbor_tokens)
     for row, prompt in enumerate(prompts):
         cache.clear(row, length - len(prompt))
+    if neighbors_BKR is not None and cache.sink_CSGE is not None:
+        read_in_front(cache, range(B), neighbors_BKR.to(device), None if lengths_BK is None else lengths_BK.to(device))
     answers: list[list[int]] = [[] for _ in range(B)]
     is_open = torch.ones(B, dtype=torch.bool)
     for _ in range(max_new_tokens):
@@ -408,7 +411,8 @@ def decode(
             neighbors = neighbors_BKR.to(device)[:, None].expand(-1, chunks, -1, -1)
             full = torch.full(neighbors_BKR.shape[:2], neighbors_BKR.shape[2]) if lengths_BK is None else lengths_BK
             lengths = full.to(device)[:, None].expand(-1, chunks, -1).clone()
-            lengths[:, :-1] = 0  # the chunks before the prompt's last one have none
+            if not model.config.reads_prefix:
+                lengths[:, :-1] = 0  # the chunks before the prompt's last one have none
         with torch.no_grad():
             logits = step(model, cache, block, neighbors, lengths, last_only=True)[:, 0]
         chosen = choose(logits).cpu()

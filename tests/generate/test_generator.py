@@ -1,5 +1,6 @@
 """Generation: equal to recomputing everything, neighbors that act from the prompt's last token on, attribution."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from retro_engine.generate.decoding_batch import DecodingBatch
 from retro_engine.generate.generator import Generator, encode_neighbors
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
+from retro_engine.model.decoding import decode
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.search import Found, Retriever
 
@@ -333,3 +335,29 @@ def test_end_tokens_between_the_turns_of_a_chat(llama: Generator) -> None:
         llama.open(Request(ids))
     assert llama.open(Request(ids, is_chat=True)).tokens == ids
     assert llama.open(Request(ids, is_chat=True, add_bos=True)).tokens == ids  # which has it already
+
+
+@pytest.mark.parametrize("prompt", ["river", "orchard " * 40], ids=["short", "long"])
+@pytest.mark.parametrize("pads", [True, False])
+def test_given_in_front_is_the_prompt_with_it(small_store: Store, prompt: str, pads: bool) -> None:
+    """A plain decoder that is given one neighbor says what it says after the prompt `sink, neighbor, prompt`."""
+    model = small_model(
+        vocab_size=small_store.vocab_size, chunk_size=M, encoder_seq_length=64, seed=3, reading="prefix", sink_id=5
+    )
+    tokenizer, text = small_store.tokenizer, "stone amber lantern"
+    ids = [5, *tokenizer.encode(text), *tokenizer.encode(prompt)]
+    expected: list[int] = []
+    off = RetroModel(replace(model.config, retrieval=False)).double().eval()
+    off.load_state_dict(model.state_dict())
+    for _ in range(8):
+        with torch.no_grad():
+            expected.append(int(off(torch.tensor([ids + expected]))[0, -1].argmax()))
+    generator = Generator(model, tokenizer)
+    got = generator.generate_all([Request(prompt, 8, neighbors=[text], pad_prompt=pads)])[0]
+    assert got.tokens == expected
+    assert decode(model, [tokenizer.encode(prompt)], *encoded(tokenizer, text, model.config.r), 8, [], 0) == [expected]
+
+
+def encoded(tokenizer: Tokenizer, text: str, R: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, lengths = encode_neighbors(tokenizer, [text], R)
+    return torch.from_numpy(tokens)[None], torch.from_numpy(lengths)[None]
