@@ -78,7 +78,7 @@ def test_what_is_generated_is_the_same_and_nothing_is_encoded(
     assert quick.encodings is not None and quick.encodings.stats.misses == 0 < quick.encodings.stats.hits
     assert quick.encodings.stats.nbytes == 0, "what is in a file is not kept twice"
     quick.generate(prompt, 2, neighbors=["what no store has said"])
-    assert quick.encodings.stats.misses == 1, "what is in no file is encoded"
+    assert quick.encodings.stats.misses > 0, "what is in no file is encoded"
 
 
 def test_every_neighbor_is_found_by_its_tokens(small_store: Store, run: Path, made: EncodingFile) -> None:

@@ -159,7 +159,8 @@ def test_the_model_s_inputs_follow_it(run: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("command", "found"), [
     (["generate", "RUN", "river", "--device", "cpu", "trainer.accelerator=gpu"], "they say different things"),
     (["generate", "RUN", "river", "trainer.devices=8"], "generation runs in one process"),
-    (["generate", "RUN", "river", "model.num_neighbors=3"], "takes no such setting"),
+    (["generate", "RUN", "river", "model.num_neighbors=3"], "the model has 2"),
+    (["generate", "RUN", "river", "model.optim.lr=1"], "takes no such setting"),
     (["eval", "RUN", "model.optim.lr=1"], "takes no such setting"),
     (["eval", "RUN", "trainer.precision=bf16"], "takes no such setting"),
     (["report", "RUN", "model.data.splits_string=x"], "takes no such setting"),

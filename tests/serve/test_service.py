@@ -1,5 +1,6 @@
 """What a server of a plain decoder reads: documents and given neighbors as a RETRO does, or nothing; what cannot apply is named."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from retro_engine.errors import StoreError, UsageError
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.open_model import open_model, read_in_front
 from retro_engine.library.library import Library
+from retro_engine.serve.encode_ahead import EVERY_S
 from retro_engine.serve.service import ServiceOptions, open_service
 
 
@@ -83,7 +85,10 @@ def test_what_is_kept_is_counted(reading: Server) -> None:
         return {name: float(value) for name, _, value in (line.partition(" ") for line in lines) if "neighbor" in name}
 
     complete(reading)
-    before = counts()
+    before, earlier = counts(), {}
+    while before != earlier:  # what came to the library is encoded in the background
+        time.sleep(2 * EVERY_S)
+        before, earlier = counts(), before
     complete(reading)
     after = counts()
     assert after["retro_neighbor_bytes"] > 0
