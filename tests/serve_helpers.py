@@ -17,9 +17,9 @@ from retro_engine.data.store import Store
 from retro_engine.progress import Reporter
 from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.app import make_app
+from retro_engine.serve.bounds import Limits
 from retro_engine.serve.connection import bind, make_server
 from retro_engine.serve.gate import Gate
-from retro_engine.serve.limits import Limits
 from retro_engine.serve.request_context import ServerState
 from retro_engine.serve.service import Service, ServiceOptions, open_service
 from retro_engine.serve.start import Address, make_state

@@ -7,7 +7,7 @@ from pydantic import Field
 from retro_engine.errors import UsageError
 from retro_engine.generate.chat_template import ChatTemplate
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.bodies import Strict
+from retro_engine.serve.limits import Strict
 
 STOPS = ("\nQuestion:",)
 

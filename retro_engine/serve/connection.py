@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from retro_engine.errors import UsageError
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.limits import Limits
+from retro_engine.serve.bounds import Limits
 
 BACKLOG = 512
 REFUSED_S = 1.0  # that a refused client has to read why, before the connection ends

@@ -18,7 +18,7 @@ from retro_engine.library.library import MAX_LIST, Library
 from retro_engine.library.search import MODES
 from retro_engine.serve.answers import neighbors_json
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.bodies import Strict, parse_body, read_chunks, read_json
+from retro_engine.serve.limits import Strict, parse, read_chunks, read_json
 from retro_engine.serve.request_context import audit, brief, limits_of, service_of, write
 
 MAX_DOCUMENTS = 1000  # of one request
@@ -102,7 +102,7 @@ async def add_documents(request: Request) -> Response:
     limits = limits_of(request)
     body = await read_json(request, limits, limits.documents_bytes)
     is_many = isinstance(body, dict) and "documents" in body
-    rows = parse_body(ManyDocuments, body).documents if is_many else [parse_body(NewDocument, body)]
+    rows = parse(ManyDocuments, body).documents if is_many else [parse(NewDocument, body)]
     await brief(request, _check_all, rows, is_many)
     ids = [content_id(row.title, row.text) if row.id is None else composed(row.id) for row in rows]
     documents = [Document(identifier, row.title, row.text) for identifier, row in zip(ids, rows)]
@@ -177,7 +177,7 @@ def job_json(importer: Importer, number: int) -> dict[str, Any]:
 
 async def reset(request: Request) -> Response:
     library, _ = library_of(request)
-    if not parse_body(Confirmation, await read_json(request, limits_of(request))).confirm:
+    if not parse(Confirmation, await read_json(request, limits_of(request))).confirm:
         raise ApiError(400, 'every document would be deleted: {"confirm": true}', "confirm", "not_confirmed")
     count = await write(request, library.reset)
     audit(request, "documents.reset", count=count)
@@ -189,7 +189,7 @@ async def retrieve(request: Request) -> Response:
     is none, a note why.
     """
     service = service_of(request)
-    query = parse_body(Query, await read_json(request, limits_of(request)))
+    query = parse(Query, await read_json(request, limits_of(request)))
     if query.mode is not None and query.mode not in MODES:
         raise ApiError(400, f"mode {query.mode!r} is not one of {', '.join(MODES)}", "mode")
     if not query.query.strip():

@@ -10,7 +10,7 @@ from retro_engine.generate.explain import Explanation, explain_cost
 from retro_engine.generate.explain import explain as explain_text
 from retro_engine.serve.answers import neighbors_json
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.bodies import Strict, Texts, parse_body, read_json
+from retro_engine.serve.limits import Strict, Texts, parse, read_json
 from retro_engine.serve.prompts import check_model_name, encode_prompts
 from retro_engine.serve.request_context import brief, limits_of, long, service_of
 from retro_engine.serve.service import Service
@@ -32,7 +32,7 @@ async def explain(request: Request) -> Response:
     the change when one is removed, and when all are.
     """
     service, limits = service_of(request), limits_of(request)
-    body = parse_body(Explain, await read_json(request, limits))
+    body = parse(Explain, await read_json(request, limits))
     check_model_name(service, body.model or service.name)
     config = service.generator.model.config
     if not config.retrieval:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retro_engine.serve.accounts import Accounts, Caller
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.limits import Limits
+from retro_engine.serve.bounds import Limits
 from retro_engine.serve.metrics import Metrics
 
 PUBLIC = frozenset(

@@ -17,8 +17,8 @@ from retro_engine.data.corpus import Document
 from retro_engine.generate.request import Event, Request, TokenLogprob
 from retro_engine.generate.sampling import TINY, Sampling
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.bodies import Ids, Strict, Texts, parse_body, read_json
 from retro_engine.serve.documents import library_of
+from retro_engine.serve.limits import Ids, Strict, Texts, parse, read_json
 from retro_engine.serve.prompts import check_cost, check_room, encode_prompts
 from retro_engine.serve.request_context import (
     audit,
@@ -71,7 +71,7 @@ class Knn(Strict):
 async def generate(request: HttpRequest) -> Response:
     """Continue sentences; `retrieved` has what each could read."""
     service, limits = service_of(request), limits_of(request)
-    body = parse_body(Generate, await read_json(request, limits))
+    body = parse(Generate, await read_json(request, limits))
     size = service.tokenizer.vocab_size
     if body.all_probs and len(body.sentences) * body.tokens_to_generate * size > MAX_PROBS:
         raise ApiError(400, f"all_probs would be more than {MAX_PROBS:,} numbers", "all_probs")
@@ -163,7 +163,7 @@ async def knn(request: HttpRequest) -> Response:
     """Token ids of the neighbors, [sentences, neighbors, 2 x chunk size], padded; or "success"."""
     service, limits = service_of(request), limits_of(request)
     library, _ = library_of(request)
-    body = parse_body(Knn, await read_json(request, limits, limits.documents_bytes))
+    body = parse(Knn, await read_json(request, limits, limits.documents_bytes))
     if "reset" in body.model_fields_set:  # NeMo's clients send null
         if body.reset is False or body.sentences is not None or body.neighbors is not None:
             raise ApiError(400, "reset deletes every document: it is sent alone, and true or null", "reset")

@@ -19,9 +19,9 @@ from retro_engine.generate.request import Request
 from retro_engine.generate.sampling import TINY, Sampling
 from retro_engine.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.bodies import Prompts, Strict, Texts, parse_body, read_json
+from retro_engine.serve.bounds import Limits
 from retro_engine.serve.chat import Message, chat_prompt
-from retro_engine.serve.limits import Limits
+from retro_engine.serve.limits import Prompts, Strict, Texts, parse, read_json
 from retro_engine.serve.prompts import check_cost, check_model_name, check_room, encode_prompts
 from retro_engine.serve.request_context import brief, caller_id, limits_of, service_of, state_of
 from retro_engine.serve.service import Service
@@ -143,7 +143,7 @@ def _model(service: Service, limits: Limits) -> dict[str, Any]:
 async def completions(request: HttpRequest) -> Response:
     """Continue one prompt or several."""
     service, limits = service_of(request), limits_of(request)
-    body = parse_body(Completion, await read_json(request, limits))
+    body = parse(Completion, await read_json(request, limits))
     check_model_name(service, body.model)
     if body.best_of not in (None, body.n):
         raise ApiError(400, "best_of other than n is not supported", "best_of", "unsupported")
@@ -158,7 +158,7 @@ async def completions(request: HttpRequest) -> Response:
 async def chat_completions(request: HttpRequest) -> Response:
     """Answer the last message of a conversation."""
     service, limits = service_of(request), limits_of(request)
-    body = parse_body(Chat, await read_json(request, limits))
+    body = parse(Chat, await read_json(request, limits))
     check_model_name(service, body.model)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs takes logprobs=true", "top_logprobs")

@@ -5,7 +5,7 @@ from typing import Any
 
 from retro_engine.generate.request import Request, request_cost
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.limits import Limits
+from retro_engine.serve.bounds import Limits
 from retro_engine.serve.service import Service
 
 

@@ -28,7 +28,7 @@ from retro_engine.library.search import check_mode
 from retro_engine.model.weights import read_config
 from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.app import make_app
-from retro_engine.serve.limits import Limits
+from retro_engine.serve.bounds import Limits
 from retro_engine.serve.service import (
     Service,
     ServiceOptions,

@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from retro_engine.serve.accounts import Accounts, Caller
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.limits import Limits, Throttle
+from retro_engine.serve.bounds import Limits, Throttle
 from retro_engine.serve.metrics import Metrics
 from retro_engine.serve.service import Service
 

@@ -9,9 +9,9 @@ from starlette.responses import JSONResponse, Response
 
 from retro_engine.serve.accounts import DEVICE_S, MAX_PASSWORD, SESSION_S
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.bodies import Strict, parse_body, read_json
+from retro_engine.serve.bounds import Throttle
 from retro_engine.serve.gate import COOKIE, DEVICE, cookie, cookie_name
-from retro_engine.serve.limits import Throttle
+from retro_engine.serve.limits import Strict, parse, read_json
 from retro_engine.serve.request_context import ServerState, caller_of, client_of, limits_of, state_of
 
 
@@ -26,7 +26,7 @@ class Login(Strict):
 async def login(request: Request) -> Response:
     """A new session, also where there was one. Refused before any hashing after too many failures."""
     state, limits = state_of(request), limits_of(request)
-    asked = parse_body(Login, await read_json(request, limits, limits.sign_in_bytes))
+    asked = parse(Login, await read_json(request, limits, limits.sign_in_bytes))
     device = state.accounts.device_of(cookie(request.scope, DEVICE), asked.name)
     tries = _tries(state, client_of(request), asked.name, device)
     _check_tries(state, tries)

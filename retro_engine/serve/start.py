@@ -12,8 +12,8 @@ from retro_engine.model.device import describe_device
 from retro_engine.progress import Reporter
 from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.app import is_loopback, make_app
+from retro_engine.serve.bounds import Limits, Throttle
 from retro_engine.serve.connection import bind, make_server
-from retro_engine.serve.limits import Limits, Throttle
 from retro_engine.serve.metrics import Metrics
 from retro_engine.serve.request_context import ServerState
 from retro_engine.serve.service import Service, ServiceOptions, open_service

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.bodies import Ids, Prompts, Strict, parse_body, read_json
+from retro_engine.serve.limits import Ids, Prompts, Strict, parse, read_json
 from retro_engine.serve.prompts import check_ids, check_model_name, encode_prompts
 from retro_engine.serve.request_context import brief, limits_of, long, service_of
 from retro_engine.serve.service import Service
@@ -48,7 +48,7 @@ class Detokenize(Strict):
 async def embeddings(request: Request) -> Response:
     """Unit vectors of the library's embedder."""
     service, limits = service_of(request), limits_of(request)
-    body = parse_body(Embeddings, await read_json(request, limits))
+    body = parse(Embeddings, await read_json(request, limits))
     check_model_name(service, body.model)
     is_one = isinstance(body.input, str) or (body.input and isinstance(body.input[0], int))
     rows: Any = [body.input] if is_one else body.input
@@ -83,7 +83,7 @@ def _embed(service: Service, rows: list[str | list[int]], check: Check) -> np.nd
 
 async def tokenize(request: Request) -> Response:
     service, limits = service_of(request), limits_of(request)
-    body = parse_body(Tokenize, await read_json(request, limits))
+    body = parse(Tokenize, await read_json(request, limits))
     check_model_name(service, body.model or service.name)
     tokens = await brief(request, service.tokenizer.encode, body.prompt)
     return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": limits.prompt_tokens})
@@ -91,7 +91,7 @@ async def tokenize(request: Request) -> Response:
 
 async def detokenize(request: Request) -> Response:
     service = service_of(request)
-    body = parse_body(Detokenize, await read_json(request, limits_of(request)))
+    body = parse(Detokenize, await read_json(request, limits_of(request)))
     check_model_name(service, body.model or service.name)
     check_ids(service, body.tokens, "tokens")
     return JSONResponse({"prompt": await brief(request, service.tokenizer.decode, body.tokens)})

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serve_helpers import Server, serving_run
 
-from retro_engine.serve.limits import Limits
+from retro_engine.serve.bounds import Limits
 
 EXAMPLES = 1000 if os.environ.get("RETRO_CAMPAIGN") else 12
 BODIES: dict[tuple[str, str], dict[str, Any]] = {

@@ -15,8 +15,8 @@ import pytest
 from serve_helpers import Server, serving_run
 
 from retro_engine.errors import UsageError
+from retro_engine.serve.bounds import Limits
 from retro_engine.serve.connection import bind
-from retro_engine.serve.limits import Limits
 
 CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
 WAIT_S = 1.0  # every limit of the server below

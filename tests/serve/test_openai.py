@@ -17,8 +17,8 @@ from serve_helpers import Server, serving
 from retro_engine.generate.sampling import Sampling
 from retro_engine.interop.imports import import_model, write_checkpoint
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.bodies import parse_body
-from retro_engine.serve.limits import Limits
+from retro_engine.serve.bounds import Limits
+from retro_engine.serve.limits import parse
 from retro_engine.serve.openai import Chat, Completion, requests_of
 from retro_engine.serve.service import ServiceOptions, open_service
 
@@ -253,7 +253,7 @@ def test_refusals_that_name_no_field(server: Server) -> None:
 
 @pytest.mark.parametrize("fields", [{"k": 2}, {"mode": "lexical"}, {"neighbors": ["a"]}, {"retrieved_length": 2}])
 def test_a_plain_decoder_takes_no_settings_of_retrieval(fields: dict[str, Any]) -> None:
-    body = parse_body(Completion, {"model": "x", "prompt": "a", "retro": fields})
+    body = parse(Completion, {"model": "x", "prompt": "a", "retro": fields})
     model = SimpleNamespace(config=small_config(retrieval=False))
     service: Any = SimpleNamespace(generator=SimpleNamespace(model=model), engine=SimpleNamespace(max_tokens=100))
     with pytest.raises(ApiError, match="plain decoder") as caught:
@@ -379,15 +379,15 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 @pytest.mark.parametrize("model", [Completion, Chat])
 def test_null_is_the_default_of_every_field_that_may_be_left_out(model: type[Any]) -> None:
     body = {"model": "x", **({"prompt": "a"} if model is Completion else CHAT)}
-    plain = parse_body(model, body)
+    plain = parse(model, body)
     for name, field in model.model_fields.items():
         if field.is_required():
             with pytest.raises(ApiError) as caught:
-                parse_body(model, {**body, name: None})
+                parse(model, {**body, name: None})
             assert caught.value.param == name
         else:
-            assert parse_body(model, {**body, name: None}) == plain, name
-    assert parse_body(model, {**body, "retro": {"refresh": None, "k": None}, "stream_options": {"include_usage": None}})
+            assert parse(model, {**body, name: None}) == plain, name
+    assert parse(model, {**body, "retro": {"refresh": None, "k": None}, "stream_options": {"include_usage": None}})
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_null_is_the_default_of_every_field_that_may_be_left_out(model: type[Any
     ],
 )  # fmt: skip
 def test_fields_that_say_nothing_are_taken(fields: dict[str, Any]) -> None:
-    parse_body(Chat, {"model": "x", **CHAT, **fields})
+    parse(Chat, {"model": "x", **CHAT, **fields})
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_fields_that_say_nothing_are_taken(fields: dict[str, Any]) -> None:
 )  # fmt: skip
 def test_every_field_that_is_wrong_is_named(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(ApiError) as caught:
-        parse_body(Chat, {"model": "x", **CHAT, **fields})
+        parse(Chat, {"model": "x", **CHAT, **fields})
     assert caught.value.status == 400
     assert caught.value.param == param
 
@@ -432,7 +432,7 @@ def test_a_list_of_wrong_items_is_no_list_of_errors() -> None:
     start = time.process_time()
     for fields in ({"prompt": [1, "a"] * 120_000}, {"prompt": [[1, "a"]] * 9000}, {f"a{n}": 1 for n in range(20_000)}):
         with pytest.raises(ApiError):
-            parse_body(Completion, {"model": "x", "prompt": "a", **fields})
+            parse(Completion, {"model": "x", "prompt": "a", **fields})
     assert time.process_time() - start < 0.5
 
 

@@ -13,7 +13,7 @@ from schemathesis.specs.openapi.checks import content_type_conformance, response
 from serve_helpers import Server, serving_run
 
 from retro_engine.serve.app import NEMO_ROUTES, ROUTES
-from retro_engine.serve.limits import Limits
+from retro_engine.serve.bounds import Limits
 from retro_engine.serve.schema import BODIES, describe
 
 DOCUMENT = describe([*ROUTES, *NEMO_ROUTES])
