@@ -94,7 +94,8 @@ def test_eval(work: Path, decoder: Path, tmp_path: Path, capsys: pytest.CaptureF
     ask = ["eval", decoder, "--limit", 1, "model.encoder_seq_length=64", *data]
     plain = out(capsys, *ask, "model.chunk_size=16")
     assert set(plain) & {"on", "off", "random"} == {"off"}
-    ask += ["model.data.neighbors=bm25"]  # other tests make others beside it
+    named = ["model.data.neighbors=bm25"]  # other tests make others beside it
+    data, ask = [*data, *named], [*ask, *named]
     found = out(capsys, *ask, "model.reading=prefix", "--in-prompt", "--against", decoder)
     assert found["off"] == plain["off"], "the same documents and tokens, and the same decoder"
     for mode in ("on", "random", "prompt"):
