@@ -88,13 +88,17 @@ def same(one: torch.Tensor, two: torch.Tensor, weights: str) -> bool:
     "sampling", [Sampling(), Sampling(greedy=False, temperature=1.5, seed=3)], ids=["greedy", "sampled"]
 )
 @pytest.mark.parametrize("reading", ["retrieved", "given", "off"])
-def test_the_tokens_are_those_without(small_store: Store, reading: str, sampling: Sampling) -> None:
+def test_the_tokens_are_those_without(
+    small_store: Store, reading: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Across chunk boundaries, a stop string and the end of the document; the small model repeats itself, so drafts hold."""
-    model = small_model(vocab_size=small_store.vocab_size, chunk_size=M, encoder_seq_length=64, seed=3).float()
+    model = small_model(vocab_size=small_store.vocab_size, chunk_size=M, encoder_seq_length=64, seed=8).float()
     texts = {"retrieved": None, "given": ["river stone amber lantern river stone"], "off": []}[reading]
     asked = [Request("river stone amber", 60, sampling=sampling, neighbors=texts)]
     asked.append(Request("river stone amber river", 60, sampling=sampling, neighbors=texts, stop=("e",)))
-    accepted = 0
+    held: list[int] = []
+    note = Drafts.note
+    monkeypatch.setattr(Drafts, "note", lambda self, drafted, came: (held.append(came), note(self, drafted, came)))
     for request in asked:
         both = []
         for drafts in (False, True):
@@ -103,5 +107,4 @@ def test_the_tokens_are_those_without(small_store: Store, reading: str, sampling
             both.append(generator.generate_all([request])[0])
             assert (sequence.drafts is not None) == drafts
         assert both[0] == both[1]
-        accepted += len(both[1].tokens)
-    assert accepted
+    assert sum(held) > 0 or not sampling.greedy, "drafts came, so that there was something to compare"
