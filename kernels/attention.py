@@ -6,6 +6,8 @@ position query_offset + i mod query_period, key s at s. Reads q, k, v once and w
 Letters: B batch, N queries, S keys, H query heads, G key/value heads, E head width.
 """
 
+import math
+
 import torch
 from retro_kernels import flash, reference
 from retro_kernels.attention_op import new_op
@@ -34,14 +36,17 @@ def attention(
     is_packed: bool = False,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """q [b, n, h, e]; k, v [b, s, h_kv, e] -> [b, n, h, e].
 
     is_causal: query i sees keys up to i + s - n. first_keys [b, n]: the first key that each query sees. key_begins,
     key_ends [b]: the range of keys that count. cos, sin [positions, rotary/2] rotate inside and get no gradient. `scale`
     None = 1/sqrt(e), `query_period` None = n. `is_packed` states that first_keys are where the query's document begins,
     documents side by side: then flash-attn's ragged batches may compute it. `dropout` is of the attention weights, `seed` int64 []
-    says which (kernels/dropout.py); None = drawn from torch's generator. Raises ValueError naming the argument, its shape and the rule.
+    says which (kernels/dropout.py); None = drawn from torch's generator. `return_lse` adds the natural log-sum-exp of the scores
+    [b, h, n] in fp32 (float64 of float64), +inf where nothing is attended, by which attentions of one query over different keys are merged; it has
+    no gradient. Raises ValueError naming the argument, its shape and the rule.
     """
     _check(q, k, v, is_causal, first_keys, key_begins, key_ends)
     if query_offset < 0 or query_period is not None and query_period < 1:
@@ -51,7 +56,13 @@ def attention(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     check_dropout(dropout)
     seed = new_seed(q) if dropout and seed is None else seed
-    is_plain = not dropout and is_causal and key_begins is None and key_ends is None and q.shape[1] == k.shape[1]
+    is_plain = (
+        not (dropout or return_lse)
+        and is_causal
+        and key_begins is None
+        and key_ends is None
+        and q.shape[1] == k.shape[1]
+    )
     backend = choose("attention", q, k, v)
     if backend == "triton" and is_plain and not is_forced() and flash.takes(q, first_keys, is_packed):
         if cos is not None and sin is not None:
@@ -60,10 +71,14 @@ def attention(
         return flash.causal_attention(q, k, v, first_keys, scale)
     if backend != "reference":
         tensors, numbers = (key_ends, key_begins, first_keys, cos, sin, seed), (query_offset, period, scale, dropout)
-        return _attention(q, k[:, None, None], v[:, None, None], *tensors, 0, is_causal, *numbers)[0]
-    return reference.attention(
-        q, k, v, is_causal, first_keys, key_begins, key_ends, cos, sin, query_offset, period, scale, dropout, seed
-    )
+        o, lse = _attention(q, k[:, None, None], v[:, None, None], *tensors, 0, is_causal, *numbers)
+        return (o, lse.detach() * math.log(2)) if return_lse else o
+    arguments = (is_causal, first_keys, key_begins, key_ends, cos, sin, query_offset, period, scale)
+    o = reference.attention(q, k, v, *arguments, dropout, seed)
+    if not return_lse:
+        return o
+    with torch.no_grad():
+        return o, reference.log_sum_exp(q, k, *arguments)
 
 
 def _check(

@@ -36,7 +36,7 @@ def chunked_cross_attention(
     Exactly 0 before token m-1 and where a chunk has no valid neighbor; `neighbor_lengths` None = all full,
     0 = missing. l is floor(n / chunk_length). `scale` None = 1/sqrt(e). `query_offset` None = chunk_length - 1.
     `dropout` is of the attention weights, `seed` int64 [] says which (kernels/dropout.py); None = drawn from torch's generator. `return_lse` adds the natural log-sum-exp of the
-    scores [b, h, n] in fp32, +inf where nothing is attended; it has no gradient, nor have cos and sin.
+    scores [b, h, n] in fp32 (float64 of float64), +inf where nothing is attended; it has no gradient, nor have cos and sin.
     Raises ValueError naming the argument, its shape and the rule.
     """
     offset = chunk_length - 1 if query_offset is None else query_offset

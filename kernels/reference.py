@@ -60,17 +60,7 @@ def attention(
     if cos is not None and sin is not None:
         q_BNHE = rope(q_BNHE, cos, sin, query_offset + query % query_period)
         k_BSGE = rope(k_BSGE, cos, sin)
-    seen = None
-    if first_keys is not None:
-        seen = key >= first_keys[:, :, None]
-    for bound, is_begin in ((key_begins, True), (key_ends, False)):
-        if bound is not None:
-            inside = key >= bound[:, None, None] if is_begin else key < bound[:, None, None]
-            seen = inside if seen is None else seen & inside
-    if is_causal and seen is not None:
-        seen = seen & (key <= query[:, None] + S - N)
-    elif is_causal and N != S:
-        seen = (key <= query[:, None] + S - N)[None]
+    seen = _seen(query, key, is_causal, first_keys, key_begins, key_ends)
     any_seen = None
     if key_begins is not None or key_ends is not None or first_keys is not None:
         assert seen is not None
@@ -86,6 +76,59 @@ def attention(
         kept = factors(dropout, seed, q_BNHE.shape[0], q_BNHE.shape[2], query, key)
         out = _attention_with_dropout(q_BNHE, k_BSGE, v_BSGE, mask, scale, kept)
     return out if any_seen is None else torch.where(any_seen[..., None], out, 0)
+
+
+def _seen(
+    query_N: Tensor,
+    key_S: Tensor,
+    is_causal: bool,
+    first_keys: Tensor | None,
+    key_begins: Tensor | None,
+    key_ends: Tensor | None,
+) -> Tensor | None:
+    """[b or 1, n or 1, s]: which keys each query sees; None = all, or causal of as many keys as queries."""
+    seen, behind = None, len(key_S) - len(query_N)
+    if first_keys is not None:
+        seen = key_S >= first_keys[:, :, None]
+    for bound, is_begin in ((key_begins, True), (key_ends, False)):
+        if bound is not None:
+            inside = key_S >= bound[:, None, None] if is_begin else key_S < bound[:, None, None]
+            seen = inside if seen is None else seen & inside
+    if is_causal and seen is not None:
+        seen = seen & (key_S <= query_N[:, None] + behind)
+    elif is_causal and behind:
+        seen = (key_S <= query_N[:, None] + behind)[None]
+    return seen
+
+
+def log_sum_exp(
+    q_BNHE: Tensor,
+    k_BSGE: Tensor,
+    is_causal: bool,
+    first_keys: Tensor | None,
+    key_begins: Tensor | None,
+    key_ends: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    query_offset: int,
+    query_period: int,
+    scale: float,
+) -> Tensor:
+    """Of each query's scores in `attention` [b, h, n], in fp32 (float64 of float64); +inf where nothing is attended."""
+    query, key = (torch.arange(x.shape[1], device=x.device) for x in (q_BNHE, k_BSGE))
+    if cos is not None and sin is not None:
+        q_BNHE = rope(q_BNHE, cos, sin, query_offset + query % query_period)
+        k_BSGE = rope(k_BSGE, cos, sin)
+    seen = _seen(query, key, is_causal, first_keys, key_begins, key_ends)
+    if seen is None and is_causal:
+        seen = (key <= query[:, None])[None]
+    k_BSHE = k_BSGE.repeat_interleave(q_BNHE.shape[2] // k_BSGE.shape[2], 2)
+    wide = torch.promote_types(q_BNHE.dtype, torch.float32)
+    scores = torch.einsum("bnhe,bshe->bhns", q_BNHE.to(wide), k_BSHE.to(wide)) * scale
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    return torch.where(lse == -torch.inf, torch.inf, lse)
 
 
 def masked_attention(
@@ -198,11 +241,12 @@ def chunked_log_sum_exp(
     scale: float,
     query_offset: int,
 ) -> Tensor:
-    """log sum exp of each token's scores [b, h, n] in fp32; +inf where nothing is attended."""
+    """log sum exp of each token's scores [b, h, n] in fp32 (float64 of float64); +inf where nothing is attended."""
     B, N, H, _ = q_BNHE.shape
+    wide = torch.promote_types(q_BNHE.dtype, torch.float32)
     _, L, K, R, G, _ = k_BLKRGE.shape
     M = chunk_length
-    out = torch.full((B, H, N), float("inf"), device=q_BNHE.device)
+    out = torch.full((B, H, N), float("inf"), dtype=wide, device=q_BNHE.device)
     for u in range(L):
         tokens = torch.arange(u * M + M - 1, min(u * M + 2 * M - 1, N), device=q_BNHE.device)
         q, k = q_BNHE[:, tokens], k_BLKRGE[:, u].reshape(B * K, R, G, -1)
@@ -210,7 +254,7 @@ def chunked_log_sum_exp(
             q = rope(q, cos, sin, query_offset + tokens - tokens[0])
             k = rope(k, cos, sin)
         k = k.reshape(B, K * R, G, -1).repeat_interleave(H // G, 2)
-        scores = torch.einsum("bnhe,bshe->bhns", q.float(), k.float()) * scale
+        scores = torch.einsum("bnhe,bshe->bhns", q.to(wide), k.to(wide)) * scale
         if neighbor_lengths is not None:
             valid = torch.arange(R, device=q.device) < neighbor_lengths[:, u, :, None]
             scores = scores.masked_fill(~valid.reshape(B, 1, 1, K * R), -float("inf"))

@@ -24,7 +24,6 @@ from retro_engine.model.prefix import stacked
 from retro_engine.model.retro import RetroModel
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair a cross-attending layer
-Front = tuple[Tensor, Tensor]  # keys, rotated, and values of what stands in front of a row's text, [layers, t, g, e]
 OF_ROWS = ("hidden_BMD", "cross_valid_BX", "lengths_B", "pads_B", "begins_B", "positions_B", "offsets_B")
 OF_ROWS_AND_LAYERS = ("keys_BSGE", "values_BSGE", "cross_keys_BXGE", "cross_values_BXGE")
 
@@ -128,7 +127,7 @@ class DecodeCache:
         """Back to a row's first tokens, as if it had read no neighbors since."""
         self.lengths_B[row], self.cross_valid_BX[row] = self.origin + length, False
         if self.reads(row):
-            self.put_front(row, self.front(row, []))
+            self.put_front(row, self.front([]))
 
     def reads(self, row: int) -> bool:
         """Whether a row reads in front."""
@@ -140,30 +139,31 @@ class DecodeCache:
             return places - self.origin + int(self.positions_B[0])
         return places - self.origin + self.positions_B if self.origin else places
 
-    def front(self, row: int, neighbors: Sequence[Tensor]) -> Front:
-        """The sink and the neighbors [c, t, g, e], best first, as they stand in front of a row's text: the best next to it,
-        keys rotated for their places. Raises ValueError where there is no room.
+    def front(self, neighbors: Sequence[Tensor]) -> list[Tensor]:
+        """The sink and the neighbors [c, t, g, e], best first, as they stand in front of a text: the best next to it. Raises
+        ValueError where there is no room.
         """
         assert self.sink_CSGE is not None
-        front = torch.cat((self.sink_CSGE, *reversed(neighbors)), 1)
-        end, rotary = int(self.pads_B[row]), self.rotary[0]
-        if front.shape[1] > self.origin:
-            raise ValueError(f"{front.shape[1]} tokens shall stand in front; the cache has room for {self.origin}")
-        keys, values = front.chunk(2)
-        if rotary is not None:
-            places = torch.arange(end - front.shape[1], end, device=front.device)
-            keys = ops.rope(keys, *rotary, positions=places, interleaved=self.interleaved)
-        return keys, values
+        parts = [self.sink_CSGE, *reversed(neighbors)]
+        width = sum(part.shape[1] for part in parts)
+        if width > self.origin:
+            raise ValueError(f"{width} tokens shall stand in front; the cache has room for {self.origin}")
+        return parts
 
-    def put_front(self, row: int, front: Front, only: int | None = None) -> None:
-        """What a row reads from now on; `only`: in one layer."""
-        (keys, values), end = front, int(self.pads_B[row])
-        T = keys.shape[1]
-        for layer in range(len(self.keys_BSGE)) if only is None else [only]:
-            self.keys_BSGE[layer][row, end - T : end] = keys[layer]
-            self.values_BSGE[layer][row, end - T : end] = values[layer]
-        if only is None:
-            self.begins_B[row] = end - T
+    def put_front(self, row: int, parts: Sequence[Tensor]) -> None:
+        """What a row reads from now on, keys rotated for their places."""
+        end, layers, rotary = int(self.pads_B[row]), len(self.keys_BSGE), self.rotary[0]
+        begin = end - sum(part.shape[1] for part in parts)
+        self.begins_B[row] = begin
+        for part in parts:
+            place, keys = slice(begin, begin + part.shape[1]), part[:layers]
+            if rotary is not None:
+                places = torch.arange(place.start, place.stop, device=part.device)
+                keys = ops.rope(keys, *rotary, positions=places, interleaved=self.interleaved)
+            for layer in range(layers):
+                self.keys_BSGE[layer][row, place] = keys[layer]
+                self.values_BSGE[layer][row, place] = part[layers + layer]
+            begin = place.stop
 
     def note_padding(self, is_token_BT: Tensor) -> None:
         """Count padding on the left of the next block. Raises ValueError for padding after a token."""
@@ -176,7 +176,7 @@ class DecodeCache:
             if not has_tokens:
                 self.pads_B[row] = self.begins_B[row] = pads_B[row]
                 if self.reads(row):
-                    self.put_front(row, self.front(row, []))
+                    self.put_front(row, self.front([]))
 
     def move(self, source: int, target: int) -> None:
         length = int(self.lengths_B[source])

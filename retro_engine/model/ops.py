@@ -37,6 +37,7 @@ __all__ = [
     "SelfAttentionPart",
     "Steps",
     "attention",
+    "attention_lse",
     "chunked_cross_attention",
     "cross_entropy_",
     "gather_neighbors",
@@ -79,6 +80,22 @@ def attention(
         is_packed=True,
         dropout=dropout,
     )
+
+
+def attention_lse(
+    q_BNHE: Tensor,
+    k_BSGE: Tensor,
+    v_BSGE: Tensor,
+    is_causal: bool,
+    key_begins: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention, and the log-sum-exp of its scores [b, h, n], by which it is merged with one over other keys; no gradients."""
+    found = kernels_attention(
+        q_BNHE, k_BSGE, v_BSGE, is_causal=is_causal, key_begins=key_begins, scale=scale, return_lse=True
+    )
+    assert isinstance(found, tuple)
+    return found
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:

@@ -70,6 +70,22 @@ def test_what_is_outside_the_range_does_not_matter() -> None:
     assert all(torch.equal(a, b) for a, b in zip(output_and_gradients(attention, arguments, QKV), expected))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_attentions_over_parts_of_the_keys_are_merged_by_their_log_sum_exps(kind: str) -> None:
+    arguments = case(SHAPES[4], kind, torch.float32)
+    out, lse = attention(**arguments, return_lse=True)
+    exact, exact_lse = attention(**in_double(arguments, QKV), return_lse=True)
+    assert torch.equal(out, attention(**arguments)) and exact_lse.dtype == torch.float64
+    assert torch.equal(lse.isposinf(), exact_lse.isposinf())
+    assert relative_error(lse.nan_to_num(posinf=0), exact_lse.nan_to_num(posinf=0)) < TOLERANCE[torch.float32]
+    if kind != "plain":
+        return
+    q, k, v = (arguments[name] for name in QKV)
+    parts = [attention(q, k[:, part], v[:, part], return_lse=True) for part in (slice(0, 50), slice(50, None))]  # type: ignore[index]
+    share = (parts[0][1] - parts[1][1]).sigmoid().transpose(1, 2)[..., None]
+    assert relative_error(torch.lerp(parts[1][0], parts[0][0], share), exact) < TOLERANCE[torch.float32]
+
+
 def test_zero_sizes() -> None:
     zeros = torch.zeros
     assert attention(zeros(0, 3, 2, 8), zeros(0, 3, 2, 8), zeros(0, 3, 2, 8)).shape == (0, 3, 2, 8)
