@@ -44,7 +44,7 @@ def extensions() -> list[Extension]:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError:
         return []
-    kernels = [f"csrc/cpu/{name}.cpp" for name in ("module", "scalar", "avx2", "avx512", "avx512_bf16")]
+    kernels = [f"csrc/cpu/{name}.cpp" for name in ("module", "scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx")]
     options = {"cxx_std": 17, "extra_compile_args": OPTIONS, "optional": True}
     cuda = [Extension(CUDA_KERNELS, ["csrc/cuda/kernels.cu"], optional=True)] if shutil.which("nvcc") else []
     return [

@@ -1,6 +1,6 @@
 """The C++ kernels on CPU tensors (csrc/cpu): checks types, hands over tensors, strides and sizes in the order of module.cpp.
 
-The instruction set is the best that the processor has; RETRO_CPU (scalar, avx2, avx512, avx512_bf16) forces one.
+The instruction set is the best that the processor has; RETRO_CPU (scalar, avx2, avx512, avx512_bf16, avx512_amx) forces one.
 Shape letters: B batch, N tokens, H query heads, G key/value heads, E head width, L chunks, K neighbors, R keys.
 """
 
@@ -53,7 +53,7 @@ def instruction_set() -> str:
 
 def multiplies_bf16() -> bool:
     """Whether the build in use multiplies pairs of bfloat16."""
-    return instruction_set() == "avx512_bf16"
+    return instruction_set() in ("avx512_bf16", "avx512_amx")
 
 
 @dataclass(kw_only=True)

@@ -140,7 +140,7 @@ struct Build {
 
 extern const Build scalar_build;
 #ifdef RETRO_X86
-extern const Build avx2_build, avx512_build, avx512_bf16_build;
+extern const Build avx2_build, avx512_build, avx512_bf16_build, avx512_amx_build;
 #endif
 
 }  // namespace retro

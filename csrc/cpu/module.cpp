@@ -14,9 +14,14 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "kernels.h"
+#ifdef RETRO_X86
+#include <cpuid.h>
+#endif
 
 namespace py = pybind11;
 using namespace retro;
@@ -36,6 +41,20 @@ void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t
   if (parallel_for_address(0, count, grain, call, context) != 0) throw std::runtime_error("torch_parallel_for failed");
 }
 
+#ifdef RETRO_X86
+// Whether there is a matrix unit for bf16 (CPUID leaf 7: AMX-BF16, AMX-TILE) whose registers the system gives to this process.
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+#ifdef __linux__
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl(2)
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 std::vector<const Build*> supported_builds() {
   std::vector<const Build*> builds;
 #ifdef RETRO_X86
@@ -43,7 +62,10 @@ std::vector<const Build*> supported_builds() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) builds.push_back(&avx512_bf16_build);
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool amx = bf16 && has_amx();
+  if (amx) builds.push_back(&avx512_amx_build);
+  if (bf16) builds.push_back(&avx512_bf16_build);
   if (avx512) builds.push_back(&avx512_build);
   if (avx2) builds.push_back(&avx2_build);
 #endif

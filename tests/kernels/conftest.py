@@ -6,7 +6,7 @@ import pytest
 from retro_kernels import cpp
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param not in cpp.instruction_sets():
         pytest.skip(f"this processor has no {request.param}")
