@@ -6,6 +6,7 @@ Shape letters: B batch, N tokens, H query heads, G key/value heads, E head width
 
 import ctypes
 import functools
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,9 +229,17 @@ def _attention(
     seed = int(problem.seed) if problem.dropout and problem.seed is not None else 0
     dropout = (drop_below(problem.dropout), seed & 0xFFFFFFFF, seed >> 32, 1 / (1 - problem.dropout))
     tensors = (q, k, v, o, lse)
+    parts = _parts(B * L * G, num_queries * (H // G))
     _cpu.attention(
-        instruction_set(), *sizes, *strides, *tensors, *ranges, *rotation, problem.scale, *dropout, *gradients
+        instruction_set(), *sizes, *strides, *tensors, *ranges, *rotation, problem.scale, *dropout, parts, *gradients
     )
+
+
+def _parts(problems: int, rows: int) -> int:
+    """Items that each problem's queries are cut into, so that every thread has as much to do: each packs the keys anew."""
+    threads = torch.get_num_threads()
+    enough = threads // math.gcd(problems, threads) if problems < 4 * threads else 1
+    return max(1, min(enough, rows // 128))
 
 
 def _table(x: Tensor | None) -> Tensor | None:

@@ -36,6 +36,7 @@ struct Attention {
   int32_t drop_below;                     // weights are dropped where 24 bits of their hash are below it; 0 = none
   uint32_t seed_low, seed_high;           // of the hash
   float keep;                             // 1 / (1 - dropout)
+  int64_t parts;                          // forward: items that share a problem's tiles of queries
   // backward only
   const void* grad_o;
   void *grad_q, *grad_k, *grad_v;

@@ -147,11 +147,11 @@ void attention(const std::string& build, const py::args& given) {
   fields.read(type, a.B, a.L, a.KV, a.G, a.E, a.N, a.num_queries, a.query_step, a.query_first, a.K, a.R);
   fields.read(a.q_strides, a.o_strides, a.k_strides, a.v_strides, a.grad_kv_strides, a.q, a.k, a.v, a.o, a.lse);
   fields.read(a.lengths, a.begins, a.first_keys, a.is_causal, a.cos, a.sin, a.P, a.query_offset, a.query_period, a.scale);
-  fields.read(a.drop_below, a.seed_low, a.seed_high, a.keep, a.grad_o, a.grad_q, a.grad_k, a.grad_v);
+  fields.read(a.drop_below, a.seed_low, a.seed_high, a.keep, a.parts, a.grad_o, a.grad_q, a.grad_k, a.grad_v);
   fields.end();
   const auto run = a.grad_o ? find_build(build).attention_backward : find_build(build).attention_forward;
   const py::gil_scoped_release release;
-  parallel_for(a.B * a.L * a.KV, 1, [&](int64_t begin, int64_t end) { run(a, type, begin, end); });
+  parallel_for(a.B * a.L * a.KV * (a.grad_o ? 1 : a.parts), 1, [&](int64_t begin, int64_t end) { run(a, type, begin, end); });
 }
 
 void rope(const std::string& build, const py::args& given) {

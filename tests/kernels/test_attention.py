@@ -86,6 +86,19 @@ def test_attentions_over_parts_of_the_keys_are_merged_by_their_log_sum_exps(kind
     assert relative_error(torch.lerp(parts[1][0], parts[0][0], share), exact) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
+def test_how_many_threads_share_the_queries_changes_no_bit(instruction_set: str) -> None:
+    arguments = case((1, 700, 700, 6, 3, 32), "causal", torch.bfloat16)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(attention(**arguments))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 def test_zero_sizes() -> None:
     zeros = torch.zeros
     assert attention(zeros(0, 3, 2, 8), zeros(0, 3, 2, 8), zeros(0, 3, 2, 8)).shape == (0, 3, 2, 8)
