@@ -7,13 +7,10 @@
 #include <algorithm>
 #include <array>
 #include <functional>
-#include <mutex>
-#include <set>
 #include <string>
 #include <vector>
 
 #ifdef __linux__
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -237,23 +234,6 @@ void linear(const std::string& name, const py::args& given) {
   run(build, {a});
 }
 
-// Asks for large pages where weights lie, once a page: reading them in order is then faster (fewer translations). A system
-// that has none to give goes on with small ones.
-void ask_for_large_pages(const void* begin, int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t SIZE = uintptr_t(1) << 21;
-  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, Linux 6.1
-  static std::set<uintptr_t> asked;
-  static std::mutex lock;
-  const std::lock_guard<std::mutex> guard(lock);
-  const uintptr_t end = reinterpret_cast<uintptr_t>(begin) + uintptr_t(bytes);
-  for (uintptr_t page = reinterpret_cast<uintptr_t>(begin) / SIZE * SIZE; page < end; page += SIZE)
-    if (asked.insert(page).second) madvise(reinterpret_cast<void*>(page), SIZE, COLLAPSE);
-#else
-  (void)begin, (void)bytes;
-#endif
-}
-
 // One of the parts that a layer consists of: y = x + f(norm(x)).
 struct Part {
   enum Kind : int { SELF_ATTENTION = 0, CROSS_ATTENTION = 1, FEED_FORWARD = 2 } kind;
@@ -324,10 +304,6 @@ class Steps {
  public:
   Steps(const std::string& build, const std::vector<py::tuple>& parts) : build_(find_build(build)) {
     for (const py::tuple& part : parts) parts_.push_back(make_part(part));
-    const py::gil_scoped_release release;
-    for (const Part& p : parts_)
-      for (const Matrix& m : {p.q, p.k, p.v, p.out, p.gate, p.up, p.down})
-        if (m.w) ask_for_large_pages(m.w, m.O * m.D * (m.type == FLOAT32 ? 4 : m.type == BFLOAT16 ? 2 : 1));
   }
   // x, y [B, D]: parts first ... last - 1.
   void run_parts(uintptr_t x, uintptr_t y, int64_t B, size_t first, size_t last) const {
