@@ -8,7 +8,7 @@ Shape letters: T tokens, V vocabulary.
 import torch
 from retro_kernels import cpp, reference
 from retro_kernels.backend import choose
-from retro_kernels.checks import carries_derivative, check_range
+from retro_kernels.checks import carries_derivative, check_range, is_unobserved
 from torch import Tensor
 
 
@@ -30,6 +30,8 @@ def cross_entropy_(logits: Tensor, labels: Tensor, has_gradient: bool = True) ->
     check_range("labels", labels, logits.shape[1] - 1)
     is_packed = logits.is_contiguous() and logits.numel() > 0
     if is_packed and logits.device.type == "cpu" and choose("cross_entropy", logits) == "cpp":
+        if is_unobserved(logits):
+            return cpp.cross_entropy_(logits, labels, has_gradient)
         return _cross_entropy_(logits, labels, has_gradient)
     return reference.cross_entropy_(logits, labels, has_gradient)
 

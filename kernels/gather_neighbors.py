@@ -7,7 +7,7 @@ missing neighbor of length 0. Reads ceil(r/m) rows and writes r tokens per id: t
 import torch
 from retro_kernels import reference
 from retro_kernels.backend import choose, gather_kernels
-from retro_kernels.checks import check_range
+from retro_kernels.checks import check_range, is_unobserved
 from torch import Tensor
 
 TABLE_TYPES = (torch.uint16, torch.int32, torch.int64)
@@ -44,6 +44,8 @@ def gather_neighbors(
     check_range("ids", ids, table.shape[0] - 1, low=-1)
     if choose("gather_neighbors", ids) == "reference":
         return reference.gather_neighbors(table, document, row_lengths, ids, retrieved_length, pad_id)
+    if is_unobserved(table, ids):
+        return gather_kernels(ids).gather_neighbors(table, document, row_lengths, ids, retrieved_length, pad_id)
     return _gather_neighbors(table, document, row_lengths, ids, retrieved_length, pad_id)
 
 

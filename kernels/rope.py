@@ -8,7 +8,7 @@ rotated in fp32; the gradient is the inverse rotation.
 import torch
 from retro_kernels import reference
 from retro_kernels.backend import choose, rope_kernels
-from retro_kernels.checks import check_range, check_tables
+from retro_kernels.checks import check_range, check_tables, is_unobserved
 from torch import Tensor
 
 
@@ -19,6 +19,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, i
     """
     _check("x", x, cos, sin, positions)
     if choose("rope", x) != "reference":
+        if is_unobserved(x):
+            return rope_kernels(x).rope_qk(x, x[:, :, :0], cos, sin, positions, interleaved, False)[0]
         return _rope(x, cos, sin, positions, interleaved, False)
     return reference.rope(x, cos, sin, positions, interleaved)
 
@@ -35,6 +37,8 @@ def rope_qk(
             "expected the same b, n, type and device"
         )
     if choose("rope", q, k) != "reference":
+        if is_unobserved(q, k):
+            return rope_kernels(q, k).rope_qk(q, k, cos, sin, positions, interleaved, False)
         return _rope_qk(q, k, cos, sin, positions, interleaved, False)
     return reference.rope(q, cos, sin, positions, interleaved), reference.rope(k, cos, sin, positions, interleaved)
 

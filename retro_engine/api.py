@@ -11,32 +11,29 @@ print(model.generate("The neighbor table", index=index).text)
 
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from retro_engine.config import Config, load_config
-from retro_engine.data.batches import Sequences, split_documents
-from retro_engine.data.neighbor_table import NeighborTable
-from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError
-from retro_engine.evaluate.losses import DocumentLosses
-from retro_engine.evaluate.perplexity import evaluate
-from retro_engine.generate.encode_store import open_encodings
 from retro_engine.generate.generator import Generation, Generator, model_coding
 from retro_engine.generate.open_model import open_model, read_in_front
 from retro_engine.generate.sampling import Sampling
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
-from retro_engine.retrieval.embed import short_name
-from retro_engine.retrieval.neighbors import build_neighbors
-from retro_engine.retrieval.search import Building, Retriever
-from retro_engine.train.loop import TrainingResult, train
+
+if TYPE_CHECKING:  # what continues a prompt takes neither training nor retrieval, and answers sooner
+    from retro_engine.data.batches import Sequences
+    from retro_engine.data.neighbor_table import NeighborTable
+    from retro_engine.evaluate.losses import DocumentLosses
+    from retro_engine.retrieval.search import Building, Retriever
+    from retro_engine.train.loop import TrainingResult
 
 TABLE_WIDTH = 20  # K: neighbors kept a chunk, so that some may be passed over
 
@@ -46,7 +43,7 @@ class Share:
     """Some documents of a store with their neighbors."""
 
     store: Store
-    table: NeighborTable
+    table: "NeighborTable"
     documents: np.ndarray
     database_documents: np.ndarray
 
@@ -56,11 +53,13 @@ class Data:
     """A corpus with its neighbors, split into documents to train, validate and test on."""
 
     store: Store
-    table: NeighborTable
+    table: "NeighborTable"
     num_neighbors: int
     splits: str
 
     def _share(self, name: str) -> Share:
+        from retro_engine.data.batches import split_documents
+
         shares = split_documents(self.store, self.splits)
         return Share(self.store, self.table, shares[name], shares["train"])
 
@@ -99,6 +98,8 @@ class Corpus:
         What is passed over or set aside is said, and listed in the store's set_aside.jsonl. Raises MissingInputError
         when nothing matches; further arguments are those of `data.prepare.prepare`.
         """
+        from retro_engine.data.prepare import prepare
+
         reading = {"say": Reporter("quiet" if quiet else "text").say, **reading}
         temporary = tempfile.TemporaryDirectory(prefix="retro-store-") if out is None else None
         folder = Path(temporary.name) / "store" if temporary is not None else Path(str(out))
@@ -112,6 +113,10 @@ class Corpus:
 
     def with_neighbors(self, index: "Index", k: int = 2, splits: str = "90,10,0", name: str | None = None) -> Data:
         """The corpus with the nearest chunks of `index` for each of its chunks; opened when they are there."""
+        from retro_engine.data.neighbor_table import NeighborTable
+        from retro_engine.retrieval.embed import short_name
+        from retro_engine.retrieval.neighbors import build_neighbors
+
         retriever = index.retriever
         folder = self.store.folder / "neighbors" / (name or short_name(retriever.kind))
         if folder.is_dir() and (folder / "manifest.json").is_file():
@@ -126,7 +131,7 @@ class Corpus:
         return Data(self.store, table, k, splits)
 
 
-def _check_same_databases(table: NeighborTable, retriever: Retriever) -> None:
+def _check_same_databases(table: "NeighborTable", retriever: "Retriever") -> None:
     """Raise StoreError where a table that is there has its neighbors from other stores than those of the index."""
     found = [store.fingerprint for store in table.databases]
     wanted = [store.fingerprint for store in retriever.stores]
@@ -142,12 +147,14 @@ def _check_same_databases(table: NeighborTable, retriever: Retriever) -> None:
 class Index:
     """A retriever over one or more corpora."""
 
-    def __init__(self, retriever: Retriever):
+    def __init__(self, retriever: "Retriever"):
         self.retriever = retriever
 
     @classmethod
-    def build(cls, *corpora: Corpus, retriever: str = "bm25", building: Building | None = None) -> "Index":
+    def build(cls, *corpora: Corpus, retriever: str = "bm25", building: "Building | None" = None) -> "Index":
         """`retriever`: lexical (bm25), dense, hybrid, hash, minilm or a model; `building` says how, else as is usual."""
+        from retro_engine.retrieval.search import Retriever
+
         return cls(Retriever([corpus.store for corpus in corpora], retriever, building=building))
 
     def search(self, text: str, k: int = 5) -> list[Any]:
@@ -159,7 +166,7 @@ class Index:
 class Evaluation:
     """Losses with retrieval on, off and random; prints as bits per byte."""
 
-    losses: dict[str, DocumentLosses]
+    losses: "dict[str, DocumentLosses]"
 
     def __str__(self) -> str:
         return "bits per byte: " + ", ".join(
@@ -188,7 +195,7 @@ class Retro:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | Future[Path],
         dtype: str | torch.dtype | None = None,
         device: str | torch.device = "auto",
     ) -> "Retro":
@@ -205,8 +212,10 @@ class Retro:
     def device(self) -> torch.device:
         return self.model.embedding.weight.device
 
-    def sequences(self, share: Share) -> Sequences:
+    def sequences(self, share: Share) -> "Sequences":
         """Raises StoreError for a store of another tokenizer or chunk size."""
+        from retro_engine.data.batches import Sequences
+
         c = self.model.config
         model_coding(self.model, self.tokenizer).check(share.store.coding)
         table = share.table if c.retrieval else None
@@ -214,6 +223,8 @@ class Retro:
 
     def evaluate(self, share: Share, modes: Sequence[str] | None = None, limit: int | None = None) -> Evaluation:
         """Bits per byte over every token of `share`, retrieval on, off and random."""
+        from retro_engine.evaluate.perplexity import evaluate
+
         modes = modes or (("on", "off", "random") if self.model.config.retrieval else ("off",))
         return Evaluation(evaluate(self.model, self.sequences(share), self.tokenizer.token_bytes(), modes, limit=limit))
 
@@ -234,6 +245,8 @@ class Retro:
         """
         source, encoded = index.retriever if index is not None else None, []
         if encodings:
+            from retro_engine.generate.encode_store import open_encodings
+
             stores = source.stores if source is not None else []
             encoded = open_encodings(self.folder, self.model.config, self.tokenizer, stores, encodings)
         generator = Generator(self.model, self.tokenizer, source, encoded=encoded)
@@ -247,8 +260,11 @@ def fit(
     steps: int | None = None,
     overrides: Sequence[str] = (),
     quiet: bool = False,
-) -> TrainingResult:
+) -> "TrainingResult":
     """Train on `data`; `overrides` are the command line's, like "model.optim.lr=1e-3"."""
+    from retro_engine.config import load_config
+    from retro_engine.train.loop import train
+
     settings: list[str | tuple[str, Any]] = [
         ("model.data.store", str(data.store.folder)),
         ("model.data.neighbors", str(data.table.folder)),
@@ -259,5 +275,5 @@ def fit(
     ]
     if steps is not None:
         settings.append(("trainer.max_steps", steps))
-    config: Config = load_config([*settings, *overrides], preset)
+    config = load_config([*settings, *overrides], preset)
     return train(config, Reporter("quiet" if quiet else "text"))

@@ -149,11 +149,13 @@ def add_encodings(sub: argparse.ArgumentParser) -> None:
 
 def open_generator(args: argparse.Namespace, retro: "Retro", source: "NeighborSource | None") -> "Generator":
     """The model with what it reads: neighbors that are encoded already (`add_encodings`) are not encoded again."""
-    from retro_engine.generate.encode_store import open_encodings
     from retro_engine.generate.generator import Generator
 
-    stores = source.stores if source is not None else []
-    encoded = open_encodings(retro.folder, retro.model.config, retro.tokenizer, stores, args.encodings)
+    stores, encoded = source.stores if source is not None else [], []
+    if stores or args.encodings:
+        from retro_engine.generate.encode_store import open_encodings
+
+        encoded = open_encodings(retro.folder, retro.model.config, retro.tokenizer, stores, args.encodings)
     for file in encoded:
         reporter(args).say(f"encoded neighbors are read from {file.folder}")
     return Generator(retro.model, retro.tokenizer, source, encoded=encoded)

@@ -60,8 +60,8 @@ def add(commands: flags.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from retro_engine.api import Retro
     from retro_engine.config import load_config
+    from retro_engine.data.checkpoint_files import opening
 
     asked = load_config(args.overrides)  # NeMo's commands name the checkpoint, the prompt and the neighbors here
     _refuse_many_processes(asked)
@@ -74,7 +74,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "there is no prompt, or one too many", "", "retro generate RUN 'The prompt', or retro generate RUN -i"
         )
-    retro = Retro.from_pretrained(args.path or _named_checkpoint(asked), args.dtype, args.device)
+    folder = opening(args.path or _named_checkpoint(asked))  # its files are hashed while PyTorch is loaded
+    from retro_engine.api import Retro
+
+    retro = Retro.from_pretrained(folder, args.dtype, args.device)
     sources = None if args.no_retrieval else args.stores or args.library
     reads = flags.settle_reading(args, retro, bool(sources or args.neighbors))
     is_retrieving = reads and not args.no_retrieval and not args.neighbors

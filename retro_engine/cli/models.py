@@ -42,7 +42,7 @@ def run_import(args: argparse.Namespace) -> int:
     for note in imported.notes:
         flags.reporter(args).say(f"note: {note}")
     config = imported.model.config
-    count = sum(parameter.numel() for parameter in imported.model.parameters())
+    count = imported.model.num_parameters
     result = {
         "checkpoint": args.out,
         "source": imported.source,

@@ -4,6 +4,7 @@ Order, later wins: defaults < preset < file < environment (`RETRO_CONFIG__MODEL_
 overrides (`key=value`, `+key=value`, `++key=value`, `~key`). Reads YAML files; writes nothing.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -33,10 +34,6 @@ def load_config(
     An override is `key=value` as on the command line, or a pair (key, value). Raises UsageError naming the key,
     the nearest known one and the rule; MissingInputError for the file.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    tree = OmegaConf.structured(Config)
     known = flat_keys(Config())
     from_preset = preset(preset_name) if preset_name else {}
     from_file = flat_keys(read_yaml(Path(file))) if file is not None else {}
@@ -54,6 +51,29 @@ def load_config(
                 f"{key} is not a setting", nearest_key(key, known), f"all keys: retro config keys {section}".rstrip()
             )
         refuse_unspeakable(key, value)
+    config = _filled(leaves, known)
+    # a file that a run, or `config show`, wrote says every default: nobody asked for those
+    asked = {key for key, value in from_file.items() if value != known.get(key)}
+    map_names(config, asked | {key for key, _ in _leaves(typed)}, say)
+    _read_shape_file(config.model)
+    if config.model.init_from is None:  # else what the model inherits is not known yet: train/retrofit.py checks
+        check(config)
+    return config
+
+
+def _filled(leaves: Sequence[tuple[str, Any]], known: dict[str, Any]) -> Config:
+    """The defaults with `leaves` in their place, of their types. Raises UsageError."""
+    if all(type(value) in (bool, int, float) and type(value) is type(known[key]) for key, value in leaves):
+        plain = Config()  # nothing to convert or to resolve: without a fifth of a second for the library that does
+        for key, value in leaves:
+            *sections, name = key.split(".")
+            setattr(functools.reduce(getattr, sections, plain), name, value)
+        return plain
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tree = OmegaConf.structured(Config)
+    for key, value in leaves:
         try:
             OmegaConf.update(tree, key, value)
         except OmegaConfBaseException as error:
@@ -64,12 +84,6 @@ def load_config(
     except OmegaConfBaseException as error:
         raise UsageError("the settings do not resolve", str(error).splitlines()[0], "retro config show") from error
     assert isinstance(config, Config), type(config)
-    # a file that a run, or `config show`, wrote says every default: nobody asked for those
-    asked = {key for key, value in from_file.items() if value != known.get(key)}
-    map_names(config, asked | {key for key, _ in _leaves(typed)}, say)
-    _read_shape_file(config.model)
-    if config.model.init_from is None:  # else what the model inherits is not known yet: train/retrofit.py checks
-        check(config)
     return config
 
 

@@ -7,6 +7,7 @@ what a chat template wrote.
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ MAX_ID = 1 << 24  # of a token: arrays over the vocabulary are made
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
 PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
 FILE = "tokenizer.json"
+_MEMBER = re.compile(r'[\s{,]*("(?:[^"\\]|\\.)*")\s*:\s*')  # the name of an object's next value
 FEW = 8  # rows that are decoded without waking the library's threads: they cost more than they save
 LONG = 4096  # characters; a longer text is encoded where other threads of Python go on meanwhile
 
@@ -62,7 +64,9 @@ class Tokenizer:
         self.num_holes = self.vocab_size - len(set(vocabulary.values()))
         by_name = next((i for i in map(self.backend.token_to_id, EOD_NAMES) if i is not None), None)
         self.eod_id: int = self._find_end(end_token, _marked(serialized), said_end, by_name)
-        self.json = self._serialized(is_marked=self.eod_id != by_name)
+        self._is_marked = self.eod_id != by_name
+        if self._is_marked:
+            self._make_special(self.eod_id)
         eod = self.eod_id
         pad = next((i for i in map(self.backend.token_to_id, PAD_NAMES) if i is not None), None)
         self.pad_id: int = eod if pad is None else pad
@@ -70,6 +74,11 @@ class Tokenizer:
         self._controlled: Backend | None = None
         self._pieces: dict[int, str] = {}
         self.chat_files = ChatFiles()  # what lies beside it
+
+    @functools.cached_property
+    def json(self) -> str:
+        """As tokenizer.json."""
+        return self._serialized(self._is_marked)
 
     @property
     def sink_id(self) -> int:
@@ -137,23 +146,29 @@ class Tokenizer:
         """As tokenizer.json; the end of document is marked where its name does not tell."""
         if not is_marked:
             return str(self.backend.to_str())
-        from tokenizers import AddedToken
-
-        content = self.backend.id_to_token(self.eod_id)
-        if not self._is_special(self.eod_id):
-            self.backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+        self._make_special(self.eod_id)
         values = json.loads(self.backend.to_str())
         for token in values["added_tokens"]:
             if token["id"] == self.eod_id:
                 token[END_MARK] = True
         return json.dumps(values, ensure_ascii=False, indent=2)
 
+    def _make_special(self, index: int) -> None:
+        from tokenizers import AddedToken
+
+        if not self._is_special(index):
+            self.backend.add_special_tokens(
+                [AddedToken(self.backend.id_to_token(index), special=True, normalized=False)]
+            )
+
     @functools.cached_property
     def unknown_id(self) -> int | None:
         """The token that stands for what the vocabulary lacks."""
-        model = json.loads(self.json)["model"]
-        token = model.get("unk_token")
-        found = self.backend.token_to_id(token) if isinstance(token, str) else model.get("unk_id")
+        token = getattr(self.backend.model, "unk_token", None)  # but for Unigram, which has an id
+        is_unigram = type(self.backend.model).__name__ == "Unigram"
+        found = (
+            json.loads(self.json)["model"].get("unk_id") if is_unigram else token and self.backend.token_to_id(token)
+        )
         return found if isinstance(found, int) and found < self.vocab_size else None
 
     @property
@@ -352,11 +367,23 @@ def common(one: str, other: str) -> int:
     return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
+def _added_tokens(serialized: str) -> list[dict[str, Any]]:
+    """`added_tokens` of a tokenizer.json that the library has read: without what comes after it, the whole vocabulary."""
+    decoder, at = json.JSONDecoder(), serialized.index("{")
+    while True:
+        found = _MEMBER.match(serialized, at)
+        if found is None:
+            return []
+        value, at = decoder.raw_decode(serialized, found.end())
+        if json.loads(found[1]) == "added_tokens":
+            return list(value)
+
+
 def _marked(serialized: str) -> str | None:
     """The token that a tokenizer.json of ours marks as the end of document."""
     if f'"{END_MARK}"' not in serialized:
         return None
-    added = json.loads(serialized)["added_tokens"]
+    added = _added_tokens(serialized)
     return next((token["content"] for token in added if token.get(END_MARK) is True), None)
 
 
@@ -368,13 +395,14 @@ def _whole(name: str, backend: Any, serialized: str) -> Any:
     from tokenizers import Tokenizer as Backend
 
     def moved(loaded: Any) -> list[dict[str, Any]]:
-        return [token for token in values["added_tokens"] if loaded.token_to_id(token["content"]) != token["id"]]
+        return [token for token in added if loaded.token_to_id(token["content"]) != token["id"]]
 
-    values = json.loads(serialized)
+    added = _added_tokens(serialized)
     wrong = moved(backend)
+    values = json.loads(serialized) if wrong else {"model": {}}
     vocab = values["model"].get("vocab")
     if wrong and isinstance(vocab, dict):  # of the model's own entries ids may have gaps
-        values["model"]["vocab"] = {**{token["content"]: token["id"] for token in values["added_tokens"]}, **vocab}
+        values["model"]["vocab"] = {**{token["content"]: token["id"] for token in added}, **vocab}
         backend = called(name, Backend.from_str, json.dumps(values))
         wrong = moved(backend)
     if wrong:
