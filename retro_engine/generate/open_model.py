@@ -2,6 +2,7 @@
 decoder as one that reads neighbors in front of its own keys (model/prefix.py), without new weights.
 """
 
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,11 @@ from typing import Any
 import torch
 
 from retro_engine.config import check_model
+from retro_engine.data.checkpoint_files import opened, read_generation
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import UsageError
 from retro_engine.model.device import pick_device
-from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
-from retro_engine.train import checkpoint
 from retro_engine.train.adapters import load_model
 
 READINGS = ("prefix", "none")  # of a plain decoder
@@ -29,21 +29,17 @@ class OpenedModel:
 
 
 def open_model(
-    path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "auto"
+    path: str | Path | Future[Path], dtype: str | torch.dtype | None = None, device: str | torch.device = "auto"
 ) -> OpenedModel:
-    """`dtype`: fp32, bf16 or int8, for generation; one of torch's; None = as saved. `device`: auto (a GPU where there is
-    one), cpu, gpu, or one of torch's.
+    """`path`: a run's folder, a checkpoint's, or what `checkpoint_files.opening` gives. `dtype`: fp32, bf16 or int8, for
+    generation; one of torch's; None = as saved. `device`: auto (a GPU where there is one), cpu, gpu, or one of torch's.
 
     Raises MissingInputError for what is no run, StoreError for a file that is damaged, UsageError for the type.
     """
-    folder = checkpoint.find_checkpoint(path)
-    checkpoint.verify(folder)
+    folder = path.result() if isinstance(path, Future) else opened(path)
     place = pick_device(device) if isinstance(device, str) else device
-    model = load_model(folder, dtype if isinstance(dtype, torch.dtype) else None)
-    if isinstance(dtype, str):
-        use_weights(model, dtype)
-    model.to(place)
-    generation = checkpoint.read_generation(folder)
+    model = load_model(folder, dtype).to(place)
+    generation = read_generation(folder)
     return OpenedModel(folder=folder, model=model, tokenizer=Tokenizer.load(folder), generation=generation)
 
 

@@ -18,7 +18,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, StoreError, UsageError, nearest
 from retro_engine.interop.archives import read_archive
 from retro_engine.interop.exports import MODEL_TYPE, read_export
-from retro_engine.model.weights import read_tensors
+from retro_engine.model.memory import MappedTensors
 
 LLAMA_FAMILY = ("llama", "mistral", "qwen2")
 KNOWN = ("gpt2", *LLAMA_FAMILY)
@@ -137,7 +137,7 @@ def read_weights(folder: Path) -> State:
 def _read_tensors(path: Path) -> State:
     if path.suffix != ".safetensors":
         return {name: value for name, value in read_archive(path).items() if isinstance(value, Tensor)}
-    return read_tensors(path)
+    return MappedTensors(path)
 
 
 def _refuse(name: str, key: str, value: Any, why: str) -> None:

@@ -20,6 +20,7 @@ from retro_engine.model import ops
 from retro_engine.model.attention import Rotary
 from retro_engine.model.decoder import Places
 from retro_engine.model.encodings import Encode, encode_each
+from retro_engine.model.memory import untouched_zeros
 from retro_engine.model.prefix import stacked
 from retro_engine.model.retro import RetroModel
 
@@ -248,7 +249,7 @@ def new_cache(
     def empty(tokens: int, count: int) -> list[Tensor]:
         """In memory each head's tokens follow one another, as a step of decoding reads them."""
         shape = (batch_size, c.key_value_heads, tokens, c.head_width)
-        return [torch.zeros(shape, dtype=model.cache_dtype, device=device).transpose(1, 2) for _ in range(count)]
+        return [untouched_zeros(shape, model.cache_dtype, device).transpose(1, 2) for _ in range(count)]
 
     def places() -> Tensor:
         return torch.zeros(batch_size, dtype=torch.long, device=device)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from retro_engine.model import ops
 
+_ROUNDED = 1 << 17  # weights that are rounded at once, in the processor's cache
+
 
 class Linear(nn.Linear):
     """nn.Linear, with an op of its own for the few rows of a decoding step, and room for what learns beside it."""
@@ -36,8 +38,14 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight_OD: Tensor, bias_O: Tensor | None):
         super().__init__()
-        scale_O = weight_OD.abs().amax(1).clamp(min=1e-12).float() / 127
-        self.register_buffer("weight", (weight_OD.float() / scale_O[:, None]).round().to(torch.int8).contiguous())
+        scale_O = torch.empty(len(weight_OD), device=weight_OD.device)
+        rounded_OD = torch.empty(weight_OD.shape, dtype=torch.int8, device=weight_OD.device)
+        step = max(1, _ROUNDED // weight_OD.shape[1])
+        for rows in (slice(first, first + step) for first in range(0, len(weight_OD), step)):
+            part = weight_OD[rows].float()
+            scale_O[rows] = part.abs().amax(1).clamp_(min=1e-12).div_(127)
+            rounded_OD[rows] = (part / scale_O[rows, None]).round_()
+        self.register_buffer("weight", rounded_OD)
         self.register_buffer("scale", scale_O)
         self.register_buffer("bias", None if bias_O is None else bias_O.detach().float())
 

@@ -216,6 +216,15 @@ class RetroModel(nn.Module):
             self.encoder.recompute = recompute
 
     @property
+    def num_parameters(self) -> int:
+        """Weights, in whatever type they are kept; a matrix that embedding and head share counts once."""
+        count = sum(parameter.numel() for parameter in self.parameters())
+        rounded = [module for module in self.modules() if isinstance(module, Int8Linear)]
+        if self.config.share_embeddings and self.head is not None:
+            rounded.remove(self.head)  # type: ignore[arg-type]
+        return count + sum(w.numel() for m in rounded for w in (m.weight, m.bias) if w is not None)
+
+    @property
     def cache_dtype(self) -> torch.dtype:
         """The weights' type; bfloat16 beside weights of a byte."""
         is_int8 = any(w.dtype == torch.int8 for layer in self.layers for w in layer.buffers())

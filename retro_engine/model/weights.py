@@ -10,14 +10,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from retro_engine.config import ModelConfig, architecture, check_model
 from retro_engine.data import files
+from retro_engine.data.checkpoint_files import CONFIG_FILE
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.model.retro import RetroModel
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 VERSION = 2  # 1 had q, k and v in one matrix
 
 
@@ -71,32 +71,29 @@ def _is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What a .safetensors file holds. Raises MissingInputError, or StoreError for one that cannot be read."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():  # a pipe or a device neither
-        raise MissingInputError(f"{path} does not exist", "weights are read from there", "name a whole checkpoint")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, KeyError) as error:  # KeyError: a type that this torch does not have
-        raise StoreError(f"{path} cannot be read", str(error), "take it from another checkpoint") from error
-
-
 def new_model(config: ModelConfig, state: dict[str, Tensor], name: str) -> RetroModel:
-    """A model of these weights. What does not fit is refused (`load_state`) before anything of its size is made."""
+    """A model on these weights themselves: none is drawn, none is copied. What does not fit is refused (`load_state`)."""
     if config.dec_num_layers + config.enc_num_layers * config.retrieval > len(state):
         raise StoreError(
             f"{name} does not fit the model",
             f"{config.dec_num_layers} layers, and {len(state)} tensors",
             "check the config beside the weights",
         )
-    with torch.device("meta"):
-        _check_shapes(RetroModel(config), state, name)
-    model = RetroModel(config)
-    load_state(model, state, name)
+    with torch.device("meta"), _Undrawn():
+        model = RetroModel(config)
+    _check_shapes(model, state, name)
+    dtype = state["embedding.weight"].dtype
+    model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     return model
+
+
+class _Undrawn(TorchFunctionMode):
+    """Parameters are not filled: on no device that is free (PyTorch loads its compiler to draw on "meta")."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_", "ones_", "zeros_", "fill_", "zero_"):
+            return next(iter((*args, *(kwargs or {}).values())))  # the tensor, as it is
+        return func(*args, **(kwargs or {}))
 
 
 def load_state(model: RetroModel, state: dict[str, Tensor], name: str) -> None:

@@ -124,7 +124,7 @@ async def model(request: HttpRequest) -> Response:
 def _model(service: Service, limits: Limits) -> dict[str, Any]:
     config = service.generator.model.config
     about = {
-        "parameters": sum(p.numel() for p in service.generator.model.parameters()),
+        "parameters": service.generator.model.num_parameters,
         "reads_neighbors": config.retrieval,
         "chunk_size": config.chunk_size,
         "num_neighbors": config.num_neighbors,

@@ -9,18 +9,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from retro_engine.data.checkpoint_files import WEIGHTS_FILE
 from retro_engine.errors import MissingInputError, RetroError, StoreError
 from retro_engine.model.lora import merged
+from retro_engine.model.memory import MappedTensors
+from retro_engine.model.quantize import check_weights, keep, use_weights
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import WEIGHTS_FILE, load_state, new_model, read_config, read_tensors
+from retro_engine.model.weights import load_state, new_model, read_config
 from retro_engine.train import checkpoint
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> RetroModel:
-    """The model of a checkpoint folder, in evaluation mode, without adapters; `dtype` None = as saved."""
+def load_model(folder: str | Path, dtype: str | torch.dtype | None = None) -> RetroModel:
+    """The model of a checkpoint folder, in evaluation mode, without adapters, on the file's own pages where its weights stay
+    what they are. `dtype`: fp32, bf16 or int8, for generation; one of torch's; None = as saved.
+    """
     folder = Path(folder)
-    model = new_model(read_config(folder), read_weights(folder), str(folder / _file(folder)))
-    return model.to(dtype or model.embedding.weight.dtype).eval()
+    if isinstance(dtype, str):
+        check_weights(dtype)
+    state = read_weights(folder)
+    model = new_model(read_config(folder), state, str(folder / _file(folder))).eval()
+    if isinstance(dtype, str):
+        return use_weights(model, dtype, state.drop if isinstance(state, MappedTensors) else keep)
+    return model.to(dtype or model.embedding.weight.dtype)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -42,8 +52,8 @@ def _file(folder: Path) -> str:
 def _read(folder: Path, base: checkpoint.Base | None) -> dict[str, Tensor]:
     """What a checkpoint's file has, over what its base has, in the wider of their types."""
     if base is None:
-        return read_tensors(folder / WEIGHTS_FILE)
-    own = read_tensors(folder / checkpoint.ADAPTERS_FILE)
+        return MappedTensors(folder / WEIGHTS_FILE)
+    own = MappedTensors(folder / checkpoint.ADAPTERS_FILE)
     state = _of_base(folder, base) | own
     wide = torch.bfloat16
     for value in state.values():

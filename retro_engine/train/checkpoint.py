@@ -10,7 +10,6 @@ name (.step-NNNNNN.tmp, .old) that nobody lists, so that a kill leaves no half o
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import re
@@ -27,24 +26,49 @@ from torch import Tensor
 from retro_engine.config import LoraConfig
 from retro_engine.data import files, manifests
 from retro_engine.data.chat_files import CONFIG_FILE as TOKENIZER_CONFIG_FILE
+from retro_engine.data.checkpoint_files import (
+    ADAPTERS_FILE,
+    BASE_FILE,
+    COMPLETE,
+    CONFIG_FILE,
+    GENERATION_FILE,
+    OPTIMIZER_FOLDER,
+    TOKENIZER_FILE,
+    TRAINER_FILE,
+    WEIGHTS_FILE,
+    complete_checkpoints,
+    damaged,
+    find_checkpoint,
+    flaw,
+    is_imported,
+    read_generation,
+    read_trainer,
+    verify,
+    weights_fingerprint,
+)
 from retro_engine.data.coding import Coding
-from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError
+from retro_engine.errors import OutOfResourceError, StoreError
 from retro_engine.model.linear import is_sharded
 from retro_engine.model.retro import RetroModel
-from retro_engine.model.weights import CONFIG_FILE, WEIGHTS_FILE, config_to_json, read_config
+from retro_engine.model.weights import config_to_json, read_config
 from retro_engine.progress import note
 from retro_engine.train.optimizer import Optimizer
 from retro_engine.train.parallel import Parallel
 from retro_engine.train.record import Say
 
-COMPLETE = "COMPLETE"
-ADAPTERS_FILE, BASE_FILE = "adapters.safetensors", "adapters.json"
-OPTIMIZER_FOLDER = "optimizer"
-TRAINER_FILE = "trainer.json"
-GENERATION_FILE = "generation_config.json"
-_NAME = re.compile(r"step-([0-9]{1,18})")
+__all__ = [  # whether a checkpoint is there and whole is read without PyTorch
+    "ADAPTERS_FILE",
+    "BASE_FILE",
+    "COMPLETE",
+    "complete_checkpoints",
+    "find_checkpoint",
+    "is_imported",
+    "read_generation",
+    "read_trainer",
+    "verify",
+    "weights_fingerprint",
+]
 _LEFTOVER = re.compile(r"\.step-[0-9]{1,18}\.(tmp|old)")
 # What a resumed run needs of trainer.json.
 _STATE = ("tokens_seen", "train_s", "precision", "mean_loss", "loss_scale", "good_steps", "fingerprints", "stream")
@@ -269,87 +293,11 @@ def _staged(optimizer: Optimizer, folder: Path, parallel: Parallel) -> Callable[
     return write
 
 
-def complete_checkpoints(run: Path, say: Say = note) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. What is there and cannot be read is said by name and left out."""
-    steps = {path: _NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*")}
-    found = []
-    for path, step in sorted((path, int(name[1])) for path, name in steps.items() if name is not None):
-        if (path / COMPLETE).is_file():
-            if why := flaw(path):
-                say(f"{path} cannot be read and is passed over: {why}")
-            else:
-                found.append((step, path))
-    return [path for _, path in sorted(found)]
-
-
-def flaw(checkpoint: Path) -> str:
-    """Why a checkpoint cannot be read, as far as one sees without hashing it; "" = it can."""
-    try:
-        missing = [name for name in _hashes(checkpoint) if not (checkpoint / name).is_file()]
-        if missing:
-            return f"{missing[0]} is missing"
-        read_trainer(checkpoint)
-    except StoreError as error:
-        return ": ".join(part for part in (error.what, error.why) if part)
-    return ""
-
-
 def read_coding(folder: Path, chunk_size: int) -> Coding:
     """What the stores that a checkpoint's model reads must have; a plain decoder reads chunks of any size, `chunk_size`."""
     config = read_config(folder)
     tokenizer = Tokenizer.load(folder).fingerprint
     return Coding(str(folder), tokenizer, config.chunk_size if config.retrieval else chunk_size, "model")
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint folder, or the newest complete checkpoint of a run's folder. Raises MissingInputError."""
-    path = Path(path)
-    if (path / COMPLETE).is_file():
-        return path
-    found = complete_checkpoints(path)
-    if not found:
-        why = "it has no complete checkpoint" if path.is_dir() else "there is no such folder"
-        raise MissingInputError(f"{path} is not a trained run", why, "retro train writes one")
-    return found[-1]
-
-
-def verify(checkpoint: Path) -> None:
-    """Compare every file with COMPLETE. Raises StoreError for the first that is damaged."""
-    entries = _hashes(checkpoint)
-    weights = {ADAPTERS_FILE, BASE_FILE} if ADAPTERS_FILE in entries else {WEIGHTS_FILE}
-    missing = {CONFIG_FILE, TOKENIZER_FILE, GENERATION_FILE, TRAINER_FILE, *weights} - entries.keys()
-    is_trained = TRAINER_FILE in missing or "imported" not in read_trainer(checkpoint)
-    if is_trained and not any(name.startswith(f"{OPTIMIZER_FOLDER}/") for name in entries):
-        missing.add(OPTIMIZER_FOLDER)
-    if missing:
-        raise _damaged(checkpoint / COMPLETE, f"it does not name {', '.join(sorted(missing))}")
-    files.verify_files(checkpoint, entries, depth=2)  # optimizer/shard-...
-
-
-def _damaged(path: Path, why: str) -> StoreError:
-    return StoreError(f"{path} is damaged", why, "resume from another checkpoint")
-
-
-def _hashes(checkpoint: Path) -> dict[str, str]:
-    """COMPLETE: file -> SHA-256. Raises StoreError when it is damaged."""
-    path = checkpoint / COMPLETE
-    try:
-        hashes = files.read_object(path)
-    except MissingInputError as error:
-        raise StoreError(f"{path} cannot be read", error.why, "resume from another checkpoint") from error
-    try:
-        manifests.COMPLETE(hashes, COMPLETE)
-    except ValueError as error:
-        raise _damaged(path, str(error)) from error
-    return hashes
-
-
-def weights_fingerprint(checkpoint: Path) -> str:
-    """Of a checkpoint's weights: the file's hash; of adapters also their base's. Raises StoreError where COMPLETE is damaged."""
-    hashes = _hashes(checkpoint)
-    names = (ADAPTERS_FILE, BASE_FILE) if ADAPTERS_FILE in hashes else (WEIGHTS_FILE,)
-    parts = [hashes.get(name, "") for name in names]
-    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _base_json(base: Base, checkpoint: Path) -> bytes:
@@ -367,7 +315,7 @@ def read_base(checkpoint: Path) -> Base | None:
         values = files.read_object(path)
         manifests.ADAPTERS(values, BASE_FILE)
     except ValueError as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     lora = LoraConfig(**{name: values[name] for name in asdict(LoraConfig())})
     folder = Path(os.path.normpath(checkpoint.resolve() / values["base"]))
     return Base(folder=folder, fingerprint=values["fingerprint"], lora=lora)
@@ -419,47 +367,18 @@ def _load_shards(folder: str, optimizer: Optimizer, parallel: Parallel) -> None:
             torch.set_rng_state(state[name])
 
 
-def is_imported(checkpoint: Path) -> bool:
-    """Whether a checkpoint comes from `retro import`, not from a run."""
-    return (checkpoint / TRAINER_FILE).is_file() and "imported" in read_trainer(checkpoint)
-
-
-def read_trainer(checkpoint: Path) -> dict[str, Any]:
-    """trainer.json of a checkpoint. Raises StoreError when it is missing or damaged."""
-    path = checkpoint / TRAINER_FILE
-    try:
-        state = files.read_object(path)
-        manifests.TRAINER(state, TRAINER_FILE)
-    except (MissingInputError, ValueError) as error:
-        raise _damaged(path, error.why if isinstance(error, RetroError) else str(error)) from error
-    return state
-
-
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """trainer.json of a checkpoint that a run goes on from. Raises StoreError naming what it does not have."""
     state = read_trainer(checkpoint)
     missing = [name for name in _STATE if name not in state]
     if missing:
-        raise _damaged(checkpoint / TRAINER_FILE, f"it has no {', '.join(missing)}")
+        raise damaged(checkpoint / TRAINER_FILE, f"it has no {', '.join(missing)}")
     return state
 
 
-def read_generation(checkpoint: Path) -> dict[str, Any]:
-    """How the model samples when nothing is said: greedy, temperature, top_k, top_p."""
-    try:
-        values = files.read_object(checkpoint / GENERATION_FILE)
-        manifests.GENERATION(values, GENERATION_FILE)
-        return {key: values[key] for key in ("greedy", "temperature", "top_k", "top_p")}
-    except (MissingInputError, StoreError):
-        raise
-    except ValueError as error:
-        raise StoreError(f"{checkpoint / GENERATION_FILE} is damaged", str(error)) from error
-
-
 def _readme(model: RetroModel, step: int) -> str:
-    count = sum(parameter.numel() for parameter in model.parameters())
     return (
-        f"# A RETRO of {count / 1e6:.1f} M parameters, step {step}\n\n"
+        f"# A RETRO of {model.num_parameters / 1e6:.1f} M parameters, step {step}\n\n"
         "Written by retro-engine. `retro generate FOLDER PROMPT --stores STORE` answers with retrieval;\n"
         '`Retro.from_pretrained("FOLDER")` loads it in Python.\n'
     )

@@ -1,0 +1,85 @@
+"""Where tensors lie: on a file's own pages, on large pages, and on pages that take no memory before they are written.
+
+Reads .safetensors files: u64 header length | JSON, name -> dtype, shape, [begin, end) | values.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retro_engine.data import files
+from retro_engine.errors import MissingInputError, StoreError
+
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+
+
+class MappedTensors(dict[str, Tensor]):
+    """The tensors of a .safetensors file, on its pages: what is not read takes no memory, and what is read can be given back.
+
+    They stay what they are when another file takes its place by rename. Who writes to them writes to a copy of the page.
+    """
+
+    def __init__(self, path: Path):
+        """Raises MissingInputError where no file is, StoreError for one that cannot be read."""
+        super().__init__()
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():  # a pipe or a device neither
+            raise MissingInputError(f"{path} does not exist", "weights are read from there", "name a whole checkpoint")
+        try:
+            with safe_open(
+                path, "pt"
+            ):  # checks the header: that parts meet, end where the file does, and have a known type
+                pass
+            with files.open_file(path) as file:
+                self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            start = 8 + int.from_bytes(self._pages[:8], "little")
+            for name, about in json.loads(self._pages[8:start]).items():
+                if name != "__metadata__":
+                    self[name] = self._tensor(TYPES[about["dtype"]], about["shape"], start + about["data_offsets"][0])
+        except (SafetensorError, OSError, ValueError, KeyError) as error:  # KeyError: a type that is not read
+            raise StoreError(f"{path} cannot be read", str(error), "take it from another checkpoint") from error
+        self._address = torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr()
+
+    def _tensor(self, dtype: torch.dtype, shape: Sequence[int], begin: int) -> Tensor:
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        if begin % dtype.itemsize:  # by somebody else, who does not align
+            raw = bytearray(self._pages[begin : begin + count * dtype.itemsize])
+            return torch.frombuffer(raw, dtype=dtype).view(shape)
+        return torch.frombuffer(self._pages, dtype=dtype, count=count, offset=begin).view(shape)
+
+    def drop(self, tensor: Tensor) -> None:
+        """Give back the memory of a tensor that nobody has written to; whoever reads it again reads the file again."""
+        begin = tensor.data_ptr() - self._address
+        first, last = -(-begin // mmap.PAGESIZE), (begin + tensor.nbytes) // mmap.PAGESIZE
+        if 0 <= begin < len(self._pages) and first < last and hasattr(mmap, "MADV_DONTNEED"):
+            self._pages.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+
+
+def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU in small pages that take memory when they are first written."""
+    count = math.prod(shape)
+    if device.type != "cpu" or not count:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, **_PRIVATE), dtype=dtype).view(shape)
