@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from retro_engine.bench import checkout, decode, kernels, loader, model, neighbors, pipeline, profile, results
+from retro_engine.bench import checkout, decode, kernels, loader, model, neighbors, pipeline, profile, results, startup
 from retro_engine.bench.contestants import DECODERS, NAMES, SHAPES
 from retro_engine.bench.frame import Measured, Options, Target
 from retro_engine.bench.machine import MAX_LOAD, MIN_FREE, environment
@@ -26,12 +26,14 @@ BENCHES: dict[str, Callable[[Options], Measured]] = {
     "neighbors": neighbors.run,
     "pipeline": pipeline.run,
     "profile": profile.run,
+    "startup": startup.run,
 }
-DEFAULT = [name for name in BENCHES if name != "profile"]
+DEFAULT = [name for name in BENCHES if name not in ("profile", "startup")]
 TAKEN_BY = {  # what an option is for; with others it is refused
     "sizes": ["model", "decode", "neighbors", "profile"],
     "implementations": ["model", "decode"],
     "text": ["pipeline"],
+    "run": ["startup"],
     "device": ["kernels"],
     "dtype": ["kernels"],
     "compile": ["kernels"],
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{of['implementations']}; default: all",
     )
     parser.add_argument("--text", metavar="FILE", help=f"{of['text']}; default: generated facts")
+    parser.add_argument("--run", metavar="RUN", help=f"{of['run']}, which needs one")
     parser.add_argument("--out", "-o", default="runs/bench", metavar="DIR", help="where JSON, CSV and plots go")
     parser.add_argument("--device", help=f"{of['device']}; default cuda where it is, else cpu")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help=f"{of['dtype']}; default fp32 and bf16")
@@ -88,6 +91,7 @@ def _run(argv: list[str] | None) -> int:
         sizes=args.sizes or Options.sizes,
         implementations=args.implementations,
         text=args.text,
+        run=args.run,
         device=device,
         dtypes=[DTYPES[name] for name in args.dtype] if args.dtype else Options.dtypes,
         compiles=args.compile or device.type == "cuda",

@@ -26,6 +26,7 @@ class Options:
     sizes: Sequence[str] = ("5M", "30M")
     implementations: Sequence[str] | None = None  # None = all
     text: str | None = None  # a file; None = generated facts
+    run: str | None = None  # a run's folder, or a checkpoint's
     device: torch.device = CPU
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
     compiles: bool = False  # also alternatives that torch.compile makes, half a minute each

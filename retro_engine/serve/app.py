@@ -66,8 +66,10 @@ NEMO_ROUTES: list[tuple[str, str, Endpoint, str]] = [
 
 
 async def health(request: Request) -> Response:
-    is_ready = state_of(request).service is not None
-    return JSONResponse({"status": "ok" if is_ready else "loading"}, 200 if is_ready else 503)
+    state = state_of(request)
+    if state.service is not None:
+        return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": "loading", "why": state.awaited}, 503, {"retry-after": "2"})
 
 
 async def metrics(request: Request) -> Response:
@@ -104,8 +106,11 @@ def make_app(
     hosts: Sequence[str] = (),
     has_nemo: bool = False,
     stop: Callable[[BaseException], None] | None = None,
+    ready: Callable[[Service], None] = lambda service: None,
 ) -> Gate:
-    """`load` opens the service in a thread once the server listens; when it fails, `stop` is told why."""
+    """`load` opens the service in a thread once the server listens; when it fails, `stop` is told why. `ready` is called when
+    it is warm too: from then on requests are answered.
+    """
     guarded = [*ROUTES, *(NEMO_ROUTES if has_nemo else [])]
     routes = [Route(path, page_file(*file), methods=["GET"]) for path, file in FILES.items()]
     routes += [
@@ -119,10 +124,11 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(state, load, stop))
+        loading = asyncio.create_task(_load(state, load, stop, ready))
         try:
             yield
         finally:
+            state.is_closing = True
             await loading
             service, state.service = state.service, None
             if service is not None:
@@ -137,9 +143,28 @@ def make_app(
     return Gate(app, routes, scopes, hosts=hosts, accounts=state.accounts, limits=state.limits, metrics=state.metrics)
 
 
-async def _load(state: ServerState, load: Callable[[], Service], stop: Callable[[BaseException], None] | None) -> None:
+def _opened(state: ServerState, load: Callable[[], Service], ready: Callable[[Service], None]) -> Service:
+    """The service, warm unless the server ends meanwhile."""
+    service = load()
     try:
-        service = await asyncio.to_thread(load)
+        if not state.is_closing:
+            state.awaited = "the model is warming up: it generates its first tokens, so that no request waits for that"
+            service.warm_up()
+            ready(service)
+    except BaseException:
+        service.close()
+        raise
+    return service
+
+
+async def _load(
+    state: ServerState,
+    load: Callable[[], Service],
+    stop: Callable[[BaseException], None] | None,
+    ready: Callable[[Service], None],
+) -> None:
+    try:
+        service = await asyncio.to_thread(_opened, state, load, ready)
     except Exception as error:  # a bug too: else the server would say "loading" for ever
         if stop is None:
             raise

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class ServerState:
-    """One server's; `service` is None while the model loads."""
+    """One server's; `service` is None until the model is loaded and warm."""
 
     accounts: Accounts
     limits: Limits
@@ -28,6 +28,8 @@ class ServerState:
     metrics_token: str | None = None
     is_behind_proxy: bool = False
     service: Service | None = None
+    awaited: str = "the model is loading"  # what `service` waits for
+    is_closing: bool = False
     hashing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # passwords at once
 
 
@@ -38,10 +40,10 @@ def state_of(request: Request) -> ServerState:
 
 
 def service_of(request: Request) -> Service:
-    """Raises ApiError 503 while the model loads."""
+    """Raises ApiError 503 until there is one."""
     service = state_of(request).service
     if service is None:
-        raise ApiError(503, "the model is loading", code="loading", headers={"retry-after": "2"})
+        raise ApiError(503, state_of(request).awaited, code="loading", headers={"retry-after": "2"})
     return service
 
 

@@ -15,7 +15,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.generate.chat_template import ChatTemplate
 from retro_engine.generate.encode_store import open_encodings
-from retro_engine.generate.engine import Engine
+from retro_engine.generate.engine import Engine, Request
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.open_model import check_reading, open_model, read_in_front
 from retro_engine.generate.sampling import Sampling
@@ -104,6 +104,18 @@ class Service:
         """Raises UsageError for a mode that the library has no vectors for."""
         if mode not in (None, "lexical") and self.library is not None and self.library.chunker.width is None:
             raise UsageError(f"mode {mode} needs vectors", "the library was made without an embedder", "lexical")
+
+    def warm_up(self) -> None:
+        """Compute once what a first request would wait for: what is compiled, imported or touched at first use. Nothing of it
+        is kept or counted.
+        """
+        model, ids = self.generator.model, self.tokenizer.encode("a") or [0]
+        with Engine(Generator(model, self.tokenizer, neighbor_bytes=0), max_batch=1, prefix_bytes=0) as engine:
+            engine.submit(Request(ids, 2, neighbors=[])).result()
+            if model.config.retrieval and model.config.most_tokens is None:  # else a whole chunk may not have room
+                engine.submit(Request(ids, 2, neighbors=["a"])).result()
+        if self.generator.retriever is not None:
+            self.find("a", 1, self.mode)
 
     def close(self) -> None:
         """End the requests that run, then the imports, then the library."""

@@ -3,7 +3,7 @@
 import logging
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,7 +54,7 @@ def serve_until_signal(options: ServiceOptions, address: Address, accounts: Acco
         failures.append(error)
         server.should_exit = True
 
-    app = make_app(state, _then(partial(open_service, options), reporter), [address.host, *address.allowed_hosts], address.has_nemo, stop)  # fmt: skip
+    app = make_app(state, partial(open_service, options), [address.host, *address.allowed_hosts], address.has_nemo, stop, partial(_say_ready, reporter))  # fmt: skip
     server = make_server(app, state.limits, address.is_behind_proxy)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # traces of bugs, not every odd request
     reporter.say(f"listening on http://{shown}:{port}")
@@ -80,11 +80,7 @@ def make_state(accounts: Accounts, limits: Limits, address: Address) -> ServerSt
     )
 
 
-def _then(load: Callable[[], Service], reporter: Reporter) -> Callable[[], Service]:
-    def loaded() -> Service:
-        service = load()
-        place = describe_device(service.generator.model.embedding.weight.device)
-        reporter.say(f"ready: model {service.name} {place}, {'no documents' if service.library is None else service.library.folder}")  # fmt: skip
-        return service
-
-    return loaded
+def _say_ready(reporter: Reporter, service: Service) -> None:
+    place = describe_device(service.generator.model.embedding.weight.device)
+    documents = "no documents" if service.library is None else service.library.folder
+    reporter.say(f"ready: model {service.name} {place}, {documents}")
