@@ -25,12 +25,12 @@ def carries_derivative(*tensors: Tensor | None) -> bool:
 
 
 def is_unobserved(*tensors: Tensor) -> bool:
-    """Whether nothing but numbers is asked for: no derivative, no compiler, no mode that sees ops. Then a kernel is called without
-    PyTorch's op around it, whose first call loads the compiler (2 s and 180 MB).
+    """Whether nothing but numbers is asked for: no derivative, no compiler, no mode that sees ops, no sign that is still to be applied. Then a
+    kernel is called without PyTorch's op around it, whose first call loads the compiler (2 s and 180 MB).
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or carries_derivative(*tensors):
         return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg() for x in tensors)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, keys: str) -> None:

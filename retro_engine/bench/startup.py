@@ -71,7 +71,7 @@ def _first_token(run: str) -> tuple[list[Row], list[Target]]:
 def _serving(run: str, dtype: str, length: int, weights_mib: float) -> tuple[Row, list[Target]]:
     """The first request of a server that says it is ready, others, and its memory after a sequence of `length` tokens."""
     with tempfile.TemporaryDirectory() as folder, _server(run, dtype, Path(folder)) as (url, key, pid, ready_s):
-        times = [_ask(url, key, PROMPT, 1) for _ in range(ROUNDS + 1)]
+        times = [_ask(url, key, f"{number}. {PROMPT}", 1) for number in range(ROUNDS + 1)]
         before = resident_mib(pid=pid)
         _ask(url, key, [5] * (length - NEW), NEW)
         after, peak = resident_mib(pid=pid), resident_mib(is_peak=True, pid=pid)
@@ -122,7 +122,6 @@ def _ask(url: str, key: str, prompt: str | list[int], tokens: int) -> float:
     """Seconds of a completion."""
     body = {"model": "", "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens, "temperature": 0}
     head = {"authorization": f"Bearer {key}", "content-type": "application/json"}
-    start = time.perf_counter()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     models = json.load(opener.open(urllib.request.Request(f"{url}/v1/models", headers=head)))
     body["model"] = models["data"][0]["id"]

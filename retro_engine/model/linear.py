@@ -36,10 +36,12 @@ class Int8Linear(nn.Module):
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight_OD: Tensor, bias_O: Tensor | None):
+    def __init__(self, weight_OD: Tensor, bias_O: Tensor | None, rounded_OD: Tensor | None = None):
+        """`rounded_OD`: int8, where the weights shall lie."""
         super().__init__()
         scale_O = torch.empty(len(weight_OD), device=weight_OD.device)
-        rounded_OD = torch.empty(weight_OD.shape, dtype=torch.int8, device=weight_OD.device)
+        if rounded_OD is None:
+            rounded_OD = torch.empty(weight_OD.shape, dtype=torch.int8, device=weight_OD.device)
         step = max(1, _ROUNDED // weight_OD.shape[1])
         for rows in (slice(first, first + step) for first in range(0, len(weight_OD), step)):
             part = weight_OD[rows].float()

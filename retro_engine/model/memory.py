@@ -3,9 +3,11 @@
 Reads .safetensors files: u64 header length | JSON, name -> dtype, shape, [begin, end) | values.
 """
 
+import ctypes
 import json
 import math
 import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +31,7 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_LINE = 64  # bytes of a cache line
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
@@ -70,11 +73,44 @@ class MappedTensors(dict[str, Tensor]):
         return torch.frombuffer(self._pages, dtype=dtype, count=count, offset=begin).view(shape)
 
     def drop(self, tensor: Tensor) -> None:
-        """Give back the memory of a tensor that nobody has written to; whoever reads it again reads the file again."""
+        """Give back the memory of a tensor that nobody has written to; whoever reads it again reads the file again, in small
+        pages: a row of a table shall not take 2 MiB.
+        """
         begin = tensor.data_ptr() - self._address
         first, last = -(-begin // mmap.PAGESIZE), (begin + tensor.nbytes) // mmap.PAGESIZE
-        if 0 <= begin < len(self._pages) and first < last and hasattr(mmap, "MADV_DONTNEED"):
-            self._pages.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+        if 0 <= begin < len(self._pages) and first < last:
+            for advice in ("MADV_DONTNEED", "MADV_NOHUGEPAGE"):
+                if hasattr(mmap, advice):
+                    self._pages.madvise(getattr(mmap, advice), first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+
+
+class LargePages:
+    """Room for tensors side by side on large pages where the system has them: filled with fewer faults, read with fewer
+    translations.
+    """
+
+    def __init__(self, num_bytes: int):
+        self._pages, self._used = mmap.mmap(-1, num_bytes, **_PRIVATE), 0
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._pages.madvise(mmap.MADV_HUGEPAGE)
+
+    @staticmethod
+    def size(count: int, dtype: torch.dtype) -> int:
+        """Bytes that a tensor takes, up to the line where the next one begins."""
+        return -(-count * dtype.itemsize // _LINE) * _LINE
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        count, begin = math.prod(shape), self._used
+        self._used += self.size(count, dtype)
+        assert self._used <= len(self._pages), f"{self._used} of {len(self._pages)} bytes"
+        return torch.frombuffer(self._pages, dtype=dtype, count=count, offset=begin).view(shape)
+
+
+def trim() -> None:
+    """Give what was freed back to the system, where the C library keeps it for itself (glibc)."""
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if release is not None:
+        release(0)
 
 
 def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

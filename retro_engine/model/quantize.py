@@ -7,6 +7,7 @@ from torch import Tensor
 
 from retro_engine.errors import UsageError, nearest
 from retro_engine.model.linear import Int8Linear, Linear
+from retro_engine.model.memory import LargePages
 from retro_engine.model.retro import RetroModel
 
 WEIGHTS = ("fp32", "bf16", "int8")
@@ -31,19 +32,39 @@ def use_weights(model: RetroModel, weights: str, drop: Drop = keep) -> RetroMode
     """
     check_weights(weights)
     if weights == "int8":
-        matrix, bias = model.head_weight, model.output_bias
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, Linear):
-                    assert child.adapter is None, "adapters are merged before weights are rounded"
-                    setattr(module, name, Int8Linear(child.weight.detach(), child.bias))
-                    drop(child.weight)
-        model.head = Int8Linear(matrix.detach(), bias)
-        drop(matrix)
+        _round_matrices(model, drop)
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
-    for parameter in model.parameters():
-        old = parameter.data
-        if old.dtype != dtype:
-            parameter.data = old.to(dtype)
-            drop(old)
+    tables = [table for table in (model.embedding, model.position_embedding) if table is not None]
+    rows = {id(table.weight) for table in tables}  # read by row: these stay in their file where they can
+    moves = weights == "int8"  # else each norm holds what lies beside it in the file
+    old = [p for p in model.parameters() if p.dtype != dtype or moves and id(p) not in rows]
+    room = LargePages(sum(LargePages.size(p.numel(), dtype) for p in old)) if _is_on_cpu(model) and old else None
+    for parameter in old:
+        data = parameter.data
+        parameter.data = data.to(dtype) if room is None else room.take(data.shape, dtype).copy_(data)
+        drop(data)
     return model
+
+
+def _round_matrices(model: RetroModel, drop: Drop) -> None:
+    matrix, bias, int8 = model.head_weight, model.output_bias, torch.int8
+    found = [
+        (module, *item) for module in model.modules() for item in module.named_children() if item[1] is not model.head
+    ]
+    linears = [(module, name, child) for module, name, child in found if isinstance(child, Linear)]
+    sizes = [LargePages.size(w.numel(), int8) for w in (matrix, *(child.weight for *_, child in linears))]
+    room = LargePages(sum(sizes)) if _is_on_cpu(model) else None
+
+    def rounded(weight_OD: Tensor, bias_O: Tensor | None) -> Int8Linear:
+        made = Int8Linear(weight_OD.detach(), bias_O, None if room is None else room.take(weight_OD.shape, int8))
+        drop(weight_OD)
+        return made
+
+    for module, name, child in linears:
+        assert child.adapter is None, "adapters are merged before weights are rounded"
+        setattr(module, name, rounded(child.weight, child.bias))
+    model.head = rounded(matrix, bias)
+
+
+def _is_on_cpu(model: RetroModel) -> bool:
+    return model.embedding.weight.device.type == "cpu"

@@ -25,6 +25,7 @@ from retro_engine.library.importer import Importer
 from retro_engine.library.library import Library
 from retro_engine.library.live import LiveRetriever, library_coding
 from retro_engine.library.search import check_mode
+from retro_engine.model.memory import trim
 from retro_engine.retrieval.hit import Found
 from retro_engine.retrieval.search import Retriever
 from retro_engine.serve.encode_ahead import EncodeAhead
@@ -116,6 +117,7 @@ class Service:
                 engine.submit(Request(ids, 2, neighbors=["a"])).result()
         if self.generator.retriever is not None:
             self.find("a", 1, self.mode)
+        trim()
 
     def close(self) -> None:
         """End the requests that run, then the imports, then the library."""
