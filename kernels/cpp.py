@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from retro_kernels.blocks import TYPES as BLOCK_TYPES
 from retro_kernels.dropout import drop_below
 from retro_kernels.reference import CrossAttentionPart, FeedForwardPart, Matrix, Part, SelfAttentionPart
 from torch import Tensor
@@ -24,6 +25,7 @@ except ImportError:  # no compiler at installation
 _ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "swiglu": 3}
 _PRIMITIVES = {"gelu": 1, "gelu_tanh": 2, "silu": 3, "exp2": 4, "erf": 5, "sigmoid": 6, "bfloat16": 7}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_BLOCKS = 16  # and ggml's number of a type of blocks
 
 
 def is_available() -> bool:
@@ -122,10 +124,17 @@ def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, has_gradient: bool) -> T
 
 def linear(x_TD: Tensor, matrix: Matrix) -> Tensor:
     """float32, contiguous -> [t, o]."""
-    y = torch.empty(x_TD.shape[0], matrix.weight.shape[0])
+    y = torch.empty(x_TD.shape[0], matrix.shape[0])
     if y.numel():
         _cpu.linear(instruction_set(), x_TD.shape[0], *_matrix(matrix), x_TD, y)
     return y
+
+
+def to_blocks(values: Tensor, kind: str) -> Tensor:
+    """As `blocks.round_to_blocks`; contiguous."""
+    out = torch.empty(len(values), BLOCK_TYPES[kind].bytes, dtype=torch.uint8)
+    _cpu.to_blocks(instruction_set(), _BLOCKS + BLOCK_TYPES[kind].number, values, out, len(values))
+    return out
 
 
 def primitive(name: str, x: Tensor) -> Tensor:
@@ -160,12 +169,12 @@ def _part(part: Part) -> tuple[object, ...]:
 
 
 def _matrix(m: Matrix) -> tuple[object, ...]:
-    types = (_TYPES[m.weight.dtype], 0 if m.bias is None else _TYPES[m.bias.dtype])
-    return *types, *m.weight.shape, m.weight, m.bias, m.scale
+    kind = _TYPES[m.weight.dtype] if m.blocks is None else _BLOCKS + BLOCK_TYPES[m.blocks].number
+    return kind, 0 if m.bias is None else _TYPES[m.bias.dtype], *m.shape, m.weight, m.bias, m.scale
 
 
 def _norm(part: Part) -> tuple[object, ...]:
-    norm, width = part.norm, (part.up if isinstance(part, FeedForwardPart) else part.q).weight.shape[1]
+    norm, width = part.norm, (part.up if isinstance(part, FeedForwardPart) else part.q).shape[1]
     weight_type = 0 if norm.weight is None else _TYPES[norm.weight.dtype]
     return width, norm.is_rms, weight_type, norm.weight, norm.bias, norm.eps
 
@@ -174,7 +183,7 @@ def _attending(part: SelfAttentionPart | CrossAttentionPart) -> tuple[object, ..
     a = part.attending
     B, S, G, E = a.keys.shape
     positions, pairs = (0, 0) if a.cos is None else a.cos.shape
-    sizes = (B, part.q.weight.shape[0] // E, G, E, pairs)
+    sizes = (B, part.q.shape[0] // E, G, E, pairs)
     cache = (_TYPES[a.keys.dtype], a.keys, a.values, *a.keys.stride()[:3], S)
     places = (a.begins, a.starts, a.valid, a.positions)
     return *sizes, *cache, *places, a.cos, a.sin, positions, a.interleaved, a.scale

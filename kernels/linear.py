@@ -52,3 +52,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         return reference.linear(x, matrix)
     y = F.linear(x.bfloat16(), weight.bfloat16()).float() * scale  # a byte is exact in bfloat16
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def linear_in_blocks(x: Tensor, matrix: Matrix) -> Tensor:
+    """x [..., d], a matrix in blocks with a bias in float32 or bfloat16 -> [..., o] of x's type; no gradients.
+
+    Any number of rows: each block is unpacked once for all of them, and a row's result is the same whatever rows are beside
+    it. Inputs are rounded to bytes, 32 at a time (`blocks.rounded`), products summed exactly in a block and in float32 over
+    blocks. Raises ValueError for other shapes, RuntimeError where a derivative would be lost.
+    """
+    outputs, D = matrix.shape
+    if matrix.blocks is None or x.shape[-1] != D or (matrix.bias is not None and matrix.bias.shape != (outputs,)):
+        raise ValueError(f"x {tuple(x.shape)}: expected x [..., {D}], a weight in blocks, bias [{outputs}]")
+    if carries_derivative(x):
+        raise RuntimeError("weights in blocks have no gradient\n  x carries one\n  call it under torch.no_grad()")
+    parts = [matrix.weight, *([] if matrix.bias is None else [matrix.bias])]
+    is_packed = all(part.is_contiguous() and part.device == x.device for part in parts)
+    if not x.numel() or not is_packed or x.dtype == torch.float64 or choose("linear", x) != "cpp":
+        return reference.linear(x, matrix)
+    y = cpp.linear(x.reshape(-1, D).float().contiguous().resolve_neg(), matrix)
+    return y.to(x.dtype).reshape(*x.shape[:-1], outputs)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from retro_kernels.blocks import TYPES as BLOCK_TYPES
+from retro_kernels.blocks import dequantize, rounded
 from retro_kernels.checks import is_transformed
 from retro_kernels.dropout import factors
 from torch import Tensor
@@ -308,11 +310,32 @@ def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, has_gradient: bool) -> T
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear layer: y = x (scale * weight)' + bias. weight [o, d]; int8 ones have a float32 scale [o]."""
+    """A linear layer: y = x (scale * weight)' + bias. weight [o, d]; int8 ones have a float32 scale [o].
+
+    `blocks`: weight is uint8 [o, x], each row's blocks of this type (kernels/blocks.py), and `inputs` is d.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
+    blocks: str | None = None
+    inputs: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """o, d. Raises ValueError for a row that is not the blocks of d."""
+        outputs, width = self.weight.shape
+        if self.blocks is None:
+            return outputs, width
+        kind = BLOCK_TYPES.get(self.blocks)
+        is_whole = kind is not None and self.inputs and width == kind.row_bytes(self.inputs)
+        if not is_whole or self.weight.dtype != torch.uint8:
+            raise ValueError(
+                f"weight {tuple(self.weight.shape)} of {self.weight.dtype}: expected uint8, {self.blocks} blocks of "
+                f"{self.inputs} values in each row; the types are {', '.join(BLOCK_TYPES)}"
+            )
+        assert self.inputs is not None
+        return outputs, self.inputs
 
 
 @dataclass(frozen=True)
@@ -380,7 +403,11 @@ Part = SelfAttentionPart | CrossAttentionPart | FeedForwardPart
 
 
 def linear(x: Tensor, matrix: Matrix) -> Tensor:
-    """[..., d] -> [..., o]; int8 weights are multiplied in fp32."""
+    """[..., d] -> [..., o]; weights in int8 and blocks are multiplied in fp32, blocks with rounded inputs."""
+    if matrix.blocks is not None:
+        weight = dequantize(matrix.weight, matrix.blocks, matrix.shape[1])
+        y = F.linear(rounded(x).float(), weight)
+        return (y if matrix.bias is None else y + matrix.bias).to(x.dtype)
     if matrix.scale is None:
         return F.linear(x, matrix.weight, matrix.bias)
     y = F.linear(x.float(), matrix.weight.float()) * matrix.scale

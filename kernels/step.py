@@ -1,8 +1,8 @@
 """The layers of a decoder for one new token a row, as a step of decoding has them; no gradients.
 
 Each part of a layer is x + f(norm(x)). On a CPU a few rows cost the reading of the weights, and what is between the
-products must cost nothing: all parts are one call of C++. Weights are float32, bfloat16 or int8, the cache float32 or
-bfloat16; in C++ x and all sums are float32 (arXiv 2112.04426 section 2, one token at a time), and where the processor
+products must cost nothing: all parts are one call of C++. Weights are float32, bfloat16, int8 or in blocks (kernels/blocks.py), the cache float32
+or bfloat16; in C++ x and all sums are float32 (arXiv 2112.04426 section 2, one token at a time), and where the processor
 multiplies pairs of bfloat16, what meets bfloat16 and int8 weights is rounded to it. A row's result does not depend on the
 rows beside it. Elsewhere (a GPU, float64, many rows) the same in PyTorch.
 Shape letters: B rows, D width, S keys, G key/value heads, E head width.
@@ -54,7 +54,7 @@ class Steps:
     def _prepare(self) -> None:
         """Remember what C++ is told of the parts."""
         first = self.parts[0]
-        self.width = (first.up if isinstance(first, FeedForwardPart) else first.q).weight.shape[1]
+        self.width = (first.up if isinstance(first, FeedForwardPart) else first.q).shape[1]
         for part in self.parts:
             _check(part, self.width)
         counts = {len(part.attending.keys) for part in self.parts if not isinstance(part, FeedForwardPart)}
@@ -132,16 +132,16 @@ def _check(part: Part, D: int) -> None:
     if isinstance(part, FeedForwardPart):
         if (part.gate is not None) != (part.activation == "swiglu"):
             raise ValueError(f"activation {part.activation}: swiglu has a gate, gelu and gelu_tanh have none")
-        wide = part.up.weight.shape[0]
+        wide = part.up.shape[0]
         for matrix in (part.up,) if part.gate is None else (part.gate, part.up):
             _check_matrix("gate and up", matrix, wide, D)
         _check_matrix("down", part.down, D, wide)
         return
     a = part.attending
-    (B, S, G, E), width = a.keys.shape, part.q.weight.shape[0]
+    (B, S, G, E), width = a.keys.shape, part.q.shape[0]
     if a.values.shape != a.keys.shape or not width or width % (G * E):
         raise ValueError(
-            f"q {tuple(part.q.weight.shape)}, keys {tuple(a.keys.shape)}, values {tuple(a.values.shape)}: expected "
+            f"q {part.q.shape}, keys {tuple(a.keys.shape)}, values {tuple(a.values.shape)}: expected "
             "q [h * e, d] and keys and values [b, s, g, e], h a multiple of g"
         )
     for name, place in (("begins", a.begins), ("starts", a.starts), ("positions", a.positions)):
@@ -163,13 +163,11 @@ def _check(part: Part, D: int) -> None:
 
 
 def _check_matrix(name: str, m: Matrix, outputs: int, inputs: int) -> None:
-    is_fitting = m.weight.shape == (outputs, inputs)
+    is_fitting = m.shape == (outputs, inputs)
     for part in (m.bias, m.scale):
         is_fitting = is_fitting and (part is None or part.shape == (outputs,))
     if not is_fitting:
-        raise ValueError(
-            f"{name} has weight {tuple(m.weight.shape)}: expected [{outputs}, {inputs}], bias and scale [{outputs}]"
-        )
+        raise ValueError(f"{name} has weight {m.shape}: expected [{outputs}, {inputs}], bias and scale [{outputs}]")
 
 
 def _is_packed(part: Part) -> bool:
@@ -179,7 +177,9 @@ def _is_packed(part: Part) -> bool:
     others = [x for x in (part.norm.weight, part.norm.bias, *(m.bias for m in matrices)) if x is not None]
     if any(x.device.type != "cpu" or not x.is_contiguous() for x in (*weights, *others, *scales)):
         return False
-    if any(x.dtype not in _WEIGHTS for x in weights) or any(x.dtype not in _FLOATS for x in others):
+    if any(m.weight.dtype not in _WEIGHTS and m.blocks is None for m in matrices) or any(
+        x.dtype not in _FLOATS for x in others
+    ):
         return False
     if any(x.dtype != torch.float32 for x in scales):
         return False

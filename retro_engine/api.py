@@ -210,7 +210,7 @@ class Retro:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.weight.device
+        return self.model.device
 
     def sequences(self, share: Share) -> "Sequences":
         """Raises StoreError for a store of another tokenizer or chunk size."""

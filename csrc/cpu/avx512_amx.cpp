@@ -1,9 +1,9 @@
-// The kernels for x86 processors with avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma; chosen at run time by
+// The kernels for x86 processors with avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,avx2,fma; chosen at run time by
 // module.cpp.
 #include "kernels.h"
 #ifdef RETRO_X86
 #include <immintrin.h>
-RETRO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma")
+RETRO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,avx2,fma")
 #define RETRO_BUILD avx512_amx
 #define RETRO_FLOATS 16
 #define RETRO_ROWS 8

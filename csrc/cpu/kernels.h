@@ -63,12 +63,16 @@ struct Gather {
   int64_t* lengths;                       // [count]
 };
 
-enum Type : int { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+// TYPE_...: blocks of 32 or 256 weights (blocks.inc), ggml's number and 16.
+enum Type : int {
+  FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2,
+  TYPE_Q4_0 = 18, TYPE_Q4_1 = 19, TYPE_Q5_0 = 22, TYPE_Q5_1 = 23, TYPE_Q8_0 = 24, TYPE_Q4_K = 28, TYPE_Q5_K = 29, TYPE_Q6_K = 30
+};
 
 // Weights of a linear layer: y = scale x w' + bias.
 struct Matrix {
   Type type, bias_type;                   // of w; of the bias
-  const void *w, *bias;                   // [O, D]; [O] or null
+  const void *w, *bias;                   // [O, D], or of each of O rows the blocks that hold D; [O] or null
   const float* scale;                     // [O] or null
   int64_t O, D;
 };
@@ -132,6 +136,7 @@ struct Build {
   void (*rope)(const Rope&, Type, int64_t begin, int64_t end);  // items are b * N + n
   void (*gather_neighbors)(const Gather&, int64_t begin, int64_t end);
   void (*linear)(const Linear&, int64_t begin, int64_t end);  // items are outputs
+  void (*to_blocks)(Type, const float* x, uint8_t* out, int64_t begin, int64_t end);  // items are blocks
   void (*norm)(const Norm&, const float* x, float* y, int64_t begin, int64_t end);  // items are rows
   void (*put)(const Step&, int64_t begin, int64_t end);       // rotates, and writes the cache; items are rows
   void (*attend)(const Step&, int64_t begin, int64_t end);    // items are b * G + g

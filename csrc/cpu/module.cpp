@@ -59,7 +59,7 @@ std::vector<const Build*> supported_builds() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   static const bool amx = bf16 && has_amx();
   if (amx) builds.push_back(&avx512_amx_build);
   if (bf16) builds.push_back(&avx512_bf16_build);
@@ -182,6 +182,17 @@ void cross_entropy(const std::string& build, const py::args& given) {
   const auto run = find_build(build).cross_entropy;
   const py::gil_scoped_release release;
   parallel_for(T, std::max<int64_t>(1, 16384 / a.V), [&](int64_t begin, int64_t end) { run(a, type, begin, end); });
+}
+
+void to_blocks(const std::string& build, const py::args& given) {
+  Type type;
+  const float* x;
+  uint8_t* out;
+  int64_t count;
+  read_all(given, type, x, out, count);
+  const auto run = find_build(build).to_blocks;
+  const py::gil_scoped_release release;
+  parallel_for(count, 1024, [&](int64_t begin, int64_t end) { run(type, x, out, begin, end); });
 }
 
 void apply(const std::string& build, const py::args& given) {
@@ -340,6 +351,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rope", &rope);
   m.def("gather_neighbors", &gather_neighbors);
   m.def("linear", &linear);
+  m.def("to_blocks", &to_blocks);
   m.def("apply", &apply);
   m.def("cross_entropy", &cross_entropy);
   py::class_<Steps>(m, "Steps")

@@ -64,7 +64,7 @@ def evaluate_facts(
     rows_of_text = [json.loads(line) for line in documents_path.read_text(encoding="utf-8").splitlines()]
     value_of = _value_numbers(rows_of_text, sequences)
     token_bytes = store.tokenizer.token_bytes()
-    device = model.embedding.weight.device
+    device = model.device
     results = {}
     for mode in modes:
         count = store.num_documents

@@ -25,7 +25,7 @@ def evaluate_in_prompt(
     precision: str = "32",
 ) -> DocumentLosses:
     """Losses per document of the same tokens as `evaluate`'s; `limit` batches of 8 sequences and `precision` as there."""
-    count, device = sequences.num_documents, model.embedding.weight.device
+    count, device = sequences.num_documents, model.device
     sums = DocumentLosses.zeros(count)
     with evaluating(model):
         for rows in sequences.batch_rows(8, limit):
@@ -43,7 +43,7 @@ def evaluate_in_prompt(
 def _losses(model: RetroModel, batch: SequenceBatch, number: int, M: int) -> np.ndarray:
     """Nats of every label [N] of one sequence."""
     tokens, labels, documents = batch.tokens[number], batch.labels[number], batch.document_ids[number]
-    device = model.embedding.weight.device
+    device = model.device
     out = _pass(model, tokens, labels, documents, device)
     if batch.neighbors is None or batch.lengths is None:
         return out

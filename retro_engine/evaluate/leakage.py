@@ -80,9 +80,7 @@ def chunk_losses(
         counted = _own_bytes(sequences, batch, np.where(chosen, token_bytes[batch.labels], 0), token_bytes)
         num_bytes.append(_sum(counted, m)[has_neighbors])
         for name, (model, mode) in models.items():
-            losses, best = token_losses(
-                model, batch if mode == "on" else sequences.batch(rows, mode), model.embedding.weight.device
-            )
+            losses, best = token_losses(model, batch if mode == "on" else sequences.batch(rows, mode), model.device)
             nats[name].append(_sum(np.where(chosen, losses.double().cpu().numpy(), 0), m)[has_neighbors])
             copied[name] += int((best.cpu().numpy() == batch.labels)[can_copy].sum())
     joined = {name: np.concatenate(values) for name, values in nats.items()}

@@ -95,7 +95,7 @@ def evaluate(
     `leak_limit`: neighbors that state more than this share of what follows word for word become missing. `shard` (i, n): every n-th batch
     from the i-th on, with `reduce` to sum arrays over the n processes in place. The model is left in the mode it was in.
     """
-    device = model.embedding.weight.device
+    device = model.device
     results = {}
     numbers = np.full(sequences.num_documents, -1, np.int64)
     numbers[sequences.documents] = np.arange(len(sequences.documents))

@@ -36,7 +36,7 @@ class DecodingBatch:
         encodings: Encodings | None = None,
     ):
         """`deterministic`: rows are computed one by one, so that what is with them changes no bit."""
-        self.model, self.pad_id, self.device = model, pad_id, model.embedding.weight.device
+        self.model, self.pad_id, self.device = model, pad_id, model.device
         encode = None if encodings is None else partial(encodings.of, apart=deterministic)
         self.cache = new_cache(model, size, capacity, neighbor_tokens, encode)
         self.size, self.deterministic, self.prefixes = size, deterministic, prefixes

@@ -115,7 +115,7 @@ def encode_shard(stage: Stage, shard: int) -> Sequence[Piece]:
 
 def encode_rows(model: RetroModel, store: Store, first: int, last: int) -> np.ndarray:
     """u2 [tokens, c*g*e] of the neighbors that begin at a store's rows first ... last - 1."""
-    loader, device, parts = NeighborLoader([store]), model.embedding.weight.device, []
+    loader, device, parts = NeighborLoader([store]), model.device, []
     for start in range(first, last, BATCH):
         rows = np.arange(start, min(start + BATCH, last))
         tokens, lengths = (torch.from_numpy(array).to(device) for array in loader.gather(rows, model.config.r))

@@ -125,7 +125,7 @@ def text_log_probs(
     one sequence's cache. What comes before the prompt's last chunk is computed once. `check` is called before each piece
     and ends the work by raising. Raises UsageError where the model has too few learned positions.
     """
-    config, device = model.config, model.embedding.weight.device
+    config, device = model.config, model.device
     M = config.chunk_size
     pad = -len(prompt_ids) % M
     tokens = [pad_id] * pad + [*prompt_ids, *text_ids]

@@ -43,7 +43,7 @@ def export_model(path: str | Path, folder: str | Path) -> Path:
             "AutoConfig": "modeling_retro.RetroConfig",
             "AutoModelForCausalLM": "modeling_retro.RetroForCausalLM",
         },
-        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         **ids,
         "retro": architecture(model.config),
     }

@@ -74,7 +74,7 @@ class RetroLM(LM):
         if is_reading:
             found, valid = self._retrieved([tokens[max(u * M, pad) : (u + 1) * M] for u in range(len(tokens) // M)])
             neighbors, lengths = torch.from_numpy(found)[None], torch.from_numpy(valid)[None]
-        device = self.model.embedding.weight.device
+        device = self.model.device
         given = torch.tensor([tokens], device=device)
         documents = torch.tensor([[-1] * pad + [0] * (len(tokens) - pad)], device=device)
         with torch.no_grad():

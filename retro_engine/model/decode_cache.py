@@ -236,8 +236,7 @@ def new_cache(
     many as are given; in front as many as the model was made for). `encode`: such as remembers neighbors
     (`Encodings.of`).
     """
-    c, weight = model.config, model.embedding.weight
-    device, num_crossing = weight.device, len(c.cross_layers)
+    c, device, num_crossing = model.config, model.device, len(model.config.cross_layers)
     X = (neighbor_tokens or 0) if num_crossing else 0
     sinks, origin = None, 0
     if c.reads_prefix and neighbor_tokens != 0:
@@ -257,7 +256,7 @@ def new_cache(
     cache = DecodeCache(
         keys_BSGE=empty(origin + capacity, c.dec_num_layers),
         values_BSGE=empty(origin + capacity, c.dec_num_layers),
-        hidden_BMD=torch.zeros(batch_size, c.chunk_size, c.hidden_size, dtype=weight.dtype, device=device),
+        hidden_BMD=torch.zeros(batch_size, c.chunk_size, c.hidden_size, dtype=model.dtype, device=device),
         cross_keys_BXGE=empty(X, num_crossing),
         cross_values_BXGE=empty(X, num_crossing),
         cross_valid_BX=torch.zeros(batch_size, X, dtype=torch.bool, device=device),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from retro_engine.config import ModelConfig
 from retro_engine.model import ops
 from retro_engine.model.attention import ChunkedCrossAttention, FeedForward, SelfAttention, norm
+from retro_engine.model.linear import BlockLinear
 from retro_engine.model.recompute import run
 
 
@@ -116,7 +117,9 @@ class DecoderLayer(nn.Module):
 
 
 def _matrix(linear: nn.Module) -> ops.Matrix:
-    """The weights of a Linear or an Int8Linear."""
+    """The weights of a Linear, an Int8Linear or a BlockLinear."""
+    if isinstance(linear, BlockLinear):
+        return linear.matrix
     assert getattr(linear, "adapter", None) is None, "adapters are merged before a model decodes"
     return ops.Matrix(linear.weight, linear.bias, getattr(linear, "scale", None))  # type: ignore[arg-type]
 

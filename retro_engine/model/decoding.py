@@ -84,14 +84,14 @@ def decode_one(
     if c.cross_layers:
         begun = 2 * c.cross_layers[0] + 1  # the parts before the first cross-attention
         x = steps.run(x, 0, begun)
-        z = model.layers[c.cross_layers[0]].cross_norm(x.to(model.embedding.weight.dtype))
+        z = model.layers[c.cross_layers[0]].cross_norm(x.to(model.dtype))
         _note_places(c, cache, places, z.to(cache.hidden_BMD.dtype))
         if ending:
             _read_anew(model, cache, list(ending), neighbors_NKR, lengths_NK)
             steps = prepared_steps(model, cache)  # what is read may lie elsewhere now
     x = steps.run(x, begun)
     cache.lengths_B += 1 if advances_B is None else advances_B.long()
-    return model.logits(model.normed(x.to(model.embedding.weight.dtype)))
+    return model.logits(model.normed(x.to(model.dtype)))
 
 
 @torch.no_grad()
@@ -101,9 +101,9 @@ def decode_ahead(model: RetroModel, cache: DecodeCache, row: int, tokens: Sequen
 
     In a few rows of C++ no bit of a token's logits depends on the guesses. Guesses must not end a chunk that is read.
     """
-    device = model.embedding.weight.device
+    device = model.device
     ahead = cache.ahead(row, len(tokens))
-    x = torch.empty(len(tokens), 1, dtype=model.embedding.weight.dtype, device=device)
+    x = torch.empty(len(tokens), 1, dtype=model.dtype, device=device)
     if prepared_steps(model, ahead).takes(x):
         logits = decode_one(model, ahead, torch.tensor(tokens, device=device))
         cache.lengths_B[row] += 1
@@ -264,7 +264,7 @@ def _read_anew(
     M = model.config.chunk_size
     first_N = cache.lengths_B[ending] // M * M
     lengths_NLK = None if lengths_NK is None else lengths_NK[:, None]
-    chunks = cache.hidden_BMD[ending][:, None].to(model.embedding.weight.dtype)
+    chunks = cache.hidden_BMD[ending][:, None].to(model.dtype)
     arguments = (chunks, first_N, cache.pads_B[ending], neighbors_NKR[:, None], lengths_NLK)
     pairs, lengths = _encode(model, cache.encode, *arguments)
     _keep(cache, ending, [(k[:, 0], v[:, 0]) for k, v in pairs], lengths[:, 0])
@@ -385,7 +385,7 @@ def decode(
     """
     if not all(prompts):
         raise ValueError("a prompt is empty: there is nothing to continue")
-    device, M, B = model.embedding.weight.device, model.config.chunk_size, len(prompts)
+    device, M, B = model.device, model.config.chunk_size, len(prompts)
     if not model.config.retrieval:
         neighbors_BKR = None
     longest = max(map(len, prompts))

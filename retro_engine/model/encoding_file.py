@@ -63,7 +63,7 @@ def from_values(values: np.ndarray, model: RetroModel) -> Tensor:
     """The reverse for one neighbor: [c, t, g, e] in the type and on the device of the model's cache."""
     bits = torch.from_numpy(values.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
     heads = bits.unflatten(1, (-1, model.config.key_value_heads, model.config.head_width))
-    return heads.transpose(0, 1).to(model.embedding.weight.device, model.cache_dtype)
+    return heads.transpose(0, 1).to(model.device, model.cache_dtype)
 
 
 def make_index(digests: Sequence[bytes], lengths_U: np.ndarray) -> np.ndarray:

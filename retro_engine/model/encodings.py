@@ -93,7 +93,7 @@ class Encodings:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.weight.device
+        return self.model.device
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether so many more are kept without anything being forgotten."""

@@ -17,7 +17,7 @@ from retro_engine.config import ModelConfig, base_config
 from retro_engine.model.attention import NeighborProjection, SelfAttention
 from retro_engine.model.decoder import DecoderLayer
 from retro_engine.model.encoder import Encoder
-from retro_engine.model.linear import Int8Linear, Linear
+from retro_engine.model.linear import BlockLinear, Int8Linear, Linear
 
 ROTARY_PAIRS = 6  # the fastest rotary pairs carry the positional heads
 PEAK_LOGIT = 8.0  # attention logit of a positional head at its offset
@@ -35,7 +35,7 @@ class Network(Protocol):
     encoder: Encoder | None
     neighbor_projection: NeighborProjection | None
     encoder_input: Linear | None
-    head: Linear | Int8Linear | None
+    head: Linear | Int8Linear | BlockLinear | None
 
     def __init__(self, config: ModelConfig) -> None: ...
     def modules(self) -> Iterator[nn.Module]: ...

@@ -1,4 +1,4 @@
-"""The matrices of the network: their weights as they are trained, or in int8 for generation.
+"""The matrices of the network: their weights as they are trained, or for generation in int8 or in blocks.
 
 Shape letters: D inputs, O outputs.
 """
@@ -60,6 +60,49 @@ class Int8Linear(nn.Module):
         return ops.linear(x, self.weight, self.bias, self.scale)
 
 
+class BlockLinear(nn.Module):
+    """y = x w' + bias with w in blocks of `kind` (kernels/blocks.py): uint8, a row of them an output."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, blocks_OX: Tensor, kind: str, in_features: int, bias_O: Tensor | None = None):
+        super().__init__()
+        self.kind, self.in_features = kind, in_features
+        self.register_buffer("weight", blocks_OX)
+        self.register_buffer("bias", None if bias_O is None else bias_O.detach().float())
+
+    @property
+    def matrix(self) -> ops.Matrix:
+        return ops.Matrix(self.weight, self.bias, blocks=self.kind, inputs=self.in_features)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., o]"""
+        return ops.linear_in_blocks(x, self.matrix)
+
+
+class BlockEmbedding(nn.Module):
+    """The rows of a table in blocks of `kind`, in fp32; the weight may be an output matrix's too."""
+
+    weight: Tensor
+
+    def __init__(self, blocks_VX: Tensor, kind: str, embedding_dim: int):
+        super().__init__()
+        self.kind, self.embedding_dim = kind, embedding_dim
+        self.register_buffer("weight", blocks_VX)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[...] -> [..., d]"""
+        return ops.dequantize(F.embedding(tokens, self.weight), self.kind, self.embedding_dim)
+
+
+ROUNDED = (Int8Linear, BlockLinear, BlockEmbedding)  # their weights are for generation alone
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor (known by its attribute: importing that class takes a second)."""
     return hasattr(tensor, "placements")
@@ -70,14 +113,14 @@ def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
 
     In training one product with the stacked matrices (fewer and larger ones for a GPU; on a CPU no difference was seen
     beyond the noise). Apart where the matrices are sharded over processes, and without gradients, where few rows make
-    stacking dearer than it is worth.
+    stacking dearer than it is worth, and where they are rounded.
     """
     if is_sharded(linears[0].weight):
         from torch.distributed.tensor import DTensor, Replicate
 
         assert isinstance(linears[0].weight, DTensor)
         x = DTensor.from_local(x, linears[0].weight.device_mesh, [Replicate()])  # its gradient is summed once for all
-    if not torch.is_grad_enabled() or is_sharded(x):
+    if not torch.is_grad_enabled() or is_sharded(x) or not isinstance(linears[0], Linear):
         return tuple(linear(x) for linear in linears)
     sizes = [linear.out_features for linear in linears]
     bias: Tensor | None = None

@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from retro_kernels import reference
 from retro_kernels.attention import attention as kernels_attention
+from retro_kernels.blocks import TYPES as BLOCK_TYPES
+from retro_kernels.blocks import dequantize
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
 from retro_kernels.cross_entropy import cross_entropy_
 from retro_kernels.cuda import register_host
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.linear import linear as kernels_linear
+from retro_kernels.linear import linear_in_blocks
+from retro_kernels.quantize import quantize
 from retro_kernels.rope import rope, rope_qk
 from retro_kernels.step import (
     Attending,
@@ -28,6 +32,7 @@ from retro_kernels.step import (
 from torch import Tensor
 
 __all__ = [
+    "BLOCK_TYPES",
     "Attending",
     "CrossAttentionPart",
     "FeedForwardPart",
@@ -40,9 +45,12 @@ __all__ = [
     "attention_lse",
     "chunked_cross_attention",
     "cross_entropy_",
+    "dequantize",
     "gather_neighbors",
     "linear",
+    "linear_in_blocks",
     "masked_attention",
+    "quantize",
     "register_host",
     "rope",
     "rope_qk",

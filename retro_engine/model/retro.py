@@ -19,7 +19,7 @@ from retro_engine.model.attention import ChunkedCrossAttention, NeighborProjecti
 from retro_engine.model.decoder import CausalAttention, DecoderLayer, Reading, chunk_read
 from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
 from retro_engine.model.initialization import initialize
-from retro_engine.model.linear import Int8Linear, Linear, is_sharded
+from retro_engine.model.linear import ROUNDED, BlockLinear, Int8Linear, Linear, is_sharded
 from retro_engine.model.loss import linear_cross_entropy
 from retro_engine.model.prefix import Pairs, PrefixAttention, Recording, stacked
 
@@ -47,7 +47,7 @@ class RetroModel(nn.Module):
             raise ValueError(f"vocab_size={config.vocab_size}: set it to the tokenizer's")
         self.config = config
         width = config.hidden_size
-        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.embedding = nn.Embedding(config.vocab_size, width)  # or for generation a BlockEmbedding
         is_learned = "learned" in (config.position_embedding, config.encoder_position_embedding)
         rows = config.max_position_embeddings or config.encoder_seq_length
         self.position_embedding = nn.Embedding(rows, width) if is_learned else None
@@ -60,7 +60,7 @@ class RetroModel(nn.Module):
         is_wider = config.encoder_width != width
         self.encoder_input = Linear(width, config.encoder_width, bias=False) if crossing and is_wider else None
         self.final_norm = norm(config, width) if config.decoder_final_norm else nn.Identity()
-        self.head: Linear | Int8Linear | None = None
+        self.head: Linear | Int8Linear | BlockLinear | None = None
         if not config.share_embeddings:
             self.head = Linear(width, config.vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
@@ -91,8 +91,19 @@ class RetroModel(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The output matrix [V, d]."""
-        assert not isinstance(self.head, Int8Linear), "weights in int8 are for generation"
-        return self.embedding.weight if self.head is None else self.head.weight
+        head = self.embedding if self.head is None else self.head
+        assert not isinstance(head, ROUNDED), "rounded weights are for generation"
+        return head.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: the weights' type; float32 around those in blocks."""
+        weight = self.embedding.weight
+        return weight.dtype if weight.is_floating_point() else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
 
     def hidden(
         self,
@@ -157,10 +168,10 @@ class RetroModel(nn.Module):
 
     def sinks(self) -> Pairs:
         """Keys and values [1, s, g, e] of every decoder layer for the token that stands before the neighbors; s is 0 or 1."""
-        device = self.embedding.weight.device
+        device = self.device
         if self.config.sink_id is None:
             G, E = self.config.key_value_heads, self.config.head_width
-            none = torch.zeros(1, 0, G, E, dtype=self.embedding.weight.dtype, device=device)
+            none = torch.zeros(1, 0, G, E, dtype=self.dtype, device=device)
             return [(none, none)] * self.config.dec_num_layers
         recording = Recording(self.decoder_rotary(1, device))
         token = torch.tensor([[self.config.sink_id]], device=device)
@@ -188,7 +199,7 @@ class RetroModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V]"""
-        if isinstance(self.head, Int8Linear):
+        if isinstance(self.head, ROUNDED):
             return self.head(hidden)
         weight, bias = self.head_weight, self.output_bias
         if not is_sharded(weight):
@@ -227,8 +238,8 @@ class RetroModel(nn.Module):
     @property
     def cache_dtype(self) -> torch.dtype:
         """The weights' type; bfloat16 beside weights of a byte."""
-        is_int8 = any(w.dtype == torch.int8 for layer in self.layers for w in layer.buffers())
-        return torch.bfloat16 if is_int8 else self.embedding.weight.dtype
+        is_rounded = any(isinstance(part, ROUNDED) for layer in self.layers for part in layer.modules())
+        return torch.bfloat16 if is_rounded else self.dtype
 
     def embed(self, tokens: Tensor, start: int | Tensor) -> Tensor:
         """[b, n] -> [b, n, d]; `start`: the first token's position, or with n = 1 those of every row [b]."""
@@ -261,7 +272,7 @@ class RetroModel(nn.Module):
         self, num_positions: int, head_width: int, device: torch.device, factors: Sequence[float] | None = None
     ) -> Rotary:
         c = self.config
-        dtype = torch.float32 if c.rotary_table_precision == "float32" else self.embedding.weight.dtype
+        dtype = torch.float32 if c.rotary_table_precision == "float32" else self.dtype
         rotary_width = 2 * (int(head_width * c.rotary_percentage) // 2)
         return ops.rotary_tables(num_positions, rotary_width, c.rotary_base, dtype, device, factors=factors)
 

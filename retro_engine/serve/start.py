@@ -81,6 +81,6 @@ def make_state(accounts: Accounts, limits: Limits, address: Address) -> ServerSt
 
 
 def _say_ready(reporter: Reporter, service: Service) -> None:
-    place = describe_device(service.generator.model.embedding.weight.device)
+    place = describe_device(service.generator.model.device)
     documents = "no documents" if service.library is None else service.library.folder
     reporter.say(f"ready: model {service.name} {place}, {documents}")

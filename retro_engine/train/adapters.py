@@ -30,7 +30,7 @@ def load_model(folder: str | Path, dtype: str | torch.dtype | None = None) -> Re
     model = new_model(read_config(folder), state, str(folder / _file(folder))).eval()
     if isinstance(dtype, str):
         return use_weights(model, dtype, state.drop if isinstance(state, MappedTensors) else keep)
-    return model.to(dtype or model.embedding.weight.dtype)
+    return model.to(dtype or model.dtype)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

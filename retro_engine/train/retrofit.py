@@ -124,7 +124,7 @@ def load_initial(source: Path, model: RetroModel) -> None:
     Raises StoreError listing tensors that do not fit.
     """
     checkpoint.verify(source)
-    state, dtype, is_retro = read_weights(source), model.embedding.weight.dtype, read_config(source).retrieval
+    state, dtype, is_retro = read_weights(source), model.dtype, read_config(source).retrieval
     for name, value in model.state_dict().items():
         if is_adapter(name) or is_new(name) and not is_retro:
             state[name] = value
@@ -142,7 +142,7 @@ def fit(model: RetroModel, config: TrainedModelConfig, stream: Stream, seed: int
     """Fit cross-attention to the first sequences of the training data, the same in every process; how many."""
     size = max(1, min(config.micro_batch_size, FIT_TOKENS // config.encoder_seq_length))
     count = max(1, FIT_TOKENS // (size * config.encoder_seq_length))
-    device = model.embedding.weight.device
+    device = model.device
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for number in range(count):
