@@ -23,8 +23,9 @@ from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError
 from retro_engine.generate.generator import Generation, Generator, model_coding
-from retro_engine.generate.open_model import open_model, read_in_front
+from retro_engine.generate.open_model import read_in_front
 from retro_engine.generate.sampling import Sampling
+from retro_engine.interop.in_place import open_any
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
 
@@ -199,8 +200,8 @@ class Retro:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device = "auto",
     ) -> "Retro":
-        """A run's newest checkpoint, or a checkpoint folder, after checking its files: `open_model`."""
-        opened = open_model(path, dtype, device)
+        """A run's newest checkpoint, or a checkpoint folder, after checking its files; or a GGUF file: `open_any`."""
+        opened = open_any(path, dtype, device)
         return cls(opened.model, opened.tokenizer, opened.generation, opened.folder)
 
     def read_in_front(self, chunk_size: int | None = None, asked: dict[str, Any] | None = None) -> "Retro":

@@ -22,7 +22,7 @@ PRECISIONS = {"fp32": "32", "bf16": "bf16-mixed"}  # of the model's products
 
 def add(commands: flags.Commands) -> None:
     sub = flags.command(commands, "eval", run, "bits per byte with retrieval on, off, random or given", READS)
-    sub.add_argument("path", metavar="RUN", help=flags.RUN_HELP)
+    sub.add_argument("path", metavar="RUN", help=flags.MODEL_HELP)
     flags.add_device(sub)
     flags.add_share(sub)
     modes = "of on,off,random,given (default on,off,random); questions: of retrieved,gold,random,off,prompt"
@@ -35,6 +35,8 @@ def add(commands: flags.Commands) -> None:
     sub.add_argument("--leak-limit", type=float, metavar="SHARE", help=leak)
     sub.add_argument("--against", nargs="+", metavar="RUN", default=[], help="plain decoders to compare with, paired")
     sub.add_argument("--in-prompt", action="store_true", help="also the same decoder with the neighbors in its prompt")
+    rounded = "the same with weights of these types, of bf16,int8,int4, as generate and serve have them"
+    sub.add_argument("--weights", metavar="TYPES", help=rounded)
     words = "perplexity per word of FILE, the share's text as the papers count it"
     sub.add_argument("--words", metavar="FILE", help=words)
     sub.add_argument("--fail-if", metavar="EXPR", help="exit 6 when true, like 'bpb_on>bpb_off'")
@@ -53,19 +55,26 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--stores is for --questions and --lm-eval", "documents have the neighbors of their table")
     if args.words is not None and args.limit is not None:
         raise UsageError("--words needs the whole share", "its words are those of all documents", "leave --limit out")
-    from retro_engine.api import Retro
     from retro_engine.evaluate.compare import flops_against, gain_of
     from retro_engine.evaluate.gate import check_gate
     from retro_engine.evaluate.perplexity import pick_modes
-    from retro_engine.train.run_data import open_evaluation, store_chunk_size
+    from retro_engine.train.run_data import open_evaluation
 
-    retro = Retro.from_pretrained(args.path, device=args.device)
-    if flags.settle_reading(args, retro, bool(args.neighbors)):
-        flags.read_in_front(args, retro, store_chunk_size(retro.folder, args.overrides))
-    sequences = open_evaluation(retro.folder, retro.model.config, args.overrides, args.share, flags.reporter(args).say)
+    retro = _open(args, None)
+    sequences = open_evaluation(
+        retro.folder,
+        retro.model.config,
+        args.overrides,
+        args.share,
+        flags.reporter(args).say,
+        tokenizer=retro.tokenizer if retro.folder.is_file() else None,
+    )
     modes = pick_modes(args.modes, retro.model.config.retrieval, bool(args.neighbors))
     flags.say_device(args, retro)
     results = _evaluate(args, retro, sequences, modes)
+    for weights in _types(args):
+        found = _losses(args, _open(args, weights).model, retro, sequences, modes, f"evaluating {weights}")
+        results |= {f"{mode} {weights}": losses for mode, losses in found.items()}
     summary = {mode: losses.summary() for mode, losses in results.items()}
     if args.words is not None:
         _add_word_perplexity(args, results, summary)
@@ -80,10 +89,26 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**about, **summary, "gains": gains, "flops": flops}))
     else:
         _print_table(f"{retro.folder}", args.share, summary)
+        _print_rounding(modes, _types(args), summary)
         _print_gains(modes[0], gains, summary, flops)
     if args.fail_if:
         check_gate(args.fail_if, summary)
     return 0
+
+
+def _types(args: argparse.Namespace) -> list[str]:
+    return [] if args.weights is None else args.weights.split(",")
+
+
+def _open(args: argparse.Namespace, weights: str | None) -> "Retro":
+    """The model, told how it reads; `weights`: a type that they are rounded to."""
+    from retro_engine.api import Retro
+    from retro_engine.train.run_data import store_chunk_size
+
+    retro = Retro.from_pretrained(args.path, weights, args.device)
+    if flags.settle_reading(args, retro, bool(args.neighbors)):
+        flags.read_in_front(args, retro, store_chunk_size(retro.folder, args.overrides))
+    return retro
 
 
 def _evaluate(
@@ -175,11 +200,18 @@ def _print_table(checkpoint: str, share: str, summary: dict[str, dict[str, Any]]
     first = next(iter(summary.values()))
     counts = f"{first['documents']} documents, {first['tokens']:,} tokens, {first['bytes']:,} bytes"
     print(f"{checkpoint}: {counts} ({share})")
-    print(f"{'retrieval':12}{'bits per byte':>15}{'95 % interval':>20}{'perplexity':>12}{'loss':>9}")
+    print(f"{'retrieval':14}{'bits per byte':>15}{'95 % interval':>20}{'perplexity':>12}{'loss':>9}")
     for mode, s in summary.items():
         low, high = s["interval"] or (math.nan, math.nan)
         interval = show_interval(low, high, ".4f")
-        print(f"{mode:12}{s['bits_per_byte']:>15.4f}{interval:>20}{s['perplexity']:>12.2f}{s['loss']:>9.4f}")
+        print(f"{mode:14}{s['bits_per_byte']:>15.4f}{interval:>20}{s['perplexity']:>12.2f}{s['loss']:>9.4f}")
+
+
+def _print_rounding(modes: list[str], types: list[str], summary: dict[str, dict[str, Any]]) -> None:
+    for mode in modes:
+        for weights in types:
+            more = summary[f"{mode} {weights}"]["perplexity"] / summary[mode]["perplexity"] - 1
+            print(f"{mode}: weights in {weights} have {abs(more):.2%} {'more' if more >= 0 else 'less'} perplexity")
 
 
 def _print_gains(

@@ -38,7 +38,7 @@ GREEDY = "inference.greedy"
 
 def add(commands: flags.Commands) -> None:
     sub = flags.command(commands, "generate", run, "continue a prompt, reading neighbors", READS)
-    sub.add_argument("path", nargs="?", metavar="RUN", help=f"{flags.RUN_HELP} (or checkpoint_dir=)")
+    sub.add_argument("path", nargs="?", metavar="RUN", help=f"{flags.MODEL_HELP} (or checkpoint_dir=)")
     flags.add_device(sub)
     sub.add_argument("prompt", nargs="?")
     sub.add_argument("-i", "--interactive", action="store_true", help="one prompt a line from standard input")
@@ -74,10 +74,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "there is no prompt, or one too many", "", "retro generate RUN 'The prompt', or retro generate RUN -i"
         )
-    folder = opening(args.path or _named_checkpoint(asked))  # its files are hashed while PyTorch is loaded
+    path = Path(args.path or _named_checkpoint(asked))
+    opens = path if path.suffix == ".gguf" else opening(path)  # its files are hashed while PyTorch is loaded
     from retro_engine.api import Retro
 
-    retro = Retro.from_pretrained(folder, args.dtype, args.device)
+    retro = Retro.from_pretrained(opens, args.dtype, args.device)
     sources = None if args.no_retrieval else args.stores or args.library
     reads = flags.settle_reading(args, retro, bool(sources or args.neighbors))
     is_retrieving = reads and not args.no_retrieval and not args.neighbors

@@ -23,7 +23,7 @@ def add(commands: flags.Commands) -> None:
             found = found.lower() in ("1", "true", "yes")
         sub.add_argument(f"--{name}", default=default if found is None else found, **about)
 
-    sub.add_argument("path", metavar="RUN", help=flags.RUN_HELP)
+    sub.add_argument("path", metavar="RUN", help=flags.MODEL_HELP)
     flag("library", metavar="FOLDER", help="live documents (default RUN/library; made when it is not there)")
     stores = "published stores to read as well, by words (default: the run's; none: no store)"
     flag("stores", nargs="*", metavar="STORE", help=stores)

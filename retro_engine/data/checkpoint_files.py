@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from retro_engine.data import files, manifests
-from retro_engine.errors import MissingInputError, RetroError, StoreError
+from retro_engine.errors import MissingInputError, RetroError, StoreError, UsageError
 from retro_engine.progress import note
 
 CONFIG_FILE = "config.json"
@@ -56,6 +56,11 @@ def flaw(checkpoint: Path) -> str:
 def find_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder, or the newest complete checkpoint of a run's folder. Raises MissingInputError."""
     path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        why = "its weights are in blocks, which generate, serve and eval read as they are"
+        raise UsageError(
+            f"{path} cannot be used here", why, f"retro import {path} --out FOLDER makes a checkpoint of it"
+        )
     if (path / COMPLETE).is_file():
         return path
     found = complete_checkpoints(path)

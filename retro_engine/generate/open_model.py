@@ -31,7 +31,7 @@ class OpenedModel:
 def open_model(
     path: str | Path | Future[Path], dtype: str | torch.dtype | None = None, device: str | torch.device = "auto"
 ) -> OpenedModel:
-    """`path`: a run's folder, a checkpoint's, or what `checkpoint_files.opening` gives. `dtype`: fp32, bf16 or int8, for
+    """`path`: a run's folder, a checkpoint's, or what `checkpoint_files.opening` gives. `dtype`: fp32, bf16, int8 or int4, for
     generation; one of torch's; None = as saved. `device`: auto (a GPU where there is one), cpu, gpu, or one of torch's.
 
     Raises MissingInputError for what is no run, StoreError for a file that is damaged, UsageError for the type.

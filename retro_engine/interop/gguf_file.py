@@ -70,7 +70,7 @@ def read_gguf_file(path: Path) -> GgufFile:
     if path.stat().st_size < 24:
         raise StoreError(f"{path} is not a GGUF file", "it is too short", DO)
     with open(path, "rb") as file:
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))  # torch warns of what cannot be written
     try:
         header = _Header(data, str(path))
         fields = header.entries()

@@ -58,21 +58,27 @@ def read_gguf(path: str | Path, tokenizer: Tokenizer | None = None, end_token: s
     Raises StoreError for what is damaged or not supported.
     """
     file = read_gguf_file(Path(path))
-    fields, kind = file.fields, file.fields.get("general.architecture")
-    if kind not in KINDS:
-        raise StoreError(f"{path} has the architecture {str(kind)[:80]}", f"known in GGUF: {', '.join(KINDS)}")
-    values = _config(file, str(kind))
-    notes: list[str] = []
-    if tokenizer is None:
-        tokenizer, notes = gguf_tokenizer(fields, str(path), end_token)
-    else:
-        tokenizer.chat_files = gguf_chat(fields, str(path))
+    values, tokenizer, notes = read_header(file, tokenizer, end_token)
     config, state, more = convert_decoder(values, _weights(file, values), str(path))
     return config, state, tokenizer, notes + more
 
 
+def read_header(
+    file: GgufFile, tokenizer: Tokenizer | None = None, end_token: str | None = None
+) -> tuple[dict[str, Any], Tokenizer, list[str]]:
+    """Settings as a Hugging Face config has them, the tokenizer (the file's or the one that is given), and notes."""
+    kind = file.fields.get("general.architecture")
+    if kind not in KINDS:
+        raise StoreError(f"{file.name} has the architecture {str(kind)[:80]}", f"known in GGUF: {', '.join(KINDS)}")
+    values = _config(file, str(kind))
+    if tokenizer is None:
+        return values, *gguf_tokenizer(file.fields, file.name, end_token)
+    tokenizer.chat_files = gguf_chat(file.fields, file.name)
+    return values, tokenizer, []
+
+
 def _weights(file: GgufFile, values: dict[str, Any]) -> State:
-    state = {_name(name): file.values(name) for name in file.tensors if name != FACTORS}
+    state = {name_of(name): file.values(name) for name in file.tensors if name != FACTORS}
     for name, weight in state.items() if values["model_type"] == "llama" else ():
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2:][0])
         if heads is not None:
@@ -80,7 +86,8 @@ def _weights(file: GgufFile, values: dict[str, Any]) -> State:
     return state
 
 
-def _name(name: str) -> str:
+def name_of(name: str) -> str:
+    """A tensor of GGUF under Hugging Face's name."""
     part, _, kind = name.rpartition(".")
     if part in ROOT:
         return f"{ROOT[part]}.{kind}"

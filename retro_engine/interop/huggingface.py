@@ -72,24 +72,31 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, State, list[str]]:
 
 def convert_decoder(values: dict[str, Any], state: State, name: str) -> tuple[ModelConfig, State, list[str]]:
     """The same from the values of a config.json and a state dict; `name` is for errors."""
+    config, names, notes = read_decoder(values, len(state), name)
+    is_gpt2 = values["model_type"] == "gpt2"
+    if is_gpt2:
+        state = _split_gpt2(state, config, name)
+    return config, _renamed(state, names, "transformer." if is_gpt2 else "", name), notes
+
+
+def read_decoder(values: dict[str, Any], num_tensors: int, name: str) -> tuple[ModelConfig, dict[str, str], list[str]]:
+    """The config of a config.json's values, for each of our tensors the original's name, and notes for the user."""
     kind = values.get("model_type")
     if kind not in KNOWN:
         why = nearest(str(kind), list(KNOWN)) or f"known: {', '.join(KNOWN)}"
         raise StoreError(f"{name} has the architecture {kind}", why, "export it as one of these, or import its weights")
     layers = _whole(values, "n_layer" if kind == "gpt2" else "num_hidden_layers", name)
-    if layers > len(state):  # before anything is made for each
-        raise StoreError(f"{name} does not fit its config", f"it has {layers} layers, and {len(state)} tensors")
+    if layers > num_tensors:  # before anything is made for each
+        raise StoreError(f"{name} does not fit its config", f"it has {layers} layers, and {num_tensors} tensors")
     config, names = _gpt2(values, name) if kind == "gpt2" else _llama(values, name)
     notes = _check_rest(values, GPT2_READ if kind == "gpt2" else LLAMA_READ, name)
     try:
         check_model(config)
     except UsageError as error:
         raise StoreError(f"{name}: {error.what}", error.why) from error
-    if kind == "gpt2":
-        state = _split_gpt2(state, config, name)
-    elif config.max_position_embeddings:
+    if kind != "gpt2" and config.max_position_embeddings:
         notes.append(f"it takes {config.max_position_embeddings} tokens at most: the original's sliding window")
-    return config, _renamed(state, names, "transformer." if kind == "gpt2" else "", name), notes
+    return config, names, notes
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, name: str) -> None:
@@ -375,11 +382,16 @@ def _renamed(state: State, names: dict[str, str], prefix: str, where: str) -> St
     state = {key.removeprefix(prefix): value for key, value in state.items() if not key.endswith("rotary_emb.inv_freq")}
     if "head.weight" not in names:
         state.pop("lm_head.weight", None)  # tied: the embedding again
-    missing, extra = sorted(set(names.values()) - state.keys()), sorted(state.keys() - set(names.values()))
-    if missing or extra:
-        parts = [f"missing {missing[:8]}"] * bool(missing) + [f"extra {extra[:8]}"] * bool(extra)
-        raise StoreError(f"{where} does not fit its config", "; ".join(parts), "check config.json beside the weights")
+    check_names(set(state), set(names.values()), where)
     odd = next((theirs for theirs in names.values() if state[theirs].dtype not in TYPES), None)
     if odd is not None:
         raise StoreError(f"{where}: {odd} has the type {state[odd].dtype}", "quantised weights are not read")
     return {ours: state[theirs].contiguous() for ours, theirs in names.items()}
+
+
+def check_names(found: set[str], expected: set[str], where: str) -> None:
+    """Raise StoreError listing the tensors that are missing and those that are left over."""
+    missing, extra = sorted(expected - found), sorted(found - expected)
+    if missing or extra:
+        parts = [f"missing {missing[:8]}"] * bool(missing) + [f"extra {extra[:8]}"] * bool(extra)
+        raise StoreError(f"{where} does not fit its config", "; ".join(parts), "check config.json beside the weights")

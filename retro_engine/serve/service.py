@@ -17,8 +17,9 @@ from retro_engine.generate.chat_template import ChatTemplate
 from retro_engine.generate.encode_store import open_encodings
 from retro_engine.generate.engine import Engine, Request
 from retro_engine.generate.generator import Generator
-from retro_engine.generate.open_model import check_reading, open_model, read_in_front
+from retro_engine.generate.open_model import check_reading, read_in_front
 from retro_engine.generate.sampling import Sampling
+from retro_engine.interop.in_place import open_any
 from retro_engine.library.documents import Embedder, HashEmbedder
 from retro_engine.library.file import LibraryFile, is_made
 from retro_engine.library.importer import Importer
@@ -46,7 +47,7 @@ class ServiceOptions:
     name: str | None = None  # of the model; None: the run's
     max_batch: int = 8
     max_waiting: int = 64
-    dtype: str | None = None  # of the model's weights: fp32, bf16, int8; None: as saved
+    dtype: str | None = None  # of the model's weights: fp32, bf16, int8, int4; None: as saved
     shares_prefixes: bool = False  # callers use each other's: faster, and times tell what others have asked
     device: str = "auto"  # a GPU where there is one; cpu, gpu
     reading: str | None = None  # of a plain decoder: prefix, none; None: prefix, documents where there are some
@@ -139,7 +140,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     Raises RetroError's for whatever is missing, damaged or does not fit.
     """
     check_mode(options.mode, (1.0, 1.0))
-    opened = open_model(options.run, options.dtype, options.device)
+    opened = open_any(options.run, options.dtype, options.device)
     folder, model, tokenizer = opened.folder, opened.model, opened.tokenizer
     check_reading(model, options.reading)
     library = importer = static = None
@@ -219,7 +220,9 @@ def reads_documents(options: ServiceOptions, checkpoint_folder: Path, config: Mo
 
 
 def run_folder(checkpoint_folder: Path) -> Path:
-    """The run that a checkpoint is of; itself where it lies alone."""
+    """The run that a checkpoint is of; itself where it lies alone; of a file the folder beside it with its name."""
+    if checkpoint_folder.is_file():
+        return checkpoint_folder.with_suffix("")
     parent = checkpoint_folder.parent
     return parent.parent if parent.name == "checkpoints" else checkpoint_folder
 

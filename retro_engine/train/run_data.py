@@ -13,9 +13,11 @@ import numpy as np
 
 from retro_engine.config import Config, LoraConfig, ModelConfig, load_config, named_keys
 from retro_engine.data.batches import Order, Sequences, describe_copies, split_documents
+from retro_engine.data.coding import Coding
 from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
 from retro_engine.data.questions import Questions, Search, fingerprint, read_questions
 from retro_engine.data.store import Store
+from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import UsageError
 from retro_engine.model.weights import read_config
 from retro_engine.progress import Reporter
@@ -154,10 +156,12 @@ def run_config(
     needed: Collection[str] = places.READ,
     is_strict: bool = False,
     read_as: ModelConfig | None = None,
+    alone: ModelConfig | None = None,
 ) -> Config:
     """The settings a checkpoint's run was started with, with overrides; an imported checkpoint's are its model's. Paths
     are those where the data lie now, of which the `needed` ones must be there (places.py; `is_strict`: another store in
-    the place of the run's is refused). `read_as`: a plain decoder that was opened to read in front.
+    the place of the run's is refused). `read_as`: a plain decoder that was opened to read in front; `alone`: a model
+    whose file is no checkpoint.
 
     Raises MissingInputError for a run without config.yaml, or whose data are not there, StoreError where it is not what
     the run wrote.
@@ -174,8 +178,8 @@ def run_config(
     }  # what they did is in the settings and weights
     file: str | None = None
     found: dict[str, str] = {}
-    if checkpoint.is_imported(checkpoint_folder):
-        done |= vars(read_config(checkpoint_folder))
+    if alone is not None or checkpoint.is_imported(checkpoint_folder):
+        done |= vars(alone or read_config(checkpoint_folder))
     else:
         run = checkpoint_folder.parent.parent
         file = str(run / record.SETTINGS_FILE)
@@ -196,7 +200,8 @@ def run_config(
 def store_chunk_size(checkpoint_folder: Path, overrides: list[str]) -> int | None:
     """Tokens a chunk of what a checkpoint is evaluated on; None = no store is named."""
     of_data = [text for text in overrides if text.lstrip("+").startswith("model.data.")]
-    store = run_config(checkpoint_folder, of_data, places.ALL, is_strict=True).model.data.store
+    alone = ModelConfig(retrieval=False) if checkpoint_folder.is_file() else None
+    store = run_config(checkpoint_folder, of_data, places.ALL, is_strict=True, alone=alone).model.data.store
     return None if store is None else Store(store).chunk_size
 
 
@@ -206,16 +211,23 @@ def open_evaluation(
     overrides: list[str],
     share: str,
     say: Callable[[str], None] = lambda line: None,
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> Sequences | Questions:
-    """The documents of a share (train, valid, test, all) of a run's data, for the model of one of its checkpoints.
+    """The documents of a share (train, valid, test, all) of a run's data, for the model of one of its checkpoints; or of a file
+    that is none, with its `tokenizer`.
 
     With a validation store of its own, valid is that store and the other shares are of the training store. Raises
     StoreError for a store of another tokenizer, or for a RETRO of another chunk size.
     """
     read_as = model if model.reads_prefix else None
-    config = run_config(checkpoint_folder, overrides, places.ALL, is_strict=True, read_as=read_as)
+    alone = None if tokenizer is None else model
+    config = run_config(checkpoint_folder, overrides, places.ALL, is_strict=True, read_as=read_as, alone=alone)
     data = open_data(config)
-    coding = checkpoint.read_coding(checkpoint_folder, data.store.chunk_size)
+    if tokenizer is None:
+        coding = checkpoint.read_coding(checkpoint_folder, data.store.chunk_size)
+    else:
+        coding = Coding(str(checkpoint_folder), tokenizer.fingerprint, data.store.chunk_size, "model")
     coding.check(data.store.coding)  # a validation store has the same
     if share == "valid" and data.valid is not None:
         if data.warning is not None:
