@@ -60,7 +60,7 @@ def rounded(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     blocks = F.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     top = blocks.abs().amax(-1, keepdim=True)
-    factor = torch.where(top > 0, 127 / top, 0)
+    factor = torch.where(top > 1e-30, 127 / top, 0)  # finite
     return ((blocks * factor).round() * (top / 127)).flatten(-2)[..., : x.shape[-1]]
 
 

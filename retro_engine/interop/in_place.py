@@ -77,17 +77,14 @@ def _model(config: ModelConfig, file: GgufFile, tensors: dict[str, GgufTensor]) 
         weight = tensors.get(f"{name}.weight")
         if weight is not None and weight.kind in BLOCKS:
             _replace(model, name, weight, file, tensors.get(f"{name}.bias"))
-    whole = {name: file.values(tensors[name].name) for name in model.state_dict() if _is_missing(model, name)}
+    missing = [name for name, value in model.state_dict().items() if value.is_meta]
+    whole = {name: file.values(tensors[name].name) for name in missing}
     model.load_state_dict(whole, strict=False, assign=True)
     if isinstance(model.embedding, BlockEmbedding) and model.head is None:
         embedding = model.embedding
         model.head = BlockLinear(embedding.weight, embedding.kind, embedding.embedding_dim)
     assert not any(value.is_meta for value in model.state_dict().values())
     return model.requires_grad_(False).eval()
-
-
-def _is_missing(model: RetroModel, name: str) -> bool:
-    return model.state_dict()[name].is_meta
 
 
 def _replace(model: RetroModel, name: str, weight: GgufTensor, file: GgufFile, bias: GgufTensor | None) -> None:

@@ -130,7 +130,9 @@ def test_what_is_not_finite_shows(instruction_set: str) -> None:
     assert found[0].isfinite().all()
     assert not found[1].isfinite().any()
     assert not found[2].isfinite().any()
-    assert torch.equal(linear_in_blocks(torch.zeros(2, 64), m), m.bias.expand(2, -1))  # type: ignore[union-attr]
+    for size in (0.0, 1e-38, 1e-43):
+        found = linear_in_blocks(torch.full((2, 64), size), m)
+        assert torch.equal(found, m.bias.expand(2, -1))  # type: ignore[union-attr]
 
 
 def test_steps_of_blocks(instruction_set: str) -> None:
