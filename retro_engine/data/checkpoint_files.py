@@ -53,14 +53,19 @@ def flaw(checkpoint: Path) -> str:
     return ""
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint folder, or the newest complete checkpoint of a run's folder. Raises MissingInputError."""
-    path = Path(path)
+def refuse_file(path: Path) -> None:
+    """Raises UsageError for a GGUF file, of which only who generates or evaluates losses makes a model as it is."""
     if path.suffix == ".gguf" and path.is_file():
-        why = "its weights are in blocks, which generate, serve and eval read as they are"
+        why = "its weights are in blocks, which generate, serve and eval (losses) read as they are"
         raise UsageError(
             f"{path} cannot be used here", why, f"retro import {path} --out FOLDER makes a checkpoint of it"
         )
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint folder, or the newest complete checkpoint of a run's folder. Raises MissingInputError."""
+    path = Path(path)
+    refuse_file(path)
     if (path / COMPLETE).is_file():
         return path
     found = complete_checkpoints(path)

@@ -43,6 +43,7 @@ from retro_engine.data.checkpoint_files import (
     is_imported,
     read_generation,
     read_trainer,
+    refuse_file,
     verify,
     weights_fingerprint,
 )
@@ -295,6 +296,7 @@ def _staged(optimizer: Optimizer, folder: Path, parallel: Parallel) -> Callable[
 
 def read_coding(folder: Path, chunk_size: int) -> Coding:
     """What the stores that a checkpoint's model reads must have; a plain decoder reads chunks of any size, `chunk_size`."""
+    refuse_file(folder)
     config = read_config(folder)
     tokenizer = Tokenizer.load(folder).fingerprint
     return Coding(str(folder), tokenizer, config.chunk_size if config.retrieval else chunk_size, "model")
