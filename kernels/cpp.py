@@ -44,9 +44,10 @@ def instruction_set() -> str:
     assert _cpu is not None
     library = next(Path(torch.__file__).parent.glob("lib/*torch_cpu.*"), None)
     if library is not None:
-        function = getattr(ctypes.CDLL(str(library)), "torch_parallel_for", None)
-        if function is not None:
-            _cpu.set_parallel_for(ctypes.cast(function, ctypes.c_void_p).value)
+        torch_cpu = ctypes.CDLL(str(library))
+        functions = [getattr(torch_cpu, name, None) for name in ("torch_parallel_for", "torch_get_num_threads")]
+        if None not in functions:
+            _cpu.set_threads(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
     builds = instruction_sets()
     forced = os.environ.get("RETRO_CPU")
     if forced is not None and forced not in builds:

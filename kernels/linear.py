@@ -2,20 +2,20 @@
 
 Reads o * d weights once and t * d inputs, writes t * o: while t is small the roofline is the memory's bandwidth, so
 bf16 weights take half of the time and int8 weights a quarter. Sums are float32, and each of a few rows' results is the same
-whatever rows are beside it. On a CPU in C++ where that was built; all else is PyTorch's. Where the processor multiplies
-pairs of bfloat16, what meets bfloat16 and int8 weights is rounded to it.
+whatever rows are beside it. On a CPU in C++ where that was built; all else is PyTorch's. In C++ inputs that meet int8 weights
+are rounded to bytes (`reference.rounded_to_bytes`) and products of bytes are exact; where the processor multiplies pairs of
+bfloat16, what meets bfloat16 weights is rounded to it.
 Shape letters: T rows, D inputs, O outputs.
 """
 
 import torch
-import torch.nn.functional as F
 from retro_kernels import cpp, reference
 from retro_kernels.backend import choose
 from retro_kernels.checks import carries_derivative
 from retro_kernels.reference import Matrix
 from torch import Tensor
 
-FEW_ROWS = 16  # from there on a BLAS is as fast
+MANY_ROWS = 64  # from there on PyTorch's blocks, and the matrix unit where there is one, are faster
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -39,19 +39,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         raise ValueError(
             f"the tensors are {', '.join(kinds)}: expected one type and device, or int8 weights with float32 scale and bias"
         )
-    matrix, is_many = Matrix(weight, bias, scale), x.numel() > FEW_ROWS * D
+    matrix, is_many = Matrix(weight, bias, scale), x.numel() > MANY_ROWS * D
     is_packed = x.dtype in (torch.float32, torch.bfloat16) and all(part.is_contiguous() for part in parts[1:])
     x = x.resolve_neg()  # a sign that is still to be applied
     is_packed = is_packed and not any(part.is_neg() for part in parts[1:])
     if not x.numel() or not is_packed or carries_derivative(*parts) or choose("linear", x) != "cpp":
         return reference.linear(x, matrix)
-    if not is_many:
-        y = cpp.linear(x.reshape(-1, D).float().contiguous(), matrix)
-        return y.to(x.dtype).reshape(*x.shape[:-1], outputs)
-    if scale is None or not cpp.multiplies_bf16():
+    if is_many and scale is None:
         return reference.linear(x, matrix)
-    y = F.linear(x.bfloat16(), weight.bfloat16()).float() * scale  # a byte is exact in bfloat16
-    return (y if bias is None else y + bias).to(x.dtype)
+    y = cpp.linear(x.reshape(-1, D).float().contiguous(), matrix)
+    return y.to(x.dtype).reshape(*x.shape[:-1], outputs)
 
 
 def linear_in_blocks(x: Tensor, matrix: Matrix) -> Tensor:

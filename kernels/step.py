@@ -1,10 +1,10 @@
 """The layers of a decoder for one new token a row, as a step of decoding has them; no gradients.
 
 Each part of a layer is x + f(norm(x)). On a CPU a few rows cost the reading of the weights, and what is between the
-products must cost nothing: all parts are one call of C++. Weights are float32, bfloat16, int8 or in blocks (kernels/blocks.py), the cache float32
-or bfloat16; in C++ x and all sums are float32 (arXiv 2112.04426 section 2, one token at a time), and where the processor
-multiplies pairs of bfloat16, what meets bfloat16 and int8 weights is rounded to it. A row's result does not depend on the
-rows beside it. Elsewhere (a GPU, float64, many rows) the same in PyTorch.
+products must cost nothing: all parts are one call of C++, and one parallel region, whatever the number of rows. Weights are
+float32, bfloat16, int8 or in blocks (kernels/blocks.py), the cache float32 or bfloat16; in C++ x and all sums are float32
+(arXiv 2112.04426 section 2, one token at a time), and what meets narrow weights is rounded as `linear` has it. A row's
+result does not depend on the rows beside it. Elsewhere (a GPU, float64) the same in PyTorch.
 Shape letters: B rows, D width, S keys, G key/value heads, E head width.
 """
 
@@ -16,7 +16,6 @@ import torch
 from retro_kernels import cpp, reference
 from retro_kernels.backend import choose
 from retro_kernels.checks import carries_derivative
-from retro_kernels.linear import FEW_ROWS
 from retro_kernels.reference import (
     Attending,
     CrossAttentionPart,
@@ -84,8 +83,7 @@ class Steps:
         """Whether C++ computes rows such as these: then all new keys are written before any row reads, so rows may be the
         next tokens of one sequence, each with its place in the same memory.
         """
-        is_few = 0 < len(x_BD) <= FEW_ROWS and x_BD.dtype in _FLOATS
-        return is_few and self._is_packed and choose("linear", x_BD) == "cpp"
+        return len(x_BD) > 0 and x_BD.dtype in _FLOATS and self._is_packed and choose("linear", x_BD) == "cpp"
 
     def run(self, x_BD: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """A call without `look`: only while nothing can have moved since the last one."""

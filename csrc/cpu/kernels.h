@@ -2,6 +2,7 @@
 // Lengths and strides in elements, int64; letters as in kernels/reference.py.
 #pragma once
 #include <algorithm>  // here, before a build's target is set: what it emits of the library must run on any processor
+#include <atomic>
 #include <climits>
 #include <cmath>
 #include <cstdint>
@@ -90,6 +91,7 @@ struct Linear {
   float* y;                               // [T, O]
   Activation activation;
   const float *factor, *residual;         // [T, O] or null
+  uint64_t ticket;                        // of x: under one number a thread finds the same inputs; 0 = it must not assume so
 };
 
 // LayerNorm, or RMSNorm without a mean and a bias.
@@ -117,7 +119,11 @@ struct Step {
   int64_t num_positions;
   bool is_interleaved;
   float scale;
+  int64_t splits;                         // pieces of KEYS_AT_ONCE keys of the row that has most
+  float* reads;                           // [B, G, splits, H / G, E + 2]
+  std::atomic<int32_t>* left;             // [B, G] pieces that are not done yet; the last one joins them
 };
+constexpr int64_t KEYS_AT_ONCE = 256;
 
 // Each row's -log softmax(logits)[label]; the gradient of their sum may take the logits' place.
 struct CrossEntropy {
@@ -139,7 +145,7 @@ struct Build {
   void (*to_blocks)(Type, const float* x, uint8_t* out, int64_t begin, int64_t end);  // items are blocks
   void (*norm)(const Norm&, const float* x, float* y, int64_t begin, int64_t end);  // items are rows
   void (*put)(const Step&, int64_t begin, int64_t end);       // rotates, and writes the cache; items are rows
-  void (*attend)(const Step&, int64_t begin, int64_t end);    // items are b * G + g
+  void (*attend)(const Step&, int64_t begin, int64_t end);    // items are (b * G + g) * splits + a piece of its keys
   void (*cross_entropy)(const CrossEntropy&, Type, int64_t begin, int64_t end);  // items are rows
   void (*apply)(Primitive, const float* x, float* y, int64_t count);  // an Activation's number too
 };

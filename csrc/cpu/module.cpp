@@ -5,8 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -19,6 +19,7 @@
 #ifdef RETRO_X86
 #include <cpuid.h>
 #endif
+#include "phases.h"
 
 namespace py = pybind11;
 using namespace retro;
@@ -26,7 +27,9 @@ using namespace retro;
 namespace {
 
 typedef int32_t (*ParallelFor)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+typedef int32_t (*NumThreads)(uint32_t*);
 ParallelFor parallel_for_address = nullptr;
+NumThreads num_threads_address = nullptr;
 
 // work(begin, end) over [0, count), at least `grain` items a thread.
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
@@ -215,34 +218,83 @@ void check_places(const Step& a) {
   }
 }
 
-// Linear layers on the same input, all outputs of all of them divided among the threads.
-void run(const Build& build, const std::vector<Linear>& layers) {
-  int64_t outputs = 0;
-  for (const Linear& layer : layers) outputs += layer.m.O;
-  parallel_for(outputs, 192, [&](int64_t begin, int64_t end) {
-    int64_t first = 0;
-    for (const Linear& layer : layers) {
-      const int64_t from = std::max(begin - first, int64_t(0)), to = std::min(end - first, layer.m.O);
-      if (from < to) build.linear(layer, from, to);
-      first += layer.m.O;
-    }
-  });
+int64_t num_threads() {
+  uint32_t count = 1;
+  if (num_threads_address == nullptr || parallel_for_address == nullptr || num_threads_address(&count) != 0) return 1;
+  return int64_t(count);
 }
 
-void run(const Build& build, const Step& a) {
-  int64_t keys = 1;
-  for (int64_t b = 0; b < a.B; b++) keys = std::max(keys, a.starts ? a.starts[b] : a.num_keys);
-  const int64_t work = keys * a.E * (a.H / a.G);
-  build.put(a, 0, a.B);
-  parallel_for(a.B * a.G, std::max<int64_t>(1, 65536 / work), [&](int64_t begin, int64_t end) { build.attend(a, begin, end); });
-}
+int64_t bytes_of(const Matrix& m) { return m.O * m.D * (m.type == FLOAT32 ? 4 : m.type == BFLOAT16 ? 2 : 1); }  // of blocks at most
+
+// One parallel region, whose threads share products and what is between them.
+class Region {
+ public:
+  Region(const Build& build, size_t most_phases, int64_t bytes) : build_(build), phases_(most_phases), threads_(bytes < ALONE ? 1 : num_threads()) {
+    static std::atomic<uint64_t> tickets{1};
+    ticket_ = tickets.fetch_add(most_phases);
+  }
+  // body(at) on every thread, at the place of its next phase.
+  void run(const std::function<void(size_t&)>& body) {
+    const auto enter = [&](int64_t, int64_t) {
+      size_t at = 0;
+      body(at);
+    };
+    if (threads_ == 1) enter(0, 1);
+    else parallel_for(threads_, 1, enter);
+    phases_.rethrow();
+  }
+  template <class Work>
+  void share(size_t& at, int64_t count, const Work& work) { phases_.share(at, count, 1, work); }
+
+  // Linear layers on the same input, normed before where a norm is given. `joint`: they have outputs of one number, and the same piece of
+  // each is computed after the other; else all outputs of all are divided.
+  void linear(size_t& at, std::initializer_list<Linear> layers, const Norm* norm, bool joint = false) {
+    const uint64_t ticket = ticket_ + at;
+    int64_t outputs = 0;
+    for (const Linear& layer : layers) outputs = joint ? layer.m.O : outputs + layer.m.O;
+    const int64_t some = outputs / (PIECES * threads_), piece = threads_ == 1 ? outputs : std::max<int64_t>(1, (some + ROUND - 1) / ROUND) * ROUND;
+    phases_.share(at, outputs, piece, [&](int64_t begin, int64_t end) {
+      const float* normed = norm ? rows_normed(*norm, *layers.begin(), ticket) : nullptr;
+      int64_t first = 0;
+      for (Linear layer : layers) {
+        const int64_t from = std::max(begin - first, int64_t(0)), to = std::min(end - first, layer.m.O);
+        layer.ticket = ticket;
+        if (normed) layer.x = normed;
+        if (from < to) build_.linear(layer, from, to);
+        if (!joint) first += layer.m.O;
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t ALONE = 1 << 18;  // bytes of weights below which a thread is done before another has come
+  static constexpr int64_t PIECES = 6, ROUND = 24;  // of a thread; outputs of each, a multiple
+  // Of a few rows every thread norms all: waiting for another to do it takes longer.
+  const float* rows_normed(const Norm& norm, const Linear& layer, uint64_t ticket) const {
+    static thread_local std::vector<float> rows;
+    static thread_local uint64_t known = 0;
+    if (known != ticket) {
+      known = 0;
+      rows.resize(size_t(layer.T * norm.D));
+      build_.norm(norm, layer.x, rows.data(), 0, layer.T);
+      known = ticket;
+    }
+    return rows.data();
+  }
+
+  const Build& build_;
+  Phases phases_;
+  int64_t threads_;
+  uint64_t ticket_;
+};
 
 void linear(const std::string& name, const py::args& given) {
   Linear a{};
   read_all(given, a.T, a.m, a.x, a.y);
   const Build& build = find_build(name);
   const py::gil_scoped_release release;
-  run(build, {a});
+  Region region(build, 1, bytes_of(a.m) * std::max<int64_t>(1, a.T / 4));
+  region.run([&](size_t& at) { region.linear(at, {a}, nullptr); });
 }
 
 // One of the parts that a layer consists of: y = x + f(norm(x)).
@@ -271,43 +323,63 @@ Part make_part(const py::tuple& given) {
   return p;
 }
 
-// Floats that stay with their thread from step to step.
-float* scratch(int slot, int64_t count) {
-  static thread_local std::array<std::vector<float>, 5> buffers;
-  if (buffers[size_t(slot)].size() < size_t(count)) buffers[size_t(slot)].resize(size_t(count));
-  return buffers[size_t(slot)].data();
-}
+// What is between the products of a part; every part's lies in the same memory.
+struct Between {
+  std::vector<float> q, o, k, v, gates, wide, reads;
+  std::unique_ptr<std::atomic<int32_t>[]> left;
+  size_t num_left = 0;
 
-void run(const Build& build, const Part& p, int64_t B, const float* x, float* y) {
-  float* normed = scratch(0, B * p.norm.D);
+  static float* room(std::vector<float>& buffer, int64_t count) {
+    if (buffer.size() < size_t(count)) buffer.resize(size_t(count));
+    return buffer.data();
+  }
+  // The part's arguments with this memory in them; before the threads begin, and again (nothing moves then) by each.
+  void reserve(const Part& p, int64_t B) {
+    if (p.kind == Part::FEED_FORWARD) {
+      room(gates, B * p.gate.O), room(wide, B * p.up.O);
+      return;
+    }
+    const Step a = step(p);
+    room(q, B * p.q.O), room(o, B * p.q.O), room(k, B * p.k.O), room(v, B * p.v.O), room(reads, B * a.H * a.splits * (a.E + 2));
+    if (num_left < size_t(B * a.G)) left.reset(new std::atomic<int32_t>[num_left = size_t(B * a.G)]);
+  }
+  Step step(const Part& p) {
+    Step a = p.attending;
+    int64_t keys = 1;
+    for (int64_t b = 0; b < a.B; b++) keys = std::max(keys, a.starts ? a.starts[b] + 1 : a.num_keys);
+    a.splits = (keys + KEYS_AT_ONCE - 1) / KEYS_AT_ONCE;
+    a.q = q.data(), a.o = o.data(), a.reads = reads.data(), a.left = left.get();
+    if (p.kind == Part::SELF_ATTENTION) a.k = k.data(), a.v = v.data();
+    return a;
+  }
+};
+constexpr size_t PHASES = 5;  // of a part, at most
+
+void run(const Build& build, Region& region, size_t& at, const Part& p, Between& between, int64_t B, const float* x, float* y) {
+  const auto layer = [B](const Matrix& m, const float* from, float* to) { return Linear{B, m, from, to, NONE, nullptr, nullptr, 0}; };
+  const auto added = [&](const Matrix& m, const float* from) { return Linear{B, m, from, y, NONE, nullptr, x, 0}; };
   if (p.kind == Part::FEED_FORWARD) {
-    float *gates = scratch(1, B * p.gate.O), *wide = scratch(2, B * p.up.O);
-    build.norm(p.norm, x, normed, 0, B);
-    if (p.gate.O) run(build, {{B, p.gate, normed, gates, p.activation, nullptr, nullptr}});
-    run(build, {{B, p.up, normed, wide, p.gate.O ? NONE : p.activation, p.gate.O ? gates : nullptr, nullptr}});
-    return run(build, {{B, p.down, wide, y, NONE, nullptr, x}});
+    Linear gate = layer(p.gate, x, between.gates.data()), up = layer(p.up, x, between.wide.data());
+    if (p.gate.O) gate.activation = p.activation, up.factor = gate.y;
+    else up.activation = p.activation;
+    if (p.gate.O) region.linear(at, {gate, up}, &p.norm, true);
+    else region.linear(at, {up}, &p.norm);
+    return region.linear(at, {added(p.down, up.y)}, nullptr);
   }
-  Step a = p.attending;
-  const bool is_empty = p.kind == Part::CROSS_ATTENTION && a.num_keys == 0;
-  if (is_empty && !p.adds) {
-    std::copy(x, x + B * p.norm.D, y);
-    return;
-  }
-  a.q = scratch(1, B * p.q.O), a.o = scratch(2, B * p.q.O);
-  build.norm(p.norm, x, normed, 0, B);
-  std::vector<Linear> projections{{B, p.q, normed, a.q, NONE, nullptr, nullptr}};
-  if (p.kind == Part::SELF_ATTENTION) {
-    a.k = scratch(3, B * p.k.O), a.v = scratch(4, B * p.v.O);
-    projections.push_back({B, p.k, normed, a.k, NONE, nullptr, nullptr});
-    projections.push_back({B, p.v, normed, a.v, NONE, nullptr, nullptr});
-  }
-  run(build, projections);
-  run(build, a);
-  run(build, {{B, p.out, a.o, y, NONE, nullptr, x}});
-  for (int64_t b = 0; p.kind == Part::CROSS_ATTENTION && !p.adds && a.valid && b < B; ++b) {
-    const uint8_t* row = a.valid + b * a.num_keys;
-    if (std::find(row, row + a.num_keys, 1) == row + a.num_keys) std::copy(x + b * p.out.O, x + (b + 1) * p.out.O, y + b * p.out.O);
-  }
+  const Step a = between.step(p);
+  const bool is_cross = p.kind == Part::CROSS_ATTENTION, skips = is_cross && !p.adds;
+  const auto pass = [&](int64_t begin, int64_t end) { std::copy(x + begin * p.norm.D, x + end * p.norm.D, y + begin * p.norm.D); };
+  if (skips && a.num_keys == 0) return region.share(at, B, pass);
+  if (is_cross) region.linear(at, {layer(p.q, x, a.q)}, &p.norm);
+  else region.linear(at, {layer(p.q, x, a.q), layer(p.k, x, a.k), layer(p.v, x, a.v)}, &p.norm);
+  region.share(at, B, [&](int64_t begin, int64_t end) { build.put(a, begin, end); });
+  region.share(at, B * a.G * a.splits, [&](int64_t begin, int64_t end) { build.attend(a, begin, end); });
+  region.linear(at, {added(p.out, a.o)}, nullptr);
+  if (!skips || !a.valid) return;
+  region.share(at, B, [&](int64_t begin, int64_t end) {
+    const uint8_t* row = a.valid + begin * a.num_keys;
+    if (std::find(row, row + a.num_keys, 1) == row + a.num_keys) pass(begin, end);
+  });
 }
 
 // The parts of a decoder's layers for one new token a row, told once and run at every step.
@@ -315,6 +387,9 @@ class Steps {
  public:
   Steps(const std::string& build, const std::vector<py::tuple>& parts) : build_(find_build(build)) {
     for (const py::tuple& part : parts) parts_.push_back(make_part(part));
+    for (const Part& p : parts_)
+      for (const Matrix& m : {p.q, p.k, p.v, p.out, p.gate, p.up, p.down})
+        if (m.w) bytes_ += bytes_of(m);
   }
   // x, y [B, D]: parts first ... last - 1.
   void run_parts(uintptr_t x, uintptr_t y, int64_t B, size_t first, size_t last) const {
@@ -323,19 +398,27 @@ class Steps {
     for (size_t i = first; i < last; i++)
       if (parts_[i].kind != Part::FEED_FORWARD) check_places(parts_[i].attending);
     const py::gil_scoped_release release;
-    std::vector<float> between[2];
+    Between between;
+    std::vector<float> states[2];
     for (size_t i = first; i < last; i++) {
-      std::vector<float>& next = between[i % 2];
-      next.resize(size_t(B * parts_[i].norm.D));
-      float* to = i + 1 == last ? reinterpret_cast<float*>(y) : next.data();
-      run(build_, parts_[i], B, from, to);
-      from = to;
+      between.reserve(parts_[i], B);
+      Between::room(states[i % 2], B * parts_[i].norm.D);
     }
+    Region region(build_, PHASES * (last - first), bytes_);
+    region.run([&](size_t& at) {
+      const float* state = from;
+      for (size_t i = first; i < last; i++) {
+        float* to = i + 1 == last ? reinterpret_cast<float*>(y) : states[i % 2].data();
+        run(build_, region, at, parts_[i], between, B, state, to);
+        state = to;
+      }
+    });
   }
 
  private:
   const Build& build_;
   std::vector<Part> parts_;
+  int64_t bytes_ = 0;  // of all weights
 };
 
 }  // namespace
@@ -346,7 +429,10 @@ PYBIND11_MODULE(_cpu, m) {
     for (const Build* build : supported_builds()) names.push_back(build->name);
     return names;
   }, "The instruction sets that this processor has, best first.");
-  m.def("set_parallel_for", [](uintptr_t address) { parallel_for_address = reinterpret_cast<ParallelFor>(address); });
+  m.def("set_threads", [](uintptr_t parallel_for, uintptr_t num_threads) {
+    parallel_for_address = reinterpret_cast<ParallelFor>(parallel_for);
+    num_threads_address = reinterpret_cast<NumThreads>(num_threads);
+  });
   m.def("attention", &attention);
   m.def("rope", &rope);
   m.def("gather_neighbors", &gather_neighbors);
