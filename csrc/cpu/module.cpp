@@ -244,7 +244,7 @@ class Region {
     phases_.rethrow();
   }
   template <class Work>
-  void share(size_t& at, int64_t count, const Work& work) { phases_.share(at, count, 1, work); }
+  void share(size_t& at, int64_t count, const Work& work) { phases_.share(at, count, 1, threads_, work); }
 
   // Linear layers on the same input, normed before where a norm is given. `joint`: they have outputs of one number, and the same piece of
   // each is computed after the other; else all outputs of all are divided.
@@ -252,8 +252,7 @@ class Region {
     const uint64_t ticket = ticket_ + at;
     int64_t outputs = 0;
     for (const Linear& layer : layers) outputs = joint ? layer.m.O : outputs + layer.m.O;
-    const int64_t some = outputs / (PIECES * threads_), piece = threads_ == 1 ? outputs : std::max<int64_t>(1, (some + ROUND - 1) / ROUND) * ROUND;
-    phases_.share(at, outputs, piece, [&](int64_t begin, int64_t end) {
+    phases_.share(at, outputs, ROUND, threads_, [&](int64_t begin, int64_t end) {
       const float* normed = norm ? rows_normed(*norm, *layers.begin(), ticket) : nullptr;
       int64_t first = 0;
       for (Linear layer : layers) {
@@ -268,7 +267,7 @@ class Region {
 
  private:
   static constexpr int64_t ALONE = 1 << 18;  // bytes of weights below which a thread is done before another has come
-  static constexpr int64_t PIECES = 6, ROUND = 24;  // of a thread; outputs of each, a multiple
+  static constexpr int64_t ROUND = 24;  // outputs of a piece are a multiple of it
   // Of a few rows every thread norms all: waiting for another to do it takes longer.
   const float* rows_normed(const Norm& norm, const Linear& layer, uint64_t ticket) const {
     static thread_local std::vector<float> rows;

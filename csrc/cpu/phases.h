@@ -16,15 +16,19 @@ class Phases {
  public:
   explicit Phases(size_t most) : most_(most), counts_(new Count[most]) {}
 
-  // work(begin, end) over [0, count) in pieces; every thread calls it for the same phases in the same order, `at` its own place.
+  // work(begin, end) over [0, count); every thread calls it for the same phases in the same order, `at` its own place. Pieces are a
+  // multiple of `least`, and less the less there is left: long runs of memory first, and at the end nobody waits long.
   template <class Work>
-  void share(size_t& at, int64_t count, int64_t piece, const Work& work) {
+  void share(size_t& at, int64_t count, int64_t least, int64_t threads, const Work& work) {
     if (at == most_) std::terminate();  // a bug: the phases were not counted
     Count& c = counts_[at++];
-    for (int64_t begin; (begin = c.taken.fetch_add(piece, std::memory_order_relaxed)) < count;) {
+    for (int64_t begin = c.taken.load(std::memory_order_relaxed); begin < count;) {
+      const int64_t piece = threads == 1 ? count : std::max<int64_t>(1, (count - begin) / (2 * threads * least)) * least;
       const int64_t end = std::min(begin + piece, count);
+      if (!c.taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
       attempt([&] { work(begin, end); });
       c.done.fetch_add(end - begin, std::memory_order_acq_rel);
+      begin = c.taken.load(std::memory_order_relaxed);
     }
     for (int spins = 0; c.done.load(std::memory_order_acquire) < count; ++spins) wait(spins);
   }
