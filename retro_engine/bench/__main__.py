@@ -15,7 +15,7 @@ import torch
 from retro_engine.bench import checkout, decode, kernels, loader, model, neighbors, pipeline, profile, results, startup
 from retro_engine.bench.contestants import DECODERS, NAMES, SHAPES
 from retro_engine.bench.frame import Measured, Options, Target
-from retro_engine.bench.machine import MAX_LOAD, MIN_FREE, environment
+from retro_engine.bench.machine import MAX_TAKEN, MIN_FREE, environment
 from retro_engine.errors import RetroError, UsageError
 
 BENCHES: dict[str, Callable[[Options], Measured]] = {
@@ -37,6 +37,8 @@ TAKEN_BY = {  # what an option is for; with others it is refused
     "device": ["kernels"],
     "dtype": ["kernels"],
     "compile": ["kernels"],
+    "weights": ["rivals"],
+    "parts": ["rivals"],
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", "-o", default="runs/bench", metavar="DIR", help="where JSON, CSV and plots go")
     parser.add_argument("--device", help=f"{of['device']}; default cuda where it is, else cpu")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help=f"{of['dtype']}; default fp32 and bf16")
+    parser.add_argument("--weights", nargs="+", metavar="TYPE", help=f"{of['weights']}; default bf16, int8 and int4")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help=f"{of['parts']}; default: all")
     parser.add_argument("--threads", type=int, help="of the processor; default torch's")
     parser.add_argument(
         "--compile", action="store_true", help=f"{of['compile']}: also what torch.compile makes (always on a GPU)"
@@ -94,6 +98,8 @@ def _run(argv: list[str] | None) -> int:
         run=args.run,
         device=device,
         dtypes=[DTYPES[name] for name in args.dtype] if args.dtype else Options.dtypes,
+        weights=args.weights,
+        parts=args.parts,
         compiles=args.compile or device.type == "cuda",
         out=Path(args.out),
     )
@@ -107,7 +113,8 @@ def measure(names: Sequence[str], options: Options, is_plotted: bool = False) ->
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if about["busy"]:
         print(
-            f"BUSY: more than {MAX_LOAD} processes run, or less than {MIN_FREE >> 30} GiB are free: figures may be low"
+            f"BUSY: others take more than {MAX_TAKEN} of a processor, or less than {MIN_FREE >> 30} GiB are free: "
+            "figures may be low"
         )
     last: dict[str, Any] = dict(about)
     targets: list[Target] = []

@@ -29,6 +29,8 @@ class Options:
     run: str | None = None  # a run's folder, or a checkpoint's
     device: torch.device = CPU
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
+    weights: Sequence[str] | None = None  # of what is served; None = all
+    parts: Sequence[str] | None = None  # of a bench; None = all
     compiles: bool = False  # also alternatives that torch.compile makes, half a minute each
     out: Path = Path("runs/bench")
 

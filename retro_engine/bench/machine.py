@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, where there is one
-MAX_LOAD = 0.3  # processes that ran in the last minute, on average
+MAX_TAKEN = 0.3  # of a processor, by others
 MIN_FREE = 4 << 30  # bytes
 
 
@@ -19,7 +20,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     git = ["git", "rev-parse", "--short", "HEAD"]
     is_checkout = (ROOT / ".git").exists()  # else a repository that only holds the installed package would answer
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip() if is_checkout else ""
-    load, free = os.getloadavg()[0], free_memory()
+    taken, free = processors_taken(), free_memory()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "processor": _processor(),
@@ -27,9 +28,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit,
-        "load_1min": round(load, 2),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "taken": None if taken is None else round(taken, 2),
         "free_gib": None if free is None else round(free / 2**30, 1),
-        "busy": load > MAX_LOAD or (free is not None and free < MIN_FREE),
+        "busy": (taken is not None and taken > MAX_TAKEN) or (free is not None and free < MIN_FREE),
     }
 
 
@@ -58,6 +60,23 @@ def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
     before = torch.cuda.memory_allocated(device)
     work()
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def processors_taken(seconds: float = 0.5) -> float | None:
+    """Processors that are busy while this process waits; None where the system does not say. A load of the last minute
+    would hold what this process itself has done.
+    """
+    path = Path("/proc/stat")
+    if not path.is_file():
+        return None
+
+    def used() -> int:
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, path.read_text().split()[1:9])
+        return user + nice + system + irq + softirq + steal
+
+    before, start = used(), time.perf_counter()
+    time.sleep(seconds)
+    return (used() - before) / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - start)
 
 
 def free_memory() -> int | None:

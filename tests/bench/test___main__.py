@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from retro_engine.bench import __main__ as command
+from retro_engine.bench import machine
 from retro_engine.bench.frame import Measured, Options, Row, at_least
 
 
@@ -15,7 +16,7 @@ def test_the_last_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
         return Measured([row], [at_least("times as fast", 2.0, 3.0)])
 
     monkeypatch.setitem(command.BENCHES, "mine", bench)
-    monkeypatch.setattr("os.getloadavg", lambda: (1.5, 0.0, 0.0))
+    monkeypatch.setattr(machine, "processors_taken", lambda: 1.5)
     assert command.main(["mine", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("BUSY: ") for line in lines)
@@ -35,3 +36,5 @@ def test_what_it_does_not_know_or_cannot_apply_is_refused(capsys: pytest.Capture
     assert "invalid choice: 'nothing'" in capsys.readouterr().err
     assert command.main(["loader", "--sizes", "5M"]) == 2
     assert "--sizes says nothing to loader" in capsys.readouterr().err
+    assert command.main(["loader", "--parts", "start"]) == 2
+    assert "--parts says nothing to loader" in capsys.readouterr().err
