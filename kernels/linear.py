@@ -12,6 +12,7 @@ import torch
 from retro_kernels import cpp, reference
 from retro_kernels.backend import choose
 from retro_kernels.checks import carries_derivative
+from retro_kernels.products import product
 from retro_kernels.reference import Matrix
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
     if not x.numel() or not is_packed or carries_derivative(*parts) or choose("linear", x) != "cpp":
         return reference.linear(x, matrix)
     if is_many and scale is None:
-        return reference.linear(x, matrix)
+        return product(x, weight, bias)
     y = cpp.linear(x.reshape(-1, D).float().contiguous(), matrix)
     return y.to(x.dtype).reshape(*x.shape[:-1], outputs)
 

@@ -190,6 +190,7 @@ TRAINER = fields(
         "mean_loss": loss,
         "valid_loss": loss,
         "precision": text(),
+        "products": text(r"blas|onednn"),
         "processes": mapping(text(), COUNT),
         "fingerprints": mapping(text(), anything),
         "validation": mapping(text(), text()),

@@ -4,7 +4,6 @@ Shape letters: D inputs, O outputs.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retro_engine.model import ops
@@ -127,5 +126,5 @@ def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     if any(linear.bias is not None for linear in linears):
         parts = [x.new_zeros(n) if linear.bias is None else linear.bias for n, linear in zip(sizes, linears)]
         bias = torch.cat([part.to(linears[0].weight.dtype) for part in parts])
-    outputs = F.linear(x, torch.cat([linear.weight for linear in linears]), bias).split(sizes, -1)
+    outputs = ops.linear(x, torch.cat([linear.weight for linear in linears]), bias).split(sizes, -1)
     return tuple(linear.adapted(y, x) for linear, y in zip(linears, outputs))

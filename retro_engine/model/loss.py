@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from retro_engine.model import ops
@@ -40,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if needs and bias_V is not None else None
         for start in range(0, hidden.shape[0], TOKENS):
             rows = slice(start, start + TOKENS)
-            logits = F.linear(hidden[rows], weight, None if bias_V is None else bias_V.to(dtype))
+            logits = ops.product(hidden[rows], weight, None if bias_V is None else bias_V.to(dtype))
             if group is None:
                 total += ops.cross_entropy_(logits, labels_T[rows], needs).sum()
             else:
@@ -48,11 +47,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:  # the logits are their gradient now
                 if grad_bias is not None:
                     grad_bias += logits.sum(0, dtype=wide)
-                grad_hidden[rows] = logits @ weight
-                if grad_weight is not None and dtype == wide:
-                    torch.addmm(grad_weight, logits.T, hidden[rows], out=grad_weight)
-                elif grad_weight is not None:
-                    grad_weight += logits.T @ hidden[rows]
+                grad_hidden[rows] = ops.product(logits, weight.T)
+                if grad_weight is not None:
+                    _add_product_(grad_weight, logits, hidden[rows])
         if grad_hidden is not None and group is not None:
             _over(group, grad_hidden, "sum")
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -73,6 +70,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _add_product_(total_VD: Tensor, logits_TV: Tensor, hidden_TD: Tensor) -> None:
+    """total += logits' hidden"""
+    if ops.is_onednn(logits_TV, hidden_TD):
+        total_VD += ops.product(hidden_TD.T, logits_TV.T).T
+    elif logits_TV.dtype == total_VD.dtype:
+        torch.addmm(total_VD, logits_TV.T, hidden_TD, out=total_VD)
+    else:
+        total_VD += logits_TV.T @ hidden_TD
 
 
 def _sharded_cross_entropy_(logits_TV: Tensor, labels_T: Tensor, group: Any) -> Tensor:

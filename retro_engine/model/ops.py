@@ -17,6 +17,9 @@ from retro_kernels.cuda import register_host
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.linear import linear as kernels_linear
 from retro_kernels.linear import linear_in_blocks
+from retro_kernels.products import is_onednn, product
+from retro_kernels.products import library as product_library
+from retro_kernels.products import use as use_products
 from retro_kernels.quantize import quantize
 from retro_kernels.rope import rope, rope_qk
 from retro_kernels.step import (
@@ -47,14 +50,18 @@ __all__ = [
     "cross_entropy_",
     "dequantize",
     "gather_neighbors",
+    "is_onednn",
     "linear",
     "linear_in_blocks",
     "masked_attention",
     "quantize",
+    "product",
+    "product_library",
     "register_host",
     "rope",
     "rope_qk",
     "rotary_tables",
+    "use_products",
 ]
 
 
@@ -107,12 +114,16 @@ def attention_lse(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
-    """PyTorch's, or without gradients `retro_kernels.linear`, which is the faster one for a few rows; scale: of int8."""
+    """`retro_kernels.product`, or without gradients `retro_kernels.linear`, which is the faster one for a few rows; scale: of
+    int8.
+    """
     if scale is not None:
         return kernels_linear(x, weight, bias, scale)
     is_plain = type(weight) in (Tensor, torch.nn.Parameter) and x.dtype == weight.dtype
-    if torch.is_grad_enabled() or not is_plain or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if not is_plain or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return product(x, weight, bias)
     return kernels_linear(x, weight, bias)
 
 

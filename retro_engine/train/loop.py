@@ -8,6 +8,7 @@ bit-identical on the same machine with the same threads. Letters: B sequences, N
 import contextlib
 import itertools
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from retro_engine.data.loader import has_native_loader
 from retro_engine.errors import GateError, RetroError, UsageError
 from retro_engine.evaluate.losses import autocast, to_tensors
 from retro_engine.evaluate.perplexity import evaluate
+from retro_engine.model import ops
 from retro_engine.model.attention import left_to_pytorch
 from retro_engine.model.device import describe_device
 from retro_engine.model.flops import peak_flops
@@ -149,6 +151,7 @@ class _Training:
         self.mean_loss: float | None = None
         before = self._load(start, source)
         self.precision = self._settle_precision(before.get("precision"))
+        self.products = self._settle_products(before.get("products"))
         self.module = self._spread()
         is_scaled = self.precision.is_scaled
         only = None if base is None else learns  # without adapters what is frozen may learn later
@@ -210,6 +213,17 @@ class _Training:
         with torch.random.fork_rng(devices=[]):
             name = self.parallel.from_main(asked or before or faster_precision(self.config, self.device))
         return Precision(name=name, is_o2=self.config.model.megatron_amp_O2, strategy=self.parallel.strategy)
+
+    def _settle_products(self, before: str | None) -> str:
+        """The library of the fp32 products: what RETRO_PRODUCTS says, else what a resumed run had `before`, else what is
+        faster where the first process is; the same in all.
+        """
+        forced = os.environ.get("RETRO_PRODUCTS")
+        if before is not None and forced not in (None, before):
+            self.note(f"fp32 products by {forced} from step {self.step + 1} on; before it was {before}")
+        name = self.parallel.from_main(forced or before or ops.product_library())
+        ops.use_products(name)
+        return name
 
     def _spread(self) -> torch.nn.Module:
         """The model on its device and over the processes; the module to call."""
@@ -456,6 +470,7 @@ class _Training:
             "tokens_seen": self.tokens_seen,
             "train_s": self.train_s,
             "precision": self.precision.name,
+            "products": self.products,
             "mean_loss": self.mean_loss,
             "loss_scale": self.optimizer.scale,
             "good_steps": self.optimizer.good_steps,

@@ -10,6 +10,7 @@ import torch
 
 from retro_engine.config import Config
 from retro_engine.evaluate.losses import autocast
+from retro_engine.model.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,9 @@ def faster_precision(config: Config, device: torch.device) -> str:
         return "32"
     m = config.model
     layer = torch.nn.Sequential(
-        torch.nn.Linear(m.hidden_size, m.ffn_hidden_size),
+        Linear(m.hidden_size, m.ffn_hidden_size),
         torch.nn.GELU(),
-        torch.nn.Linear(m.ffn_hidden_size, m.hidden_size),
+        Linear(m.ffn_hidden_size, m.hidden_size),
     )
     x = torch.zeros(m.micro_batch_size * m.encoder_seq_length, m.hidden_size)
 

@@ -12,6 +12,7 @@ from training_helpers import PLAIN, config, losses, state_of
 
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
+from retro_engine.model import ops
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint
 from retro_engine.train.loop import train
@@ -35,6 +36,31 @@ def test_resume_is_the_same_run(small_store: Store, whole: Path, tmp_path: Path,
     mine, theirs = (state_of(checkpoint.find_checkpoint(run)) for run in (tmp_path / "r", whole))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_fp32_products_stay_those_that_the_run_began_with(
+    small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is faster when it goes on, also with recomputation; another one is said."""
+    steps, kept = "model.optim.sched.max_steps=4", "model.activations_checkpoint_granularity=selective"
+    more = ("trainer.precision=32", kept, steps)
+    before = ops.product_library()
+    try:
+        ops.use_products("onednn")
+        train(config(small_store, tmp_path / "whole", *more, "trainer.max_steps=4"), Reporter("quiet"))
+        train(config(small_store, tmp_path / "r", *more, "trainer.max_steps=2"), Reporter("quiet"))
+        ops.use_products("blas")
+        train(config(small_store, tmp_path / "r", *more, "trainer.max_steps=4"), Reporter())
+        assert "fp32 products" not in capsys.readouterr().err
+        assert losses(tmp_path / "r") == losses(tmp_path / "whole")
+        assert ops.product_library() == "onednn"
+        monkeypatch.setenv("RETRO_PRODUCTS", "blas")
+        train(config(small_store, tmp_path / "r", *more, "trainer.max_steps=5"), Reporter())
+        assert "fp32 products by blas from step 5 on; before it was onednn" in capsys.readouterr().err
+    finally:
+        ops.use_products(before)
+    assert checkpoint.read_trainer(checkpoint.find_checkpoint(tmp_path / "r"))["products"] == "blas"
 
 
 def test_another_model_other_data_or_a_used_folder(small_store: Store, whole: Path, tmp_path: Path) -> None:
