@@ -4,6 +4,7 @@ Shape letters: D inputs, O outputs.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retro_engine.model import ops

@@ -35,7 +35,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden_TD.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if needs else None
         is_frozen = not ctx.needs_input_grad[1]  # a frozen head: a third of the products less
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs and not is_frozen else None
+        has_grad_weight = needs and not is_frozen
+        grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if needs and bias_V is not None else None
         for start in range(0, hidden.shape[0], TOKENS):
             rows = slice(start, start + TOKENS)
@@ -48,8 +49,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias += logits.sum(0, dtype=wide)
                 grad_hidden[rows] = ops.product(logits, weight.T)
-                if grad_weight is not None:
-                    _add_product_(grad_weight, logits, hidden[rows])
+                if has_grad_weight:
+                    grad_weight = _added(grad_weight, logits, hidden[rows], wide)
+        if has_grad_weight and grad_weight is None:  # no token has a label
+            grad_weight = torch.zeros_like(weight_VD, dtype=wide)
         if grad_hidden is not None and group is not None:
             _over(group, grad_hidden, "sum")
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -72,14 +75,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _add_product_(total_VD: Tensor, logits_TV: Tensor, hidden_TD: Tensor) -> None:
-    """total += logits' hidden"""
-    if ops.is_onednn(logits_TV, hidden_TD):
-        total_VD += ops.product(hidden_TD.T, logits_TV.T).T
-    elif logits_TV.dtype == total_VD.dtype:
-        torch.addmm(total_VD, logits_TV.T, hidden_TD, out=total_VD)
-    else:
-        total_VD += logits_TV.T @ hidden_TD
+def _added(total_VD: Tensor | None, logits_TV: Tensor, hidden_TD: Tensor, wide: torch.dtype) -> Tensor:
+    """total + logits' hidden, in place; None = nothing so far, which costs neither zeros nor a sum."""
+    is_onednn = ops.is_onednn(logits_TV, hidden_TD)
+    if total_VD is not None and logits_TV.dtype == wide and not is_onednn:
+        return torch.addmm(total_VD, logits_TV.T, hidden_TD, out=total_VD)
+    product_VD = ops.product(hidden_TD.T, logits_TV.T).T if is_onednn else logits_TV.T @ hidden_TD
+    return product_VD.to(wide) if total_VD is None else total_VD.add_(product_VD)
 
 
 def _sharded_cross_entropy_(logits_TV: Tensor, labels_T: Tensor, group: Any) -> Tensor:

@@ -59,6 +59,7 @@ def test_extreme_scores_stay_finite(instruction_set: str) -> None:
         assert all(torch.isfinite(x).all() for x in out)
 
 
+@pytest.mark.skipif("avx512_bf16" not in cpp.instruction_sets(), reason="this processor has no bf16")
 def test_an_instruction_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETRO_CPU", "avx1024")
     cpp.instruction_set.cache_clear()
