@@ -43,7 +43,7 @@ def run(options: Options) -> Measured:
     for asked, known in ((options.parts, PARTS), (options.weights, TYPES)):
         if wrong := [name for name in asked or () if name not in known]:
             raise UsageError(f"{wrong[0]} is not of bench rivals", nearest(wrong[0], list(known)), ", ".join(known))
-    llama_cpp.gguf()
+    llama_cpp.program("llama-batched-bench")
     measured, threads = Measured([]), torch.get_num_threads()
     for weights in options.weights or TYPES:
         if weights not in WEIGHTS:
@@ -111,7 +111,10 @@ def ours(weights: str) -> Iterator[Ask]:
 
     def ask(batch: int, prompt: int, new: int, threads: int) -> Speed:
         connection.send((batch, prompt, new, threads))
-        answer: Speed = connection.recv()
+        try:
+            answer: Speed = connection.recv()
+        except EOFError as error:
+            raise RuntimeError("ours failed; its traceback is above") from error
         return answer
 
     ask(2, 64, 4, torch.get_num_threads())  # what is made once: not counted

