@@ -79,10 +79,11 @@ def test_rows_say_tokens_a_second_and_times_the_rival() -> None:
 
 def test_targets_are_times_the_rivals_rate(rival: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
-    def ours(weights: str) -> Iterator[Callable[..., Any]]:
+    def ours(form: Any) -> Iterator[Callable[..., Any]]:
         yield lambda *size: llama_cpp.Speed(0.25, 4.0)
 
     monkeypatch.setattr(bench_rivals, "ours", ours)
+    monkeypatch.setattr(bench_rivals, "imported", lambda: rival)
     measured = bench_rivals.run(Options(weights=["bf16"], parts=["batch1"]))
     assert {target.row: (target.value, target.target) for target in measured.targets} == {
         "bf16, batch 1, new tokens: times llama.cpp BF16's": (0.5, 1.0),
@@ -103,3 +104,18 @@ def test_ours_answers_with_the_seconds_of_what_was_asked(
     bench_rivals.work_on(there, tmp_path / "ours", "fp32")
     speed = here.recv()
     assert speed.prompt_s > 0 and speed.new_s > 0
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_where_a_gguf_is_read_as_it_is_ours_runs_the_rivals_file_too(
+    rival: Path, monkeypatch: pytest.MonkeyPatch, is_read: bool
+) -> None:
+    monkeypatch.setattr(bench_rivals, "imported", lambda: rival)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: is_read or None)
+    assert bench_rivals.forms("bf16") == {"ours": (rival, "bf16")}
+    found = bench_rivals.forms("int8")
+    assert list(found) == ["ours", "ours, its GGUF"][: 1 + is_read]
+    if is_read:
+        assert found["ours, its GGUF"].path == llama_cpp.converted("int8")
+        assert found["ours, its GGUF"].flags == []
+    assert found["ours"].flags == ["--dtype", "int8"]
