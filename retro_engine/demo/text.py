@@ -1,28 +1,32 @@
 """`retro demo python-docs` and `retro demo PATH`: what retrieval gives on text, against decoders without it.
 
-Writes OUT/text, OUT/store and OUT/{retro,plain,plain-flops}; prints the copy ceiling first, then bits per byte on
-held-out documents: RETRO on, off and random, a plain decoder trained on the same tokens, one trained with the same
-FLOPs, and the gain by how much of the text the neighbors state already.
+Writes OUT/text, OUT/store and OUT/{retro,plain,plain-flops,plain-wide}; prints the copy ceiling first, then bits per byte
+on held-out documents: RETRO on, off and random, a plain decoder trained on the same tokens, one trained with the same
+FLOPs, a wider one of the same tokens and FLOPs of inference, and the gain by how much of the text the neighbors state
+already.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retro_engine.api import Retro
-from retro_engine.config import Config, TrainedModelConfig, load_config
+from retro_engine.config import Config, ModelConfig, TrainedModelConfig, load_config
+from retro_engine.data import files
 from retro_engine.data.batches import Sequences, copies_of, split_documents
 from retro_engine.data.builtin import python_docs
+from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.prepare import prepare
+from retro_engine.data.store import Store
 from retro_engine.demo.runs import refuse_held, refuse_own, trained
 from retro_engine.errors import UsageError
 from retro_engine.evaluate.compare import Comparison, compare, show_gain
 from retro_engine.evaluate.losses import show_interval
-from retro_engine.model.flops import training_flops
+from retro_engine.model.flops import inference_flops, training_flops
 from retro_engine.progress import Reporter
 from retro_engine.retrieval.ceiling import copy_ceiling, describe_ceiling
 from retro_engine.retrieval.neighbors import build_neighbors
@@ -38,8 +42,34 @@ _ROWS = {
     "off": "the same, retrieval off",
     "random": "the same, neighbors of other text",
     "plain": "decoder without retrieval, equal tokens",
-    "plain-flops": "decoder without retrieval, equal FLOPs",
+    "plain-flops": "the same, equal FLOPs of training",
+    "plain-wide": "a wider one, equal FLOPs of inference",
 }
+Settings = list[tuple[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What the runs of one comparison have in common."""
+
+    store: Path
+    preset: str = "tiny"
+    seed: int = 1234
+    overrides: Sequence[str] = ()
+
+    def config(self, run: Path, steps: int, is_plain: bool = False, more: Settings | None = None) -> Config:
+        """The settings of one run; `more` of them are its own."""
+        shared = _settings(self.store, run, steps, self.seed, is_plain)
+        return load_config([*shared, *self.overrides, *(more or [])], self.preset)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a comparison."""
+
+    steps: int
+    is_plain: bool = True
+    ffn_width: int | None = None  # None = the preset's
 
 
 def run_text(
@@ -57,25 +87,9 @@ def run_text(
     refuse_held(out, "store")
     own = dict.fromkeys(dict(_settings(out, out, 1, seed, is_plain=True)), "--steps and --seed can be chosen")
     refuse_own(overrides, own, "it keeps the comparison fair")
-    store = prepare([_source(what, out)], out / "store", chunk_size=CHUNK_SIZE, vocab_size=VOCABULARY, say=reporter.say)
-    if store.num_documents < MIN_DOCUMENTS:
-        raise UsageError(
-            f"{what} has {store.num_documents} documents",
-            f"holding some out takes {MIN_DOCUMENTS}",
-            "name more text, or split it",
-        )
-    table = build_neighbors(store, [store], "bm25", reporter=reporter)
-    shares = split_documents(store, SPLITS)
-    copies = copies_of(store, shares["test"], shares["train"])
-    for document in copies:
-        reporter.say(f"held-out document {' '.join(store.name(int(document)))} is also among the others: left out")
-    tested = np.setdiff1d(shares["test"], copies)
-    if not len(tested):
-        raise UsageError(
-            f"{what} has no document to test on", "every held-out one is also among the others", "name more text"
-        )
-    model = load_config(overrides, preset).model
-    heldout = Sequences(store, tested, LENGTH, table, model.num_neighbors, database_documents=shares["train"])
+    store = text_store(_source(what, out), out / "store", reporter)
+    recipe = Recipe(store=store.folder, preset=preset, seed=seed, overrides=overrides)
+    heldout = heldout_of(store, recipe, reporter)
     ceiling, count = copy_ceiling(heldout)
     reporter.say(describe_ceiling(ceiling, count, repeated_share(heldout)))
     figures: dict[str, Any] = {
@@ -85,8 +99,9 @@ def run_text(
         "tokens": store.counts["tokens"],
     }
     if ceiling > 0:
-        load = partial(_load, store.folder, seed=seed, overrides=overrides, preset=preset)
-        figures |= _measure(heldout, out, STEPS if steps is None else steps, load, reporter)
+        runs, comparison = compare_runs(heldout, out, STEPS if steps is None else steps, recipe, reporter)
+        reporter.say(table_of(comparison))
+        figures |= {"steps": {name: run.steps for name, run in runs.items()}, **comparison.summary()}
     (out / "text.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
@@ -102,31 +117,90 @@ def _source(what: str, out: Path) -> Path:
     return path
 
 
-def _measure(
-    heldout: Sequences, out: Path, steps: int, load: Callable[..., Config], reporter: Reporter
-) -> dict[str, Any]:
-    """Train and compare; `load` gives the settings of a run's folder, steps and `is_plain`."""
-    ratio = _flops_ratio(load(out, 1, is_plain=False).model, heldout)
-    runs = {"retro": steps, "plain": steps, "plain-flops": round(steps * ratio)}
+def text_store(source: Path, folder: Path, reporter: Reporter) -> Store:
+    """The chunks of a text with their neighbors; what is there of it is used. Raises UsageError for too little text."""
+    if (folder / files.MANIFEST).is_file():
+        store = Store(folder)
+    else:
+        store = prepare([source], folder, chunk_size=CHUNK_SIZE, vocab_size=VOCABULARY, say=reporter.say)
+    if store.num_documents < MIN_DOCUMENTS:
+        raise UsageError(
+            f"{source} has {store.num_documents} documents",
+            f"holding some out takes {MIN_DOCUMENTS}",
+            "name more text, or split it",
+        )
+    if not (folder / "neighbors" / "bm25" / files.MANIFEST).is_file():
+        build_neighbors(store, [store], "bm25", reporter=reporter)
+    return store
+
+
+def heldout_of(store: Store, recipe: Recipe, reporter: Reporter) -> Sequences:
+    """The test share with its neighbors from the training share. Raises UsageError where nothing can be held out."""
+    shares = split_documents(store, SPLITS)
+    copies = copies_of(store, shares["test"], shares["train"])
+    for document in copies:
+        reporter.say(f"held-out document {' '.join(store.name(int(document)))} is also among the others: left out")
+    tested = np.setdiff1d(shares["test"], copies)
+    if not len(tested):
+        raise UsageError(
+            f"{store.folder} has no document to test on",
+            "every held-out one is also among the others",
+            "name more text",
+        )
+    table = NeighborTable(find_table(store, None), store)
+    num_neighbors = recipe.config(store.folder, 1).model.num_neighbors
+    return Sequences(store, tested, LENGTH, table, num_neighbors, database_documents=shares["train"])
+
+
+def compare_runs(
+    heldout: Sequences, out: Path, steps: int, recipe: Recipe, reporter: Reporter
+) -> tuple[dict[str, Run], Comparison]:
+    """Train what is not trained yet, in OUT/{retro,plain,plain-flops,plain-wide}, and compare."""
+    runs = runs_of(recipe.config(out, steps).model, heldout, steps)
     models = {}
-    for name, count in runs.items():
-        reporter.say(f"\n{name}: {count:,} steps")
-        result = trained(load(out / name, count, is_plain=name != "retro"), out, reporter)
+    for name, run in runs.items():
+        reporter.say(f"\n{name}: {run.steps:,} steps")
+        own = [("model.ffn_hidden_size", run.ffn_width)] if run.ffn_width is not None else []
+        result = trained(recipe.config(out / name, run.steps, run.is_plain, own), out, reporter)
         models[name] = Retro.from_pretrained(result.checkpoint).model
     limit = max(1, TESTED_TOKENS // (8 * LENGTH))
     retro, token_bytes = models.pop("retro"), heldout.store.tokenizer.token_bytes()
-    comparison = compare(retro, heldout, token_bytes, models, limit)
-    reporter.say(table_of(comparison))
-    return {"steps": runs, **comparison.summary()}
+    return runs, compare(retro, heldout, token_bytes, models, limit)
 
 
-def _load(
-    store: Path, run: Path, steps: int, *, seed: int, overrides: Sequence[str], preset: str, is_plain: bool
-) -> Config:
-    return load_config([*_settings(store, run, steps, seed, is_plain), *overrides], preset)
+def runs_of(model: TrainedModelConfig, heldout: Sequences, steps: int) -> dict[str, Run]:
+    """RETRO and the plain decoders it is compared with: of as many tokens; of as many FLOPs of training; and one whose FFN
+    is so much wider that inference takes as many FLOPs as RETRO's (with kept neighbors where it can keep them).
+
+    By the neighbors that there are, and in training are not dropped.
+    """
+    retro = replace(model, vocab_size=heldout.store.vocab_size)
+    plain = replace(retro, retrieval=False)
+    tokens = found = 0
+    for batch in heldout.batches(8, limit=20):
+        assert batch.lengths is not None
+        tokens += int((batch.document_ids >= 0).sum())
+        found += int(batch.lengths.sum())
+    read = round((1 - retro.data.neighbor_dropout) * found)
+    ratio = training_flops(retro, tokens, read) / training_flops(plain, tokens, 0)
+    wanted = inference_flops(retro, tokens, found, kept=retro.encodes_alone)
+    return {
+        "retro": Run(steps, is_plain=False),
+        "plain": Run(steps),
+        "plain-flops": Run(round(steps * ratio)),
+        "plain-wide": Run(steps, ffn_width=_ffn_width(plain, tokens, wanted)),
+    }
 
 
-def _settings(store: Path, run: Path, steps: int, seed: int, is_plain: bool) -> list[tuple[str, Any]]:
+def _ffn_width(plain: ModelConfig, tokens: int, wanted: float) -> int:
+    """With which inference of a plain decoder takes `wanted` FLOPs; a multiple of 8."""
+    flops = inference_flops(plain, tokens, 0, kept=False)
+    wider = replace(plain, ffn_hidden_size=plain.ffn_hidden_size + 8)
+    step = inference_flops(wider, tokens, 0, kept=False) - flops
+    return plain.ffn_hidden_size + 8 * max(0, round((wanted - flops) / step))
+
+
+def _settings(store: Path, run: Path, steps: int, seed: int, is_plain: bool) -> Settings:
     return [
         ("model.data.store", str(store)), ("model.data.splits_string", SPLITS), ("model.retrieval", not is_plain),
         ("model.chunk_size", CHUNK_SIZE), ("model.encoder_seq_length", LENGTH),
@@ -134,18 +208,6 @@ def _settings(store: Path, run: Path, steps: int, seed: int, is_plain: bool) -> 
         ("trainer.limit_val_batches", 8), ("exp_manager.checkpoint_every_n_steps", steps), ("exp_manager.exp_dir", str(run)),
         ("seed", seed),
     ]  # fmt: skip
-
-
-def _flops_ratio(config: TrainedModelConfig, heldout: Sequences) -> float:
-    """FLOPs of a RETRO step over those of a plain decoder's, by the neighbors that there are and are not dropped."""
-    config.vocab_size = heldout.store.vocab_size
-    tokens = neighbor_tokens = 0
-    for batch in heldout.batches(8, limit=20):
-        assert batch.lengths is not None
-        tokens += int((batch.document_ids >= 0).sum())
-        neighbor_tokens += int(batch.lengths.sum())
-    kept = round((1 - config.data.neighbor_dropout) * neighbor_tokens)
-    return training_flops(config, tokens, kept) / training_flops(config, tokens, 0)
 
 
 def table_of(comparison: Comparison) -> str:
@@ -177,10 +239,14 @@ def figures_verdict(figures: dict[str, Any]) -> str:
     if not figures["ceiling"]:
         return "nothing to gain here: no held-out token can be copied from neighbors"
     parts = []
-    for name, words in (("plain", "equal tokens"), ("plain-flops", "equal FLOPs")):
+    for name, words in (
+        ("plain", "equal tokens"),
+        ("plain-flops", "equal FLOPs of training"),
+        ("plain-wide", "equal FLOPs of inference"),
+    ):
         gain = figures["gains"][name]
         word = "fewer" if gain["gain"] >= 0 else "more"
         if not (gain["low"] > 0 or gain["high"] < 0):
             word += " (not measurable)"
         parts.append(f"{abs(gain['gain']):.1%} {word} bits per byte than a decoder at {words}")
-    return f"RETRO needs {' and '.join(parts)}; {figures['ceiling']:.1%} of the tokens could be copied"
+    return f"RETRO needs {', '.join(parts)}; {figures['ceiling']:.1%} of the tokens could be copied"

@@ -8,6 +8,12 @@ from helpers import write_corpus
 
 from retro_engine import cli
 from retro_engine.data.builtin import python_docs
+from retro_engine.data.store import Store
+from retro_engine.demo.text import Recipe, heldout_of
+from retro_engine.model.flops import inference_flops
+from retro_engine.model.weights import read_config
+from retro_engine.progress import Reporter
+from retro_engine.train.checkpoint import find_checkpoint
 
 SMALL = [
     "model.hidden_size=48",
@@ -24,15 +30,16 @@ def test_a_small_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["demo", str(tmp_path / "c.jsonl"), "--out", str(out), "--steps", "4", *SMALL]) == 0
     said = capsys.readouterr().err
     assert said.index("copy ceiling:") < said.index("retro: 4 steps"), "the ceiling is printed before anyone trains"
-    assert "decoder without retrieval, equal FLOPs" in said
+    assert "a wider one, equal FLOPs of inference" in said
     assert "RETRO needs" in said
     figures = json.loads((out / "text.json").read_text())
     assert figures["ceiling"] > 0
     assert figures["steps"]["plain-flops"] > figures["steps"]["plain"] == figures["steps"]["retro"]
-    assert set(figures["losses"]) == {"on", "off", "random", "plain", "plain-flops"}
+    assert set(figures["losses"]) == {"on", "off", "random", "plain", "plain-flops", "plain-wide"}
     assert len({losses["tokens"] for losses in figures["losses"].values()}) == 1, "all on the same tokens"
     assert sum(row["chunks"] for row in figures["by_overlap"]) > 0
-    assert set(figures["ceiling_realized"]) == {"on", "off", "plain", "plain-flops"}
+    assert set(figures["ceiling_realized"]) == {"on", "off", "plain", "plain-flops", "plain-wide"}
+    check_flops(out)
     assert cli.main(["demo", str(tmp_path / "c.jsonl"), "--out", str(out)]) == 2
     capsys.readouterr()
     compared = ["--share", "test", "--limit", "1", "--json", "--quiet", "--against", str(out / "plain")]
@@ -40,6 +47,19 @@ def test_a_small_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     result = json.loads(capsys.readouterr().out)
     assert set(result["gains"]) == {str(out / "plain")} <= set(result)
     assert result[str(out / "plain")]["tokens"] == result["on"]["tokens"]
+
+
+def check_flops(out: Path) -> None:
+    """The three rivals cost what their names say, counted over all held-out sequences."""
+    store = Store(out / "store")
+    heldout = heldout_of(store, Recipe(store=store.folder), Reporter("quiet"))
+    batches = list(heldout.batches(8))
+    tokens = sum(int((batch.document_ids >= 0).sum()) for batch in batches)
+    read = sum(int(batch.lengths.sum()) for batch in batches if batch.lengths is not None)
+    retro, wide, plain = (read_config(find_checkpoint(out / name)) for name in ("retro", "plain-wide", "plain"))
+    assert wide.ffn_hidden_size > plain.ffn_hidden_size == retro.ffn_hidden_size
+    flops = inference_flops(retro, tokens, read, kept=True)
+    assert inference_flops(wide, tokens, 0, kept=False) == pytest.approx(flops, rel=0.01)
 
 
 def test_what_would_make_the_comparison_false_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
