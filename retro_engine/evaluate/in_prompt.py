@@ -32,7 +32,7 @@ def evaluate_in_prompt(
             batch = sequences.batch(rows)
             for number in range(len(rows)):
                 with autocast(device, precision):
-                    losses = _losses(model, batch, number, sequences.store.chunk_size)
+                    losses = losses_in_prompt(model, batch, number, sequences.store.chunk_size)
                 labels, has_label = batch.labels[number], batch.labels[number] >= 0
                 documents = batch.document_ids[number][has_label]
                 sums.add(documents, losses[has_label], labels[has_label], token_bytes)
@@ -40,7 +40,7 @@ def evaluate_in_prompt(
     return sums.seen(sequences, np.arange(count), token_bytes)
 
 
-def _losses(model: RetroModel, batch: SequenceBatch, number: int, M: int) -> np.ndarray:
+def losses_in_prompt(model: RetroModel, batch: SequenceBatch, number: int, M: int) -> np.ndarray:
     """Nats of every label [N] of one sequence."""
     tokens, labels, documents = batch.tokens[number], batch.labels[number], batch.document_ids[number]
     device = model.device
