@@ -1,12 +1,13 @@
-# make setup | demo | test | lint | bench | peers | gates | campaign
+# make setup | demo | test | lint | bench | results | peers | gates | campaign
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= runs/demo
 DEMO_FLAGS ?=
 JOBS ?= $(shell nproc)
+RESULTS_FLAGS ?=
 
-.PHONY: setup demo test lint bench peers gates campaign
+.PHONY: setup demo test lint bench results peers gates campaign
 
 setup: $(VENV)/.ready
 
@@ -56,6 +57,10 @@ TILES := .peers/llama/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp
 # Every bench, one after the other: hours. One: python -m retro_engine.bench NAME.
 bench: setup
 	$(BIN)/pytest benchmarks -s
+
+# What docs/results.md says of re-used text, in parts: hours. RESULTS_FLAGS='--only text --seeds 0', --quick, --model models/smollm2.
+results: setup
+	$(BIN)/python benchmarks/text_results.py $(RESULTS_FLAGS)
 
 # The kernels without a GPU: interpreted, compiled for four generations, and under AddressSanitizer.
 gates: setup

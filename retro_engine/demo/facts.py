@@ -128,7 +128,7 @@ def run_facts(
     ]
     config = load_config(settings, "tiny")
     start = time.monotonic()
-    result = trained(config, out, reporter)
+    result = trained(config, f"rm -r {out}, and run it again", reporter)
     trained_s = time.monotonic() - start
     retro = Retro.from_pretrained(result.checkpoint)
     results = evaluate_facts(retro.model, heldout_sequences(retro, data.heldout), data.heldout_path)

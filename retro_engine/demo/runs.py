@@ -22,10 +22,10 @@ def refuse_own(overrides: Sequence[str], own: Mapping[str, str], why: str) -> No
             raise UsageError(f"{key} is the demo's own", why, own[key])
 
 
-def trained(config: Config, out: Path, reporter: Reporter) -> TrainingResult:
-    """A run to its end. Raises StoppedError where a signal came before."""
+def trained(config: Config, again: str, reporter: Reporter) -> TrainingResult:
+    """A run to its end. Raises StoppedError where a signal came before; `again`: what to do then."""
     result = train(config, reporter)
     if result.exit_code:
         saved = f"the checkpoint of step {result.step} is saved"
-        raise StoppedError(result.exit_code, saved, f"rm -r {out}, and run it again")
+        raise StoppedError(result.exit_code, saved, again)
     return result

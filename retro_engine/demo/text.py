@@ -33,7 +33,7 @@ from retro_engine.retrieval.neighbors import build_neighbors
 from retro_engine.retrieval.overlap import repeated_share
 
 CHUNK_SIZE, LENGTH, VOCABULARY = 32, 256, 4096  # tokens of a chunk and of a sequence, entries
-TESTED_TOKENS = 150_000  # at most, spread over all held-out documents
+LIMIT = 150_000 // (8 * LENGTH)  # batches of 8 held-out sequences at most, spread over all of them
 SPLITS = "80,5,15"
 STEPS = 800
 MIN_DOCUMENTS = 8
@@ -56,6 +56,7 @@ class Recipe:
     preset: str = "tiny"
     seed: int = 1234
     overrides: Sequence[str] = ()
+    again: str = "run it again"  # what to do where a run was stopped
 
     def config(self, run: Path, steps: int, is_plain: bool = False, more: Settings | None = None) -> Config:
         """The settings of one run; `more` of them are its own."""
@@ -88,7 +89,8 @@ def run_text(
     own = dict.fromkeys(dict(_settings(out, out, 1, seed, is_plain=True)), "--steps and --seed can be chosen")
     refuse_own(overrides, own, "it keeps the comparison fair")
     store = text_store(_source(what, out), out / "store", reporter)
-    recipe = Recipe(store=store.folder, preset=preset, seed=seed, overrides=overrides)
+    again = f"rm -r {out}, and run it again"
+    recipe = Recipe(store=store.folder, preset=preset, seed=seed, overrides=overrides, again=again)
     heldout = heldout_of(store, recipe, reporter)
     ceiling, count = copy_ceiling(heldout)
     reporter.say(describe_ceiling(ceiling, count, repeated_share(heldout)))
@@ -134,6 +136,10 @@ def text_store(source: Path, folder: Path, reporter: Reporter) -> Store:
     return store
 
 
+def table_of_store(store: Store) -> NeighborTable:
+    return NeighborTable(find_table(store, None), store)
+
+
 def heldout_of(store: Store, recipe: Recipe, reporter: Reporter) -> Sequences:
     """The test share with its neighbors from the training share. Raises UsageError where nothing can be held out."""
     shares = split_documents(store, SPLITS)
@@ -147,7 +153,7 @@ def heldout_of(store: Store, recipe: Recipe, reporter: Reporter) -> Sequences:
             "every held-out one is also among the others",
             "name more text",
         )
-    table = NeighborTable(find_table(store, None), store)
+    table = table_of_store(store)
     num_neighbors = recipe.config(store.folder, 1).model.num_neighbors
     return Sequences(store, tested, LENGTH, table, num_neighbors, database_documents=shares["train"])
 
@@ -161,11 +167,10 @@ def compare_runs(
     for name, run in runs.items():
         reporter.say(f"\n{name}: {run.steps:,} steps")
         own = [("model.ffn_hidden_size", run.ffn_width)] if run.ffn_width is not None else []
-        result = trained(recipe.config(out / name, run.steps, run.is_plain, own), out, reporter)
+        result = trained(recipe.config(out / name, run.steps, run.is_plain, own), recipe.again, reporter)
         models[name] = Retro.from_pretrained(result.checkpoint).model
-    limit = max(1, TESTED_TOKENS // (8 * LENGTH))
     retro, token_bytes = models.pop("retro"), heldout.store.tokenizer.token_bytes()
-    return runs, compare(retro, heldout, token_bytes, models, limit)
+    return runs, compare(retro, heldout, token_bytes, models, LIMIT)
 
 
 def runs_of(model: TrainedModelConfig, heldout: Sequences, steps: int) -> dict[str, Run]:
