@@ -56,6 +56,7 @@ class Recipe:
     preset: str = "tiny"
     seed: int = 1234
     overrides: Sequence[str] = ()
+    num_read: int | None = None  # neighbors a chunk in the comparison; None = as many as in training
     again: str = "run it again"  # what to do where a run was stopped
 
     def config(self, run: Path, steps: int, is_plain: bool = False, more: Settings | None = None) -> Config:
@@ -154,7 +155,7 @@ def heldout_of(store: Store, recipe: Recipe, reporter: Reporter) -> Sequences:
             "name more text",
         )
     table = table_of_store(store)
-    num_neighbors = recipe.config(store.folder, 1).model.num_neighbors
+    num_neighbors = recipe.num_read or recipe.config(store.folder, 1).model.num_neighbors
     return Sequences(store, tested, LENGTH, table, num_neighbors, database_documents=shares["train"])
 
 
@@ -177,16 +178,17 @@ def runs_of(model: TrainedModelConfig, heldout: Sequences, steps: int) -> dict[s
     """RETRO and the plain decoders it is compared with: of as many tokens; of as many FLOPs of training; and one whose FFN
     is so much wider that inference takes as many FLOPs as RETRO's (with kept neighbors where it can keep them).
 
-    By the neighbors that there are, and in training are not dropped.
+    By the neighbors that there are: in training the model's first ones that are not dropped, in inference all of `heldout`.
     """
     retro = replace(model, vocab_size=heldout.store.vocab_size)
     plain = replace(retro, retrieval=False)
-    tokens = found = 0
+    tokens = found = in_training = 0
     for batch in heldout.batches(8, limit=20):
         assert batch.lengths is not None
         tokens += int((batch.document_ids >= 0).sum())
         found += int(batch.lengths.sum())
-    read = round((1 - retro.data.neighbor_dropout) * found)
+        in_training += int(batch.lengths[..., : retro.num_neighbors].sum())
+    read = round((1 - retro.data.neighbor_dropout) * in_training)
     ratio = training_flops(retro, tokens, read) / training_flops(plain, tokens, 0)
     wanted = inference_flops(retro, tokens, found, kept=retro.encodes_alone)
     return {

