@@ -26,7 +26,7 @@ from retro_engine.api import Retro
 from retro_engine.bench.frame import Target, at_least, at_most
 from retro_engine.bench.machine import environment
 from retro_engine.bench.results import target_table, targets_by_row
-from retro_engine.config import load_config
+from retro_engine.config import Config, load_config
 from retro_engine.data import files
 from retro_engine.data.batches import Sequences, copies_of, split_documents
 from retro_engine.data.prepare import prepare
@@ -320,11 +320,16 @@ def sequences_of(task: Task, retro: Retro) -> Sequences:
     return sequences
 
 
+def losses_of(task: Task, retro: Retro, modes: Sequence[str]) -> dict[str, DocumentLosses]:
+    token_bytes = retro.tokenizer.token_bytes()
+    return evaluate(retro.model, sequences_of(task, retro), token_bytes, modes, limit=task.batches, precision=BF16)
+
+
 def prefix(task: Task, seed: int) -> Part:
     assert task.model is not None
     retro = Retro.from_pretrained(task.model).read_in_front(64)
     sequences, token_bytes = sequences_of(task, retro), retro.tokenizer.token_bytes()
-    losses = evaluate(retro.model, sequences, token_bytes, limit=task.batches, precision=BF16)
+    losses = losses_of(task, retro, ("on", "off", "random"))
     losses["prompt"] = evaluate_in_prompt(retro.model, sequences, token_bytes, task.batches, precision=BF16)
     use_weights(retro.model, "bf16")
     cost = reading_cost(retro.model, sequences, task.batches)
@@ -343,46 +348,33 @@ def tuning(task: Task, seed: int) -> Part:
     """Adapters that learn reading in front, and adapters that learn the same text without."""
     found: dict[str, DocumentLosses] = {}
     seconds = {}
-    store = model_store(task)
-    for name, own in TUNING.items():
-        settings = [
-            f"model.init_from={task.model}", f"model.data.store={store.folder}", f"exp_manager.exp_dir={task.out / 'tuning' / name}",
-            *OF_MODEL, *own, "model.lora.rank=8", "model.optim.lr=1e-3", "model.optim.sched.warmup_steps=10", "model.optim.sched.min_lr=1e-4",
-            "model.micro_batch_size=4", "trainer.precision=bf16-mixed", f"trainer.max_steps={task.tuning_steps}", "trainer.val_check_interval=40",
-            "trainer.limit_val_batches=4", "exp_manager.checkpoint_every_n_steps=20", f"seed={seed}",
-        ]  # fmt: skip
-        result = trained(load_config(settings), AGAIN, REPORT)
+    for name in TUNING:
+        result = trained(tuning_config(task, name, seed), AGAIN, REPORT)
         seconds[name] = result.metrics.get("train_s", math.nan)
         retro = Retro.from_pretrained(result.checkpoint)
-        modes = ("on", "off", "random") if name == "reads" else ("off",)
-        losses = evaluate(
-            retro.model,
-            sequences_of(task, retro),
-            retro.tokenizer.token_bytes(),
-            modes,
-            limit=task.batches,
-            precision=BF16,
-        )
+        losses = losses_of(task, retro, ("on", "off", "random") if name == "reads" else ("off",))
         found |= {f"{name}, {mode}": of for mode, of in losses.items()}
-        if name == "plain":  # reading untrained, on top of what it learned
-            retro.read_in_front(64)
-            sequences = sequences_of(task, retro)
-            losses = evaluate(
-                retro.model, sequences, retro.tokenizer.token_bytes(), ["on"], limit=task.batches, precision=BF16
-            )
-            found["plain, in front"] = losses["on"]
+    found["plain, in front"] = losses_of(task, retro.read_in_front(64), ["on"])[
+        "on"
+    ]  # what reading without learning it gives
     gain = gain_of(found["reads, on"], found["plain, off"])
     shown = {name: f"{of.bits_per_byte:.4f}" for name, of in found.items()}
-    shown |= {
-        "tuned with reading saves": show_gain(gain),
-        **{f"seconds, {name}": f"{value:.0f}" for name, value in seconds.items()},
-    }
+    shown |= {f"seconds, {name}": f"{value:.0f}" for name, value in seconds.items()}
     return {
-        "shown": shown,
+        "shown": {**shown, "tuned with reading saves": show_gain(gain)},
         "gain": gain,
         "losses": {name: of.summary() for name, of in found.items()},
         "seconds": seconds,
     }
+
+
+def tuning_config(task: Task, name: str, seed: int) -> Config:
+    return load_config([
+        f"model.init_from={task.model}", f"model.data.store={model_store(task).folder}", f"exp_manager.exp_dir={task.out / 'tuning' / name}",
+        *OF_MODEL, *TUNING[name], "model.lora.rank=8", "model.optim.lr=1e-3", "model.optim.sched.warmup_steps=10", "model.optim.sched.min_lr=1e-4",
+        "model.micro_batch_size=4", f"trainer.precision={BF16}", f"trainer.max_steps={task.tuning_steps}", "trainer.val_check_interval=40",
+        "trainer.limit_val_batches=4", "exp_manager.checkpoint_every_n_steps=20", f"seed={seed}",
+    ])  # fmt: skip
 
 
 PARTS: dict[str, Callable[[Task, int], Part]] = {
