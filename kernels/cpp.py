@@ -182,11 +182,11 @@ def _norm(part: Part) -> tuple[object, ...]:
 
 def _attending(part: SelfAttentionPart | CrossAttentionPart) -> tuple[object, ...]:
     a = part.attending
-    B, S, G, E = a.keys.shape
+    rows, S, G, E = a.keys.shape
     positions, pairs = (0, 0) if a.cos is None else a.cos.shape
-    sizes = (B, part.q.shape[0] // E, G, E, pairs)
-    cache = (_TYPES[a.keys.dtype], a.keys, a.values, *a.keys.stride()[:3], S)
-    places = (a.begins, a.starts, a.valid, a.positions)
+    sizes = (a.count, part.q.shape[0] // E, G, E, pairs)
+    cache = (_TYPES[a.keys.dtype], a.keys, a.values, rows, *a.keys.stride()[:3], S)
+    places = (a.rows, a.begins, a.starts, a.valid, a.positions)
     return *sizes, *cache, *places, a.cos, a.sin, positions, a.interleaved, a.scale
 
 

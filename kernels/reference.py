@@ -350,7 +350,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attending:
-    """What the one new token of each row reads. keys, values [b, s, g, e]; int64 [b] where not said otherwise."""
+    """What the one new token of each row reads. keys, values [b, s, g, e], with `rows` of any number of rows; int64 [b] where not
+    said otherwise."""
 
     keys: Tensor
     values: Tensor
@@ -362,6 +363,13 @@ class Attending:
     cos: Tensor | None = None  # float32 [positions, rotary/2], or no rotation
     sin: Tensor | None = None
     interleaved: bool = False
+    rows: Tensor | None = (
+        None  # of keys and values; None = each its own. Several new tokens may be of one, at places of their own
+    )
+
+    @property
+    def count(self) -> int:
+        return len(self.keys if self.rows is None else self.rows)
 
 
 @dataclass(frozen=True)
@@ -441,7 +449,8 @@ def step(x_BD: Tensor, part: Part) -> Tensor:
     query = _heads(normed, part.q, a)
     if isinstance(part, SelfAttentionPart):
         assert a.starts is not None
-        rows, key = torch.arange(len(x_BD), device=x_BD.device), _heads(normed, part.k, a)
+        rows = torch.arange(len(x_BD), device=x_BD.device) if a.rows is None else a.rows
+        key = _heads(normed, part.k, a)
         a.keys[rows, a.starts] = key[:, 0].to(a.keys.dtype)
         value = linear(normed, part.v).unflatten(-1, (-1, a.keys.shape[3]))
         a.values[rows, a.starts] = value.to(a.values.dtype)
@@ -463,7 +472,7 @@ def _read(query_B1HE: Tensor, a: Attending) -> tuple[Tensor, Tensor]:
     """[b, h * e], 0 in a row that reads nothing, and which rows [b, 1] read anything."""
     last = a.keys.shape[1] if a.starts is None else int(a.starts.max()) + 1
     places = torch.arange(last, device=a.keys.device)
-    mask = torch.ones(len(a.keys), last, dtype=torch.bool, device=a.keys.device)
+    mask = torch.ones(a.count, last, dtype=torch.bool, device=a.keys.device)
     if a.starts is not None:
         mask = mask & (places <= a.starts[:, None])
     if a.begins is not None:
@@ -471,6 +480,7 @@ def _read(query_B1HE: Tensor, a: Attending) -> tuple[Tensor, Tensor]:
     if a.valid is not None:
         mask = mask & a.valid[:, :last]
     has_any = mask.any(-1, keepdim=True)
-    keys, values = (x[:, :last].to(query_B1HE.dtype) for x in (a.keys, a.values))
+    mine = slice(None) if a.rows is None else a.rows
+    keys, values = (x[mine, :last].to(query_B1HE.dtype) for x in (a.keys, a.values))
     read = masked_attention(query_B1HE, keys, values, (mask | ~has_any)[:, None, None], scale=a.scale)
     return torch.where(has_any, read.flatten(1), 0), has_any

@@ -56,7 +56,7 @@ class Steps:
         self.width = (first.up if isinstance(first, FeedForwardPart) else first.q).shape[1]
         for part in self.parts:
             _check(part, self.width)
-        counts = {len(part.attending.keys) for part in self.parts if not isinstance(part, FeedForwardPart)}
+        counts = {part.attending.count for part in self.parts if not isinstance(part, FeedForwardPart)}
         if len(counts) > 1:
             raise ValueError(f"the parts attend {sorted(counts)} rows; expected one number")
         self.rows = counts.pop() if counts else None
@@ -80,9 +80,7 @@ class Steps:
             self._prepare()
 
     def takes(self, x_BD: Tensor) -> bool:
-        """Whether C++ computes rows such as these: then all new keys are written before any row reads, so rows may be the
-        next tokens of one sequence, each with its place in the same memory.
-        """
+        """Whether C++ computes rows such as these: then no bit of a row depends on those beside it."""
         return len(x_BD) > 0 and x_BD.dtype in _FLOATS and self._is_packed and choose("linear", x_BD) == "cpp"
 
     def run(self, x_BD: Tensor, first: int = 0, last: int | None = None) -> Tensor:
@@ -136,7 +134,7 @@ def _check(part: Part, D: int) -> None:
         _check_matrix("down", part.down, D, wide)
         return
     a = part.attending
-    (B, S, G, E), width = a.keys.shape, part.q.shape[0]
+    (_, S, G, E), B, width = a.keys.shape, a.count, part.q.shape[0]
     if a.values.shape != a.keys.shape or not width or width % (G * E):
         raise ValueError(
             f"q {part.q.shape}, keys {tuple(a.keys.shape)}, values {tuple(a.values.shape)}: expected "
@@ -189,7 +187,7 @@ def _is_packed(part: Part) -> bool:
         return False
     if strides != a.values.stride() or strides[3] != 1:
         return False
-    for place in (a.begins, a.starts, a.positions):
+    for place in (a.rows, a.begins, a.starts, a.positions):
         if place is not None and (place.dtype != torch.int64 or not place.is_contiguous()):
             return False
     for table in (a.cos, a.sin):

@@ -109,11 +109,13 @@ struct Step {
   float *q, *k, *v;                       // [B, H, E], [B, G, E]; k null = nothing new
   float* o;                               // [B, H, E]; 0 where nothing is attended
   Type type;                              // of the cache
-  void *keys, *values;                    // [B, S, G, E]
+  void *keys, *values;                    // [num_rows, S, G, E]
   int64_t row_stride, token_stride, head_stride;  // of both
   int64_t num_keys;                       // S
   const int64_t *begins, *starts;         // [B] first key and last key, where the new token is put; null: 0, S - 1
   const uint8_t* valid;                   // [B, num_keys] or null
+  const int64_t* rows;                    // [B] of the cache; null: each its own
+  int64_t num_rows;
   const int64_t* positions;               // [B] of q (and k) in cos and sin
   const float *cos, *sin;                 // [num_positions, P] or null
   int64_t num_positions;
@@ -122,6 +124,7 @@ struct Step {
   int64_t splits;                         // pieces of KEYS_AT_ONCE keys of the row that has most
   float* reads;                           // [B, G, splits, H / G, E + 2]
   std::atomic<int32_t>* left;             // [B, G] pieces that are not done yet; the last one joins them
+  int64_t row(int64_t b) const { return rows ? rows[b] : b; }
 };
 constexpr int64_t KEYS_AT_ONCE = 256;
 

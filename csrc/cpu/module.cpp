@@ -126,8 +126,8 @@ class Fields {
   void take(Matrix& m) { read(m.type, m.bias_type, m.O, m.D, m.w, m.bias, m.scale); }
   void take(Norm& n) { read(n.D, n.is_rms, n.type, n.weight, n.bias, n.eps); }
   void take(Step& a) {
-    read(a.B, a.H, a.G, a.E, a.P, a.type, a.keys, a.values, a.row_stride, a.token_stride, a.head_stride, a.num_keys);
-    read(a.begins, a.starts, a.valid, a.positions, a.cos, a.sin, a.num_positions, a.is_interleaved, a.scale);
+    read(a.B, a.H, a.G, a.E, a.P, a.type, a.keys, a.values, a.num_rows, a.row_stride, a.token_stride, a.head_stride, a.num_keys);
+    read(a.rows, a.begins, a.starts, a.valid, a.positions, a.cos, a.sin, a.num_positions, a.is_interleaved, a.scale);
   }
 
   const py::tuple& fields_;
@@ -214,6 +214,8 @@ void check_places(const Step& a) {
     const int64_t last = a.starts ? a.starts[b] : a.num_keys - 1, first = a.begins ? a.begins[b] : 0;
     if (first < 0 || last >= a.num_keys || (a.starts && last < 0))
       throw py::value_error("row " + std::to_string(b) + " attends " + std::to_string(first) + " ... " + std::to_string(last) + "; the cache holds " + std::to_string(a.num_keys));
+    if (a.row(b) < 0 || a.row(b) >= a.num_rows)
+      throw py::value_error("row " + std::to_string(a.row(b)) + " of the cache; it has " + std::to_string(a.num_rows));
     if (a.cos) check_position(a.positions[b], a.num_positions);
   }
 }

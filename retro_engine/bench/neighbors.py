@@ -17,7 +17,8 @@ from retro_engine.bench.frame import Measured, Options, Row, Target, Work, at_le
 from retro_engine.config import ModelConfig
 from retro_engine.model.decode_cache import DecodeCache, new_cache
 from retro_engine.model.decoding import decode_one, prefill
-from retro_engine.model.encodings import Encode, Encodings
+from retro_engine.model.encodings import Encodings
+from retro_engine.model.prefix import Encode
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
 

@@ -28,10 +28,12 @@ def add(commands: flags.Commands) -> None:
     _add_embedding(sub)
     for name, about in (("neighbors", "fill a store's neighbor table"), ("build", "embed, index and neighbors")):
         _add_neighbors(flags.command(commands, name, run_neighbors, about))
-    sub = flags.command(commands, "encode", run_encode, "what a model reads of a store's chunks, encoded once")
+    about = "what a model reads of a store's chunks, encoded once"
+    sub = flags.command(commands, "encode", run_encode, about, flags.IN_FRONT)
     sub.add_argument("path", metavar="RUN", help=flags.RUN_HELP)
     sub.add_argument("store", metavar="STORE")
     sub.add_argument("--out", "-o", metavar="FOLDER", help="default: beside the store, where it is read by itself")
+    flags.add_in_front(sub)
     _add_executor(sub)
 
 
@@ -143,11 +145,17 @@ def run_embed(args: argparse.Namespace) -> int:
 def run_encode(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from retro_engine.api import Retro
     from retro_engine.data.store import Store
     from retro_engine.generate.encode_store import encode_store
+    from retro_engine.generate.open_model import OpenedModel
 
-    out = None if args.out is None else Path(args.out)
-    made = encode_store(args.path, Store(args.store), out, _executor(args), flags.reporter(args))
+    out, store = None if args.out is None else Path(args.out), Store(args.store)
+    retro = Retro.from_pretrained(args.path)
+    if flags.settle_reading(args, retro, has_something=True):
+        flags.read_in_front(args, retro, store.chunk_size)
+    opened = OpenedModel(folder=retro.folder, model=retro.model, tokenizer=retro.tokenizer, generation={})
+    made = encode_store(opened, store, out, _executor(args), flags.reporter(args))
     flags.print_result(args, {"folder": str(made.folder), **made.summary()})
     return 0
 

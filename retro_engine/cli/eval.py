@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from retro_engine.data.batches import Sequences
     from retro_engine.data.questions import Questions
     from retro_engine.evaluate.losses import DocumentLosses
+    from retro_engine.model.encodings import Encodings
     from retro_engine.model.retro import RetroModel
 
 READS = ("model.data.", "model.encoder_seq_length", "model.chunk_size", *flags.IN_FRONT)
@@ -46,9 +47,6 @@ def add(commands: flags.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     flags.check_limit(args.limit)
-    if args.encodings and args.lm_eval is None:
-        why = "losses are those of a whole pass, which encodes its neighbors itself"
-        raise UsageError("--encodings is for --lm-eval", why, "leave it out")
     if args.questions is not None or args.lm_eval is not None:
         return eval_tasks.run(args)
     if args.stores is not None:
@@ -69,9 +67,10 @@ def run(args: argparse.Namespace) -> int:
         flags.reporter(args).say,
         tokenizer=retro.tokenizer if retro.folder.is_file() else None,
     )
+    encodings = _encodings(args, retro, sequences)
     modes = pick_modes(args.modes, retro.model.config.retrieval, bool(args.neighbors))
     flags.say_device(args, retro)
-    results = _evaluate(args, retro, sequences, modes)
+    results = _evaluate(args, retro, sequences, modes, encodings)
     for weights in _types(args):
         found = _losses(args, _open(args, weights).model, retro, sequences, modes, f"evaluating {weights}")
         results |= {f"{mode} {weights}": losses for mode, losses in found.items()}
@@ -112,13 +111,17 @@ def _open(args: argparse.Namespace, weights: str | None) -> "Retro":
 
 
 def _evaluate(
-    args: argparse.Namespace, retro: "Retro", sequences: "Sequences | Questions", modes: list[str]
+    args: argparse.Namespace,
+    retro: "Retro",
+    sequences: "Sequences | Questions",
+    modes: list[str],
+    encodings: "Encodings | None",
 ) -> "dict[str, DocumentLosses]":
     """Each mode, and with --in-prompt the rival that needs no RETRO, on the same documents."""
     from retro_engine.data.batches import Sequences
     from retro_engine.evaluate.in_prompt import evaluate_in_prompt
 
-    results = _losses(args, retro.model, retro, sequences, modes, "evaluating")
+    results = _losses(args, retro.model, retro, sequences, modes, "evaluating", encodings=encodings)
     if not args.in_prompt:
         return results
     if not isinstance(sequences, Sequences) or sequences.table is None:
@@ -139,6 +142,8 @@ def _losses(
     sequences: "Sequences | Questions",
     modes: list[str],
     what: str,
+    *,
+    encodings: "Encodings | None" = None,
 ) -> "dict[str, DocumentLosses]":
     """Losses of `retro`'s model, or of another one with its tokenizer."""
     from retro_engine.evaluate.perplexity import Given, evaluate
@@ -158,7 +163,25 @@ def _losses(
             advance=meter.advance,
             given=given,
             leak_limit=args.leak_limit,
+            encodings=encodings,
         )
+
+
+def _encodings(args: argparse.Namespace, retro: "Retro", sequences: "Sequences | Questions") -> "Encodings | None":
+    """Those of --encodings: they are rounded to bf16, so none that lie beside a store change a figure unasked."""
+    from retro_engine.data.batches import Sequences
+    from retro_engine.generate.encode_store import open_encodings
+    from retro_engine.model.encodings import Encodings
+
+    if not args.encodings:
+        return None
+    c, what = retro.model.config, f"--encodings {args.encodings[0]} cannot be used"
+    if not c.reads_prefix:
+        raise UsageError(what, "a whole pass encodes what an encoder reads itself (model.reading=prefix: it need not)")
+    if not isinstance(sequences, Sequences) or sequences.table is None:
+        raise UsageError(what, "encodings are of a store, and no neighbor table is read", "leave it out")
+    files = open_encodings(retro.folder, c, retro.tokenizer, sequences.table.databases, args.encodings)
+    return Encodings(retro.model, 0, files)
 
 
 def _count(args: argparse.Namespace, sequences: "Sequences | Questions") -> int:

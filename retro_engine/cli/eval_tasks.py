@@ -27,6 +27,8 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from retro_engine.api import Retro
 
+    if args.encodings and args.lm_eval is None:
+        raise UsageError("--encodings is not for --questions", "each is read once", "leave it out")
     retro = Retro.from_pretrained(args.path, device=args.device)
     has_something = args.stores is not None and not args.no_retrieval
     reads = flags.settle_reading(args, retro, has_something)

@@ -164,6 +164,11 @@ class ModelConfig:
         """Decoder layers that meet keys and values of neighbors."""
         return self.dec_num_layers if self.reads_prefix else len(self.cross_layers)
 
+    @property
+    def encoded_shape(self) -> tuple[int, int, int]:
+        """Keys and values of a neighbor's token in the layers that read it: (c, g, e)."""
+        return 2 * self.num_reading_layers, self.key_value_heads, self.head_width
+
 
 def base_config(c: ModelConfig) -> ModelConfig:
     """The model whose hyperparameters a muP run of `c` transfers: the same at the base widths."""

@@ -5,7 +5,8 @@ once, the end-of-document token included (it has 0 bytes). Intervals are bootstr
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from retro_engine.data.questions import Questions
 from retro_engine.data.streams import read_text
 from retro_engine.errors import MissingInputError, UsageError, nearest
 from retro_engine.evaluate.losses import DocumentLosses, evaluating, token_losses
+from retro_engine.model.encodings import Encodings
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.overlap import drop_leaks
 
@@ -76,6 +78,17 @@ class Given:
         )
 
 
+@contextmanager
+def reading_kept(model: RetroModel, encodings: Encodings | None) -> Iterator[None]:
+    """A model that reads in front without encoding what is kept."""
+    assert encodings is None or model.config.reads_prefix
+    model.kept = None if encodings is None else encodings.of
+    try:
+        yield
+    finally:
+        model.kept = None
+
+
 def evaluate(
     model: RetroModel,
     sequences: Sequences | Questions,
@@ -89,17 +102,18 @@ def evaluate(
     leak_limit: float | None = None,
     shard: tuple[int, int] = (0, 1),
     reduce: Callable[[Iterable[np.ndarray]], None] = lambda arrays: None,
+    encodings: Encodings | None = None,
 ) -> dict[str, DocumentLosses]:
     """Losses per document for each mode (on, off, random, one_right, given); `limit` batches at most a mode.
 
     `leak_limit`: neighbors that state more than this share of what follows word for word become missing. `shard` (i, n): every n-th batch
-    from the i-th on, with `reduce` to sum arrays over the n processes in place. The model is left in the mode it was in.
+    from the i-th on, with `reduce` to sum arrays over the n processes in place. `encodings`: of neighbors in front, which are not encoded again. The model is left in the mode it was in.
     """
     device = model.device
     results = {}
     numbers = np.full(sequences.num_documents, -1, np.int64)
     numbers[sequences.documents] = np.arange(len(sequences.documents))
-    with evaluating(model):
+    with evaluating(model), reading_kept(model, encodings):
         for mode in modes:
             sums = DocumentLosses.zeros(len(sequences.documents))
             all_rows = sequences.batch_rows(batch_size, limit)

@@ -3,17 +3,19 @@
 Letters: T prompt tokens, M chunk length, V vocabulary.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from retro_engine.generate.drafts import MOST_ROWS, worthwhile
 from retro_engine.generate.prefix import PrefixCache, keys_of
 from retro_engine.generate.request import Event
 from retro_engine.generate.sequence import DecodingSequence, stacked
 from retro_engine.model.decode_cache import new_cache
 from retro_engine.model.decode_prefix import read_in_front
-from retro_engine.model.decoding import decode_ahead, decode_one, prefill
+from retro_engine.model.decoding import decode_one, prefill
 from retro_engine.model.encodings import Encodings
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.hit import Found
@@ -42,7 +44,7 @@ class DecodingBatch:
         self.size, self.deterministic, self.prefixes = size, deterministic, prefixes
         self.decoding: list[DecodingSequence] = []  # in the order of their rows
         self.joining: DecodingSequence | None = None  # in the row after them
-        self._draft: list[int] = []  # of the step that was made last
+        self._drafts: dict[DecodingSequence, list[int]] = {}  # of the step that was made last
         self._keys: list[bytes] = []
         self._found: list[Found] = []
 
@@ -58,6 +60,9 @@ class DecodingBatch:
         if self.cache.reads(row) and first is not None:
             read_in_front(self.cache, [row], *stacked([first], self.pad_id, self.device))
             self._found = [*found[1:], *found[-1:]]
+            if not sequence.looks_anew:  # it stays
+                sequence.keep_found(first)
+                self._found = []
         self._keys = []
         if self.prefixes is not None:
             piece = PIECE_CHUNKS * sequence.chunk_size
@@ -91,7 +96,10 @@ class DecodingBatch:
             if chunks:
                 neighbors, lengths = (part[None] for part in stacked(chunks, self.pad_id, self.device))
             one = self.cache.part(row, row + 1)
-            logits_TV = prefill(self.model, one, tokens, neighbors, lengths, last_only=not has_all_logits)[0]
+            keeps = not sequence.looks_anew
+            logits_TV = prefill(
+                self.model, one, tokens, neighbors, lengths, last_only=not has_all_logits, keeps_front=keeps
+            )[0]
             if has_all_logits:
                 sequence.note_prompt(logits_TV, start)
             sequence.filled, logits = stop, logits_TV[-1]
@@ -115,51 +123,64 @@ class DecodingBatch:
     def step(
         self, found: dict[DecodingSequence, Found], waits: frozenset[DecodingSequence] = frozenset()
     ) -> list[Tensor]:
-        """Each decoding sequence's newest token -> logits [t, V], for `accepted`; nothing counts of those that wait.
+        """Each decoding sequence's newest token, and t - 1 that are drafted -> logits [t, V], for `accepted`; nothing counts of
+        those that wait.
 
-        `found`: the neighbors of the chunks that end with it. One that is alone is read ahead: t - 1 tokens are drafted.
+        `found`: the neighbors of the chunks that end with it.
         """
-        count = len(self.decoding)
-        self._draft = self.decoding[0].draft() if count == 1 and not found and not waits else []
-        if self._draft:
-            logits = [decode_ahead(self.model, self.cache, 0, [self.decoding[0].tokens[-1], *self._draft])]
-        elif self.deterministic:
-            logits = [self._step(row, row + 1, found, waits) for row in range(count)]
-        else:
-            logits = list(self._step(0, count, found, waits).split(1))
         for sequence in self.decoding:
             if sequence not in waits:
                 sequence.filled += 1
                 if sequence in found:
                     sequence.read += int(found[sequence].lengths_K.sum())
                     sequence.keep_found(found[sequence])
-        return logits
+        each = [[sequence] for sequence in self.decoding] if self.deterministic else [self.decoding]
+        self._drafts = {}
+        for sequences in each:
+            self._drafts |= self._draft([s for s in sequences if s not in waits and s.drafts is not None])
+        firsts = range(len(self.decoding)) if self.deterministic else [0]
+        return [
+            logits for first, sequences in zip(firsts, each) for logits in self._step(first, sequences, found, waits)
+        ]
+
+    def _draft(self, sequences: list[DecodingSequence]) -> dict[DecodingSequence, list[int]]:
+        """What may come of sequences that step together, where it is worth its time."""
+        if not sequences:
+            return {}
+        guesses = [sequence.guesses(MOST_ROWS - 1) for sequence in sequences]
+        counts = worthwhile([[chance for _, chance in each] for each in guesses])
+        return {s: [token for token, _ in each[:count]] for s, each, count in zip(sequences, guesses, counts) if count}
 
     def accepted(self, sequence: DecodingSequence, logits_TV: Tensor) -> list[Event | None]:
         """Choose the tokens that come of a step's logits: as many as its draft holds, and one more."""
-        events, draft = [sequence.accept(logits_TV[0])], self._draft
+        events, draft = [sequence.accept(logits_TV[0])], self._drafts.get(sequence, [])
         while sequence.finish_reason is None and len(events) < len(logits_TV):
             if sequence.tokens[-1] != draft[len(events) - 1]:
                 break
             events.append(sequence.accept(logits_TV[len(events)]))
         if len(logits_TV) > 1 and sequence.drafts is not None:
-            sequence.drafts.note(len(draft), len(events) - 1)
+            sequence.drafts.count(len(draft), len(events) - 1)
             sequence.filled += len(events) - 1
-            self.cache.lengths_B[0] += len(events) - 1
+            self.cache.lengths_B[self.decoding.index(sequence)] += len(events) - 1
         return events
 
     def _step(
-        self, first: int, last: int, found: dict[DecodingSequence, Found], waits: frozenset[DecodingSequence]
-    ) -> Tensor:
-        sequences = self.decoding[first:last]
+        self,
+        first: int,
+        sequences: list[DecodingSequence],
+        found: dict[DecodingSequence, Found],
+        waits: frozenset[DecodingSequence],
+    ) -> Sequence[Tensor]:
         tokens = torch.tensor([s.tokens[-1] for s in sequences], device=self.device)
         ending = [row for row, s in enumerate(sequences) if s in found]
         neighbors: tuple[Tensor | None, Tensor | None] = (None, None)
         if ending:
             neighbors = stacked([found[sequences[row]] for row in ending], self.pad_id, self.device)
         advances = torch.tensor([s not in waits for s in sequences], device=self.device)
-        part = self.cache.part(first, last)
-        return decode_one(self.model, part, tokens, *neighbors, ending=ending, advances_B=advances)
+        part = self.cache.part(first, first + len(sequences))
+        ahead = [self._drafts.get(sequence, []) for sequence in sequences]
+        logits = decode_one(self.model, part, tokens, *neighbors, ending=ending, advances_B=advances, ahead=ahead)
+        return logits.split([1 + len(guesses) for guesses in ahead])
 
     def holds(self, sequence: DecodingSequence) -> bool:
         return sequence is self.joining or sequence in self.decoding
@@ -171,7 +192,7 @@ class DecodingBatch:
             return
         row, last = self.decoding.index(sequence), len(self.decoding) - 1
         if row < last:
-            self.cache.move(last, row)
+            self.cache.move(last, row, len(self._drafts.get(self.decoding[last], [])))
             self.decoding[row] = self.decoding[last]
         self.decoding.pop()
         if self.joining is not None:

@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import OutOfResourceError, UsageError
 from retro_engine.generate.generator import model_coding
-from retro_engine.generate.open_model import open_model
+from retro_engine.generate.open_model import OpenedModel
 from retro_engine.model.device import pick_device
 from retro_engine.model.encoding_file import (
     FORMAT,
@@ -41,6 +41,7 @@ from retro_engine.progress import Reporter, duration
 from retro_engine.retrieval.executor import Executor, Piece, Stage, run_stage
 from retro_engine.train import checkpoint
 from retro_engine.train.adapters import load_model
+from retro_engine.train.run_data import IN_FRONT
 
 SHARD_BYTES = 256 << 20
 BATCH = 32  # neighbors encoded at once
@@ -49,8 +50,9 @@ BLOCK_ROWS = 1 << 14  # neighbors whose tokens are looked at at once
 
 def origin_of(folder: Path, config: ModelConfig, tokenizer: Tokenizer, store: Store) -> EncodingOrigin:
     """Of the encodings that the model of a checkpoint's folder has of a store: by the files, so that it is the same whatever
-    type its weights are computed in.
+    type its weights are computed in; and of neighbors in front however many are read.
     """
+    config = replace(config, num_neighbors=1) if config.reads_prefix else config
     weights = files.fingerprint([checkpoint.weights_fingerprint(folder), config_to_json(config)])
     return EncodingOrigin(weights=weights, tokenizer=tokenizer.fingerprint, store=store.fingerprint, r=config.r)
 
@@ -60,7 +62,7 @@ def encodings_folder(store: Store, origin: EncodingOrigin) -> Path:
 
 
 def encode_store(
-    run: str | Path,
+    opened: OpenedModel,
     store: Store,
     out: Path | None = None,
     executor: Executor | None = None,
@@ -68,11 +70,10 @@ def encode_store(
 ) -> EncodingFile:
     """The encodings of every chunk of a store, made where they are missing or damaged; `out` None: beside the store.
 
-    Says first how many bytes it will take and how long. Raises UsageError for a model whose neighbors cannot be kept,
+    Says first how many bytes it will take and how long. A plain decoder is opened and let read (`read_in_front`) before. Raises UsageError for a model whose neighbors cannot be kept,
     StoreError for a store that it does not read, OutOfResourceError for a disk that is too small.
     """
-    reporter, opened = reporter or Reporter("quiet"), open_model(run)
-    config = opened.model.config
+    reporter, config = reporter or Reporter("quiet"), opened.model.config
     check_encodes_alone(config)
     model_coding(opened.model, opened.tokenizer).check(store.coding)
     origin = origin_of(opened.folder, config, opened.tokenizer, store)
@@ -80,7 +81,8 @@ def encode_store(
     digests, lengths_U = _neighbors_of(store, config.r)
     width = num_values(config)
     shard_rows = max(1, SHARD_BYTES // (2 * width * config.r))
-    spec = {**asdict(origin), "format": FORMAT, "shard_rows": shard_rows}
+    in_front = {name: getattr(config, name) for name in IN_FRONT}
+    spec = {**asdict(origin), "format": FORMAT, "shard_rows": shard_rows, "in_front": in_front}
     with files.locked(folder):
         _refuse_other(folder, origin)
         stage = Stage(
@@ -108,6 +110,7 @@ def encode_shard(stage: Stage, shard: int) -> Sequence[Piece]:
     spec = json.loads(stage.spec)
     origin = EncodingOrigin(**{name: spec[name] for name in ("weights", "tokenizer", "store", "r")})
     store, model = Store(stage.paths[0]), _open(stage.paths[1])
+    model.config = replace(model.config, **spec["in_front"])  # a plain decoder's says nothing of how it reads
     first = shard * spec["shard_rows"]
     values = encode_rows(model, store, first, min(first + spec["shard_rows"], store.num_rows))
     return files.array_parts("encodings", values, origin.fingerprint)

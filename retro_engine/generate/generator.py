@@ -154,6 +154,7 @@ class Generator:
             K=K,
             R=R,
             is_reading=is_reading,
+            in_front=config.reads_prefix,
             given=given,
             notes=notes,
             drafts=Drafts() if self.drafts else None,
@@ -194,16 +195,16 @@ class Generator:
     def find(self, sequence: DecodingSequence, stop: int) -> list[Found]:
         """The neighbors of the chunks that the tokens up to `stop` complete; [] where it reads none.
 
-        Given neighbors are read from the prompt's last token on, in front of the decoder's keys from its first: the chunks
-        before have none, or them too.
+        Given neighbors are read from the prompt's last token on: the chunks before have none. In front of the decoder's keys they
+        stand from its first token on: then they are all there is.
         """
+        if sequence.given is not None and sequence.in_front:
+            return [sequence.given]
         num_chunks = stop // sequence.chunk_size - sequence.filled // sequence.chunk_size
         if not sequence.is_reading or not num_chunks:
             return []
         if sequence.given is None:
             return self._retrieve(sequence.texts(stop), sequence)
-        if self.model.config.reads_prefix:
-            return [sequence.given] * num_chunks
         none = Found(sequence.given.tokens_KR, np.zeros_like(sequence.given.lengths_K), [])
         return [none] * (num_chunks - 1) + [sequence.given]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.generate.detokenizer import Detokenizer
-from retro_engine.generate.drafts import Drafts
+from retro_engine.generate.drafts import Drafts, Guess
 from retro_engine.generate.request import Event, FinishReason, Generation, Request, TextSegment, TokenLogprob
 from retro_engine.generate.sampling import adjusted, choose
 from retro_engine.retrieval.hit import Found, Hit
@@ -29,7 +29,8 @@ class DecodingSequence:
     K: int
     R: int
     is_reading: bool
-    given: Found | None  # read at every chunk boundary from the prompt's last token on
+    in_front: bool  # of the decoder's own keys
+    given: Found | None  # read at every chunk boundary from the prompt's last token on; in front once, before its first
     notes: list[str]
     drafts: Drafts | None = None
     filled: int = 0  # tokens that the cache has
@@ -74,9 +75,14 @@ class DecodingSequence:
         chunks = [self.tokens[max(u * M, self.pad) : (u + 1) * M] for u in range(self.filled // M, stop // M)]
         return self.tokenizer.decode_batch(chunks)
 
+    @property
+    def looks_anew(self) -> bool:
+        """Whether other neighbors are read where a chunk ends, or the same ones by the chunk."""
+        return self.is_reading and not (self.in_front and self.given is not None)
+
     def completes(self) -> bool:
         """Whether the next step ends a chunk whose neighbors are read."""
-        return self.is_reading and len(self.tokens) % self.chunk_size == 0
+        return self.looks_anew and len(self.tokens) % self.chunk_size == 0
 
     def keep_found(self, found: Found) -> None:
         """Hits that the next text can read; with refresh="never" they stay."""
@@ -88,15 +94,14 @@ class DecodingSequence:
         if self.request.refresh == "never" and self.given is None:
             self.given = found
 
-    def draft(self) -> list[int]:
-        """What may come after the newest token: up to the token before one that ends a chunk whose neighbors are read."""
-        if self.drafts is None:
-            return []
+    def guesses(self, most: int) -> list[Guess]:
+        """At what comes after the newest token: up to the token before one that ends a chunk whose neighbors are read."""
+        assert self.drafts is not None
         place, M = len(self.tokens) - 1, self.chunk_size
-        most = self.total - len(self.tokens) - 1
-        if self.is_reading:
+        most = min(most, self.total - len(self.tokens) - 1)
+        if self.looks_anew:
             most = min(most, (place + 1 + M) // M * M - 2 - place)
-        return self.drafts.propose(self.tokens, most) if most > 0 else []
+        return self.drafts.propose(self.tokens, most)
 
     def note_prompt(self, logits_TV: Tensor, start: int) -> None:
         """Log-probabilities of the prompt's tokens after each of tokens start ... start + t - 1."""

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from retro_engine.model import ops
 from retro_engine.model.attention import Rotary
 from retro_engine.model.decoder import Places
-from retro_engine.model.encodings import Encode, encode_each
+from retro_engine.model.encodings import encode_each
 from retro_engine.model.memory import untouched_zeros
-from retro_engine.model.prefix import stacked
+from retro_engine.model.prefix import Encode, stacked
 from retro_engine.model.retro import RetroModel
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair a cross-attending layer
-OF_ROWS = ("hidden_BMD", "cross_valid_BX", "lengths_B", "pads_B", "begins_B", "positions_B", "offsets_B")
+PLACES = ("cross_valid_BX", "lengths_B", "pads_B", "begins_B", "positions_B", "offsets_B")
+OF_ROWS = ("hidden_BMD", *PLACES)
 OF_ROWS_AND_LAYERS = ("keys_BSGE", "values_BSGE", "cross_keys_BXGE", "cross_values_BXGE")
 
 
@@ -71,6 +72,7 @@ class DecodeCache:
     sink_CSGE: Tensor | None = None  # what stands before those neighbors, s = 0 or 1; None = nothing is read in front
     first_position: int = 0  # of a text that reads in front
     interleaved: bool = False  # how keys are rotated
+    rows_B: Tensor | None = None  # of the memory that each row has; None = its own
     steps: PreparedSteps | None = field(default=None, init=False, repr=False, compare=False)  # on this memory
     parts: dict[tuple[int, int], "DecodeCache"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -101,21 +103,21 @@ class DecodeCache:
             self.parts[first, last] = replace(self, **rows, **lists, grows=False)
         return self.parts[first, last]
 
-    def ahead(self, row: int, count: int) -> "DecodeCache":
-        """The next `count` tokens of a row as rows of their own, on its memory; they read what it reads now."""
-        if (row, -count) not in self.parts:
-            lists: dict[str, Any] = {
-                name: [tensor[row : row + 1].expand(count, -1, -1, -1) for tensor in getattr(self, name)]
-                for name in OF_ROWS_AND_LAYERS
-            }
-            rows: dict[str, Any] = {name: getattr(self, name)[[row] * count] for name in OF_ROWS}
-            self.parts[row, -count] = replace(
-                self, **lists, **rows | {"hidden_BMD": self.hidden_BMD[row : row + 1]}, grows=False
-            )
-        part = self.parts[row, -count]
-        for name in ("cross_valid_BX", "lengths_B", "pads_B", "begins_B", "positions_B"):
-            getattr(part, name).copy_(getattr(self, name)[row : row + 1].expand_as(getattr(part, name)))
-        part.lengths_B += torch.arange(count, device=part.lengths_B.device)
+    def ahead(self, counts: Sequence[int]) -> "DecodeCache":
+        """The next tokens of each row, `counts` of them, as rows of their own, on its memory; they read what it reads now."""
+        device = self.lengths_B.device
+        rows_B = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)], device=device)
+        after_B = torch.tensor([place for count in counts for place in range(count)], device=device)
+        key = -len(rows_B), 0
+        if key not in self.parts:
+            places: dict[str, Any] = {name: getattr(self, name)[rows_B] for name in PLACES}
+            self.parts[key] = replace(self, **places, rows_B=rows_B, grows=False)
+        part = self.parts[key]
+        assert part.rows_B is not None
+        part.rows_B.copy_(rows_B)
+        for name in PLACES:
+            getattr(part, name).copy_(getattr(self, name)[rows_B])
+        part.lengths_B += after_B
         return part
 
     def clear(self, row: int, pad: int, reads: bool = True) -> None:
@@ -179,8 +181,9 @@ class DecodeCache:
                 if self.reads(row):
                     self.put_front(row, self.front([]))
 
-    def move(self, source: int, target: int) -> None:
-        length = int(self.lengths_B[source])
+    def move(self, source: int, target: int, ahead: int = 0) -> None:
+        """`ahead`: tokens after those that count, which may count yet."""
+        length = int(self.lengths_B[source]) + ahead
         for tensor in (*self.keys_BSGE, *self.values_BSGE):
             tensor[target, :length] = tensor[source, :length]
         width = self.cross_width(source)
@@ -288,11 +291,11 @@ def prepared_steps(model: RetroModel, cache: DecodeCache) -> ops.Steps:
         for layer, keys, values in zip(model.layers, cache.keys_BSGE, cache.values_BSGE):
             a, reading, starts = layer.attention, None, cache.lengths_B
             attending = ops.Attending(
-                keys, values, a.scale, cache.begins_B, starts, None, starts, *decoder, a.interleaved
+                keys, values, a.scale, cache.begins_B, starts, None, starts, *decoder, a.interleaved, cache.rows_B
             )
             if layer.is_crossing:
                 places = (None, None, cache.cross_valid_BX, cache.offsets_B)
-                reading = ops.Attending(*next(crossing), layer.cross.scale, *places, *reader)
+                reading = ops.Attending(*next(crossing), layer.cross.scale, *places, *reader, rows=cache.rows_B)
             parts += layer.step_parts(attending, reading)
         cache.steps = PreparedSteps(model.layers, ops.Steps(parts))
     cache.steps.steps.look()

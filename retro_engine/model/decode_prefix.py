@@ -23,14 +23,21 @@ class FrontReading:
     """
 
     def __init__(
-        self, cache: DecodeCache, start: int, T: int, neighbors_BLKR: Tensor | None, lengths_BLK: Tensor | None
+        self,
+        cache: DecodeCache,
+        start: int,
+        T: int,
+        neighbors_BLKR: Tensor | None,
+        lengths_BLK: Tensor | None,
+        keeps_front: bool = False,
     ):
+        """`keeps_front`: what stands in front stays there, whatever chunks end."""
         M, rows = cache.chunk_size, range(len(cache.lengths_B))
         self.cache, self.start, self.stop = cache, start, start + T
         self.firsts: list[int] = (cache.pads_B - start).clamp(0, T).tolist()  # each row's first token: no padding
-        self.border = min(M - 1 - start % M, T)  # the first token of the block that ends a chunk
+        self.border = T if keeps_front else min(M - 1 - start % M, T)  # the first token that reads other neighbors
         self.fronts: list[list[Sequence[Tensor]]] = []  # of each completed chunk, of each row
-        for place in range((start + T) // M - start // M):
+        for place in range(0 if keeps_front else (start + T) // M - start // M):
             none_B = cache.pads_B >= (start // M + place + 1) * M  # a chunk of nothing but padding
             neighbors, lengths = (None if part is None else part[:, place] for part in (neighbors_BLKR, lengths_BLK))
             found = _fronts(cache, rows, neighbors, lengths, none_B)

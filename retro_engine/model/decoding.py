@@ -18,7 +18,7 @@ from retro_engine.model.attention import ChunkedCrossAttention, SelfAttention
 from retro_engine.model.decode_cache import DecodeCache, Pairs, new_cache, prepared_steps
 from retro_engine.model.decode_prefix import FrontReading, read_in_front
 from retro_engine.model.decoder import Places, offset_read
-from retro_engine.model.encodings import Encode
+from retro_engine.model.prefix import Encode, padded
 from retro_engine.model.retro import RetroModel
 
 ALL = slice(None)
@@ -33,19 +33,21 @@ def prefill(
     lengths_BLK: Tensor | None = None,
     *,
     last_only: bool = False,
+    keeps_front: bool = False,
 ) -> Tensor:
     """The next t tokens of rows of equal length, of one document each -> logits [b, t, V] ([b, 1, V] with `last_only`).
 
     Neighbors belong to the l chunks that these tokens complete; None = those chunks have none. Equal to the full pass over
     all tokens so far, in which chunks without neighbors are chunks whose neighbors are missing (with cca_bias_everywhere
-    that is not retrieval off). Raises ValueError for what does not fit.
+    that is not retrieval off). `keeps_front`: in front of the keys stays what stands there (neighbors that are given for the whole
+    text). Raises ValueError for what does not fit.
     """
     start, T = _check_block(model, cache, tokens_BT, neighbors_BLKR, lengths_BLK), tokens_BT.shape[1]
     reading = None
     if model.config.cross_layers:
         reading = _CachedReading(model, cache, start, T, neighbors_BLKR, lengths_BLK)
     reads = any(map(cache.reads, range(len(tokens_BT))))
-    front = FrontReading(cache, start, T, neighbors_BLKR, lengths_BLK) if reads else None
+    front = FrontReading(cache, start, T, neighbors_BLKR, lengths_BLK, keeps_front) if reads else None
     attention = _CachedAttention(cache, start, T, front)
     x = model.run_layers(model.embed(tokens_BT, cache.positions(start)), attention, reading)
     for read in (reading, front):
@@ -64,54 +66,48 @@ def decode_one(
     *,
     ending: Sequence[int] = (),
     advances_B: Tensor | None = None,
+    ahead: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """The next token of every row -> logits [b, V]; no gradients.
 
     `ending`: the rows whose chunk this token completes, in the order of `neighbors_NKR` (None = they have none). Raises
     ValueError for what does not fit.
     `advances_B` False: the row waits; it is computed, and nothing of it counts.
+    `ahead`: guesses at what comes after the token of each row -> logits [b + guesses, V], each row's token and then its guesses,
+    which must not end a chunk that is read. A guess that holds is counted (`DecodeCache.lengths_B`) by whoever finds it to hold; the
+    others' places are written again. In C++ no bit of a token's logits depends on guesses.
     """
-    c, starts = model.config, cache.lengths_B
-    places: list[int] = starts.tolist()
-    if max(places) >= cache.capacity:
-        raise ValueError(f"the cache holds {cache.capacity} tokens; {max(places) + 1} were given")
+    c, places = model.config, cache.lengths_B.tolist()
+    counts = [1 + len(guesses) for guesses in ahead] or [1] * len(places)
+    last = max(map(sum, zip(places, counts)))
+    if last > cache.capacity:
+        raise ValueError(f"the cache holds {cache.capacity} tokens; {last} were given")
     if ending or neighbors_NKR is not None:
         _check_ending(model, places, neighbors_NKR, ending)
     if ending and cache.sink_CSGE is not None:
         read_in_front(cache, ending, neighbors_NKR, lengths_NK)
-    x = model.embed(tokens_B[:, None], cache.positions(starts))[:, 0]
-    steps, begun = prepared_steps(model, cache), 0
+    rows, is_first = cache, ALL
+    if any(ahead):
+        rows = cache.ahead(counts)
+        is_first = torch.tensor([place == 0 for count in counts for place in range(count)], device=tokens_B.device)
+        flat = [token for first, guesses in zip(tokens_B.tolist(), ahead) for token in (first, *guesses)]
+        tokens_B = torch.tensor(flat, device=tokens_B.device)
+    x = model.embed(tokens_B[:, None], rows.positions(rows.lengths_B))[:, 0]
+    steps, begun = prepared_steps(model, rows), 0
     if c.cross_layers:
         begun = 2 * c.cross_layers[0] + 1  # the parts before the first cross-attention
         x = steps.run(x, 0, begun)
-        z = model.layers[c.cross_layers[0]].cross_norm(x.to(model.dtype))
-        _note_places(c, cache, places, z.to(cache.hidden_BMD.dtype))
+        z = model.layers[c.cross_layers[0]].cross_norm(x.to(model.dtype)).to(cache.hidden_BMD.dtype)
+        _note_places(c, cache, places, z[is_first])
         if ending:
             _read_anew(model, cache, list(ending), neighbors_NKR, lengths_NK)
-            steps = prepared_steps(model, cache)  # what is read may lie elsewhere now
+        if rows is not cache:
+            rows = cache.ahead(counts) if ending else rows
+            _note_ahead(c, rows, z)
+        steps = prepared_steps(model, rows) if ending else steps  # what is read may lie elsewhere now
     x = steps.run(x, begun)
     cache.lengths_B += 1 if advances_B is None else advances_B.long()
     return model.logits(model.normed(x.to(model.dtype)))
-
-
-@torch.no_grad()
-def decode_ahead(model: RetroModel, cache: DecodeCache, row: int, tokens: Sequence[int]) -> Tensor:
-    """The next token of a row and guesses at what comes after it -> logits [t, V] after each; `DecodeCache.lengths_B` counts
-    the first. A guess that holds is counted by whoever finds it to hold; the others' places are written again.
-
-    In a few rows of C++ no bit of a token's logits depends on the guesses. Guesses must not end a chunk that is read.
-    """
-    device = model.device
-    ahead = cache.ahead(row, len(tokens))
-    x = torch.empty(len(tokens), 1, dtype=model.dtype, device=device)
-    if prepared_steps(model, ahead).takes(x):
-        logits = decode_one(model, ahead, torch.tensor(tokens, device=device))
-        cache.lengths_B[row] += 1
-        return logits
-    part = cache.part(row, row + 1)
-    logits = prefill(model, part, torch.tensor([tokens], device=device))[0]
-    part.lengths_B -= len(tokens) - 1
-    return logits
 
 
 def step(
@@ -148,10 +144,14 @@ def _note_places(config: ModelConfig, cache: DecodeCache, places: list[int], z_B
         cache.offsets_B.fill_(_cross_position(config, place))
         return
     rows = torch.arange(len(places), device=z_BD.device)
-    if len(cache.hidden_BMD) < len(places):  # they are tokens of one row
-        rows = torch.zeros_like(rows)
     cache.hidden_BMD[rows, cache.lengths_B % M] = z_BD
     cache.offsets_B.copy_(_cross_position(config, cache.lengths_B))
+
+
+def _note_ahead(config: ModelConfig, ahead: DecodeCache, z_BD: Tensor) -> None:
+    """The same of several tokens a row, when no chunk that ended is needed any more."""
+    ahead.hidden_BMD[ahead.rows_B, ahead.lengths_B % config.chunk_size] = z_BD
+    ahead.offsets_B.copy_(_cross_position(config, ahead.lengths_B))
 
 
 class _CachedAttention:
@@ -301,12 +301,8 @@ def _encode_alone(
     model: RetroModel, encode: Encode, neighbors_NLKR: Tensor, lengths_NLK: Tensor, dtype: torch.dtype
 ) -> Pairs:
     """As `RetroModel.encode_neighbors`; 0 where there is no token."""
-    c, tokens, lengths = model.config, neighbors_NLKR.flatten(0, 2), lengths_NLK.flatten()
-    shape = (2 * c.num_reading_layers, *tokens.shape, c.key_value_heads, c.head_width)
-    out = torch.zeros(shape, dtype=dtype, device=tokens.device)
-    given = [row for row, length in enumerate(lengths.tolist()) if length]
-    for row, one in zip(given, encode(tokens[given], lengths[given]) if given else []):
-        out[:, row, : one.shape[1]] = one
+    tokens, lengths = neighbors_NLKR.flatten(0, 2), lengths_NLK.flatten()
+    out = padded(encode, tokens, lengths, shape=model.config.encoded_shape, dtype=dtype)
     out = out.unflatten(1, neighbors_NLKR.shape[:3])
     return list(zip(*out.chunk(2)))
 

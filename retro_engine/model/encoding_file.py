@@ -9,6 +9,7 @@ E head width.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class EncodingOrigin:
 
 def num_values(config: ModelConfig) -> int:
     """Of one token: c*g*e."""
-    return 2 * config.num_reading_layers * config.key_value_heads * config.head_width
+    return math.prod(config.encoded_shape)
 
 
 def digest_of(tokens: bytes) -> bytes:

@@ -10,7 +10,7 @@ heads, E head width.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,9 +30,6 @@ class EncodingStats:
     hits: int = 0
     misses: int = 0
     nbytes: int = 0
-
-
-Encode = Callable[[Tensor, Tensor], list[Tensor]]  # as `encode_each` of a model
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ Letters: B batch, N tokens, W neighbors, L chunks, K neighbors a chunk, R tokens
 T tokens in front, C keys of all layers, then their values, G key/value heads, E head width, M chunk length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,24 @@ from retro_engine.model import ops
 from retro_engine.model.attention import Rotary, SelfAttention
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair a layer
+Encode = Callable[[Tensor, Tensor], list[Tensor]]  # as `encode_each` of a model: neighbors -> [c, t, g, e] of each
 
 
 def stacked(pairs: Pairs) -> Tensor:
     """[c, ...]: the keys of all layers, then their values."""
     return torch.stack([*(k for k, _ in pairs), *(v for _, v in pairs)])
+
+
+def padded(
+    encode: Encode, tokens_WR: Tensor, lengths_W: Tensor, *, shape: tuple[int, int, int], dtype: torch.dtype
+) -> Tensor:
+    """[c, w, r, g, e] of neighbors, 0 where there is no token; `shape`: c, g and e."""
+    C, G, E = shape
+    out = torch.zeros(C, *tokens_WR.shape, G, E, dtype=dtype, device=tokens_WR.device)
+    given = [row for row, length in enumerate(lengths_W.tolist()) if length]
+    for row, one in zip(given, encode(tokens_WR[given], lengths_W[given]) if given else []):
+        out[:, row, : one.shape[1]] = one
+    return out
 
 
 class Recording:

@@ -21,7 +21,7 @@ from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
 from retro_engine.model.initialization import initialize
 from retro_engine.model.linear import ROUNDED, BlockLinear, Int8Linear, Linear, is_sharded
 from retro_engine.model.loss import linear_cross_entropy
-from retro_engine.model.prefix import Pairs, PrefixAttention, Recording, stacked
+from retro_engine.model.prefix import Encode, Pairs, PrefixAttention, Recording, padded, stacked
 
 
 @dataclass
@@ -65,6 +65,7 @@ class RetroModel(nn.Module):
             self.head = Linear(width, config.vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
         self.recompute: str | None = None  # None | selective | full: model/recompute.py
+        self.kept: Encode | None = None  # of neighbors in front, where those are kept (Encodings.of); no gradients
         self.packs_neighbors = True  # the encoder computes valid neighbor tokens only (False: every shape is fixed)
         initialize(self, generator)
 
@@ -136,10 +137,9 @@ class RetroModel(nn.Module):
         lengths = retrieved.lengths_BLK
         if lengths is None:
             lengths = torch.full((B, L, K), R, device=retrieved.tokens_BLKR.device)
-        pairs = [
-            tuple(part.unflatten(0, (B, L, K)) for part in pair)
-            for pair in self.run_alone(retrieved.tokens_BLKR.flatten(0, 2))
-        ]
+        tokens_WR, lengths_W = retrieved.tokens_BLKR.flatten(0, 2), lengths.flatten()
+        alone = self.run_alone(tokens_WR) if self.kept is None else self._kept_alone(self.kept, tokens_WR, lengths_W)
+        pairs = [tuple(part.unflatten(0, (B, L, K)) for part in pair) for pair in alone]
         sinks = self.sinks()
         X, most = sinks[0][0].shape[1] + K * R, self.config.most_tokens
         if most is not None and most < X + N:
@@ -153,6 +153,12 @@ class RetroModel(nn.Module):
         recording = Recording(self.decoder_rotary(tokens.shape[1], tokens.device))
         self.run_layers(self.embed(tokens, 0), recording, None)
         return [(k[:, S:], v[:, S:]) for k, v in recording.pairs]
+
+    def _kept_alone(self, encode: Encode, tokens_WR: Tensor, lengths_W: Tensor) -> Pairs:
+        """As `run_alone`, of what is kept, in the type that products have; 0 where there is no token."""
+        kind, dtype = tokens_WR.device.type, self.embedding.weight.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        return list(zip(*padded(encode, tokens_WR, lengths_W, shape=self.config.encoded_shape, dtype=dtype).chunk(2)))
 
     def encode_alone(self, tokens_WR: Tensor, lengths_W: Tensor) -> Tensor:
         """What is read of neighbors that depend on nothing else (`ModelConfig.encodes_alone`): keys of all reading layers,

@@ -55,5 +55,37 @@ def test_what_is_encoded_is_read_by_itself(work: Path, tmp_path: Path, capsys: p
     assert run(*words, "--encodings", tmp_path / "apart") == 0
     assert f"encoded neighbors are read from {tmp_path / 'apart'}" in capsys.readouterr().err
     assert run(*words, "--encodings", tmp_path / "nowhere") == 3
-    assert run("eval", tmp_path / "run", "--encodings", tmp_path / "apart") == 2
-    assert "--encodings is for --lm-eval" in capsys.readouterr().err
+    given = ("--encodings", tmp_path / "apart")
+    assert run("eval", tmp_path / "run", *given, "--questions", tmp_path / "q.json") == 2
+    data = (f"model.data.store='{store.folder}'", "model.data.neighbors=bm25", "model.encoder_seq_length=64")
+    assert run("eval", tmp_path / "run", *given, *data) == 2
+    assert "a whole pass encodes what an encoder reads itself" in capsys.readouterr().err
+
+
+def test_a_plain_decoder_reads_and_is_evaluated_with_what_was_encoded(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(work / "store")
+    plain = {"vocab_size": store.vocab_size, "chunk_size": 16, "encoder_seq_length": 64, "retrieval": False}
+    greedy = {"greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    publish_model(tmp_path / "run", RetroModel(small_config(**plain)), store.tokenizer, {"imported": "here"}, greedy)
+    assert run("encode", tmp_path / "run", store.folder, "--reading", "none") == 2
+    assert "--reading prefix" in capsys.readouterr().err
+    assert run("encode", tmp_path / "run", store.folder, "--out", tmp_path / "made", "model.num_neighbors=1") == 0
+    words = ("generate", tmp_path / "run", "river stone amber", "--stores", store.folder, "--max-new-tokens", 4)
+    capsys.readouterr()
+    assert run(*words, "--encodings", tmp_path / "made", "model.num_neighbors=3") == 0, "however many are read"
+    assert run(*words, "--encodings", tmp_path / "made", "model.retrieved_length=8") == 3
+    assert "has encodings of r 32" in capsys.readouterr().err
+    data = [f"model.data.store='{store.folder}'", "model.data.neighbors=bm25", "model.data.splits_string='60,20,20'"]
+    ask = ["eval", tmp_path / "run", "--reading", "prefix", "--modes", "on,random", "--json", "--quiet", *data]
+    assert run(*ask) == 0
+    exact = json.loads(capsys.readouterr().out)
+    with monkeypatch.context() as patch:
+        patch.setattr(RetroModel, "run_alone", None)  # whatever is encoded is in the file
+        assert run(*ask, "--encodings", tmp_path / "made") == 0
+    found = json.loads(capsys.readouterr().out)
+    for mode in ("on", "random"):
+        one, other = exact[mode]["bits_per_byte"], found[mode]["bits_per_byte"]
+        assert one != other, "keys and values are rounded to bfloat16"
+        assert abs(one - other) < 1e-3 * one

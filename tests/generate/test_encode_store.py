@@ -45,7 +45,7 @@ def made(small_store: Store, run: Path) -> EncodingFile:
     """Some shards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode_store_module, "SHARD_BYTES", 1 << 19)
-        return encode_store(run, small_store)
+        return encode_store(open_model(run), small_store)
 
 
 def opened(run: Path, stores: list[Store], *named: Path) -> list[EncodingFile]:
@@ -68,7 +68,7 @@ def test_what_is_generated_is_the_same_and_nothing_is_encoded(
     small_store: Store, tmp_path: Path, overrides: dict[str, object]
 ) -> None:
     run = publish(tmp_path / "run", small_store, **overrides)
-    encode_store(run, small_store, tmp_path / "made")
+    encode_store(open_model(run), small_store, tmp_path / "made")
     model = open_model(run)
     retriever = Retriever([small_store])
     plain = Generator(model.model, model.tokenizer, retriever)
@@ -121,7 +121,7 @@ def test_a_build_says_its_cost_and_goes_on_where_it_was(
     os.truncate(folder / "values-00002.bin", 1000)
     with pytest.raises(MissingInputError, match="never finished"):
         opened(run, [small_store], folder)
-    encode_store(run, small_store, folder, Executor("inline"), Reporter("text"))
+    encode_store(open_model(run), small_store, folder, Executor("inline"), Reporter("text"))
     said = capsys.readouterr().err
     assert "encoding" in said and "bytes, about" in said and "values-00002.bin is damaged: it is built again" in said
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("values-*.bin")}
@@ -138,7 +138,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(encode_store_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OutOfResourceError, match="the encodings take .* bytes, 0 are there, 1,000 are free"):
-        encode_store(run, small_store, tmp_path / "out")
+        encode_store(open_model(run), small_store, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -165,25 +165,25 @@ def test_files_of_something_else_are_refused(small_store: Store, run: Path, made
     with pytest.raises(StoreError, match="has encodings of tokenizer"):
         opened(publish(tmp_path / "other", third), [third], made.folder)
     with pytest.raises(StoreError, match="tokenizer"):
-        encode_store(run, third, tmp_path / "no")
+        encode_store(open_model(run), third, tmp_path / "no")
     with pytest.raises(UsageError, match="no store is read"):
         opened(run, [], made.folder)
     with pytest.raises(UsageError, match="holds something else"):
-        encode_store(run, small_store, small_store.folder)
+        encode_store(open_model(run), small_store, small_store.folder)
     with pytest.raises(UsageError, match="holds something else"):
-        encode_store(others["weights"], small_store, made.folder)
+        encode_store(open_model(others["weights"]), small_store, made.folder)
 
 
 def test_a_model_that_reads_the_query_is_refused(small_store: Store, made: EncodingFile, tmp_path: Path) -> None:
     run = publish(tmp_path / "run", small_store, enc_cross_attention=[0])
     with pytest.raises(UsageError, match=r"enc_cross_attention=\[0\].*\n.*train with model.enc_cross_attention=\[\]"):
-        encode_store(run, small_store, tmp_path / "out")
+        encode_store(open_model(run), small_store, tmp_path / "out")
     with pytest.raises(UsageError, match=r"enc_cross_attention=\[0\]"):
         opened(run, [small_store], made.folder)
     assert opened(run, [small_store]) == []
     plain = publish(tmp_path / "plain", small_store, retrieval=False)
     with pytest.raises(UsageError, match="plain decoder"):
-        encode_store(plain, small_store, tmp_path / "out")
+        encode_store(open_model(plain), small_store, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["values-00000.bin", "index.bin", "manifest.json"])
