@@ -119,6 +119,7 @@ def step(
     *,
     is_token_BT: Tensor | None = None,
     last_only: bool = False,
+    keeps_front: bool = False,
 ) -> Tensor:
     """The next t tokens of rows of equal length: `decode_one` where t = 1, else `prefill`, whose arguments and results it has.
 
@@ -129,10 +130,11 @@ def step(
         cache.note_padding(is_token_BT)
     is_padded = is_token_BT is not None and not bool(is_token_BT.all())
     if tokens_BT.shape[1] != 1 or is_padded or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return prefill(model, cache, tokens_BT, neighbors_BLKR, lengths_BLK, last_only=last_only)
-    if (start + 1) % model.config.chunk_size:
+        given = (neighbors_BLKR, lengths_BLK)
+        return prefill(model, cache, tokens_BT, *given, last_only=last_only, keeps_front=keeps_front)
+    if (start + 1) % model.config.chunk_size or keeps_front:
         return decode_one(model, cache, tokens_BT[:, 0])[:, None]
-    newest = [None if given is None else given[:, 0] for given in (neighbors_BLKR, lengths_BLK)]
+    newest = [None if part is None else part[:, 0] for part in (neighbors_BLKR, lengths_BLK)]
     return decode_one(model, cache, tokens_BT[:, 0], *newest, ending=range(len(tokens_BT)))[:, None]
 
 
@@ -396,8 +398,10 @@ def decode(
     cache = new_cache(model, B, length + max_new_tokens, neighbor_tokens)
     for row, prompt in enumerate(prompts):
         cache.clear(row, length - len(prompt))
-    if neighbors_BKR is not None and cache.sink_CSGE is not None:
+    keeps = model.config.reads_prefix
+    if neighbors_BKR is not None and keeps:
         read_in_front(cache, range(B), neighbors_BKR.to(device), None if lengths_BK is None else lengths_BK.to(device))
+        neighbors_BKR = None  # there they stay
     answers: list[list[int]] = [[] for _ in range(B)]
     is_open = torch.ones(B, dtype=torch.bool)
     for _ in range(max_new_tokens):
@@ -407,10 +411,9 @@ def decode(
             neighbors = neighbors_BKR.to(device)[:, None].expand(-1, chunks, -1, -1)
             full = torch.full(neighbors_BKR.shape[:2], neighbors_BKR.shape[2]) if lengths_BK is None else lengths_BK
             lengths = full.to(device)[:, None].expand(-1, chunks, -1).clone()
-            if not model.config.reads_prefix:
-                lengths[:, :-1] = 0  # the chunks before the prompt's last one have none
+            lengths[:, :-1] = 0  # the chunks before the prompt's last one have none
         with torch.no_grad():
-            logits = step(model, cache, block, neighbors, lengths, last_only=True)[:, 0]
+            logits = step(model, cache, block, neighbors, lengths, last_only=True, keeps_front=keeps)[:, 0]
         chosen = choose(logits).cpu()
         for row, token in enumerate(chosen.tolist()):
             if is_open[row] and token in stop_ids:

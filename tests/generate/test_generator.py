@@ -349,13 +349,17 @@ def test_given_in_front_is_the_prompt_with_it(small_store: Store, prompt: str, p
     expected: list[int] = []
     off = RetroModel(replace(model.config, retrieval=False)).double().eval()
     off.load_state_dict(model.state_dict())
-    for _ in range(8):
+    for _ in range(M + 2):
         with torch.no_grad():
             expected.append(int(off(torch.tensor([ids + expected]))[0, -1].argmax()))
     generator = Generator(model, tokenizer)
-    got = generator.generate_all([Request(prompt, 8, neighbors=[text], pad_prompt=pads)])[0]
+    got = generator.generate_all([Request(prompt, M + 2, neighbors=[text], pad_prompt=pads)])[0]
     assert got.tokens == expected
-    assert decode(model, [tokenizer.encode(prompt)], *encoded(tokenizer, text, model.config.r), 8, [], 0) == [expected]
+    assert generator.encodings is not None
+    assert (generator.encodings.stats.misses, generator.encodings.stats.hits) == (1, 0), "it is put there once"
+    assert len(got.segments) == 1
+    given = encoded(tokenizer, text, model.config.r)
+    assert decode(model, [tokenizer.encode(prompt)], *given, M + 2, [], 0) == [expected]
 
 
 def encoded(tokenizer: Tokenizer, text: str, R: int) -> tuple[torch.Tensor, torch.Tensor]:

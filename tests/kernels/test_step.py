@@ -195,6 +195,29 @@ def test_a_new_token_before_the_first_key_attends_nothing(instruction_set: str) 
     torch.testing.assert_close(Steps([part])(x), reference.step(x, part))
 
 
+def test_several_new_tokens_of_a_row_meet_each_other(instruction_set: str) -> None:
+    """Three of row 1 and one of row 0, against one step each; a row that the cache lacks is named."""
+    torch.manual_seed(7)
+    H, G, E, D, rows, starts = 4, 2, 16, 24, [1, 1, 1, 0], [9, 10, 11, 20]
+    weights = [matrix(n * E, D) for n in (H, G, G)] + [matrix(D, H * E)]
+    cache, rotary = [torch.randn(2, S, G, E) for _ in range(2)], tables(E // 2)
+    plain, x = norm(D, True), torch.randn(4, D)
+
+    def step(chosen: slice, rows: list[int]) -> Tensor:
+        place = torch.tensor(starts[chosen])
+        attending = Attending(
+            *cache, E**-0.5, torch.ones_like(place), place, None, place, *rotary, rows=torch.tensor(rows[chosen])
+        )
+        return Steps([SelfAttentionPart(plain, *weights, attending)])(x[chosen])
+
+    one_by_one = torch.cat([step(slice(n, n + 1), rows) for n in range(4)])
+    for part in cache:
+        part[1, 9:12] = part[0, 20] = torch.nan  # whatever was guessed before
+    assert torch.equal(step(slice(0, 4), rows), one_by_one)
+    with pytest.raises(ValueError, match="row 2 of the cache; it has 2"):
+        step(slice(0, 4), [1, 1, 2, 0])
+
+
 def test_places_outside_are_named() -> None:
     torch.manual_seed(5)
     weights = [matrix(16, 8), matrix(16, 8), matrix(16, 8), matrix(8, 16)]
