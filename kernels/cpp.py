@@ -45,9 +45,10 @@ def instruction_set() -> str:
     library = next(Path(torch.__file__).parent.glob("lib/*torch_cpu.*"), None)
     if library is not None:
         torch_cpu = ctypes.CDLL(str(library))
-        functions = [getattr(torch_cpu, name, None) for name in ("torch_parallel_for", "torch_get_num_threads")]
-        if None not in functions:
-            _cpu.set_threads(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+        named = [getattr(torch_cpu, name, None) for name in ("torch_parallel_for", "torch_get_num_threads")]
+        functions = [ctypes.cast(function, ctypes.c_void_p).value for function in named if function is not None]
+        if len(functions) == len(named):
+            _cpu.set_threads(*functions)
     builds = instruction_sets()
     forced = os.environ.get("RETRO_CPU")
     if forced is not None and forced not in builds:

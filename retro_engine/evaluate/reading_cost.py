@@ -19,7 +19,8 @@ from retro_engine.evaluate.in_prompt import losses_in_prompt
 from retro_engine.evaluate.losses import evaluating
 from retro_engine.model.decode_cache import new_cache
 from retro_engine.model.decoding import prefill
-from retro_engine.model.encodings import Encode, Encodings
+from retro_engine.model.encodings import Encodings
+from retro_engine.model.prefix import Encode
 from retro_engine.model.retro import RetroModel
 
 WAYS = ("kept", "not kept", "in the prompt")
@@ -88,7 +89,7 @@ def texts_of(sequences: Sequences, limit: int | None = None) -> Iterator[Sequenc
 
 def _losses(model: RetroModel, text: SequenceBatch, encode: Encode | None) -> np.ndarray:
     """Nats [t] of a text that is taken in with its neighbors."""
-    M, device = model.config.chunk_size, model.embedding.weight.device
+    M, device = model.config.chunk_size, model.device
     assert text.neighbors is not None and text.lengths is not None
     tokens, neighbors, lengths = (
         torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (text.tokens, text.neighbors, text.lengths)

@@ -156,7 +156,7 @@ class RetroModel(nn.Module):
 
     def _kept_alone(self, encode: Encode, tokens_WR: Tensor, lengths_W: Tensor) -> Pairs:
         """As `run_alone`, of what is kept, in the type that products have; 0 where there is no token."""
-        kind, dtype = tokens_WR.device.type, self.embedding.weight.dtype
+        kind, dtype = tokens_WR.device.type, self.dtype
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         return list(zip(*padded(encode, tokens_WR, lengths_W, shape=self.config.encoded_shape, dtype=dtype).chunk(2)))
 
