@@ -101,7 +101,8 @@ def _best(x: Tensor, tried: list[tuple[Tensor, Tensor]], low: int, high: int, ha
     best, smallest = torch.zeros(2, len(x), 1), torch.full((len(x), 1), torch.inf)
     for pair in pairs:
         found = torch.stack(pair).half().float()
-        error = (_nearest(x, found[0], found[1], low, high) * found[0] + found[1] - x).square().sum(-1, keepdim=True)
+        scale, least = found.unbind()
+        error = (_nearest(x, scale, least, low, high) * scale + least - x).square().sum(-1, keepdim=True)
         best, smallest = torch.where(error < smallest, found, best), torch.minimum(error, smallest)
     return best[0], best[1]
 
