@@ -168,16 +168,15 @@ def run(task: Task, only: Sequence[str], seeds: Sequence[int]) -> int:
 
 
 def done(task: Task, label: str, about: dict[str, Any], seed: int) -> Part:
-    """A part from its file, or made and written now. Raises UsageError for the file of other settings."""
-    name = label.split("-")[0]
-    path, settings = task.out / f"{label}.json", task.settings(name)
+    """A part from its file, or made and written now. Raises UsageError for one that was begun with other settings."""
+    name, path, begun = label.split("-")[0], task.out / f"{label}.json", task.out / f"{label}.begun.json"
+    settings = task.settings(name)
+    if not begun.is_file():
+        files.publish(begun, [files.json_bytes(settings)])
+    if (found := files.read_object(begun)) != settings:
+        raise UsageError(f"{label} was begun with {found}", f"asked for is {settings}", "another --out")
     if path.is_file():
-        part = files.read_object(path)
-        if part.get("settings") != settings:
-            raise UsageError(
-                f"{path} was made with {part.get('settings')}", f"asked for is {settings}", "another --out"
-            )
-        return part
+        return files.read_object(path)
     print(f"\n{label}", flush=True)
     part = PARTS[name](task, seed)
     files.publish(path, [files.json_bytes(finite({"about": about, "settings": settings, **part}))])

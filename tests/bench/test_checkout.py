@@ -34,10 +34,11 @@ def test_results_of_text_are_made_once_and_in_parts(tmp_path: Path, capsys: pyte
     assert again["SmolLM2, neighbors in front against in the prompt: time, kept"]["value"] == pytest.approx(
         seconds["kept"] / seconds["in the prompt"]
     )
-    part.chmod(0o644)
-    part.write_text(part.read_text().replace('"preset": "tiny"', '"preset": "small"'))
-    assert main(["--quick", "--out", str(out), "--text", str(corpus), "--only", "text"]) == 2
-    assert "was made with" in capsys.readouterr().err
+    assert (
+        main(["--quick", "--out", str(out), "--text", str(write_corpus(tmp_path / "d.jsonl", 9)), "--only", "text"])
+        == 2
+    )
+    assert "error: text-0 was begun with " in capsys.readouterr().err, "a training would go on with other data"
 
 
 def test_what_has_nothing_to_measure_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
