@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -61,7 +62,6 @@ def add(commands: flags.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from retro_engine.config import load_config
-    from retro_engine.data.checkpoint_files import opening
 
     asked = load_config(args.overrides)  # NeMo's commands name the checkpoint, the prompt and the neighbors here
     _refuse_many_processes(asked)
@@ -74,11 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "there is no prompt, or one too many", "", "retro generate RUN 'The prompt', or retro generate RUN -i"
         )
-    path = Path(args.path or _named_checkpoint(asked))
-    opens = path if path.suffix == ".gguf" else opening(path)  # its files are hashed while PyTorch is loaded
-    from retro_engine.api import Retro
-
-    retro = Retro.from_pretrained(opens, args.dtype, args.device)
+    retro = _open(args, args.path or _named_checkpoint(asked))
     sources = None if args.no_retrieval else args.stores or args.library
     reads = flags.settle_reading(args, retro, bool(sources or args.neighbors))
     is_retrieving = reads and not args.no_retrieval and not args.neighbors
@@ -92,6 +88,21 @@ def run(args: argparse.Namespace) -> int:
             if text or not args.interactive:
                 _print_generation(args, text, generator.generate_all([replace(request, prompt=text)])[0], request.echo)
     return 0
+
+
+def _open(args: argparse.Namespace, path: str | Path) -> "Retro":
+    """The model: its files are hashed while PyTorch is loaded, and what is loaded is no garbage to look for."""
+    from retro_engine.data.checkpoint_files import opening
+
+    gc.disable()
+    try:
+        opened = path if Path(path).suffix == ".gguf" else opening(path)
+        from retro_engine.api import Retro
+
+        return Retro.from_pretrained(opened, args.dtype, args.device)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _refuse_many_processes(asked: "Config") -> None:

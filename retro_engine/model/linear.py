@@ -43,10 +43,12 @@ class Int8Linear(nn.Module):
         if rounded_OD is None:
             rounded_OD = torch.empty(weight_OD.shape, dtype=torch.int8, device=weight_OD.device)
         step = max(1, _ROUNDED // weight_OD.shape[1])
+        room = torch.empty((min(step, len(weight_OD)), weight_OD.shape[1]), device=weight_OD.device)
         for rows in (slice(first, first + step) for first in range(0, len(weight_OD), step)):
-            part = weight_OD[rows].float()
-            scale_O[rows] = part.abs().amax(1).clamp_(min=1e-12).div_(127)
-            rounded_OD[rows] = (part / scale_O[rows, None]).round_()
+            part, scale, values = weight_OD[rows].float(), scale_O[rows], room[: len(weight_OD[rows])]
+            torch.amax(torch.abs(part, out=values), 1, out=scale)
+            scale.clamp_(min=1e-12).div_(127)
+            rounded_OD[rows] = torch.div(part, scale[:, None], out=values).round_()
         self.register_buffer("weight", rounded_OD)
         self.register_buffer("scale", scale_O)
         self.register_buffer("bias", None if bias_O is None else bias_O.detach().float())
