@@ -63,9 +63,13 @@ def make_run(store: Store, out: Path) -> Path:
 
 @contextlib.contextmanager
 def serving(
-    load: Callable[[], Service], folder: Path, limits: Limits | None = None, **address: Any
+    load: Callable[[], Service],
+    folder: Path,
+    limits: Limits | None = None,
+    beside: Callable[[str], None] | None = None,
+    **address: Any,
 ) -> Iterator[Server]:
-    """A server whose service `load` opens, ready when the block begins."""
+    """A server whose service `load` opens, ready when the block begins; `beside`, a thread's, gets its address before."""
     accounts = Accounts(folder / "accounts.sqlite")
     keys = {scope: accounts.add_key(scope, scope) for scope in ("read", "write", "admin")}
     about = Address(**address)
@@ -77,6 +81,8 @@ def serving(
     thread = threading.Thread(target=server.run, args=([listener],), name="server", daemon=True)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread.start()
+    if beside is not None:
+        threading.Thread(target=beside, args=(url,), daemon=True).start()
     try:
         deadline = time.monotonic() + 60
         while state.service is None:

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace, path: str | Path) -> "Retro":
-    """The model: its files are hashed while PyTorch is loaded, and what is loaded is no garbage to look for."""
+    """The model: its files are hashed while PyTorch is loaded, and no garbage is looked for meanwhile."""
     from retro_engine.data.checkpoint_files import opening
 
     gc.disable()
@@ -101,7 +101,6 @@ def _open(args: argparse.Namespace, path: str | Path) -> "Retro":
 
         return Retro.from_pretrained(opened, args.dtype, args.device)
     finally:
-        gc.freeze()
         gc.enable()
 
 
@@ -214,7 +213,7 @@ def _print_generation(args: argparse.Namespace, prompt: str, out: "Generation", 
             result["logprobs"] = [vars(logprob) for logprob in out.logprobs]
         print(json.dumps(result))
         return
-    print(out.text if is_echoed else f"{prompt}{out.text}")
+    print(out.text if is_echoed else f"{prompt}{out.text}", flush=True)  # whoever reads a pipe waits for no exit
     for logprob in out.logprobs or []:
         print(f"   {'' if logprob.logprob is None else f'{logprob.logprob:.4f}':>10}  {logprob.text!r}")
     for segment in out.segments if args.show_neighbors else []:

@@ -57,6 +57,10 @@ class Int8Linear(nn.Module):
     def out_features(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def num_weights(self) -> int:
+        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., o]"""
         return ops.linear(x, self.weight, self.bias, self.scale)
@@ -82,6 +86,10 @@ class BlockLinear(nn.Module):
     def out_features(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def num_weights(self) -> int:
+        return self.out_features * self.in_features + (0 if self.bias is None else self.bias.numel())
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., o]"""
         return ops.linear_in_blocks(x, self.matrix)
@@ -96,6 +104,10 @@ class BlockEmbedding(nn.Module):
         super().__init__()
         self.kind, self.embedding_dim = kind, embedding_dim
         self.register_buffer("weight", blocks_VX)
+
+    @property
+    def num_weights(self) -> int:
+        return len(self.weight) * self.embedding_dim
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[...] -> [..., d]"""

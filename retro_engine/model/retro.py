@@ -236,10 +236,10 @@ class RetroModel(nn.Module):
     def num_parameters(self) -> int:
         """Weights, in whatever type they are kept; a matrix that embedding and head share counts once."""
         count = sum(parameter.numel() for parameter in self.parameters())
-        rounded = [module for module in self.modules() if isinstance(module, Int8Linear)]
+        rounded = [module for module in self.modules() if isinstance(module, ROUNDED)]
         if self.config.share_embeddings and self.head is not None:
             rounded.remove(self.head)  # type: ignore[arg-type]
-        return count + sum(w.numel() for m in rounded for w in (m.weight, m.bias) if w is not None)
+        return count + sum(module.num_weights for module in rounded)
 
     @property
     def cache_dtype(self) -> torch.dtype:

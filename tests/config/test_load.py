@@ -239,3 +239,12 @@ def test_a_rate_below_min_lr_can_be_constant() -> None:
 def test_environment_names_with_capitals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETRO_CONFIG__MODEL__MEGATRON_AMP_O2", "true")
     assert asked()[0].model.megatron_amp_O2
+
+
+def test_settings_that_need_no_conversion_give_what_others_do() -> None:
+    assert load_config([("trainer.max_steps", 3), ("model.optim.lr", 0.5)]) == load_config(
+        ["trainer.max_steps=3", "model.optim.lr=0.5"]
+    )
+    assert load_config([("trainer.max_steps", 3), ("model.optim.lr", 1)]).model.optim.lr == 1.0
+    with pytest.raises(UsageError, match=r"trainer\.max_steps=1\.5 does not fit"):
+        load_config([("trainer.max_steps", 1.5)])

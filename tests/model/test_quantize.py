@@ -44,6 +44,7 @@ def test_perplexity() -> None:
     with torch.no_grad():
         exact = loss_of(model, 10_000, 64).exp()
         assert exact < 15
+        assert RetroModel(model.config).num_parameters == sum(p.numel() for p in model.parameters())
         for weights, most in (("int8", 0.01), ("bf16", 0.01), ("int4", 0.04)):
             other = RetroModel(model.config).eval()
             other.load_state_dict(state)
@@ -69,5 +70,6 @@ def test_every_matrix_is_quantised_and_decodes(weights: str, error: float) -> No
         assert (found - full).norm() / exact.norm() < 0.02  # the cache is bf16
         is_shared = weights == "int4" and not overrides
         assert is_shared == (model.head.weight.data_ptr() == model.embedding.weight.data_ptr())  # type: ignore[union-attr]
+        assert model.num_parameters == RetroModel(model.config).num_parameters
     with pytest.raises(UsageError, match="dtype='fp8' does not exist"):
         use_weights(model, "fp8")

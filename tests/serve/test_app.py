@@ -1,18 +1,25 @@
 """The application as a whole: while it loads, and under bodies that nobody would send: never a 5xx."""
 
+import asyncio
 import copy
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve_helpers import Server, serving_run
+from serve_helpers import Server, serving, serving_run
 
+from retro_engine.serve.accounts import Accounts
+from retro_engine.serve.app import make_app
 from retro_engine.serve.bounds import Limits
+from retro_engine.serve.service import Service, ServiceOptions, open_service
+from retro_engine.serve.start import Address, make_state
 
 EXAMPLES = 1000 if os.environ.get("RETRO_CAMPAIGN") else 12
 BODIES: dict[tuple[str, str], dict[str, Any]] = {
@@ -119,6 +126,61 @@ def test_while_the_model_loads(small: Server, monkeypatch: pytest.MonkeyPatch) -
             assert client.get("/metrics").status_code == 200
         finally:
             small.state.service = service
+
+
+def test_nobody_is_answered_before_it_is_warm(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the first tokens are generated 503 says why; whoever ends it then does not wait for more."""
+    begun, goes_on, warm_up = threading.Event(), threading.Event(), Service.warm_up
+
+    def slowly(service: Service) -> None:
+        begun.set()
+        assert goes_on.wait(30)
+        warm_up(service)
+
+    monkeypatch.setattr(Service, "warm_up", slowly)
+    asked: list[httpx.Response] = []
+
+    def ask(url: str) -> None:
+        assert begun.wait(30)
+        asked.append(httpx.get(f"{url}/health", trust_env=False))
+        goes_on.set()
+
+    options = ServiceOptions(run=str(small_run), library=str(tmp_path / "library"))
+    with serving(lambda: open_service(options), tmp_path, beside=ask) as server:
+        assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 200
+        stats = server.service.engine.stats()
+    assert asked[0].status_code == 503
+    assert "warming up" in asked[0].json()["why"]
+    assert (stats["prefix_bytes"], stats["neighbors_encoded"], stats["running"]) == (0, 0, 0), "it counts as no request"
+
+
+def test_a_server_that_ends_while_it_loads_is_not_warmed(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+    close = Service.close
+    monkeypatch.setattr(Service, "warm_up", lambda service: pytest.fail("nobody will ask"))
+    monkeypatch.setattr(Service, "close", lambda service: (close(service), closed.append(True)))
+    options = ServiceOptions(run=str(small_run), library=str(tmp_path / "library"))
+
+    async def ends() -> None:
+        state = make_state(Accounts(tmp_path / "accounts.sqlite"), Limits(), Address())
+
+        def load() -> Service:
+            opened.set()
+            assert leaves.wait(30)
+            return open_service(options)
+
+        app = make_app(state, load)
+        opened, leaves = threading.Event(), threading.Event()
+        context = app.app.router.lifespan_context(app.app)
+        await context.__aenter__()
+        await asyncio.to_thread(opened.wait, 30)
+        asyncio.get_running_loop().call_later(0.1, leaves.set)
+        await context.__aexit__(None, None, None)
+
+    asyncio.run(ends())
+    assert closed == [True]
 
 
 def test_a_bug_says_nothing_of_itself(
