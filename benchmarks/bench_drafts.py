@@ -26,7 +26,7 @@ from retro_engine.data.store import Store
 from retro_engine.generate.decoding_batch import DecodingBatch
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.request import Request
-from retro_engine.generate.sequence import stacked
+from retro_engine.generate.sequence import DecodingSequence, stacked
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.hit import Found
@@ -52,14 +52,20 @@ def run(options: Options) -> Measured:
             }
             for kind, texts in kinds.items():
                 alone = [[text] for text in texts]
-                together = [texts[first : first + TOGETHER] for first in range(0, len(texts), TOGETHER)]
-                measure(measured, generators, f"{weights}, {kind}", alone, LEAST[kind])
-                measure(measured, generators, f"{weights}, {kind}, {TOGETHER} together", together, NEVER_SLOWER)
+                measure(measured, generators, f"{weights}, {kind}", alone, 1, LEAST[kind])
+                measure(
+                    measured, generators, f"{weights}, {kind}, {TOGETHER} together", [texts], TOGETHER, NEVER_SLOWER
+                )
     return measured
 
 
 def measure(
-    measured: Measured, generators: dict[str, Generator], case: str, batches: list[list[Text]], least: float
+    measured: Measured,
+    generators: dict[str, Generator],
+    case: str,
+    batches: list[list[Text]],
+    together: int,
+    least: float,
 ) -> None:
     """Each batch by both in turns, after one that is not counted; neighbors are kept."""
     for generator in generators.values():
@@ -70,7 +76,7 @@ def measure(
     for batch in (batches[0], *batches):
         for name, generator in generators.items():
             start = time.perf_counter()
-            count = say(generator, batch)
+            count = say(generator, batch, together)
             times[name].append(time.perf_counter() - start)
             steps[name] += count
     rows = compared(case, {name: Spread.of(each[1:]) for name, each in times.items()}, ours=["with"])
@@ -91,22 +97,24 @@ def make_model(vocabulary: int, weights: str) -> RetroModel:
     return use_weights(RetroModel(config, torch.Generator().manual_seed(0)).eval(), weights)
 
 
-def say(generator: Generator, texts: list[Text]) -> int:
-    """Make the model say texts after their first chunks, together; the steps it took."""
+def say(generator: Generator, texts: list[Text], together: int) -> int:
+    """Make the model say texts after their first chunks, some together, the next when one has ended; the steps it took."""
     batch = DecodingBatch(
-        generator.model, pad_id=0, size=len(texts), capacity=CHUNKS * M, neighbor_tokens=K * R, encodings=generator.encodings
+        generator.model, pad_id=0, size=together, capacity=CHUNKS * M, neighbor_tokens=K * R, encodings=generator.encodings
     )  # fmt: skip
-    given, steps = {}, 0
-    for tokens, chunks in texts:
-        sequence = generator.open(Request(tokens[:M], len(tokens) - M))
-        sequence.is_reading = True
-        given[sequence] = tokens, chunks
-        batch.join(sequence, chunks[:1])
-        logits = batch.take_in()
-        assert logits is not None
-        batch.settle()
-        sequence.accept(said(tokens[M : M + 1], len(logits))[0])
-    while batch.decoding:
+    given: dict[DecodingSequence, Text] = {}
+    waiting, steps = list(texts), 0
+    while waiting or batch.decoding:
+        while waiting and len(batch.decoding) < together:
+            tokens, chunks = waiting.pop(0)
+            sequence = generator.open(Request(tokens[:M], len(tokens) - M))
+            sequence.is_reading = True
+            given[sequence] = tokens, chunks
+            batch.join(sequence, chunks[:1])
+            logits = batch.take_in()
+            assert logits is not None
+            batch.settle()
+            sequence.accept(said(tokens[M : M + 1], len(logits))[0])
         found = {s: given[s][1][len(s.tokens) // M - 1] for s in batch.decoding if s.completes()}
         for sequence, logits_TV in zip(list(batch.decoding), batch.step(found)):
             place = len(sequence.tokens)

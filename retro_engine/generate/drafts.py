@@ -15,6 +15,7 @@ DOUBT = 1.1  # after a run of n tokens comes what came before with the chance 1 
 MEMORY = 0.95  # how much of what was counted stays with every step
 TRUST = 4.0  # tokens that are taken to have come as foreseen before anything is counted
 ROW = 0.1  # of a step's time that a row more takes
+BEGIN = 0.06  # that a step with any guess takes beside its rows
 MOST_ROWS = 16  # of a step
 
 Place = tuple[int, list[int], int]  # how many tokens agree, the list they stand in, and where it goes on
@@ -111,4 +112,5 @@ def worthwhile(chances: Sequence[Sequence[float]]) -> list[int]:
             break
         counts[number], room = counts[number] + 1, room - 1
         tokens, time = tokens + chance, time + ROW
-    return counts
+    alone = 1 + ROW * (len(chances) - 1)
+    return counts if tokens * alone > len(chances) * (time + BEGIN) else [0] * len(chances)

@@ -116,7 +116,7 @@ class DecodeCache:
         assert part.rows_B is not None
         part.rows_B.copy_(rows_B)
         for name in PLACES:
-            getattr(part, name).copy_(getattr(self, name)[rows_B])
+            torch.index_select(getattr(self, name), 0, rows_B, out=getattr(part, name))
         part.lengths_B += after_B
         return part
 

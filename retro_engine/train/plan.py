@@ -239,6 +239,9 @@ def activations(c: ModelConfig, x: Layout) -> Activations:
         encoder = _encoder_kept(c, x)
         plain, selective, inputs = plain + encoder.plain, selective + encoder.selective, inputs + encoder.inputs
         layer, ends = max(layer, encoder.layer), ends + encoder.ends
+    if c.reads_prefix:
+        front = _front_kept(c, x)
+        plain, layer, ends = plain + front.plain, max(layer, front.layer), ends + front.ends
     if x.recompute is None:
         kept = plain + ends
     else:
@@ -253,6 +256,29 @@ class _EncoderKept:
     inputs: float
     layer: float
     ends: float
+
+
+def _front_tokens(c: ModelConfig, x: Layout) -> int:
+    """Neighbors in front that run through the decoder, each behind the sink."""
+    neighbors = x.micro_batch * (c.encoder_seq_length // c.chunk_size) * c.num_neighbors
+    return neighbors * (c.r + (c.sink_id is not None))
+
+
+def _front_kept(c: ModelConfig, x: Layout) -> _EncoderKept:
+    """What model/prefix.py keeps beside a decoder's own; no layer is recomputed there."""
+    N, M, d, g = c.encoder_seq_length, c.chunk_size, c.hidden_size, c.key_value_heads * c.head_width
+    L, X, tokens = N // M, c.first_position, _front_tokens(c, x)
+    stack = {"layers": c.dec_num_layers, "reading": 0, "heads": c.num_attention_heads, "keys": 2 * g}
+    plain, _, layer = _stack_kept(c, x, tokens, d, c.ffn_hidden_size, **stack)
+    plain -= layer - tokens * (_norm_kept(c, x, d) + x.narrow * d)  # of the last one keys and values are needed alone
+    keys = X - c.num_neighbors * c.r + M - 1 + sum(X + min((chunk + 2) * M - 1, N) for chunk in range(L))  # of each run
+    text = N * d + 2 * g * (keys - N)  # what the runs read, put together; each has a copy of its keys and values
+    fronts = L * X * (2 * g * x.narrow / x.tensor + 8)  # before they are put in order, and their places
+    text_kept = x.micro_batch * (text * x.narrow / x.tensor + fronts)
+    passes = 1 + (c.sink_id is not None)  # through the decoder, beside the text's
+    copies = passes * x.narrow * _stacked(c) if x.tensor == 1 else 0
+    ends = tokens * x.wide * d + copies
+    return _EncoderKept(plain + c.dec_num_layers * text_kept, 0.0, 0.0, layer + text_kept, ends)
 
 
 def _encoder_kept(c: ModelConfig, x: Layout) -> _EncoderKept:
@@ -299,14 +325,19 @@ def _weight_copies(c: ModelConfig, x: Layout) -> float:
         return outside + x.narrow * matrices.cut / x.tensor
     if not stacks:
         return outside
-    ups = 2 if c.activation == "swiglu" else 0
-    qkv = d * (d + 2 * c.key_value_heads * c.head_width)
-    stacked = c.dec_num_layers * (qkv + ups * d * c.ffn_hidden_size)
+    ups, stacked = 2 if c.activation == "swiglu" else 0, _stacked(c)
     if crossing:
         groups = c.encoder_key_value_heads * (e // c.encoder_heads)
         stacked += c.enc_num_layers * (e * (e + 2 * groups) + ups * e * c.encoder_ffn_width)
         stacked += crosses * 2 * d * groups
     return outside + x.narrow * stacked
+
+
+def _stacked(c: ModelConfig) -> int:
+    """Weights of the decoder's layers that one product takes together, in a copy."""
+    qkv = c.hidden_size * (c.hidden_size + 2 * c.key_value_heads * c.head_width)
+    ups = 2 if c.activation == "swiglu" else 0
+    return c.dec_num_layers * (qkv + ups * c.hidden_size * c.ffn_hidden_size)
 
 
 def _recomputed_flops(c: ModelConfig, T: float, W: float) -> float:
@@ -328,6 +359,7 @@ def _tensor_bytes(c: ModelConfig, x: Layout) -> float:
     W = T // c.chunk_size * c.num_neighbors * c.r if crossing else 0
     again = 1 if x.recompute is not None else 0  # the attention's output, and that of a cross-attention
     more = 0.5 if x.is_sequence_parallel else 0.0
+    T += _front_tokens(c, x) if c.reads_prefix else 0
     decoder = T * d * (c.dec_num_layers * (4 + again + 2 * more) + crossing * (2 + (more if again else 0)) + 2)
     encoder = W * e * (c.enc_num_layers * (4 + again + 2 * more) + crosses * (2 + again + more) + 1) + W * d
     shared = decoder + (encoder + T * d * crosses if crossing else 0)
@@ -417,8 +449,6 @@ def plan(config: Config, processes: int) -> dict[str, Any]:
         raise UsageError(
             "model.vocab_size=0 cannot be planned", "there is no tokenizer to ask", "model.vocab_size=50257"
         )
-    if c.reads_prefix:
-        raise UsageError("model.reading=prefix has no plan", "memory of neighbors in front is not counted", "train it")
     x, p = layout_of(config, processes), parameters(c)
     kept = activations(c, x)
     T = x.micro_batch * c.encoder_seq_length

@@ -81,6 +81,7 @@ def test_guesses_are_taken_that_are_worth_their_rows() -> None:
     assert worthwhile([[ROW]]) == [0], "it costs what it brings"
     assert worthwhile([[0.99**n for n in range(1, 40)]]) == [MOST_ROWS - 1]
     assert worthwhile([[0.3]]) == [1]
+    assert worthwhile([[0.15]]) == [0], "a step with guesses has a price of its own"
     assert worthwhile([[0.3], *[[]] * 7]) == [0] * 8, "rows beside it bring more"
     assert sum(worthwhile([[0.99, 0.98]] * 10)) == MOST_ROWS - 10
     assert worthwhile([[0.9]] * 20) == [0] * 20
