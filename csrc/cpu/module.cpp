@@ -378,8 +378,10 @@ void run(const Build& build, Region& region, size_t& at, const Part& p, Between&
   region.linear(at, {added(p.out, a.o)}, nullptr);
   if (!skips || !a.valid) return;
   region.share(at, B, [&](int64_t begin, int64_t end) {
-    const uint8_t* row = a.valid + begin * a.num_keys;
-    if (std::find(row, row + a.num_keys, 1) == row + a.num_keys) pass(begin, end);
+    for (int64_t b = begin; b < end; ++b) {
+      const uint8_t* row = a.valid + b * a.num_keys;
+      if (std::find(row, row + a.num_keys, 1) == row + a.num_keys) pass(b, b + 1);
+    }
   });
 }
 
