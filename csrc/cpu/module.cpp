@@ -231,30 +231,33 @@ int64_t bytes_of(const Matrix& m) { return m.O * m.D * (m.type == FLOAT32 ? 4 : 
 // One parallel region, whose threads share products and what is between them.
 class Region {
  public:
-  Region(const Build& build, size_t most_phases, int64_t bytes) : build_(build), phases_(most_phases), threads_(bytes < ALONE ? 1 : num_threads()) {
+  typedef Phases::Place Place;
+  Region(const Build& build, size_t most_phases, int64_t bytes) : build_(build), threads_(bytes < ALONE ? 1 : crew().size(num_threads())), phases_(most_phases, threads_) {
     static std::atomic<uint64_t> tickets{1};
     ticket_ = tickets.fetch_add(most_phases);
   }
-  // body(at) on every thread, at the place of its next phase.
-  void run(const std::function<void(size_t&)>& body) {
+  // body(place) on every thread.
+  void run(const std::function<void(Place&)>& body) {
     const auto enter = [&](int64_t, int64_t) {
-      size_t at = 0;
+      Place at = phases_.enter();
       body(at);
     };
+    const Clock::time_point start = Clock::now();
     if (threads_ == 1) enter(0, 1);
     else parallel_for(threads_, 1, enter);
     phases_.rethrow();
+    if (threads_ > 1) crew().note(phases_.napped(), Clock::now() - start);
   }
   template <class Work>
-  void share(size_t& at, int64_t count, const Work& work) { phases_.share(at, count, 1, threads_, work); }
+  void share(Place& at, int64_t count, const Work& work) { phases_.share(at, count, 1, work); }
 
   // Linear layers on the same input, normed before where a norm is given. `joint`: they have outputs of one number, and the same piece of
   // each is computed after the other; else all outputs of all are divided.
-  void linear(size_t& at, std::initializer_list<Linear> layers, const Norm* norm, bool joint = false) {
-    const uint64_t ticket = ticket_ + at;
+  void linear(Place& at, std::initializer_list<Linear> layers, const Norm* norm, bool joint = false) {
+    const uint64_t ticket = ticket_ + at.phase;
     int64_t outputs = 0;
     for (const Linear& layer : layers) outputs = joint ? layer.m.O : outputs + layer.m.O;
-    phases_.share(at, outputs, ROUND, threads_, [&](int64_t begin, int64_t end) {
+    phases_.share(at, outputs, ROUND, [&](int64_t begin, int64_t end) {
       const float* normed = norm ? rows_normed(*norm, *layers.begin(), ticket) : nullptr;
       int64_t first = 0;
       for (Linear layer : layers) {
@@ -269,7 +272,7 @@ class Region {
 
  private:
   static constexpr int64_t ALONE = 1 << 18;  // bytes of weights below which a thread is done before another has come
-  static constexpr int64_t ROUND = 24;  // outputs of a piece are a multiple of it
+  static constexpr int64_t ROUND = 48;  // outputs of a piece are a multiple of it: whole groups and tiles
   // Of a few rows every thread norms all: waiting for another to do it takes longer.
   const float* rows_normed(const Norm& norm, const Linear& layer, uint64_t ticket) const {
     static thread_local std::vector<float> rows;
@@ -283,9 +286,14 @@ class Region {
     return rows.data();
   }
 
+  static Crew& crew() {
+    static Crew crew;
+    return crew;
+  }
+
   const Build& build_;
-  Phases phases_;
   int64_t threads_;
+  Phases phases_;
   uint64_t ticket_;
 };
 
@@ -295,7 +303,7 @@ void linear(const std::string& name, const py::args& given) {
   const Build& build = find_build(name);
   const py::gil_scoped_release release;
   Region region(build, 1, bytes_of(a.m) * std::max<int64_t>(1, a.T / 4));
-  region.run([&](size_t& at) { region.linear(at, {a}, nullptr); });
+  region.run([&](Region::Place& at) { region.linear(at, {a}, nullptr); });
 }
 
 // One of the parts that a layer consists of: y = x + f(norm(x)).
@@ -356,7 +364,7 @@ struct Between {
 };
 constexpr size_t PHASES = 5;  // of a part, at most
 
-void run(const Build& build, Region& region, size_t& at, const Part& p, Between& between, int64_t B, const float* x, float* y) {
+void run(const Build& build, Region& region, Region::Place& at, const Part& p, Between& between, int64_t B, const float* x, float* y) {
   const auto layer = [B](const Matrix& m, const float* from, float* to) { return Linear{B, m, from, to, NONE, nullptr, nullptr, 0}; };
   const auto added = [&](const Matrix& m, const float* from) { return Linear{B, m, from, y, NONE, nullptr, x, 0}; };
   if (p.kind == Part::FEED_FORWARD) {
@@ -408,7 +416,7 @@ class Steps {
       Between::room(states[i % 2], B * parts_[i].norm.D);
     }
     Region region(build_, PHASES * (last - first), bytes_);
-    region.run([&](size_t& at) {
+    region.run([&](Region::Place& at) {
       const float* state = from;
       for (size_t i = first; i < last; i++) {
         float* to = i + 1 == last ? reinterpret_cast<float*>(y) : states[i % 2].data();

@@ -1,55 +1,111 @@
-// Work in phases that all threads of one parallel region go through together, each in small pieces that are taken from a counter. A
-// phase is over when its pieces are done, whoever did them: nobody waits for a thread that holds none, so one that another process has
-// put off its core costs what it holds and no more. Who waits spins for some microseconds, and then gives its core away in naps.
+// Work in phases that all threads of one parallel region go through together. Each thread has a range of a phase's items, takes pieces
+// from its front, and then from the backs of the others' ranges. A phase is over when its items are done, whoever did them: nobody waits
+// for a thread that holds none, so one that another process has put off its core costs what it holds and no more. Who waits spins for
+// microseconds, and then gives its core away in naps.
 #pragma once
 #include <atomic>
 #include <chrono>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <thread>
 
 #include "kernels.h"
 
 namespace retro {
 
-class Phases {
- public:
-  explicit Phases(size_t most) : most_(most), counts_(new Count[most]) {}
+typedef std::chrono::steady_clock Clock;
 
-  // work(begin, end) over [0, count); every thread calls it for the same phases in the same order, `at` its own place. Pieces are a
-  // multiple of `least`, and less the less there is left: long runs of memory first, and at the end nobody waits long.
-  template <class Work>
-  void share(size_t& at, int64_t count, int64_t least, int64_t threads, const Work& work) {
-    if (at == most_) std::terminate();  // a bug: the phases were not counted
-    Count& c = counts_[at++];
-    for (int64_t begin = c.taken.load(std::memory_order_relaxed); begin < count;) {
-      const int64_t piece = threads == 1 ? count : std::max<int64_t>(1, (count - begin) / (2 * threads * least)) * least;
-      const int64_t end = std::min(begin + piece, count);
-      if (!c.taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      attempt([&] { work(begin, end); });
-      c.done.fetch_add(end - begin, std::memory_order_acq_rel);
-      begin = c.taken.load(std::memory_order_relaxed);
-    }
-    for (int spins = 0; c.done.load(std::memory_order_acquire) < count; ++spins) wait(spins);
+// How many threads take part: one less when those that did had to wait for one without a core, one more after a while.
+class Crew {
+ public:
+  int64_t size(int64_t all) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    if (missing_ > 0 && Clock::now() >= again_) missing_--;
+    missing_ = std::min(missing_, all - 1);
+    return all - missing_;
   }
-  // Once all threads have left: what one of them threw.
-  void rethrow() const {
-    if (error_) std::rethrow_exception(error_);
+  void note(Clock::duration waited, Clock::duration total) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    const bool is_crowded = waited > total / 8;
+    if (!is_crowded && missing_ == 0) pause_ = FIRST_PAUSE;
+    if (!is_crowded) return;
+    missing_++;
+    again_ = Clock::now() + pause_;
+    pause_ = std::min(2 * pause_, LAST_PAUSE);
   }
 
  private:
-  static constexpr int SPINS = 1000;  // 10 to 50 us
-  struct alignas(128) Count {
-    std::atomic<int64_t> taken{0};
-    alignas(64) std::atomic<int64_t> done{0};
+  static constexpr std::chrono::milliseconds FIRST_PAUSE{100}, LAST_PAUSE{3200};
+  std::mutex lock_;
+  int64_t missing_ = 0;
+  std::chrono::milliseconds pause_ = FIRST_PAUSE;
+  Clock::time_point again_;
+};
+
+class Phases {
+ public:
+  Phases(size_t most, int64_t threads) : most_(most), threads_(threads), done_(new Done[most]), taken_(new Taken[most * size_t(threads)]) {}
+
+  // A thread's place in the phases; made by each that takes part.
+  struct Place {
+    size_t phase = 0;
+    int64_t thread;
   };
-  static void wait(int spins) {
-    if (spins >= SPINS) return std::this_thread::sleep_for(std::chrono::microseconds(5));
+  Place enter() { return {0, entered_.fetch_add(1) % threads_}; }
+
+  // work(begin, end) over [0, count) in pieces, multiples of `least`; every thread calls it for the same phases in the same order.
+  template <class Work>
+  void share(Place& at, int64_t count, int64_t least, const Work& work) {
+    if (at.phase == most_) std::terminate();  // a bug: the phases were not counted
+    std::atomic<int64_t>& done = done_[at.phase].items;
+    Taken* taken = &taken_[at.phase++ * size_t(threads_)];
+    if (threads_ == 1) return work(0, count);
+    const int64_t size = ((count + threads_ - 1) / threads_ + least - 1) / least * least;
+    for (int64_t i = 0; i < threads_; ++i) {
+      const int64_t owner = (at.thread + i) % threads_, first = std::min(owner * size, count), last = std::min(first + size, count);
+      for (Piece piece; (piece = take(taken[owner], first, last, least, i > 0)).begin < piece.end;) {
+        attempt([&] { work(piece.begin, piece.end); });
+        done.fetch_add(piece.end - piece.begin, std::memory_order_acq_rel);
+      }
+    }
+    if (done.load(std::memory_order_acquire) < count) wait(done, count);
+  }
+  // Once all threads have left: what one of them threw, and how long they napped, in the mean.
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+  Clock::duration napped() const { return Clock::duration(napped_.load() / threads_); }
+
+ private:
+  static constexpr int SPINS = 400;  // 5 to 25 us
+  struct Piece { int64_t begin = 0, end = 0; };
+  struct alignas(64) Done { std::atomic<int64_t> items{0}; };
+  struct alignas(64) Taken { std::atomic<uint64_t> ends{0}; };  // items from the front; from the back, in the upper half
+
+  // A quarter of what is left of a range, from its front or its back.
+  static Piece take(Taken& taken, int64_t first, int64_t last, int64_t least, bool from_back) {
+    for (uint64_t ends = taken.ends.load(std::memory_order_relaxed);;) {
+      const int64_t front = int64_t(ends & UINT32_MAX), back = int64_t(ends >> 32), left = last - first - front - back;
+      if (left <= 0) return {};
+      const int64_t few = from_back && left % least ? left % least : least;  // so that fronts stay multiples
+      const int64_t count = std::min(left, from_back ? few + left / 4 / least * least : std::max(least, left / 4 / least * least));
+      if (!taken.ends.compare_exchange_weak(ends, ends + (uint64_t(count) << (from_back ? 32 : 0)), std::memory_order_relaxed)) continue;
+      return from_back ? Piece{last - back - count, last - back} : Piece{first + front, first + front + count};
+    }
+  }
+  void wait(const std::atomic<int64_t>& done, int64_t count) {
+    for (int spins = 0; spins < SPINS; ++spins) {
+      if (done.load(std::memory_order_acquire) >= count) return;
 #ifdef RETRO_X86
-    __builtin_ia32_pause();
+      __builtin_ia32_pause();
 #elif defined(__aarch64__)
-    asm volatile("yield");
+      asm volatile("yield");
 #endif
+    }
+    const Clock::time_point start = Clock::now();
+    while (done.load(std::memory_order_acquire) < count) std::this_thread::sleep_for(std::chrono::microseconds(5));
+    napped_.fetch_add((Clock::now() - start).count());
   }
   template <class Work>
   void attempt(const Work& work) {
@@ -61,7 +117,10 @@ class Phases {
   }
 
   size_t most_;
-  std::unique_ptr<Count[]> counts_;
+  int64_t threads_;
+  std::unique_ptr<Done[]> done_;
+  std::unique_ptr<Taken[]> taken_;
+  std::atomic<int64_t> entered_{0}, napped_{0};
   std::atomic<bool> has_failed_{false};
   std::exception_ptr error_;
 };
