@@ -36,7 +36,7 @@ class Crew {
   }
 
  private:
-  static constexpr std::chrono::milliseconds FIRST_PAUSE{100}, LAST_PAUSE{3200};
+  static constexpr std::chrono::milliseconds FIRST_PAUSE{100}, LAST_PAUSE{800};
   std::mutex lock_;
   int64_t missing_ = 0;
   std::chrono::milliseconds pause_ = FIRST_PAUSE;
