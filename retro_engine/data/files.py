@@ -30,16 +30,12 @@ import numpy as np
 from retro_engine.data.manifests import check_manifest, check_names
 from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError, UsageError
 
-MAGIC = b"RETROARR"
-VERSION = 1
-BYTE_ORDER = 0x01020304
+MAGIC, VERSION, BYTE_ORDER = b"RETROARR", 1, 0x01020304
 HEADER = struct.Struct("<8sIII12s8sQQQ32sII20sI")  # 128 bytes; the last field is the CRC-32 of the rest
 BLOCK = 1 << 20  # bytes of values under one checksum
 DTYPES = {"u1": np.uint8, "u2": np.uint16, "u4": np.uint32, "i4": np.int32, "i8": np.int64}
-MANIFEST = "manifest.json"
-LOCK = ".lock"
-MOST_JSON_BYTES = 1 << 28
-HASHED = 1 << 24  # bytes at once
+MANIFEST, LOCK = "manifest.json", ".lock"
+MOST_JSON_BYTES, HASHED = 1 << 28, 1 << 24  # pieces so large that other threads of Python seldom let this one go on
 MOST_OBJECT_BYTES = 16 << 20  # of a run's or a checkpoint's file
 PLAIN_NAME = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9_.+-]{1,255}")
 KINDS = {
@@ -460,10 +456,8 @@ class ArrayFile:
 
 
 def sha256_file(path: Path) -> str:
-    """In pieces so large that other threads of Python are seldom asked to let this one go on."""
-    found = hashlib.sha256()
+    found, piece = hashlib.sha256(), memoryview(bytearray(HASHED))
     with open_file(path) as file:
-        piece = memoryview(bytearray(max(1, min(HASHED, os.fstat(file.fileno()).st_size))))
         while count := file.readinto(piece):
             found.update(piece[:count])
     return found.hexdigest()

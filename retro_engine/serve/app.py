@@ -150,6 +150,7 @@ def _opened(state: ServerState, load: Callable[[], Service], ready: Callable[[Se
         if not state.is_closing:
             state.awaited = "the model is warming up: it generates its first tokens, so that no request waits for that"
             service.warm_up()
+        if not state.is_closing:
             ready(service)
     except BaseException:
         service.close()
