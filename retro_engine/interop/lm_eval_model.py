@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from retro_engine.errors import MissingInputError, UsageError, extra, nearest
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.request import Request
 from retro_engine.generate.sampling import Sampling
+from retro_engine.model.decode_cache import new_cache
+from retro_engine.model.decode_prefix import read_in_front
+from retro_engine.model.decoding import prefill
 
 with extra("eval", "lm-eval is not installed", "--lm-eval runs its tasks"):
     from lm_eval import simple_evaluate
@@ -77,17 +81,35 @@ class RetroLM(LM):
         device = self.model.device
         given = torch.tensor([tokens], device=device)
         documents = torch.tensor([[-1] * pad + [0] * (len(tokens) - pad)], device=device)
+        if neighbors is not None and lengths is not None:
+            neighbors, lengths = neighbors.to(device), lengths.to(device)
         with torch.no_grad():
-            hidden = self.model.hidden(
-                given,
-                None if neighbors is None else neighbors.to(device),
-                None if lengths is None else lengths.to(device),
-                documents,
-            )
-            log_probs = self.model.logits(hidden[0, first - 1 : -1]).double().log_softmax(-1)
+            if neighbors is not None and self.model.config.reads_prefix:
+                logits = self._logits_in_front(given, neighbors, lengths, pad, first)
+            else:
+                hidden = self.model.hidden(given, neighbors, lengths, documents)
+                logits = self.model.logits(hidden[0, first - 1 : -1])
+            log_probs = logits.double().log_softmax(-1)
         text = given[0, first:]
         total = float(log_probs.gather(-1, text[:, None]).sum())
         return total, bool((log_probs.argmax(-1) == text).all())
+
+    def _logits_in_front(
+        self, tokens_1T: Tensor, neighbors_1LKR: Tensor, lengths_1LK: Tensor | None, pad: int, first: int
+    ) -> Tensor:
+        """[t, V] before each token from `first` on. As in generation a chunk of the prompt, all of which is there, reads its own
+        neighbors from its first token on.
+        """
+        assert lengths_1LK is not None
+        L, K, R = neighbors_1LKR.shape[1:]
+        encodings, prompt = self.generator.encodings, first // self.model.config.chunk_size
+        encode = None if encodings is None else encodings.of
+        cache = new_cache(self.model, 1, tokens_1T.shape[1], K * R, encode)
+        cache.clear(0, pad)
+        read_in_front(cache, [0], neighbors_1LKR[:, 0], lengths_1LK[:, 0])
+        chunks = [*range(1, prompt), prompt - 1, *range(prompt, L)]
+        logits = prefill(self.model, cache, tokens_1T, neighbors_1LKR[:, chunks], lengths_1LK[:, chunks])
+        return logits[0, first - 1 : -1]
 
     def _retrieved(self, chunks: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         retriever, config = self.generator.retriever, self.model.config

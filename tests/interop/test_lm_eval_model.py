@@ -18,6 +18,7 @@ from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.search import Retriever
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+from retro_engine.generate.request import Request
 from retro_engine.generate.sampling import Sampling
 from retro_engine.interop import lm_eval_model  # noqa: E402
 from retro_engine.interop.lm_eval_model import RetroLM, run_tasks  # noqa: E402
@@ -96,6 +97,10 @@ def test_a_decoder_that_reads_in_front(small_store: Store) -> None:
     explained = explain(generator, "river stone amber", " copper")
     assert on == pytest.approx(float(explained.log_probs_T.sum()), abs=1e-5)
     assert on != pytest.approx(float(explained.off_T.sum()), abs=1e-3)
+    long = small_store.tokenizer.encode("river stone amber lantern orchard harbor " * 6)
+    assert len(long) > 32, "several chunks, each with its own neighbors"
+    said = generator.generate_all([Request(long, 6, sampling=Sampling(min_tokens=6))])[0].tokens
+    assert RetroLM(generator)._score(long, said)[1], "as generation reads them"
 
 
 def test_greedy_and_stop_strings(generator: Generator) -> None:
