@@ -25,6 +25,7 @@ from retro_engine.model.device import pick_device
 from retro_engine.model.linear import BlockEmbedding, BlockLinear
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
+from retro_engine.model.weights import undrawn_model
 from retro_engine.progress import note
 
 BLOCKS = {kind.number: name for name, kind in ops.BLOCK_TYPES.items()}
@@ -67,8 +68,7 @@ def _open_gguf(path: Path) -> OpenedModel:
 
 def _model(config: ModelConfig, file: GgufFile, tensors: dict[str, GgufTensor]) -> RetroModel:
     """`tensors`: of each of our names."""
-    with torch.device("meta"):
-        model = RetroModel(config)
+    model = undrawn_model(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     wrong = [f"{name} {tensors[name].shape}, expected {s}" for name, s in expected.items() if tensors[name].shape != s]
     if wrong:

@@ -79,12 +79,17 @@ def new_model(config: ModelConfig, state: dict[str, Tensor], name: str) -> Retro
             f"{config.dec_num_layers} layers, and {len(state)} tensors",
             "check the config beside the weights",
         )
-    with torch.device("meta"), _Undrawn():
-        model = RetroModel(config)
+    model = undrawn_model(config)
     _check_shapes(model, state, name)
     dtype = state["embedding.weight"].dtype
     model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     return model
+
+
+def undrawn_model(config: ModelConfig) -> RetroModel:
+    """A model whose parameters have no memory yet."""
+    with torch.device("meta"), _Undrawn():
+        return RetroModel(config)
 
 
 class _Undrawn(TorchFunctionMode):
