@@ -86,8 +86,8 @@ def decode_one(
         _check_ending(model, places, neighbors_NKR, ending)
     if ending and cache.sink_CSGE is not None:
         read_in_front(cache, ending, neighbors_NKR, lengths_NK)
-    is_first: slice | Tensor = ALL
     rows = cache
+    is_first: slice | Tensor = ALL
     if any(ahead):
         rows = cache.ahead(counts)
         is_first = torch.tensor([place == 0 for count in counts for place in range(count)], device=tokens_B.device)

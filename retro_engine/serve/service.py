@@ -144,6 +144,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     folder, model, tokenizer = opened.folder, opened.model, opened.tokenizer
     check_reading(model, options.reading)
     library = importer = static = None
+    is_own = shared is None
     has_documents, stores = reads_documents(options, folder, model.config), []
     if has_documents:
         named = options.stores is not None or not model.config.retrieval
@@ -168,7 +169,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     generator = Generator(model.eval(), tokenizer, retriever, options.neighbor_bytes, encoded=encoded)
     engine = Engine(generator, options.max_batch, options.max_waiting, shares_prefixes=options.shares_prefixes)
     ahead = None
-    if isinstance(library, Library) and generator.encodings is not None and generator.encodings.max_bytes:
+    if is_own and library is not None and generator.encodings is not None and generator.encodings.max_bytes:
         ahead = EncodeAhead(library, generator.encodings, model.config.r)
     Sampling(**opened.generation)
     name = options.name or run_folder(folder).resolve().name

@@ -17,13 +17,17 @@ from typing import Any
 
 import httpx
 import pytest
+from helpers import small_config
 
 from retro_engine.data.corpus import Document
+from retro_engine.data.store import Store
 from retro_engine.errors import MissingExtraError, UsageError
 from retro_engine.library.library import Library
+from retro_engine.model.retro import RetroModel
 from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.replicas import SharedImporter, SharedLibrary, Shelf, build
-from retro_engine.serve.service import ServiceOptions
+from retro_engine.serve.service import ServiceOptions, open_service
+from retro_engine.train.checkpoint import publish_model
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_RAY_SERVE = bool(importlib.util.find_spec("ray") and importlib.util.find_spec("fastapi"))
@@ -239,6 +243,31 @@ def test_a_shared_library_answers_as_the_library(small_run: Path, tmp_path: Path
     assert asyncio.run(on_a_loop()) == known < shared.version
     shelf.importer.stop()
     shelf.library.close()
+
+
+def test_a_plain_decoder_reads_the_shared_library(small_store: Store, tmp_path: Path) -> None:
+    """In front, in the library's chunks; with reading=none there is none."""
+    config = small_config(vocab_size=small_store.vocab_size, retrieval=False, encoder_seq_length=64, chunk_size=16)
+    greedy = {"greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    publish_model(tmp_path / "run", RetroModel(config), small_store.tokenizer, {"imported": "here"}, greedy)
+    options = ServiceOptions(run=str(tmp_path / "run"), library=str(tmp_path / "library"))
+    shelf, shared = shelf_of(tmp_path / "run", tmp_path)
+    shared.add([Document("a", "", "river stone amber lantern orchard harbor winter copper thistle")])
+    service = open_service(options, (shared, SharedImporter(shared)))
+    assert service.generator.model.config.reads_prefix
+    out = service.generator.generate("river stone amber", 4)
+    assert [hit.document for segment in out.segments for hit in segment.neighbors][:1] == ["a"]
+    service.close()
+    shelf.importer.stop()
+    shelf.library.close()
+    assert not open_alone(ServiceOptions(run=options.run, reading="none"))
+
+
+def open_alone(options: ServiceOptions) -> bool:
+    """Whether a service without a library reads."""
+    service = open_service(options)
+    service.close()
+    return service.generator.model.config.retrieval
 
 
 def test_a_version_never_goes_back(small_run: Path, tmp_path: Path) -> None:
