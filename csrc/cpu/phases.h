@@ -27,7 +27,7 @@ class Crew {
   }
   void note(Clock::duration waited, Clock::duration total) {
     const std::lock_guard<std::mutex> guard(lock_);
-    const bool is_crowded = waited > total / 8;
+    const bool is_crowded = waited > total / 8 && waited > LEAST_WAIT;
     if (!is_crowded && missing_ == 0) pause_ = FIRST_PAUSE;
     if (!is_crowded) return;
     missing_++;
@@ -36,7 +36,7 @@ class Crew {
   }
 
  private:
-  static constexpr std::chrono::milliseconds FIRST_PAUSE{100}, LAST_PAUSE{800};
+  static constexpr std::chrono::milliseconds LEAST_WAIT{1}, FIRST_PAUSE{50}, LAST_PAUSE{800};
   std::mutex lock_;
   int64_t missing_ = 0;
   std::chrono::milliseconds pause_ = FIRST_PAUSE;
