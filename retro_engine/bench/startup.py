@@ -35,10 +35,11 @@ def run(options: Options) -> Measured:
         raise UsageError("startup has no model", "it starts a run that is there", "--run RUN")
     opened = open_model(options.run)
     weights, most = opened.model.num_parameters, opened.model.config.most_tokens or LENGTH
+    reads = opened.model.config.retrieval  # else there is no library: a search takes memory of its own
     del opened
     rows, targets = _first_token(options.run)
     for dtype, item in DTYPES.items():
-        row, found = _serving(options.run, dtype, min(LENGTH, most), weights * item / 2**20)
+        row, found = _serving(options.run, dtype, min(LENGTH, most), weights * item / 2**20, reads)
         rows.append(row)
         targets += found
     return Measured(rows, targets)
@@ -68,9 +69,9 @@ def _first_token(run: str) -> tuple[list[Row], list[Target]]:
     ]
 
 
-def _serving(run: str, dtype: str, length: int, weights_mib: float) -> tuple[Row, list[Target]]:
+def _serving(run: str, dtype: str, length: int, weights_mib: float, reads: bool) -> tuple[Row, list[Target]]:
     """The first request of a server that says it is ready, others, and its memory after a sequence of `length` tokens."""
-    with tempfile.TemporaryDirectory() as folder, _server(run, dtype, Path(folder)) as (url, key, pid, ready_s):
+    with tempfile.TemporaryDirectory() as folder, _server(run, dtype, Path(folder), reads) as (url, key, pid, ready_s):
         times = [_ask(url, key, f"{number}. {PROMPT}", 1) for number in range(ROUNDS + 1)]
         before = resident_mib(pid=pid)
         _ask(url, key, [5] * (length - NEW), NEW)
@@ -90,14 +91,15 @@ def _serving(run: str, dtype: str, length: int, weights_mib: float) -> tuple[Row
 
 
 @contextlib.contextmanager
-def _server(run: str, dtype: str, folder: Path) -> Iterator[tuple[str, str, int, float]]:
+def _server(run: str, dtype: str, folder: Path, reads: bool) -> Iterator[tuple[str, str, int, float]]:
     """`retro serve` for one sequence: its address, a key, its process and the seconds until it was ready."""
     from retro_engine.serve.accounts import Accounts
 
     accounts = folder / "accounts.sqlite"
     key = Accounts(accounts).add_key("bench", "read")
     command = [sys.executable, "-m", "retro_engine.cli", "serve", run, "--port", "0", "--json", "--max-batch", "1"]
-    command += ["--dtype", dtype, "--accounts", str(accounts), "--library", str(folder / "library")]
+    command += ["--dtype", dtype, "--accounts", str(accounts)]
+    command += ["--library", str(folder / "library")] if reads else []
     start, url = time.perf_counter(), ""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
