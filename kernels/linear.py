@@ -9,6 +9,7 @@ Shape letters: T rows, D inputs, O outputs.
 """
 
 import torch
+import torch.nn.functional as F
 from retro_kernels import cpp, reference
 from retro_kernels.backend import choose
 from retro_kernels.checks import carries_derivative
@@ -48,6 +49,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         return reference.linear(x, matrix)
     if is_many and scale is None:
         return product(x, weight, bias)
+    if is_many and scale is not None and cpp.multiplies_bf16():
+        y = F.linear(x.bfloat16(), weight.bfloat16()).float() * scale  # a byte is exact in bfloat16
+        return (y if bias is None else y + bias).to(x.dtype)
     y = cpp.linear(x.reshape(-1, D).float().contiguous(), matrix)
     return y.to(x.dtype).reshape(*x.shape[:-1], outputs)
 
