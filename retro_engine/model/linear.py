@@ -59,7 +59,7 @@ class Int8Linear(nn.Module):
 
     @property
     def num_weights(self) -> int:
-        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+        return self.weight.numel()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., o]"""
@@ -88,7 +88,7 @@ class BlockLinear(nn.Module):
 
     @property
     def num_weights(self) -> int:
-        return self.out_features * self.in_features + (0 if self.bias is None else self.bias.numel())
+        return self.out_features * self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., o]"""

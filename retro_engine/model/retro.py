@@ -19,7 +19,7 @@ from retro_engine.model.attention import ChunkedCrossAttention, NeighborProjecti
 from retro_engine.model.decoder import CausalAttention, DecoderLayer, Reading, chunk_read
 from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
 from retro_engine.model.initialization import initialize
-from retro_engine.model.linear import ROUNDED, BlockLinear, Int8Linear, Linear, is_sharded
+from retro_engine.model.linear import ROUNDED, BlockEmbedding, BlockLinear, Int8Linear, Linear, is_sharded
 from retro_engine.model.loss import linear_cross_entropy
 from retro_engine.model.prefix import Encode, Pairs, PrefixAttention, Recording, padded, stacked
 
@@ -236,10 +236,11 @@ class RetroModel(nn.Module):
     def num_parameters(self) -> int:
         """Weights, in whatever type they are kept; a matrix that embedding and head share counts once."""
         count = sum(parameter.numel() for parameter in self.parameters())
-        rounded = [module for module in self.modules() if isinstance(module, ROUNDED)]
-        if self.config.share_embeddings and self.head is not None:
-            rounded.remove(self.head)  # type: ignore[arg-type]
-        return count + sum(module.num_weights for module in rounded)
+        rounded = [module for module in self.modules() if isinstance(module, ROUNDED) and module is not self.head]
+        if isinstance(self.head, ROUNDED) and not self.config.share_embeddings:
+            count += self.head.num_weights  # its bias is a parameter still
+        biases = [m.bias for m in rounded if not isinstance(m, BlockEmbedding) and m.bias is not None]
+        return count + sum(module.num_weights for module in rounded) + sum(map(len, biases))
 
     @property
     def cache_dtype(self) -> torch.dtype:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import write_corpus
 
-from retro_engine.bench import checkout, contestants, decode, model, pipeline, profile, results
+from retro_engine.bench import checkout, contestants, crowded, decode, model, pipeline, profile, results
 from retro_engine.bench.__main__ import main
 from retro_engine.bench.contestants import RECOMPUTED, SHAPES, Inputs, Shape
 from retro_engine.bench.frame import Options
@@ -72,6 +72,7 @@ def test_too_little_memory_is_said_before_anything_starts(
 def test_decode_takes_less_than_recomputing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setattr(decode, "PEOPLE", 100)
+    monkeypatch.setattr(crowded, "run", lambda *_: ([], []))
     rows = decode.run(Options(sizes=["tiny"], implementations=["ours"]), (2,)).rows
     assert [row.case for row in rows][1:] == ["decode tiny, batch 2"]
     assert rows[0].case.startswith("retrieval, ") and rows[0].median_s > 0

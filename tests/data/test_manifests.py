@@ -29,6 +29,7 @@ from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.store import Store
 from retro_engine.errors import RetroError, StoreError
 from retro_engine.generate.encode_store import encode_store
+from retro_engine.generate.open_model import open_model
 from retro_engine.generate.sampling import Sampling
 from retro_engine.library.documents import HashEmbedder
 from retro_engine.library.library import Library
@@ -92,7 +93,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = RetroModel(small_config(vocab_size=store.vocab_size, chunk_size=16, enc_cross_attention=[]))
     sampling = {"greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     checkpoint.publish_model(folder / "checkpoint", model, store.tokenizer, {"imported": "here"}, sampling)
-    encode_store(folder / "checkpoint", store, folder / "encodings")
+    encode_store(open_model(folder / "checkpoint"), store, folder / "encodings")
     return folder
 
 

@@ -19,7 +19,7 @@ class Reader(torch.nn.Module):
     def __init__(self, m: int, vocab_size: int):
         super().__init__()
         self.m, self.vocab_size = m, vocab_size
-        self.embedding = torch.nn.Embedding(1, 1)
+        self.embedding, self.device = torch.nn.Embedding(1, 1), torch.device("cpu")
 
     def forward(self, tokens, neighbors, lengths, documents):
         logits = torch.zeros(*tokens.shape, self.vocab_size)

@@ -192,7 +192,9 @@ def test_large_activations(instruction_set: str, kind: torch.dtype, activation: 
     part = FeedForwardPart(Norm(None, None, 0.0, True), gate, inner, out, activation)
     found = Steps([part])(x)
     exact = reference.step(x.to(kind if kind == torch.bfloat16 else torch.float32), part).float()
-    torch.testing.assert_close(found, exact, rtol=2e-2 if kind == torch.bfloat16 else 2e-3, atol=1e-4, equal_nan=True)
+    # int8: each input of the second product is within half of a 127th of the largest of 32
+    error = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.int8: 1e-2}[kind]
+    torch.testing.assert_close(found, exact, rtol=error, atol=1e-4, equal_nan=True)
     assert found.isnan().flatten().tolist() == [False, False, True]
 
 

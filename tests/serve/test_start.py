@@ -109,7 +109,7 @@ def test_what_cannot_be_opened_ends_the_start(small_run: Path, tmp_path: Path) -
         (ServiceOptions(run=str(small_run), library=str(tmp_path / "file")), UsageError),
         (ServiceOptions(run=str(small_run), library=str(tmp_path / "l"), stores=[str(tmp_path)]), MissingInputError),
         (ServiceOptions(run=str(small_run), library=str(tmp_path / "l"), mode="psychic"), UsageError),
-        (ServiceOptions(run=str(small_run), library=str(tmp_path / "l"), dtype="int4"), UsageError),
+        (ServiceOptions(run=str(small_run), library=str(tmp_path / "l"), dtype="fp8"), UsageError),
     ):
         with pytest.raises(kind):
             serve_until_signal(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
