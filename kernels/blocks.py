@@ -56,7 +56,7 @@ def dequantize(blocks: Tensor, kind: str, inputs: int) -> Tensor:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """x [..., d] as products with blocks see it: whole multiples, -127 ... 127, of max |x| / 127 of each 32; float32 or wider."""
+    """x [..., d] as weights in bytes and in blocks meet it: whole multiples, -127 ... 127, of max |x| / 127 of each 32; float32 or wider."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     blocks = F.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     top = blocks.abs().amax(-1, keepdim=True)

@@ -3,7 +3,7 @@
 Reads o * d weights once and t * d inputs, writes t * o: while t is small the roofline is the memory's bandwidth, so
 bf16 weights take half of the time and int8 weights a quarter. Sums are float32, and each of a few rows' results is the same
 whatever rows are beside it. On a CPU in C++ where that was built; all else is PyTorch's. In C++ inputs that meet int8 weights
-are rounded to bytes (`reference.rounded_to_bytes`) and products of bytes are exact; where the processor multiplies pairs of
+are rounded to bytes (`blocks.rounded`) and products of bytes are exact; where the processor multiplies pairs of
 bfloat16, what meets bfloat16 weights is rounded to it.
 Shape letters: T rows, D inputs, O outputs.
 """

@@ -422,14 +422,6 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
     return (y if matrix.bias is None else y + matrix.bias).to(x.dtype)
 
 
-def rounded_to_bytes(x: Tensor) -> Tensor:
-    """[..., d] as int8 weights meet it in C++: whole multiples, -127 ... 127, of the largest / 127 of each 32."""
-    runs = F.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    top = runs.abs().amax(-1, keepdim=True)
-    whole = (runs * torch.where(top > 1e-30, 127 / top, 0)).round()
-    return (whole * (top / 127)).flatten(-2)[..., : x.shape[-1]]
-
-
 def normalize(x: Tensor, norm: Norm) -> Tensor:
     if norm.is_rms:
         return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)

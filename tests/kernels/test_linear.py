@@ -3,8 +3,8 @@
 import pytest
 import torch
 from retro_kernels import cpp
+from retro_kernels.blocks import rounded
 from retro_kernels.linear import MANY_ROWS, linear
-from retro_kernels.reference import rounded_to_bytes
 from torch import Tensor
 
 
@@ -24,7 +24,7 @@ def test_against_float64(rows: int, inputs: int, outputs: int) -> None:
 
 def seen(x: Tensor) -> Tensor:
     """What int8 weights meet: bytes in C++."""
-    return rounded_to_bytes(x.float()) if cpp.is_available() else x
+    return rounded(x.float()) if cpp.is_available() else x
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 17, MANY_ROWS + 1])
@@ -74,11 +74,11 @@ def test_bytes_of_inputs(instruction_set: str) -> None:
     x[1, 69], x[2, 5] = torch.nan, torch.inf
     x[3] = 1e-42
     found = linear(x, weight, None, scale)
-    exact = rounded_to_bytes(x[0]).double() @ weight.double().T
+    exact = rounded(x[0]).double() @ weight.double().T
     assert (found[0] - exact).abs().max() <= 1e-6 * exact.abs().max()
     assert found[1].isnan().all() and not found[2].isfinite().any()
     assert torch.equal(found[3], torch.zeros(9))
-    assert (rounded_to_bytes(x[0]) - x[0])[64:].abs().max() <= x[0, 64:].abs().max() / 254
+    assert (rounded(x[0]) - x[0])[64:].abs().max() <= x[0, 64:].abs().max() / 254
 
 
 def test_other_types_and_empty() -> None:
