@@ -23,6 +23,7 @@ from retro_engine.data.batches import Sequences
 from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
+from retro_engine.generate import drafts
 from retro_engine.generate.decoding_batch import DecodingBatch
 from retro_engine.generate.generator import Generator
 from retro_engine.generate.request import Request
@@ -42,6 +43,7 @@ Text = tuple[list[int], list[Found]]  # tokens of whole chunks, and the neighbor
 
 
 def run(options: Options) -> Measured:
+    drafts.MOST_SEQUENCES = TOGETHER  # to see what it would cost
     measured = Measured([])
     with tempfile.TemporaryDirectory() as folder:
         store, kinds = texts_of(Path(folder))

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from retro_engine.generate.drafts import MOST_ROWS, worthwhile
+from retro_engine.generate import drafts
 from retro_engine.generate.prefix import PrefixCache, keys_of
 from retro_engine.generate.request import Event
 from retro_engine.generate.sequence import DecodingSequence, stacked
@@ -137,7 +137,8 @@ class DecodingBatch:
         each = [[sequence] for sequence in self.decoding] if self.deterministic else [self.decoding]
         self._drafts = {}
         for sequences in each:
-            self._drafts |= self._draft([s for s in sequences if s not in waits and s.drafts is not None])
+            if len(sequences) <= drafts.MOST_SEQUENCES:
+                self._drafts |= self._draft([s for s in sequences if s not in waits and s.drafts is not None])
         firsts = range(len(self.decoding)) if self.deterministic else [0]
         return [
             logits for first, sequences in zip(firsts, each) for logits in self._step(first, sequences, found, waits)
@@ -147,8 +148,8 @@ class DecodingBatch:
         """What may come of sequences that step together, where it is worth its time."""
         if not sequences:
             return {}
-        guesses = [sequence.guesses(MOST_ROWS - 1) for sequence in sequences]
-        counts = worthwhile([[chance for _, chance in each] for each in guesses])
+        guesses = [sequence.guesses(drafts.MOST_ROWS - 1) for sequence in sequences]
+        counts = drafts.worthwhile([[chance for _, chance in each] for each in guesses])
         return {s: [token for token, _ in each[:count]] for s, each, count in zip(sequences, guesses, counts) if count}
 
     def accepted(self, sequence: DecodingSequence, logits_TV: Tensor) -> list[Event | None]:

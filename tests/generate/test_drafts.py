@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_engine.data.store import Store
+from retro_engine.generate import drafts
 from retro_engine.generate.drafts import KEY, MOST_ROWS, ROW, Drafts, worthwhile
 from retro_engine.generate.engine import Engine
 from retro_engine.generate.generator import Generator
@@ -136,6 +137,12 @@ def test_guesses_beyond_the_cache_are_refused() -> None:
         decode_one(model, cache, torch.ones(1, dtype=torch.long), ahead=[[1, 1]])
 
 
+@pytest.fixture(autouse=True)
+def several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several sequences draft, too."""
+    monkeypatch.setattr(drafts, "MOST_SEQUENCES", 16)
+
+
 @pytest.fixture(scope="module")
 def repeating(small_store: Store) -> RetroModel:
     """A model that repeats itself, so that drafts hold."""
@@ -154,8 +161,8 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def both(model: RetroModel, store: Store, requests: list[Request], **options: Any) -> list[Generation]:
     """With drafts; the same without."""
     found = []
-    for drafts in (False, True):
-        generator = Generator(model, store.tokenizer, Retriever([store]), drafts=drafts)
+    for is_drafting in (False, True):
+        generator = Generator(model, store.tokenizer, Retriever([store]), drafts=is_drafting)
         found.append(generator.generate_all(requests, **options))
     assert found[0] == found[1]
     return found[1]
