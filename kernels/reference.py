@@ -57,11 +57,11 @@ def attention(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over each query's range of keys; exactly 0 where it is empty, whatever the values hold."""
-    N, S = q_BNHE.shape[1], k_BSGE.shape[1]
-    query, key = torch.arange(N, device=q_BNHE.device), torch.arange(S, device=q_BNHE.device)
-    if cos is not None and sin is not None:
-        q_BNHE = rope(q_BNHE, cos, sin, query_offset + query % query_period)
-        k_BSGE = rope(k_BSGE, cos, sin)
+    query, key = (
+        torch.arange(q_BNHE.shape[1], device=q_BNHE.device),
+        torch.arange(k_BSGE.shape[1], device=q_BNHE.device),
+    )
+    q_BNHE, k_BSGE = _rotated(q_BNHE, k_BSGE, cos, sin, query_offset + query % query_period)
     seen = _seen(query, key, is_causal, first_keys, key_begins, key_ends)
     any_seen = None
     if key_begins is not None or key_ends is not None or first_keys is not None:
@@ -78,6 +78,15 @@ def attention(
         kept = factors(dropout, seed, q_BNHE.shape[0], q_BNHE.shape[2], query, key)
         out = _attention_with_dropout(q_BNHE, k_BSGE, v_BSGE, mask, scale, kept)
     return out if any_seen is None else torch.where(any_seen[..., None], out, 0)
+
+
+def _rotated(
+    q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, positions_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Queries at these positions, keys at 0, 1 ...; as they are where there are no tables."""
+    if cos is None or sin is None:
+        return q, k
+    return rope(q, cos, sin, positions_N), rope(k, cos, sin)
 
 
 def _seen(
@@ -117,10 +126,11 @@ def log_sum_exp(
     scale: float,
 ) -> Tensor:
     """Of each query's scores in `attention` [b, h, n], in fp32 (float64 of float64); +inf where nothing is attended."""
-    query, key = (torch.arange(x.shape[1], device=x.device) for x in (q_BNHE, k_BSGE))
-    if cos is not None and sin is not None:
-        q_BNHE = rope(q_BNHE, cos, sin, query_offset + query % query_period)
-        k_BSGE = rope(k_BSGE, cos, sin)
+    query, key = (
+        torch.arange(q_BNHE.shape[1], device=q_BNHE.device),
+        torch.arange(k_BSGE.shape[1], device=q_BNHE.device),
+    )
+    q_BNHE, k_BSGE = _rotated(q_BNHE, k_BSGE, cos, sin, query_offset + query % query_period)
     seen = _seen(query, key, is_causal, first_keys, key_begins, key_ends)
     if seen is None and is_causal:
         seen = (key <= query[:, None])[None]

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from kernel_helpers import rotary_tables
-from retro_kernels import reference
+from retro_kernels import cpp, reference
 from retro_kernels.attention import attention
+from retro_kernels.blocks import rounded
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
 from retro_kernels.cross_entropy import cross_entropy_
 from retro_kernels.gather_neighbors import gather_neighbors
@@ -98,11 +99,11 @@ def test_a_gradient_of_a_gradient(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_vmap(name: str) -> None:
     x = torch.stack((Q, Q.sin(), Q + 1)).float()
-    found, exact = torch.vmap(OPS[name])(x), torch.stack([OPS[name](part) for part in x])
-    if name == "linear of bytes":  # what meets bytes is rounded to bytes too, where nothing else is asked
-        assert (found - exact).norm() / exact.norm() < 2e-2
-    else:
-        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
+    is_rounded = (
+        name == "linear of bytes" and cpp.is_available()
+    )  # outside of vmap: what meets bytes is rounded to bytes
+    found = torch.vmap(OPS[name])(rounded(x) if is_rounded else x)
+    torch.testing.assert_close(found, torch.stack([OPS[name](part) for part in x]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
