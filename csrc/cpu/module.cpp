@@ -232,7 +232,7 @@ int64_t bytes_of(const Matrix& m) { return m.O * m.D * (m.type == FLOAT32 ? 4 : 
 class Region {
  public:
   typedef Phases::Place Place;
-  Region(const Build& build, size_t most_phases, int64_t bytes) : build_(build), threads_(bytes < ALONE ? 1 : crew().size(num_threads())), phases_(most_phases, threads_) {
+  Region(const Build& build, size_t most_phases, int64_t bytes) : build_(build), threads_(bytes < ALONE ? 1 : num_threads()), phases_(most_phases, threads_) {
     static std::atomic<uint64_t> tickets{1};
     ticket_ = tickets.fetch_add(most_phases);
   }
@@ -242,11 +242,9 @@ class Region {
       Place at = phases_.enter();
       body(at);
     };
-    const Clock::time_point start = Clock::now();
     if (threads_ == 1) enter(0, 1);
     else parallel_for(threads_, 1, enter);
     phases_.rethrow();
-    if (threads_ > 1) crew().note(phases_.napped(), Clock::now() - start);
   }
   template <class Work>
   void share(Place& at, int64_t count, const Work& work) { phases_.share(at, count, 1, work); }
@@ -284,11 +282,6 @@ class Region {
       known = ticket;
     }
     return rows.data();
-  }
-
-  static Crew& crew() {
-    static Crew crew;
-    return crew;
   }
 
   const Build& build_;

@@ -7,41 +7,11 @@
 #include <chrono>
 #include <exception>
 #include <memory>
-#include <mutex>
 #include <thread>
 
 #include "kernels.h"
 
 namespace retro {
-
-typedef std::chrono::steady_clock Clock;
-
-// How many threads take part: one less when those that did had to wait for one without a core, one more after a while.
-class Crew {
- public:
-  int64_t size(int64_t all) {
-    const std::lock_guard<std::mutex> guard(lock_);
-    if (missing_ > 0 && Clock::now() >= again_) missing_--;
-    missing_ = std::min(missing_, all - 1);
-    return all - missing_;
-  }
-  void note(Clock::duration waited, Clock::duration total) {
-    const std::lock_guard<std::mutex> guard(lock_);
-    const bool is_crowded = waited > total / 8 && waited > LEAST_WAIT;
-    if (!is_crowded && missing_ == 0) pause_ = FIRST_PAUSE;
-    if (!is_crowded) return;
-    missing_++;
-    again_ = Clock::now() + pause_;
-    pause_ = std::min(2 * pause_, LAST_PAUSE);
-  }
-
- private:
-  static constexpr std::chrono::milliseconds LEAST_WAIT{1}, FIRST_PAUSE{50}, LAST_PAUSE{800};
-  std::mutex lock_;
-  int64_t missing_ = 0;
-  std::chrono::milliseconds pause_ = FIRST_PAUSE;
-  Clock::time_point again_;
-};
 
 class Phases {
  public:
@@ -71,11 +41,10 @@ class Phases {
     }
     if (done.load(std::memory_order_acquire) < count) wait(done, count);
   }
-  // Once all threads have left: what one of them threw, and how long they napped, in the mean.
+  // Once all threads have left: what one of them threw.
   void rethrow() const {
     if (error_) std::rethrow_exception(error_);
   }
-  Clock::duration napped() const { return Clock::duration(napped_.load() / threads_); }
 
  private:
   static constexpr int SPINS = 400;  // 5 to 25 us
@@ -103,9 +72,7 @@ class Phases {
       asm volatile("yield");
 #endif
     }
-    const Clock::time_point start = Clock::now();
     while (done.load(std::memory_order_acquire) < count) std::this_thread::sleep_for(std::chrono::microseconds(5));
-    napped_.fetch_add((Clock::now() - start).count());
   }
   template <class Work>
   void attempt(const Work& work) {
@@ -120,7 +87,7 @@ class Phases {
   int64_t threads_;
   std::unique_ptr<Done[]> done_;
   std::unique_ptr<Taken[]> taken_;
-  std::atomic<int64_t> entered_{0}, napped_{0};
+  std::atomic<int64_t> entered_{0};
   std::atomic<bool> has_failed_{false};
   std::exception_ptr error_;
 };
