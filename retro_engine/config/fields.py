@@ -237,6 +237,11 @@ class DataConfig:
         "question: {question}\nanswer:", lambda text: "{question}" in text, "it has no {question}"
     )
     question_retriever: str = "bm25"
+    # reading=prefix: share of the questions that read other questions' passages beside their own; that read none of their
+    # own, and how they are answered then
+    question_distractors: float = number(0.0, low=0, high=1)
+    question_absent: float = number(0.0, low=0, high=1)
+    question_absent_answer: str = checked("not in the documents", lambda text: bool(text.strip()), "it is empty")
     splits_string: str = shares("98,2,0")  # shares of the documents: train, validation, test
     dataloader_type: str = choice("cyclic", "single")  # sequences shuffled anew each epoch | one pass, in order
     shuffle_documents: bool | None = None  # before they are packed; None = with cyclic; the corpus' order is single's

@@ -114,6 +114,7 @@ def check(config: Config) -> None:
     _check_batch(config)
     _check_schedule(config)
     _check_freezing(config.model)
+    _check_questions(config)
     _check_lora(config)
     _check_parallel(config)
 
@@ -185,6 +186,18 @@ def _check_freezing(m: TrainedModelConfig) -> None:
         require(
             share == 0 or m.lora.rank > 0, "model.data.neighbor_dropout", share, rule, "model.data.neighbor_dropout=0"
         )
+
+
+def _check_questions(config: Config) -> None:
+    m, data = config.model, config.model.data
+    for name in ("question_distractors", "question_absent"):
+        key, value = f"model.data.{name}", getattr(data, name)
+        require(not value or data.questions is not None, key, value, "it is of questions", "set model.data.questions")
+        require(not value or m.reads_prefix, key, value, "passages are shared in front", "model.reading=prefix")
+    total = data.question_distractors + data.question_absent
+    require(total <= 1, "model.data.question_distractors", data.question_distractors, "with question_absent at most 1")
+    is_compiled = config.trainer.compile and m.reads_prefix and data.questions is not None
+    require(not is_compiled, "trainer.compile", True, "shared passages have no fixed shape", "trainer.compile=false")
 
 
 def _check_lora(config: Config) -> None:

@@ -34,6 +34,7 @@ class SequenceBatch:
     neighbors: np.ndarray | None  # [B, L, K, R]
     lengths: np.ndarray | None  # [B, L, K]
     neighbor_ids: np.ndarray | None = None  # [B, L, K] instead of the two above: the device gathers them
+    reads: np.ndarray | None = None  # [B, K] which of shared neighbors [W, R] of lengths [W] a row reads; -1 = none
 
 
 def split_documents(store: Store, shares: str) -> dict[str, np.ndarray]:

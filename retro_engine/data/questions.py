@@ -82,7 +82,7 @@ class Questions(Stream):
 
     def only(self, numbers: np.ndarray) -> "Questions":
         """The same with some of the questions."""
-        other = object.__new__(Questions)
+        other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
         Stream.__init__(other)  # it has epochs of its own
         other.questions = [self.questions[i] for i in numbers]

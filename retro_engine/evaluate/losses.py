@@ -133,6 +133,11 @@ def to_tensors(
     )
 
 
+def reads_of(batch: SequenceBatch, device: torch.device) -> Tensor | None:
+    """Which of a batch's shared neighbors each row reads; None = they are not shared."""
+    return None if batch.reads is None else torch.from_numpy(batch.reads).to(device)
+
+
 def autocast(device: torch.device, precision: str) -> Any:
     """Of the mixed precisions bf16-mixed and 16-mixed; nothing for the others."""
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
@@ -145,7 +150,7 @@ def token_losses(
     """Nats of every label [b, n] (0 where there is none) and the most likely token [b, n]."""
     tokens, labels, documents, neighbors, lengths = to_tensors(batch, device)
     with torch.no_grad(), autocast(device, precision):
-        logits = model(tokens, neighbors, lengths, documents).float()
+        logits = model(tokens, neighbors, lengths, documents, reads=reads_of(batch, device)).float()
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     return losses.reshape(labels.shape), logits.argmax(-1)
 

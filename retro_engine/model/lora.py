@@ -36,9 +36,10 @@ class Adapter(nn.Module):
         self.dropout = nn.Dropout(lora.dropout)
         self.scale = lora.scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., o]"""
-        return F.linear(F.linear(self.dropout(x), self.a), self.b) * self.scale
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [..., o] of the matrix, x [..., d] -> [..., o]; the narrow product is scaled, the wide one added where it is made."""
+        narrow = F.linear(self.dropout(x), self.a) * self.scale
+        return torch.addmm(y.flatten(0, -2), narrow.flatten(0, -2), self.b.T).view_as(y)
 
 
 def add_adapters(model: RetroModel, lora: LoraConfig, learns: Callable[[str], bool], seed: int) -> None:

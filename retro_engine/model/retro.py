@@ -22,6 +22,7 @@ from retro_engine.model.initialization import initialize
 from retro_engine.model.linear import ROUNDED, BlockEmbedding, BlockLinear, Int8Linear, Linear, is_sharded
 from retro_engine.model.loss import linear_cross_entropy
 from retro_engine.model.prefix import Encode, Pairs, PrefixAttention, Recording, padded, stacked
+from retro_engine.model.shared_reading import SharedReading
 
 
 @dataclass
@@ -76,15 +77,18 @@ class RetroModel(nn.Module):
         neighbor_lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        reads: Tensor | None = None,
     ) -> Tensor:
         """tokens [b, n], neighbors [b, l, k, r], neighbor_lengths [b, l, k], document_ids [b, n] -> logits [b, n, V].
 
         neighbors None = retrieval off; neighbor_lengths None = all full, 0 = missing; document_ids None = one
         document (or derived from the tokens when the config has eod_id and pad_id), -1 = padding. A document is a run
         of equal ids. With labels [b, n] (-100 = none): the sum of their cross-entropies, without making the logits.
+        With `reads` [b, k] (reading=prefix) neighbors [w, r] of lengths [w] are shared, and row b reads those numbers in front
+        from its first token on, the best first, -1 = none; its padding is on the right (model/shared_reading.py).
         Raises ValueError naming the argument, its shape and the rule.
         """
-        hidden = self.hidden(tokens, neighbors, neighbor_lengths, document_ids)
+        hidden = self.hidden(tokens, neighbors, neighbor_lengths, document_ids, reads)
         if labels is None:
             return self.logits(hidden)
         return linear_cross_entropy(hidden, self.head_weight, self.output_bias, labels)
@@ -112,8 +116,11 @@ class RetroModel(nn.Module):
         neighbors: Tensor | None = None,
         neighbor_lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
+        reads: Tensor | None = None,
     ) -> Tensor:
         """The state before the output head, [b, n, d]; arguments as in `forward`."""
+        if reads is not None:
+            return self._hidden_of_readers(tokens, neighbors, neighbor_lengths, document_ids, reads)
         self._check_shapes(tokens, neighbors, neighbor_lengths, document_ids)
         B, N = tokens.shape
         documents = self._documents(tokens, document_ids)
@@ -132,6 +139,29 @@ class RetroModel(nn.Module):
             reading = _FullReading(self, retrieved)
         return self.normed(self.run_layers(self.embed(tokens, start), attending, reading))
 
+    def _hidden_of_readers(
+        self,
+        tokens: Tensor,
+        passages_WR: Tensor | None,
+        lengths_W: Tensor | None,
+        documents: Tensor | None,
+        reads_QK: Tensor,
+    ) -> Tensor:
+        """[q, n, d] of texts that read shared passages."""
+        if not self.config.reads_prefix or passages_WR is None or lengths_W is None or passages_WR.dim() != 2:
+            raise ValueError("reads needs model.reading=prefix, neighbors [w, r] and neighbor_lengths [w]")
+        lengths_Q = (torch.ones_like(tokens) if documents is None else documents >= 0).sum(1)
+        shared = SharedReading(self.config, passages_WR, lengths_W, tokens, lengths_Q, reads_QK)
+        self._check_room(shared.X, tokens.shape[1])
+        shared.rotary = self.decoder_rotary(shared.num_positions, tokens.device)
+        x = self.run_layers(self.embed(shared.tokens_T[:, None], shared.positions_T).transpose(0, 1), shared, None)
+        return shared.spread(self.normed(x)[0])
+
+    def _check_room(self, X: int, N: int) -> None:
+        most = self.config.most_tokens
+        if most is not None and most < X + N:
+            raise UsageError(f"{X} tokens in front of {N}", f"the model has {most} positions", "fewer or shorter ones")
+
     def _prefix_attention(self, retrieved: _Neighbors, N: int, first_keys: Tensor | None) -> PrefixAttention:
         B, L, K, R = retrieved.tokens_BLKR.shape
         lengths = retrieved.lengths_BLK
@@ -141,9 +171,8 @@ class RetroModel(nn.Module):
         alone = self.run_alone(tokens_WR) if self.kept is None else self._kept_alone(self.kept, tokens_WR, lengths_W)
         pairs = [tuple(part.unflatten(0, (B, L, K)) for part in pair) for pair in alone]
         sinks = self.sinks()
-        X, most = sinks[0][0].shape[1] + K * R, self.config.most_tokens
-        if most is not None and most < X + N:
-            raise UsageError(f"{X} tokens in front of {N}", f"the model has {most} positions", "fewer or shorter ones")
+        X = sinks[0][0].shape[1] + K * R
+        self._check_room(X, N)
         rotary = self.decoder_rotary(X + N, lengths.device)
         return PrefixAttention(pairs, sinks, lengths, retrieved.attends_BN, rotary, first_keys, self.config.chunk_size)
 

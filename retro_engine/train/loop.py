@@ -27,7 +27,7 @@ from retro_engine.data.batches import SequenceBatch
 from retro_engine.data.chat_files import read_chat_files
 from retro_engine.data.loader import has_native_loader
 from retro_engine.errors import GateError, RetroError, UsageError
-from retro_engine.evaluate.losses import autocast, to_tensors
+from retro_engine.evaluate.losses import autocast, reads_of, to_tensors
 from retro_engine.evaluate.perplexity import evaluate
 from retro_engine.model import ops
 from retro_engine.model.attention import left_to_pytorch
@@ -393,7 +393,8 @@ class _Training:
             is_last = self.optimizer.has_master or number == len(micro_batches) - 1
             with self.parallel.accumulating(self.module, is_last):
                 with autocast(self.device, self.precision.autocast):
-                    loss = self.module(tokens, neighbors, lengths, documents, labels) * weight
+                    reads = reads_of(batch, self.device)
+                    loss = self.module(tokens, neighbors, lengths, documents, labels, reads) * weight
                 loss.backward()
             optimizer.collect()
             total += float(loss.detach())

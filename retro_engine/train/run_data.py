@@ -15,6 +15,7 @@ from retro_engine.config import Config, LoraConfig, ModelConfig, load_config, na
 from retro_engine.data.batches import Order, Sequences, describe_copies, split_documents
 from retro_engine.data.coding import Coding
 from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
+from retro_engine.data.question_groups import QuestionGroups
 from retro_engine.data.questions import Questions, Search, fingerprint, read_questions
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from retro_engine.retrieval.search import Building, Retriever
 from retro_engine.train import checkpoint, places, record
 from retro_engine.train.parallel import sequences_per_step
 
+LATER = ("self_neighbor_steps", "question_distractors", "question_absent")  # settings of the stream that came later
 IN_FRONT = ("retrieval", "reading", "num_neighbors", "retrieved_length", "sink_id", "chunk_size")
 
 
@@ -122,8 +124,8 @@ def _open_questions(config: Config, store: Store, say: Callable[[str], None]) ->
 
     def opened(path: str) -> Questions:
         rows = read_questions(path, data.question_template, say)
-        length = m.encoder_seq_length
-        return Questions(rows, store, path, length, m.num_neighbors, m.r, data.question_neighbors, search)
+        common = (rows, store, path, m.encoder_seq_length, m.num_neighbors, m.r, data.question_neighbors, search)
+        return QuestionGroups(*common, settings=data) if m.reads_prefix else Questions(*common)
 
     train = opened(str(data.questions))
     prints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}
@@ -289,7 +291,7 @@ def stream_settings(config: Config) -> dict[str, Any]:
             {} if order.is_cyclic and order.is_shuffled else kept
         ),  # earlier versions had another order, and no such entry
         "neighbor_dropout": data.neighbor_dropout,
-        **({"self_neighbor_steps": data.self_neighbor_steps} if data.self_neighbor_steps else {}),
+        **{key: getattr(data, key) for key in LATER if getattr(data, key)},  # earlier versions had no such entry
     }
 
 
