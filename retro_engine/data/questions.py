@@ -17,7 +17,7 @@ from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
 
 SOURCES = ("data", "retrieval", "both")
-MODES = ("on", "off", "random", "gold", "retrieved")
+MODES = ("on", "off", "random", "gold", "retrieved", "among")
 Search = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]  # texts, k -> tokens [q, k, R], lengths [q, k]
 
 
@@ -134,13 +134,14 @@ class Questions(Stream):
     def neighbors(self, numbers: Sequence[int], mode: str = "on") -> tuple[np.ndarray, np.ndarray]:
         """Tokens [b, K, R] and lengths [b, K] of some questions' neighbors.
 
-        on: as `source` says; gold: the row's own; retrieved; random: those of the question half of all further on.
+        on: as `source` says; gold: the row's own; retrieved; among: the row's own among retrieved ones, in any order; random:
+        those of the question half of all further on.
         """
         assert mode in MODES, mode
         if mode == "random":
             numbers = [(number + max(1, len(self.questions) // 2)) % len(self.questions) for number in numbers]
-        has_own = mode == "gold" or (mode in ("on", "random") and self.source != "retrieval")
-        has_found = mode == "retrieved" or (mode in ("on", "random") and self.source != "data")
+        has_own = mode in ("gold", "among") or (mode in ("on", "random") and self.source != "retrieval")
+        has_found = mode in ("retrieved", "among") or (mode in ("on", "random") and self.source != "data")
         tokens = np.full((len(numbers), self.K, self.R), self.store.tokenizer.pad_id, np.int64)
         lengths = np.zeros((len(numbers), self.K), np.int64)
         if has_found:
@@ -152,7 +153,10 @@ class Questions(Stream):
             if has_found:
                 pieces = pieces + [found[row, k, : valid[row, k]].tolist() for k in range(found.shape[1])]
             unique = [piece for place, piece in enumerate(pieces) if piece and piece not in pieces[:place]]
-            for k, piece in enumerate(unique[: self.K]):
+            unique = unique[: self.K]
+            if mode == "among":
+                unique = [unique[place] for place in np.random.default_rng(number).permutation(len(unique))]
+            for k, piece in enumerate(unique):
                 tokens[row, k, : len(piece)], lengths[row, k] = piece, len(piece)
         return tokens, lengths
 

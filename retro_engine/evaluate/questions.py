@@ -1,8 +1,8 @@
 """Exact match and F1 of generated answers, with the normalization of SQuAD (arXiv 1606.05250 section 6.1).
 
 The answer of a question is generated greedily, up to the end of document or the first line break. What it reads: gold (the
-passages that the row names), retrieved, random (another question's gold), off, or prompt: the retrieved texts before the
-question in the prompt of the same decoder, with retrieval off. Intervals over questions.
+passages that the row names), retrieved, among (gold among retrieved ones, in any order), random (another question's gold), off,
+or prompt: the retrieved texts before the question in the prompt of the same decoder, with retrieval off. Intervals over questions.
 """
 
 import re
@@ -18,9 +18,10 @@ import torch
 from retro_engine.data.questions import Questions
 from retro_engine.evaluate.losses import bootstrap
 from retro_engine.model.decoding import decode
+from retro_engine.model.prefix import Encode
 from retro_engine.model.retro import RetroModel
 
-MODES = ("retrieved", "gold", "random", "off", "prompt")
+MODES = ("retrieved", "gold", "among", "random", "off", "prompt")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = set(string.punctuation)
 
@@ -55,6 +56,7 @@ class Answers:
     texts: list[str]
     exact: np.ndarray
     f1: np.ndarray
+    absent: float | None = None  # share that was answered by what means: the passages do not hold it
     set_aside: int = 0  # rows of the file that cannot be used
     left_out: int = 0  # questions longer than the model's sequences
 
@@ -64,6 +66,8 @@ class Answers:
             "set_aside": self.set_aside,
             "left_out": self.left_out,
         }
+        if self.absent is not None:
+            result["said_absent"] = self.absent
         for name, values in (("exact_match", self.exact), ("f1", self.f1)):
             low, high = bootstrap(lambda draw, values=values: values[draw].mean(), len(values))  # type: ignore[misc]
             result[name] = float(values.mean())
@@ -79,8 +83,12 @@ def answer_questions(
     batch_size: int = 16,
     limit: int | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    absent: str | None = None,
+    encode: Encode | None = None,
 ) -> Answers:
-    """Answers to every question (or `limit` spread evenly), generated in batches of prompts with as many chunks."""
+    """Answers to every question (or `limit` spread evenly), generated in batches of prompts with as many chunks. `absent`: what
+    the model says where the passages do not hold the answer; `encode`: such as remembers passages (`Encodings.of`).
+    """
     assert mode in MODES, mode
     tokenizer = questions.store.tokenizer
     numbers = questions.documents
@@ -102,7 +110,7 @@ def answer_questions(
         asked = [prompts[number] for number in group]
         front = 0 if neighbors is None else model.config.positions_in_front(questions.K * model.config.r)
         count = _left(model, front + chunks * questions.M, max_new_tokens)  # the same in any batch
-        ids = decode(model, asked, neighbors, lengths, count, tokenizer.end_ids, tokenizer.pad_id)
+        ids = decode(model, asked, neighbors, lengths, count, tokenizer.end_ids, tokenizer.pad_id, encode=encode)
         for number, answer in zip(group, tokenizer.decode_batch(ids)):
             texts[number] = answer.strip().split("\n", 1)[0].strip()  # no other sign ends a line
         advance(len(group))
@@ -111,7 +119,8 @@ def answer_questions(
     right = [questions.questions[number].answers for number in numbers]
     exact = np.array([exact_match(answer, of) for answer, of in zip(said, right)])
     words = np.array([f1(answer, of) for answer, of in zip(said, right)])
-    return Answers(said, exact, words, questions.num_set_aside, questions.num_left_out)
+    share = None if absent is None else float(np.mean([normalize(text) == normalize(absent) for text in said]))
+    return Answers(said, exact, words, share, questions.num_set_aside, questions.num_left_out)
 
 
 def _left(model: RetroModel, length: int, wanted: int) -> int:

@@ -375,12 +375,13 @@ def decode(
     stop_ids: Sequence[int],
     pad_id: int,
     choose: Callable[[Tensor], Tensor] = greedy,
+    encode: Encode | None = None,
 ) -> list[list[int]]:
     """A batch of prompts answered together, to the end of the longest answer; the stop id that ended one is not in it.
 
     Prompts are padded on the left to the same whole number of chunks, so that each one's last token ends a chunk and its
     given neighbors act from that token on (in front: from its first token on). `neighbors_BKR` None = retrieval off; `choose` makes tokens [b] of logits
-    [b, V]. Raises ValueError for an empty prompt, UsageError for more tokens than the model has positions.
+    [b, V]; `encode` as of `new_cache`. Raises ValueError for an empty prompt, UsageError for more tokens than the model has positions.
     """
     if not all(prompts):
         raise ValueError("a prompt is empty: there is nothing to continue")
@@ -396,7 +397,7 @@ def decode(
         raise UsageError(what, f"the model has {most} positions", "ask for fewer")
     rows = [[pad_id] * (length - len(prompt)) + [*prompt] for prompt in prompts]
     block = torch.tensor(rows, device=device)
-    cache = new_cache(model, B, length + max_new_tokens, neighbor_tokens)
+    cache = new_cache(model, B, length + max_new_tokens, neighbor_tokens, encode)
     for row, prompt in enumerate(prompts):
         cache.clear(row, length - len(prompt))
     keeps = model.config.reads_prefix

@@ -4,8 +4,10 @@ Equal to a pass of each text with its passages in front from its first token on,
 given (model/prefix.py): a passage meets the sink and itself, a text the sink, its passages and itself. The products see
 each token once and no padding; only attention takes rows.
 Letters: W passages, R tokens of one, Q texts, N tokens of one, K passages that a text reads, S sinks (0 or 1), T all tokens,
-X places in front, G key/value heads, E head width.
+X places in front, S also keys, G key/value heads, E head width.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from retro_engine.config import ModelConfig
 from retro_engine.model import ops
 from retro_engine.model.attention import Rotary, SelfAttention
 from retro_engine.model.prefix import order_in_front
+
+
+PARTS = 4  # calls of attention over texts in a layer
 
 
 class SharedReading:
@@ -42,20 +47,17 @@ class SharedReading:
         reads_W = torch.where(reads_QK < 0, 0, reads_QK)
         lengths_QK = torch.where(reads_QK < 0, 0, lengths_W[reads_W])
         order_QX, used_Q = order_in_front(lengths_QK, R, S)
-        self.X = int(used_Q.max())
-        order_QX, self.begins_Q = order_QX[:, order_QX.shape[1] - self.X :], self.X - used_Q
         sources = torch.cat((place_WR.new_zeros(len(texts_QN), S), place_WR[reads_W].flatten(1)), 1)
-        self.front_QX = sources.gather(1, order_QX)
-        self.own_QN = place_QN
-        self.keys_QX = torch.cat((self.front_QX, place_QN), 1)
+        self.X = int(used_Q.max())
+        self.parts = _parts(sources.gather(1, order_QX), used_Q, place_QN, lengths_Q)
         self.positions_T = self._positions(config.first_position, has_WR, S)
         self.num_positions = max(self.X + N, S + R)
         self.rotary: Rotary = None  # set by who makes tables of `num_positions`
-        rows = torch.cat((torch.ones_like(has_WR[:, :S]), has_WR), 1)
-        rows[1:, :S] = False  # the sink's own output is that of the first row
-        self.outputs_T = torch.cat((rows.flatten(), self.has_QN.flatten())).nonzero()[:, 0]
-        order_T = torch.cat((self.alone_WR[rows], place_QN[self.has_QN]))
-        self.outputs_T = self.outputs_T[order_T.argsort()]
+        is_output = torch.cat((torch.ones_like(has_WR[:, :S]), has_WR), 1)
+        is_output[1:, :S] = False  # the sink's own output is that of the first row
+        places = [self.alone_WR[is_output], *(part.own_QN[part.has_QN] for part in self.parts)]
+        has = torch.cat((is_output.flatten(), *(part.has_QN.flatten() for part in self.parts)))
+        self.outputs_T = has.nonzero()[:, 0][torch.cat(places).argsort()]
 
     def _positions(self, first: int, has_WR: Tensor, S: int) -> Tensor:
         """[t]: of learned positions, which count a passage's from the sink on and a text's behind what it reads."""
@@ -68,31 +70,58 @@ class SharedReading:
         """q [1, t, h, e], k and v [1, t, g, e], not rotated -> [1, t, h * e]"""
         alone = (_rows(part[0], self.alone_WR) for part in (q, k, v))
         out_WR = attention.attend(*alone, self.rotary, is_causal=True)
-        queries, keys, values = _rows(q[0], self.own_QN), _rows(k[0], self.keys_QX), _rows(v[0], self.keys_QX)
-        rotary, offset = self.rotary, self.X
+        outputs = [out_WR.flatten(0, 1)]
+        outputs += [self._read(part, attention, q[0], k[0], v[0]).flatten(0, 1) for part in self.parts]
+        return torch.cat(outputs).index_select(0, self.outputs_T)[None]
+
+    def _read(self, part: "_Part", attention: SelfAttention, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+        """[q, n, h * e] of some texts."""
+        queries, keys, values = _rows(q_THE, part.own_QN), _rows(k_TGE, part.keys_QS), _rows(v_TGE, part.keys_QS)
+        rotary, offset = self.rotary, keys.shape[1] - queries.shape[1]
         if rotary is not None and attention.interleaved:  # the fused rotation is half-split
-            places = torch.arange(self.num_positions, device=q.device)
-            queries = ops.rope(queries, *rotary, positions=places[offset : offset + queries.shape[1]], interleaved=True)
-            keys, rotary = ops.rope(keys, *rotary, positions=places[: keys.shape[1]], interleaved=True), None
+            places = torch.arange(keys.shape[1], device=q_THE.device)
+            queries = ops.rope(queries, *rotary, positions=places[offset:], interleaved=True)
+            keys, rotary, offset = ops.rope(keys, *rotary, positions=places, interleaved=True), None, 0
         dropout = attention.dropout if attention.training else 0.0
-        out_QN = ops.attention(
+        return ops.attention(
             queries,
             keys,
             values,
             True,
-            key_begins=self.begins_Q,
+            key_begins=part.begins_Q,
             rotary=rotary,
-            query_offset=offset if rotary is not None else 0,
+            query_offset=offset,
             dropout=dropout,
             scale=attention.scale,
         ).flatten(-2)
-        return torch.cat((out_WR.flatten(0, 1), out_QN.flatten(0, 1))).index_select(0, self.outputs_T)[None]
 
     def spread(self, x_TD: Tensor) -> Tensor:
         """[q, n, d]: the texts' rows of [t, d], 0 where there is no token."""
         out = x_TD.new_zeros(*self.has_QN.shape, x_TD.shape[-1])
         out[self.has_QN] = x_TD[len(x_TD) - int(self.has_QN.sum()) :]
         return out
+
+
+@dataclass
+class _Part:
+    """Texts that read about as much, so that little is padding."""
+
+    keys_QS: Tensor  # which tokens each meets, its own last
+    own_QN: Tensor
+    has_QN: Tensor
+    begins_Q: Tensor  # the first key that counts
+
+
+def _parts(front_QX: Tensor, used_Q: Tensor, own_QN: Tensor, lengths_Q: Tensor) -> list[_Part]:
+    """All texts, those that read least first."""
+    parts = []
+    for rows in (used_Q + lengths_Q).argsort().chunk(PARTS):
+        N, X = int(lengths_Q[rows].max()), int(used_Q[rows].max())
+        own = own_QN[rows, :N]
+        keys = torch.cat((front_QX[rows, front_QX.shape[1] - X :], own), 1)
+        has = torch.arange(N, device=rows.device) < lengths_Q[rows, None]
+        parts.append(_Part(keys, own, has, X - used_Q[rows]))
+    return parts
 
 
 def _counted(has: Tensor, first: int) -> Tensor:
