@@ -49,7 +49,7 @@ def _eval_questions(args: argparse.Namespace, retro: "Retro", reads: bool) -> Re
     modes = args.modes.split(",") if args.modes else ["retrieved", "gold", "random", "off"]
     check_modes(modes, MODES)
     report = flags.reporter(args)
-    questions = _open_questions(args, retro, reads)
+    questions, absent = _open_questions(args, retro, reads)
     if questions.num_left_out:
         report.say(f"{questions.num_left_out} questions are longer than the model's sequences: left out")
     flags.say_device(args, retro)
@@ -57,12 +57,15 @@ def _eval_questions(args: argparse.Namespace, retro: "Retro", reads: bool) -> Re
     count = min(args.limit or len(questions.questions), len(questions.questions))
     with report.progress("answering", count * len(modes), "questions") as meter:
         for mode in modes:
-            answers = answer_questions(retro.model, questions, mode, limit=args.limit, advance=meter.advance)
+            answers = answer_questions(
+                retro.model, questions, mode, limit=args.limit, advance=meter.advance, absent=absent
+            )
             results[mode] = answers.summary()
     return results
 
 
-def _open_questions(args: argparse.Namespace, retro: "Retro", reads: bool) -> "Questions":
+def _open_questions(args: argparse.Namespace, retro: "Retro", reads: bool) -> "tuple[Questions, str | None]":
+    """The questions, and what the model was taught to say where the passages do not hold the answer."""
     from retro_engine.config import DataConfig
     from retro_engine.data.question_files import load_questions, tell_bad
     from retro_engine.data.questions import Questions
@@ -87,7 +90,9 @@ def _open_questions(args: argparse.Namespace, retro: "Retro", reads: bool) -> "Q
     c = retro.model.config
     search = question_search(stores, args.retriever, c.r, Building(embedder=args.embedder))
     length, K = c.encoder_seq_length, c.num_neighbors
-    return Questions(rows, stores[0], args.questions, length, K, c.r, "data", search, num_set_aside=len(bad))
+    absent = data.question_absent_answer if data.question_absent else None
+    questions = Questions(rows, stores[0], args.questions, length, K, c.r, "data", search, num_set_aside=len(bad))
+    return questions, absent
 
 
 def _eval_lm(args: argparse.Namespace, retro: "Retro", reads: bool) -> Results:

@@ -17,7 +17,6 @@ from retro_engine.model import ops
 from retro_engine.model.attention import Rotary, SelfAttention
 from retro_engine.model.prefix import order_in_front
 
-
 PARTS = 4  # calls of attention over texts in a layer
 
 

@@ -83,6 +83,19 @@ def test_which_neighbors_are_read(questions: Questions, small_store: Store) -> N
     questions.source = "data"
 
 
+def test_the_own_passages_among_retrieved_ones(questions: Questions, small_store: Store) -> None:
+    """Always there, at any place, the same for the same question; a copy of it that was found counts once."""
+    decode, places = small_store.tokenizer.decode, []
+    for number in range(10):
+        tokens, lengths = questions.neighbors([number], "among")
+        read = [decode(tokens[0, k, : lengths[0, k]].tolist()) for k in range(2) if lengths[0, k]]
+        assert read.count(f"falcon {number}") == 1
+        places.append(read.index(f"falcon {number}"))
+        again, _ = questions.neighbors([number], "among")
+        assert (again == tokens).all()
+    assert set(places) == {0, 1}
+
+
 def test_epochs_shares_and_left_out(questions: Questions, small_store: Store) -> None:
     seen = [questions.training_batch(step, 4, Order(7)).document_ids.max(1).tolist() for step in range(5)]
     flat = [number for batch in seen for number in batch]

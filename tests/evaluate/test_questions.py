@@ -12,6 +12,7 @@ from retro_engine import cli
 from retro_engine.data.questions import Questions, read_questions
 from retro_engine.data.store import Store
 from retro_engine.evaluate.questions import answer_questions, exact_match, f1, normalize
+from retro_engine.model.encodings import Encodings
 from retro_engine.model.retro import RetroModel
 
 
@@ -83,6 +84,50 @@ def test_tuning_on_questions_is_seen_in_the_score(
     assert "bad.jsonl:1: no answer" in error
     assert cli.main([*asked, "--strict"]) == 3
     assert cli.main([*command, "model.data.self_neighbor_steps=2"]) == 2
+
+
+def test_a_model_learns_to_read_in_front(
+    small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Passages "X Y", of which the answer to X is Y; each X stands beside several Y, so that only who reads can answer."""
+    words = ["river", "stone", "amber", "lantern", "orchard", "harbor", "winter", "copper", "thistle", "meadow"]
+    pairs = [(one, other) for place, one in enumerate(words) for other in words[place % 2 :: 2] if one != other]
+    rows = [{"question": one, "answer": other, "neighbors": [f"{one} {other}"]} for one, other in pairs]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = tmp_path / "run"
+    command = [
+        "train", "--preset", "tiny", "--out", str(run), "--quiet", f"model.data.store='{small_store.folder}'",
+        f"model.data.questions='{tmp_path / 'q.jsonl'}'", "model.data.splits_string='100,0,0'", "model.chunk_size=16",
+        "model.encoder_seq_length=64", "model.hidden_size=64", "model.ffn_hidden_size=128", "model.reading=prefix",
+        "model.micro_batch_size=12", "trainer.max_steps=250", "trainer.precision=32", "model.optim.sched.warmup_steps=5",
+        "model.data.neighbor_dropout=0", "model.dec_num_layers=2", "model.num_neighbors=3", "model.optim.lr=3e-3",
+        "model.init=standard", "model.data.question_distractors=0.4", "model.data.question_absent=0.25", "model.data.question_absent_answer=falcon",
+    ]  # fmt: skip
+    assert cli.main(command) == 0
+    capsys.readouterr()
+    asked = ["eval", str(run), "--json", "--quiet", "--modes", "gold,random", "--questions"]
+    assert cli.main([*asked, str(tmp_path / "q.jsonl")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gold"]["exact_match"] >= 0.6 > 0.4 >= found["random"]["exact_match"], found
+    assert 0 <= found["gold"]["said_absent"] <= 1
+
+
+def test_what_is_said_to_be_absent(questions: Questions, small_store: Store) -> None:
+    """Counted by the same normalization; and kept encodings change no answer."""
+    config = small_config(
+        vocab_size=small_store.vocab_size, chunk_size=16, init_method_std=0.3, reading="prefix", retrieved_length=32
+    )
+    model = RetroModel(config, torch.Generator().manual_seed(0)).double().eval()
+    plain = answer_questions(model, questions, "gold", 6)
+    assert plain.absent is None and "said_absent" not in plain.summary()
+    absent = f" {plain.texts[0].upper()}."
+    kept = Encodings(model, 1 << 24)
+    again = answer_questions(model, questions, "gold", 6, absent=absent, encode=kept.of)
+    assert again.texts == plain.texts and kept.stats.misses and kept.stats.hits == 0
+    share = np.mean([normalize(text) == normalize(absent) for text in plain.texts])
+    assert again.summary()["said_absent"] == share > 0
+    answer_questions(model, questions, "random", 6, encode=kept.of)
+    assert kept.stats.hits
 
 
 def test_squad_in_four_conditions(tmp_path: Path) -> None:
