@@ -80,8 +80,8 @@ def _store_of(rows: Sequence[Question], opened: OpenedModel, reader: Reader, fol
         raise UsageError("the questions have no passages", "each is asked about its context", "SQuAD's dev-v1.1.json")
     documents = folder / "passages.jsonl"
     documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    opened.tokenizer.save(folder / "tokenizer")
-    return prepare([documents], folder / "store", str(folder / "tokenizer"), chunk_size=reader.reading.chunk_size)
+    (folder / "tokenizer.json").write_text(opened.tokenizer.json)
+    return prepare([documents], folder / "store", str(folder / "tokenizer.json"), chunk_size=reader.reading.chunk_size)
 
 
 def _measure(bench: Bench) -> Measured:

@@ -32,8 +32,8 @@ DEFAULT = [name for name in BENCHES if name not in ("profile", "startup")]
 TAKEN_BY = {  # what an option is for; with others it is refused
     "sizes": ["model", "decode", "neighbors", "profile"],
     "implementations": ["model", "decode"],
-    "text": ["pipeline"],
-    "run": ["startup"],
+    "text": ["pipeline", "reader"],
+    "run": ["startup", "reader"],
     "device": ["kernels"],
     "dtype": ["kernels"],
     "compile": ["kernels"],

@@ -379,9 +379,10 @@ def decode(
 ) -> list[list[int]]:
     """A batch of prompts answered together, to the end of the longest answer; the stop id that ended one is not in it.
 
-    Prompts are padded on the left to the same whole number of chunks, so that each one's last token ends a chunk and its
-    given neighbors act from that token on (in front: from its first token on). `neighbors_BKR` None = retrieval off; `choose` makes tokens [b] of logits
-    [b, V]; `encode` as of `new_cache`. Raises ValueError for an empty prompt, UsageError for more tokens than the model has positions.
+    Prompts are padded on the left to the longest; with given neighbors to the same whole number of chunks, so that each one's
+    last token ends a chunk and they act from that token on. In front they act from its first token on, wherever chunks end. `neighbors_BKR` None =
+    retrieval off; `choose` makes tokens [b] of logits [b, V]; `encode` as of `new_cache`. Raises ValueError for an empty prompt,
+    UsageError for more tokens than the model has positions.
     """
     if not all(prompts):
         raise ValueError("a prompt is empty: there is nothing to continue")
@@ -389,7 +390,8 @@ def decode(
     if not model.config.retrieval:
         neighbors_BKR = None
     longest = max(map(len, prompts))
-    length = longest if neighbors_BKR is None else -(-longest // M) * M
+    keeps = model.config.reads_prefix
+    length = longest if neighbors_BKR is None or keeps else -(-longest // M) * M
     neighbor_tokens = 0 if neighbors_BKR is None else neighbors_BKR[0].numel()
     most, front = model.config.most_tokens, model.config.positions_in_front(neighbor_tokens)
     if most is not None and front + length + max_new_tokens > most:
@@ -400,7 +402,6 @@ def decode(
     cache = new_cache(model, B, length + max_new_tokens, neighbor_tokens, encode)
     for row, prompt in enumerate(prompts):
         cache.clear(row, length - len(prompt))
-    keeps = model.config.reads_prefix
     if neighbors_BKR is not None and keeps:
         read_in_front(cache, range(B), neighbors_BKR.to(device), None if lengths_BK is None else lengths_BK.to(device))
         neighbors_BKR = None  # there they stay
