@@ -38,7 +38,7 @@ TAKEN_BY = {  # what an option is for; with others it is refused
     "dtype": ["kernels"],
     "compile": ["kernels"],
     "weights": ["rivals"],
-    "parts": ["rivals"],
+    "parts": ["rivals", "reader"],
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from retro_engine.model import ops
 from retro_engine.model.attention import Rotary
 from retro_engine.model.decoder import Places
-from retro_engine.model.encodings import encode_each
+from retro_engine.model.encodings import encode_each, encode_sink
 from retro_engine.model.memory import untouched_zeros
-from retro_engine.model.prefix import Encode, stacked
+from retro_engine.model.prefix import Encode
 from retro_engine.model.retro import RetroModel
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair a cross-attending layer
@@ -243,8 +243,7 @@ def new_cache(
     X = (neighbor_tokens or 0) if num_crossing else 0
     sinks, origin = None, 0
     if c.reads_prefix and neighbor_tokens != 0:
-        with torch.no_grad():
-            sinks = stacked(model.sinks())[:, 0].to(model.cache_dtype)
+        sinks = encode_sink(model)
         in_front = sinks.shape[1] + (c.num_neighbors * c.r if neighbor_tokens is None else neighbor_tokens)
         origin = -(-in_front // c.chunk_size) * c.chunk_size
 

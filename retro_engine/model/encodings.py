@@ -10,8 +10,9 @@ heads, E head width.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,7 +21,10 @@ from torch import Tensor
 from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
 from retro_engine.model.encoding_file import EncodingFile, from_values, num_values
+from retro_engine.model.prefix import stacked
 from retro_engine.model.retro import RetroModel
+
+Weights = tuple[tuple[int, int], ...]
 
 
 @dataclass
@@ -37,6 +41,28 @@ def encode_each(model: RetroModel, tokens_WR: Tensor, lengths_W: Tensor) -> list
     """[c, t, g, e] of each neighbor, t its length, in the cache's type; not rotated."""
     encoded_CWRGE = model.encode_alone(tokens_WR, lengths_W).to(model.cache_dtype)
     return [encoded_CWRGE[:, row, :length].clone() for row, length in enumerate(lengths_W.tolist())]
+
+
+_SINKS: "WeakKeyDictionary[RetroModel, tuple[object, Tensor]]" = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def encode_sink(model: RetroModel) -> Tensor:
+    """[c, s, g, e]: the keys and values of what stands before neighbors in front, in the cache's type. Kept until the weights
+    change: making it takes as long as a token.
+    """
+    key = weights_of(model), model.config.sink_id, model.cache_dtype
+    if (known := _SINKS.get(model)) is not None and known[0] == key:
+        return known[1]
+    sinks = stacked(model.sinks())[:, 0].to(model.cache_dtype)
+    _SINKS[model] = key, sinks
+    return sinks
+
+
+def weights_of(model: RetroModel) -> Weights:
+    """Which memory the weights lie in, and how often it was written to."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
 def check_encodes_alone(config: ModelConfig) -> None:
@@ -71,7 +97,7 @@ class Encodings:
         self.model, self.max_bytes, self.stats = model, max_bytes, EncodingStats()
         self._files = list(encoded)
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()  # [c, t, g, e], not rotated
-        self._weights = tuple(self._look())
+        self._weights = weights_of(model)
         self._lock = threading.Lock()
 
     def of(self, tokens_WR: Tensor, lengths_W: Tensor, apart: bool = False) -> list[Tensor]:
@@ -99,7 +125,7 @@ class Encodings:
 
     def _known(self, keys: list[bytes]) -> dict[bytes, Tensor]:
         with self._lock:
-            weights = tuple(self._look())
+            weights = weights_of(self.model)
             if weights != self._weights:
                 self._kept.clear()
                 self._files.clear()
@@ -125,11 +151,6 @@ class Encodings:
                     self.stats.nbytes += one.nbytes
             while self.stats.nbytes > self.max_bytes:
                 self.stats.nbytes -= self._kept.popitem(last=False)[1].nbytes
-
-    def _look(self) -> Iterator[tuple[int, int]]:
-        """Which memory the weights lie in, and how often it was written to."""
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            yield tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _in_files(encoded: Sequence[EncodingFile], key: bytes) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """Encoded neighbors that are kept: the same as encoded anew, bounded, and never those of other weights."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from helpers import small_inputs, small_model
 from retro_engine.errors import UsageError
 from retro_engine.model.decode_cache import new_cache
 from retro_engine.model.decoding import decode_one, prefill
-from retro_engine.model.encodings import Encodings, encode_each
+from retro_engine.model.encodings import Encodings, encode_each, encode_sink
 from retro_engine.model.retro import RetroModel
 
 ALONE: list[dict[str, Any]] = [
@@ -24,6 +25,21 @@ def neighbors_of(model: RetroModel, count: int) -> tuple[torch.Tensor, torch.Ten
     tokens, neighbors = small_inputs(model, batch=1, n=4 * count)
     lengths = torch.randint(1, model.config.r + 1, (count,), generator=torch.Generator().manual_seed(3))
     return neighbors[0, :, 0], lengths
+
+
+@torch.no_grad()
+def test_the_sink_is_kept_until_the_weights_change() -> None:
+    model = small_model(reading="prefix", sink_id=3)
+    first = encode_sink(model)
+    assert encode_sink(model) is first
+    assert encode_sink(small_model(seed=1, reading="prefix", sink_id=3)) is not first
+    model.layers[0].attention.k.weight.mul_(2)
+    changed = encode_sink(model)
+    torch.testing.assert_close(changed[0], 2 * first[0])
+    model.config = replace(model.config, sink_id=4)
+    assert not torch.equal(encode_sink(model), changed)
+    model.config = replace(model.config, sink_id=None)
+    assert encode_sink(model).shape[1] == 0
 
 
 @pytest.mark.parametrize("overrides", ALONE, ids=str)
