@@ -139,8 +139,9 @@ class Generator:
         is_reading = config.retrieval and has_neighbors
         given, notes = self._given(texts, request, R, {} if known is None else known) if texts else (None, [])
         M = config.chunk_size
-        pad = -len(prompt_ids) % M if is_reading and request.pad_prompt else 0
-        if is_reading and not request.pad_prompt and len(prompt_ids) < M:
+        waits = is_reading and not (given is not None and config.reads_prefix)  # for a chunk's end, to read from then on
+        pad = -len(prompt_ids) % M if waits and request.pad_prompt else 0
+        if waits and not request.pad_prompt and len(prompt_ids) < M:
             notes.append(
                 f"inference.pad_prompt=false: the first retrieval happens at token {M}, the prompt has {len(prompt_ids)}"
             )

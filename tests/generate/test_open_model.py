@@ -92,7 +92,7 @@ def test_what_cannot_read_is_refused(small_store: Store) -> None:
     read_in_front(reading, tokenizer)
     generator = Generator(reading, tokenizer)
     assert generator.generate([7], 8, neighbors=["river"]).tokens
-    for neighbors, count in ((["river"], 11), (["river"] * 3, 8)):  # more of them stand farther in front
+    for neighbors, count in ((["river"], 13), (["river"] * 3, 8)):  # more of them stand farther in front
         with pytest.raises(UsageError, match="30 positions, "):
             generator.generate([7], count, neighbors=neighbors)
 
