@@ -21,6 +21,7 @@ ORDER = [
     ["train"],
     ["generate"],
     ["interop"],
+    ["ask"],
     ["serve"],
     ["api"],
     ["__init__"],
