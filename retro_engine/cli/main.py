@@ -20,6 +20,7 @@ from retro_engine.cli import (
     docs,
     doctor,
     explain,
+    fetch,
     generate,
     inspect,
     models,
@@ -36,7 +37,7 @@ from retro_engine.errors import RetroError, StoppedError, UsageError, typed
 from retro_engine.train.__main__ import parse
 
 COMMANDS = (
-    demo, prepare, build, train, mup, evaluation, generate, docs, models, explain, serve, accounts, report, inspect,
+    demo, prepare, build, train, mup, evaluation, generate, fetch, docs, models, explain, serve, accounts, report, inspect,
     config, doctor,
 )  # fmt: skip
 
