@@ -21,7 +21,7 @@ ORDER = [
     ["train"],
     ["generate"],
     ["interop"],
-    ["ask"],
+    ["readers"],
     ["serve"],
     ["api"],
     ["__init__"],

@@ -14,7 +14,7 @@ def add(commands: flags.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from retro_engine.ask.bases import fetch
+    from retro_engine.readers.bases import fetch
 
     path = fetch(args.name, args.source, flags.reporter(args).say, shows_pip=shows_pip(args))
     flags.print_result(args, {"name": args.name, "path": str(path)})

@@ -11,7 +11,9 @@ OF_READER = (
     ("--name", str, "NAME", "of the reader (default: the folder's)"),
     ("--template", str, "TEXT", "of the prompt, with {question} in it (default: the run's)"),
     ("--passage", str, "TEXT", "what is read of a passage, with {text} and perhaps {title} in it (default: its text)"),
-    ("--absent", str, "TEXT", "the answer that means: not in the documents (default: not in the documents)"),
+    ("--absent", str, "TEXT", "the answer that means: not in the documents (default: the run's)"),
+    ("--k", int, "N", "passages that are read (default: the run's)"),
+    ("--chunk-size", int, "N", "tokens of the chunks that are searched (default: what the run's passages need)"),
     ("--max-new-tokens", int, "N", "of an answer (default: 32)"),
     ("--card", str, "FILE", "Markdown on data, licence and figures, for the reader's README.md"),
 )
@@ -81,8 +83,8 @@ def run_export(args: argparse.Namespace) -> int:
 
         folder = export_model(args.path, args.out)
     else:
-        from retro_engine.ask.make_reader import make_reader
         from retro_engine.data.inputs import read_bounded
+        from retro_engine.readers.make_reader import make_reader
 
         if "card" in given:
             given["card"] = read_bounded(Path(given["card"]), MOST_CARD_BYTES).decode("utf-8", "replace")

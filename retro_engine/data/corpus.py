@@ -16,7 +16,17 @@ from retro_engine.data.html_text import declared_encoding, page_text
 from retro_engine.data.identity import ID_KEYS, own_id
 from retro_engine.data.inputs import DOCUMENT_KINDS, PAGE_KINDS, TEXT_KINDS, SetAside, kind_of, shown, standard_input
 from retro_engine.data.rows import Row, RowReader
-from retro_engine.data.streams import HEAD, REPLACE, STREAM_ERRORS, TEXT_KEY, Unusable, as_utf8, decode, open_text, open_unpacked
+from retro_engine.data.streams import (
+    HEAD,
+    REPLACE,
+    STREAM_ERRORS,
+    TEXT_KEY,
+    Unusable,
+    as_utf8,
+    decode,
+    open_text,
+    open_unpacked,
+)
 from retro_engine.errors import MissingInputError
 
 MAX_DOCUMENT_BYTES = 64 << 20

@@ -1,7 +1,7 @@
 """`retro export RUN --reader BASE`: a reader's folder from a run whose adapters learned to read beside an imported base.
 
 Reads the run's newest checkpoint (adapters.safetensors, adapters.json, config.json), its settings and its base, and the
-base's GGUF file, whose weights have to be those that the adapters learned beside; writes what ask/reader_file.py describes.
+base's GGUF file, whose weights have to be those that the adapters learned beside; writes what readers/reader_file.py describes.
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,6 @@ from pathlib import Path
 
 import torch
 
-from retro_engine.ask.bases import find_base
-from retro_engine.ask.reader_file import (
-    CARD_FILE,
-    READER_FILE,
-    BaseFile,
-    Reader,
-    ReadingSettings,
-    check_templates,
-    read_reader,
-)
 from retro_engine.config import LoraConfig, ModelConfig
 from retro_engine.data import files
 from retro_engine.data.checkpoint_files import ADAPTERS_FILE, is_imported, opened
@@ -28,11 +18,20 @@ from retro_engine.interop.gguf_model import read_gguf
 from retro_engine.model.lora import is_adapter
 from retro_engine.model.memory import MappedTensors
 from retro_engine.model.weights import read_config
+from retro_engine.readers.bases import find_base
+from retro_engine.readers.reader_file import (
+    CARD_FILE,
+    READER_FILE,
+    BaseFile,
+    Reader,
+    ReadingSettings,
+    check_templates,
+    read_reader,
+)
 from retro_engine.train import checkpoint, record
 from retro_engine.train.adapters import read_weights
 from retro_engine.train.run_data import run_config
 
-ABSENT = "not in the documents"
 MAX_NEW_TOKENS = 32
 
 
@@ -44,12 +43,15 @@ def make_reader(
     name: str | None = None,
     template: str | None = None,
     passage: str = "{text}",
-    absent: str = ABSENT,
+    absent: str | None = None,
+    k: int | None = None,
+    chunk_size: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     card: str = "",
 ) -> Path:
     """Write the reader of a run to `folder`. `base`: the GGUF file that its base was imported from, or a name that
-    `retro fetch` knows; `template`: of the prompt (None: the run's); `card`: what README.md says first.
+    `retro fetch` knows; `template` of the prompt, the `absent` answer and `k` passages: None = the run's; `chunk_size` of the
+    texts that are searched (None: what lets a chunk and as much that follows it be read); `card`: what README.md says first.
 
     Raises UsageError for a run that holds no reader of this base, and for a folder that holds something.
     """
@@ -66,7 +68,9 @@ def make_reader(
     file = find_base(base)
     _check_base(file.path, config, beside.folder)
     settings = run_config(found, [], needed=())
-    template = settings.model.data.question_template if template is None else template
+    data = settings.model.data
+    template = data.question_template if template is None else template
+    absent = data.question_absent_answer if absent is None else absent
     check_templates(template, passage)
     own = MappedTensors(found / ADAPTERS_FILE)
     odd = sorted(key for key in own if not is_adapter(key))
@@ -80,7 +84,7 @@ def make_reader(
             name=name or folder.resolve().name,
             base=BaseFile(name=file.name, file=file.path.name, sha256=file.sha256, get=file.get),
             lora=LoraConfig(rank=beside.lora.rank, alpha=beside.lora.alpha, targets=list(beside.lora.chosen)),
-            reading=_reading(config),
+            reading=_reading(config, k, chunk_size),
             template=template,
             passage=passage,
             absent=absent,
@@ -96,11 +100,13 @@ def make_reader(
     return folder
 
 
-def _reading(config: ModelConfig) -> ReadingSettings:
+def _reading(config: ModelConfig, k: int | None, chunk_size: int | None) -> ReadingSettings:
+    """A passage is a chunk and at most as much that follows it; where the question stands, chunks make no difference."""
+    chunk_size = max(config.chunk_size, -(-config.r // 2)) if chunk_size is None else chunk_size
     return ReadingSettings(
-        chunk_size=config.chunk_size,
-        retrieved_length=config.r,
-        num_neighbors=config.num_neighbors,
+        chunk_size=chunk_size,
+        retrieved_length=min(config.r, 2 * chunk_size),
+        num_neighbors=config.num_neighbors if k is None else k,
         sink_id=config.sink_id,
     )
 

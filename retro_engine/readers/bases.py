@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from retro_engine.ask.places import Say, home, in_turn, nobody
 from retro_engine.data import files
 from retro_engine.data.inputs import check_file
 from retro_engine.errors import MissingInputError, RetroError, StoreError, UnavailableError, UsageError, nearest
+from retro_engine.readers.places import Say, home, in_turn, nobody
 
 STEP = 1 << 20
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from retro_engine import cli
-from retro_engine.ask import bases
-from retro_engine.ask.bases import BASES, FoundBase, KnownBase, fetch, find_base
-from retro_engine.ask.places import in_turn
 from retro_engine.errors import MissingInputError, StoreError, UnavailableError, UsageError
+from retro_engine.readers import bases
+from retro_engine.readers.bases import BASES, FoundBase, KnownBase, fetch, find_base
+from retro_engine.readers.places import in_turn
 
 CONTENT = b"GGUF" + bytes(range(256)) * 5000
 
@@ -25,7 +25,9 @@ def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> KnownBase:
     """A small base in place of the real one, and a home that is empty."""
     monkeypatch.setenv("RETRO_HOME", str(tmp_path / "home"))
     size, digest = len(CONTENT), hashlib.sha256(CONTENT).hexdigest()
-    base = KnownBase(name="small", file="small.gguf", sha256=digest, size=size, package="retro-engine-none", version="0.1")
+    base = KnownBase(
+        name="small", file="small.gguf", sha256=digest, size=size, package="retro-engine-none", version="0.1"
+    )
     monkeypatch.setitem(BASES, "small", base)
     return base
 

@@ -16,7 +16,7 @@ from retro_engine.errors import MissingInputError, StoreError, UsageError, neare
 
 READER_FILE, CARD_FILE = "reader.json", "README.md"
 VERSION = 1
-SHIPPED = Path(__file__).parents[1] / "readers"
+SHIPPED = Path(__file__).parent
 DEFAULT = "smollm2"
 QUESTION, TEXT, TITLE = "{question}", "{text}", "{title}"
 MOST_CHUNK = 1 << 12  # tokens

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from retro_engine.ask import reader_file
-from retro_engine.ask.reader_file import find_reader, read_reader, shipped_readers
 from retro_engine.errors import MissingInputError, RetroError, StoreError
+from retro_engine.readers import reader_file
+from retro_engine.readers.reader_file import find_reader, read_reader, shipped_readers
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A reader, opened: its base's weights with its adapters merged into them, reading in front as it was taught to.
 
-Reads the base's .gguf file, one tensor at a time, and the reader's folder (ask/reader_file.py).
+Reads the base's .gguf file, one tensor at a time, and the reader's folder (readers/reader_file.py).
 """
 
 from dataclasses import replace
@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retro_engine.ask.bases import BASES, by_hand
-from retro_engine.ask.reader_file import Reader
 from retro_engine.data import files
 from retro_engine.data.checkpoint_files import ADAPTERS_FILE
 from retro_engine.errors import MissingInputError, StoreError
@@ -23,6 +21,8 @@ from retro_engine.model.lora import A, B, merged
 from retro_engine.model.memory import MappedTensors
 from retro_engine.model.quantize import check_weights, use_weights
 from retro_engine.model.weights import new_model
+from retro_engine.readers.bases import BASES, by_hand
+from retro_engine.readers.reader_file import Reader
 from retro_engine.train.precision import has_fast_bf16
 
 

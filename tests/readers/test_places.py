@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from retro_engine.ask.places import home, in_turn, make_private, patiently
 from retro_engine.errors import InUseError, UnavailableError, UsageError
+from retro_engine.readers.places import home, in_turn, make_private, patiently
 
 
 def test_home(monkeypatch: pytest.MonkeyPatch) -> None:

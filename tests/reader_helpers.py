@@ -1,4 +1,4 @@
-"""A tiny base, a run whose adapters learned beside it, and the reader that was made of the run."""
+"""Fixtures: a tiny base, a run whose adapters learned beside it, and the reader that was made of the run."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import gguf_helpers
 import pytest
 from helpers import write_corpus
 
-from retro_engine.ask.make_reader import make_reader
 from retro_engine.config import load_config
 from retro_engine.data.prepare import prepare
 from retro_engine.interop.imports import import_model, write_checkpoint
 from retro_engine.progress import Reporter
+from retro_engine.readers.make_reader import make_reader
 from retro_engine.train.loop import train
 
 RUN = [
@@ -29,7 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reader_run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose adapters learned for three steps to read in front."""
     from retro_engine.retrieval.neighbors import build_neighbors
 
@@ -44,5 +44,5 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reader_folder(run: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_reader(run, tmp_path_factory.mktemp("readers") / "tiny-reads", base, max_new_tokens=6)
+def reader_folder(reader_run: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_reader(reader_run, tmp_path_factory.mktemp("readers") / "tiny-reads", base, max_new_tokens=6)

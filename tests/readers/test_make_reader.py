@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from retro_engine import cli
-from retro_engine.ask.make_reader import make_reader
-from retro_engine.ask.reader import base_path, open_reader
-from retro_engine.ask.reader_file import read_reader
 from retro_engine.data.files import sha256_file
 from retro_engine.errors import MissingInputError, UsageError
 from retro_engine.generate.open_model import open_model
+from retro_engine.readers.make_reader import make_reader
+from retro_engine.readers.reader import base_path, open_reader
+from retro_engine.readers.reader_file import read_reader
 
 
 def test_what_is_in_it(reader_folder: Path, base: Path) -> None:
@@ -39,11 +39,11 @@ def test_what_is_in_it(reader_folder: Path, base: Path) -> None:
     assert values["base"]["sha256"] in card
 
 
-def test_it_computes_what_the_run_does(run: Path, reader_folder: Path, base: Path) -> None:
+def test_it_computes_what_the_run_does(reader_run: Path, reader_folder: Path, base: Path) -> None:
     """But for the adapters' rounding to bf16."""
     reader = read_reader(reader_folder)
     ours = open_reader(reader, base_path(reader, base), "fp32")
-    theirs = open_model(run, device="cpu")
+    theirs = open_model(reader_run, device="cpu")
     assert ours.model.config.reads_prefix
     for name in ("chunk_size", "retrieved_length", "num_neighbors", "sink_id", "vocab_size"):
         assert getattr(ours.model.config, name) == getattr(theirs.model.config, name), name
@@ -51,46 +51,49 @@ def test_it_computes_what_the_run_does(run: Path, reader_folder: Path, base: Pat
     assert expected.keys() == ours.model.state_dict().keys()
     for name, value in ours.model.state_dict().items():
         assert torch.allclose(value, expected[name], atol=2e-3), name
-    plain = open_model(run.parent / "imported", device="cpu").model.state_dict()
+    plain = open_model(reader_run.parent / "imported", device="cpu").model.state_dict()
     assert not torch.equal(plain["layers.0.ffn.up.weight"], ours.model.state_dict()["layers.0.ffn.up.weight"])
     assert ours.tokenizer.end_ids == theirs.tokenizer.end_ids
 
 
-def test_the_command(run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(reader_run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "card.md").write_text("# Mine\n\nData: my own.\n")
     more = ["--name", "mine", "--absent", "unknown", "--card", str(tmp_path / "card.md"), "--max-new-tokens", "9"]
-    command = ["export", str(run), "--out", str(tmp_path / "out"), "--reader", str(base), *more]
+    more += ["--k", "2", "--chunk-size", "10"]
+    command = ["export", str(reader_run), "--out", str(tmp_path / "out"), "--reader", str(base), *more]
     assert cli.main(command) == 0
     reader = read_reader(tmp_path / "out")
     assert (reader.name, reader.absent, reader.max_new_tokens) == ("mine", "unknown", 9)
+    reading = reader.reading
+    assert (reading.num_neighbors, reading.chunk_size, reading.retrieved_length) == (2, 10, 20)
     assert (tmp_path / "out" / "README.md").read_text().startswith("# Mine\n\nData: my own.\n\n## How it was made")
     assert cli.main(command) == 2, "the folder is there"
-    assert cli.main(["export", str(run), "--out", str(tmp_path / "x"), "--name", "mine"]) == 2
+    assert cli.main(["export", str(reader_run), "--out", str(tmp_path / "x"), "--name", "mine"]) == 2
     assert "--name cannot be used" in capsys.readouterr().err
     assert cli.main([*command[:3], str(tmp_path / "y"), "--reader", str(base), "--card", str(tmp_path / "gone")]) == 3
 
 
-def test_what_holds_no_reader(run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_holds_no_reader(reader_run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="holds no reader"):
-        make_reader(run.parent / "imported", tmp_path / "x", base)
+        make_reader(reader_run.parent / "imported", tmp_path / "x", base)
     with pytest.raises(UsageError, match="no {question}"):
-        make_reader(run, tmp_path / "x", base, template="answer:")
+        make_reader(reader_run, tmp_path / "x", base, template="answer:")
     with pytest.raises(UsageError, match="{text} once"):
-        make_reader(run, tmp_path / "x", base, passage="title")
+        make_reader(reader_run, tmp_path / "x", base, passage="title")
     with pytest.raises(UsageError, match=r"reader.json.name is 'a/b'"):
-        make_reader(run, tmp_path / "x", base, name="a/b")
+        make_reader(reader_run, tmp_path / "x", base, name="a/b")
     with pytest.raises(UsageError, match="max_new_tokens"):
-        make_reader(run, tmp_path / "x", base, max_new_tokens=0)
+        make_reader(reader_run, tmp_path / "x", base, max_new_tokens=0)
     with pytest.raises(MissingInputError, match="does not exist"):
-        make_reader(run, tmp_path / "x", tmp_path / "gone.gguf")
+        make_reader(reader_run, tmp_path / "x", tmp_path / "gone.gguf")
     with pytest.raises(UsageError, match="there is no base smolm2") as caught:
-        make_reader(run, tmp_path / "x", "smolm2")
+        make_reader(reader_run, tmp_path / "x", "smolm2")
     assert "did you mean smollm2?" in str(caught.value)
     monkeypatch.setenv("RETRO_HOME", str(tmp_path / "home"))
     with pytest.raises(MissingInputError, match="retro fetch smollm2"):
-        make_reader(run, tmp_path / "x", "smollm2")
+        make_reader(reader_run, tmp_path / "x", "smollm2")
     odd = {"token_embd.weight": np.ones((261, gguf_helpers.WIDTH), np.float32)}
     other = gguf_helpers.write(tmp_path / "other.gguf", blocks="Q8_0", tensors=odd)
     with pytest.raises(UsageError, match="is not what the run learned beside"):
-        make_reader(run, tmp_path / "x", other)
+        make_reader(reader_run, tmp_path / "x", other)
     assert not (tmp_path / "x").exists()
