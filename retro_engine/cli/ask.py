@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retro_engine.cli import flags
@@ -69,7 +68,7 @@ def _documents_and_question(args: argparse.Namespace) -> tuple[list[str], str | 
         return args.words, None
     *documents, question = args.words
     if not documents:
-        what = "there are no documents" if not Path(question).exists() else f"there is no question about {question}"
+        what = "there are no documents" if not os.path.lexists(question) else f"there is no question about {question}"
         raise UsageError(what, "documents come first, the question last", _usage())
     if os.path.lexists(question) and " " not in question.strip():
         raise UsageError(f"there is no question: {question} is a file", "the question is the last word", _usage())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retro_engine.data import files
 from retro_engine.data.checkpoint_files import ADAPTERS_FILE
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.errors import MissingInputError, StoreError, extra
 from retro_engine.generate.open_model import OpenedModel, read_in_front
 from retro_engine.interop.gguf_file import read_gguf_file
 from retro_engine.interop.gguf_model import each_weight, read_header
@@ -61,6 +61,8 @@ def open_reader(reader: Reader, base: Path, dtype: str | None = None) -> OpenedM
     """
     dtype = default_dtype() if dtype is None else dtype
     check_weights(dtype)
+    with extra("ask", "gguf is not installed", "it reads what a reader stands on"):
+        import gguf  # noqa: F401
     file = read_gguf_file(base)
     values, tokenizer, _ = read_header(file)
     config, names, _ = read_decoder(values, len(file.tensors), file.name)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import gguf_helpers
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from retro_engine.data.files import sha256_file
-from retro_engine.errors import MissingInputError, RetroError, StoreError, UsageError
+from retro_engine.errors import MissingExtraError, MissingInputError, RetroError, StoreError, UsageError
 from retro_engine.generate.generator import Generator
 from retro_engine.readers.reader import base_path, open_reader, with_settings
 from retro_engine.readers.reader_file import read_reader
@@ -67,6 +68,12 @@ def test_what_is_refused(reader_folder: Path, base: Path, tmp_path: Path) -> Non
         (folder / "reader.json").write_text(json.dumps(values))
         with pytest.raises(RetroError, match="do(es)? not fit"):
             open_reader(read_reader(folder), base)
+
+
+def test_a_missing_extra_is_named(reader_folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingExtraError, match=r"retro-engine\[ask\]"):
+        open_reader(read_reader(reader_folder), base)
 
 
 def test_settings_of_a_user(reader_folder: Path) -> None:
