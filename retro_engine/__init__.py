@@ -1,6 +1,6 @@
 """retro-engine: text in, a retrieval-enhanced language model (RETRO) out.
 
-`from retro_engine import Corpus, Index, Retro, fit` is the Python interface; names load on first use, so
+`from retro_engine import Corpus, Index, Retro, ask, fit` is the Python interface; names load on first use, so
 importing the package does no work.
 """
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from retro_engine.version import __version__ as __version__
 
-__all__ = ["Corpus", "Index", "Retro", "fit"]
+__all__ = ["Corpus", "Index", "Retro", "ask", "fit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The Python quick start: Corpus, Index, Retro, fit. Everything here also exists as a command.
+"""The Python quick start: Corpus, Index, Retro, fit; and `ask`, which answers from documents. Everything here also exists as a command.
 
 corpus = Corpus.from_files("docs/**/*.md")
 index = Index.build(corpus)
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what continues a prompt takes neither training nor retrieva
     from retro_engine.data.batches import Sequences
     from retro_engine.data.neighbor_table import NeighborTable
     from retro_engine.evaluate.losses import DocumentLosses
+    from retro_engine.readers.ask import Answer
     from retro_engine.retrieval.search import Building, Retriever
     from retro_engine.train.loop import TrainingResult
 
@@ -278,3 +279,22 @@ def fit(
         settings.append(("trainer.max_steps", steps))
     config = load_config([*settings, *overrides], preset)
     return train(config, Reporter("quiet" if quiet else "text"))
+
+
+def ask(
+    documents: str | Path | Sequence[str | Path],
+    question: str,
+    reader: str | Path | None = None,
+    base: str | Path | None = None,
+    *,
+    k: int | None = None,
+    max_new_tokens: int | None = None,
+    dtype: str | None = None,
+) -> "Answer":
+    """Answer a question from files and folders; `reader`: a name or a folder, `base`: its GGUF file (None: the package's own
+    reader, and what `retro fetch` brought). For several questions: `retro_engine.readers.ask.Asker`.
+    """
+    from retro_engine.readers.ask import Asker, checked_question
+
+    checked_question(question)  # before anything is loaded
+    return Asker(documents, reader, base, k=k, max_new_tokens=max_new_tokens, dtype=dtype).ask(question)

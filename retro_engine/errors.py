@@ -30,6 +30,10 @@ class UsageError(RetroError, ValueError):
     exit_code = 2
 
 
+class InUseError(UsageError):
+    """A folder whose lock another process has: it may be tried again."""
+
+
 class StoreError(RetroError, ValueError):
     """A store, table, index, tokenizer or checkpoint that is corrupt, foreign, newer or does not fit."""
 

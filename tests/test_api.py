@@ -51,7 +51,7 @@ def test_importing_the_package_does_no_work() -> None:
 
     code = "import sys, retro_engine; print('torch' in sys.modules, len(retro_engine.__all__))"
     assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False 4\n"
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False 5\n"
     )
     import retro_engine
 
@@ -81,10 +81,10 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
 def test_what_is_passed_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By name, unless it is to be quiet; a name with brackets that is there is no pattern."""
     (tmp_path / "[a].txt").write_text("the text of one document")
-    (tmp_path / "b.pdf").write_text("x")
+    (tmp_path / "b.odt").write_text("x")
     for quiet in (False, True):
         corpus = Corpus.from_files(tmp_path / "*", tmp_path / "[a].txt", vocab_size=300, quiet=quiet)
         assert corpus.store.num_documents == 1
         error = capsys.readouterr().err
-        assert (f"passed over: {tmp_path}/b.pdf: of an unknown kind" in error) != quiet
+        assert (f"passed over: {tmp_path}/b.odt: of an unknown kind" in error) != quiet
         assert (f"passed over: {tmp_path}/[a].txt: the same file as" in error) != quiet

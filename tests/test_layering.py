@@ -21,6 +21,7 @@ ORDER = [
     ["train"],
     ["generate"],
     ["interop"],
+    ["readers"],
     ["serve"],
     ["api"],
     ["__init__"],

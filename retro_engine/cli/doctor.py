@@ -6,7 +6,7 @@ from retro_engine.cli import flags
 
 PACKAGES = (
     "torch", "numpy", "tokenizers", "safetensors", "faiss-cpu", "bm25s", "apsw", "numba", "tensorboard",
-    "sentence-transformers", "starlette", "uvicorn", "ray", "pyarrow",
+    "sentence-transformers", "starlette", "uvicorn", "ray", "pyarrow", "gguf", "pypdf", "python-docx",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Commands = Any  # argparse's sub-parsers: it has no public name for them
 EVERY_SETTING = None  # of `reads`
-INPUTS_HELP = "text, HTML, JSON, TSV, CSV, Parquet, compressed or not; folders; - for standard input"
+INPUTS_HELP = "text, HTML, PDF, Word (.docx), JSON, TSV, CSV, Parquet, compressed or not; folders; - for standard input"
 RUN_HELP = "a run's folder or a checkpoint"
 MODEL_HELP = f"{RUN_HELP}, or a .gguf file as it is"
 IN_FRONT = ("model.reading", "model.num_neighbors", "model.retrieved_length", "model.sink_id")  # how a decoder reads

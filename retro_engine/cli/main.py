@@ -14,12 +14,14 @@ from collections.abc import Sequence
 
 from retro_engine.cli import (
     accounts,
+    ask,
     build,
     config,
     demo,
     docs,
     doctor,
     explain,
+    fetch,
     generate,
     inspect,
     models,
@@ -36,7 +38,7 @@ from retro_engine.errors import RetroError, StoppedError, UsageError, typed
 from retro_engine.train.__main__ import parse
 
 COMMANDS = (
-    demo, prepare, build, train, mup, evaluation, generate, docs, models, explain, serve, accounts, report, inspect,
+    demo, prepare, build, train, mup, evaluation, generate, ask, fetch, docs, models, explain, serve, accounts, report, inspect,
     config, doctor,
 )  # fmt: skip
 

@@ -23,7 +23,9 @@ def add(commands: flags.Commands) -> None:
             found = found.lower() in ("1", "true", "yes")
         sub.add_argument(f"--{name}", default=default if found is None else found, **about)
 
-    sub.add_argument("path", metavar="RUN", help=flags.MODEL_HELP)
+    sub.add_argument("path", nargs="?", metavar="RUN", help=f"{flags.MODEL_HELP} (or --reader)")
+    flag("reader", metavar="NAME|DIR", help="a reader in place of a run: questions are answered from --library")
+    flag("base", metavar="FILE", help="the reader's .gguf file (default: where retro fetch puts it)")
     flag("library", metavar="FOLDER", help="live documents (default RUN/library; made when it is not there)")
     stores = "published stores to read as well, by words (default: the run's; none: no store)"
     flag("stores", nargs="*", metavar="STORE", help=stores)
@@ -71,13 +73,19 @@ def run(args: argparse.Namespace) -> int:
     from retro_engine.serve.service import ServiceOptions
     from retro_engine.serve.start import Address, serve_until_signal
 
+    if (args.path is None) == (args.reader is None):
+        raise UsageError("there is no model, or one too many", "RUN or --reader NAME", "retro serve RUN")
+    if args.base is not None and args.reader is None:
+        raise UsageError(f"--base {args.base} cannot be used", "it is of a reader", "--reader NAME")
     for name in ("max_batch", "max_waiting"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be used", "at least 1")
     if args.neighbor_bytes is not None and args.neighbor_bytes < 0:
         raise UsageError(f"--neighbor-bytes {args.neighbor_bytes} cannot be used", "0 or more")
     options = ServiceOptions(
-        run=args.path,
+        run=args.path or "",
+        reader=args.reader,
+        base=args.base,
         library=args.library,
         stores=args.stores,
         encodings=args.encodings or (),

@@ -1,4 +1,4 @@
-"""Files to documents: text, Markdown, HTML, and rows of JSON, TSV, CSV and Parquet, compressed or not.
+"""Files to documents: text, Markdown, HTML, PDF, Word, and rows of JSON, TSV, CSV and Parquet, compressed or not.
 
 A document that cannot be used (bad UTF-8, no text, not an object, over the size limit ...) is set aside with
 its file, line and reason; nothing of it reaches the store, and the other documents are not touched.
@@ -11,11 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
+from retro_engine.data.document_files import MOST_FILE_BYTES, docx_text, pdf_text
 from retro_engine.data.html_text import declared_encoding, page_text
 from retro_engine.data.identity import ID_KEYS, own_id
-from retro_engine.data.inputs import PAGE_KINDS, TEXT_KINDS, SetAside, kind_of, shown, standard_input
+from retro_engine.data.inputs import DOCUMENT_KINDS, PAGE_KINDS, TEXT_KINDS, SetAside, kind_of, shown, standard_input
 from retro_engine.data.rows import Row, RowReader
-from retro_engine.data.streams import HEAD, REPLACE, STREAM_ERRORS, TEXT_KEY, Unusable, as_utf8, decode, open_text
+from retro_engine.data.streams import (
+    HEAD,
+    REPLACE,
+    STREAM_ERRORS,
+    TEXT_KEY,
+    Unusable,
+    as_utf8,
+    decode,
+    open_text,
+    open_unpacked,
+)
 from retro_engine.errors import MissingInputError
 
 MAX_DOCUMENT_BYTES = 64 << 20
@@ -48,7 +59,7 @@ class Reader:
         columns = (self.text_key, *COLUMNS)
         rows = RowReader(self.errors, self.max_document_bytes, columns, required=self.text_key)
         for path in paths:
-            if kind_of(path) in (*TEXT_KINDS, *PAGE_KINDS):
+            if kind_of(path) in (*TEXT_KINDS, *PAGE_KINDS, *DOCUMENT_KINDS):
                 yield self._whole_file(path)
                 continue
             for row in rows.read(path):
@@ -58,6 +69,9 @@ class Reader:
         """A file that is one document."""
         name = shown(path)
         try:
+            if kind_of(path) in DOCUMENT_KINDS:
+                title, text = self._document_file(path)
+                return self._named(path, title, text)
             file, encoding = open_text(path)
             with file:
                 raw = file.read(self.max_document_bytes + 1)
@@ -75,8 +89,24 @@ class Reader:
             return SetAside(name, str(error))
         except STREAM_ERRORS as error:
             return SetAside(name, f"the file cannot be read: {getattr(error, 'strerror', None) or error}")
+        return self._named(path, title, text)
+
+    def _named(self, path: Path, title: str, text: str) -> Document:
+        """A document that is all of a file, under its title or else the file's name."""
         stem = path.name[: path.name.lower().rindex(kind_of(path))]
-        return Document(name, self._label(title) or shown(stem), text, name, path)
+        return Document(shown(path), self._label(title) or shown(stem), text, shown(path), path)
+
+    def _document_file(self, path: Path) -> tuple[str, str]:
+        """Raises Unusable."""
+        with open_unpacked(path) as file:
+            raw = file.read(MOST_FILE_BYTES + 1)
+        if len(raw) > MOST_FILE_BYTES:
+            raise Unusable(f"larger than {MOST_FILE_BYTES:,} bytes")
+        title, text = (pdf_text if kind_of(path) == ".pdf" else docx_text)(raw)
+        text = text.replace("\0", "").encode("utf-8", "replace").decode()  # their fonts' fault, no file's
+        if len(text) > self.max_document_bytes:
+            raise Unusable(f"its text is larger than {self.max_document_bytes:,} bytes")
+        return title, self._usable(text, "empty: it has no text")
 
     def _page(self, raw: bytes, encoding: str) -> str:
         declared = declared_encoding(raw) if encoding == "UTF-8" else "utf-8"

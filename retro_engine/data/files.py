@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 
 from retro_engine.data.manifests import check_manifest, check_names
-from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError, UsageError
+from retro_engine.errors import InUseError, MissingInputError, OutOfResourceError, RetroError, StoreError, UsageError
 
 MAGIC, VERSION, BYTE_ORDER = b"RETROARR", 1, 0x01020304
 HEADER = struct.Struct("<8sIII12s8sQQQ32sII20sI")  # 128 bytes; the last field is the CRC-32 of the rest
@@ -288,7 +288,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; it dies with its holder. Raises UsageError when another process has it."""
+    """Hold the folder's lock; it dies with its holder. Raises InUseError when another process has it."""
     is_new = not folder.is_dir()
     make_folder(folder)
     with _lock_file(folder, os.O_RDWR | os.O_CREAT) as file:
@@ -306,7 +306,7 @@ def locked(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def read_locked(folder: Path) -> Iterator[None]:
     """Keep writers out while the folder is read, with other readers. Nothing is written: where there is no lock file,
-    nobody has written there either. Raises UsageError when another process has the lock.
+    nobody has written there either. Raises InUseError when another process has the lock.
     """
     if not kind_of(folder / LOCK):
         yield
@@ -330,7 +330,7 @@ def _flock(file: IO[bytes], folder: Path, kind: int) -> None:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except OSError as error:
-        raise UsageError(f"{folder} is in use", "another process is writing there", "wait for it to end") from error
+        raise InUseError(f"{folder} is in use", "another process is writing there", "wait for it to end") from error
 
 
 def array_parts(kind: str, values: np.ndarray, parent: str) -> list[bytes | memoryview]:

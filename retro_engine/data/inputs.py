@@ -20,8 +20,9 @@ from retro_engine.errors import MissingInputError, UsageError
 
 TEXT_KINDS = (".txt", ".text", ".md", ".markdown")
 PAGE_KINDS = (".html", ".htm", ".xhtml")
+DOCUMENT_KINDS = (".pdf", ".docx")
 ROW_KINDS = (".jsonl", ".ndjson", ".json", ".tsv", ".csv", ".parquet")
-KINDS = (*TEXT_KINDS, *PAGE_KINDS, *ROW_KINDS)
+KINDS = (*TEXT_KINDS, *PAGE_KINDS, *DOCUMENT_KINDS, *ROW_KINDS)
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 KNOWN = f"known: {' '.join(KINDS)}, and with {' '.join(COMPRESSIONS)} behind"
 SAID = 20  # files named one by one where a list of all of them is kept

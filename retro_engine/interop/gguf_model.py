@@ -4,6 +4,7 @@ Reads one .gguf file; weights are dequantised to fp32 and brought into a Hugging
 `interop.huggingface` converts.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,20 @@ def read_header(
 
 
 def _weights(file: GgufFile, values: dict[str, Any]) -> State:
-    state = {name_of(name): file.values(name) for name in file.tensors if name != FACTORS}
-    for name, weight in state.items() if values["model_type"] == "llama" else ():
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2:][0])
-        if heads is not None:
-            state[name] = _halves_apart(weight, values[heads], values["rotary_width"], f"{file.name}: {name}")
-    return state
+    return dict(each_weight(file, values))
+
+
+def each_weight(file: GgufFile, values: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor under Hugging Face's name, in fp32; no two are held at a time."""
+    heads = {"q_proj": values["num_attention_heads"], "k_proj": values["num_key_value_heads"]}
+    for theirs in file.tensors:
+        if theirs == FACTORS:
+            continue
+        name, weight = name_of(theirs), file.values(theirs)
+        kind = name.split(".")[-2:][0]
+        if values["model_type"] == "llama" and kind in heads:
+            weight = _halves_apart(weight, heads[kind], values["rotary_width"], f"{file.name}: {name}")
+        yield name, weight
 
 
 def name_of(name: str) -> str:

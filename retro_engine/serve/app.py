@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from retro_engine.errors import RetroError, typed
 from retro_engine.library.library import Library
-from retro_engine.serve import documents, explain, nemo, openai, schema, sign_in, tokens
+from retro_engine.serve import ask, documents, explain, nemo, openai, schema, sign_in, tokens
 from retro_engine.serve.api_error import ApiError, ClientLeft, api_error
 from retro_engine.serve.gate import Gate
 from retro_engine.serve.request_context import ServerState, client_of, state_of
@@ -26,6 +26,7 @@ FILES = {  # of the page; gate.PUBLIC names them too
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.css": ("app.css", "text/css; charset=utf-8"),
     "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/ask.js": ("ask.js", "text/javascript; charset=utf-8"),
     "/api.js": ("api.js", "text/javascript; charset=utf-8"),
     "/playground.js": ("playground.js", "text/javascript; charset=utf-8"),
     "/library.js": ("library.js", "text/javascript; charset=utf-8"),
@@ -50,6 +51,7 @@ ROUTES: list[tuple[str, str, Endpoint, str]] = [  # method, path, endpoint, the 
     ("POST", "/detokenize", tokens.detokenize, "read"),
     ("POST", "/v1/retrieve", documents.retrieve, "read"),
     ("POST", "/v1/explain", explain.explain, "read"),
+    ("POST", "/v1/ask", ask.ask, "read"),
     ("GET", "/v1/documents", documents.list_documents, "read"),
     ("POST", "/v1/documents", documents.add_documents, "write"),
     ("POST", "/v1/documents/import", documents.import_documents, "write"),

@@ -24,6 +24,7 @@ PUBLIC = frozenset(
         ("GET", "/"),
         ("GET", "/app.css"),
         ("GET", "/app.js"),
+        ("GET", "/ask.js"),
         ("GET", "/api.js"),
         ("GET", "/playground.js"),
         ("GET", "/library.js"),

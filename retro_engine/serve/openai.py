@@ -126,6 +126,7 @@ def _model(service: Service, limits: Limits) -> dict[str, Any]:
     about = {
         "parameters": service.generator.model.num_parameters,
         "reads_neighbors": config.retrieval,
+        "reader": None if service.reader is None else service.reader.name,
         "chunk_size": config.chunk_size,
         "num_neighbors": config.num_neighbors,
         "retrieved_length": config.r,

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from retro_engine.serve import documents, explain, nemo, openai, tokens
+from retro_engine.serve import ask, documents, explain, nemo, openai, tokens
 
 BODIES: dict[tuple[str, str], tuple[type[BaseModel], ...]] = {  # any one of the forms
     ("POST", "/v1/completions"): (openai.Completion,),
@@ -16,6 +16,7 @@ BODIES: dict[tuple[str, str], tuple[type[BaseModel], ...]] = {  # any one of the
     ("POST", "/tokenize"): (tokens.Tokenize,),
     ("POST", "/detokenize"): (tokens.Detokenize,),
     ("POST", "/v1/explain"): (explain.Explain,),
+    ("POST", "/v1/ask"): (ask.Ask,),
     ("POST", "/v1/retrieve"): (documents.Query,),
     ("POST", "/v1/documents"): (documents.NewDocument, documents.ManyDocuments),
     ("POST", "/v1/documents/reset"): (documents.Confirmation,),

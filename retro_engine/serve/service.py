@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from retro_engine.generate.chat_template import ChatTemplate
 from retro_engine.generate.encode_store import open_encodings
 from retro_engine.generate.engine import Engine, Request
 from retro_engine.generate.generator import Generator
-from retro_engine.generate.open_model import check_reading, read_in_front
+from retro_engine.generate.open_model import OpenedModel, check_reading, read_in_front
 from retro_engine.generate.sampling import Sampling
 from retro_engine.interop.in_place import open_any
 from retro_engine.library.documents import Embedder, HashEmbedder
@@ -26,7 +26,11 @@ from retro_engine.library.importer import Importer
 from retro_engine.library.library import Library
 from retro_engine.library.live import LiveRetriever, library_coding
 from retro_engine.library.search import check_mode
+from retro_engine.model.device import pick_device
 from retro_engine.model.memory import trim
+from retro_engine.readers.ask import stride
+from retro_engine.readers.reader import base_path, open_reader
+from retro_engine.readers.reader_file import Reader, find_reader
 from retro_engine.retrieval.hit import Found
 from retro_engine.retrieval.search import Retriever
 from retro_engine.serve.encode_ahead import EncodeAhead
@@ -38,7 +42,9 @@ from retro_engine.train.run_data import run_databases
 class ServiceOptions:
     """What to open, and how."""
 
-    run: str
+    run: str  # "" where it is a reader
+    reader: str | None = None  # a name or a folder, in place of a run (readers/reader_file.py)
+    base: str | None = None  # of the reader: its .gguf file; None: where `retro fetch` puts it
     library: str | None = None  # None: RUN/library; made when it is not there
     stores: Sequence[str] | None = None  # None: those that the run's neighbors came from; [] = none
     encodings: Sequence[str] = ()  # of retro encode, elsewhere than beside their store
@@ -69,6 +75,7 @@ class Service:
     mode: str = "lexical"
     work: Work = field(default_factory=Work)  # beside the engine
     ahead: EncodeAhead | None = None  # of documents that are added
+    reader: Reader | None = None  # the model is one: it answers questions
 
     @functools.cached_property
     def token_bytes(self) -> TokenBytes:
@@ -140,14 +147,15 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     Raises RetroError's for whatever is missing, damaged or does not fit.
     """
     check_mode(options.mode, (1.0, 1.0))
-    opened = open_any(options.run, options.dtype, options.device)
+    reader = None if options.reader is None else find_reader(options.reader)
+    opened = _open_model(options, reader)
     folder, model, tokenizer = opened.folder, opened.model, opened.tokenizer
     check_reading(model, options.reading)
     library = importer = static = None
     is_own = shared is None
     has_documents, stores = reads_documents(options, folder, model.config), []
     if has_documents:
-        named = options.stores is not None or not model.config.retrieval
+        named = options.stores is not None or reader is not None or not model.config.retrieval
         stores = [Store(path) for path in options.stores or ()] if named else run_databases(folder)
     if not model.config.retrieval and options.reading != "none":
         try:  # for documents, or for neighbors that requests give
@@ -160,7 +168,9 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     if has_documents:
         static = Retriever(stores) if stores else None
         if shared is None:
-            library = open_library(library_folder(options, folder), tokenizer, model.config.chunk_size)
+            chunk_size = model.config.chunk_size
+            step = None if reader is None else stride(chunk_size)
+            library = open_library(library_folder(options, folder), tokenizer, chunk_size, step)
             shared = library, Importer(library)
             shared[1].recover()
         library, importer = shared
@@ -172,7 +182,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     if is_own and library is not None and generator.encodings is not None and generator.encodings.max_bytes:
         ahead = EncodeAhead(library, generator.encodings, model.config.r)
     Sampling(**opened.generation)
-    name = options.name or run_folder(folder).resolve().name
+    name = options.name or (run_folder(folder).resolve().name if reader is None else reader.name)
     return Service(
         name=name,
         generator=generator,
@@ -185,7 +195,18 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
         mode=options.mode,
         work=Work(options.max_waiting),
         ahead=ahead,
+        reader=reader,
     )
+
+
+def _open_model(options: ServiceOptions, reader: Reader | None) -> OpenedModel:
+    """A run's model, or a reader's. Raises UsageError for a reader without a library, which its folder has no place for."""
+    if reader is None:
+        return open_any(options.run, options.dtype, options.device)
+    if options.library is None:
+        raise UsageError(f"--reader {options.reader} needs a library", "it answers from documents", "--library FOLDER")
+    opened = open_reader(reader, base_path(reader, options.base), options.dtype)
+    return replace(opened, model=opened.model.to(pick_device(options.device)))
 
 
 def _chunk_size(
@@ -232,13 +253,14 @@ def library_folder(options: ServiceOptions, checkpoint_folder: Path) -> Path:
     return Path(options.library or run_folder(checkpoint_folder) / "library")
 
 
-def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int) -> Library:
-    """The library, made with the model's tokenizer and chunk size when it is not there.
+def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int, step: int | None = None) -> Library:
+    """The library, made with the model's tokenizer and chunk size when it is not there; `step`: from chunk to chunk (None:
+    a whole one).
 
     Raises StoreError for one of another tokenizer or chunk size.
     """
     if not is_made(folder):
-        Library.create(folder, tokenizer, chunk_size, embedder=HashEmbedder(tokenizer))
+        Library.create(folder, tokenizer, chunk_size, step, HashEmbedder(tokenizer))
     library = Library(folder)
     try:
         Coding("the model", tokenizer.fingerprint, chunk_size, "model").check(library_coding(library))

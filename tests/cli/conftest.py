@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 from cli_helpers import TINY, run
 from helpers import write_corpus
+from reader_helpers import base as base
+from reader_helpers import reader_folder as reader_folder
+from reader_helpers import reader_run as reader_run
 
 
 @pytest.fixture(scope="session")

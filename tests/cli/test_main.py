@@ -85,7 +85,7 @@ def test_damaged_input(
 
 BAD = {
     "missing file": (["prepare", "{}/no.txt"], 3, "does not exist"),
-    "unknown kind": (["prepare", "{}/a.pdf"], 2, "unknown kind"),
+    "unknown kind": (["prepare", "{}/a.png"], 2, "unknown kind"),
     "empty file": (["prepare", "{}/empty.jsonl"], 3, "there is no document"),
     "binary file": (["prepare", "{}/binary.txt"], 3, "NUL byte"),
     "bad UTF-8": (["prepare", "{}/bad.txt"], 3, "not UTF-8"),
@@ -120,7 +120,7 @@ def test_bad_input(
     """Each gives a three-line error and its exit code, and writes nothing."""
     command, code, message = BAD[name]
     contents = {
-        "a.pdf": b"x", "empty.jsonl": b"", "binary.txt": b"\0\1\2", "bad.txt": b"caf\xe9 \xfa", "good.txt": b"good words",
+        "a.png": b"x", "empty.jsonl": b"", "binary.txt": b"\0\1\2", "bad.txt": b"caf\xe9 \xfa", "good.txt": b"good words",
         "rows.jsonl": b'{"body": "x"}\n', "list.jsonl": b"[1]\n",
     }  # fmt: skip
     for file, content in contents.items():

@@ -43,7 +43,7 @@ def test_files_passed_over_are_said_and_listed_but_no_rows(tmp_path: Path) -> No
 
     folder = tmp_path / "in"
     folder.mkdir()
-    for name in (b"caf\xe9.txt", b"notes.pdf", b".hidden"):
+    for name in (b"caf\xe9.txt", b"notes.odt", b".hidden"):
         with open(os.fsencode(folder) + b"/" + name, "w") as file:
             file.write("words of a text")
     said: list[str] = []
@@ -51,7 +51,7 @@ def test_files_passed_over_are_said_and_listed_but_no_rows(tmp_path: Path) -> No
     assert store.name(0) == (f"{folder}/caf\\xe9.txt", "caf\\xe9")
     assert said[:3] == [
         f"passed over: {folder}/.hidden: hidden: its name starts with a dot",
-        f"passed over: {folder}/notes.pdf: of an unknown kind",
+        f"passed over: {folder}/notes.odt: of an unknown kind",
         f"2 passed over, listed in {tmp_path}/s/set_aside.jsonl",
     ]
     listed = [json.loads(line) for line in (tmp_path / "s" / "set_aside.jsonl").read_text().split("\n")[:-1]]

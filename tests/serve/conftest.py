@@ -8,6 +8,9 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from reader_helpers import base as base
+from reader_helpers import reader_folder as reader_folder
+from reader_helpers import reader_run as reader_run
 from serve_helpers import Server, make_run, serving_run
 
 from retro_engine.data.store import Store

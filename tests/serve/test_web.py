@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_helpers import PASSWORD, Server, serving_run
+from serve_helpers import PASSWORD, Server, serving, serving_run
+
+from retro_engine.readers.ask import answer_of
+from retro_engine.serve import ask as serve_ask
+from retro_engine.serve.service import ServiceOptions, open_service
 
 WEB = Path(__file__).resolve().parents[2] / "retro_engine" / "serve" / "web"
 SHOTS = os.environ.get("RETRO_SHOTS")  # a folder for screenshots
@@ -254,3 +258,35 @@ CONTRAST = """() => {
     .map((e) => { const [a, b] = [light(parse(getComputedStyle(e).color)), light(back(e))].sort((x, y) => y - x); return [e.tagName + '.' + e.className, (a + .05) / (b + .05)]; })
     .filter(([, ratio]) => ratio < 4.5);
 }"""
+
+
+@pytest.fixture(scope="module")
+def reading_site(reader_folder: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("reading-site")
+    options = ServiceOptions(run="", reader=str(reader_folder), base=str(base), library=str(folder / "library"))
+    with serving(lambda: open_service(options), folder) as server:
+        server.state.accounts.add_user("ada", PASSWORD, "admin")
+        yield server
+
+
+def test_a_reader_is_asked_first(browser: Any, reading_site: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answered(reader: Any, question: str, read: Any, text: str) -> Any:
+        return answer_of(reader, question, read, " 1871")
+
+    monkeypatch.setattr(serve_ask, "answer_of", answered)
+    page = browser.new_context(viewport={"width": 360, "height": 800}).new_page()
+    page.set_default_timeout(15_000)
+    sign_in(page, reading_site)
+    page.wait_for_selector("#screen-ask:not([hidden]) #ask-empty:not([hidden])")
+    page.click("#ask-example")
+    page.wait_for_selector("#answer .answer-text:has-text('1871')")
+    page.fill("#question", "What was built in 1871?")
+    page.press("#question", "Enter")
+    page.wait_for_selector("#answer mark:has-text('1871')")
+    page.click("#answer button.link >> nth=0")
+    page.wait_for_selector("#document[open]:has-text('Marta Oden')")
+    page.keyboard.press("Escape")
+    page.fill("#question", "Zanzibar?")
+    page.press("#question", "Enter")
+    page.wait_for_selector("#answer .answer-text:has-text('do not hold the answer')")
+    page.context.close()

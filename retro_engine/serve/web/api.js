@@ -27,6 +27,9 @@ async function failure(answer) {
   return new ApiError(answer.status, message);
 }
 
+/** The page may lie below a prefix: paths go from where it is. */
+const here = (path) => path.replace(/^\//, "");
+
 /** A call with JSON both ways. Throws ApiError. */
 export async function call(method, path, body, signal) {
   const options = { method, signal, headers: {}, credentials: "same-origin" };
@@ -35,14 +38,14 @@ export async function call(method, path, body, signal) {
     options.headers["content-type"] = "application/json";
     options.body = JSON.stringify(body);
   }
-  const answer = await fetch(path, options);
+  const answer = await fetch(here(path), options);
   if (!answer.ok) throw await failure(answer);
   return answer.json();
 }
 
 /** The events of a streamed answer, as they come. */
 export async function* stream(path, body, signal) {
-  const answer = await fetch(path, {
+  const answer = await fetch(here(path), {
     method: "POST", signal, credentials: "same-origin",
     headers: { "content-type": "application/json" }, body: JSON.stringify({ ...body, stream: true }),
   });

@@ -1,10 +1,11 @@
 // The page: who is signed in, which screen is shown, what the server says of itself.
 
-import { $, attempt, call, make, notice, setLibrary } from "/api.js";
-import { list, startLibrary } from "/library.js";
-import { startPlayground, stopPlayground } from "/playground.js";
+import { $, attempt, call, make, notice, setLibrary } from "./api.js";
+import { showAsk, startAsk, stopAsk } from "./ask.js";
+import { list, startLibrary } from "./library.js";
+import { startPlayground, stopPlayground } from "./playground.js";
 
-const SCREENS = ["playground", "documents", "retrieve", "status"];
+const SCREENS = ["ask", "playground", "documents", "retrieve", "status"];
 let model = null;
 let user = null;
 let setup = null; // the secret of a set-up link
@@ -24,8 +25,10 @@ function route() {
   clearInterval(timer);
   if (!user) return show("sign-in");
   const asked = location.hash.slice(1);
-  const name = SCREENS.includes(asked) ? asked : "playground";
+  const first = model.retro.reader ? "ask" : "playground";
+  const name = SCREENS.includes(asked) && (asked !== "ask" || model.retro.reader) ? asked : first;
   show(name);
+  if (name === "ask") attempt(showAsk);
   if (name === "documents") attempt(() => list());
   if (name === "status") {
     attempt(status);
@@ -41,10 +44,10 @@ function facts(title, pairs) {
 }
 
 async function status() {
-  const [{ data }, health] = await Promise.all([call("GET", "/v1/models"), fetch("/health").then((answer) => answer.json())]);
+  const [{ data }, health] = await Promise.all([call("GET", "/v1/models"), fetch("health").then((answer) => answer.json())]);
   const about = data[0].retro;
   const cards = [
-    facts("Model", [["name", data[0].id], ["parameters", about.parameters.toLocaleString("en")], ["vocabulary", about.vocab_size.toLocaleString("en")],
+    facts("Model", [["name", data[0].id], ["reader", about.reader], ["parameters", about.parameters.toLocaleString("en")], ["vocabulary", about.vocab_size.toLocaleString("en")],
       ["chunk", `${about.chunk_size} tokens`], ["neighbors a chunk", about.num_neighbors], ["tokens a neighbor", about.retrieved_length]]),
     facts("Engine", [["state", health.status], ...Object.entries(about.engine).map(([name, value]) => [name.replaceAll("_", " "), value.toLocaleString("en")])]),
   ];
@@ -72,6 +75,8 @@ async function enter(found) {
   }
   for (const id of ["tabs", "who"]) $(id).hidden = false;
   setLibrary(model.retro.library);
+  document.querySelector("#tabs a[href='#ask']").hidden = !model.retro.reader;
+  startAsk(user);
   startPlayground(model);
   startLibrary(user);
   route();
@@ -81,6 +86,7 @@ async function enter(found) {
 function leave() {
   user = null;
   stopPlayground();
+  stopAsk();
   for (const id of ["tabs", "who"]) $(id).hidden = true;
   route();
   $("name").focus();
@@ -116,7 +122,7 @@ async function start() {
   const link = /^#setup=([\w-]+)$/.exec(location.hash);
   if (link) {
     asFirst(link[1]);
-    history.replaceState(null, "", "/");
+    history.replaceState(null, "", location.pathname);
   }
   $("sign-in").onsubmit = (event) => {
     event.preventDefault();

@@ -1,6 +1,6 @@
 // The documents and retrieve screens.
 
-import { $, attempt, call, confirmed, isLive, make, neighbor, showDocument } from "/api.js";
+import { $, attempt, call, confirmed, isLive, make, neighbor, showDocument } from "./api.js";
 
 const PAGE = 20;
 let canWrite = false;

@@ -1,6 +1,6 @@
 // The playground: one prompt, with retrieval and without, side by side; the output is split where it retrieved.
 
-import { $, attempt, make, neighbor, stream } from "/api.js";
+import { $, attempt, make, neighbor, stream } from "./api.js";
 
 let running = null; // AbortController of what is being generated
 
@@ -102,13 +102,13 @@ export function startPlayground(model) {
   const readsNeighbors = model.retro.library !== null;
   $("compare").closest("label").hidden = !readsNeighbors;
   $("max-tokens").max = model.retro.max_new_tokens;
-  $("ask").onsubmit = (event) => {
+  $("playground-form").onsubmit = (event) => {
     event.preventDefault();
     attempt(() => generate(model.id, readsNeighbors));
   };
   $("stop").onclick = () => running?.abort();
   $("prompt").onkeydown = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("playground-form").requestSubmit();
   };
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") running?.abort();

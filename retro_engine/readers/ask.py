@@ -1,0 +1,179 @@
+"""A question to a user's documents: the passages that fit it, a reader's answer, and where in them it stands.
+
+An `Asker` keeps the model open, and what it encoded of passages; `retro_engine.ask` is one question to one. What
+`retro serve` answers under /v1/ask is made of the same parts (`passages_of`, `request_of`, `answer_of`).
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import UsageError
+from retro_engine.generate.generator import Generator
+from retro_engine.generate.request import Request
+from retro_engine.library.live import LiveRetriever
+from retro_engine.progress import Reporter
+from retro_engine.readers.documents import Documents, Synced
+from retro_engine.readers.reader import base_path, open_reader, with_settings
+from retro_engine.readers.reader_file import Reader, find_reader
+from retro_engine.readers.spans import Span, find_span
+from retro_engine.retrieval.hit import Found, Hit
+
+NOT_FOUND = "The documents do not hold the answer."
+MOST_CHARACTERS = 2000  # of a question
+MOST_PASSAGES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A passage that was read, best first."""
+
+    document: str  # its id: of a file its path, of a row file:line
+    title: str
+    chunk: int
+    score: float
+    text: str  # what was read of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came of a question. `span` is the stretch of sources[span.passage].text that the answer was copied from."""
+
+    question: str
+    answer: str  # where it was not found, NOT_FOUND
+    found: bool
+    span: Span | None
+    sources: list[Source]
+    why: str = ""  # nothing was read
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        span = self.span and {
+            "source": self.span.passage,
+            **{n: getattr(self.span, n) for n in ("start", "end", "text")},
+        }
+        return asdict(self) | {"span": span}
+
+
+def checked_question(question: str) -> str:
+    """On one line. Raises UsageError for an empty or huge one."""
+    if not isinstance(question, str) or not question.strip():
+        raise UsageError("the question is empty", "there is nothing to answer", "ask for something")
+    if len(question) > MOST_CHARACTERS:
+        why = f"at most {MOST_CHARACTERS:,} are read"
+        raise UsageError(f"the question has {len(question):,} characters", why, "ask one question, and shortly")
+    if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in question):
+        raise UsageError("the question is not text", "it holds a NUL character or half of a surrogate pair")
+    return " ".join(question.split())
+
+
+def passages_of(found: Found, tokenizer: Tokenizer) -> list[tuple[Hit, str]]:
+    """What was found, as the texts that are read."""
+    pairs = found.pairs()
+    return list(zip([hit for hit, _ in pairs], tokenizer.decode_batch([tokens.tolist() for _, tokens in pairs])))
+
+
+def request_of(reader: Reader, question: str, passages: Sequence[tuple[Hit, str]]) -> Request:
+    """What the model is asked: greedily, up to the end of the line."""
+    texts = [reader.shown(hit.title, text) for hit, text in passages]
+    return Request(reader.prompt(question), reader.max_new_tokens, neighbors=texts, stop=("\n",))
+
+
+def answer_of(reader: Reader, question: str, passages: Sequence[tuple[Hit, str]], text: str) -> Answer:
+    """What the model's text says. That it says nothing counts as its saying that the answer is absent."""
+    said = text.strip().split("\n", 1)[0].strip()
+    names = ("document", "title", "chunk", "score")
+    sources = [Source(**{name: getattr(hit, name) for name in names}, text=read) for hit, read in passages]
+    if _is_absent(said, reader.absent):
+        return Answer(question=question, answer=NOT_FOUND, found=False, span=None, sources=sources)
+    span = find_span(said, [source.text for source in sources])
+    return Answer(question=question, answer=said, found=True, span=span, sources=sources)
+
+
+def nothing_found(question: str, why: str) -> Answer:
+    """No passage has a word of the question: the model is not asked."""
+    return Answer(question=question, answer=NOT_FOUND, found=False, span=None, sources=[], why=why)
+
+
+def _is_absent(said: str, absent: str) -> bool:
+    plain = [text.strip(" .!\"'").casefold() for text in (said, absent)]
+    return not plain[0] or plain[0] == plain[1]
+
+
+def check_passages(k: int | None) -> None:
+    if k is not None and not 1 <= k <= MOST_PASSAGES:
+        raise UsageError(
+            f"k={k} cannot be used", f"1 to {MOST_PASSAGES} passages are read", "leave it out: the reader's"
+        )
+
+
+class Asker:
+    """An open reader over documents that it follows as they change."""
+
+    def __init__(
+        self,
+        documents: str | Path | Sequence[str | Path],
+        reader: Reader | str | Path | None = None,
+        base: str | Path | None = None,
+        *,
+        k: int | None = None,
+        max_new_tokens: int | None = None,
+        dtype: str | None = None,
+        reporter: Reporter | None = None,
+    ):
+        """`documents`: files, folders and patterns; `reader`: a name or a folder (None: the package's own); `base`: its GGUF
+        file (None: where `retro fetch` puts it); `k` passages are read.
+
+        Raises UsageError, MissingInputError and StoreError for what cannot be used, is not there, or is another.
+        """
+        check_passages(k)
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={max_new_tokens} cannot be used", "at least one token is generated")
+        found = reader if isinstance(reader, Reader) else find_reader(reader)
+        self.reader = with_settings(found, k, max_new_tokens)
+        opened = open_reader(self.reader, base_path(self.reader, base), dtype)
+        self.tokenizer, self.generator = opened.tokenizer, Generator(opened.model, opened.tokenizer)
+        inputs = [documents] if isinstance(documents, str | Path) else list(documents)
+        chunk_size = self.reader.reading.chunk_size
+        self.documents = Documents(inputs, self.tokenizer, chunk_size, stride(chunk_size), reporter)
+        self.synced: Synced | None = None  # of the last question
+
+    def ask(self, question: str) -> Answer:
+        """Raises UsageError for a question that cannot be used, MissingInputError where there is no document."""
+        question, begin = checked_question(question), time.monotonic()
+        reading = self.reader.reading
+        with self.documents.opened() as (library, self.synced):
+            retriever = LiveRetriever(library)
+            found = retriever.search(question, reading.num_neighbors, retrieved_length=reading.retrieved_length)
+            why = "" if found.hits else library.why_nothing(question)
+        if found.hits:
+            passages = passages_of(found, self.tokenizer)
+            out = self.generator.generate_all([request_of(self.reader, question, passages)])[0]
+            answer = answer_of(self.reader, question, passages, out.text)
+        else:
+            answer = nothing_found(question, why)
+        return replace(answer, seconds=time.monotonic() - begin)
+
+
+def stride(chunk_size: int) -> int:
+    """Tokens between the starts of chunks: half of one, so that few sentences are cut in every chunk that has them."""
+    return max(1, chunk_size // 2)
+
+
+def marked(text: str, span: Span | None, before: str, after: str) -> str:
+    """A passage on one line, with its span between two marks; what a terminal would obey is left out."""
+    parts = [text] if span is None else [text[: span.start], text[span.start : span.end], text[span.end :]]
+    clean = ["".join(letter if letter.isprintable() else " " for letter in part) for part in parts]
+    lines = [f"{' ' * part[:1].isspace()}{' '.join(part.split())}{' ' * part[-1:].isspace()}" for part in clean]
+    return (
+        lines[0].strip() if span is None else f"{lines[0].lstrip()}{before}{lines[1].strip()}{after}{lines[2].rstrip()}"
+    )
+
+
+def terminal_marks(is_terminal: bool) -> tuple[str, str]:
+    """Around what is marked: letters in reverse on a terminal, brackets elsewhere and where NO_COLOR is set."""
+    return ("\x1b[7m", "\x1b[0m") if is_terminal and not os.environ.get("NO_COLOR") else ("[[", "]]")

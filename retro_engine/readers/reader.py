@@ -1,0 +1,100 @@
+"""A reader, opened: its base's weights with its adapters merged into them, reading in front as it was taught to.
+
+Reads the base's .gguf file, one tensor at a time, and the reader's folder (readers/reader_file.py).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retro_engine.data import files
+from retro_engine.data.checkpoint_files import ADAPTERS_FILE
+from retro_engine.errors import MissingInputError, StoreError, extra
+from retro_engine.generate.open_model import OpenedModel, read_in_front
+from retro_engine.interop.gguf_file import read_gguf_file
+from retro_engine.interop.gguf_model import each_weight, read_header
+from retro_engine.interop.huggingface import check_names, check_tokenizer, read_decoder
+from retro_engine.interop.imports import GREEDY
+from retro_engine.model.lora import A, B, merged
+from retro_engine.model.memory import MappedTensors
+from retro_engine.model.quantize import check_weights, use_weights
+from retro_engine.model.weights import new_model
+from retro_engine.readers.bases import BASES, by_hand
+from retro_engine.readers.reader_file import Reader
+from retro_engine.train.precision import has_fast_bf16
+
+
+def base_path(reader: Reader, named: str | Path | None = None) -> Path:
+    """Where a reader's base lies: `named`, beside the reader, or where `retro fetch` puts it.
+
+    Raises MissingInputError, saying what brings it here; StoreError for another file.
+    """
+    known = BASES.get(reader.base.name)
+    places = [Path(named)] if named is not None else [reader.folder / reader.base.file]
+    if named is None and known is not None:
+        places.append(known.path)
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        why = f"looked at {', '.join(map(str, places))}"
+        raise MissingInputError(f"the base of the reader {reader.name} is not here", why, reader.base.get)
+    found = files.sha256_file(path)
+    if found != reader.base.sha256:
+        raise StoreError(
+            f"{path} is not the base of the reader {reader.name}",
+            f"its SHA-256 is {found[:16]}..., and the adapters learned beside {reader.base.sha256[:16]}...",
+            by_hand(known) if known is not None else f"name {reader.base.file} with --base",
+        )
+    return path
+
+
+def default_dtype() -> str:
+    return "bf16" if has_fast_bf16() else "fp32"
+
+
+def open_reader(reader: Reader, base: Path, dtype: str | None = None) -> OpenedModel:
+    """The model of a reader beside `base`, a file of which the hash was compared (`base_path`). `dtype`: fp32, bf16, int8
+    or int4 (None: what is faster here).
+
+    Raises StoreError for adapters of another base.
+    """
+    dtype = default_dtype() if dtype is None else dtype
+    check_weights(dtype)
+    with extra("ask", "gguf is not installed", "it reads what a reader stands on"):
+        import gguf  # noqa: F401
+    file = read_gguf_file(base)
+    values, tokenizer, _ = read_header(file)
+    config, names, _ = read_decoder(values, len(file.tensors), file.name)
+    check_tokenizer(tokenizer, config, file.name)
+    ours = {theirs: name for name, theirs in names.items()}
+    kept = torch.bfloat16 if dtype == "bf16" else torch.float32
+    adapters = MappedTensors(reader.folder / ADAPTERS_FILE)
+    odd = sorted({key.removesuffix(A).removesuffix(B) for key in adapters} - {n.removesuffix(".weight") for n in names})
+    if odd:
+        why = f"{base} has no {', '.join(odd[:4])}"
+        raise StoreError(f"the adapters of {reader.name} do not fit their base", why, "take another reader")
+    state: dict[str, Tensor] = {}
+    for theirs, weight in each_weight(file, values):
+        name = ours.get(theirs, theirs)  # what is no part of the model is refused below
+        key = name.removesuffix(".weight")
+        own = {key + end: adapters[key + end] for end in (A, B) if key + end in adapters}
+        whole = (
+            merged({name: weight, **own}, reader.lora, str(reader.folder / ADAPTERS_FILE)) if own else {name: weight}
+        )
+        state[name] = whole[name].to(kept)
+    check_names(set(state), set(names), file.name)
+    model = new_model(config, state, file.name).eval()
+    use_weights(model, dtype)
+    reading = reader.reading
+    asked = {name: getattr(reading, name) for name in ("num_neighbors", "retrieved_length", "sink_id")}
+    read_in_front(model, tokenizer, reading.chunk_size, asked)
+    model.requires_grad_(False)
+    return OpenedModel(folder=reader.folder, model=model, tokenizer=tokenizer, generation=dict(GREEDY))
+
+
+def with_settings(reader: Reader, num_neighbors: int | None = None, max_new_tokens: int | None = None) -> Reader:
+    """The same with what a user asked for otherwise."""
+    reading = reader.reading if num_neighbors is None else replace(reader.reading, num_neighbors=num_neighbors)
+    most = reader.max_new_tokens if max_new_tokens is None else max_new_tokens
+    return replace(reader, reading=reading, max_new_tokens=most)
