@@ -3,6 +3,7 @@
 Letters: K neighbors, R tokens per neighbor, M chunk length, L chunks, V vocabulary.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,6 +36,7 @@ class DecodingSequence:
     drafts: Drafts | None = None
     filled: int = 0  # tokens that the cache has
     read: int = 0  # tokens of neighbors so far
+    cached: int = 0  # tokens of the prompt that were remembered
     finish_reason: FinishReason | None = None
     segments: list[TextSegment] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -43,11 +45,13 @@ class DecodingSequence:
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)  # padding included
         self.seen = set(self.tokens[self.pad :])
+        self._counts: Counter[int] = Counter()  # of the tokens that were generated
+        self._unsaid = list(self.notes)
         self._random = torch.Generator().manual_seed(self.request.sampling.seed)
         self._text = Detokenizer(self.tokenizer, () if self.request.echo else self.tokens[self.pad :])
         self._echoed, self._num_echoed = "", self.pad  # with echo: text of the prompt, and its tokens so far
         special = [self.tokenizer.special_id(stop.strip()) for stop in self.request.stop]  # never in a decoded text
-        self.end_ids = {*self.tokenizer.end_ids, *(i for i in special if i is not None)}
+        self.end_ids = {*self.tokenizer.end_ids, *(i for i in special if i is not None), *self.request.stop_ids}
         self._shown_tokens = self.pad - self.prompt_length if self.request.echo else 0
         self._shown_logprobs = 0
         self._decoded = ""  # generated text that is not shown yet
@@ -135,12 +139,16 @@ class DecodingSequence:
         sampling, count = self.request.sampling, len(self.tokens) - self.prompt_length
         if count == 0 and self.request.echo:
             self._echo(self.prompt_length)
-        token = choose(adjusted(logits_V, sampling, self.seen, count, self.end_ids), sampling, self._random)
+        if count >= self.request.max_new_tokens:  # 0: only the prompt is scored
+            self.finish_reason = "length"
+            return self._event(self._flush())
+        token = choose(adjusted(logits_V, sampling, self.seen, self._counts, self.end_ids), sampling, self._random)
         if token in self.end_ids:
             self.finish_reason = "stop"
             return self._event(self._flush())
         self.tokens.append(token)
         self.seen.add(token)
+        self._counts[token] += 1
         if self.request.logprobs is not None:
             self.logprobs.append(self._logprob(logits_V, token))
         self._decoded += self._text.push([token])
@@ -179,7 +187,7 @@ class DecodingSequence:
 
     def _shown(self, text: str, error: BaseException | None = None) -> Event:
         hits, self._new_hits = self._new_hits, None
-        notes = [] if self.segments else self.notes
+        notes, self._unsaid = self._unsaid, []
         if hits is not None or not self.segments:
             self.segments.append(TextSegment("", hits or []))
         self.segments[-1].text += text
@@ -194,6 +202,7 @@ class DecodingSequence:
             new_hits=hits,
             finish_reason=self.finish_reason,
             neighbor_tokens=self.read,
+            cached_tokens=self.cached,
             notes=notes,
             error=error,
         )

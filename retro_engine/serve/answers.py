@@ -3,6 +3,7 @@
 What is ours is in `retro`: in the first piece after each retrieval, or beside the choices.
 """
 
+import math
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -34,7 +35,12 @@ class Answer(ABC):
             "model": service.name,
         }
         self.prompt_tokens = self.completion_tokens = self.neighbor_tokens = 0
+        self.cached_tokens = 0  # of the prompts, that were remembered
         self.echoed: dict[int, int] = {}  # tokens of the prompt that a choice's first event begins with
+        self.candidates = self.kept = 1  # sequences of each prompt, and the best of them that are shown
+        self.has_logprobs = True  # that were asked for, and not made to choose by
+        self.notes: list[str] = []  # of the server; those of sequences come with their events
+        self._counted: set[int] = set()  # sequences that have begun
         self.events: list[tuple[int, Event]] = []
 
     @abstractmethod
@@ -48,8 +54,11 @@ class Answer(ABC):
     def logprobs(self, entries: Sequence[TokenLogprob]) -> Any: ...
 
     def _count(self, index: int, event: Event) -> None:
-        self.completion_tokens += len(event.tokens) - self.echoed.pop(index, 0)
-        self.neighbor_tokens += event.neighbor_tokens if event.finish_reason is not None else 0
+        self.completion_tokens += len(event.tokens) - (0 if index in self._counted else self.echoed.get(index, 0))
+        self._counted.add(index)
+        if event.finish_reason is not None:
+            self.neighbor_tokens += event.neighbor_tokens
+            self.cached_tokens += event.cached_tokens if index % self.candidates == 0 else 0
 
     def add(self, index: int, event: Event) -> None:
         self._count(index, event)
@@ -61,19 +70,21 @@ class Answer(ABC):
         if not (event.text or event.logprobs or event.new_hits is not None or event.finish_reason or event.notes):
             return None
         out: dict[str, Any] = {**self.head, "choices": [self.delta(index, event)]}
-        if event.new_hits is not None or event.notes:
+        notes, self.notes = [*self.notes, *event.notes], []
+        if event.new_hits is not None or notes:
             out["retro"] = {**self._retro(), "neighbors": neighbors_json(event.new_hits or [])}
-            if event.notes:
-                out["retro"]["notes"] = event.notes
+            if notes:
+                out["retro"]["notes"] = notes
         if with_usage:
             out["usage"] = None
         return out
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "neighbor_tokens": self.neighbor_tokens,
         }
 
@@ -82,15 +93,16 @@ class Answer(ABC):
 
     def whole(self, count: int) -> dict[str, Any]:
         """The answer of a request that does not stream: `retro.segments` splits each choice at its retrievals."""
-        choices, notes = [], list[str]()
+        choices, notes = [], list(self.notes)
         places: dict[tuple[Any, ...], int] = {}  # of neighbors
         segments: list[dict[str, Any]] = []
         events: list[list[Event]] = [[] for _ in range(count)]
         for index, event in self.events:
             events[index].append(event)
-        for index, mine in enumerate(events):
+        for index, mine in enumerate(self._best(events)):
             entries = [entry for event in mine for entry in event.logprobs or []]
-            logprobs = self.logprobs(entries) if any(e.logprobs is not None for e in mine) else None
+            is_shown = self.has_logprobs and any(e.logprobs is not None for e in mine)
+            logprobs = self.logprobs(entries) if is_shown else None
             text = "".join(event.text for event in mine)
             choices.append(self.choice(index, text, logprobs, mine[-1].finish_reason))
             for event in mine:
@@ -106,6 +118,21 @@ class Answer(ABC):
         neighbors = [dict(one) for one in places]
         retro = {**self._retro(), "neighbors": neighbors, "segments": segments, "notes": notes}
         return {**self.head, "choices": choices, "usage": self.usage(), "retro": retro}
+
+    def _best(self, events: list[list[Event]]) -> list[list[Event]]:
+        """Of each prompt's candidates those whose tokens are likeliest on the average, best first."""
+        if self.kept == self.candidates:
+            return events
+        places = [range(first, first + self.candidates) for first in range(0, len(events), self.candidates)]
+        means = [_mean_logprob(mine, self.echoed.get(index, 0)) for index, mine in enumerate(events)]
+        best = [sorted(group, key=means.__getitem__, reverse=True)[: self.kept] for group in places]
+        return [events[index] for group in best for index in group]
+
+
+def _mean_logprob(events: list[Event], num_echoed: int) -> float:
+    """Of the tokens that were generated; one that ended at once is the least likely."""
+    entries = [entry for event in events for entry in event.logprobs or []][num_echoed:]
+    return sum(entry.logprob or 0.0 for entry in entries) / len(entries) if entries else -math.inf
 
 
 class CompletionAnswer(Answer):
