@@ -140,7 +140,18 @@ def make_app(
     app.router.redirect_slashes = False
     app.state.retro = state
     scopes = {(method, path): scope for method, path, _, scope in guarded}
-    return Gate(app, routes, scopes, hosts=hosts, accounts=state.accounts, limits=state.limits, metrics=state.metrics)
+    return Gate(
+        app,
+        routes,
+        scopes,
+        hosts=hosts,
+        accounts=state.accounts,
+        limits=state.limits,
+        metrics=state.metrics,
+        origins=state.origins,
+        root_path=state.root_path,
+        log=state.log,
+    )
 
 
 def _opened(state: ServerState, load: Callable[[], Service], ready: Callable[[Service], None]) -> Service:

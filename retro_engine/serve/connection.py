@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from retro_engine.errors import UsageError
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bounds import Limits
+from retro_engine.serve.request_log import HEADER, request_id
 
 BACKLOG = 512
 REFUSED_S = 1.0  # that a refused client has to read why, before the connection ends
@@ -111,6 +112,7 @@ class Connection(H11Protocol):
         status = refusal.error_status_hint if refusal.error_status_hint in (414, 431) else 400
         body = json.dumps(ApiError(status, f"this is not a request: {str(refusal)[:200]}").body()).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        headers.append((HEADER, request_id(None)))
         reason = http.HTTPStatus(status).phrase.encode()
         answer = h11.Response(status_code=status, headers=headers, reason=reason)
         for event in (answer, h11.Data(data=body), h11.EndOfMessage()):

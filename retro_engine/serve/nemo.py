@@ -25,10 +25,10 @@ from retro_engine.serve.request_context import (
     brief,
     caller_id,
     caller_of,
+    count_tokens,
     limits_of,
     long,
     service_of,
-    state_of,
     write,
 )
 from retro_engine.serve.stream import RunningRequests
@@ -92,7 +92,7 @@ async def generate(request: HttpRequest) -> Response:
     async with running:
         async for index, event in running:
             events[index].append(event)
-    state_of(request).metrics.tokens(sum(map(len, prompts)), sum(len(e.tokens) for mine in events for e in mine))
+    count_tokens(request, sum(map(len, prompts)), sum(len(e.tokens) for mine in events for e in mine))
     return JSONResponse(await brief(request, partial(_whole, body, service.tokenizer), prompts, events))
 
 

@@ -23,7 +23,7 @@ from retro_engine.serve.chat import chat_prompt
 from retro_engine.serve.fields import MAX_STOPS, Chat, Completion, Sampled
 from retro_engine.serve.limits import parse, read_json
 from retro_engine.serve.prompts import check_cost, check_ids, check_model_name, check_room, encode_prompts
-from retro_engine.serve.request_context import brief, caller_id, limits_of, service_of, state_of
+from retro_engine.serve.request_context import brief, caller_id, count_tokens, limits_of, service_of
 from retro_engine.serve.service import Service
 from retro_engine.serve.stream import EventStream, RunningRequests
 
@@ -32,16 +32,18 @@ STARTED = int(time.time())
 
 
 async def models(request: HttpRequest) -> Response:
-    return JSONResponse({"object": "list", "data": [_model(service_of(request), limits_of(request))]})
+    """The model, under each of its names."""
+    service, limits = service_of(request), limits_of(request)
+    return JSONResponse({"object": "list", "data": [_model(service, limits, name) for name in service.names]})
 
 
 async def model(request: HttpRequest) -> Response:
     service = service_of(request)
     check_model_name(service, request.path_params["id"])
-    return JSONResponse(_model(service, limits_of(request)))
+    return JSONResponse(_model(service, limits_of(request), request.path_params["id"]))
 
 
-def _model(service: Service, limits: Limits) -> dict[str, Any]:
+def _model(service: Service, limits: Limits, name: str) -> dict[str, Any]:
     config = service.generator.model.config
     about = {
         "parameters": service.generator.model.num_parameters,
@@ -57,7 +59,8 @@ def _model(service: Service, limits: Limits) -> dict[str, Any]:
         "stores": [store.folder.name for store in service.static.stores] if service.static else [],
         "engine": service.engine.stats(),
     }
-    return {"id": service.name, "object": "model", "created": STARTED, "owned_by": "retro-engine", "retro": about}
+    head = {"id": name, "object": "model", "created": STARTED, "owned_by": "retro-engine", "root": service.name}
+    return {**head, "max_model_len": service.engine.max_tokens, "retro": about}
 
 
 async def completions(request: HttpRequest) -> Response:
@@ -214,9 +217,9 @@ async def _respond(request: HttpRequest, body: Sampled, answer: Answer, asked: l
     running = await RunningRequests.start(service, asked, request.receive)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     if body.stream:
-        return EventStream(running, answer, with_usage, state_of(request).metrics)
+        return EventStream(running, answer, with_usage, partial(count_tokens, request))
     async with running:
         async for index, event in running:
             answer.add(index, event)
-    state_of(request).metrics.tokens(answer.prompt_tokens, answer.completion_tokens)
+    count_tokens(request, answer.prompt_tokens, answer.completion_tokens)
     return JSONResponse(await brief(request, answer.whole, len(asked)))

@@ -10,7 +10,7 @@ from retro_engine.serve.service import Service
 
 
 def check_model_name(service: Service, name: str) -> None:
-    if name != service.name:
+    if name not in service.names:
         raise ApiError(404, f"model {name!r} is not served here: {service.name!r} is", "model", "model_not_found")
 
 

@@ -45,6 +45,7 @@ class ServiceOptions:
     mode: str = "lexical"
     weights: Sequence[float] = (1.0, 1.0)  # of the library, and of the stores
     name: str | None = None  # of the model; None: the run's
+    aliases: Sequence[str] = ()  # other names that requests may use
     max_batch: int = 8
     max_waiting: int = 64
     dtype: str | None = None  # of the model's weights: fp32, bf16, int8, int4; None: as saved
@@ -66,9 +67,15 @@ class Service:
     static: Retriever | None
     defaults: dict[str, Any] = field(default_factory=dict)  # of sampling, from the checkpoint
     chat: ChatTemplate | None = None  # None: question and answer
+    aliases: tuple[str, ...] = ()
     mode: str = "lexical"
     work: Work = field(default_factory=Work)  # beside the engine
     ahead: EncodeAhead | None = None  # of documents that are added
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that requests may use, the model's own first."""
+        return tuple(dict.fromkeys((self.name, *self.aliases)))
 
     @functools.cached_property
     def token_bytes(self) -> TokenBytes:
@@ -181,6 +188,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
         importer=importer,
         static=static,
         defaults=opened.generation,
+        aliases=tuple(options.aliases),
         chat=ChatTemplate(tokenizer) if tokenizer.chat_files.templates else None,
         mode=options.mode,
         work=Work(options.max_waiting),

@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 import json
-import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,7 +15,7 @@ from retro_engine.generate.engine import Submission
 from retro_engine.generate.request import Event, Request
 from retro_engine.serve.answers import Answer
 from retro_engine.serve.api_error import ApiError, ClientLeft
-from retro_engine.serve.metrics import Metrics
+from retro_engine.serve.request_log import log_failure
 from retro_engine.serve.service import Service
 
 
@@ -93,7 +92,7 @@ class RunningRequests:
         if isinstance(error, RetroError):
             raise error
         if error is not None:
-            logging.getLogger("retro").error("a request failed in the engine", exc_info=error)
+            log_failure("it failed in the engine", error)
             raise ApiError(500, "this is a bug in retro-engine; the server's log has its trace") from error
         if item[1].finish_reason == "cancelled":
             raise ApiError(503, "the server is stopping", headers={"retry-after": "5"})
@@ -110,17 +109,18 @@ def _cancel_all(submitted: "Future[list[Submission]]") -> None:
 class EventStream(Response):
     """Server-sent events. The status waits for the first event: a request that fails at once is no 200."""
 
-    def __init__(self, running: RunningRequests, answer: Answer, with_usage: bool, metrics: Metrics):
+    def __init__(self, running: RunningRequests, answer: Answer, with_usage: bool, count: Callable[[int, int], None]):
+        """`count` is told at the end how many tokens of prompts and answers there were."""
         super().__init__(media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers["x-accel-buffering"] = "no"
-        self.running, self.answer, self.with_usage, self.metrics = running, answer, with_usage, metrics
+        self.running, self.answer, self.with_usage, self.count = running, answer, with_usage, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.running:
             with contextlib.suppress(ClientLeft):
                 await self._send_all(send)
-        self.metrics.tokens(self.answer.prompt_tokens, self.answer.completion_tokens)
+        self.count(self.answer.prompt_tokens, self.answer.completion_tokens)
 
     async def _send_all(self, send: Send) -> None:
         item = await anext(self.running, None)
