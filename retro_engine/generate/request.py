@@ -9,6 +9,7 @@ from typing import Literal
 
 from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
+from retro_engine.generate.grammar import Grammar
 from retro_engine.generate.sampling import Sampling
 from retro_engine.retrieval.hit import Hit
 
@@ -41,6 +42,7 @@ class Request:
     refresh: str = "chunk"  # never: the prompt's neighbors are read to the end
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     stop_ids: tuple[int, ...] = ()  # tokens that end it, beside those of the tokenizer
+    grammar: Grammar | None = None  # that the answer must match
     logprobs: int | None = None  # None = none, 0 = of the chosen tokens, n = and of the n likeliest
     echo: bool = False  # the prompt is part of the text (and of the log-probabilities)
     add_bos: bool = False  # begin with the tokenizer's beginning-of-document token
@@ -87,6 +89,7 @@ class Event:
     logprobs: list[TokenLogprob] | None = None
     new_hits: list[Hit] | None = None  # the neighbors that this piece and those after it can read, when they change
     finish_reason: FinishReason | None = None  # set in the last event
+    stopped_by: str | None = None  # the text of `stop` that ended it
     neighbor_tokens: int = 0  # that were read so far
     cached_tokens: int = 0  # of the prompt, that were remembered
     notes: list[str] = field(default_factory=list)

@@ -13,6 +13,7 @@ from torch import Tensor
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.generate.detokenizer import Detokenizer
 from retro_engine.generate.drafts import Drafts, Guess
+from retro_engine.generate.grammar import UNFINISHED, Matcher
 from retro_engine.generate.request import Event, FinishReason, Generation, Request, TextSegment, TokenLogprob
 from retro_engine.generate.sampling import adjusted, choose
 from retro_engine.retrieval.hit import Found, Hit
@@ -34,6 +35,7 @@ class DecodingSequence:
     given: Found | None  # read at every chunk boundary from the prompt's last token on; in front once, before its first
     notes: list[str]
     drafts: Drafts | None = None
+    matcher: Matcher | None = None  # of the request's grammar
     filled: int = 0  # tokens that the cache has
     read: int = 0  # tokens of neighbors so far
     cached: int = 0  # tokens of the prompt that were remembered
@@ -56,6 +58,7 @@ class DecodingSequence:
         self._shown_logprobs = 0
         self._decoded = ""  # generated text that is not shown yet
         self._new_hits: list[Hit] | None = None
+        self._stopped_by: str | None = None
 
     @property
     def produced(self) -> list[int]:
@@ -142,7 +145,10 @@ class DecodingSequence:
         if count >= self.request.max_new_tokens:  # 0: only the prompt is scored
             self.finish_reason = "length"
             return self._event(self._flush())
-        token = choose(adjusted(logits_V, sampling, self.seen, self._counts, self.end_ids), sampling, self._random)
+        logits = adjusted(logits_V, sampling, self.seen, self._counts, self.end_ids)
+        if self.matcher is not None:
+            logits = self.matcher.allowed(logits, logits_V)
+        token = choose(logits, sampling, self._random)
         if token in self.end_ids:
             self.finish_reason = "stop"
             return self._event(self._flush())
@@ -153,18 +159,33 @@ class DecodingSequence:
             self.logprobs.append(self._logprob(logits_V, token))
         self._decoded += self._text.push([token])
         shown = self._before_stop()
-        if self.finish_reason is None and count + 1 >= self.request.max_new_tokens:
+        reason = self._end(token, count + 1)
+        if self.finish_reason is None and reason is not None:
             shown += self._flush()
-            self.finish_reason = self.finish_reason or "length"
+            self.finish_reason = self.finish_reason or reason
         return self._event(shown)
+
+    def _end(self, token: int, count: int) -> FinishReason | None:
+        """Why it ends with its newest token, the `count`-th: the grammar lets nothing more come, or it is long enough."""
+        if self.matcher is not None:
+            self.matcher.accept(token)
+            if self.matcher.is_over:
+                return "stop"
+        if count < self.request.max_new_tokens:
+            return None
+        if self.matcher is not None and not self.matcher.is_complete:
+            self.notes.append(UNFINISHED)
+            self._unsaid.append(UNFINISHED)
+        return "length"
 
     def _before_stop(self) -> str:
         """What can be shown of the decoded text: all before a stop string, or before what may become one."""
         stops = self.request.stop
-        found = [place for place in (self._decoded.find(stop) for stop in stops) if place >= 0]
+        found = [(place, stop) for stop in stops if (place := self._decoded.find(stop)) >= 0]
         if found:
+            place, self._stopped_by = min(found)
             self.finish_reason = "stop"
-            shown, self._decoded = self._decoded[: min(found)], ""
+            shown, self._decoded = self._decoded[:place], ""
             return shown
         held = max((_overlap(self._decoded, stop) for stop in stops), default=0)
         cut = len(self._decoded) - held
@@ -201,6 +222,7 @@ class DecodingSequence:
             logprobs=logprobs,
             new_hits=hits,
             finish_reason=self.finish_reason,
+            stopped_by=self._stopped_by,
             neighbor_tokens=self.read,
             cached_tokens=self.cached,
             notes=notes,
