@@ -3,6 +3,7 @@
 What is ours is in `retro`: in the first piece after each retrieval, or beside the choices.
 """
 
+import json
 import math
 import secrets
 import time
@@ -12,7 +13,9 @@ from typing import Any
 
 from retro_engine.generate.request import Event, TokenLogprob
 from retro_engine.retrieval.hit import Hit
+from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.service import Service
+from retro_engine.serve.tools import Call, CallReader, Tool
 
 
 def neighbors_json(hits: Sequence[Hit]) -> list[dict[str, Any]]:
@@ -20,11 +23,18 @@ def neighbors_json(hits: Sequence[Hit]) -> list[dict[str, Any]]:
     return [{**vars(hit), "score": round(float(hit.score), 6)} for hit in hits]
 
 
+def line(content: dict[str, Any], name: str | None = None) -> bytes:
+    """A server-sent event."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+
+
 class Answer(ABC):
     """How an answer looks; subclasses say what a choice is."""
 
     name = ""
     prefix = ""
+    end = b"data: [DONE]\n\n"  # of a stream
 
     def __init__(self, service: Service, is_stream: bool):
         self.service = service
@@ -79,6 +89,19 @@ class Answer(ABC):
             out["usage"] = None
         return out
 
+    def lines(self, index: int, event: Event, with_usage: bool) -> bytes:
+        """An event of a stream as it is sent."""
+        piece = self.piece(index, event, with_usage)
+        return b"" if piece is None else line(piece)
+
+    def last_lines(self, with_usage: bool) -> bytes:
+        """What follows the last event."""
+        return line({**self.head, "choices": [], "usage": self.usage()}) if with_usage else b""
+
+    def failed_lines(self, error: ApiError) -> bytes:
+        """What ends a stream that cannot go on."""
+        return line(error.body())
+
     def usage(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -93,7 +116,7 @@ class Answer(ABC):
 
     def whole(self, count: int) -> dict[str, Any]:
         """The answer of a request that does not stream: `retro.segments` splits each choice at its retrievals."""
-        choices, notes = [], list(self.notes)
+        choices, notes = [], list[str]()
         places: dict[tuple[Any, ...], int] = {}  # of neighbors
         segments: list[dict[str, Any]] = []
         events: list[list[Event]] = [[] for _ in range(count)]
@@ -116,7 +139,7 @@ class Answer(ABC):
                         segments.append({"choice": index, "text": "", "neighbors": []})
                     segments[-1]["text"] += event.text
         neighbors = [dict(one) for one in places]
-        retro = {**self._retro(), "neighbors": neighbors, "segments": segments, "notes": notes}
+        retro = {**self._retro(), "neighbors": neighbors, "segments": segments, "notes": [*self.notes, *notes]}
         return {**self.head, "choices": choices, "usage": self.usage(), "retro": retro}
 
     def _best(self, events: list[list[Event]]) -> list[list[Event]]:
@@ -174,20 +197,39 @@ class CompletionAnswer(Answer):
 class ChatAnswer(Answer):
     name, prefix = "chat.completion", "chatcmpl"
 
-    def __init__(self, service: Service, is_stream: bool):
+    def __init__(self, service: Service, is_stream: bool, tools: Sequence[Tool] = ()):
+        """`tools`: functions that the answer may call."""
         super().__init__(service, is_stream)
-        self._begun: set[int] = set()
+        self._tools = tools
+        self._readers: dict[int, CallReader] = {}  # of the choices that have begun
 
     def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+        text, calls, reason = self.said(index, text, reason, is_last=True)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [call.json() for call in calls]}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def delta(self, index: int, event: Event) -> dict[str, Any]:
-        role = {} if index in self._begun else {"role": "assistant"}
-        self._begun.add(index)
+        delta: dict[str, Any] = {} if index in self._readers else {"role": "assistant"}
+        is_last = event.finish_reason is not None
+        text, calls, reason = self.said(index, event.text, event.finish_reason, is_last)
+        delta["content"] = text
+        if calls:
+            first = len(self._readers[index].calls) - len(calls)
+            delta["tool_calls"] = [{"index": first + n, **call.json()} for n, call in enumerate(calls)]
         logprobs = None if event.logprobs is None else self.logprobs(event.logprobs)
-        delta = {**role, "content": event.text}
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def said(self, index: int, text: str, reason: str | None, is_last: bool) -> tuple[str, list[Call], str | None]:
+        """What came, as text and calls, and why it ended: with a call, where there was one."""
+        reader = self._readers.setdefault(index, CallReader(self._tools))
+        if not self._tools:
+            return text, [], reason
+        text, calls = reader.push(text, is_last)
+        self.notes += [note for note in reader.notes if note not in self.notes]
+        reader.notes = []
+        return text, calls, "tool_calls" if reader.calls and reason == "stop" else reason
 
     def logprobs(self, entries: Sequence[TokenLogprob]) -> Any:
         def token(index: int, text: str, value: float | None) -> dict[str, Any]:

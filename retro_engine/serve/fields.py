@@ -10,7 +10,9 @@ from pydantic import Field
 
 from retro_engine.generate.sampling import MAX_BIAS, MAX_PENALTY, TINY
 from retro_engine.serve.chat import Message
+from retro_engine.serve.constraints import Json
 from retro_engine.serve.limits import Ids, Prompts, Strict, Texts
+from retro_engine.serve.tools import MAX_TOOLS, Choice, Tool
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
@@ -18,6 +20,7 @@ MAX_BIASES = 1024
 HARMLESS = (
     *("user", "safety_identifier", "prompt_cache_key", "metadata", "store", "service_tier", "parallel_tool_calls"),
     *("reasoning_effort", "verbosity", "prompt_cache_retention"),
+    *("return_progress", "timings_per_token", "reasoning_format", "samplers", "priority", "cache_prompt"),
 )
 SAYS_NOTHING: dict[str, tuple[Any, ...]] = {
     "service_tier": (None, "auto", "default"),
@@ -25,6 +28,9 @@ SAYS_NOTHING: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (None, "none"),
     "verbosity": (None, "medium"),
     "prompt_cache_retention": (None, "in_memory", "in-memory"),
+    "cache_prompt": (None, True),
+    "reasoning_format": (None, "none", "auto"),
+    "priority": (None, 0),
 }
 
 
@@ -45,6 +51,8 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
+One = Annotated[float, Field(ge=1, le=1)]
+Zero = Annotated[float, Field(ge=0, le=0)]
 Name = Annotated[str, Field(max_length=64)]
 Value = Annotated[str, Field(max_length=512)]
 
@@ -52,7 +60,7 @@ Value = Annotated[str, Field(max_length=512)]
 class Sampled(Strict):
     """The fields that completions and chat completions share; those that do nothing here and would be missed take only nothing."""
 
-    model: str
+    model: str | None = None  # None: the one that is served
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, ge=TINY, le=1)
     min_p: float | None = Field(None, ge=0, le=1)
@@ -64,7 +72,7 @@ class Sampled(Strict):
     stop_token_ids: Ids | None = Field(None, max_length=MAX_STOPS)
     ignore_eos: bool = False
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=-1)  # -1, as in llama.cpp: as many as there is room for
     min_tokens: int = Field(0, ge=0)
     presence_penalty: float = Field(0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
     frequency_penalty: float = Field(0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
@@ -73,7 +81,48 @@ class Sampled(Strict):
         None, max_length=MAX_BIASES
     )
     retro: RetroOptions = Field(default_factory=lambda: RetroOptions.model_validate({}))
+    # what the answer must match (serve.constraints): OpenAI's field, vLLM's, and llama.cpp's
+    response_format: Json | None = None
+    structured_outputs: Json | None = None
+    guided_json: str | Json | None = None
+    guided_regex: str | None = None
+    guided_choice: Texts | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    json_schema: Json | None = None
+    # other ways of vLLM and llama.cpp to choose and to write: at the value that asks for none of them
+    length_penalty: One | None = None
+    use_beam_search: Literal[False] = False
+    include_stop_str_in_output: Literal[False] = False
+    skip_special_tokens: Literal[True] = True
+    spaces_between_special_tokens: bool | None = None  # says nothing where those are left out
+    allowed_token_ids: None = None
+    bad_words: Texts | None = Field(None, max_length=0)
+    prompt_logprobs: None = None
+    truncate_prompt_tokens: None = None
+    repeat_penalty: One | None = None
+    typ_p: One | None = None
+    typical_p: One | None = None
+    dynatemp_range: Zero | None = None
+    xtc_probability: Zero | None = None
+    dry_multiplier: Zero | None = None
+    mirostat: Zero | None = None
+    # what goes with those, and with a page's own display: says nothing beside them
+    repeat_last_n: int | None = None
+    dynatemp_exponent: float | None = None
+    xtc_threshold: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
     # without effect here: taken and said (`without_effect`)
+    cache_prompt: bool | None = None
+    return_progress: bool | None = None
+    timings_per_token: bool | None = None
+    reasoning_format: str | None = Field(None, max_length=64)
+    samplers: str | Texts | None = None
+    priority: int | None = None
     user: str | None = Field(None, max_length=512)
     safety_identifier: str | None = Field(None, max_length=512)
     prompt_cache_key: str | None = Field(None, max_length=512)
@@ -114,15 +163,13 @@ class Chat(Sampled):
     """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=1000, fail_fast=True)
-    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     add_generation_prompt: bool | None = None  # None: unless the last message goes on
     continue_final_message: bool = False
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
-    tools: list[Any] | None = Field(None, max_length=0)
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
+    tool_choice: Choice | None = None
     functions: list[Any] | None = Field(None, max_length=0)
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = Field(None, max_length=1)

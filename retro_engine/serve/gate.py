@@ -105,7 +105,7 @@ class Gate:
             async with asyncio.timeout(self.limits.import_s if is_import else self.limits.request_s):
                 await self.app(scope, receive, send_safely)
         except ApiError as error:
-            await error.response()(scope, receive, send_safely)
+            await error.response(scope["path"])(scope, receive, send_safely)
         except TimeoutError:
             if status:
                 raise  # half an answer is out: the connection is closed
@@ -211,6 +211,8 @@ class Gate:
         kind, _, key = headers.get("authorization", "").partition(" ")
         if kind:
             return self.accounts.of_key(key.strip()) if kind.lower() == "bearer" else None
+        if "x-api-key" in headers:  # as Anthropic's clients send it
+            return self.accounts.of_key(headers["x-api-key"].strip())
         if headers.get("origin") in self.origins:
             return None  # its key, or nobody
         token = cookie(scope, COOKIE)

@@ -29,6 +29,7 @@ from retro_engine.serve.request_context import (
     limits_of,
     long,
     service_of,
+    state_of,
     write,
 )
 from retro_engine.serve.stream import RunningRequests
@@ -87,7 +88,7 @@ async def generate(request: HttpRequest) -> Response:
     check_cost(
         asked if not body.all_probs else [replace(one, logprobs=0) for one in asked], service, limits, "sentences"
     )
-    running = await RunningRequests.start(service, asked, request.receive)
+    running = await RunningRequests.start(service, asked, request.receive, state_of(request).metrics)
     events: list[list[Event]] = [[] for _ in asked]
     async with running:
         async for index, event in running:

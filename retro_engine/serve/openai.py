@@ -20,12 +20,14 @@ from retro_engine.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bounds import Limits
 from retro_engine.serve.chat import chat_prompt
+from retro_engine.serve.constraints import grammar_of
 from retro_engine.serve.fields import MAX_STOPS, Chat, Completion, Sampled
 from retro_engine.serve.limits import parse, read_json
 from retro_engine.serve.prompts import check_cost, check_ids, check_model_name, check_room, encode_prompts
-from retro_engine.serve.request_context import brief, caller_id, count_tokens, limits_of, service_of
+from retro_engine.serve.request_context import brief, caller_id, count_tokens, limits_of, service_of, state_of
 from retro_engine.serve.service import Service
 from retro_engine.serve.stream import EventStream, RunningRequests
+from retro_engine.serve.tools import Tool, call_grammar, shown_tools
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 256  # when nothing is said
 STARTED = int(time.time())
@@ -67,7 +69,7 @@ async def completions(request: HttpRequest) -> Response:
     """Continue one prompt or several."""
     service, limits = service_of(request), limits_of(request)
     body = parse(Completion, await read_json(request, limits))
-    check_model_name(service, body.model)
+    check_model_name(service, body.model or service.name)
     if body.candidates < body.n:
         raise ApiError(400, f"best_of={body.best_of}: at least n={body.n} are to choose from", "best_of")
     if body.candidates > body.n and body.stream:
@@ -79,32 +81,47 @@ async def completions(request: HttpRequest) -> Response:
     answer.has_logprobs = body.logprobs is not None
     ranked = 0 if body.candidates > body.n else None
     logprobs = ranked if body.logprobs is None else body.logprobs
-    asked = requests_of(body, service, prompts, limits, COMPLETION_TOKENS, logprobs=logprobs, echo=body.echo)
-    return await _respond(request, body, answer, asked)
+    more = {"logprobs": logprobs, "echo": body.echo, "grammar": grammar_of(body)}
+    asked = requests_of(body, service, prompts, limits, COMPLETION_TOKENS, **more)
+    return await respond(request, body, answer, asked)
 
 
 async def chat_completions(request: HttpRequest) -> Response:
     """Answer the last message of a conversation."""
+    body = parse(Chat, await read_json(request, limits_of(request)))
+    asked, tools = await chat_requests(request, body)
+    return await respond(request, body, ChatAnswer(service_of(request), body.stream, tools), asked)
+
+
+async def chat_requests(request: HttpRequest, body: Chat) -> tuple[list[Request], list[Tool]]:
+    """What the engine is asked for a conversation, and the functions that the answer may call. Raises ApiError for what
+    cannot be answered.
+    """
     service, limits = service_of(request), limits_of(request)
-    body = parse(Chat, await read_json(request, limits))
-    check_model_name(service, body.model)
+    check_model_name(service, body.model or service.name)
+    if body.max_tokens == 0:
+        raise ApiError(400, "max_tokens=0: there would be no answer", "max_tokens")
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs takes logprobs=true", "top_logprobs")
     if body.max_completion_tokens is not None:
         if body.max_tokens not in (None, body.max_completion_tokens):
             raise ApiError(400, "max_tokens and max_completion_tokens contradict each other", "max_tokens")
         body.max_tokens = body.max_completion_tokens
-    if body.continue_final_message and body.add_generation_prompt:
+    begins, goes_on = body.add_generation_prompt is not False, body.continue_final_message
+    if goes_on and body.add_generation_prompt:
         why = "the last message goes on, or another begins: add_generation_prompt=false"
         raise ApiError(400, why, "add_generation_prompt", "contradiction")
-    ask = partial(chat_prompt, begins=body.add_generation_prompt is not False, goes_on=body.continue_final_message)
+    tools, grammar = shown_tools(body.tools, body.tool_choice), grammar_of(body)
+    if body.tool_choice not in (None, "none", "auto"):
+        if grammar is not None or goes_on:
+            raise ApiError(400, "a call is required: nothing else can be", "tool_choice", "contradiction")
+        grammar = call_grammar(tools)
+    ask = partial(chat_prompt, begins=begins, goes_on=goes_on, tools=tools)
     prompt, stops = await brief(request, ask, body.messages, service.chat)
     body.stop = [*_stops(body.stop), *stops]
     prompts = await brief(request, partial(encode_prompts, param="messages"), service, prompt, limits)
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    is_chat = service.chat is not None
-    asked = requests_of(body, service, prompts, limits, CHAT_TOKENS, logprobs=logprobs, is_chat=is_chat)
-    return await _respond(request, body, ChatAnswer(service, body.stream), asked)
+    more = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "is_chat": service.chat is not None}
+    return requests_of(body, service, prompts, limits, CHAT_TOKENS, grammar=grammar, **more), tools
 
 
 def _stops(stop: str | list[str] | None) -> list[str]:
@@ -153,6 +170,8 @@ def requests_of(
         what, name = f"{len(prompts)} prompts x {body.candidates}", "n" if body.candidates == body.n else "best_of"
         raise ApiError(400, f"{what}: at most {limits.choices} choices", name)
     most = min(default, limits.new_tokens) if body.max_tokens is None else body.max_tokens
+    if most == -1:
+        most = max(1, min(limits.new_tokens, service.engine.max_tokens - max(map(len, prompts))))
     if most > limits.new_tokens:
         raise ApiError(400, f"max_tokens={most}: at most {limits.new_tokens:,}", "max_tokens")
     body.min_tokens = most if body.ignore_eos else body.min_tokens
@@ -201,7 +220,7 @@ def _check_retrieval(body: Sampled, service: Service, prompts: Sequence[list[int
     service.check_search(options.mode)
 
 
-async def _respond(request: HttpRequest, body: Sampled, answer: Answer, asked: list[Request]) -> Response:
+async def respond(request: HttpRequest, body: Sampled, answer: Answer, asked: list[Request]) -> Response:
     """Generate what is asked: a stream of pieces, or the whole."""
     service = service_of(request)
     asked = [replace(one, caller=caller_id(request)) for one in asked]
@@ -214,7 +233,7 @@ async def _respond(request: HttpRequest, body: Sampled, answer: Answer, asked: l
     if body.without_effect:
         answer.notes.append(f"taken, without effect here: {', '.join(body.without_effect)}")
     answer.echoed = {index: len(one.prompt) for index, one in enumerate(asked) if one.echo}
-    running = await RunningRequests.start(service, asked, request.receive)
+    running = await RunningRequests.start(service, asked, request.receive, state_of(request).metrics)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     if body.stream:
         return EventStream(running, answer, with_usage, partial(count_tokens, request))

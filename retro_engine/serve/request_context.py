@@ -10,6 +10,7 @@ from starlette.requests import Request
 from retro_engine.serve.accounts import Accounts, Caller
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bounds import Limits, Throttle
+from retro_engine.serve.kept import KeptAnswers
 from retro_engine.serve.metrics import Metrics
 from retro_engine.serve.request_log import RequestLog
 from retro_engine.serve.service import Service
@@ -30,11 +31,19 @@ class ServerState:
     origins: frozenset[str] = frozenset()  # of other pages that may ask
     root_path: str = ""
     log: RequestLog = field(default_factory=RequestLog)
+    kept: KeptAnswers = field(default_factory=KeptAnswers)  # responses that may be gone on with
     is_behind_proxy: bool = False
     service: Service | None = None
     awaited: str = "the model is loading"  # what `service` waits for
     is_closing: bool = False
     hashing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # passwords at once
+
+    def end_requests(self) -> None:
+        """End what the engine and the threads beside it are at: whoever waits is told that the server stops."""
+        service = self.service
+        if service is not None:
+            service.engine.close()
+            service.work.close()
 
 
 def state_of(request: Request) -> ServerState:

@@ -91,10 +91,14 @@ class Service:
         return self.library.version if self.library is not None else 0
 
     @property
-    def embedder(self) -> Embedder:
-        """The library's, or the hashed projections that need no model."""
+    def embedder(self) -> Embedder | None:
+        """The library's, where it is one that reads meaning: hashed words are for searching alone."""
         known = self.library.chunker.embedder if self.library is not None else None
-        return known or HashEmbedder(self.tokenizer)
+        return None if known is None or known.name == HashEmbedder.name else known
+
+    @property
+    def embedder_name(self) -> str | None:
+        return None if self.embedder is None else self.embedder.name
 
     def find(self, text: str, k: int, mode: str | None = None, weights: Sequence[float] = (1.0, 1.0)) -> Found:
         """What generation would read for a text: the k best chunks of library and stores (`mode`, with `weights` of hybrid)."""

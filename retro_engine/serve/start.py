@@ -60,7 +60,7 @@ def serve_until_signal(options: ServiceOptions, address: Address, accounts: Acco
         server.should_exit = True
 
     app = make_app(state, partial(open_service, options), [address.host, *address.allowed_hosts], address.has_nemo, stop, partial(_say_ready, reporter))  # fmt: skip
-    server = make_server(app, state.limits, address.is_behind_proxy)
+    server = make_server(app, state.limits, address.is_behind_proxy, state.end_requests, reporter.say)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # traces of bugs, not every odd request
     reporter.say(f"listening on http://{shown}:{port}")
     if (token := accounts.begin_setup()) is not None:

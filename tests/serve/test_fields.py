@@ -7,8 +7,11 @@ from serve_helpers import Server
 
 from retro_engine.generate.request import Request
 from retro_engine.generate.sampling import Sampling
+from retro_engine.serve.api_error import ApiError
+from retro_engine.serve.bounds import Limits
 from retro_engine.serve.fields import HARMLESS, Chat, Completion
 from retro_engine.serve.limits import parse
+from retro_engine.serve.openai import requests_of
 
 openai = pytest.importorskip("openai")
 PROMPT = "Document doc7. river stone"
@@ -118,6 +121,13 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "user": "ada", "safety_identifier": "a", "prompt_cache_key": "k", "metadata": {"a": "b"}, "store": True,
     "service_tier": "flex",
 }  # fmt: skip
+OF_A_PAGE = {"return_progress", "timings_per_token", "reasoning_format", "samplers", "priority", "cache_prompt"}
+PAGE: dict[str, Any] = {  # what llama.cpp's page sends
+    "messages": [{"role": "user", "content": "Hi"}], "stream": True, "return_progress": True, "reasoning_format": "auto", "temperature": 0.8,
+    "dynatemp_range": 0, "dynatemp_exponent": 1, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "xtc_probability": 0, "xtc_threshold": 0.1, "typ_p": 1,
+    "max_tokens": -1, "repeat_last_n": 64, "repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "dry_multiplier": 0, "dry_base": 1.75,
+    "dry_allowed_length": 2, "dry_penalty_last_n": -1, "samplers": ["top_k", "top_p", "min_p", "temperature"], "timings_per_token": True,
+}  # fmt: skip
 OF_CHATS: dict[str, Any] = {"reasoning_effort": "high", "verbosity": "low", "prompt_cache_retention": "24h"}
 
 
@@ -134,7 +144,7 @@ def test_what_has_no_effect_is_said(server: Server) -> None:
     )
     notes = [note for chunk in chunks for note in (getattr(chunk, "retro", None) or {}).get("notes", ())]
     assert notes == [f"taken, without effect here: {', '.join(every)}, stream_options.include_obfuscation"]
-    assert set(HARMLESS) == {*every, "parallel_tool_calls"}
+    assert set(HARMLESS) == {*every, "parallel_tool_calls", *OF_A_PAGE}
 
 
 @pytest.mark.parametrize(
@@ -147,3 +157,27 @@ def test_what_has_no_effect_is_said(server: Server) -> None:
 def test_what_asks_for_nothing_is_not_said(fields: dict[str, Any]) -> None:
     assert parse(Chat, {"model": "x", "messages": [{"role": "user", "content": "a"}], **fields}).without_effect == []
     assert parse(Completion, {"model": "x", "prompt": "a"}).without_effect == []
+
+
+def test_a_page_of_llama_cpp_asks(server: Server) -> None:
+    """Without a model's name, for as many tokens as there is room for."""
+    body = parse(Chat, PAGE)
+    assert body.without_effect == ["return_progress", "timings_per_token", "samplers"]
+    with server.client("read") as client:
+        out = client.post("/v1/chat/completions", json={**PAGE, "stop": ["e", " ", "a"], "ignore_eos": False})
+    assert out.status_code == 200 and out.text.endswith("data: [DONE]\n\n")
+    for name, value in (
+        ("repeat_penalty", 1.1), ("xtc_probability", 0.5), ("typ_p", 0.9), ("mirostat", 2), ("dry_multiplier", 0.8),
+        ("dynatemp_range", 0.1), ("length_penalty", 2), ("use_beam_search", True), ("skip_special_tokens", False), ("bad_words", ["a"]),
+    ):  # fmt: skip
+        with pytest.raises(ApiError) as caught:
+            parse(Chat, {**PAGE, name: value})
+        assert caught.value.param == name
+
+
+def test_as_many_tokens_as_there_is_room_for(server: Server) -> None:
+    service: Any = server.service
+    body = parse(Completion, {"prompt": "a", "max_tokens": -1})
+    for length, limit, most in ((10, 2048, service.engine.max_tokens - 10), (10, 100, 100)):
+        asked = requests_of(body, service, [[40] * length], Limits(new_tokens=limit), 16)
+        assert asked[0].max_new_tokens == most

@@ -290,14 +290,14 @@ def test_a_plain_decoder_takes_no_settings_of_retrieval(fields: dict[str, Any]) 
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "system", "content": None}, {"role": "user", "content": "x"}]}, "messages.0.content"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.function"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}, "messages.0.content.0.type"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
-        ({"tools": [{}]}, "tools"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"tools": [{}]}, "tools.0.type"),
     ],
 )  # fmt: skip
 def test_chats_that_are_refused(server: Server, fields: dict[str, Any], param: str) -> None:
@@ -431,8 +431,8 @@ def test_fields_that_say_nothing_are_taken(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"store": 1}, "store"), ({"metadata": {"a": []}}, "metadata.a"), ({"tools": [{}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"), ({"presence_penalty": "0"}, "presence_penalty"),
+        ({"store": 1}, "store"), ({"metadata": {"a": []}}, "metadata.a"), ({"tools": [{}]}, "tools.0.type"), ({"tool_choice": "any"}, "tool_choice"),
+        ({"response_format": "json"}, "response_format"), ({"presence_penalty": "0"}, "presence_penalty"),
         ({"presence_penalty": False}, "presence_penalty"), ({"top_k": -2}, "top_k"), ({"moderation": {}}, "moderation"),
         ({"stop": {"str": 1}}, "stop"), ({"messages": [{"role": "user", "content": {"str": "a"}}]}, "messages.0.content"),
         ({"stream": "yes"}, "stream"), ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
@@ -440,7 +440,7 @@ def test_fields_that_say_nothing_are_taken(fields: dict[str, Any]) -> None:
         ({"string": 1}, "string"), ({"integer": 1}, "integer"), ({"list[x]": 1}, "list[x]"), ({"stop": {"a": 1}}, "stop"), ({"stop": ["a", 1]}, "stop.1"),
         ({"messages": [{"role": "user", "content": "a", "strange": 1}]}, "messages.0.strange"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
-        ({"messages": [*CHAT["messages"], {"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}]}, "messages.1.tool_calls"),
+        ({"messages": [*CHAT["messages"], {"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}]}, "messages.1.tool_calls.0.function"),
         ({"retro": {"strict": 1}}, "retro.strict"), ({"retro": {"neighbors": [1]}}, "retro.neighbors.0"),
     ],
 )  # fmt: skip
