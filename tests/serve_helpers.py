@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,18 @@ PASSWORD = "correct horse battery"
 class Server:
     """A server that runs, with a key for each scope."""
 
-    def __init__(self, url: str, gate: Gate, state: ServerState, keys: dict[str, str]):
+    def __init__(
+        self,
+        url: str,
+        gate: Gate,
+        state: ServerState,
+        keys: dict[str, str],
+        process: Any = None,
+        said: Sequence[str] = (),
+    ):
+        """`process`: what listens; `said`: its words on stopping."""
         self.url, self.gate, self.state, self.keys = url, gate, state, keys
+        self.process, self.said = process, said
         self.port = int(url.rpartition(":")[2])
 
     @property
@@ -75,9 +85,10 @@ def serving(
     about = Address(**address)
     state = make_state(accounts, limits or Limits(), about)
     failures: list[BaseException] = []
+    said: list[str] = []
     app = make_app(state, load, about.allowed_hosts, about.has_nemo, failures.append)
     listener = bind("127.0.0.1", 0)
-    server = make_server(app, state.limits, about.is_behind_proxy)
+    server = make_server(app, state.limits, about.is_behind_proxy, state.end_requests, said.append)
     thread = threading.Thread(target=server.run, args=([listener],), name="server", daemon=True)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread.start()
@@ -88,7 +99,7 @@ def serving(
         while state.service is None:
             assert not failures and time.monotonic() < deadline, failures
             time.sleep(0.01)
-        yield Server(url, app, state, keys)
+        yield Server(url, app, state, keys, server, said)
     finally:
         server.should_exit = True
         thread.join(60)

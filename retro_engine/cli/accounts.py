@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 def add(commands: flags.Commands) -> None:
     for kind, about in (("users", "who may sign in to the page"), ("keys", "keys of the API")):
-        whats = flags.family(commands, kind, f"{about}: add, remove, list")
+        whats = flags.family(commands, kind, f"{about}: add, {'change, ' if kind == 'users' else ''}remove, list")
         is_user = kind == "users"
         sub = _what(whats, "add", _add_user if is_user else _add_key, f"add one of the {kind}")
         sub.add_argument("name", metavar="NAME")
-        sub.add_argument("--scope", default="admin" if is_user else "read", help="read, write or admin")
-        if not is_user:
+        sub.add_argument("--scope", default="read", help="read, write or admin (default read)")
+        if is_user:
+            sub = _what(whats, "change", _change_user, "give a user a new password, and ask all his browsers for it")
+            sub.add_argument("name", metavar="NAME")
+            sub.add_argument("--scope", help="read, write or admin (default: as it is)")
+        else:
             sub.add_argument("--days", type=float, metavar="N", help="valid for (default: for ever)")
         sub = _what(whats, "remove", _remove_user if is_user else _remove_key, f"remove one of the {kind}")
         sub.add_argument("name" if is_user else "id", metavar="NAME" if is_user else "ID")
@@ -49,18 +53,27 @@ def open_accounts(args: argparse.Namespace) -> "Accounts":
     return Accounts(args.accounts)
 
 
-def _add_user(args: argparse.Namespace) -> int:
-    """The password comes from the terminal, or from standard input; never from an argument that others can see."""
+def _password() -> str:
+    """From the terminal, or from standard input; never from an argument that others can see."""
     import getpass
 
-    if sys.stdin.isatty():
-        password = getpass.getpass("password: ")
-        if getpass.getpass("again: ") != password:
-            raise UsageError("the two passwords differ", "", "type the same one twice")
-    else:
-        password = sys.stdin.readline().rstrip("\n")
-    open_accounts(args).add_user(args.name, password, args.scope)
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    password = getpass.getpass("password: ")
+    if getpass.getpass("again: ") != password:
+        raise UsageError("the two passwords differ", "", "type the same one twice")
+    return password
+
+
+def _add_user(args: argparse.Namespace) -> int:
+    open_accounts(args).add_user(args.name, _password(), args.scope)
     _print(args, {"name": args.name, "scope": args.scope})
+    return 0
+
+
+def _change_user(args: argparse.Namespace) -> int:
+    scope = open_accounts(args).change_user(args.name, _password(), args.scope)
+    _print(args, {"name": args.name, "scope": scope})
     return 0
 
 

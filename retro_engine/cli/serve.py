@@ -38,8 +38,13 @@ def add(commands: flags.Commands) -> None:
     flag("host", "127.0.0.1", help="address to listen on; others than this machine's own need users or keys")
     flag("port", 8000, type=int, help="0 takes a free one")
     flag("name", help="of the model (default: the run's)")
+    flag("alias", [], nargs="+", metavar="NAME", help="other names of the model that requests may use")
     flag("accounts", default_accounts(), metavar="FILE", help="users and keys")
     flag("allow-host", [], nargs="+", metavar="NAME", help="host names that this server is reached by")
+    origins = "pages of these origins may ask with a key, exactly as browsers send them (https://chat.example.org)"
+    flag("allow-origin", [], nargs="+", metavar="ORIGIN", help=origins)
+    flag("root-path", "", metavar="PATH", help="that a proxy puts before every address, taken off or not (/retro)")
+    flag("log", "none", choices=("none", "text", "json"), help="a line for every request, never what it says")
     flag("proxy", False, action="store_true", help="trust X-Forwarded-For and -Proto of a proxy on this machine")
     flag("metrics-token", metavar="TOKEN", help="GET /metrics from elsewhere takes it")
     flag("nemo-compat", False, action="store_true", help="also PUT /generate and PUT /knn, as NeMo's services")
@@ -80,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("max_batch", "max_waiting"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be used", "at least 1")
+    for name in args.alias:
+        if not name.isprintable() or not 1 <= len(name) <= 256:
+            raise UsageError(f"--alias {name[:80]!r} cannot be used", "a name has 1 to 256 characters that can be seen")
     if args.neighbor_bytes is not None and args.neighbor_bytes < 0:
         raise UsageError(f"--neighbor-bytes {args.neighbor_bytes} cannot be used", "0 or more")
     options = ServiceOptions(
@@ -92,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         mode=flags.library_mode(args.retriever),
         weights=args.source_weights,
         name=args.name,
+        aliases=args.alias,
         max_batch=args.max_batch,
         max_waiting=args.max_waiting,
         dtype=args.dtype,
@@ -107,6 +116,9 @@ def run(args: argparse.Namespace) -> int:
         is_behind_proxy=args.proxy,
         metrics_token=args.metrics_token,
         has_nemo=args.nemo_compat,
+        allowed_origins=args.allow_origin,
+        root_path=args.root_path,
+        log=args.log,
     )
     serve_until_signal(options, address, open_accounts(args), flags.reporter(args))
     return 0

@@ -35,8 +35,15 @@ class ChatTemplate:
         with self._lock:
             self._end()
 
-    def encode(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of the conversation up to where the assistant's next answer begins.
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        begins: bool = True,
+        goes_on: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
+        """Token ids of the conversation up to where the assistant's next answer begins, unless `begins` is false; with
+        `goes_on` up to the end of the last message's text. `tools`: functions that the template describes.
 
         messages: {"role", "content"} and more of what the template reads. Raises UsageError where it refuses them, and
         for a model whose templates all have names.
@@ -45,9 +52,10 @@ class ChatTemplate:
             names = ", ".join(self.tokenizer.chat_files.templates)
             why = f"it has {names}" if names else "it is a base model"
             raise UsageError("the model has no default chat template", why, "write chat_template.jinja into its folder")
-        marks = Marks(self.tokenizer, messages)
+        marks = Marks(self.tokenizer, messages, tools)
+        rendered = self._cut(marks) if goes_on else self.render(marks.messages, begins, marks.tools)
         ids: list[int] = []
-        for number, (text, is_controlled) in enumerate(marks.parts(self.render(marks.messages))):
+        for number, (text, is_controlled) in enumerate(marks.parts(rendered)):
             before = BEFORE if number else ""  # within a text: SentencePiece's like put a space where one begins
             ids += self.tokenizer.encode_after(before, text, is_controlled)[0]
         if not ids:
@@ -73,7 +81,23 @@ class ChatTemplate:
         ids, places = self.tokenizer.encode_controlled(after)
         return (after[: places[0][1]],) if ids and ids[0] in self.tokenizer.special_ids else ()
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _cut(self, marks: "Marks") -> str:
+        """What the template writes up to the end of the last message's text."""
+        *before, last = marks.messages
+        end = marks.unused()
+        text = self.render([*before, {**last, "content": last["content"] + end}], False, marks.tools)
+        if end not in text:
+            raise UsageError("the model's chat template leaves out the last message", "", "send it without going on")
+        return text[: text.rindex(end)]
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template has a way to write functions and their calls."""
+        return "tools" in str(self.template)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], begins: bool = True, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The text that the template makes of a conversation. Raises UsageError where it refuses or takes too much."""
         tokens = self.tokenizer.chat_files.tokens
         names = {"bos_token": self._written(self.tokenizer.bos_id), "eos_token": self._written(self.tokenizer.eod_id)}
@@ -81,9 +105,9 @@ class ChatTemplate:
             **names,
             **tokens,
             "messages": self._known_roles(messages),
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": begins,
         }
         with self._lock:
             found = self._ask(json.dumps(variables))
@@ -134,14 +158,17 @@ class ChatTemplate:
 
 
 class Marks:
-    """Messages in which each special token is one character that no message has."""
+    """Messages and tools in which each special token is one character that none of them has."""
 
-    def __init__(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]):
+    def __init__(
+        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ):
         self._tokenizer = tokenizer
-        self._used = set(json.dumps(messages, ensure_ascii=False))
+        self._used = set(json.dumps([*messages, *tools], ensure_ascii=False))
         self._marks: dict[str, str] = {}  # special token -> character
         self._free = FIRST_MARK
         self.messages = [self._marked(message) for message in messages]
+        self.tools = [self._marked(tool) for tool in tools]
 
     def parts(self, rendered: str) -> list[tuple[str, bool]]:
         """The rendered text in parts: what the template wrote, around what messages hold (False: it stays text)."""
@@ -171,8 +198,12 @@ class Marks:
 
     def _mark(self, text: str) -> str:
         if text not in self._marks:
-            while chr(self._free) in self._used:
-                self._free += 1
-            self._marks[text] = chr(self._free)
-            self._free += 1
+            self._marks[text] = self.unused()
         return self._marks[text]
+
+    def unused(self) -> str:
+        """A character that stands in no message and for no token."""
+        while chr(self._free) in self._used:
+            self._free += 1
+        self._free += 1
+        return chr(self._free - 1)

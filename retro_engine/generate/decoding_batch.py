@@ -87,6 +87,9 @@ class DecodingBatch:
         has_all_logits = sequence.request.echo and sequence.request.logprobs is not None
         if sequence.filled == 0 and self.prefixes is not None and not has_all_logits:
             sequence.filled, logits = self.prefixes.restore(self._keys, self.cache, row)
+            sequence.cached = max(0, sequence.filled - sequence.pad)
+            self.prefixes.asked += sequence.prompt_length - sequence.pad
+            self.prefixes.reused += sequence.cached
         if logits is None:
             start = sequence.filled
             stop = min(start + PIECE_CHUNKS * M, sequence.prompt_length)

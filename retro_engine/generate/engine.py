@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -32,6 +33,16 @@ OnEvent = Callable[[Event], None]
 RATE_S = 10.0  # tokens/s are of this last time
 
 
+@dataclass
+class Times:
+    """When things happened to a request, by time.monotonic()."""
+
+    submitted: float = field(default_factory=time.monotonic)
+    started: float | None = None  # it got a row
+    first: float | None = None  # its first token came
+    last: float | None = None
+
+
 class Submission:
     """The events of one request; iterate over it, unless they go to an `on_event`."""
 
@@ -43,6 +54,7 @@ class Submission:
         self.sequence = sequence
         self.is_cancelled = False
         self.found: Future[list[Found]] | None = None  # that it waits for
+        self.times = Times()
 
     def __iter__(self) -> Iterator[Event]:
         """Blocks until the next event; raises what ended a request that failed."""
@@ -213,6 +225,7 @@ class Engine:
                 "cache_bytes": in_use * self._batch.cache.bytes_per_token(),
                 "prefix_bytes": self.prefixes.nbytes,
                 "prefix_tokens_reused": self.prefixes.reused,
+                "prefix_tokens_asked": self.prefixes.asked,
                 **self._encodings(),
             }
 
@@ -297,6 +310,7 @@ class Engine:
 
     def _join(self, stream: Submission) -> None:
         found = self._result(stream)
+        stream.times.started = time.monotonic()
         if found is not None:
             self._attempt([stream], lambda: self._batch.join(stream.sequence, found))
 
@@ -331,6 +345,7 @@ class Engine:
         events = self._attempt([stream], lambda: self._batch.accepted(sequence, logits_TV)) or []
         with self._changed:
             now = time.monotonic()
+            stream.times.first, stream.times.last = stream.times.first or now, now
             self._counts.extend([now] * len(events))
             while self._counts and now - self._counts[0] > RATE_S:
                 self._counts.popleft()

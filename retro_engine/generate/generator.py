@@ -14,6 +14,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import UsageError
 from retro_engine.generate.decoding_batch import DecodingBatch
 from retro_engine.generate.drafts import Drafts
+from retro_engine.generate.grammar import Grammars
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
 from retro_engine.generate.sequence import DecodingSequence
@@ -59,6 +60,7 @@ class Generator:
         self.encodings = Encodings(model, neighbor_bytes, encoded) if neighbor_bytes or encoded else None
         self._found: OrderedDict[tuple[str, str, str, int, int, str | None], Found] = OrderedDict()
         self._lock = threading.Lock()
+        self._grammars = Grammars(tokenizer)
         if retriever is not None:
             model_coding(model, tokenizer).check(retriever.coding)
 
@@ -159,6 +161,7 @@ class Generator:
             given=given,
             notes=notes,
             drafts=Drafts() if self.drafts else None,
+            matcher=None if request.grammar is None else self._grammars.matcher(request.grammar),
         )
         self._check_length(len(tokens), request, config.positions_in_front(sequence.neighbor_tokens))
         return sequence

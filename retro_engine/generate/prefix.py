@@ -38,7 +38,7 @@ class PrefixCache:
     def __init__(self, max_bytes: int, is_shared: bool = False):
         """`is_shared`: callers use each other's pieces."""
         self.max_bytes, self.nbytes, self.is_shared = max_bytes, 0, is_shared
-        self.reused = 0  # tokens
+        self.asked = self.reused = 0  # tokens of prompts, and those of them that were remembered
         self._pieces: OrderedDict[bytes, _Piece] = OrderedDict()
 
     def restore(self, keys: list[bytes], cache: DecodeCache, row: int) -> tuple[int, Tensor | None]:
@@ -67,7 +67,6 @@ class PrefixCache:
             for tensor, part in zip(everywhere, last.front):
                 tensor[row, begin:end] = part
             cache.lengths_B[row] = cache.origin + start
-        self.reused += start
         is_whole = bool(known) and len(known) == len(keys)
         return start, known[-1].logits if is_whole else None
 

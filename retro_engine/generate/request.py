@@ -9,6 +9,7 @@ from typing import Literal
 
 from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
+from retro_engine.generate.grammar import Grammar
 from retro_engine.generate.sampling import Sampling
 from retro_engine.retrieval.hit import Hit
 
@@ -40,6 +41,8 @@ class Request:
     retrieved_length: int | None = None  # tokens of each neighbor; None = the model's r
     refresh: str = "chunk"  # never: the prompt's neighbors are read to the end
     stop: tuple[str, ...] = ()  # the text ends before the first of these
+    stop_ids: tuple[int, ...] = ()  # tokens that end it, beside those of the tokenizer
+    grammar: Grammar | None = None  # that the answer must match
     logprobs: int | None = None  # None = none, 0 = of the chosen tokens, n = and of the n likeliest
     echo: bool = False  # the prompt is part of the text (and of the log-probabilities)
     add_bos: bool = False  # begin with the tokenizer's beginning-of-document token
@@ -51,7 +54,7 @@ class Request:
 
     def __post_init__(self) -> None:
         rules = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least one token is generated"),
+            ("max_new_tokens", self.max_new_tokens >= (0 if self.echo else 1), "at least one token; 0 = echo alone"),
             ("num_neighbors", self.num_neighbors is None or self.num_neighbors >= 1, "at least one; neighbors=[] = off"),
             ("refresh", self.refresh in REFRESHES, f"one of {', '.join(REFRESHES)}"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "must be 0 or more"),
@@ -86,7 +89,9 @@ class Event:
     logprobs: list[TokenLogprob] | None = None
     new_hits: list[Hit] | None = None  # the neighbors that this piece and those after it can read, when they change
     finish_reason: FinishReason | None = None  # set in the last event
+    stopped_by: str | None = None  # the text of `stop` that ended it
     neighbor_tokens: int = 0  # that were read so far
+    cached_tokens: int = 0  # of the prompt, that were remembered
     notes: list[str] = field(default_factory=list)
     error: BaseException | None = None  # in the last event of a request that failed
 

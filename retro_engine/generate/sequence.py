@@ -3,6 +3,7 @@
 Letters: K neighbors, R tokens per neighbor, M chunk length, L chunks, V vocabulary.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.generate.detokenizer import Detokenizer
 from retro_engine.generate.drafts import Drafts, Guess
+from retro_engine.generate.grammar import UNFINISHED, Matcher
 from retro_engine.generate.request import Event, FinishReason, Generation, Request, TextSegment, TokenLogprob
 from retro_engine.generate.sampling import adjusted, choose
 from retro_engine.retrieval.hit import Found, Hit
@@ -33,8 +35,10 @@ class DecodingSequence:
     given: Found | None  # read at every chunk boundary from the prompt's last token on; in front once, before its first
     notes: list[str]
     drafts: Drafts | None = None
+    matcher: Matcher | None = None  # of the request's grammar
     filled: int = 0  # tokens that the cache has
     read: int = 0  # tokens of neighbors so far
+    cached: int = 0  # tokens of the prompt that were remembered
     finish_reason: FinishReason | None = None
     segments: list[TextSegment] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -43,15 +47,18 @@ class DecodingSequence:
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)  # padding included
         self.seen = set(self.tokens[self.pad :])
+        self._counts: Counter[int] = Counter()  # of the tokens that were generated
+        self._unsaid = list(self.notes)
         self._random = torch.Generator().manual_seed(self.request.sampling.seed)
         self._text = Detokenizer(self.tokenizer, () if self.request.echo else self.tokens[self.pad :])
         self._echoed, self._num_echoed = "", self.pad  # with echo: text of the prompt, and its tokens so far
         special = [self.tokenizer.special_id(stop.strip()) for stop in self.request.stop]  # never in a decoded text
-        self.end_ids = {*self.tokenizer.end_ids, *(i for i in special if i is not None)}
+        self.end_ids = {*self.tokenizer.end_ids, *(i for i in special if i is not None), *self.request.stop_ids}
         self._shown_tokens = self.pad - self.prompt_length if self.request.echo else 0
         self._shown_logprobs = 0
         self._decoded = ""  # generated text that is not shown yet
         self._new_hits: list[Hit] | None = None
+        self._stopped_by: str | None = None
 
     @property
     def produced(self) -> list[int]:
@@ -135,28 +142,50 @@ class DecodingSequence:
         sampling, count = self.request.sampling, len(self.tokens) - self.prompt_length
         if count == 0 and self.request.echo:
             self._echo(self.prompt_length)
-        token = choose(adjusted(logits_V, sampling, self.seen, count, self.end_ids), sampling, self._random)
+        if count >= self.request.max_new_tokens:  # 0: only the prompt is scored
+            self.finish_reason = "length"
+            return self._event(self._flush())
+        logits = adjusted(logits_V, sampling, self.seen, self._counts, self.end_ids)
+        if self.matcher is not None:
+            logits = self.matcher.allowed(logits, logits_V)
+        token = choose(logits, sampling, self._random)
         if token in self.end_ids:
             self.finish_reason = "stop"
             return self._event(self._flush())
         self.tokens.append(token)
         self.seen.add(token)
+        self._counts[token] += 1
         if self.request.logprobs is not None:
             self.logprobs.append(self._logprob(logits_V, token))
         self._decoded += self._text.push([token])
         shown = self._before_stop()
-        if self.finish_reason is None and count + 1 >= self.request.max_new_tokens:
+        reason = self._end(token, count + 1)
+        if self.finish_reason is None and reason is not None:
             shown += self._flush()
-            self.finish_reason = self.finish_reason or "length"
+            self.finish_reason = self.finish_reason or reason
         return self._event(shown)
+
+    def _end(self, token: int, count: int) -> FinishReason | None:
+        """Why it ends with its newest token, the `count`-th: the grammar lets nothing more come, or it is long enough."""
+        if self.matcher is not None:
+            self.matcher.accept(token)
+            if self.matcher.is_over:
+                return "stop"
+        if count < self.request.max_new_tokens:
+            return None
+        if self.matcher is not None and not self.matcher.is_complete:
+            self.notes.append(UNFINISHED)
+            self._unsaid.append(UNFINISHED)
+        return "length"
 
     def _before_stop(self) -> str:
         """What can be shown of the decoded text: all before a stop string, or before what may become one."""
         stops = self.request.stop
-        found = [place for place in (self._decoded.find(stop) for stop in stops) if place >= 0]
+        found = [(place, stop) for stop in stops if (place := self._decoded.find(stop)) >= 0]
         if found:
+            place, self._stopped_by = min(found)
             self.finish_reason = "stop"
-            shown, self._decoded = self._decoded[: min(found)], ""
+            shown, self._decoded = self._decoded[:place], ""
             return shown
         held = max((_overlap(self._decoded, stop) for stop in stops), default=0)
         cut = len(self._decoded) - held
@@ -179,7 +208,7 @@ class DecodingSequence:
 
     def _shown(self, text: str, error: BaseException | None = None) -> Event:
         hits, self._new_hits = self._new_hits, None
-        notes = [] if self.segments else self.notes
+        notes, self._unsaid = self._unsaid, []
         if hits is not None or not self.segments:
             self.segments.append(TextSegment("", hits or []))
         self.segments[-1].text += text
@@ -193,7 +222,9 @@ class DecodingSequence:
             logprobs=logprobs,
             new_hits=hits,
             finish_reason=self.finish_reason,
+            stopped_by=self._stopped_by,
             neighbor_tokens=self.read,
+            cached_tokens=self.cached,
             notes=notes,
             error=error,
         )

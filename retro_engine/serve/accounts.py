@@ -139,15 +139,28 @@ class Accounts:
     # Users
 
     def add_user(self, name: str, password: str, scope: str = "admin") -> None:
-        """Add a user, or give one a new password and scope; ends the user's sessions, and forgets his devices."""
+        """Raises UsageError for a name that is taken: nobody becomes another by a slip."""
         row = _user(name, password, scope)
         with self._transaction() as db:
+            if db.execute("SELECT 1 FROM users WHERE name = ?", (name,)).fetchall():
+                what = f"user {name!r} is there already"
+                raise UsageError(what, "its password and scope stay as they are", f"retro users change {name}")
+            db.execute("INSERT INTO users VALUES (?, ?, ?)", row)
+
+    def change_user(self, name: str, password: str, scope: str | None = None) -> str:
+        """A new password, and a new scope unless it is None; ends the user's sessions, and forgets his devices. Returns the
+        scope.
+        """
+        row = _user(name, password, scope or SCOPES[0])
+        with self._transaction() as db:
+            found = db.execute("SELECT scope FROM users WHERE name = ?", (name,)).fetchall()
+            if not found:
+                raise UsageError(f"user {name!r} does not exist", "", "retro users list")
+            kept = scope or str(found[0][0])
             db.execute("DELETE FROM sessions WHERE user = ?", (name,))
             db.execute("DELETE FROM devices WHERE user = ?", (name,))
-            db.execute(
-                "INSERT INTO users VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET password = ?, scope = ?",
-                (*row, *row[1:]),
-            )
+            db.execute("UPDATE users SET password = ?, scope = ? WHERE name = ?", (row[1], kept, name))
+        return kept
 
     def remove_user(self, name: str) -> None:
         if not self._write("DELETE FROM users WHERE name = ?", name):

@@ -3,6 +3,8 @@
 What is ours is in `retro`: in the first piece after each retrieval, or beside the choices.
 """
 
+import json
+import math
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -11,7 +13,9 @@ from typing import Any
 
 from retro_engine.generate.request import Event, TokenLogprob
 from retro_engine.retrieval.hit import Hit
+from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.service import Service
+from retro_engine.serve.tools import Call, CallReader, Tool
 
 
 def neighbors_json(hits: Sequence[Hit]) -> list[dict[str, Any]]:
@@ -19,11 +23,18 @@ def neighbors_json(hits: Sequence[Hit]) -> list[dict[str, Any]]:
     return [{**vars(hit), "score": round(float(hit.score), 6)} for hit in hits]
 
 
+def line(content: dict[str, Any], name: str | None = None) -> bytes:
+    """A server-sent event."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+
+
 class Answer(ABC):
     """How an answer looks; subclasses say what a choice is."""
 
     name = ""
     prefix = ""
+    end = b"data: [DONE]\n\n"  # of a stream
 
     def __init__(self, service: Service, is_stream: bool):
         self.service = service
@@ -34,7 +45,12 @@ class Answer(ABC):
             "model": service.name,
         }
         self.prompt_tokens = self.completion_tokens = self.neighbor_tokens = 0
+        self.cached_tokens = 0  # of the prompts, that were remembered
         self.echoed: dict[int, int] = {}  # tokens of the prompt that a choice's first event begins with
+        self.candidates = self.kept = 1  # sequences of each prompt, and the best of them that are shown
+        self.has_logprobs = True  # that were asked for, and not made to choose by
+        self.notes: list[str] = []  # of the server; those of sequences come with their events
+        self._counted: set[int] = set()  # sequences that have begun
         self.events: list[tuple[int, Event]] = []
 
     @abstractmethod
@@ -48,8 +64,11 @@ class Answer(ABC):
     def logprobs(self, entries: Sequence[TokenLogprob]) -> Any: ...
 
     def _count(self, index: int, event: Event) -> None:
-        self.completion_tokens += len(event.tokens) - self.echoed.pop(index, 0)
-        self.neighbor_tokens += event.neighbor_tokens if event.finish_reason is not None else 0
+        self.completion_tokens += len(event.tokens) - (0 if index in self._counted else self.echoed.get(index, 0))
+        self._counted.add(index)
+        if event.finish_reason is not None:
+            self.neighbor_tokens += event.neighbor_tokens
+            self.cached_tokens += event.cached_tokens if index % self.candidates == 0 else 0
 
     def add(self, index: int, event: Event) -> None:
         self._count(index, event)
@@ -61,19 +80,34 @@ class Answer(ABC):
         if not (event.text or event.logprobs or event.new_hits is not None or event.finish_reason or event.notes):
             return None
         out: dict[str, Any] = {**self.head, "choices": [self.delta(index, event)]}
-        if event.new_hits is not None or event.notes:
+        notes, self.notes = [*self.notes, *event.notes], []
+        if event.new_hits is not None or notes:
             out["retro"] = {**self._retro(), "neighbors": neighbors_json(event.new_hits or [])}
-            if event.notes:
-                out["retro"]["notes"] = event.notes
+            if notes:
+                out["retro"]["notes"] = notes
         if with_usage:
             out["usage"] = None
         return out
 
-    def usage(self) -> dict[str, int]:
+    def lines(self, index: int, event: Event, with_usage: bool) -> bytes:
+        """An event of a stream as it is sent."""
+        piece = self.piece(index, event, with_usage)
+        return b"" if piece is None else line(piece)
+
+    def last_lines(self, with_usage: bool) -> bytes:
+        """What follows the last event."""
+        return line({**self.head, "choices": [], "usage": self.usage()}) if with_usage else b""
+
+    def failed_lines(self, error: ApiError) -> bytes:
+        """What ends a stream that cannot go on."""
+        return line(error.body())
+
+    def usage(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "neighbor_tokens": self.neighbor_tokens,
         }
 
@@ -88,9 +122,10 @@ class Answer(ABC):
         events: list[list[Event]] = [[] for _ in range(count)]
         for index, event in self.events:
             events[index].append(event)
-        for index, mine in enumerate(events):
+        for index, mine in enumerate(self._best(events)):
             entries = [entry for event in mine for entry in event.logprobs or []]
-            logprobs = self.logprobs(entries) if any(e.logprobs is not None for e in mine) else None
+            is_shown = self.has_logprobs and any(e.logprobs is not None for e in mine)
+            logprobs = self.logprobs(entries) if is_shown else None
             text = "".join(event.text for event in mine)
             choices.append(self.choice(index, text, logprobs, mine[-1].finish_reason))
             for event in mine:
@@ -104,8 +139,23 @@ class Answer(ABC):
                         segments.append({"choice": index, "text": "", "neighbors": []})
                     segments[-1]["text"] += event.text
         neighbors = [dict(one) for one in places]
-        retro = {**self._retro(), "neighbors": neighbors, "segments": segments, "notes": notes}
+        retro = {**self._retro(), "neighbors": neighbors, "segments": segments, "notes": [*self.notes, *notes]}
         return {**self.head, "choices": choices, "usage": self.usage(), "retro": retro}
+
+    def _best(self, events: list[list[Event]]) -> list[list[Event]]:
+        """Of each prompt's candidates those whose tokens are likeliest on the average, best first."""
+        if self.kept == self.candidates:
+            return events
+        places = [range(first, first + self.candidates) for first in range(0, len(events), self.candidates)]
+        means = [_mean_logprob(mine, self.echoed.get(index, 0)) for index, mine in enumerate(events)]
+        best = [sorted(group, key=means.__getitem__, reverse=True)[: self.kept] for group in places]
+        return [events[index] for group in best for index in group]
+
+
+def _mean_logprob(events: list[Event], num_echoed: int) -> float:
+    """Of the tokens that were generated; one that ended at once is the least likely."""
+    entries = [entry for event in events for entry in event.logprobs or []][num_echoed:]
+    return sum(entry.logprob or 0.0 for entry in entries) / len(entries) if entries else -math.inf
 
 
 class CompletionAnswer(Answer):
@@ -147,20 +197,39 @@ class CompletionAnswer(Answer):
 class ChatAnswer(Answer):
     name, prefix = "chat.completion", "chatcmpl"
 
-    def __init__(self, service: Service, is_stream: bool):
+    def __init__(self, service: Service, is_stream: bool, tools: Sequence[Tool] = ()):
+        """`tools`: functions that the answer may call."""
         super().__init__(service, is_stream)
-        self._begun: set[int] = set()
+        self._tools = tools
+        self._readers: dict[int, CallReader] = {}  # of the choices that have begun
 
     def choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+        text, calls, reason = self.said(index, text, reason, is_last=True)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [call.json() for call in calls]}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def delta(self, index: int, event: Event) -> dict[str, Any]:
-        role = {} if index in self._begun else {"role": "assistant"}
-        self._begun.add(index)
+        delta: dict[str, Any] = {} if index in self._readers else {"role": "assistant"}
+        is_last = event.finish_reason is not None
+        text, calls, reason = self.said(index, event.text, event.finish_reason, is_last)
+        delta["content"] = text
+        if calls:
+            first = len(self._readers[index].calls) - len(calls)
+            delta["tool_calls"] = [{"index": first + n, **call.json()} for n, call in enumerate(calls)]
         logprobs = None if event.logprobs is None else self.logprobs(event.logprobs)
-        delta = {**role, "content": event.text}
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def said(self, index: int, text: str, reason: str | None, is_last: bool) -> tuple[str, list[Call], str | None]:
+        """What came, as text and calls, and why it ended: with a call, where there was one."""
+        reader = self._readers.setdefault(index, CallReader(self._tools))
+        if not self._tools:
+            return text, [], reason
+        text, calls = reader.push(text, is_last)
+        self.notes += [note for note in reader.notes if note not in self.notes]
+        reader.notes = []
+        return text, calls, "tool_calls" if reader.calls and reason == "stop" else reason
 
     def logprobs(self, entries: Sequence[TokenLogprob]) -> Any:
         def token(index: int, text: str, value: float | None) -> dict[str, Any]:

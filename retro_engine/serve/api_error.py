@@ -26,8 +26,10 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+    def response(self, path: str = "") -> JSONResponse:
+        """`path`: of the request; Anthropic's client looks for a type beside the error."""
+        kind = {"type": "error"} if path.startswith("/v1/messages") else {}
+        return JSONResponse({**kind, **self.body()}, self.status, self.headers)
 
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
@@ -49,4 +51,6 @@ def api_error(error: RetroError) -> ApiError:
         return ApiError(503, message, code="unavailable", headers={"retry-after": "2"})
     if isinstance(error, UsageError):
         return ApiError(400, message)
-    return ApiError(501 if isinstance(error, MissingExtraError) else 500, message, code=type(error).__name__)
+    if isinstance(error, MissingExtraError):
+        return ApiError(501, f"{message} (on the server: {error.do})", code="missing_extra")
+    return ApiError(500, message, code=type(error).__name__)

@@ -15,9 +15,10 @@ from starlette.routing import Route
 
 from retro_engine.errors import RetroError, typed
 from retro_engine.library.library import Library
-from retro_engine.serve import ask, documents, explain, nemo, openai, schema, sign_in, tokens
+from retro_engine.serve import ask, documents, explain, messages, nemo, openai, rerank, responses, schema, sign_in, tokens
 from retro_engine.serve.api_error import ApiError, ClientLeft, api_error
 from retro_engine.serve.gate import Gate
+from retro_engine.serve.metrics import Metrics
 from retro_engine.serve.request_context import ServerState, client_of, state_of
 from retro_engine.serve.service import Service
 
@@ -46,7 +47,14 @@ ROUTES: list[tuple[str, str, Endpoint, str]] = [  # method, path, endpoint, the 
     ("GET", "/v1/models/{id:path}", openai.model, "read"),
     ("POST", "/v1/completions", openai.completions, "read"),
     ("POST", "/v1/chat/completions", openai.chat_completions, "read"),
+    ("POST", "/v1/responses", responses.create_response, "read"),
+    ("GET", "/v1/responses/{id:path}", responses.get_response, "read"),
+    ("DELETE", "/v1/responses/{id:path}", responses.delete_response, "read"),
+    ("POST", "/v1/messages", messages.create_message, "read"),
+    ("POST", "/v1/messages/count_tokens", messages.count_message_tokens, "read"),
     ("POST", "/v1/embeddings", tokens.embeddings, "read"),
+    ("POST", "/v1/rerank", rerank.rerank, "read"),
+    ("POST", "/rerank", rerank.rerank, "read"),
     ("POST", "/tokenize", tokens.tokenize, "read"),
     ("POST", "/detokenize", tokens.detokenize, "read"),
     ("POST", "/v1/retrieve", documents.retrieve, "read"),
@@ -142,7 +150,18 @@ def make_app(
     app.router.redirect_slashes = False
     app.state.retro = state
     scopes = {(method, path): scope for method, path, _, scope in guarded}
-    return Gate(app, routes, scopes, hosts=hosts, accounts=state.accounts, limits=state.limits, metrics=state.metrics)
+    return Gate(
+        app,
+        routes,
+        scopes,
+        hosts=hosts,
+        accounts=state.accounts,
+        limits=state.limits,
+        metrics=state.metrics,
+        origins=state.origins,
+        root_path=state.root_path,
+        log=state.log,
+    )
 
 
 def _opened(state: ServerState, load: Callable[[], Service], ready: Callable[[Service], None]) -> Service:
@@ -173,25 +192,40 @@ async def _load(
             raise
         stop(error)
         return
-    stats = service.engine.stats
-    state.metrics.watch("retro_engine_running", "Sequences being generated", lambda: stats()["running"])
-    state.metrics.watch("retro_engine_waiting", "Requests in the queue", lambda: stats()["waiting"])
-    state.metrics.watch("retro_neighbors_kept", "Neighbors read from what is kept", lambda: stats()["neighbors_kept"])
-    state.metrics.watch("retro_neighbors_encoded", "Neighbors encoded", lambda: stats()["neighbors_encoded"])
-    state.metrics.watch("retro_neighbor_bytes", "Of encoded neighbors that are kept", lambda: stats()["neighbor_bytes"])
-    state.metrics.watch(
+    _watch(state.metrics, service)
+    state.service = service
+
+
+def _watch(metrics: Metrics, service: Service) -> None:
+    """What is read of a loaded service when somebody asks."""
+    stats, metrics.model = service.engine.stats, service.name
+    metrics.watch("retro_engine_running", "Sequences being generated", lambda: stats()["running"])
+    metrics.watch("retro_engine_waiting", "Requests in the queue", lambda: stats()["waiting"])
+    metrics.watch("retro_neighbors_kept", "Neighbors read from what is kept", lambda: stats()["neighbors_kept"])
+    metrics.watch("retro_neighbors_encoded", "Neighbors encoded", lambda: stats()["neighbors_encoded"])
+    metrics.watch("retro_neighbor_bytes", "Of encoded neighbors that are kept", lambda: stats()["neighbor_bytes"])
+    metrics.watch(
         "retro_beside_engine_waiting", "Work beside the engine that waits", lambda: service.work.stats()["waiting"]
     )
-    state.metrics.watch("retro_index_version", "Changes of the documents", lambda: service.index_version)
+    metrics.watch("retro_index_version", "Changes of the documents", lambda: service.index_version)
+    metrics.watch_model("num_requests_running", "Sequences being generated", lambda: stats()["running"])
+    metrics.watch_model("num_requests_waiting", "Requests in the queue", lambda: stats()["waiting"])
+    asked, found = "Tokens of prompts that were looked up", "Tokens of prompts that were remembered"
+    metrics.watch_count("vllm:prefix_cache_queries", asked, lambda: stats()["prefix_tokens_asked"])
+    metrics.watch_count("vllm:prefix_cache_hits", found, lambda: stats()["prefix_tokens_reused"])
+    asked, found = "Neighbors that were read", "Neighbors that were encoded before"
+    metrics.watch_count(
+        "retro_neighbor_cache_queries", asked, lambda: stats()["neighbors_kept"] + stats()["neighbors_encoded"]
+    )
+    metrics.watch_count("retro_neighbor_cache_hits", found, lambda: stats()["neighbors_kept"])
     library = service.library
     if type(library) is Library:  # that of replicas is merged elsewhere
-        state.metrics.watch("retro_library_merging", "0: its merging thread died", lambda: library.is_merging)
-    state.service = service
+        metrics.watch("retro_library_merging", "0: its merging thread died", lambda: library.is_merging)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def _client_left(request: Request, error: Exception) -> Response:
@@ -200,14 +234,14 @@ async def _client_left(request: Request, error: Exception) -> Response:
 
 async def _retro_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RetroError)
-    return api_error(error).response()
+    return api_error(error).response(request.url.path)
 
 
 async def _os_error(request: Request, error: Exception) -> Response:
     known = typed(error)
     if known is None:
         raise error
-    return api_error(known).response()
+    return api_error(known).response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -6,10 +6,13 @@ limits only headers that have not ended, and forgives what proxies read in anoth
 """
 
 import asyncio
+import contextlib
 import http
 import json
 import re
 import socket
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import h11
@@ -19,8 +22,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from retro_engine.errors import UsageError
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bounds import Limits
+from retro_engine.serve.request_log import HEADER, request_id
 
 BACKLOG = 512
+ENDING_S = 5.0  # that answers which are ended have to be sent
 REFUSED_S = 1.0  # that a refused client has to read why, before the connection ends
 END = re.compile(rb"\r?\n\r?\n")
 LONE_CR = re.compile(rb"\r(?!\n)")
@@ -111,6 +116,7 @@ class Connection(H11Protocol):
         status = refusal.error_status_hint if refusal.error_status_hint in (414, 431) else 400
         body = json.dumps(ApiError(status, f"this is not a request: {str(refusal)[:200]}").body()).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        headers.append((HEADER, request_id(None)))
         reason = http.HTTPStatus(status).phrase.encode()
         answer = h11.Response(status_code=status, headers=headers, reason=reason)
         for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
@@ -164,8 +170,53 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_server(app: Any, limits: Limits, is_behind_proxy: bool) -> uvicorn.Server:
-    """`is_behind_proxy`: a proxy on this machine says who the client is (X-Forwarded-For and -Proto)."""
+class Server(uvicorn.Server):
+    """A server that says what it waits for when it is told to stop, and ends what takes longer as an answer ends."""
+
+    def __init__(self, config: uvicorn.Config, wait_s: float, end: Callable[[], None], say: Callable[[str], None]):
+        """`end` ends the requests that run, within a moment; it may be called more than once."""
+        super().__init__(config)
+        self.wait_s, self._end, self._say = wait_s, end, say
+        self._told_again = asyncio.Event()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A second signal ends what runs, a third the process."""
+        self._captured_signals.append(sig)
+        if self._told_again.is_set():
+            self.force_exit = True
+        elif self.should_exit:
+            self._told_again.set()
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_late())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_late(self) -> None:
+        running = len(self.server_state.tasks)
+        if running:
+            answers = "an answer" if running == 1 else f"{running} answers"
+            self._say(f"stopping: waiting for {answers}, {self.wait_s:g} s at most; Ctrl-C again ends them")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._told_again.wait(), self.wait_s)
+        if running:
+            self._say("stopping: what still runs ends now")
+        await asyncio.to_thread(self._end)
+
+
+def make_server(
+    app: Any,
+    limits: Limits,
+    is_behind_proxy: bool,
+    end: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Server:
+    """`is_behind_proxy`: a proxy on this machine says who the client is (X-Forwarded-For and -Proto). `end` and `say`: of
+    `Server`.
+    """
     connection = type("LimitedConnection", (Connection,), {"limits": limits})
     config = uvicorn.Config(
         app,
@@ -179,7 +230,7 @@ def make_server(app: Any, limits: Limits, is_behind_proxy: bool) -> uvicorn.Serv
         backlog=BACKLOG,
         limit_concurrency=limits.connections,
         timeout_keep_alive=max(1, round(limits.idle_s)),
-        timeout_graceful_shutdown=max(1, round(limits.shutdown_s)),
+        timeout_graceful_shutdown=max(1, round(limits.shutdown_s + ENDING_S)),
         h11_max_incomplete_event_size=limits.header_bytes,
     )
-    return uvicorn.Server(config)
+    return Server(config, limits.shutdown_s, end, say)

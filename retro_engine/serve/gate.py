@@ -1,6 +1,7 @@
 """The one middleware: everything is denied that is not public, or asked for by somebody who may.
 
-Also here: Host and Origin (DNS rebinding, CSRF), the time a request may take, security headers, request counts.
+Also here: Host and Origin (DNS rebinding, CSRF), the time a request may take, security headers, the path before all others,
+request ids, counts and log lines.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,6 +19,8 @@ from retro_engine.serve.accounts import Accounts, Caller
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bounds import Limits
 from retro_engine.serve.metrics import Metrics
+from retro_engine.serve.origins import allowed, is_preflight
+from retro_engine.serve.request_log import HEADER, RequestLog, current_id, log_failure, request_id
 
 PUBLIC = frozenset(
     {
@@ -60,10 +64,15 @@ class Gate:
         limits: Limits,
         hosts: Sequence[str],
         metrics: Metrics,
+        origins: frozenset[str] = frozenset(),
+        root_path: str = "",
+        log: RequestLog | None = None,
     ):
+        """`origins`: of pages elsewhere that may ask; `root_path`: what a proxy may leave before every path."""
         self.app, self.routes, self.scopes = app, routes, scopes
         self.accounts, self.limits, self.metrics = accounts, limits, metrics
         self.hosts = frozenset(name.lower() for name in ("localhost", *hosts))
+        self.origins, self.root_path, self.log = origins, root_path, log or RequestLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -71,34 +80,89 @@ class Gate:
             return
         if scope["type"] != "http":
             return
-        start = time.perf_counter()
-        status = 0
+        start, status = time.perf_counter(), 0
+        asked = request_id(Headers(scope=scope).get(HEADER))
+        current_id.set(asked)
+        state = scope.setdefault("state", {})
+        state.update(request_id=asked, root_path=self.root_path, caller=None)
 
         async def send_safely(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers[name] = value
-                headers.setdefault("cache-control", "no-store")
+                self._add_headers(scope, MutableHeaders(scope=message))
             await send(message)
 
         route = None
         try:
+            is_root = self._strip(scope)
             route = self._route(scope)
+            answer = self._at_once(scope, is_root)
+            if answer is not None:
+                await answer(scope, receive, send_safely)
+                return
             self.check(scope, route)
             is_import = route is not None and route.path == "/v1/documents/import"
             async with asyncio.timeout(self.limits.import_s if is_import else self.limits.request_s):
                 await self.app(scope, receive, send_safely)
         except ApiError as error:
-            await error.response()(scope, receive, send_safely)
+            await error.response(scope["path"])(scope, receive, send_safely)
         except TimeoutError:
             if status:
                 raise  # half an answer is out: the connection is closed
             await ApiError(504, "the answer took too long").response()(scope, receive, send_safely)
+        except Exception:
+            log_failure("a bug in retro-engine; the trace after this line is its own")
+            raise
         finally:
-            self.metrics.request(route.path if route else "other", status, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self.metrics.request(route.path if route else "other", status, seconds)
+            self._log(scope, route, status, seconds)
+
+    def _strip(self, scope: Scope) -> bool:
+        """Take the root path off, where the proxy has left it; whether there was nothing else, not even a slash."""
+        path, root = scope["path"], self.root_path
+        if root and path.startswith(f"{root}/"):
+            scope["path"] = path[len(root) :]
+            scope["raw_path"] = scope.get("raw_path", b"").removeprefix(root.encode())
+        return bool(root) and path == root
+
+    def _at_once(self, scope: Scope, is_root: bool) -> Response | None:
+        """What is answered before anybody is asked who he is: a browser's question, and the page's address without its end."""
+        headers = Headers(scope=scope)
+        if is_root and scope["method"] in ("GET", "HEAD"):
+            return RedirectResponse(f"{self.root_path}/", 307)
+        if is_preflight(scope["method"], headers) and headers.get("origin") in self.origins:
+            self._check_host(headers)
+            return Response(status_code=204, headers=allowed(headers["origin"], headers))
+        return None
+
+    def _add_headers(self, scope: Scope, headers: MutableHeaders) -> None:
+        for name, value in HEADERS.items():
+            headers[name] = value
+        headers[HEADER] = scope["state"]["request_id"]
+        headers.setdefault("cache-control", "no-store")
+        if self.origins:
+            headers.add_vary_header("origin")
+        origin = Headers(scope=scope).get("origin")
+        if origin in self.origins and origin is not None:
+            for name, value in allowed(origin).items():
+                headers[name] = value
+
+    def _log(self, scope: Scope, route: Route | None, status: int, seconds: float) -> None:
+        caller, client = scope["state"]["caller"], scope.get("client")
+        self.log.write(
+            {
+                "id": scope["state"]["request_id"],
+                "method": scope["method"],
+                "route": route.path if route else "other",
+                "status": status or 499,
+                "seconds": round(seconds, 4),
+                "caller": None if caller is None else f"{caller.kind}:{caller.name}",
+                "client": client[0] if client else None,
+                **scope["state"].get("tokens", {}),
+            }
+        )
 
     def check(self, scope: Scope, route: Route | None) -> None:
         """Raises ApiError for a request that must not go on; else scope["state"]["caller"] is who asks, or None."""
@@ -132,8 +196,8 @@ class Gate:
         if not self._is_known(_host_name(host)):
             raise ApiError(421, "this host name is not served here (--allow-host NAME)", code="host")
         origin = headers.get("origin")
-        if origin is not None and origin.split("://")[-1] != host:
-            raise ApiError(403, "a page of another origin asks", code="origin")
+        if origin is not None and origin not in self.origins and origin.split("://")[-1] != host:
+            raise ApiError(403, "a page of another origin asks (--allow-origin ORIGIN)", code="origin")
 
     def _is_known(self, name: str) -> bool:
         if name.lower() in self.hosts:
@@ -148,6 +212,10 @@ class Gate:
         kind, _, key = headers.get("authorization", "").partition(" ")
         if kind:
             return self.accounts.of_key(key.strip()) if kind.lower() == "bearer" else None
+        if "x-api-key" in headers:  # as Anthropic's clients send it
+            return self.accounts.of_key(headers["x-api-key"].strip())
+        if headers.get("origin") in self.origins:
+            return None  # its key, or nobody
         token = cookie(scope, COOKIE)
         return self.accounts.of_session(token) if token else None
 

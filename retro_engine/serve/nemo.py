@@ -25,6 +25,7 @@ from retro_engine.serve.request_context import (
     brief,
     caller_id,
     caller_of,
+    count_tokens,
     limits_of,
     long,
     service_of,
@@ -87,12 +88,12 @@ async def generate(request: HttpRequest) -> Response:
     check_cost(
         asked if not body.all_probs else [replace(one, logprobs=0) for one in asked], service, limits, "sentences"
     )
-    running = await RunningRequests.start(service, asked, request.receive)
+    running = await RunningRequests.start(service, asked, request.receive, state_of(request).metrics)
     events: list[list[Event]] = [[] for _ in asked]
     async with running:
         async for index, event in running:
             events[index].append(event)
-    state_of(request).metrics.tokens(sum(map(len, prompts)), sum(len(e.tokens) for mine in events for e in mine))
+    count_tokens(request, sum(map(len, prompts)), sum(len(e.tokens) for mine in events for e in mine))
     return JSONResponse(await brief(request, partial(_whole, body, service.tokenizer), prompts, events))
 
 

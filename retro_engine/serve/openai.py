@@ -9,9 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -20,108 +19,33 @@ from retro_engine.generate.sampling import TINY, Sampling
 from retro_engine.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bounds import Limits
-from retro_engine.serve.chat import Message, chat_prompt
-from retro_engine.serve.limits import Prompts, Strict, Texts, parse, read_json
-from retro_engine.serve.prompts import check_cost, check_model_name, check_room, encode_prompts
-from retro_engine.serve.request_context import brief, caller_id, limits_of, service_of, state_of
+from retro_engine.serve.chat import chat_prompt
+from retro_engine.serve.constraints import grammar_of
+from retro_engine.serve.fields import MAX_STOPS, Chat, Completion, Sampled
+from retro_engine.serve.limits import parse, read_json
+from retro_engine.serve.prompts import check_cost, check_ids, check_model_name, check_room, encode_prompts
+from retro_engine.serve.request_context import brief, caller_id, count_tokens, limits_of, service_of, state_of
 from retro_engine.serve.service import Service
 from retro_engine.serve.stream import EventStream, RunningRequests
+from retro_engine.serve.tools import Tool, call_grammar, shown_tools
 
-MAX_STOPS = 16
-MAX_TOP_LOGPROBS = 20
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 256  # when nothing is said
 STARTED = int(time.time())
 
 
-class RetroOptions(Strict):
-    """Retrieval of one request."""
-
-    k: int | None = Field(None, ge=1, le=64)  # neighbors a chunk; None: the model's
-    neighbors: Texts | None = Field(None, max_length=64)  # texts to read instead; [] = retrieval off
-    mode: Literal["lexical", "dense", "hybrid"] | None = None
-    refresh: Literal["chunk", "never"] = "chunk"
-    retrieved_length: int | None = Field(None, ge=1)
-
-
-class StreamOptions(Strict):
-    """What a stream has besides its pieces."""
-
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
-
-
-class Sampled(Strict):
-    """The fields that completions and chat completions share; those that do nothing here take only nothing."""
-
-    model: str
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, ge=TINY, le=1)
-    n: int = Field(1, ge=1, le=32)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    stop: str | Texts | None = None
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    max_tokens: int | None = Field(None, ge=1)
-    user: str | None = Field(None, max_length=512)
-    safety_identifier: str | None = Field(None, max_length=512)
-    prompt_cache_key: str | None = Field(None, max_length=512)
-    metadata: dict[str, str] | None = Field(None, max_length=0)
-    store: Literal[False] = False
-    service_tier: Literal["auto", "default"] | None = None
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
-    top_k: int | None = Field(None, ge=-1, le=1 << 20)  # 0 is off, and -1 as in vLLM
-    repetition_penalty: float = Field(1.0, ge=TINY, le=100)
-    min_tokens: int = Field(0, ge=0)
-    retro: RetroOptions = Field(default_factory=lambda: RetroOptions.model_validate({}))
-
-
-class Completion(Sampled):
-    """The body of POST /v1/completions."""
-
-    prompt: Prompts
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    echo: bool = False
-    best_of: int | None = Field(None, ge=1, le=32)
-    suffix: Literal[""] | None = None
-
-
-class Chat(Sampled):
-    """The body of POST /v1/chat/completions."""
-
-    messages: list[Message] = Field(min_length=1, max_length=1000, fail_fast=True)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
-    tools: list[Any] | None = Field(None, max_length=0)
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    functions: list[Any] | None = Field(None, max_length=0)
-    function_call: Literal["none", "auto"] | None = None
-    modalities: list[Literal["text"]] | None = Field(None, max_length=1)
-    audio: None = None
-    prediction: None = None
-    reasoning_effort: Literal["none"] | None = None
-    verbosity: Literal["medium"] | None = None
-    moderation: None = None
-    prompt_cache_options: None = None
-    prompt_cache_retention: Literal["in_memory"] | None = None
-    web_search_options: None = None
-
-
 async def models(request: HttpRequest) -> Response:
-    return JSONResponse({"object": "list", "data": [_model(service_of(request), limits_of(request))]})
+    """The model, under each of its names."""
+    service, limits = service_of(request), limits_of(request)
+    return JSONResponse({"object": "list", "data": [_model(service, limits, name) for name in service.names]})
 
 
 async def model(request: HttpRequest) -> Response:
     service = service_of(request)
     check_model_name(service, request.path_params["id"])
-    return JSONResponse(_model(service, limits_of(request)))
+    return JSONResponse(_model(service, limits_of(request), request.path_params["id"]))
 
 
-def _model(service: Service, limits: Limits) -> dict[str, Any]:
+def _model(service: Service, limits: Limits, name: str) -> dict[str, Any]:
     config = service.generator.model.config
     about = {
         "parameters": service.generator.model.num_parameters,
@@ -138,43 +62,67 @@ def _model(service: Service, limits: Limits) -> dict[str, Any]:
         "stores": [store.folder.name for store in service.static.stores] if service.static else [],
         "engine": service.engine.stats(),
     }
-    return {"id": service.name, "object": "model", "created": STARTED, "owned_by": "retro-engine", "retro": about}
+    head = {"id": name, "object": "model", "created": STARTED, "owned_by": "retro-engine", "root": service.name}
+    return {**head, "max_model_len": service.engine.max_tokens, "retro": about}
 
 
 async def completions(request: HttpRequest) -> Response:
     """Continue one prompt or several."""
     service, limits = service_of(request), limits_of(request)
     body = parse(Completion, await read_json(request, limits))
-    check_model_name(service, body.model)
-    if body.best_of not in (None, body.n):
-        raise ApiError(400, "best_of other than n is not supported", "best_of", "unsupported")
+    check_model_name(service, body.model or service.name)
+    if body.candidates < body.n:
+        raise ApiError(400, f"best_of={body.best_of}: at least n={body.n} are to choose from", "best_of")
+    if body.candidates > body.n and body.stream:
+        raise ApiError(400, "which is best is known at the end: best_of above n does not stream", "best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise ApiError(400, "max_tokens=0 without echo: there would be no answer", "max_tokens")
     prompts = await brief(request, encode_prompts, service, body.prompt, limits)
     answer = CompletionAnswer(service, body.stream)
-    asked = requests_of(body, service, prompts, limits, COMPLETION_TOKENS)
-    return await _respond(
-        request, body, answer, [replace(one, logprobs=body.logprobs, echo=body.echo) for one in asked]
-    )
+    answer.has_logprobs = body.logprobs is not None
+    ranked = 0 if body.candidates > body.n else None
+    logprobs = ranked if body.logprobs is None else body.logprobs
+    more = {"logprobs": logprobs, "echo": body.echo, "grammar": grammar_of(body)}
+    asked = requests_of(body, service, prompts, limits, COMPLETION_TOKENS, **more)
+    return await respond(request, body, answer, asked)
 
 
 async def chat_completions(request: HttpRequest) -> Response:
     """Answer the last message of a conversation."""
+    body = parse(Chat, await read_json(request, limits_of(request)))
+    asked, tools = await chat_requests(request, body)
+    return await respond(request, body, ChatAnswer(service_of(request), body.stream, tools), asked)
+
+
+async def chat_requests(request: HttpRequest, body: Chat) -> tuple[list[Request], list[Tool]]:
+    """What the engine is asked for a conversation, and the functions that the answer may call. Raises ApiError for what
+    cannot be answered.
+    """
     service, limits = service_of(request), limits_of(request)
-    body = parse(Chat, await read_json(request, limits))
-    check_model_name(service, body.model)
+    check_model_name(service, body.model or service.name)
+    if body.max_tokens == 0:
+        raise ApiError(400, "max_tokens=0: there would be no answer", "max_tokens")
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs takes logprobs=true", "top_logprobs")
     if body.max_completion_tokens is not None:
         if body.max_tokens not in (None, body.max_completion_tokens):
             raise ApiError(400, "max_tokens and max_completion_tokens contradict each other", "max_tokens")
         body.max_tokens = body.max_completion_tokens
-    prompt, stops = await brief(request, chat_prompt, body.messages, service.chat)
+    begins, goes_on = body.add_generation_prompt is not False, body.continue_final_message
+    if goes_on and body.add_generation_prompt:
+        why = "the last message goes on, or another begins: add_generation_prompt=false"
+        raise ApiError(400, why, "add_generation_prompt", "contradiction")
+    tools, grammar = shown_tools(body.tools, body.tool_choice), grammar_of(body)
+    if body.tool_choice not in (None, "none", "auto"):
+        if grammar is not None or goes_on:
+            raise ApiError(400, "a call is required: nothing else can be", "tool_choice", "contradiction")
+        grammar = call_grammar(tools)
+    ask = partial(chat_prompt, begins=begins, goes_on=goes_on, tools=tools)
+    prompt, stops = await brief(request, ask, body.messages, service.chat)
     body.stop = [*_stops(body.stop), *stops]
     prompts = await brief(request, partial(encode_prompts, param="messages"), service, prompt, limits)
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    is_chat = service.chat is not None
-    asked = requests_of(body, service, prompts, limits, CHAT_TOKENS)
-    answer = ChatAnswer(service, body.stream)
-    return await _respond(request, body, answer, [replace(one, logprobs=logprobs, is_chat=is_chat) for one in asked])
+    more = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "is_chat": service.chat is not None}
+    return requests_of(body, service, prompts, limits, CHAT_TOKENS, grammar=grammar, **more), tools
 
 
 def _stops(stop: str | list[str] | None) -> list[str]:
@@ -186,8 +134,10 @@ def _stops(stop: str | list[str] | None) -> list[str]:
 
 def sampling_of(body: Sampled, service: Service, seed: int) -> Sampling:
     """Temperature 0 takes the likeliest token; where nothing is said, the checkpoint's own way holds."""
-    values: dict[str, Any] = {"repetition_penalty": body.repetition_penalty, "min_tokens": body.min_tokens}
-    asked = {"top_p": body.top_p, "top_k": 0 if body.top_k == -1 else body.top_k}
+    names = "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"
+    values: dict[str, Any] = {name: getattr(body, name) for name in names}
+    values["logit_bias"] = _biases(body, service)
+    asked = {"top_p": body.top_p, "top_k": 0 if body.top_k == -1 else body.top_k, "min_p": body.min_p}
     if body.temperature is not None and body.temperature < TINY:  # 0 to the logits, as it is here
         for name, value in asked.items():
             if value not in (None, 0, 1):
@@ -199,20 +149,37 @@ def sampling_of(body: Sampled, service: Service, seed: int) -> Sampling:
     return Sampling(**{**given, **values, "greedy": False, "seed": seed})
 
 
+def _biases(body: Sampled, service: Service) -> tuple[tuple[int, float], ...]:
+    """Token ids are the names of an object in JSON: as texts."""
+    for name in body.logit_bias or ():
+        if not name.isascii() or not name.isdigit() or len(name) > 9:
+            raise ApiError(400, f"logit_bias: {name[:40]!r} is not the id of a token", "logit_bias")
+    found = {int(name): value for name, value in (body.logit_bias or {}).items()}
+    check_ids(service, tuple(found), "logit_bias")
+    return tuple(found.items())
+
+
 def requests_of(
-    body: Sampled, service: Service, prompts: Sequence[list[int]], limits: Limits, default: int
+    body: Sampled, service: Service, prompts: Sequence[list[int]], limits: Limits, default: int, **more: Any
 ) -> list[Request]:
-    """One request of the engine for every choice: n of the first prompt, then n of the next."""
+    """One request of the engine for every candidate: n (or best_of) of the first prompt, then of the next. `more`: its
+    other fields.
+    """
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options takes stream=true", "stream_options")
-    if len(prompts) * body.n > limits.choices:
-        raise ApiError(400, f"{len(prompts)} prompts x {body.n}: at most {limits.choices} choices", "n")
+    if len(prompts) * body.candidates > limits.choices:
+        what, name = f"{len(prompts)} prompts x {body.candidates}", "n" if body.candidates == body.n else "best_of"
+        raise ApiError(400, f"{what}: at most {limits.choices} choices", name)
     most = min(default, limits.new_tokens) if body.max_tokens is None else body.max_tokens
+    if most == -1:
+        most = max(1, min(limits.new_tokens, service.engine.max_tokens - max(map(len, prompts))))
     if most > limits.new_tokens:
         raise ApiError(400, f"max_tokens={most}: at most {limits.new_tokens:,}", "max_tokens")
+    body.min_tokens = most if body.ignore_eos else body.min_tokens
     if body.min_tokens > most:
         raise ApiError(400, f"min_tokens={body.min_tokens} is more than max_tokens={most}", "min_tokens")
     _check_retrieval(body, service, prompts, most)
+    check_ids(service, body.stop_token_ids or (), "stop_token_ids")
     seed = secrets.randbits(48) if body.seed is None else body.seed % (1 << 62)
     options = body.retro
     first = Request(
@@ -224,12 +191,14 @@ def requests_of(
         retrieved_length=options.retrieved_length,
         refresh=options.refresh,
         stop=tuple(_stops(body.stop)),
+        stop_ids=tuple(body.stop_token_ids or ()),
         mode=options.mode,
+        **more,
     )
     return [
         replace(first, prompt=prompt, sampling=replace(first.sampling, seed=seed + choice))
         for prompt in prompts
-        for choice in range(body.n)
+        for choice in range(body.candidates)
     ]
 
 
@@ -252,20 +221,25 @@ def _check_retrieval(body: Sampled, service: Service, prompts: Sequence[list[int
     service.check_search(options.mode)
 
 
-async def _respond(request: HttpRequest, body: Sampled, answer: Answer, asked: list[Request]) -> Response:
+async def respond(request: HttpRequest, body: Sampled, answer: Answer, asked: list[Request]) -> Response:
     """Generate what is asked: a stream of pieces, or the whole."""
     service = service_of(request)
     asked = [replace(one, caller=caller_id(request)) for one in asked]
-    param = "n" if body.n > 1 else "prompt" if len(asked) > 1 else "max_tokens"
+    param = (
+        "best_of" if body.candidates > body.n else "n" if body.n > 1 else "prompt" if len(asked) > 1 else "max_tokens"
+    )
     check_cost(asked, service, limits_of(request), param)
-    answer.prompt_tokens = sum(len(one.prompt) for one in asked[:: body.n])
+    answer.prompt_tokens = sum(len(one.prompt) for one in asked[:: body.candidates])
+    answer.candidates, answer.kept = body.candidates, body.n
+    if body.without_effect:
+        answer.notes.append(f"taken, without effect here: {', '.join(body.without_effect)}")
     answer.echoed = {index: len(one.prompt) for index, one in enumerate(asked) if one.echo}
-    running = await RunningRequests.start(service, asked, request.receive)
+    running = await RunningRequests.start(service, asked, request.receive, state_of(request).metrics)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     if body.stream:
-        return EventStream(running, answer, with_usage, state_of(request).metrics)
+        return EventStream(running, answer, with_usage, partial(count_tokens, request))
     async with running:
         async for index, event in running:
             answer.add(index, event)
-    state_of(request).metrics.tokens(answer.prompt_tokens, answer.completion_tokens)
+    count_tokens(request, answer.prompt_tokens, answer.completion_tokens)
     return JSONResponse(await brief(request, answer.whole, len(asked)))

@@ -9,8 +9,9 @@ from retro_engine.serve.bounds import Limits
 from retro_engine.serve.service import Service
 
 
-def check_model_name(service: Service, name: str) -> None:
-    if name != service.name:
+def check_model_name(service: Service, name: str, also: str | None = None) -> None:
+    """Raises ApiError 404 for a model that is not served; `also` has another name where it is asked for."""
+    if name not in service.names and (also is None or name != also):
         raise ApiError(404, f"model {name!r} is not served here: {service.name!r} is", "model", "model_not_found")
 
 

@@ -171,7 +171,13 @@ def build(settings: dict[str, str]) -> Any:
         raise MissingExtraError(
             "Ray Serve is not installed", str(error), "pip install 'retro-engine[replicas]'"
         ) from error
-    known = {field.name for field in fields(ServiceOptions)} - {"stores", "encodings", "weights", "shares_prefixes"}
+    known = {field.name for field in fields(ServiceOptions)} - {
+        "stores",
+        "encodings",
+        "weights",
+        "shares_prefixes",
+        "aliases",
+    }
     others = {"accounts", "replicas", "cpus", "allow_host", "metrics_token"}
     if wrong := sorted(settings.keys() - known - others):
         raise UsageError(

@@ -10,7 +10,9 @@ from starlette.requests import Request
 from retro_engine.serve.accounts import Accounts, Caller
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bounds import Limits, Throttle
+from retro_engine.serve.kept import KeptAnswers
 from retro_engine.serve.metrics import Metrics
+from retro_engine.serve.request_log import RequestLog
 from retro_engine.serve.service import Service
 
 T = TypeVar("T")
@@ -26,11 +28,22 @@ class ServerState:
     throttle: Throttle  # of addresses, and of known devices
     names: Throttle  # of a name, from all addresses together
     metrics_token: str | None = None
+    origins: frozenset[str] = frozenset()  # of other pages that may ask
+    root_path: str = ""
+    log: RequestLog = field(default_factory=RequestLog)
+    kept: KeptAnswers = field(default_factory=KeptAnswers)  # responses that may be gone on with
     is_behind_proxy: bool = False
     service: Service | None = None
     awaited: str = "the model is loading"  # what `service` waits for
     is_closing: bool = False
     hashing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # passwords at once
+
+    def end_requests(self) -> None:
+        """End what the engine and the threads beside it are at: whoever waits is told that the server stops."""
+        service = self.service
+        if service is not None:
+            service.engine.close()
+            service.work.close()
 
 
 def state_of(request: Request) -> ServerState:
@@ -81,6 +94,12 @@ async def long(request: Request, work: Callable[..., T], *arguments: Any) -> T:
 def client_of(request: Request) -> str:
     """The address that asks."""
     return request.client.host if request.client else "unknown"
+
+
+def count_tokens(request: Request, prompt: int, completion: int) -> None:
+    """What an answer took, for the metrics and the request's line in the log."""
+    state_of(request).metrics.tokens(prompt, completion)
+    request.scope["state"]["tokens"] = {"prompt_tokens": prompt, "completion_tokens": completion}
 
 
 def audit(request: Request, action: str, **about: Any) -> None:

@@ -7,11 +7,16 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from retro_engine.serve import ask, documents, explain, nemo, openai, tokens
+from retro_engine.serve import ask, documents, explain, messages, nemo, openai, rerank, responses, tokens
 
 BODIES: dict[tuple[str, str], tuple[type[BaseModel], ...]] = {  # any one of the forms
     ("POST", "/v1/completions"): (openai.Completion,),
     ("POST", "/v1/chat/completions"): (openai.Chat,),
+    ("POST", "/v1/responses"): (responses.Create,),
+    ("POST", "/v1/messages"): (messages.CreateMessage,),
+    ("POST", "/v1/messages/count_tokens"): (messages.Conversation,),
+    ("POST", "/v1/rerank"): (rerank.Rerank,),
+    ("POST", "/rerank"): (rerank.Rerank,),
     ("POST", "/v1/embeddings"): (tokens.Embeddings,),
     ("POST", "/tokenize"): (tokens.Tokenize,),
     ("POST", "/detokenize"): (tokens.Detokenize,),

@@ -51,6 +51,7 @@ class ServiceOptions:
     mode: str = "lexical"
     weights: Sequence[float] = (1.0, 1.0)  # of the library, and of the stores
     name: str | None = None  # of the model; None: the run's
+    aliases: Sequence[str] = ()  # other names that requests may use
     max_batch: int = 8
     max_waiting: int = 64
     dtype: str | None = None  # of the model's weights: fp32, bf16, int8, int4; None: as saved
@@ -72,10 +73,16 @@ class Service:
     static: Retriever | None
     defaults: dict[str, Any] = field(default_factory=dict)  # of sampling, from the checkpoint
     chat: ChatTemplate | None = None  # None: question and answer
+    aliases: tuple[str, ...] = ()
     mode: str = "lexical"
     work: Work = field(default_factory=Work)  # beside the engine
     ahead: EncodeAhead | None = None  # of documents that are added
     reader: Reader | None = None  # the model is one: it answers questions
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that requests may use, the model's own first."""
+        return tuple(dict.fromkeys((self.name, *self.aliases)))
 
     @functools.cached_property
     def token_bytes(self) -> TokenBytes:
@@ -91,10 +98,14 @@ class Service:
         return self.library.version if self.library is not None else 0
 
     @property
-    def embedder(self) -> Embedder:
-        """The library's, or the hashed projections that need no model."""
+    def embedder(self) -> Embedder | None:
+        """The library's, where it is one that reads meaning: hashed words are for searching alone."""
         known = self.library.chunker.embedder if self.library is not None else None
-        return known or HashEmbedder(self.tokenizer)
+        return None if known is None or known.name == HashEmbedder.name else known
+
+    @property
+    def embedder_name(self) -> str | None:
+        return None if self.embedder is None else self.embedder.name
 
     def find(self, text: str, k: int, mode: str | None = None, weights: Sequence[float] = (1.0, 1.0)) -> Found:
         """What generation would read for a text: the k best chunks of library and stores (`mode`, with `weights` of hybrid)."""
@@ -191,6 +202,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
         importer=importer,
         static=static,
         defaults=opened.generation,
+        aliases=tuple(options.aliases),
         chat=ChatTemplate(tokenizer) if tokenizer.chat_files.templates else None,
         mode=options.mode,
         work=Work(options.max_waiting),

@@ -94,8 +94,19 @@ async def _sign_in(state: ServerState, asked: Login) -> str | None:
 def _set(response: Response, request: Request, name: str, value: str, seconds: int) -> None:
     is_secure = request.url.scheme == "https"
     response.set_cookie(
-        cookie_name(request.scope, name), value, seconds, httponly=True, samesite="strict", secure=is_secure
+        cookie_name(request.scope, name),
+        value,
+        seconds,
+        path=_path(request),
+        httponly=True,
+        samesite="strict",
+        secure=is_secure,
     )
+
+
+def _path(request: Request) -> str:
+    """What of the host a cookie is for."""
+    return request.scope["state"]["root_path"] or "/"
 
 
 async def logout(request: Request) -> Response:
@@ -107,7 +118,7 @@ async def logout(request: Request) -> Response:
         if caller is not None:
             state.accounts.audit("sign-out", caller.name, client_of(request))
     response = JSONResponse({"user": None})
-    response.delete_cookie(cookie_name(request.scope, COOKIE), httponly=True, samesite="strict")
+    response.delete_cookie(cookie_name(request.scope, COOKIE), _path(request), httponly=True, samesite="strict")
     return response
 
 

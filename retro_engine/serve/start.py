@@ -15,7 +15,9 @@ from retro_engine.serve.app import is_loopback, make_app
 from retro_engine.serve.bounds import Limits, Throttle
 from retro_engine.serve.connection import bind, make_server
 from retro_engine.serve.metrics import Metrics
+from retro_engine.serve.origins import check_origins, check_root_path
 from retro_engine.serve.request_context import ServerState
+from retro_engine.serve.request_log import LogMode, RequestLog
 from retro_engine.serve.service import Service, ServiceOptions, open_service
 
 SIGN_INS, SIGN_IN_WINDOW_S = 10, 300.0  # failures of an address, or of a known device
@@ -32,6 +34,9 @@ class Address:
     is_behind_proxy: bool = False
     metrics_token: str | None = None
     has_nemo: bool = False
+    allowed_origins: Sequence[str] = ()
+    root_path: str = ""  # that a proxy puts before every path
+    log: LogMode = "none"  # of requests
 
 
 def serve_until_signal(options: ServiceOptions, address: Address, accounts: Accounts, reporter: Reporter, limits: Limits | None = None) -> None:  # fmt: skip
@@ -44,10 +49,10 @@ def serve_until_signal(options: ServiceOptions, address: Address, accounts: Acco
             "there are no users and no keys yet",
             "retro users add NAME, or retro keys add NAME",
         )
+    state = make_state(accounts, limits or Limits(), address)
     listener = bind(address.host, address.port)
     port = listener.getsockname()[1]
     shown = f"[{address.host}]" if ":" in address.host else address.host
-    state = make_state(accounts, limits or Limits(), address)
     failures: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
@@ -55,7 +60,7 @@ def serve_until_signal(options: ServiceOptions, address: Address, accounts: Acco
         server.should_exit = True
 
     app = make_app(state, partial(open_service, options), [address.host, *address.allowed_hosts], address.has_nemo, stop, partial(_say_ready, reporter))  # fmt: skip
-    server = make_server(app, state.limits, address.is_behind_proxy)
+    server = make_server(app, state.limits, address.is_behind_proxy, state.end_requests, reporter.say)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # traces of bugs, not every odd request
     reporter.say(f"listening on http://{shown}:{port}")
     if (token := accounts.begin_setup()) is not None:
@@ -77,6 +82,9 @@ def make_state(accounts: Accounts, limits: Limits, address: Address) -> ServerSt
         names=Throttle(NAME_SIGN_INS, SIGN_IN_WINDOW_S),
         metrics_token=address.metrics_token,
         is_behind_proxy=address.is_behind_proxy,
+        origins=check_origins(address.allowed_origins),
+        root_path=check_root_path(address.root_path),
+        log=RequestLog(address.log),
     )
 
 

@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-import json
-import logging
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -17,14 +16,15 @@ from retro_engine.generate.request import Event, Request
 from retro_engine.serve.answers import Answer
 from retro_engine.serve.api_error import ApiError, ClientLeft
 from retro_engine.serve.metrics import Metrics
+from retro_engine.serve.request_log import log_failure
 from retro_engine.serve.service import Service
 
 
 class RunningRequests:
     """The requests of one answer. Leaving its `async with` cancels what still runs."""
 
-    def __init__(self, receive: Receive):
-        self._receive = receive
+    def __init__(self, receive: Receive, metrics: Metrics):
+        self._receive, self._metrics = receive, metrics
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._streams: list[Submission] = []
@@ -32,9 +32,11 @@ class RunningRequests:
         self._gone: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, service: Service, requests: Sequence[Request], receive: Receive) -> "RunningRequests":
+    async def start(
+        cls, service: Service, requests: Sequence[Request], receive: Receive, metrics: Metrics
+    ) -> "RunningRequests":
         """Submit all of them, or none, in the share of their caller. Raises what the engine raises."""
-        running = cls(receive)
+        running = cls(receive, metrics)
         arrivals = [running._arrival(index) for index in range(len(requests))]
         submitted = service.work.submit(requests[0].caller, service.engine.submit_all, requests, arrivals)
         try:
@@ -46,7 +48,14 @@ class RunningRequests:
         return running
 
     def _arrival(self, index: int) -> Any:
+        before: float | None = None
+
         def arrived(event: Event) -> None:
+            nonlocal before
+            now = time.monotonic()
+            if before is not None and event.tokens:
+                self._metrics.between(now - before)
+            before = now
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
@@ -93,11 +102,13 @@ class RunningRequests:
         if isinstance(error, RetroError):
             raise error
         if error is not None:
-            logging.getLogger("retro").error("a request failed in the engine", exc_info=error)
+            log_failure("it failed in the engine", error)
             raise ApiError(500, "this is a bug in retro-engine; the server's log has its trace") from error
         if item[1].finish_reason == "cancelled":
             raise ApiError(503, "the server is stopping", headers={"retry-after": "5"})
-        self._left -= item[1].finish_reason is not None
+        if item[1].finish_reason is not None:
+            self._left -= 1
+            self._metrics.ended(self._streams[item[0]].times, item[1].finish_reason)
         return item
 
 
@@ -110,17 +121,18 @@ def _cancel_all(submitted: "Future[list[Submission]]") -> None:
 class EventStream(Response):
     """Server-sent events. The status waits for the first event: a request that fails at once is no 200."""
 
-    def __init__(self, running: RunningRequests, answer: Answer, with_usage: bool, metrics: Metrics):
+    def __init__(self, running: RunningRequests, answer: Answer, with_usage: bool, count: Callable[[int, int], None]):
+        """`count` is told at the end how many tokens of prompts and answers there were."""
         super().__init__(media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers["x-accel-buffering"] = "no"
-        self.running, self.answer, self.with_usage, self.metrics = running, answer, with_usage, metrics
+        self.running, self.answer, self.with_usage, self.count = running, answer, with_usage, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.running:
             with contextlib.suppress(ClientLeft):
                 await self._send_all(send)
-        self.metrics.tokens(self.answer.prompt_tokens, self.answer.completion_tokens)
+        self.count(self.answer.prompt_tokens, self.answer.completion_tokens)
 
     async def _send_all(self, send: Send) -> None:
         item = await anext(self.running, None)
@@ -129,24 +141,18 @@ class EventStream(Response):
             while item is not None:
                 parts = []
                 while item is not None:  # what came while the last ones were sent goes out together
-                    if (piece := self.answer.piece(*item, self.with_usage)) is not None:
-                        parts.append(_line(piece))
+                    parts.append(self.answer.lines(*item, self.with_usage))
                     item = self.running.at_hand()
-                if parts:
-                    await send({"type": "http.response.body", "body": b"".join(parts), "more_body": True})
+                if any(parts):
+                    await send(_body(b"".join(parts)))
                 item = await anext(self.running, None)
-            if self.with_usage:
-                await send(_body({**self.answer.head, "choices": [], "usage": self.answer.usage()}))
+            await send(_body(self.answer.last_lines(self.with_usage)))
         except RetroError as error:
-            await send(_body(ApiError(500, f"{error.what} {error.why}".strip()).body()))
+            await send(_body(self.answer.failed_lines(ApiError(500, f"{error.what} {error.why}".strip()))))
         except ApiError as error:
-            await send(_body(error.body()))
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            await send(_body(self.answer.failed_lines(error)))
+        await send({"type": "http.response.body", "body": self.answer.end, "more_body": False})
 
 
-def _line(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-def _body(content: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": _line(content), "more_body": True}
+def _body(raw: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": raw, "more_body": True}

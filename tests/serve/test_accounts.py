@@ -40,13 +40,20 @@ def test_a_new_password_and_a_removed_user_end_the_sessions(accounts: Accounts) 
     accounts.add_user("ada", PASSWORD)
     token = accounts.sign_in("ada", PASSWORD)
     assert token is not None
-    accounts.add_user("ada", PASSWORD + "2")
+    with pytest.raises(UsageError, match="is there already"):
+        accounts.add_user("ada", PASSWORD + "2", "read")
+    assert accounts.of_session(token) is not None
+    assert accounts.change_user("ada", PASSWORD + "2") == "admin"
     assert accounts.of_session(token) is None
     assert accounts.sign_in("ada", PASSWORD) is None
     token = accounts.sign_in("ada", PASSWORD + "2")
     assert token is not None
+    assert accounts.change_user("ada", PASSWORD, "write") == "write"
+    assert accounts.users() == [("ada", "write")]
     accounts.remove_user("ada")
     assert accounts.of_session(token) is None
+    with pytest.raises(UsageError, match="does not exist"):
+        accounts.change_user("ada", PASSWORD)
     assert accounts.users() == []
     with pytest.raises(UsageError, match="does not exist"):
         accounts.remove_user("ada")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import threading
 import time
@@ -366,3 +367,28 @@ def test_a_second_request_on_a_connection_is_looked_at_too(short: Server) -> Non
     body = ask(2)
     answer = sent(short, head(short, content_length=len(body), connection="close", **JSON) + body)
     assert answer.startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize("is_told_again", [False, True])
+def test_a_stop_says_what_it_waits_for_and_ends_streams_as_answers_end(
+    small_run: Path, tmp_path: Path, is_told_again: bool
+) -> None:
+    limits = Limits(shutdown_s=60 if is_told_again else 0.5)
+    with serving_run(small_run, tmp_path, limits) as server:
+        body = {"model": "tiny", "prompt": "river", "max_tokens": 1900, "min_tokens": 1900, "temperature": 1.0}
+        with (
+            server.client("read") as client,
+            client.stream("POST", "/v1/completions", json={**body, "stream": True}) as out,
+        ):
+            lines = out.iter_lines()
+            next(lines)
+            server.process.handle_exit(signal.SIGINT, None)
+            if is_told_again:
+                server.process.handle_exit(signal.SIGINT, None)
+            start = time.monotonic()
+            *_, error, _, done = [line for line in lines][:-1]
+        assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the server is stopping"
+        assert done == "data: [DONE]"
+        assert time.monotonic() - start < 20
+        assert "waiting for an answer" in server.said[0]
+        assert len(server.said) == 2

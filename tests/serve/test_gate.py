@@ -143,6 +143,12 @@ def test_metrics(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
             "retro_request_seconds_bucket",
             "retro_engine_waiting",
             "retro_index_version",
+            "vllm:num_requests_running",
+            "vllm:num_requests_waiting",
+            "vllm:prefix_cache_queries_total",
+            "vllm:prefix_cache_hits_total",
+            "retro_neighbor_cache_queries_total",
+            "retro_neighbor_cache_hits_total",
         ):
             assert name in text
         assert "rk_" not in text
@@ -152,3 +158,36 @@ def test_metrics(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         for token, status in (("m" * 20, 200), ("m" * 19, 401), ("é", 401), ("x", 401)):
             answer = client.get("/metrics", headers={"authorization": f"Bearer {token}".encode()})
             assert answer.status_code == status
+
+
+def test_times_are_under_the_names_that_dashboards_know(server: Server) -> None:
+    def read() -> dict[str, float]:
+        with server.client(None) as client:
+            lines = client.get("/metrics").text.splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+    before = read()
+    body = {"model": "tiny", "prompt": "granite ember tide " * 4, "max_tokens": 8, "min_tokens": 8, "temperature": 1.0}
+    with server.client("read") as client:
+        for stream in (False, True):
+            assert client.post("/v1/completions", json={**body, "n": 2, "stream": stream}).status_code == 200
+    after = read()
+    label = '{model_name="tiny"}'
+    for name in (
+        "time_to_first_token", "e2e_request_latency", "request_queue_time", "request_prefill_time", "request_decode_time",
+    ):  # fmt: skip
+        count = f"vllm:{name}_seconds_count{label}"
+        assert after[count] - before.get(count, 0) == 4, name
+    parts = [after[f"vllm:{name}_seconds_sum{label}"] for name in ("request_queue_time", "request_prefill_time", "request_decode_time")]  # fmt: skip
+    assert sum(parts) == pytest.approx(after[f"vllm:e2e_request_latency_seconds_sum{label}"])
+    between = f"vllm:inter_token_latency_seconds_count{label}"
+    assert after[between] - before.get(between, 0) > 4
+    for name, count in (
+        ("generation_tokens", 32),
+        ("prompt_tokens", 2 * len(server.service.tokenizer.encode(body["prompt"]))),
+    ):
+        name = f"vllm:{name}_total{label}"
+        assert after[name] - before.get(name, 0) == count
+    ended = 'vllm:request_success_total{finished_reason="length",model_name="tiny"}'
+    assert after[ended] - before.get(ended, 0) == 4
+    assert after[f"vllm:prefix_cache_queries_total{label}"] > after[f"vllm:prefix_cache_hits_total{label}"] > 0

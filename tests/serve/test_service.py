@@ -132,3 +132,19 @@ def test_what_cannot_apply_is_refused(decoder: Path, small_run: Path, small_stor
     both = ServiceOptions(run=run, library=str(tmp_path / "chunks of 8"), stores=[str(small_store.folder)])
     with pytest.raises(StoreError, match="chunk_size"):
         open_service(both)
+
+
+def test_a_model_has_other_names(decoder: Path, tmp_path: Path) -> None:
+    options = ServiceOptions(run=str(decoder), name="plain", aliases=["gpt-4", "org/model:1", "plain"], reading="none")
+    with serving(lambda: open_service(options), tmp_path) as server:
+        with server.client("read") as client:
+            listed = client.get("/v1/models").json()["data"]
+            assert [(one["id"], one["root"]) for one in listed] == [
+                (n, "plain") for n in ("plain", "gpt-4", "org/model:1")
+            ]
+            assert client.get("/v1/models/org/model:1").json()["id"] == "org/model:1"
+            assert client.get("/v1/models/gpt-5").status_code == 404
+        for name in ("plain", "gpt-4", "org/model:1"):
+            answer = post(server, "/v1/completions", model=name, prompt="a", max_tokens=1)
+            assert (answer.status_code, answer.json()["model"]) == (200, "plain"), answer.text
+        assert post(server, "/v1/completions", model="GPT-4", prompt="a", max_tokens=1).status_code == 404

@@ -208,7 +208,7 @@ def test_a_device_is_its_users_alone_and_ends_with_the_password(proxied: Server)
     assert accounts.device_of(token, "ada")
     assert accounts.device_of(token, "eve") is None
     assert accounts.device_of("", "ada") is None
-    accounts.add_user("ada", PASSWORD + "2")
+    accounts.change_user("ada", PASSWORD + "2")
     assert accounts.device_of(token, "ada") is None
     assert accounts.add_device("nobody") is None
 

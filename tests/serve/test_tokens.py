@@ -7,12 +7,39 @@ import numpy as np
 import pytest
 from serve_helpers import Server, post
 
+from retro_engine.serve.service import Service
 
+
+class Letters:
+    """An embedder of a name, as one that reads meaning has: unit vectors of how often each letter is there."""
+
+    name = "letters-small"
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        rows = np.array([[text.count(chr(97 + letter)) for letter in range(26)] for text in texts], np.float32) + 1e-3
+        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+@pytest.fixture
+def letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Service, "embedder", property(lambda self: Letters()))
+
+
+def test_without_an_embedder_the_reason_is_said(server: Server) -> None:
+    answer = post(server, "/v1/embeddings", model="tiny", input="amber lantern")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (501, "no_embedder")
+    assert "hashed words" in answer.json()["error"]["message"]
+    assert post(server, "/v1/embeddings", model="letters-small", input="a").status_code == 404
+
+
+@pytest.mark.usefixtures("letters")
 def test_embeddings_by_the_official_client(server: Server) -> None:
     client = server.openai("read")
     out = client.embeddings.create(model="tiny", input=["amber lantern", "amber lantern", "granite tide"])
     vectors = np.array([row.embedding for row in out.data])
     assert [row.index for row in out.data] == [0, 1, 2]
+    assert out.model == "letters-small"
+    assert client.embeddings.create(model="letters-small", input="a").model == "letters-small"
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     np.testing.assert_array_equal(vectors[0], vectors[1])
     assert vectors[0] @ vectors[2] < 0.99
@@ -34,6 +61,7 @@ def test_embeddings_by_the_official_client(server: Server) -> None:
         ({"input": "a", "dimensions": 7}, "dimensions"), ({"input": {"a": 1}}, "input"),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("letters")
 def test_embeddings_that_are_refused(server: Server, body: dict[str, Any], param: str) -> None:
     answer = post(server, "/v1/embeddings", model="tiny", **body)
     assert answer.status_code == 400, answer.text

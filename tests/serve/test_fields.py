@@ -1,0 +1,183 @@
+"""Fields of OpenAI's, vLLM's and llama.cpp's clients: what each does, asked by OpenAI's own client."""
+
+from typing import Any
+
+import pytest
+from serve_helpers import Server
+
+from retro_engine.generate.request import Request
+from retro_engine.generate.sampling import Sampling
+from retro_engine.serve.api_error import ApiError
+from retro_engine.serve.bounds import Limits
+from retro_engine.serve.fields import HARMLESS, Chat, Completion
+from retro_engine.serve.limits import parse
+from retro_engine.serve.openai import requests_of
+
+openai = pytest.importorskip("openai")
+PROMPT = "Document doc7. river stone"
+
+
+def complete(server: Server, **fields: Any) -> Any:
+    client = server.openai("read", max_retries=0)
+    return client.completions.create(**{"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "seed": 1, **fields})
+
+
+def generated(server: Server, **sampling: Any) -> list[int]:
+    """What the engine says to the prompt."""
+    return server.service.engine.submit(Request(PROMPT, 24, sampling=Sampling(**sampling))).result().tokens
+
+
+def test_penalties_and_biases_reach_the_sampler(server: Server) -> None:
+    tokenizer = server.service.tokenizer
+    plain = generated(server)
+    for fields in (
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": -2, "frequency_penalty": 0.5},
+    ):
+        text = complete(server, temperature=0, **fields).choices[0].text
+        assert text == tokenizer.decode(generated(server, **fields)), fields
+    assert len(set(generated(server, frequency_penalty=2.0))) > len(set(plain))
+    (wanted,) = tokenizer.encode("q")
+    out = complete(server, temperature=0, max_tokens=4, logit_bias={str(wanted): 100})
+    assert out.choices[0].text == "qqqq"
+    banned = complete(server, temperature=0, logit_bias={str(plain[0]): -100})
+    assert tokenizer.encode(banned.choices[0].text)[:1] != plain[:1]
+    chat = server.openai("read").chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "a"}],
+        max_tokens=3,
+        temperature=0,
+        logit_bias={str(wanted): 100},
+    )
+    assert chat.choices[0].message.content == "qqq"
+
+
+def test_min_p_leaves_out_what_is_unlikely(server: Server) -> None:
+    greedy = complete(server, temperature=0).choices[0].text
+    assert complete(server, temperature=1.5, extra_body={"min_p": 1.0}).choices[0].text == greedy
+    assert complete(server, temperature=1.5, extra_body={"min_p": 0}).choices[0].text != greedy
+
+
+def test_stop_token_ids_end_the_text_before_them(server: Server) -> None:
+    tokens = generated(server, greedy=False, temperature=1.5, seed=1)
+    place = next(number for number, token in enumerate(tokens) if number > 1 and token not in tokens[:number])
+    stops = {"stop_token_ids": [tokens[place]]}
+    out = complete(server, temperature=1.5, logprobs=0, extra_body=stops)
+    assert len(out.choices[0].logprobs.tokens) == out.usage.completion_tokens == place
+    assert out.choices[0].finish_reason == "stop"
+    more = complete(server, temperature=1.5, extra_body={**stops, "ignore_eos": True})
+    assert (more.choices[0].finish_reason, more.usage.completion_tokens) == ("length", 24)
+
+
+@pytest.mark.parametrize("extra", [{}, {"retro": {"neighbors": []}}])
+def test_no_new_tokens_score_the_prompt(server: Server, extra: dict[str, Any]) -> None:
+    ask: dict[str, Any] = {"temperature": 0, "echo": True, "logprobs": 2, "extra_body": extra}
+    out = complete(server, max_tokens=0, **ask)
+    choice, ids = out.choices[0], server.service.tokenizer.encode(PROMPT)
+    assert (choice.text, choice.finish_reason) == (PROMPT, "length")
+    assert (out.usage.completion_tokens, out.usage.prompt_tokens) == (0, len(ids))
+    longer = complete(server, max_tokens=3, **ask).choices[0]
+    assert choice.logprobs.token_logprobs == pytest.approx(longer.logprobs.token_logprobs[: len(ids)], abs=1e-4)
+    assert choice.logprobs.tokens == longer.logprobs.tokens[: len(ids)]
+    pieces = list(complete(server, max_tokens=0, stream=True, **ask))
+    assert "".join(piece.choices[0].text for piece in pieces) == PROMPT
+    many = complete(server, prompt=[PROMPT, "amber lantern"], max_tokens=0, n=2, **ask)
+    assert [one.text for one in many.choices] == [PROMPT, PROMPT, "amber lantern", "amber lantern"]
+    assert complete(server, max_tokens=0, temperature=0, echo=True).choices[0].logprobs is None
+    with pytest.raises(openai.BadRequestError, match="without echo"):
+        complete(server, max_tokens=0)
+
+
+def test_the_best_of_several_is_the_likeliest(server: Server) -> None:
+    ask: dict[str, Any] = {"temperature": 1.5, "max_tokens": 6, "prompt": [PROMPT, "amber lantern"]}
+    every = complete(server, n=5, logprobs=0, **ask)
+    texts = []
+    for first in (0, 5):
+        group = every.choices[first : first + 5]
+        means = {c.text: sum(c.logprobs.token_logprobs) / len(c.logprobs.tokens) for c in group}
+        texts += sorted((c.text for c in group), key=means.__getitem__, reverse=True)[:2]
+    for more in ({}, {"echo": True}, {"logprobs": 1}):
+        best = complete(server, best_of=5, n=2, **ask, **more)
+        begun = ["", "", "", ""] if "echo" not in more else [PROMPT, PROMPT, "amber lantern", "amber lantern"]
+        assert [choice.text for choice in best.choices] == [a + b for a, b in zip(begun, texts)]
+        assert [choice.index for choice in best.choices] == [0, 1, 2, 3]
+        assert (best.choices[0].logprobs is None) == ("logprobs" not in more)
+        assert best.usage.completion_tokens == every.usage.completion_tokens, "all that were generated are counted"
+        assert {segment["choice"] for segment in best.retro["segments"]} == {0, 1, 2, 3}
+
+
+def test_what_is_remembered_of_a_prompt_is_counted(server: Server) -> None:
+    prompt = "granite tide copper ember " * 3
+    first = complete(server, prompt=prompt, max_tokens=1)
+    again = complete(server, prompt=prompt, max_tokens=1, n=3)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert again.usage.prompt_tokens_details.cached_tokens == again.usage.prompt_tokens == first.usage.prompt_tokens
+    *_, last = complete(server, prompt=prompt, max_tokens=1, stream=True, stream_options={"include_usage": True})
+    assert last.usage.prompt_tokens_details.cached_tokens == first.usage.prompt_tokens
+
+
+WITHOUT_EFFECT: dict[str, Any] = {
+    "user": "ada", "safety_identifier": "a", "prompt_cache_key": "k", "metadata": {"a": "b"}, "store": True,
+    "service_tier": "flex",
+}  # fmt: skip
+OF_A_PAGE = {"return_progress", "timings_per_token", "reasoning_format", "samplers", "priority", "cache_prompt"}
+PAGE: dict[str, Any] = {  # what llama.cpp's page sends
+    "messages": [{"role": "user", "content": "Hi"}], "stream": True, "return_progress": True, "reasoning_format": "auto", "temperature": 0.8,
+    "dynatemp_range": 0, "dynatemp_exponent": 1, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "xtc_probability": 0, "xtc_threshold": 0.1, "typ_p": 1,
+    "max_tokens": -1, "repeat_last_n": 64, "repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "dry_multiplier": 0, "dry_base": 1.75,
+    "dry_allowed_length": 2, "dry_penalty_last_n": -1, "samplers": ["top_k", "top_p", "min_p", "temperature"], "timings_per_token": True,
+}  # fmt: skip
+OF_CHATS: dict[str, Any] = {"reasoning_effort": "high", "verbosity": "low", "prompt_cache_retention": "24h"}
+
+
+def test_what_has_no_effect_is_said(server: Server) -> None:
+    out = complete(server, temperature=0, max_tokens=1, extra_body=WITHOUT_EFFECT)
+    assert out.retro["notes"] == [f"taken, without effect here: {', '.join(WITHOUT_EFFECT)}"]
+    client, messages = server.openai("read"), [{"role": "user", "content": "a"}]
+    every = {**WITHOUT_EFFECT, **OF_CHATS}
+    options = {"include_usage": True, "include_obfuscation": True}
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=2, stream=True, stream_options=options, extra_body=every
+        )
+    )
+    notes = [note for chunk in chunks for note in (getattr(chunk, "retro", None) or {}).get("notes", ())]
+    assert notes == [f"taken, without effect here: {', '.join(every)}, stream_options.include_obfuscation"]
+    assert set(HARMLESS) == {*every, "parallel_tool_calls", *OF_A_PAGE}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"metadata": {}, "store": False, "service_tier": "auto"}, {"parallel_tool_calls": True, "verbosity": "medium"},
+        {"reasoning_effort": "none", "prompt_cache_retention": "in_memory"}, {"stream_options": {"include_usage": True}},
+    ],
+)  # fmt: skip
+def test_what_asks_for_nothing_is_not_said(fields: dict[str, Any]) -> None:
+    assert parse(Chat, {"model": "x", "messages": [{"role": "user", "content": "a"}], **fields}).without_effect == []
+    assert parse(Completion, {"model": "x", "prompt": "a"}).without_effect == []
+
+
+def test_a_page_of_llama_cpp_asks(server: Server) -> None:
+    """Without a model's name, for as many tokens as there is room for."""
+    body = parse(Chat, PAGE)
+    assert body.without_effect == ["return_progress", "timings_per_token", "samplers"]
+    with server.client("read") as client:
+        out = client.post("/v1/chat/completions", json={**PAGE, "stop": ["e", " ", "a"], "ignore_eos": False})
+    assert out.status_code == 200 and out.text.endswith("data: [DONE]\n\n")
+    for name, value in (
+        ("repeat_penalty", 1.1), ("xtc_probability", 0.5), ("typ_p", 0.9), ("mirostat", 2), ("dry_multiplier", 0.8),
+        ("dynatemp_range", 0.1), ("length_penalty", 2), ("use_beam_search", True), ("skip_special_tokens", False), ("bad_words", ["a"]),
+    ):  # fmt: skip
+        with pytest.raises(ApiError) as caught:
+            parse(Chat, {**PAGE, name: value})
+        assert caught.value.param == name
+
+
+def test_as_many_tokens_as_there_is_room_for(server: Server) -> None:
+    service: Any = server.service
+    body = parse(Completion, {"prompt": "a", "max_tokens": -1})
+    for length, limit, most in ((10, 2048, service.engine.max_tokens - 10), (10, 100, 100)):
+        asked = requests_of(body, service, [[40] * length], Limits(new_tokens=limit), 16)
+        assert asked[0].max_new_tokens == most
