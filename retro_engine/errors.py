@@ -6,7 +6,9 @@ incompatible, 4 optional dependency missing, 5 out of disk, memory or device, 6 
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class RetroError(Exception):
@@ -93,19 +95,78 @@ class GateError(RetroError):
     exit_code = 6
 
 
+# What the system meets, whatever is asked of it: what helps. Other errors are of the path, and another one helps.
+REMEDIES = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EMFILE: "let the process open more files (ulimit -n 4096) and run the same command again",
+    errno.ENFILE: "close other programs, which hold files open, and run the same command again",
+    errno.ENOMEM: "free some memory and run the same command again",
+    errno.EIO: "look at the disk (dmesg) and run the same command again",
+    errno.ENXIO: "look at the disk (dmesg) and run the same command again",
+    errno.ENODEV: "look at the disk (dmesg) and run the same command again",
+    errno.ESTALE: "look at the server of the disk and run the same command again",
+    errno.ETIMEDOUT: "look at the server of the disk and run the same command again",
+    errno.EINTR: "run the same command again",
+    errno.EAGAIN: "run the same command again",
+}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def read_error(error: OSError, path: object, do: str = "") -> RetroError:
+    """The typed error for a file that could not be opened or read: what its disk or this process lacks is not its fault."""
+    if isinstance(error, RetroError):
+        return error
+    why = error.strerror or str(error)
+    if error.errno in REMEDIES:
+        return OutOfResourceError(f"{path} cannot be read", why, REMEDIES[error.errno])
+    return MissingInputError(f"{path} cannot be read", why, do)
+
+
+def write_error(error: OSError, path: object, size: int = 0) -> RetroError:
+    """The typed error for a failed write of `size` bytes (0 = nobody knows) to `path`."""
+    if isinstance(error, RetroError):
+        return error
+    why = error.strerror or str(error)
+    if error.errno in FULL:
+        need = f"{size:,} bytes were needed" if size else "the write did not fit"
+        return OutOfResourceError(f"no space left for {path}", need, REMEDIES[error.errno])
+    if error.errno in REMEDIES:
+        return OutOfResourceError(f"{path} cannot be written", why, REMEDIES[error.errno])
+    return UsageError(f"{path} cannot be written", why, "let it be written, or choose another folder")
+
+
+def system_error(error: Exception) -> OSError | None:
+    """What the system said, where a library's error has it in its text alone; None where it has not."""
+    text = str(error).strip()
+    numbers = [number for number in REMEDIES if os.strerror(number).lower() in text.lower()]
+    return OSError(numbers[0], text.splitlines()[-1]) if numbers else None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what is done on a disk for `path`: what the system refuses is raised as `write_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(error, path) from error
+
+
 def typed(error: BaseException) -> RetroError | None:
     """The typed form of what the system and the libraries raise for a full disk or memory, and for names; else None."""
     if isinstance(error, RetroError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutOfResourceError(
-            f"no space left for {error.filename or 'a file'}", "", "free some space and run it again"
-        )
+    if isinstance(error, OSError) and error.errno in FULL:
+        return write_error(error, error.filename or "a file")
+    if isinstance(error, OSError) and error.errno in REMEDIES and not isinstance(error, ConnectionError | TimeoutError):
+        what = f"{error.filename} cannot be used" if error.filename else "the system refused"
+        return OutOfResourceError(what, error.strerror or "", REMEDIES[error.errno])
     if isinstance(error, UnicodeEncodeError) and "\udc80" <= error.object[error.start] <= "\udcff":  # a byte of a path
         name = error.object[:200].encode("utf-8", "backslashreplace").decode()
         return UsageError(f"{name} cannot be opened", "its name is not UTF-8", "rename it, or a folder that it is in")
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if is_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    if is_memory or "can't allocate memory" in said or "cannot allocate memory" in said:
         return OutOfResourceError(
             "out of memory", str(error).splitlines()[0] if str(error) else "", "use a smaller batch or model"
         )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from retro_engine.config import ModelConfig, preset_model
-from retro_engine.data import files
+from retro_engine.data import array_file, files
 from retro_engine.data.neighbor_table import NeighborTable, ids_name, publish_table
 from retro_engine.data.store import Store
 from retro_engine.model.retro import RetroModel
@@ -36,7 +36,7 @@ def table_of(query: Store, databases: list[Store], *shards: np.ndarray, name: st
     files.make_folder(folder)
     for number, ids in enumerate(shards):
         file = ids_name(number)
-        hashes[file] = files.write_array(folder / file, "neighbors", ids.astype(np.int32), query.fingerprint)
+        hashes[file] = array_file.write_array(folder / file, "neighbors", ids.astype(np.int32), query.fingerprint)
     return publish_table(folder, query, databases, shards[0].shape[1], {"name": "test"}, hashes)
 
 

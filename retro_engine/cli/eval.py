@@ -56,8 +56,10 @@ def run(args: argparse.Namespace) -> int:
     from retro_engine.evaluate.compare import flops_against, gain_of
     from retro_engine.evaluate.gate import check_gate
     from retro_engine.evaluate.perplexity import pick_modes
+    from retro_engine.retrieval.overlap import check_share
     from retro_engine.train.run_data import open_evaluation
 
+    check_share("leak-limit", args.leak_limit)
     retro = _open(args, None)
     sequences = open_evaluation(
         retro.folder,

@@ -326,6 +326,7 @@ class TrainerConfig:
     # skip a step whose loss is this many times the running mean; None = off
     loss_spike: float | None = number(None, low=1, high=math.inf)
     max_steps: int = number(1000, low=1)
+    timeout_s: int = number(120, low=1)  # a process that hangs, or hashes, as long stops the others
     # stop, with a checkpoint, after this many seconds of training
     max_time_s: float | None = number(None, low=1e-3, high=math.inf)
     # steps; with a point a share of an epoch of the training data: 0.25, 1.0

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.errors import MissingInputError, UsageError, read_error
 
 MAX_BYTES = 64 << 10  # a run's settings are 4 KiB
 MAX_NODES = 5_000  # values and keys, those that anchors repeat included
@@ -30,7 +30,7 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
         do = "retro config show > FILE writes one"
         raise MissingInputError(f"config file {path} does not exist", "", do) from error
     except OSError as error:
-        raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
+        raise read_error(error, path) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise MissingInputError(f"{path} is not a plain file", "pipes, devices and folders are not read")

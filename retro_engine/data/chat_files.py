@@ -13,7 +13,7 @@ from typing import Any
 
 from retro_engine.data.inputs import shown
 from retro_engine.data.tokenizer_files import read_object
-from retro_engine.errors import StoreError
+from retro_engine.errors import StoreError, read_error
 
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_FILE = "special_tokens_map.json"
@@ -136,7 +136,7 @@ def _text(path: Path, most: int) -> str:
     except UnicodeDecodeError as error:
         raise StoreError(f"{path} is not UTF-8", str(error)) from error
     except OSError as error:
-        raise StoreError(f"{path} cannot be read", error.strerror or "") from error
+        raise read_error(error, path) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -75,8 +75,9 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
-def verify(checkpoint: Path, has_state: bool = True) -> None:
+def verify(checkpoint: Path, has_state: bool = True, part: tuple[int, int] = (0, 1)) -> None:
     """Compare every file with COMPLETE; `has_state` False: but for the optimizer's, which who does not train does not read.
+    `part` (i, n): the i-th of n shares of them, which n processes compare beside each other.
 
     Raises StoreError for the first that is damaged.
     """
@@ -90,7 +91,8 @@ def verify(checkpoint: Path, has_state: bool = True) -> None:
     if missing:
         raise damaged(checkpoint / COMPLETE, f"it does not name {', '.join(sorted(missing))}")
     read = {name: value for name, value in entries.items() if has_state or name not in state}
-    files.verify_files(checkpoint, read, depth=2)  # optimizer/shard-...
+    names = sorted(read)[part[0] :: part[1]]
+    files.verify_files(checkpoint, {name: read[name] for name in names}, depth=2)  # optimizer/shard-...
 
 
 def opened(path: str | Path) -> Path:

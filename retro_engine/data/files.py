@@ -1,14 +1,14 @@
 """Publishing files so that a reader sees the old one, the new one, or a typed error; never half of one.
 
-Owns the array file that stores and tables are made of (docs/formats.md):
-128-byte little-endian header | rows x columns values | CRC-32 of every 1 MiB of values | nothing else.
-Every file is written under a temporary name in its folder, fsynced, made read-only and renamed. A folder is published
-whole in the same way (`publish_folder`) or, where writing goes on after a kill, by its `manifest.json`, written last. Every file is opened by `open_file`, which takes nothing but files, and
-every name that comes out of a file goes through `child`, which takes nothing that leads out of the folder.
+Every file is written under a temporary name in its folder, made read-only, fsynced and renamed. A folder is published
+whole in the same way (`publish_folder`) or, where writing goes on after a kill, by its `manifest.json`, written last. What
+refers to something is written when that is on the disk: files and folders are fsynced before the rename that publishes
+them, and the parent of a new folder before anything is put into it (`make_folder`). Every file is opened by `open_file`,
+which takes nothing but files, and every name that comes out of a file goes through `child`, which takes nothing that
+leads out of the folder.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import io
@@ -18,8 +18,6 @@ import os
 import re
 import shutil
 import stat
-import struct
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tokenize import TokenError
@@ -28,12 +26,19 @@ from typing import IO, Any
 import numpy as np
 
 from retro_engine.data.manifests import check_manifest, check_names
-from retro_engine.errors import InUseError, MissingInputError, OutOfResourceError, RetroError, StoreError, UsageError
+from retro_engine.data.mapping import map_bytes
+from retro_engine.errors import (
+    InUseError,
+    MissingInputError,
+    RetroError,
+    StoreError,
+    UsageError,
+    read_error,
+    write_error,
+    writing,
+)
 
-MAGIC, VERSION, BYTE_ORDER = b"RETROARR", 1, 0x01020304
-HEADER = struct.Struct("<8sIII12s8sQQQ32sII20sI")  # 128 bytes; the last field is the CRC-32 of the rest
-BLOCK = 1 << 20  # bytes of values under one checksum
-DTYPES = {"u1": np.uint8, "u2": np.uint16, "u4": np.uint32, "i4": np.int32, "i8": np.int64}
+VERSION = 1  # of manifests
 MANIFEST, LOCK = "manifest.json", ".lock"
 MOST_JSON_BYTES, HASHED = 1 << 28, 1 << 24  # pieces so large that other threads of Python seldom let this one go on
 MOST_OBJECT_BYTES = 16 << 20  # of a run's or a checkpoint's file
@@ -46,7 +51,6 @@ KINDS = {
     stat.S_ISCHR: "a device",
     stat.S_ISBLK: "a device",
 }
-assert HEADER.size == 128
 
 
 def child(folder: Path, name: object, depth: int = 1) -> Path:
@@ -71,7 +75,7 @@ def kind_of(path: Path) -> str:
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
-        raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
+        raise read_error(error, path) from error
     return _kind(mode)
 
 
@@ -149,7 +153,7 @@ def read_object(path: Path, do: str = "", most: int = MOST_OBJECT_BYTES) -> dict
     except FileNotFoundError as error:
         raise MissingInputError(f"{path} does not exist", "no such file", do) from error
     except OSError as error:
-        raise MissingInputError(f"{path} cannot be read", error.strerror or "", do) from error
+        raise read_error(error, path, do) from error
     except ValueError as error:
         if isinstance(error, StoreError):
             raise
@@ -157,6 +161,15 @@ def read_object(path: Path, do: str = "", most: int = MOST_OBJECT_BYTES) -> dict
     if not isinstance(value, dict):
         raise StoreError(f"{path} is damaged", f"it holds a {type(value).__name__}", do)
     return value
+
+
+def mapped(path: Path) -> np.ndarray:
+    """The bytes of a file, memory-mapped. Raises StoreError for what is none, and `read_error`."""
+    try:
+        with open_file(path) as file:
+            return map_bytes(file, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise read_error(error, path) from error
 
 
 def map_npy(path: Path, dtype: Any, ndim: int) -> np.ndarray:
@@ -170,31 +183,34 @@ def map_npy(path: Path, dtype: Any, ndim: int) -> np.ndarray:
             read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
             shape, is_fortran, found = read_header(file)
             start, size = file.tell(), os.fstat(file.fileno()).st_size
-        if found != wanted or is_fortran or len(shape) != ndim or any(type(n) is not int or n < 0 for n in shape):
-            raise ValueError(f"it holds {shape!s:.60} of {found}, not {ndim} dimensions of {wanted}")
-        if math.prod(shape) * wanted.itemsize != size - start or start % 16:
-            raise ValueError(f"{shape!s:.60} values of {found} in {size - start:,} bytes")
-        if size == start:
-            return np.empty(shape, wanted)
-        return np.memmap(path, wanted, "r", start, shape).view(np.ndarray)
+            if found != wanted or is_fortran or len(shape) != ndim or any(type(n) is not int or n < 0 for n in shape):
+                raise ValueError(f"it holds {shape!s:.60} of {found}, not {ndim} dimensions of {wanted}")
+            if math.prod(shape) * wanted.itemsize != size - start or start % 16:
+                raise ValueError(f"{shape!s:.60} values of {found} in {size - start:,} bytes")
+            return map_bytes(file, size)[start:].view(wanted).reshape(shape)
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} is missing", "its manifest names it", "build it again") from error
     except OSError as error:
-        raise StoreError(f"{path} cannot be read", error.strerror or str(error), "build it again") from error
+        raise read_error(error, path) from error
     except (ValueError, KeyError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError) as error:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{path} is not the array that was written", f"{error}", "build it again") from error
 
 
-def publish(path: Path, parts: Iterable[bytes | memoryview], size: int | None = None) -> None:
+def publish(
+    path: Path, parts: Iterable[bytes | memoryview], size: int | None = None, is_read_only: bool = True
+) -> None:
     """Write `parts` to `path` so that it appears whole or not at all. Raises OutOfResourceError for a full disk.
 
-    `size` is their sum in bytes; it must be given for parts that are made one at a time.
+    `size` is their sum in bytes; it must be given for parts that are made one at a time. `is_read_only` False: somebody
+    appends to it later.
     """
     if size is None:
         parts = list(parts)
         size = sum(memoryview(part).nbytes for part in parts)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _published(temporary, path, size):
+    with _published(temporary, path, size, is_read_only):
         temporary.unlink(missing_ok=True)  # of a killed writer with this number: what is there is not followed
         with open(temporary, "xb") as file:
             if size:
@@ -211,18 +227,22 @@ def publish_file(temporary: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _published(temporary: Path, path: Path, size: int = 0) -> Iterator[None]:
-    """What is at `temporary` after the block gets its name; where that fails it is removed, and a typed error says why."""
+def _published(temporary: Path, path: Path, size: int = 0, is_read_only: bool = True) -> Iterator[None]:
+    """What is at `temporary` after the block gets its name; where that fails it is removed, and a typed error says why.
+
+    A failed fsync is final: what was written is dropped, not tried again, since the system may have forgotten it.
+    """
     try:
         yield
+        if is_read_only:
+            os.chmod(temporary, 0o444)
         sync(temporary)
-        os.chmod(temporary, 0o444)
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise io_error(error, path, size) from error
+        raise write_error(error, path, size) from error
 
 
 def check_unused(folder: Path) -> None:
@@ -233,18 +253,20 @@ def check_unused(folder: Path) -> None:
 
 @contextlib.contextmanager
 def publish_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, under a temporary name: after the block it is at `folder` in one step, whole; where the block
-    raises there is nothing.
+    """A folder to write into, under a temporary name: after the block it is at `folder` in one step, whole, with all that
+    anybody has written into it on the disk; where the block raises there is nothing.
     """
     aside = folder.with_name(f".{folder.name}.tmp")
     remove_tree(aside)  # of a killed writer
     make_folder(aside)
     try:
         yield aside
-        if folder.exists():
-            folder.rmdir()  # it is empty
-        os.rename(aside, folder)
-        sync(folder.parent)
+        with writing(folder):
+            sync_tree(aside)
+            if folder.exists():
+                folder.rmdir()  # it is empty
+            os.rename(aside, folder)
+            sync(folder.parent)
     finally:
         remove_tree(aside)
 
@@ -254,36 +276,57 @@ def json_bytes(values: dict[str, Any], is_sorted: bool = False) -> bytes:
     return (json.dumps(values, indent=1, sort_keys=is_sorted) + "\n").encode()
 
 
-def io_error(error: OSError, path: Path, size: int = 0) -> Exception:
-    """The typed error for a failed write of `size` bytes to `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        need = f"{size:,} bytes were needed" if size else "the write did not fit"
-        return OutOfResourceError(f"no space left for {path}", need, "free some space and run the same command again")
-    return UsageError(
-        f"{path} cannot be written", error.strerror or str(error), "let it be written, or choose another folder"
-    )
-
-
 def sync(path: Path) -> None:
-    """Make a file's bytes, or the renames in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make a file's bytes, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make all that lies in a folder durable, each folder after what is in it. Links are not followed."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(parent, name)
+            if kind_of(path) == "a file":
+                sync(path)
+        sync(Path(parent))
+
+
 def make_folder(folder: Path) -> None:
-    """Raises UsageError where it cannot be made, or its name is one that the libraries which write there do not take."""
+    """Make a folder and those that it is in; each is on the disk before anything is in it.
+
+    Raises UsageError where it cannot be made, or its name is one that the libraries which write there do not take.
+    """
     try:
         str(folder).encode()
     except UnicodeEncodeError as error:
         name = os.fsencode(folder).decode("utf-8", "backslashreplace")
         raise UsageError(f"{name} cannot be written", "its name is not UTF-8", "choose another folder") from error
+    with writing(folder):
+        _make(folder)
+
+
+def _make(folder: Path) -> None:
+    is_new = True
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise io_error(error, folder) from error
+        folder.mkdir()
+    except FileNotFoundError:
+        if folder.parent == folder:
+            raise
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        is_new = False
+    try:
+        sync(folder.parent)  # also of a folder that was there: who made it may have been killed before, or not cared
+    except PermissionError:
+        if is_new:
+            raise
 
 
 @contextlib.contextmanager
@@ -323,7 +366,7 @@ def _lock_file(folder: Path, flags: int) -> IO[bytes]:
     except OSError as error:
         if isinstance(error, RetroError):
             raise
-        raise io_error(error, folder) from error
+        raise write_error(error, folder) from error
 
 
 def _flock(file: IO[bytes], folder: Path, kind: int) -> None:
@@ -331,128 +374,6 @@ def _flock(file: IO[bytes], folder: Path, kind: int) -> None:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except OSError as error:
         raise InUseError(f"{folder} is in use", "another process is writing there", "wait for it to end") from error
-
-
-def array_parts(kind: str, values: np.ndarray, parent: str) -> list[bytes | memoryview]:
-    """The array file of a [rows, columns] array of `kind`, made from what has fingerprint `parent`."""
-    assert values.ndim == 2, values.shape
-    code = next(code for code, dtype in DTYPES.items() if values.dtype == dtype)
-    raw = values.astype(values.dtype.newbyteorder("<"), "C").reshape(-1).view(np.uint8)
-    data = memoryview(raw)  # type: ignore[arg-type]  # numpy arrays are buffers
-    checksums = [zlib.crc32(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
-    head = HEADER.pack(
-        MAGIC,
-        VERSION,
-        BYTE_ORDER,
-        0,
-        kind.encode(),
-        code.encode(),
-        *values.shape,
-        len(data),
-        bytes.fromhex(parent),
-        BLOCK,
-        len(checksums),
-        b"",
-        0,
-    )[:-4]
-    return [head + struct.pack("<I", zlib.crc32(head)), data, struct.pack(f"<{len(checksums)}I", *checksums)]
-
-
-def write_array(path: Path, kind: str, values: np.ndarray, parent: str) -> str:
-    """Publish `array_parts` at `path`; return its SHA-256."""
-    parts = array_parts(kind, values, parent)
-    publish(path, parts)
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-class ArrayFile:
-    """A published array, memory-mapped; each block's checksum is checked when the block is first touched."""
-
-    def __init__(self, path: Path, kind: str, parent: str | None = None):
-        """Raises StoreError for a truncated, foreign, newer, damaged or mixed-up file, before mapping it."""
-        self.path = path
-        try:
-            with open_file(path) as file:
-                head = file.read(HEADER.size)
-                size = os.fstat(file.fileno()).st_size
-        except FileNotFoundError as error:
-            raise StoreError(f"{path} is missing", "the manifest names it", "build it again") from error
-        except OSError as error:
-            raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
-        if len(head) < HEADER.size or head[:8] != MAGIC:
-            raise StoreError(
-                f"{path} is not a retro-engine array", "its first bytes are not RETROARR", "build it again"
-            )
-        _, version, order, _, found_kind, code, rows, columns, num_bytes, found_parent, block, blocks, _, crc = (
-            HEADER.unpack(head)
-        )
-        if zlib.crc32(head[:-4]) != crc:
-            raise StoreError(f"{path} has a damaged header", "its checksum does not match", "build it again")
-        if version != VERSION:
-            raise StoreError(
-                f"{path} has format version {version}", f"this program reads {VERSION}", "update retro-engine"
-            )
-        name = found_kind.rstrip(b"\0").decode("ascii", "replace")
-        dtype = DTYPES.get(code.rstrip(b"\0").decode("ascii", "replace"))
-        if order != BYTE_ORDER or name != kind or dtype is None:
-            raise StoreError(f"{path} holds {name!r}", f"expected {kind!r}", "build it again")
-        expected = rows * columns * np.dtype(dtype).itemsize
-        if max(rows, columns) >= 1 << 48 or num_bytes != expected or block != BLOCK or blocks != -(-num_bytes // BLOCK):
-            raise StoreError(
-                f"{path} contradicts itself", f"{rows} x {columns} values in {num_bytes} bytes", "build it again"
-            )
-        if size != HEADER.size + num_bytes + 4 * blocks:
-            raise StoreError(
-                f"{path} is {size:,} bytes",
-                f"its header says {HEADER.size + num_bytes + 4 * blocks:,}",
-                "build it again",
-            )
-        if parent is not None and found_parent.hex() != parent:
-            raise StoreError(
-                f"{path} was made from {found_parent.hex()[:12]}", f"this folder is of {parent[:12]}", "build it again"
-            )
-        whole = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
-        self._bytes = whole[HEADER.size : HEADER.size + num_bytes]
-        self._checksums = np.frombuffer(whole[HEADER.size + num_bytes :].tobytes(), "<u4")
-        self._is_checked = np.zeros(blocks, bool)
-        self.values: np.ndarray = self._bytes.view(np.dtype(dtype).newbyteorder("<")).reshape(rows, columns)
-
-    def check_rows(self, rows: np.ndarray) -> None:
-        """Check the blocks that these rows lie in. Raises StoreError at a wrong checksum."""
-        width = self.values.shape[1] * self.values.itemsize
-        if not rows.size or width == 0:
-            return
-        rows = rows.astype(np.int64).reshape(-1)
-        ends = np.concatenate((rows * width // BLOCK, ((rows + 1) * width - 1) // BLOCK))
-        for block in np.unique(ends):
-            self._check_blocks(int(block), int(block) + 1)
-        if width > BLOCK:  # a row longer than two blocks has some inside
-            for first, last in zip(ends[: len(rows)], ends[len(rows) :]):
-                self._check_blocks(int(first), int(last) + 1)
-
-    def check_range(self, first: int, last: int) -> None:
-        """Check the blocks of rows first ... last - 1. Raises StoreError at a wrong checksum."""
-        width = self.values.shape[1] * self.values.itemsize
-        if first < last and width:
-            self._check_blocks(first * width // BLOCK, (last * width - 1) // BLOCK + 1)
-
-    def _check_blocks(self, first: int, last: int) -> None:
-        for block in range(first, last):
-            if self._is_checked[block]:
-                continue
-            if zlib.crc32(self._bytes[block * BLOCK : (block + 1) * BLOCK].data) != self._checksums[block]:
-                raise StoreError(
-                    f"{self.path} is damaged in block {block}", "its checksum does not match", "build it again"
-                )
-            self._is_checked[block] = True
-
-    def checked(self) -> np.ndarray:
-        """All values, after checking every block."""
-        self.check_range(0, self.values.shape[0])
-        return self.values
 
 
 def sha256_file(path: Path) -> str:
@@ -497,7 +418,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         why = "it has no manifest.json: it was never finished" if folder.is_dir() else "there is no such folder"
         raise MissingInputError(f"{folder} is not a {kind}", why, f"{build} makes one") from error
     except OSError as error:
-        raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
+        raise read_error(error, path) from error
     try:
         body = json.loads(raw)
         mark = body.pop("fingerprint")
@@ -542,7 +463,7 @@ def verify_files(folder: Path, files: dict[str, str], depth: int = 1, needed: It
         except FileNotFoundError as error:
             raise StoreError(f"{path} is missing", "the manifest names it", "build it again") from error
         except OSError as error:
-            raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
+            raise read_error(error, path) from error
         if found != expected:
             raise StoreError(
                 f"{path} is damaged", f"SHA-256 {found[:12]}, the manifest says {expected[:12]}", "build it again"

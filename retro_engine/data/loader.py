@@ -5,12 +5,15 @@ touch; ids count through the stores in order.
 """
 
 import os
+import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
+
+CHECKED_S = 1.0  # between two looks at the sizes of files that C++ reads
 
 
 def has_native_loader() -> bool:
@@ -36,11 +39,9 @@ class NeighborLoader:
         if self.is_native:
             from retro_engine.data._loader import Loader
 
-            paths = [
-                [os.fsencode(s.arrays[part].path) for part in ("tokens", "lengths", "rows")]
-                for t in stores
-                for s in t.shards
-            ]
+            shards = [[s.arrays[part] for part in ("tokens", "lengths", "rows")] for t in stores for s in t.shards]
+            self._arrays, self._checked_at = [array for arrays in shards for array in arrays], time.monotonic()
+            paths = [[os.fsencode(array.path) for array in arrays] for arrays in shards]
             try:
                 self._loader = Loader(paths, first.chunk_size, first.vocab_size, checks_blocks)
             except RuntimeError as error:
@@ -57,6 +58,10 @@ class NeighborLoader:
         instead of a new array. Raises UsageError for an id outside the stores, StoreError for a damaged block.
         """
         ids = np.asarray(ids, np.int64)
+        if self.is_native and time.monotonic() > self._checked_at + CHECKED_S:
+            for array in self._arrays:
+                array.check_size()
+            self._checked_at = time.monotonic()
         try:
             tokens, lengths = self._loader.gather(ids.reshape(-1), retrieved_length, self.pad_id, out)
         except ValueError as error:

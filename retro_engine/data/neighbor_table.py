@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from retro_engine.data import files
-from retro_engine.data.files import ArrayFile
+from retro_engine.data.array_file import ArrayFile
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from retro_engine.data import files
+from retro_engine.data import array_file, files
+from retro_engine.data.array_file import ArrayFile
 from retro_engine.data.coding import Coding
 from retro_engine.data.contents import content_mark
 from retro_engine.data.corpus import Document
-from retro_engine.data.files import ArrayFile
 from retro_engine.data.inputs import SetAside
 from retro_engine.data.tokenizer import FILE as TOKENIZER_FILE
 from retro_engine.data.tokenizer import Tokenizer
@@ -151,7 +151,7 @@ class StoreWriter:
         }
         for part, values in arrays.items():
             name = f"{part}-{number:05d}.bin"
-            self._files[name] = files.write_array(self.folder / name, part, values, self.tokenizer.fingerprint)
+            self._files[name] = array_file.write_array(self.folder / name, part, values, self.tokenizer.fingerprint)
         self._shards.append({"documents": len(documents), "rows": self._num_rows})
         if self._mark:
             written = {name: self._files[name] for name in shard_files(number)}
@@ -210,7 +210,7 @@ def _remove_unpublished(folder: Path, finished: int) -> None:
         if re.fullmatch(r"shard-\d{5}\.ok", path.name):
             path.unlink()
             continue
-        is_shard = re.fullmatch(name, path.name) is not None and _first_bytes(path) == files.MAGIC
+        is_shard = re.fullmatch(name, path.name) is not None and _first_bytes(path) == array_file.MAGIC
         if is_shard or re.fullmatch(
             rf"\.({name}|{TOKENIZER_FILE}|{SET_ASIDE_FILE}|{files.MANIFEST})\.\d+\.tmp", path.name
         ):
@@ -220,7 +220,7 @@ def _remove_unpublished(folder: Path, finished: int) -> None:
 
 def _first_bytes(path: Path) -> bytes:
     with open(path, "rb") as file:
-        return file.read(len(files.MAGIC))
+        return file.read(len(array_file.MAGIC))
 
 
 @dataclass

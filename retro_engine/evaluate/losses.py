@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from retro_engine.data.batches import SequenceBatch, Sequences
@@ -88,6 +88,18 @@ def bootstrap(statistic: Callable[[np.ndarray], float], count: int, seed: int = 
     return float(low), float(high)
 
 
+def proportion_interval(right: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share `right` of `count` units, each right or wrong (Wilson's score interval): also of none and of
+    all it has a width, which a bootstrap has not. (nan, nan) below MIN_UNITS, as there.
+    """
+    if count < MIN_UNITS:
+        return math.nan, math.nan
+    share, z = right / count, NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def show_interval(low: float, high: float, form: str = ".3f") -> str:
     """`[low, high]`, or that there were too few units for one."""
     return f"[{low:{form}}, {high:{form}}]" if math.isfinite(low) else "[too few]"
@@ -150,9 +162,9 @@ def token_losses(
     """Nats of every label [b, n] (0 where there is none) and the most likely token [b, n]."""
     tokens, labels, documents, neighbors, lengths = to_tensors(batch, device)
     with torch.no_grad(), autocast(device, precision):
-        logits = model(tokens, neighbors, lengths, documents, reads=reads_of(batch, device)).float()
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-    return losses.reshape(labels.shape), logits.argmax(-1)
+        reads = reads_of(batch, device)
+        losses, best = model(tokens, neighbors, lengths, documents, labels, reads=reads, is_each=True)
+    return losses, best
 
 
 @contextmanager

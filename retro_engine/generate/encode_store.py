@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from retro_engine.config import ModelConfig
-from retro_engine.data import files
+from retro_engine.data import array_file, files
 from retro_engine.data.loader import NeighborLoader
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def encode_store(
         )
         _say_cost(opened.model, store, folder, int(lengths_U.sum()) * width * 2, reporter)
         hashes = run_stage(stage, executor or Executor(), reporter)
-        hashes[INDEX] = files.write_array(
+        hashes[INDEX] = array_file.write_array(
             folder / INDEX, "enc-index", make_index(digests, lengths_U), origin.fingerprint
         )
         content = {**asdict(origin), "format": FORMAT, "values": width, "files": hashes}
@@ -113,7 +113,7 @@ def encode_shard(stage: Stage, shard: int) -> Sequence[Piece]:
     model.config = replace(model.config, **spec["in_front"])  # a plain decoder's says nothing of how it reads
     first = shard * spec["shard_rows"]
     values = encode_rows(model, store, first, min(first + spec["shard_rows"], store.num_rows))
-    return files.array_parts("encodings", values, origin.fingerprint)
+    return array_file.array_parts("encodings", values, origin.fingerprint)
 
 
 def encode_rows(model: RetroModel, store: Store, first: int, last: int) -> np.ndarray:

@@ -7,6 +7,7 @@ the index, which knows keys, needs no record of what died since.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -22,7 +23,7 @@ import numpy as np
 
 from retro_engine.data import files, manifests
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
+from retro_engine.errors import REMEDIES, MissingInputError, OutOfResourceError, StoreError, UsageError, read_error
 from retro_engine.library.documents import Prepared, num_chunks
 from retro_engine.retrieval.analyzer import Analyzer, from_json
 
@@ -78,7 +79,7 @@ DAMAGED = (
 
 @contextlib.contextmanager
 def typed_errors(path: Path) -> Iterator[None]:
-    """SQLite's errors as ours."""
+    """SQLite's errors as ours: a disk that fails, a lock and a missing permission are no damage."""
     try:
         yield
     except apsw.FullError as error:
@@ -86,13 +87,52 @@ def typed_errors(path: Path) -> Iterator[None]:
             f"no space left for {path}", "nothing of the last write was kept", "free some space and run it again"
         ) from error
     except DAMAGED as error:
+        if isinstance(error, apsw.CorruptError | apsw.NotADBError):
+            _check_reads(path)
         raise StoreError(f"{path} is damaged", str(error), "restore it from a copy") from error
     except apsw.ConnectionClosedError as error:
         raise UsageError(f"{path} is closed", "", "open it again") from error
     except (apsw.BusyError, apsw.LockedError) as error:
         raise UsageError(f"{path} is in use", "another program has it locked", "wait for it to end") from error
-    except (apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
-        raise MissingInputError(f"{path} cannot be read or written", str(error), "look at the disk") from error
+    except (apsw.IOError, apsw.NoMemError) as error:
+        name = apsw.mapping_extended_result_codes.get(error.extendedresult, "")
+        remedy = REMEDIES[errno.ENOMEM if isinstance(error, apsw.NoMemError) else errno.EIO]
+        raise OutOfResourceError(f"{path} cannot be read or written", f"{error} {name}".strip(), remedy) from error
+    except (apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
+        _check_opens(path)
+        do = "let it and its folder be read and written"
+        raise MissingInputError(f"{path} cannot be read or written", str(error), do) from error
+
+
+def _check_reads(path: Path) -> None:
+    """Raises OutOfResourceError where the disk, not the file, is what is damaged: SQLite calls both the same."""
+    try:
+        for name in (path.name, path.name + SIDE_FILES[0]):
+            if files.kind_of(path.with_name(name)) == "a file":
+                files.sha256_file(path.with_name(name))
+        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        try:
+            is_whole = connection.execute("PRAGMA integrity_check(1)").fetchall() == [("ok",)]
+        finally:
+            connection.close()
+    except OSError as error:
+        raise read_error(error, path) from error
+    except (apsw.Error, StoreError):
+        return
+    if is_whole:
+        why = "once: everything in the file can be read now, and fits together"
+        raise OutOfResourceError(f"{path} could not be read", why, REMEDIES[errno.EIO])
+
+
+def _check_opens(path: Path) -> None:
+    """Raises OutOfResourceError where it is not the file's fault that SQLite cannot open it, which SQLite does not say."""
+    try:
+        with files.open_file(path):
+            pass
+    except OSError as error:
+        known = read_error(error, path)
+        if isinstance(known, OutOfResourceError):
+            raise known from error
 
 
 def create(folder: Path, settings: dict[str, Any]) -> None:
@@ -107,7 +147,7 @@ def create(folder: Path, settings: dict[str, Any]) -> None:
                 what = "a library" if connection.pragma("application_id") == APPLICATION_ID else f"another {FILE}"
                 raise UsageError(f"{folder} holds {what}", "it is not made anew", "open it, or choose another folder")
             connection.execute("PRAGMA journal_mode = WAL")
-            with connection:  # one transaction: a library is there whole or not at all
+            with whole(connection):  # a library is there whole or not at all
                 connection.execute(SCHEMA)
                 connection.execute("INSERT INTO counter VALUES (0)")
                 marked = {**settings, "fingerprint": files.fingerprint(settings)}
@@ -120,6 +160,23 @@ def create(folder: Path, settings: dict[str, Any]) -> None:
         files.sync(folder)
 
 
+@contextlib.contextmanager
+def whole(connection: apsw.Connection, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
+    """All of the block's changes, or none; of a reader, what it sees is of one time.
+
+    apsw's own `with connection` says "cannot rollback" where a failed disk has ended the transaction already, and hides why.
+    """
+    connection.execute(begin)
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            with contextlib.suppress(apsw.Error):  # what was met before says more; it ends with its connection
+                connection.execute("ROLLBACK")
+        raise
+
+
 def is_made(folder: Path) -> bool:
     """Whether there is a library, or something else in its place; not where making one was never finished."""
     path = folder / FILE
@@ -128,11 +185,20 @@ def is_made(folder: Path) -> bool:
     if not path.is_file():  # opening it says what it is
         return True
     with typed_errors(path):
-        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
         try:
-            return not _is_empty(connection)
-        finally:
-            connection.close()
+            return _is_begun(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY))
+        except (
+            apsw.CantOpenError,
+            apsw.ReadOnlyError,
+        ):  # making it was cut off: SQLite has to undo the half of it first
+            return _is_begun(_connect(path))
+
+
+def _is_begun(connection: apsw.Connection) -> bool:
+    try:
+        return not _is_empty(connection)
+    finally:
+        connection.close()
 
 
 def set_analyzer(folder: Path, analyzer: Analyzer) -> None:
@@ -308,17 +374,10 @@ class LibraryFile:
     def transaction(self, is_write: bool = True) -> Iterator[apsw.Connection]:
         """All of the block's changes on the disk when it ends, or none. `is_write` counts the library's version up."""
         self.check_writable()
-        with typed_errors(self.path):
-            self.writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield self.writer
-                if is_write:
-                    self.writer.execute("UPDATE counter SET version = version + 1")
-                self.writer.execute("COMMIT")
-            except BaseException:
-                if self.writer.in_transaction:  # a full disk has ended it already
-                    self.writer.execute("ROLLBACK")
-                raise
+        with typed_errors(self.path), whole(self.writer):
+            yield self.writer
+            if is_write:
+                self.writer.execute("UPDATE counter SET version = version + 1")
 
     def check_writable(self) -> None:
         if self.is_read_only:
@@ -410,6 +469,12 @@ class LibraryFile:
             raise StoreError(
                 f"{self.path} is damaged", f"document {key} has another checksum", "restore it from a copy"
             )
+
+    def check_sizes(self, key: int, tokens: int, text: object, chunks: int, num_tokens: int, num_bytes: int) -> None:
+        """Raises StoreError where what is said of a document's size is not that of its tokens and its text."""
+        said = num_chunks(tokens, self.chunk_size, self.stride), tokens, text
+        if (chunks, num_tokens, num_bytes) != said:
+            raise StoreError(f"{self.path} is damaged", f"the size of document {key}", "restore it from a copy")
 
     def token_ids(self, key: int, raw: bytes) -> np.ndarray:
         """A document's tokens. Raises StoreError for what is outside the vocabulary."""

@@ -22,7 +22,7 @@ import apsw
 from retro_engine.data import files
 from retro_engine.data.corpus import Document, Reader, in_batches
 from retro_engine.data.inputs import ROW_KINDS, SetAside, check_file, kind_of, shown
-from retro_engine.errors import MissingInputError, RetroError, UsageError
+from retro_engine.errors import MissingInputError, RetroError, UsageError, write_error
 from retro_engine.library.documents import MAX_DOCUMENT_BYTES, check_document, check_namespace
 from retro_engine.library.identity import identified_in
 from retro_engine.library.library import DEFAULT, Library
@@ -200,7 +200,7 @@ class Importer:
                 shutil.copyfileobj(stream, file, 1 << 20)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise files.io_error(error, path) from error
+            raise write_error(error, path) from error
         files.publish_file(temporary, path)
         return path
 

@@ -271,10 +271,19 @@ class Library:
         check_namespace(namespace)
         if not 1 <= limit <= MAX_LIST:
             raise UsageError(f"limit={limit} cannot be used", f"a page has 1 to {MAX_LIST:,} documents")
-        statement = "SELECT id, title, chunks, num_tokens, bytes FROM documents WHERE namespace = ? AND id > ? ORDER BY id LIMIT ?"
+        statement = (
+            "SELECT key, tokens_crc, tokens, octet_length(text), id, title, chunks, num_tokens, bytes "
+            "FROM documents WHERE namespace = ? AND id > ? ORDER BY id LIMIT ?"
+        )
+        found = []
         with self._view() as (connection, _):
-            rows: list[Any] = connection.execute(statement, (namespace, after, limit)).fetchall()
-        return [Entry(*row) for row in self.file.typed(rows, str, str, int, int, int)]
+            rows: Any = connection.execute(statement, (namespace, after, limit))
+            for key, crc, tokens, length, *entry in rows:  # one document's tokens at a time
+                self.file.typed([entry], str, str, int, int, int)
+                self.file.check(key, crc, tokens, checksum(namespace, *entry[:2]))
+                self.file.check_sizes(key, len(self.file.token_ids(key, tokens)), length, *entry[2:])
+                found.append(Entry(*entry))
+        return found
 
     def statistics(self) -> dict[str, Any]:
         """Counts of each namespace, the index's parts, the version."""
@@ -375,7 +384,8 @@ class Library:
         """The file and the snapshots of one version, so that whatever is asked for agrees, whoever writes meanwhile."""
         self._check_open()
         for attempt in range(1, TRIES + 1):
-            with self.file.reader() as connection, connection:  # the first question fixes what is seen of the file
+            with self.file.reader() as connection, library_file.whole(connection, "BEGIN"):
+                # the first question fixes what is seen of the file
                 version = self.file.version(connection)
                 self._index.wait_for(version)
                 shown = self._index.shown

@@ -5,6 +5,7 @@ is mapped before its SHA-256 is the manifest's, and nothing is searched before i
 """
 
 import errno
+import hashlib
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from retro_engine.data import files
-from retro_engine.errors import StoreError
+from retro_engine.errors import StoreError, system_error, write_error, writing
 from retro_engine.library import codes as library_codes
 from retro_engine.library.codes import CodedVectors
 from retro_engine.library.segments import Segment
@@ -34,6 +35,11 @@ VECTORS, CODES = "vectors.npy", "codes.faiss"
 
 def publish_segment(segment: Segment, folder: Path, parent: str) -> str:
     """Write a segment of the library with settings `parent`; return its fingerprint."""
+    with writing(folder):
+        return _publish(segment, folder, parent)
+
+
+def _publish(segment: Segment, folder: Path, parent: str) -> str:
     files.make_folder(folder)
     hashes = {}
     for name, values in arrays_of(segment).items():
@@ -65,7 +71,7 @@ def _publish_codes(path: Path, vectors: np.ndarray) -> float:
     try:
         codes.write(temporary)
     except RuntimeError as error:  # Faiss raises nothing narrower for a failed write
-        raise files.io_error(OSError(errno.ENOSPC, str(error)), path) from error
+        raise write_error(system_error(error) or OSError(errno.EIO, str(error)), path) from error
     files.publish_file(temporary, path)
     return codes.recall()
 
@@ -74,7 +80,7 @@ def _publish_array(path: Path, values: np.ndarray) -> str:
     buffer = io.BytesIO()
     np.save(buffer, values, allow_pickle=False)
     files.publish(path, [buffer.getbuffer()])
-    return files.sha256_file(path)
+    return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
 def open_segment(folder: Path, parent: str, fingerprint: str) -> Segment:

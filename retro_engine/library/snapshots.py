@@ -195,7 +195,7 @@ class LibraryIndex:
         folder = self.folder / f"{number:08d}"
         try:
             mark = publish_segment(segment, folder, self.file.fingerprint)
-        except RetroError:
+        except (RetroError, MemoryError):
             files.remove_folder(self.folder, folder.name)
             raise
         row = (folder.name, namespace, int(segment.keys[0]), int(segment.keys[-1]), mark)

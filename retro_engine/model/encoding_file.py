@@ -21,7 +21,7 @@ from torch import Tensor
 
 from retro_engine.config import ModelConfig
 from retro_engine.data import files
-from retro_engine.data.files import ArrayFile
+from retro_engine.data.array_file import ArrayFile
 from retro_engine.errors import StoreError
 from retro_engine.model.retro import RetroModel
 

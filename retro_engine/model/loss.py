@@ -5,10 +5,12 @@ forward pass (as in arXiv 2410.10989 section 3.2): memory and traffic do not gro
 Letters: T labelled tokens, D width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from retro_engine.model import ops
@@ -102,6 +104,23 @@ def _over(group: Any, values: Tensor, how: str) -> Tensor:
     """The sum or maximum over the processes of `group`, in place."""
     dist.all_reduce(values, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group)
     return values
+
+
+def each_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(head(hidden))[label] of each token, 0 where the label is -100, and the most likely token.
+
+    hidden [..., d] goes through `head` TOKENS tokens at a time; both results have the shape of `labels`. Without gradients.
+    """
+    rows_TD, labels_T = hidden.flatten(0, -2), labels.flatten()
+    losses: list[Tensor] = []
+    best: list[Tensor] = []
+    for start in range(0, len(rows_TD), TOKENS):
+        logits = head(rows_TD[start : start + TOKENS])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wanted = labels_T[start : start + TOKENS]
+        losses.append(F.cross_entropy(logits, wanted, ignore_index=-100, reduction="none"))
+        best.append(logits.argmax(-1))
+    return torch.cat(losses).view(labels.shape), torch.cat(best).view(labels.shape)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retro_engine.data import files
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.errors import MissingInputError, StoreError, read_error, system_error
 
 TYPES = {
     "F64": torch.float64,
@@ -59,7 +59,12 @@ class MappedTensors(dict[str, Tensor]):
             for name, about in json.loads(self._pages[8:start]).items():
                 if name != "__metadata__":
                     self[name] = self._tensor(TYPES[about["dtype"]], about["shape"], start + about["data_offsets"][0])
-        except (SafetensorError, OSError, ValueError, KeyError) as error:  # KeyError: a type that is not read
+        except OSError as error:
+            raise read_error(error, path, "take it from another checkpoint") from error
+        except (SafetensorError, RuntimeError, ValueError, KeyError) as error:  # KeyError: a type that is not read
+            refused = system_error(error)
+            if refused is not None:
+                raise read_error(refused, path) from error
             raise StoreError(f"{path} cannot be read", str(error), "take it from another checkpoint") from error
         self._address = torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr()
 

@@ -20,7 +20,7 @@ from retro_engine.model.decoder import CausalAttention, DecoderLayer, Reading, c
 from retro_engine.model.encoder import Encoder, NeighborLayout, Seen, layout_of
 from retro_engine.model.initialization import initialize
 from retro_engine.model.linear import ROUNDED, BlockEmbedding, BlockLinear, Int8Linear, Linear, is_sharded
-from retro_engine.model.loss import linear_cross_entropy
+from retro_engine.model.loss import each_cross_entropy, linear_cross_entropy
 from retro_engine.model.prefix import Encode, Pairs, PrefixAttention, Recording, padded, stacked
 from retro_engine.model.shared_reading import SharedReading
 
@@ -78,12 +78,14 @@ class RetroModel(nn.Module):
         document_ids: Tensor | None = None,
         labels: Tensor | None = None,
         reads: Tensor | None = None,
-    ) -> Tensor:
+        is_each: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens [b, n], neighbors [b, l, k, r], neighbor_lengths [b, l, k], document_ids [b, n] -> logits [b, n, V].
 
         neighbors None = retrieval off; neighbor_lengths None = all full, 0 = missing; document_ids None = one
         document (or derived from the tokens when the config has eod_id and pad_id), -1 = padding. A document is a run
-        of equal ids. With labels [b, n] (-100 = none): the sum of their cross-entropies, without making the logits.
+        of equal ids. With labels [b, n] (-100 = none): the sum of their cross-entropies, without making the logits of all
+        tokens at once; with `is_each` the cross-entropy of each [b, n] and the most likely tokens [b, n].
         With `reads` [b, k] (reading=prefix) neighbors [w, r] of lengths [w] are shared, and row b reads those numbers in front
         from its first token on, the best first, -1 = none; its padding is on the right (model/shared_reading.py).
         Raises ValueError naming the argument, its shape and the rule.
@@ -91,6 +93,8 @@ class RetroModel(nn.Module):
         hidden = self.hidden(tokens, neighbors, neighbor_lengths, document_ids, reads)
         if labels is None:
             return self.logits(hidden)
+        if is_each:
+            return each_cross_entropy(hidden, self.logits, labels)
         return linear_cross_entropy(hidden, self.head_weight, self.output_bias, labels)
 
     @property

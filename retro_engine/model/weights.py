@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from retro_engine.config import ModelConfig, architecture, check_model
 from retro_engine.data import files
 from retro_engine.data.checkpoint_files import CONFIG_FILE
-from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.errors import MissingInputError, StoreError, UsageError, read_error
 from retro_engine.model.retro import RetroModel
 
 VERSION = 2  # 1 had q, k and v in one matrix
@@ -32,7 +32,9 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise MissingInputError(f"{path} does not exist", "a checkpoint folder has a config.json", "retro train")
     try:
         values = files.read_json(path)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise read_error(error, path, "take the file from a complete checkpoint") from error
+    except ValueError as error:
         raise StoreError(f"{path} is not JSON", str(error), "take the file from a complete checkpoint") from error
     if not isinstance(values, dict) or values.pop("model_type", None) != "retro_engine":
         raise StoreError(f"{path} is not a retro-engine config", "model_type is not retro_engine")

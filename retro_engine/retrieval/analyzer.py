@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_engine.errors import MissingInputError, StoreError, UsageError, extra, nearest
+from retro_engine.errors import StoreError, UsageError, extra, nearest, read_error
 from retro_engine.retrieval import analyzer_loops as loops
 
 VERSION = 2
@@ -211,7 +211,7 @@ def _stop_words_of(path: Path) -> tuple[str, ...]:
         raw = path.read_bytes() if path.stat().st_size <= MAX_FILE_BYTES else b""
         words = sorted({word.strip() for word in raw.decode("utf-8-sig").splitlines() if word.strip()})
     except OSError as error:
-        raise MissingInputError(f"{path} cannot be read", error.strerror or "", "name another file") from error
+        raise read_error(error, path, "name another file") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8", f"at byte {error.start}", "a word a line, in UTF-8") from error
     if not 1 <= len(words) <= MAX_STOP_WORDS:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from retro_engine.data import files
-from retro_engine.errors import MissingInputError, OutOfResourceError, UsageError, extra, nearest
+from retro_engine.errors import OutOfResourceError, UsageError, extra, nearest, read_error
 from retro_engine.progress import Reporter
 
 EXECUTORS = ("inline", "processes", "ray")
@@ -145,7 +145,7 @@ def _finished(stage: Stage, name: str) -> tuple[str | None, bool]:
     except FileNotFoundError:
         return None, False
     except OSError as error:
-        raise MissingInputError(f"{path} cannot be read", error.strerror or "") from error
+        raise read_error(error, path) from error
     except (ValueError, KeyError, TypeError):
         return None, True
 

@@ -35,7 +35,7 @@ class ListsFile:
     def __init__(self, path: Path, num_lists: int, code_size: int):
         """Raises StoreError when its sizes contradict its length."""
         self.path, self.code_size = path, code_size
-        raw = np.memmap(path, np.uint8, "r")
+        raw = files.mapped(path)
         entry = code_size + LISTS_BYTES
         ends = len(raw) - LISTS_BYTES * num_lists
         self.sizes = raw[max(ends, 0) :].view("<i8").astype(np.int64) if ends >= 0 else np.zeros(0, np.int64)

@@ -19,7 +19,7 @@ import numpy as np
 
 from retro_engine.data import files
 from retro_engine.data.store import Store
-from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
 from retro_engine.jit import numba
 from retro_engine.progress import Reporter
 from retro_engine.retrieval import analyzer_loops, bm25
@@ -50,6 +50,8 @@ class Bm25Index:
         try:
             load = {name: files.map_npy(folder / f"{name}.npy", ARRAYS[name], 1) for name in ARRAYS}
             terms, order = self._read_terms()
+        except OutOfResourceError:
+            raise
         except (OSError, ValueError) as error:
             raise StoreError(f"{folder} cannot be read", str(error), f"retro index {store.folder}") from error
         self.num_chunks: int = store.num_rows
@@ -230,7 +232,7 @@ class Block:
     """A counted block, memory-mapped."""
 
     def __init__(self, path: Path, first: int):
-        raw = np.memmap(path, np.uint8, "r")
+        raw = files.mapped(path)
         num_terms, postings, rows = raw[: 8 * BLOCK_HEADER].view("<i8").tolist()
         ends = np.cumsum([8 * BLOCK_HEADER, 8 * (num_terms + 1), 8 * num_terms, 4 * postings, 4 * postings, 4 * rows])
         parts = [raw[start:end] for start, end in zip(ends, ends[1:])]

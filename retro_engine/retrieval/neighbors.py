@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_engine.data import files
+from retro_engine.data import array_file, files
 from retro_engine.data.batches import split_documents
 from retro_engine.data.contents import number_contents
 from retro_engine.data.neighbor_table import NeighborTable, check_databases, ids_name, publish_table, refuse_existing
@@ -25,7 +25,7 @@ from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.executor import Piece, Stage, run_stage
 from retro_engine.retrieval.lexical import Bm25Index
-from retro_engine.retrieval.overlap import NGRAM, stated_shares
+from retro_engine.retrieval.overlap import NGRAM, check_share, stated_shares
 from retro_engine.retrieval.search import (
     Building,
     Retriever,
@@ -53,10 +53,7 @@ class Filters:
 
     def __post_init__(self) -> None:
         for name in ("near_duplicates", "leak_limit"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} {value} cannot be used", "a share from 0 up to, but not, 1")
+            check_share(name.replace("_", "-"), getattr(self, name))
 
     @property
     def is_on(self) -> bool:
@@ -161,7 +158,7 @@ def find_shard(stage: Stage, shard: int) -> Sequence[Piece]:
     if ids.min(initial=-1) < -1 or ids.max(initial=-1) >= search.retriever.starts[-1]:
         raise StoreError(f"neighbor id {ids.max()} is outside the databases", "an index is damaged", "retro index")
     dtype = np.int32 if search.retriever.starts[-1] < 1 << 31 else np.int64
-    return files.array_parts("neighbors", ids.astype(dtype), search.query.fingerprint)
+    return array_file.array_parts("neighbors", ids.astype(dtype), search.query.fingerprint)
 
 
 class _TableSearch:

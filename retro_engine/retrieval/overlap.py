@@ -8,6 +8,7 @@ R tokens per neighbor, M chunk length.
 import numpy as np
 
 from retro_engine.data.batches import SequenceBatch, Sequences
+from retro_engine.errors import UsageError
 from retro_engine.jit import numba
 
 NGRAM = 8  # tokens
@@ -38,6 +39,12 @@ def repeated_share(sequences: Sequences, max_chunks: int = MAX_CHUNKS) -> float:
         if total >= max_chunks:
             break
     return count / max(1, total)
+
+
+def check_share(flag: str, value: float | None) -> None:
+    """Raises UsageError for a share of overlap that nothing, or no neighbor, could be above."""
+    if value is not None and not 0 <= value < 1:
+        raise UsageError(f"--{flag} {value} cannot be used", "a share from 0 up to, but not, 1")
 
 
 def drop_leaks(batch: SequenceBatch, chunk_size: int, limit: float, n: int = NGRAM) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from retro_engine.data import files
 from retro_engine.data.manifests import EMBEDDING
 from retro_engine.data.store import Store
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.errors import MissingInputError, StoreError, read_error
 from retro_engine.progress import Reporter, duration, seconds_each
 from retro_engine.retrieval.embed import Embedding, choose_embedding, open_embedder, short_name
 from retro_engine.retrieval.executor import Executor, Piece, Stage, run_stage
@@ -86,7 +86,9 @@ def _settle_embedding(store: Store, model: str, folder: Path, reporter: Reporter
         mark, embedding = str(known["store"]), Embedding(**known["embedding"])
     except FileNotFoundError:
         pass
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except OSError as error:
+        raise read_error(error, path) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is damaged", "it cannot be read", f"rm -r {folder}, then build again") from error
     else:
         store.check_mark(mark, f"{folder} has vectors of store", f"rm -r {folder}, then build them again")

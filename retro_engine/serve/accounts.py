@@ -24,7 +24,7 @@ from typing import Any
 import apsw
 
 from retro_engine.data import files
-from retro_engine.errors import StoreError, UsageError
+from retro_engine.errors import StoreError, UsageError, write_error
 
 SCOPES = ("read", "write", "admin")  # each may do what the ones before it may
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}")
@@ -77,7 +77,7 @@ class Accounts:
         try:
             os.close(_open_private(self.path, os.O_RDWR))
         except OSError as error:
-            raise files.io_error(error, self.path) from error
+            raise write_error(error, self.path) from error
         self._lock = threading.Lock()  # writers take turns
         self._setup: str | None = None
         self._free: list[apsw.Connection] = []

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from retro_engine.config import Config, asked_accelerator, load_config, to_yaml
-from retro_engine.errors import MissingInputError, StoreError, UsageError, typed
+from retro_engine.errors import UsageError, typed
 from retro_engine.progress import Reporter, note
 
 DEVICES = ("auto", "cpu", "gpu")
@@ -157,9 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = typed(error)
         if known is None:
             raise
-        is_everywhere = isinstance(known, UsageError | StoreError | MissingInputError)  # each process meets it
-        if os.environ.get("RANK", "0") == "0" or not is_everywhere:
-            print(f"error: {known}", file=sys.stderr)
+        world = os.environ.get("WORLD_SIZE", "1")
+        # each process says its own: what one meets on another node, nobody else knows
+        who = "" if world == "1" else f"process {os.environ.get('RANK', '0')} of {world}: "
+        print(f"error: {who}{known}", file=sys.stderr, flush=True)
         return known.exit_code
 
 

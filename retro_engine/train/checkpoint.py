@@ -10,6 +10,8 @@ name (.step-NNNNNN.tmp, .old) that nobody lists, so that a kill leaves no half o
 """
 
 import contextlib
+import errno
+import hashlib
 import math
 import os
 import re
@@ -49,7 +51,16 @@ from retro_engine.data.checkpoint_files import (
 )
 from retro_engine.data.coding import Coding
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import OutOfResourceError, StoreError
+from retro_engine.errors import (
+    REMEDIES,
+    OutOfResourceError,
+    StoreError,
+    read_error,
+    system_error,
+    typed,
+    write_error,
+    writing,
+)
 from retro_engine.model.linear import is_sharded
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import config_to_json, read_config
@@ -159,32 +170,42 @@ class Saver:
         try:
             with publishing:
                 write_shards()
+                hashes = self._shard_hashes(aside)
                 if not self.parallel.is_main:
                     return
-                for shard in (aside / OPTIMIZER_FOLDER).iterdir():
-                    files.sync(shard)
                 name = WEIGHTS_FILE if self.base is None else ADAPTERS_FILE
-                _complete(aside, {**contents, name: to_bytes(weights)})
-                _discard(final)  # never whole: see above
+                _complete(aside, {**contents, name: to_bytes(weights)}, hashes)
+                with writing(final):
+                    _discard(final)  # never whole: see above
             self._prune()
         except BaseException as error:  # noqa: B036 (kept for `wait`, which raises it)
-            self._error = error
+            self._error = _typed(error, final)
+
+    def _shard_hashes(self, aside: Path) -> dict[str, str]:
+        """Of the optimizer's files, when they are on the disk: each process reads a share."""
+        own, met = dict[str, str](), None
+        try:
+            folder = aside / OPTIMIZER_FOLDER
+            for path in sorted(folder.iterdir())[self.parallel.rank :: self.parallel.world]:
+                files.sync(path)
+                own[f"{OPTIMIZER_FOLDER}/{path.name}"] = files.sha256_file(path)
+        except OSError as error:
+            met = write_error(error, aside)
+        return self.parallel.joined(own, met)
 
     def wait(self) -> None:
-        """Until the last save is published. Raises OutOfResourceError for a full disk, in every process; earlier
-        checkpoints are then untouched.
-        """
+        """Until the last save is published. Raises what it met, in every process; earlier checkpoints are then untouched."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if not self.parallel.any(int(error is not None)):
             return
-        if error is None or "No space left" in str(error) or getattr(error, "errno", None) == 28:
-            what = f"no space left for a checkpoint in {self.run}"
-            if error is None:
-                what = "another process could not save its part of the checkpoint"
-            raise OutOfResourceError(what, "earlier checkpoints are untouched", "free some space and run it again")
+        if error is None:
+            what = "another process could not save its part of the checkpoint"
+            raise OutOfResourceError(
+                what, "it says why; earlier checkpoints are untouched", "run the same command again"
+            )
         raise error
 
     def _prune(self) -> None:
@@ -203,6 +224,20 @@ class Saver:
                     _discard(path)
                 except OSError as error:  # what was saved is saved
                     self.say(f"{path} cannot be removed: {error.strerror}")
+
+
+def _typed(error: BaseException, final: Path) -> BaseException:
+    """What a save met, naming the checkpoint. Writers of other projects hide the system's error in theirs."""
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint import CheckpointException
+
+    if isinstance(error, CheckpointException):  # of any process; where there is one alone, its error comes bare
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError):
+        return write_error(error, final)
+    if isinstance(error, SafetensorError):
+        return write_error(system_error(error) or OSError(errno.EIO, str(error)), final)
+    return typed(error) or error
 
 
 def _valid_loss(checkpoint: Path) -> float:
@@ -236,7 +271,7 @@ def publish_model(
     weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     contents = _contents(model, tokenizer, {"step": 0, **trainer}, generation)
     with files.publish_folder(folder) as aside:
-        _complete(aside, {**contents, WEIGHTS_FILE: to_bytes(weights)})
+        _complete(aside, {**contents, WEIGHTS_FILE: to_bytes(weights)}, {})
 
 
 def _contents(
@@ -254,13 +289,14 @@ def _contents(
     }
 
 
-def _complete(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write the files, and COMPLETE, which has the hashes of all that are there."""
+def _complete(folder: Path, contents: dict[str, bytes], hashes: dict[str, str]) -> None:
+    """Write the files, and COMPLETE, with their hashes and `hashes` of those that are there; all are on the disk before."""
+    with writing(folder):
+        files.sync_tree(folder)
     for name, content in contents.items():
         files.publish(folder / name, [content])
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    hashes = {name: files.sha256_file(folder / name) for name in names}
-    files.publish(folder / COMPLETE, [files.json_bytes(hashes)])
+        hashes = {**hashes, name: hashlib.sha256(content).hexdigest()}
+    files.publish(folder / COMPLETE, [files.json_bytes(hashes, is_sorted=True)])
 
 
 def _whole(model: RetroModel, is_main: bool, only: set[str] | None) -> dict[str, Tensor]:
@@ -339,6 +375,9 @@ def load_optimizer(checkpoint: Path, optimizer: Optimizer, parallel: Parallel) -
         raise
     except (*flaws, AssertionError) as error:
         met = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        refused = met if isinstance(met, OSError) else system_error(met) if isinstance(met, Exception) else None
+        if refused is not None and refused.errno in REMEDIES:
+            raise read_error(refused, checkpoint / OPTIMIZER_FOLDER) from error
         why = f"{type(met).__name__}: {str(met)[:200]}"
         what = f"{checkpoint / OPTIMIZER_FOLDER} cannot be read"
         raise StoreError(what, why, "resume from another checkpoint, or --init-from takes its weights alone") from error

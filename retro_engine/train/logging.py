@@ -6,7 +6,6 @@ one run.
 """
 
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -112,7 +111,7 @@ class RunLog:
             self._drop_after(step)
         self._file = open(self._metrics, "a")  # noqa: SIM115 (closed by close)
         self._trackers = [
-            tracker for tracker in (self._tensorboard(config), self._wandb(config)) if tracker is not None
+            tracker for tracker in (self._tensorboard(config, step), self._wandb(config)) if tracker is not None
         ]
 
     def log(self, step: int, values: dict[str, Any]) -> None:
@@ -141,11 +140,9 @@ class RunLog:
     def _drop_after(self, step: int) -> None:
         found = record.checked_lines(self._metrics, self.reporter.say)
         kept = [line for line, row in found if isinstance(row.get("step"), int) and row["step"] <= step]
-        temporary = self._metrics.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self._metrics)
+        files.publish(self._metrics, ["".join(kept).encode()], is_read_only=False)
 
-    def _tensorboard(self, config: Config) -> "_Tracker | None":
+    def _tensorboard(self, config: Config, step: int) -> "_Tracker | None":
         is_wanted = config.exp_manager.create_tensorboard_logger
         if is_wanted is False:
             return None
@@ -160,7 +157,7 @@ class RunLog:
                 ) from error
             self.reporter.say("note: no TensorBoard log (pip install 'retro-engine[train]' brings it)")
             return None
-        writer = SummaryWriter(str(self.run / "tb"))
+        writer = SummaryWriter(str(self.run / "tb"), purge_step=step + 1 if step else None)  # of a run that was killed
 
         def add(values: dict[str, float], step: int) -> None:
             for name, value in values.items():

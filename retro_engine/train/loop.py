@@ -44,10 +44,11 @@ from retro_engine.train.logging import RunLog, StepResult, Window, peak_mib
 from retro_engine.train.optimizer import Optimizer, learning_rate
 from retro_engine.train.parallel import Parallel, micro_batches, sequences_per_step
 from retro_engine.train.precision import Precision, asked_precision, faster_precision
-from retro_engine.train.resume import find_start, read_start
+from retro_engine.train.resume import changes, find_start, read_start
 from retro_engine.train.run_data import RunData, open_data, order_of, steps_of_data, stream_settings
 from retro_engine.train.signals import Signals, StoppedError
 
+OUT_OF_TIME = 1  # beside the numbers of signals
 SAMPLING = ("greedy", "temperature", "top_k", "top_p")  # of `inference`, that a checkpoint keeps
 
 
@@ -149,6 +150,7 @@ class _Training:
         widths = width_multipliers(self.model)
         self.step, self.tokens_seen, self.train_s, self.skipped = 0, 0, 0.0, 0
         self.mean_loss: float | None = None
+        self.validated: tuple[int, float | None] = -1, None  # the last step that was, and its loss
         before = self._load(start, source)
         self.precision = self._settle_precision(before.get("precision"))
         self.products = self._settle_products(before.get("products"))
@@ -186,13 +188,19 @@ class _Training:
         """The weights that the run begins with; trainer.json of the checkpoint that it goes on from, {} in a new run."""
         before: dict[str, Any] = {}
         if start is not None:
-            if self.parallel.is_main:
-                checkpoint.verify(start)
+            flaw: RetroError | None = None
+            try:  # by all, each a share: one process alone would keep the others waiting
+                checkpoint.verify(start, part=(self.parallel.rank, self.parallel.world))
+            except RetroError as error:
+                flaw = error
+            self.parallel.joined({}, flaw)
             before = read_start(start, self.config, self.data)
             self.step, self.tokens_seen, self.train_s = before["step"], before["tokens_seen"], before["train_s"]
             self.mean_loss = before["mean_loss"]
             resume_weights(start, self.model)
             self.reporter.say(f"resuming at step {self.step} from {start}")
+            for change in changes(start, self.config):
+                self.note(f"from step {self.step + 1} on {change}")
         elif source is not None:
             retrofit.load_initial(source, self.model)
             self.reporter.say(f"weights of {source}")
@@ -271,7 +279,7 @@ class _Training:
                 self.saver.wait()
         finally:
             log.close()
-        code = 128 + stopped if stopped > 1 else 0
+        code = 128 + stopped if stopped > OUT_OF_TIME else 0
         if code:
             self.reporter.say(f"stopped by signal {stopped} at step {self.step}, checkpoint saved")
         return TrainingResult(self.run, checkpoint.folder_of(self.run, self.step), self.step, self.metrics, code)
@@ -285,7 +293,17 @@ class _Training:
         if self.data.warning is not None:
             self.reporter.say(self.data.warning)
         if self.last_step < steps:
-            self.note(f"the data gives {self.last_step:,} of trainer.max_steps={steps:,} steps: single reads it once")
+            left = (self.data.train.num_sequences(self.order) or 0) % sequences_per_step(self.config)
+            rest = f"; the last {left:,} sequences fill no step and are not read" if left else ""
+            self.note(
+                f"the data gives {self.last_step:,} of trainer.max_steps={steps:,} steps: single reads it once{rest}"
+            )
+        every, validates = self.config.exp_manager.checkpoint_every_n_steps, self.data.valid and self.valid_batches != 0
+        if self.config.exp_manager.keep_best and validates and every % self.validates_every:
+            steps_of_both = math.lcm(every, self.validates_every)
+            self.note(
+                f"keep_best chooses among checkpoints that were validated: every {steps_of_both:,} steps, and the last"
+            )
         kernels = kernels_in_use(m, self.device.type, self.precision.name)
         self.reporter.say(
             f"{describe_device(self.device)} in {self.precision.name}, kernels: {kernels}, "
@@ -308,7 +326,7 @@ class _Training:
             meter.advance(1)
             if self.step % trainer.log_every_n_steps == 0:
                 window = self._log(log, window)
-            if self.step % self.validates_every == 0:
+            if self.step % self.validates_every == 0 or self.step == self.last_step:
                 with contextlib.suppress(StoppedError):
                     self._validate(log, signals, result.loss)
             if self.step % self.config.exp_manager.checkpoint_every_n_steps == 0:
@@ -317,6 +335,9 @@ class _Training:
         if window.losses:
             self._log(log, window)
         if saved_step != self.step:
+            if stopped == OUT_OF_TIME and self.validated[0] != self.step:
+                with contextlib.suppress(StoppedError):
+                    self._validate(log, signals, self.metrics["loss"])
             self._save()
         return stopped
 
@@ -331,10 +352,10 @@ class _Training:
         return TrainingResult(self.run, saved, self.step, self.metrics)
 
     def _stop_code(self, signals: Signals) -> int:
-        """The signal that any process got, 1 = out of time, 0 = go on: the same in every process."""
+        """The signal that any process got, OUT_OF_TIME, 0 = go on: the same in every process."""
         limit = self.config.trainer.max_time_s
         is_late = limit is not None and self.train_s >= limit
-        return self.parallel.any(signals.received or int(is_late))
+        return self.parallel.any(signals.received or (OUT_OF_TIME if is_late else 0))
 
     def _log(self, log: RunLog, window: Window) -> Window:
         window.flops = self.parallel.sum([window.flops])[0]
@@ -459,6 +480,7 @@ class _Training:
         values = {f"valid_bits_per_byte_{mode}": result.bits_per_byte for mode, result in results.items()}
         values |= {f"valid_loss_{mode}": result.loss for mode, result in results.items()}
         self.metrics |= values
+        self.validated = self.step, results[modes[0]].loss
         log.log(self.step, values)
         shown = ", ".join(f"{mode} {result.bits_per_byte:.3f}" for mode, result in results.items())
         self.reporter.say(
@@ -475,7 +497,7 @@ class _Training:
             "mean_loss": self.mean_loss,
             "loss_scale": self.optimizer.scale,
             "good_steps": self.optimizer.good_steps,
-            "valid_loss": self.metrics.get("valid_loss_on", self.metrics.get("valid_loss_off")),
+            "valid_loss": self.validated[1] if self.validated[0] == self.step else None,  # its own, or none
             "processes": {"data": self.parallel.data, "tensor": self.parallel.tensor},
             "fingerprints": self.data.fingerprints,
             "validation": self.data.validation,

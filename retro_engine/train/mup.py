@@ -442,7 +442,7 @@ def _read_cells(path: Path) -> dict[Cell, float]:
             SWEEP_CELL(row, "a cell")
         except ValueError as error:
             raise StoreError(f"{path} is not what a sweep wrote", str(error), "choose another --out") from error
-    path.write_text("".join(line for line, _ in found))
+    files.publish(path, ["".join(line for line, _ in found).encode()], is_read_only=False)
     return {
         (row["mup"], row["width"], row["rate"], row["seed"]): math.nan if row["loss"] is None else row["loss"]
         for _, row in found

@@ -17,12 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from retro_engine.config import Config
-from retro_engine.errors import UsageError
+from retro_engine.errors import UnavailableError, UsageError
 from retro_engine.model.device import num_processes, pick_device
 from retro_engine.model.linear import is_sharded
 from retro_engine.model.retro import RetroModel
-
-TIMEOUT = timedelta(seconds=120)  # a process that hangs stops the others after this
 
 
 def strategy_of(config: Config, data: int) -> str:
@@ -82,14 +80,15 @@ class Parallel:
         self.device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", "0")))
         self.background: Any = None  # a group of its own for checkpoints, beside the training's communication
         self.is_own_group = self.world > 1 and not dist.is_initialized()  # else the caller's, who also ends it
+        timeout = timedelta(seconds=trainer.timeout_s)
         if self.world > 1:
             if self.is_own_group:
                 kind = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
                 # torchrun may keep its store over a restart: addresses of the processes before must not be found there
-                store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+                store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
                 store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-                dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-            self.background = dist.new_group(backend="gloo", timeout=TIMEOUT)
+                dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=timeout)
+            self.background = dist.new_group(backend="gloo", timeout=timeout)
             self.mesh = dist.init_device_mesh(
                 self.device.type, (self.data, self.tensor), mesh_dim_names=("data", "tensor")
             )
@@ -148,6 +147,23 @@ class Parallel:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.background)
         return box[0]
+
+    def joined(self, own: dict[str, str], error: BaseException | None = None) -> dict[str, str]:
+        """What all processes have, in each, through the background's group. Raises `error`, what this process met, and
+        UnavailableError where another one met something: it says what.
+        """
+        boxes: list[Any] = [(own, error is not None)]
+        if self.world > 1:
+            boxes = [None] * self.world
+            dist.all_gather_object(boxes, (own, error is not None), group=self.background)
+        if error is not None:
+            raise error
+        failed = [str(rank) for rank, (_, has_failed) in enumerate(boxes) if has_failed]
+        if failed:
+            raise UnavailableError(
+                f"process {', '.join(failed)} could not go on", "it says why", "run the same command again"
+            )
+        return {name: value for part, _ in boxes for name, value in part.items()}
 
     def agree(self, what: dict[str, Any]) -> None:
         """Raise UsageError, in every process, where one sees other data or settings than the first: what each decides

@@ -15,7 +15,7 @@ from typing import Any
 from retro_engine.config import Config, to_yaml
 from retro_engine.config.yaml_file import read_bytes
 from retro_engine.data import files
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.errors import StoreError, read_error
 from retro_engine.progress import note
 
 SETTINGS_FILE, FACTS_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.jsonl"
@@ -76,7 +76,7 @@ def checked_lines(path: Path, say: Say = note) -> Iterator[tuple[str, dict[str, 
     try:
         lines = files.read_bytes(path, MOST_LINES_BYTES).decode("utf-8", "replace").split("\n")
     except OSError as error:
-        raise MissingInputError(f"{path} cannot be read", error.strerror or "", "name the run's folder") from error
+        raise read_error(error, path, "name the run's folder") from error
     damaged = []
     for number, line in enumerate(lines[:-1], 1):
         marked = _LINE.fullmatch(line)

@@ -5,12 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from retro_engine.config import Config, architecture
-from retro_engine.errors import StoreError, UsageError
+from retro_engine.config import Config, architecture, flat_keys
+from retro_engine.config.yaml_file import read_yaml
+from retro_engine.errors import RetroError, StoreError, UsageError
 from retro_engine.model.weights import read_config
-from retro_engine.train import checkpoint
+from retro_engine.train import checkpoint, record
 from retro_engine.train.run_data import RunData, stream_settings
 
+# beside the optimizer's own settings, and precision, of which the checkpoint itself tells
+LEARNS = ("trainer.max_steps", "trainer.max_time_s", "trainer.loss_spike", "model.unfreeze_step")
 ANOTHER = "--resume never --out ANOTHER starts a new run"
 
 
@@ -61,6 +64,20 @@ def read_start(start: Path, config: Config, data: RunData) -> dict[str, Any]:
             why = "a run goes on with the data and the order it began with"
             raise StoreError(f"{start} was trained with {_difference(state[name], now)}", why, ANOTHER)
     return state
+
+
+def changes(start: Path, config: Config) -> list[str]:
+    """What is other of how the run that wrote a checkpoint learns than in `config`, which is what it goes on with: each as
+    text. Nothing where that run's settings are not beside it, or cannot be read.
+    """
+    try:
+        before = flat_keys(read_yaml(start.parent.parent / record.SETTINGS_FILE))
+    except RetroError:
+        return []
+    now = flat_keys(config)
+    keys = [key for key in now if key in LEARNS or key.startswith("model.optim.")]
+    differing = [key for key in keys if key in before and before[key] != now[key]]
+    return [f"{key}={now[key]}; before it was {before[key]}" for key in differing]
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

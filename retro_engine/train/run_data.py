@@ -125,7 +125,10 @@ def _open_questions(config: Config, store: Store, say: Callable[[str], None]) ->
     def opened(path: str) -> Questions:
         rows = read_questions(path, data.question_template, say)
         common = (rows, store, path, m.encoder_seq_length, m.num_neighbors, m.r, data.question_neighbors, search)
-        return QuestionGroups(*common, settings=data) if m.reads_prefix else Questions(*common)
+        found = QuestionGroups(*common, settings=data) if m.reads_prefix else Questions(*common)
+        if found.num_left_out:
+            say(f"{path}: {found.num_left_out:,} questions are longer than {m.encoder_seq_length:,} tokens: left out")
+        return found
 
     train = opened(str(data.questions))
     prints = {"store": store.fingerprint, "tokenizer": store.manifest["tokenizer"]}

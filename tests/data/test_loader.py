@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retro_engine.data import array_file
 from retro_engine.data.corpus import Document
 from retro_engine.data.loader import NeighborLoader, has_native_loader
 from retro_engine.data.store import PARTS, Store, StoreWriter
@@ -151,15 +152,14 @@ def test_values_that_checksums_cannot_catch(
     store: Store, tmp_path: Path, is_native: bool, part: str, value: int, message: str
 ) -> None:
     """A store whose checksums are right and whose values are not: refused before any model sees them."""
-    from retro_engine.data import files
 
     folder = tmp_path / "copy"
     shutil.copytree(store.folder, folder)
     path = folder / f"{part}-00000.bin"
-    values = np.array(files.ArrayFile(path, part).checked())
+    values = np.array(array_file.ArrayFile(path, part).checked())
     values[3, 0] = value
     path.unlink()
-    files.write_array(path, part, values, store.manifest["tokenizer"])
+    array_file.write_array(path, part, values, store.manifest["tokenizer"])
     with pytest.raises(StoreError, match=message):
         NeighborLoader([Store(folder)], is_native).gather(np.arange(6), 16)
 

@@ -22,7 +22,7 @@ import apsw
 import numpy as np
 import pytest
 
-from retro_engine.data import files, manifests
+from retro_engine.data import array_file, files, manifests
 from retro_engine.data.corpus import Document
 from retro_engine.data.loader import NeighborLoader
 from retro_engine.data.neighbor_table import NeighborTable
@@ -386,7 +386,7 @@ def hostile_row(folder: Path, table: str, column: str, value: Any) -> None:
 
 def hostile_arrays(raw: bytes, rng: np.random.Generator) -> Iterator[tuple[object, bytes]]:
     """Headers and values of an array file changed, and its checksums right."""
-    fields = list(files.HEADER.unpack(raw[:128]))
+    fields = list(array_file.HEADER.unpack(raw[:128]))
     values = raw[128 : 128 + fields[8]]
     numbers = (0, 1, 2, 1 << 20, 1 << 31, 1 << 40, (1 << 47) + 1, (1 << 63) + 1, (1 << 64) - 1)
     for place in (6, 7, 8):
@@ -400,8 +400,8 @@ def hostile_arrays(raw: bytes, rng: np.random.Generator) -> Iterator[tuple[objec
 
 
 def packed(fields: list[Any], values: bytes) -> bytes:
-    blocks = [values[start : start + files.BLOCK] for start in range(0, len(values), files.BLOCK)]
-    head = files.HEADER.pack(*fields[:-4], len(blocks), *fields[-3:-1], 0)[:-4]
+    blocks = [values[start : start + array_file.BLOCK] for start in range(0, len(values), array_file.BLOCK)]
+    head = array_file.HEADER.pack(*fields[:-4], len(blocks), *fields[-3:-1], 0)[:-4]
     return (
         head + struct.pack("<I", zlib.crc32(head)) + values + b"".join(struct.pack("<I", zlib.crc32(b)) for b in blocks)
     )

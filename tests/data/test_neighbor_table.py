@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retro_engine.data import files
+from retro_engine.data import array_file, files
 from retro_engine.data.corpus import Document
 from retro_engine.data.neighbor_table import NeighborTable, check_databases, find_table, refuse_existing
 from retro_engine.data.store import Store, StoreWriter
@@ -63,7 +63,7 @@ def test_an_id_outside_in_the_file_is_refused(stores: tuple[Store, Store]) -> No
     name = next(iter(table.manifest["files"]))
     path = table.folder / name
     path.unlink()
-    files.write_array(path, "neighbors", np.full((5, 3), b.num_rows, np.int32), a.fingerprint)
+    array_file.write_array(path, "neighbors", np.full((5, 3), b.num_rows, np.int32), a.fingerprint)
     with pytest.raises(StoreError, match=f"holds neighbor id {b.num_rows}"):
         NeighborTable(table.folder, a).ids(np.arange(4), 2)
 
@@ -145,7 +145,7 @@ def test_a_database_of_other_ids_or_chunks(
     folder = a.folder / "neighbors" / "before"
     folder.mkdir(parents=True)
     ids = np.zeros((a.num_rows, 1), np.int32)
-    hashes = {"ids-00000.bin": files.write_array(folder / "ids-00000.bin", "neighbors", ids, a.fingerprint)}
+    hashes = {"ids-00000.bin": array_file.write_array(folder / "ids-00000.bin", "neighbors", ids, a.fingerprint)}
     entry = {"fingerprint": other.fingerprint, "rows": other.num_rows, "path": str(other.folder.resolve())}
     content = {"num_neighbors": 1, "rows": a.num_rows, "query": a.fingerprint, "databases": [entry], "files": hashes}
     files.write_manifest(folder, "neighbors", {**content, "retriever": {"name": "bm25"}})

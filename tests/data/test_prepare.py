@@ -165,7 +165,7 @@ def test_an_interrupted_run_goes_on_after_its_last_shard(tmp_path: Path, monkeyp
     assert shards > 8
     for stop in (1, 7):
         out = tmp_path / f"s{stop}"
-        real = store_module.files.write_array
+        real = store_module.array_file.write_array
 
         def failing(path: Path, *given: object, stop: int = stop, real: object = real) -> str:
             if path.name == f"documents-{stop:05d}.bin":
@@ -173,7 +173,7 @@ def test_an_interrupted_run_goes_on_after_its_last_shard(tmp_path: Path, monkeyp
             return real(path, *given)  # type: ignore[operator]
 
         with monkeypatch.context() as patch:
-            patch.setattr(store_module.files, "write_array", failing)
+            patch.setattr(store_module.array_file, "write_array", failing)
             with pytest.raises(KeyboardInterrupt):
                 prepare([source], out, vocab_size=300, chunk_size=16)
         before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.ok")}

@@ -1,7 +1,11 @@
 """The chunk store: what was written is read, whatever the sizes; damage and mixtures are refused."""
 
+import contextlib
 import json
+import os
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,10 @@ from hypothesis import strategies as st
 from retro_engine.data import files
 from retro_engine.data.contents import content_mark
 from retro_engine.data.corpus import Document
+from retro_engine.data.loader import NeighborLoader
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import RetroError, StoreError, UsageError
+from retro_engine.errors import OutOfResourceError, RetroError, StoreError, UsageError
 
 TOKENIZER = Tokenizer.train(["a tiny corpus of a few words"], 300)
 
@@ -178,3 +183,45 @@ def test_a_later_minor_version_is_read(tmp_path: Path) -> None:
     (tmp_path / "s" / "manifest.json").unlink()
     (tmp_path / "s" / "manifest.json").write_text(json.dumps({**body, "fingerprint": files.fingerprint(body)}))
     assert Store(tmp_path / "s").contents.tolist() == store.contents.tolist()
+
+
+@contextlib.contextmanager
+def few_descriptors(more: int) -> Iterator[None]:
+    """At most `more` than are open now."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + more, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_store_of_many_shards_opens_with_few_descriptors(tmp_path: Path, small_store: Store) -> None:
+    """120 shards are 720 files."""
+    tokenizer = small_store.tokenizer
+    writer = StoreWriter(tmp_path / "s", tokenizer, 16, shard_rows=1)
+    for number in range(120):
+        writer.add(Document(str(number), "", "river"), tokenizer.encode("river"))
+    writer.close()
+    with few_descriptors(16):
+        store = Store(tmp_path / "s")
+        assert len(store.rows(0, store.num_rows)[0]) == 120
+        tokens, _ = NeighborLoader([store]).gather(np.arange(120), 16)
+        assert tokens.shape == (120, 16)
+        assert store.name(119) == ("119", "")
+
+
+def test_no_descriptor_at_all_is_said(small_store: Store) -> None:
+    taken: list[int] = []
+    try:
+        with few_descriptors(0):
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.open(os.devnull, os.O_RDONLY))
+            with pytest.raises(OutOfResourceError, match="ulimit -n") as raised:
+                Store(small_store.folder)
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+    assert raised.value.exit_code == 5

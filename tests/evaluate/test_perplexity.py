@@ -12,7 +12,7 @@ from retro_engine.data.batches import Sequences
 from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError
-from retro_engine.evaluate.losses import DocumentLosses, bootstrap, show_interval
+from retro_engine.evaluate.losses import DocumentLosses, bootstrap, proportion_interval, show_interval
 from retro_engine.evaluate.perplexity import Given, count_words, evaluate, word_perplexity
 from retro_engine.generate.generator import encode_neighbors
 from retro_engine.model.retro import RetroModel
@@ -141,3 +141,15 @@ def test_bytes_are_the_texts_own(tmp_path: Path) -> None:
     questions = Questions([Question("1", "cafe", "", ("黄山黄山",), (), (), 1)], store, "q", 64, 2, 8)
     counted = token_bytes[questions.answers[0]].sum()[None]
     assert own_bytes(questions, np.array([0]), token_bytes, counted)[0] == pytest.approx(len(" 黄山黄山".encode()))
+
+
+def test_intervals_of_shares() -> None:
+    """Wilson's, with the values of his formula; where all or none are right a bootstrap has no width."""
+    assert proportion_interval(0, 20) == (0.0, pytest.approx(0.16113, abs=1e-5))
+    assert proportion_interval(20, 20) == (pytest.approx(0.83887, abs=1e-5), 1.0)
+    assert proportion_interval(10, 20) == (pytest.approx(0.29930, abs=1e-5), pytest.approx(0.70070, abs=1e-5))
+    rng = np.random.default_rng(0)
+    values = (rng.random(2000) < 0.3).astype(float)
+    wide = bootstrap(lambda draw: values[draw].mean(), len(values))
+    assert proportion_interval(values.sum(), len(values)) == pytest.approx(wide, abs=3e-3)
+    assert show_interval(*proportion_interval(1, 4)) == "[too few]"

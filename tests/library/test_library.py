@@ -987,3 +987,34 @@ def test_vacuum_gives_space_back(folder: Path) -> None:
         for act in (library.vacuum, library.merge):
             with pytest.raises(UsageError, match="open for reading"):
                 act()
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("title", "'Another'"), ("chunks", "9"), ("num_tokens", "2"), ("bytes", "3")]
+)
+def test_what_a_list_shows_has_a_checksum(folder: Path, column: str, value: str) -> None:
+    with Library(folder) as library:
+        library.add(documents(3))
+    with contextlib.closing(sqlite3.connect(folder / FILE)) as raw, raw:
+        raw.execute(f"UPDATE documents SET {column} = {value} WHERE id = 'd1'")
+    with Library(folder) as library:
+        assert [entry.id for entry in library.entries(limit=1)] == ["d0"]
+        with pytest.raises(StoreError, match=r"documents\.sqlite is damaged"):
+            library.entries()
+
+
+def test_a_disk_that_fails_and_a_file_that_may_not_be_read_are_no_damage(folder: Path) -> None:
+    with pytest.raises(OutOfResourceError, match="cannot be read or written") as raised, typed_errors(folder / FILE):
+        raise apsw.exception_for(10 | 1 << 8)
+    assert (raised.value.exit_code, "IOERR_READ" in raised.value.why) == (5, True)
+    with pytest.raises(OutOfResourceError, match="could not be read"), typed_errors(folder / FILE):
+        raise apsw.CorruptError("database disk image is malformed")  # as SQLite calls an EIO; and all of it is whole
+    with pytest.raises(MissingInputError, match="let it and its folder be read"), typed_errors(folder / FILE):
+        raise apsw.ReadOnlyError("attempt to write a readonly database")
+    with pytest.raises(UsageError, match="in use"), typed_errors(folder / FILE):
+        raise apsw.BusyError("database is locked")
+    raw = bytearray((folder / FILE).read_bytes())
+    raw[4096:8192] = b"\xff" * 4096
+    (folder / FILE).write_bytes(raw)
+    with pytest.raises(StoreError, match="is damaged"), typed_errors(folder / FILE):
+        raise apsw.CorruptError("database disk image is malformed")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retro_engine.model.loss import TOKENS, linear_cross_entropy
+from retro_engine.model.loss import TOKENS, each_cross_entropy, linear_cross_entropy
 
 
 @pytest.mark.parametrize("count", [0, 1, TOKENS, TOKENS + 1, 3 * TOKENS - 7])
@@ -36,3 +36,26 @@ def test_in_bf16_the_gradients_stay_close() -> None:
     assert abs(float(found.detach() / plain.detach()) - 1) < 8e-3
     for mine, theirs in zip(torch.autograd.grad(found, [hidden, weight]), torch.autograd.grad(plain, [hidden, weight])):
         assert float((mine - theirs).norm() / theirs.norm()) < 1.6e-2
+
+
+@pytest.mark.parametrize("count", [1, TOKENS, 3 * TOKENS - 7])
+def test_losses_of_each_token_without_the_logits_of_all(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    hidden = torch.randn(2, count, 16, generator=generator, dtype=torch.float64)
+    weight = torch.randn(40, 16, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 40, (2, count), generator=generator)
+    labels[:, ::3] = -100
+    sizes: list[int] = []
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        return rows @ weight.T
+
+    losses, best = each_cross_entropy(hidden, head, labels)
+    assert sum(sizes) == 2 * count
+    assert max(sizes) <= TOKENS
+    logits = hidden @ weight.T
+    plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    torch.testing.assert_close(losses, plain.view(labels.shape), rtol=1e-12, atol=1e-12)
+    assert torch.equal(best, logits.argmax(-1))
+    assert not losses[:, 0].any()

@@ -102,3 +102,13 @@ def test_two_processes_of_a_plain_command_train(small_store: Store, tmp_path: Pa
     state = json.loads((checkpoint.find_checkpoint(out) / "trainer.json").read_text())
     assert state["processes"] == {"data": 2, "tensor": 1}
     assert sorted(losses(out)) == [1, 2]
+
+
+def test_every_process_says_its_own_error_with_its_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What one meets on another node, a missing file say, nobody else could tell."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    assert __main__.main(["--config", "absent.yaml"]) == 3
+    assert capsys.readouterr().err.startswith("error: process 3 of 4: config file absent.yaml does not exist")

@@ -124,11 +124,17 @@ def test_what_cannot_work_is_refused_before_the_first_step(small_store: Store, t
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 
-def test_the_last_steps_of_a_single_pass_are_saved_and_logged(small_store: Store, tmp_path: Path) -> None:
+def test_the_last_steps_of_a_single_pass_are_saved_and_logged(
+    small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     once = ["model.data.dataloader_type=single", "exp_manager.checkpoint_every_n_steps=4", "trainer.max_steps=1000",
             "trainer.log_every_n_steps=7", "model.micro_batch_size=4"]  # fmt: skip
-    result = train(config(small_store, tmp_path / "r", *once), Reporter("quiet"))
+    asked = config(small_store, tmp_path / "r", *once)
+    left = open_data(asked).train.num_sequences(Order(asked.seed, is_cyclic=False)) or 0
+    result = train(asked, Reporter())
     assert 4 < result.step < 1000
+    assert left % 4, "else nothing is left over"
+    assert f"the last {left % 4} sequences fill no step and are not read" in capsys.readouterr().err
     assert result.checkpoint == checkpoint.find_checkpoint(tmp_path / "r")
     assert max(losses(tmp_path / "r")) == result.step
     again = train(config(small_store, tmp_path / "r", *once), Reporter("quiet"))
@@ -257,7 +263,7 @@ def test_validation_by_shares_and_none(small_store: Store, tmp_path: Path) -> No
     every = int(0.1 * (len(open_data(asked).train.epoch(Order(asked.seed), 0)) // 4))
     assert 1 < every < 8
     rows = [json.loads(line) for line in (tmp_path / "shares" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "valid_loss_off" in row] == list(range(every, 9, every))
+    assert [row["step"] for row in rows if "valid_loss_off" in row] == sorted({*range(every, 9, every), 8})
 
 
 def test_settings_that_training_does_not_read_are_refused(small_store: Store, tmp_path: Path) -> None:
@@ -280,3 +286,33 @@ def test_what_attention_runs_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     if fast == "cpp":
         assert kernels_in_use(mcore, "cpu", "32") == "cpp (PyTorch: self-attention (model.reset_attention=false))"
         assert "encoder's cross-attention" in kernels_in_use(preset_model("nemo", vocab_size=9), "cpu", "32")
+
+
+def test_a_checkpoint_has_its_own_validation_loss_and_the_last_one_always(
+    small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of an earlier step, or of the run before it was resumed, is not its own: it would be kept as the best."""
+    more = [
+        *PLAIN,
+        "trainer.val_check_interval=4",
+        "exp_manager.checkpoint_every_n_steps=3",
+        "exp_manager.keep_last_n=0",
+    ]
+    train(config(small_store, tmp_path / "r", *more, "trainer.max_steps=3"), Reporter())
+    assert "keep_best chooses among checkpoints that were validated: every 12 steps" in capsys.readouterr().err
+    train(config(small_store, tmp_path / "r", *more, "trainer.max_steps=7"), Reporter("quiet"))
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    measured = {row["step"]: row["valid_loss_off"] for row in rows if "valid_loss_off" in row}
+    assert sorted(measured) == [3, 4, 7]
+    saved = {
+        folder.name: checkpoint.read_trainer(folder)["valid_loss"]
+        for folder in checkpoint.complete_checkpoints(tmp_path / "r")
+    }
+    assert saved == {"step-000003": measured[3], "step-000006": None, "step-000007": measured[7]}
+
+
+def test_a_run_that_is_out_of_time_is_validated(small_store: Store, tmp_path: Path) -> None:
+    late = [*PLAIN, "trainer.max_time_s=0.001", "trainer.val_check_interval=100"]
+    result = train(config(small_store, tmp_path / "r", *late), Reporter("quiet"))
+    assert (result.step, result.exit_code) == (1, 0)
+    assert checkpoint.read_trainer(result.checkpoint)["valid_loss"] == result.metrics["valid_loss_off"]

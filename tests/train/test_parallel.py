@@ -54,7 +54,7 @@ def assert_as_one(run: Path, single: Path, steps: int) -> None:
 
 def test_two_and_four_processes_train_as_one(small_store: Store, single: Path, tmp_path: Path) -> None:
     """Every layout; a checkpoint of two goes on in one and in four; a single pass ends in every process at the same step;
-    what does not fit is said once and not by every process.
+    what does not fit is said by each of them, with its number.
     """
     runs = {name: settings(small_store, tmp_path / name, *EXACT, *PART, *more) for name, more in LAYOUTS[2].items()}
     passed_on = tmp_path / "passed on"
@@ -69,7 +69,7 @@ def test_two_and_four_processes_train_as_one(small_store: Store, single: Path, t
     codes, said = launch_several(2, runs, tmp_path)
     assert codes == dict.fromkeys(runs, 0) | {"refused": 2}, said[-3000:]
     assert "use a multiple of 2" in said
-    assert said.count("error: ") == 1
+    assert [said.count(f"error: process {rank} of 2: ") for rank in (0, 1)] == [1, 1]
     for name in LAYOUTS[2]:
         assert len(losses(tmp_path / name)) == 8
         assert_as_one(tmp_path / name, single, 8)

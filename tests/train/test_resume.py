@@ -156,3 +156,24 @@ def test_runs_of_another_order_are_not_gone_on_with(small_store: Store, tmp_path
         path.write_bytes(raw)
     with pytest.raises(StoreError, match="order None -> sequences"):
         train(config(small_store, run, *more, "trainer.max_steps=3"), Reporter("quiet"))
+
+
+def test_what_a_run_learns_otherwise_with_is_applied_and_said(
+    small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = [*PLAIN, "trainer.max_steps=2", "model.optim.sched.name=constant", "model.optim.sched.warmup_steps=0"]
+    train(config(small_store, tmp_path / "r", *first), Reporter())
+    assert "before it was" not in capsys.readouterr().err
+    other = ["trainer.max_steps=4", "model.optim.lr=1e-4", "model.optim.betas=[0.8,0.99]", "model.optim.weight_decay=0",
+             "model.optim.clip=0.5"]  # fmt: skip
+    train(config(small_store, tmp_path / "r", *first, *other), Reporter())
+    said = capsys.readouterr().err
+    for change in ("trainer.max_steps=4; before it was 2", "model.optim.lr=0.0001; before it was 0.005",
+                   "model.optim.betas=[0.8, 0.99]; before it was [0.9, 0.95]", "model.optim.clip=0.5; before it was 1.0",
+                   "model.optim.weight_decay=0.0; before it was 0.1"):  # fmt: skip
+        assert f"from step 3 on {change}" in said
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows if "lr" in row] == [5e-3, 5e-3, 1e-4, 1e-4]
+    (tmp_path / "r" / "config.yaml").unlink()
+    train(config(small_store, tmp_path / "r", *first, "trainer.max_steps=5"), Reporter())
+    assert "before it was" not in capsys.readouterr().err, "nothing is known of how it learned"
