@@ -141,7 +141,7 @@ class Generator:
         is_reading = config.retrieval and has_neighbors
         given, notes = self._given(texts, request, R, {} if known is None else known) if texts else (None, [])
         M = config.chunk_size
-        waits = is_reading and not (given is not None and config.reads_prefix)  # for a chunk's end, to read from then on
+        waits = is_reading and (given is None or not config.reads_prefix)  # for a chunk's end, to read from then on
         pad = -len(prompt_ids) % M if waits and request.pad_prompt else 0
         if waits and not request.pad_prompt and len(prompt_ids) < M:
             notes.append(

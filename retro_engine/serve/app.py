@@ -15,7 +15,19 @@ from starlette.routing import Route
 
 from retro_engine.errors import RetroError, typed
 from retro_engine.library.library import Library
-from retro_engine.serve import ask, documents, explain, messages, nemo, openai, rerank, responses, schema, sign_in, tokens
+from retro_engine.serve import (
+    ask,
+    documents,
+    explain,
+    messages,
+    nemo,
+    openai,
+    rerank,
+    responses,
+    schema,
+    sign_in,
+    tokens,
+)
 from retro_engine.serve.api_error import ApiError, ClientLeft, api_error
 from retro_engine.serve.gate import Gate
 from retro_engine.serve.metrics import Metrics
