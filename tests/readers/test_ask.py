@@ -91,7 +91,15 @@ def test_passages_are_as_long_as_the_reader_reads(reader_folder: Path, base: Pat
 
 
 @pytest.mark.parametrize(
-    "text", ["not in the documents", "It is not in the documents.", " Not in the documents. \nmore", "", "\n", ' "not in the documents"']
+    "text",
+    [
+        "not in the documents",
+        "It is not in the documents.",
+        " Not in the documents. \nmore",
+        "",
+        "\n",
+        ' "not in the documents"',
+    ],
 )
 def test_the_documents_do_not_hold_it(reader_folder: Path, text: str) -> None:
     hit = Hit("a.txt", "A", 0, 1.5, "The river", "", "library")
