@@ -26,6 +26,7 @@ from retro_engine.retrieval.hit import Found, Hit
 NOT_FOUND = "The documents do not hold the answer."
 MOST_CHARACTERS = 2000  # of a question
 MOST_PASSAGES = 64
+AROUND = 240  # characters on either side of what is marked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +101,9 @@ def nothing_found(question: str, why: str) -> Answer:
 
 
 def _is_absent(said: str, absent: str) -> bool:
+    """Also where it is said as a sentence: "It is not in the documents."."""
     plain = [text.strip(" .!\"'").casefold() for text in (said, absent)]
-    return not plain[0] or plain[0] == plain[1]
+    return not plain[0] or plain[0].endswith(plain[1])
 
 
 def check_passages(k: int | None) -> None:
@@ -165,13 +167,26 @@ def stride(chunk_size: int) -> int:
 
 
 def marked(text: str, span: Span | None, before: str, after: str) -> str:
-    """A passage on one line, with its span between two marks; what a terminal would obey is left out."""
-    parts = [text] if span is None else [text[: span.start], text[span.start : span.end], text[span.end :]]
-    clean = ["".join(letter if letter.isprintable() else " " for letter in part) for part in parts]
-    lines = [f"{' ' * part[:1].isspace()}{' '.join(part.split())}{' ' * part[-1:].isspace()}" for part in clean]
-    return (
-        lines[0].strip() if span is None else f"{lines[0].lstrip()}{before}{lines[1].strip()}{after}{lines[2].rstrip()}"
-    )
+    """A passage on one line, with its span between two marks and as much around it as one reads at a glance; what a terminal
+    would obey is left out.
+    """
+    if span is None:
+        return _plain(text).strip()
+    left, said, right = text[: span.start], text[span.start : span.end], text[span.end :]
+    return f"{_end_of(_plain(left))}{before}{_plain(said).strip()}{after}{_end_of(_plain(right)[::-1])[::-1]}"
+
+
+def _plain(text: str) -> str:
+    """Without line breaks and control characters; a space at either end stays one."""
+    clean = "".join(letter if letter.isprintable() else " " for letter in text)
+    return f"{' ' * clean[:1].isspace()}{' '.join(clean.split())}{' ' * clean[-1:].isspace()}" if clean.strip() else ""
+
+
+def _end_of(text: str) -> str:
+    """The last AROUND characters, from where a word begins; of text that is turned around, the first."""
+    if len(text) <= AROUND:
+        return text.lstrip()
+    return f"... {text[-AROUND:].partition(' ')[2]}"
 
 
 def terminal_marks(is_terminal: bool) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from retro_engine.data import files, manifests
 from retro_engine.data.corpus import Document, Reader, in_batches
 from retro_engine.data.identity import file_id
-from retro_engine.data.inputs import SetAside, check_file, find_files
+from retro_engine.data.inputs import SetAside, check_file, find_files, shown
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, StoreError, UnavailableError, UsageError
 from retro_engine.library.documents import MAX_DOCUMENT_BYTES, check_document
@@ -166,7 +166,11 @@ class Documents:
         for row in passed_over:
             if row.is_fault:
                 self._tell(row.source, row.reason)
-        return {file_id(path, Path(os.sep)): (path, check_file(path)) for path in paths}
+        found = {}
+        for path in paths:
+            with contextlib.suppress(MissingInputError):  # it has gone since
+                found[file_id(path, Path(os.sep))] = path, check_file(path)
+        return found
 
     def _state(self) -> State | None:
         path = self.folder / STATE_FILE
@@ -234,8 +238,12 @@ class Documents:
             for name in names:
                 path, stat = found[name]
                 old = state.files.get(name)
-                now = FileState(size=stat.st_size, modified=_trusted(stat), sha256=files.sha256_file(path))
-                if old is not None and old.sha256 == now.sha256:
+                now = _hashed(path, stat)
+                if now.aside:
+                    library.delete([] if old is None else old.ids(name))
+                    state.files[name] = now
+                    self._tell(*now.aside[0])
+                elif old is not None and old.sha256 == now.sha256:
                     state.files[name] = replace(old, size=now.size, modified=now.modified)
                 else:
                     if old is not None:
@@ -299,6 +307,15 @@ def _changed(state: State, found: dict[str, tuple[Path, os.stat_result]]) -> lis
         if name not in state.files
         or (state.files[name].size, state.files[name].modified) != (stat.st_size, stat.st_mtime_ns)
     ]
+
+
+def _hashed(path: Path, stat: os.stat_result) -> FileState:
+    """A file before it is read; set aside, and looked at again the next time, where it cannot be."""
+    try:
+        return FileState(size=stat.st_size, modified=_trusted(stat), sha256=files.sha256_file(path))
+    except (OSError, StoreError) as error:
+        reason = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
+        return FileState(size=stat.st_size, modified=0, sha256="0" * 64, num_aside=1, aside=[[shown(path), reason]])
 
 
 def _trusted(stat: os.stat_result) -> int:

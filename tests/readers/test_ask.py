@@ -91,7 +91,15 @@ def test_passages_are_as_long_as_the_reader_reads(reader_folder: Path, base: Pat
 
 
 @pytest.mark.parametrize(
-    "text", ["not in the documents", " Not in the documents. \nmore", "", "\n", ' "not in the documents"']
+    "text",
+    [
+        "not in the documents",
+        "It is not in the documents.",
+        " Not in the documents. \nmore",
+        "",
+        "\n",
+        ' "not in the documents"',
+    ],
 )
 def test_the_documents_do_not_hold_it(reader_folder: Path, text: str) -> None:
     hit = Hit("a.txt", "A", 0, 1.5, "The river", "", "library")
@@ -180,6 +188,12 @@ def test_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert marked(text, Span(0, start, start + 5, "Italy"), "[[", "]]") == "A river in [31m[[Italy]], long and wide."
     assert marked(text, None, "[[", "]]") == "A river in [31mItaly, long and wide."
     assert marked("Adda", Span(0, 0, 4, "Adda"), "<", ">") == "<Adda>"
+    long = "many words " * 100
+    shown = marked(f"{long}Adda {long}", Span(0, len(long), len(long) + 4, "Adda"), "<", ">")
+    assert shown.startswith("... many words") or shown.startswith("... words many")
+    assert "words <Adda> many words" in shown
+    assert shown.endswith(" ...")
+    assert len(shown) < 520
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert terminal_marks(is_terminal=True)[0] == "\x1b[7m"
     assert terminal_marks(is_terminal=False) == ("[[", "]]")

@@ -164,6 +164,26 @@ def test_what_a_kill_leaves_is_made_anew(small_store: Store, folder: Path) -> No
     assert found(documents, "cloud") == [f"{folder}/rows.jsonl:1"]
 
 
+def test_a_file_that_goes_meanwhile(small_store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = made(small_store, folder)
+    synced(documents)
+    (folder / "river.md").write_text("The river is short.")
+    sha256_file = module.files.sha256_file
+
+    def gone(path: Path) -> str:
+        if path.name == "river.md":
+            raise FileNotFoundError(2, "No such file or directory")
+        return sha256_file(path)
+
+    monkeypatch.setattr(module.files, "sha256_file", gone)
+    state = synced(documents)
+    assert (state.num_files, state.num_documents, state.num_aside) == (3, 3, 1)
+    assert "it cannot be read: No such file" in state.aside[0].reason
+    monkeypatch.setattr(module.files, "sha256_file", sha256_file)
+    assert synced(documents).num_documents == 4
+    assert found(documents, "short") == [f"{folder}/river.md"]
+
+
 def test_who_is_stopped_goes_on(small_store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = made(small_store, folder)
     add, calls = Library.add, []
