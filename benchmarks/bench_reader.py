@@ -4,12 +4,17 @@ Takes `--text FILE`: questions with their contexts that no training saw (SQuAD's
 `--run READER`, a reader's name or folder (default: the package's own). QUESTIONS of them (1,000), spread evenly, are answered
 from their own passage, from it among the best of BM25 over all passages of the file, from those alone (in front, and in the
 prompt of the same weights: attention among the passages too, and nothing of them kept), from another article's passage, and
-from nothing. Then the time to the first token with kept passages, in turns with the same passages in the prompt. `--parts`
-names some of these cases.
+from nothing. Then the time to the first token with kept passages, in turns with the same passages in the prompt; and `retro ask`
+over PAGES pages (1,000, of 3,000 characters) of the installed Python's documentation and of generated people, its command as a process of its own.
+`--parts` names some of these cases.
 """
 
+import itertools
 import json
 import os
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from retro_engine.bench.frame import Measured, Options, Row, Target, at_least, at_most, time_in_turns
+from retro_engine.bench.frame import Measured, Options, Row, Spread, Target, at_least, at_most, time_in_turns
+from retro_engine.data.builtin import make_entities, python_docs
 from retro_engine.data.prepare import prepare
 from retro_engine.data.question_files import Question, read_questions
 from retro_engine.data.questions import Questions
@@ -44,7 +50,16 @@ CASES = {  # name: what is read, passages at most
     "wrong passage": ("random", 4),
     "nothing": ("off", 1),
 }
-FIRST_TOKEN = "first token"
+FIRST_TOKEN, ASK = "first token", "ask"
+PARTS = (*CASES, FIRST_TOKEN, ASK)
+PAGES, PAGE = int(os.environ.get("PAGES", 1000)), 3000  # characters
+ASKED = (
+    "What does a generator return?",
+    "Which function joins paths?",
+    "How is a thread started?",
+    "What is the default encoding of a file?",
+    "Who was the first emperor of Rome?",
+)
 TIMED = 8  # questions
 
 
@@ -68,10 +83,9 @@ def run(options: Options) -> Measured:
     if options.text is None:
         why = "it asks questions about passages that no training saw"
         raise UsageError("reader has no questions", why, "--text dev-v1.1.json (SQuAD's)")
-    parts = options.parts or [*CASES, FIRST_TOKEN]
-    if wrong := [name for name in parts if name not in (*CASES, FIRST_TOKEN)]:
-        known = [*CASES, FIRST_TOKEN]
-        raise UsageError(f"{wrong[0]} is not of bench reader", nearest(wrong[0], known), ", ".join(known))
+    parts = options.parts or PARTS
+    if wrong := [name for name in parts if name not in PARTS]:
+        raise UsageError(f"{wrong[0]} is not of bench reader", nearest(wrong[0], list(PARTS)), ", ".join(PARTS))
     reader = find_reader(options.run)
     opened = open_reader(reader, base_path(reader))
     rows = [replace(row, documents=()) for row in read_questions(options.text, reader.template, print)]
@@ -121,7 +135,9 @@ def _measure(bench: Bench, parts: Sequence[str]) -> Measured:
             "questions": int(right.sum()), "wrong then": int((answers["own passage"].exact[right] == 0).sum())
         }  # fmt: skip
     timed, share = _first_token(bench, encodings) if FIRST_TOKEN in parts else ([], None)
-    return Measured(rows + timed, _targets(answers, share), facts)
+    del encodings
+    asked, targets = _ask(bench.reader) if ASK in parts else ([], [])
+    return Measured(rows + timed + asked, _targets(answers, share) + targets, facts)
 
 
 def _targets(answers: dict[str, Answers], share: float | None) -> list[Target]:
@@ -174,3 +190,48 @@ def _first_token(bench: Bench, encodings: Encodings) -> tuple[list[Row], float]:
         for name, (m, low, high) in found.items()
     ]
     return rows, found["kept passages"][0] / found["in the prompt"][0]
+
+
+def _ask(reader: Reader) -> tuple[list[Row], list[Target]]:
+    """Seconds of the first answer over many pages, of a later command, and of a later question to one that stays open."""
+    with tempfile.TemporaryDirectory() as folder:
+        pages = _write_pages(Path(folder) / "pages")
+        home = {**os.environ, "RETRO_HOME": str(Path(folder) / "home")}
+        base = ["--reader", str(reader.folder), "--base", str(base_path(reader))]
+        command = [sys.executable, "-m", "retro_engine.cli", "ask", str(pages), *base, "--json", "--quiet"]
+        times = []
+        for question in ASKED:
+            start = time.perf_counter()
+            subprocess.run([*command, question], check=True, env=home, stdout=subprocess.DEVNULL)
+            times.append(time.perf_counter() - start)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        questions = "\n".join(ASKED) + "\n"
+        found = subprocess.run(
+            [*command, "-i"], check=True, env=home, input=questions, stdout=subprocess.PIPE, text=True
+        )
+        open_times = [json.loads(line)["seconds"] for line in found.stdout.splitlines() if line.startswith("{")]
+    case, name = f"retro ask, {PAGES} pages", "reader"
+    spreads = {"first": Spread.of(times[:1]), "later": Spread.of(times[1:]), "later, open": Spread.of(open_times[1:])}
+    rows = [Row(case=f"{case}: {key}", implementation=name, median_s=s.median, low_s=s.low, high_s=s.high)
+            for key, s in spreads.items()]  # fmt: skip
+    rows[0].peak_mib = peak
+    return rows, [
+        at_most(f"{case}: seconds of the first answer", spreads["first"].median, 60),
+        at_most(f"{case}: seconds of a later command", spreads["later"].median, 2),
+        at_most(f"{case}: seconds of a later question (-i)", spreads["later, open"].median, 2),
+        at_most(f"{case}: MiB of the command at most", peak, 1.5e9 / 2**20),
+    ]
+
+
+def _write_pages(folder: Path) -> Path:
+    """PAGES * PAGE characters of documentation in files, and of generated people where it ends."""
+    folder.mkdir()
+    left = PAGES * PAGE
+    people = (" ".join([entity.document, *entity.notes]) for entity in make_entities(6 * PAGES, 0))
+    for number, text in enumerate(itertools.chain((document.text for document in python_docs()), people)):
+        text = text[:left]
+        (folder / f"{number:04}.txt").write_text(text)
+        left -= len(text)
+        if left <= 0:
+            return folder
+    raise AssertionError("a person has more than 500 characters")
