@@ -130,6 +130,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     extra = [word for word in extra if word != "--"]
     if extra and getattr(args, "prompt", "") is None:  # a prompt that stands behind a flag
         args.prompt = extra.pop(0)
+    if isinstance(getattr(args, "words", None), list):  # of `ask`: documents and a question around flags
+        args.words += [word for word in extra if not word.startswith("-")]
+        extra = [word for word in extra if word.startswith("-")]
     if extra:
         parser.error(f"{' '.join(extra)} is not known; settings are key=value")
     args.overrides, args.typed = overrides, words
