@@ -41,14 +41,15 @@ from retro_engine.train.run_data import question_search
 QUESTIONS = int(os.environ.get("QUESTIONS", 1000))
 KEPT_BYTES = 2 << 30
 BATCH = 16
-CASES = {  # name: what is read, passages at most
-    "own passage": ("gold", 4),
-    "one right of 4": ("among", 4),
-    "one right of 8": ("among", 8),
-    "best 4": ("retrieved", 4),
-    "best 4 in the prompt": ("prompt", 4),
-    "wrong passage": ("random", 4),
-    "nothing": ("off", 1),
+CASES = {  # name: what is read, passages at most, and whether one of them is chosen, as `retro ask` does
+    "own passage": ("gold", 4, False),
+    "one right of 4": ("among", 4, True),
+    "one right of 8": ("among", 8, True),
+    "one right of 8, together": ("among", 8, False),
+    "best 4": ("retrieved", 4, True),
+    "best 4 in the prompt": ("prompt", 4, False),
+    "wrong passage": ("random", 4, False),
+    "nothing": ("off", 1, False),
 }
 FIRST_TOKEN, ASK = "first token", "ask"
 PARTS = (*CASES, FIRST_TOKEN, ASK)
@@ -109,7 +110,7 @@ def _measure(bench: Bench, parts: Sequence[str]) -> Measured:
     encodings = Encodings(bench.opened.model, KEPT_BYTES)
     answers: dict[str, Answers] = {}
     rows = []
-    for name, (mode, K) in CASES.items():
+    for name, (mode, K, is_alone) in CASES.items():
         if name not in parts:
             continue
         start = time.perf_counter()
@@ -122,6 +123,7 @@ def _measure(bench: Bench, parts: Sequence[str]) -> Measured:
             limit=QUESTIONS,
             absent=bench.reader.absent,
             encode=encodings.of,
+            is_alone=is_alone,
         )
         answers[name] = found
         seconds = (time.perf_counter() - start) / len(found.texts)

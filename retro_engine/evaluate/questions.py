@@ -18,6 +18,7 @@ import torch
 from retro_engine.data.questions import Questions
 from retro_engine.evaluate.losses import bootstrap
 from retro_engine.model.decoding import decode
+from retro_engine.model.passage_choice import absence
 from retro_engine.model.prefix import Encode
 from retro_engine.model.retro import RetroModel
 
@@ -85,9 +86,11 @@ def answer_questions(
     advance: Callable[[int], None] = lambda count: None,
     absent: str | None = None,
     encode: Encode | None = None,
+    is_alone: bool = False,
 ) -> Answers:
     """Answers to every question (or `limit` spread evenly), generated in batches of prompts with as many chunks. `absent`: what
-    the model says where the passages do not hold the answer; `encode`: such as remembers passages (`Encodings.of`).
+    the model says where the passages do not hold the answer; `encode`: such as remembers passages (`Encodings.of`); `is_alone`: of
+    several passages only that is read of which `absent` is least likely (model/passage_choice.py).
     """
     assert mode in MODES, mode
     tokenizer = questions.store.tokenizer
@@ -106,6 +109,9 @@ def answer_questions(
         neighbors = lengths = None
         if mode not in ("off", "prompt") and model.config.retrieval:
             tokens, valid = questions.neighbors(group, mode)
+            if is_alone and questions.K > 1:
+                assert absent is not None, "by what passages are told apart"
+                tokens, valid = _most_likely(model, questions, group, tokens, valid, absent, encode)
             neighbors, lengths = torch.from_numpy(tokens), torch.from_numpy(valid)
         asked = [prompts[number] for number in group]
         front = 0 if neighbors is None else model.config.positions_in_front(questions.K * model.config.r)
@@ -121,6 +127,30 @@ def answer_questions(
     words = np.array([f1(answer, of) for answer, of in zip(said, right)])
     share = None if absent is None else float(np.mean([normalize(text) == normalize(absent) for text in said]))
     return Answers(said, exact, words, share, questions.num_set_aside, questions.num_left_out)
+
+
+def _most_likely(
+    model: RetroModel,
+    questions: Questions,
+    numbers: Sequence[int],
+    tokens_BKR: np.ndarray,
+    lengths_BK: np.ndarray,
+    absent: str,
+    encode: Encode | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [b, 1, R] and lengths [b, 1] of the passage that each question reads."""
+    tokenizer = questions.store.tokenizer
+    absent_id, places = tokenizer.encode(f" {absent}")[0], []
+    for number, tokens, lengths in zip(numbers, tokens_BKR, lengths_BK):
+        given = np.flatnonzero(lengths)
+        if len(given) < 2:
+            places.append(int(given[0]) if len(given) else 0)
+            continue
+        read = torch.from_numpy(tokens[given]), torch.from_numpy(lengths[given])
+        found = absence(model, questions.prompts[number], *read, absent_id, tokenizer.pad_id, encode)
+        places.append(int(given[int(found.argmin())]))
+    rows = np.arange(len(numbers))
+    return tokens_BKR[rows, places][:, None], lengths_BK[rows, places][:, None]
 
 
 def _left(model: RetroModel, length: int, wanted: int) -> int:

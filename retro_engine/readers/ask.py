@@ -11,11 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import UsageError
-from retro_engine.generate.generator import Generator
+from retro_engine.generate.generator import Generator, encode_neighbors
 from retro_engine.generate.request import Request
 from retro_engine.library.live import LiveRetriever
+from retro_engine.model.passage_choice import absence
 from retro_engine.progress import Reporter
 from retro_engine.readers.documents import Documents, Synced
 from retro_engine.readers.reader import base_path, open_reader, with_settings
@@ -31,7 +34,7 @@ AROUND = 240  # characters on either side of what is marked
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A passage that was read, best first."""
+    """A passage that was found; the first is the one that was read."""
 
     document: str  # its id: of a file its path, of a row file:line
     title: str
@@ -78,9 +81,24 @@ def passages_of(found: Found, tokenizer: Tokenizer) -> list[tuple[Hit, str]]:
     return list(zip([hit for hit, _ in pairs], tokenizer.decode_batch([tokens.tolist() for _, tokens in pairs])))
 
 
-def request_of(reader: Reader, question: str, passages: Sequence[tuple[Hit, str]]) -> Request:
-    """What the model is asked: greedily, up to the end of the line."""
+def choose(
+    generator: Generator, reader: Reader, question: str, passages: Sequence[tuple[Hit, str]]
+) -> list[tuple[Hit, str]]:
+    """The passages, first the one that is read: of which the reader says least that it does not hold the answer."""
+    if len(passages) < 2:
+        return list(passages)
+    model, tokenizer = generator.model, generator.tokenizer
     texts = [reader.shown(hit.title, text) for hit, text in passages]
+    tokens, lengths = map(torch.from_numpy, encode_neighbors(tokenizer, texts, reader.reading.retrieved_length))
+    prompt, absent_id = tokenizer.encode(reader.prompt(question)), tokenizer.encode(f" {reader.absent}")[0]
+    encode = None if generator.encodings is None else generator.encodings.of
+    best = int(absence(model, prompt, tokens, lengths, absent_id, tokenizer.pad_id, encode).argmin())
+    return [passages[best], *passages[:best], *passages[best + 1 :]]
+
+
+def request_of(reader: Reader, question: str, passages: Sequence[tuple[Hit, str]]) -> Request:
+    """What the model is asked behind the first passage: greedily, up to the end of the line."""
+    texts = [reader.shown(hit.title, text) for hit, text in passages[:1]]
     return Request(reader.prompt(question), reader.max_new_tokens, neighbors=texts, stop=("\n",))
 
 
@@ -91,7 +109,8 @@ def answer_of(reader: Reader, question: str, passages: Sequence[tuple[Hit, str]]
     sources = [Source(**{name: getattr(hit, name) for name in names}, text=read) for hit, read in passages]
     if _is_absent(said, reader.absent):
         return Answer(question=question, answer=NOT_FOUND, found=False, span=None, sources=sources)
-    span = find_span(said, [source.text for source in sources])
+    texts = [source.text for source in sources]
+    span = find_span(said, texts[:1]) or find_span(said, texts)  # where it was read, before where it stands too
     return Answer(question=question, answer=said, found=True, span=span, sources=sources)
 
 
@@ -153,7 +172,7 @@ class Asker:
             found = retriever.search(question, reading.num_neighbors, retrieved_length=reading.retrieved_length)
             why = "" if found.hits else library.why_nothing(question)
         if found.hits:
-            passages = passages_of(found, self.tokenizer)
+            passages = choose(self.generator, self.reader, question, passages_of(found, self.tokenizer))
             out = self.generator.generate_all([request_of(self.reader, question, passages)])[0]
             answer = answer_of(self.reader, question, passages, out.text)
         else:

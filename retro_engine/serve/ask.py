@@ -14,6 +14,7 @@ from retro_engine.readers.ask import (
     Answer,
     answer_of,
     checked_question,
+    choose,
     nothing_found,
     passages_of,
     request_of,
@@ -54,6 +55,7 @@ async def ask(request: Request) -> Response:
         answer = nothing_found(question, await brief(request, service.why_nothing, question))
         return JSONResponse(_shown(answer, version))
     passages = await brief(request, passages_of, found, service.tokenizer)
+    passages = await brief(request, choose, service.generator, reader, question, passages)
     asked = request_of(reader, question, passages)
     (prompt,) = await brief(request, partial(encode_prompts, param="question"), service, asked.prompt, limits)
     read = len(passages) * service.generator.model.config.r

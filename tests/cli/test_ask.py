@@ -60,7 +60,9 @@ def test_a_question(folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPa
     assert cli.main(["ask", "in", "in/river.txt", "When was the castle built?", *flags, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["found"] is True
-    assert cli.main(["ask", "in", *flags, "--json", "in/river.txt", "When was the castle built?"]) == 0, "flags anywhere"
+    assert cli.main(["ask", "in", *flags, "--json", "in/river.txt", "When was the castle built?"]) == 0, (
+        "flags anywhere"
+    )
     assert json.loads(capsys.readouterr().out)["answer"] == "in 1302"
     with pytest.raises(SystemExit):
         cli.main(["ask", "in", *flags, "--hurry", "When was the castle built?"])

@@ -12,7 +12,9 @@ from retro_engine import cli
 from retro_engine.data.questions import Questions, read_questions
 from retro_engine.data.store import Store
 from retro_engine.evaluate.questions import answer_questions, exact_match, f1, normalize
+from retro_engine.model.decoding import decode
 from retro_engine.model.encodings import Encodings
+from retro_engine.model.passage_choice import absence
 from retro_engine.model.retro import RetroModel
 
 
@@ -128,6 +130,27 @@ def test_what_is_said_to_be_absent(questions: Questions, small_store: Store) -> 
     assert again.summary()["said_absent"] == share > 0
     answer_questions(model, questions, "random", 6, encode=kept.of)
     assert kept.stats.hits
+
+
+def test_of_several_passages_the_likeliest_is_read(small_store: Store, tmp_path: Path) -> None:
+    """Each question's answer is the one that it gets from that of its passages of which `absent` is least likely."""
+    rows = [{"question": f"river {n}", "answer": "amber", "documents": [f"d{n}", f"d{n + 1}"]} for n in range(6)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = small_config(
+        vocab_size=small_store.vocab_size, chunk_size=16, init_method_std=0.3, reading="prefix", retrieved_length=32
+    )
+    model = RetroModel(config, torch.Generator().manual_seed(0)).double().eval()
+    asked = Questions(read_questions(tmp_path / "q.jsonl"), small_store, tmp_path / "q.jsonl", 96, 4, 32)
+    tokenizer = small_store.tokenizer
+    said = answer_questions(model, asked, "gold", 6, absent="lantern", is_alone=True).texts
+    assert said != answer_questions(model, asked, "gold", 6, absent="lantern").texts
+    for number, text in enumerate(said):
+        tokens, lengths = (torch.from_numpy(part[0]) for part in asked.neighbors([number], "gold"))
+        absent_id = tokenizer.encode(" lantern")[0]
+        best = int(absence(model, asked.prompts[number], tokens, lengths, absent_id, tokenizer.pad_id).argmin())
+        one = tokens[best][None, None], lengths[best][None, None]
+        (ids,) = decode(model, [asked.prompts[number]], *one, 6, tokenizer.end_ids, tokenizer.pad_id)
+        assert tokenizer.decode(ids).strip().split("\n", 1)[0].strip() == text
 
 
 def test_squad_in_four_conditions(tmp_path: Path) -> None:
