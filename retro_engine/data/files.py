@@ -9,6 +9,7 @@ leads out of the folder.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -42,6 +43,7 @@ VERSION = 1  # of manifests
 MANIFEST, LOCK = "manifest.json", ".lock"
 MOST_JSON_BYTES, HASHED = 1 << 28, 1 << 24  # pieces so large that other threads of Python seldom let this one go on
 MOST_OBJECT_BYTES = 16 << 20  # of a run's or a checkpoint's file
+UNSYNCED = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)  # of a folder that is somebody else's matter
 PLAIN_NAME = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9_.+-]{1,255}")
 KINDS = {
     stat.S_ISDIR: "a folder",
@@ -324,8 +326,8 @@ def _make(folder: Path) -> None:
         is_new = False
     try:
         sync(folder.parent)  # also of a folder that was there: who made it may have been killed before, or not cared
-    except PermissionError:
-        if is_new:
+    except OSError as error:
+        if is_new or error.errno not in UNSYNCED:
             raise
 
 

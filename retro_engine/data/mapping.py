@@ -34,6 +34,6 @@ def map_bytes(file: io.FileIO, size: int) -> np.ndarray:
         raise OSError(number, f"{os.strerror(number)}, mapping {size:,} bytes")
     pages = (ctypes.c_uint8 * size).from_address(address)
     weakref.finalize(pages, _C.munmap, address, size).atexit = False  # threads may read until the process ends
-    values = np.frombuffer(pages, np.uint8)
+    values = np.frombuffer(memoryview(pages), np.uint8)
     values.setflags(write=False)
     return values

@@ -31,11 +31,11 @@ from retro_engine.library.documents import (
     check_query,
 )
 from retro_engine.library.file import LibraryFile, checksum
-from retro_engine.library.search import Ranking, check_mode, rank, without_overlaps
+from retro_engine.library.search import NOTHING, Ranking, check_mode, counts, rank, without_overlaps
 from retro_engine.library.segments import Segment, Snapshot
 from retro_engine.library.snapshots import LibraryIndex, Shown
 from retro_engine.retrieval.analyzer import Analyzer
-from retro_engine.retrieval.hit import Hit
+from retro_engine.retrieval.hit import Counts, Hit
 
 DEFAULT = "default"  # the namespace
 DELTA_CHUNKS = 4096  # from then on the delta becomes a segment
@@ -188,7 +188,7 @@ class Library:
         also: Callable[[apsw.Connection], None] | None = None,
     ) -> tuple[int, int]:
         """Documents, deletions and the changes that `also` makes in one transaction; the version, the number deleted."""
-        with self._lock:
+        with self._lock, library_file.typed_errors(self.file.path):
             self._check_open()
             try:
                 with self.file.transaction() as connection:
@@ -222,7 +222,7 @@ class Library:
         """Delete every document of a namespace, or of all (None); return how many there were."""
         if namespace is not None:
             check_namespace(namespace)
-        with self._lock:
+        with self._lock, library_file.typed_errors(self.file.path):
             self._check_open()
             names = list(self._index.snapshots) if namespace is None else [namespace]
             count = 0
@@ -232,7 +232,11 @@ class Library:
                     count += connection.changes()
                     connection.execute("DELETE FROM segments WHERE namespace = ?", (name,))
                     connection.execute("DELETE FROM namespaces WHERE name = ?", (name,))
-            self._index.forget(self.file.version(), names)
+            try:
+                self._index.forget(self.file.version(), names)
+            except BaseException:  # what is seen must not stay behind what there is
+                self._index.load()
+                raise
             if self.file.is_mostly_free():
                 with contextlib.suppress(OutOfResourceError):  # no room to write it anew: its space is used again
                     self.file.vacuum()
@@ -333,10 +337,12 @@ class Library:
         namespace: str = DEFAULT,
         weights: Sequence[float] = (1.0, 1.0),
         retrieved_length: int | None = None,
+        beside: Callable[[np.ndarray], Counts] | None = None,
     ) -> list[tuple[Hit, np.ndarray]]:
         """`search`, with the tokens of each chunk and its continuation.
 
         Where `retrieved_length` tokens of each will be read, none is kept that shares one of them with a better one.
+        `beside`: counts of terms in another collection, with whose scores those of mode lexical shall be comparable.
         """
         check_namespace(namespace)
         check_query(text, k)
@@ -347,11 +353,17 @@ class Library:
         reach = -(-(retrieved_length or self.file.chunk_size) // self.file.stride)
         with self._view() as (connection, shown):
             snapshot = shown.snapshots.get(namespace, ())
-            ranking = rank(snapshot, mode, self.file.analyzer.query(text), vector, weights, k=k * (2 * reach - 1))
+            hashes = self.file.analyzer.query(text)
+            others = NOTHING if beside is None else beside(hashes)
+            ranking = rank(snapshot, mode, hashes, vector, weights, k * (2 * reach - 1), others)
             ranking = without_overlaps(snapshot, ranking, reach)[:k] if reach > 1 else ranking
             found = self._hits(connection, snapshot, ranking)
         self._check_open()  # not closed while it searched
         return found
+
+    def counts(self, hashes: np.ndarray, namespace: str = DEFAULT) -> Counts:
+        """How many chunks of a namespace have each of these terms, and how many it has."""
+        return counts(self._index.snapshots.get(namespace, ()), hashes)
 
     def why_nothing(self, text: str, namespace: str = DEFAULT) -> str:
         """Why a search for a text has no hit."""

@@ -1,11 +1,13 @@
 """The one search over a live library and published stores: what generation reads, routes answer and commands print.
 
-A document that was added is read from the next chunk on that asks; one that was deleted is not. Rankings of library and
-stores are joined by reciprocal rank fusion, each with its weight.
+A document that was added is read from the next chunk on that asks; one that was deleted is not. Where both are searched by words,
+and read them alike, their scores are those of one BM25 over the chunks of both (but for the mean length of a chunk, of which each
+has its own), times the weight of each; else rankings are joined by reciprocal rank fusion.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from retro_engine.errors import UsageError
 from retro_engine.library.documents import MAX_QUERY_CHARACTERS, check_query
 from retro_engine.library.library import DEFAULT, Library
 from retro_engine.library.search import check_mode, check_weights
-from retro_engine.retrieval.hit import Found, Hit, fuse
+from retro_engine.retrieval.hit import Counts, Found, Hit, fuse
 from retro_engine.retrieval.search import Retriever
 
 
@@ -87,26 +89,54 @@ class LiveRetriever:
         weights: Sequence[float] = (1.0, 1.0),
     ) -> list[Found]:
         """The k best of each text, as tokens; `mode` is of this search."""
-        live = [self._live(text, k, retrieved_length, mode or self.mode, weights) for text in texts]
+        mode = mode or self.mode
         if self.static is None:
-            return live
-        fixed = self.static.neighbors(texts, k, retrieved_length)
-        return [self._fused(pair, k, retrieved_length) for pair in zip(live, fixed)]
+            return [self._live(text, k, retrieved_length, mode, weights) for text in texts]
+        is_one = mode == "lexical" and self.static.analyzer == self.library.file.analyzer
+        theirs = self.static.counts if is_one else None
+        live = [self._live(text, k, retrieved_length, mode, weights, theirs) for text in texts]
+        ours = partial(self.library.counts, namespace=self.namespace) if is_one else None
+        fixed = self.static.neighbors(texts, k, retrieved_length, beside=ours)
+        join = self._by_score if is_one else self._fused
+        return [join(pair, k, retrieved_length) for pair in zip(live, fixed)]
 
-    def _live(self, text: str, k: int, retrieved_length: int, mode: str, weights: Sequence[float]) -> Found:
+    def _live(
+        self,
+        text: str,
+        k: int,
+        retrieved_length: int,
+        mode: str,
+        weights: Sequence[float],
+        beside: Callable[[np.ndarray], Counts] | None = None,
+    ) -> Found:
         found: list[tuple[Hit, np.ndarray]] = []
         if text.strip():
             query = text[:MAX_QUERY_CHARACTERS]
-            found = self.library.find(query, k, mode, self.namespace, weights, retrieved_length)
+            found = self.library.find(query, k, mode, self.namespace, weights, retrieved_length, beside)
         return Found.of(found, k, retrieved_length, self.library.file.tokenizer.pad_id)
 
+    def _by_score(self, sides: Sequence[Found], k: int, retrieved_length: int) -> Found:
+        """Scores of one collection, each side's with its weight; what has weight 0 is not read."""
+        scores = [
+            ((side, place), hit.score * weight)
+            for side, (found, weight) in enumerate(zip(sides, self.weights))
+            for place, hit in enumerate(found.hits)
+            if weight
+        ]
+        return self._joined(sides, sorted(scores, key=lambda pair: (-pair[1], pair[0])), k, retrieved_length)
+
     def _fused(self, sides: Sequence[Found], k: int, retrieved_length: int) -> Found:
+        rankings = [[(side, place) for place in range(len(found.hits))] for side, found in enumerate(sides)]
+        return self._joined(sides, fuse(rankings, self.weights), k, retrieved_length)
+
+    def _joined(
+        self, sides: Sequence[Found], ranking: Sequence[tuple[tuple[int, int], float]], k: int, retrieved_length: int
+    ) -> Found:
         """Ties go to the library; a chunk that stands in both is read once."""
         pairs = [found.pairs() for found in sides]
-        rankings = [[(side, place) for place in range(len(found))] for side, found in enumerate(pairs)]
         best: list[tuple[Hit, np.ndarray]] = []
         sides_of: dict[tuple[str, str], int] = {}
-        for (side, place), score in fuse(rankings, self.weights):
+        for (side, place), score in ranking:
             hit, tokens = pairs[side][place]
             if sides_of.setdefault((hit.text, hit.continuation), side) == side:
                 best.append((replace(hit, score=score), tokens))

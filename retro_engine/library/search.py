@@ -13,12 +13,14 @@ from retro_engine.errors import UsageError, nearest
 from retro_engine.jit import numba
 from retro_engine.library.segments import Snapshot
 from retro_engine.retrieval import bm25
-from retro_engine.retrieval.hit import drop_overlaps, fuse
+from retro_engine.retrieval.hit import Counts, drop_overlaps, fuse
+from retro_engine.retrieval.postings import Postings
 
 MODES = ("lexical", "dense", "hybrid")
 MIN_DEPTH = 100  # of the rankings that are fused
 
 Ranking = list[tuple[int, int, float]]  # view, chunk, score; best first
+NOTHING: Counts = (np.zeros(1, np.int64), 0)
 
 
 def check_mode(mode: str, weights: Sequence[float]) -> None:
@@ -35,14 +37,22 @@ def check_weights(weights: Sequence[float]) -> None:
 
 
 def rank(
-    snapshot: Snapshot, mode: str, hashes: np.ndarray, vector: np.ndarray | None, weights: Sequence[float], k: int
+    snapshot: Snapshot,
+    mode: str,
+    hashes: np.ndarray,
+    vector: np.ndarray | None,
+    weights: Sequence[float],
+    k: int,
+    beside: Counts = NOTHING,
 ) -> Ranking:
-    """The k best chunks of a snapshot; `hashes` are the query's terms, `vector` is for dense and hybrid."""
+    """The k best chunks of a snapshot; `hashes` are the query's terms, `vector` is for dense and hybrid; `beside` as in
+    `lexical`, whose scores it is for.
+    """
     k = min(k, sum(view.num_alive for view in snapshot))
     if k == 0:
         return []
     if mode == "lexical":
-        return lexical(snapshot, hashes, k)
+        return lexical(snapshot, hashes, k, beside)
     assert vector is not None, mode
     if mode == "dense":
         return dense(snapshot, vector, k)
@@ -52,19 +62,15 @@ def rank(
     return [(view, chunk, score) for (view, chunk), score in fuse(places, weights)[:k]]
 
 
-def lexical(snapshot: Snapshot, hashes: np.ndarray, k: int) -> Ranking:
-    """The k best chunks by BM25; fewer when fewer have a term of the query."""
+def lexical(snapshot: Snapshot, hashes: np.ndarray, k: int, beside: Counts = NOTHING) -> Ranking:
+    """The k best chunks by BM25; fewer when fewer have a term of the query. `beside`: another collection that scores shall be
+    comparable with."""
     num_chunks = sum(view.num_alive for view in snapshot)
     found = [view.part.postings(hashes, len(view.alive)) for view in snapshot]
-    frequencies = np.zeros(len(hashes), np.int64)
-    for view, postings in zip(snapshot, found):
-        if view.num_alive == len(view.alive):
-            frequencies += postings.lasts - postings.firsts
-        else:
-            _count_alive(postings.firsts, postings.lasts, postings.chunks, view.alive, frequencies)
+    frequencies = _frequencies(snapshot, found, len(hashes))
     if not frequencies.any():
         return []
-    idf = bm25.idf(frequencies, num_chunks)
+    idf = bm25.idf(frequencies + beside[0], num_chunks + beside[1])
     average = sum(view.num_terms for view in snapshot) / num_chunks
     out: Ranking = []
     for place, (view, postings) in enumerate(zip(snapshot, found)):
@@ -75,6 +81,22 @@ def lexical(snapshot: Snapshot, hashes: np.ndarray, k: int) -> Ranking:
             best, scores = bm25.best(total, min(k, len(total)))
             out += [(place, chunk, score) for chunk, score in zip(best.tolist(), scores.tolist()) if chunk >= 0]
     return sorted(out, key=lambda hit: -hit[2])[:k]  # stable: ties keep the older chunk
+
+
+def counts(snapshot: Snapshot, hashes: np.ndarray) -> Counts:
+    """Of the chunks that are alive: how many have each term, and how many there are."""
+    found = [view.part.postings(hashes, len(view.alive)) for view in snapshot]
+    return _frequencies(snapshot, found, len(hashes)), sum(view.num_alive for view in snapshot)
+
+
+def _frequencies(snapshot: Snapshot, found: Sequence[Postings], num_terms: int) -> np.ndarray:
+    frequencies = np.zeros(num_terms, np.int64)
+    for view, postings in zip(snapshot, found):
+        if view.num_alive == len(view.alive):
+            frequencies += postings.lasts - postings.firsts
+        else:
+            _count_alive(postings.firsts, postings.lasts, postings.chunks, view.alive, frequencies)
+    return frequencies
 
 
 @numba.njit(nogil=True, cache=True)

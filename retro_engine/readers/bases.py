@@ -18,7 +18,15 @@ from typing import IO
 
 from retro_engine.data import files
 from retro_engine.data.inputs import check_file
-from retro_engine.errors import MissingInputError, RetroError, StoreError, UnavailableError, UsageError, nearest
+from retro_engine.errors import (
+    MissingInputError,
+    RetroError,
+    StoreError,
+    UnavailableError,
+    UsageError,
+    nearest,
+    write_error,
+)
 from retro_engine.readers.places import Say, home, in_turn, nobody
 
 STEP = 1 << 20
@@ -159,7 +167,7 @@ def _publish(base: KnownBase, source: Path) -> None:
     except RetroError:
         raise
     except OSError as error:
-        raise files.io_error(error, base.path, base.size) from error
+        raise write_error(error, base.path, base.size) from error
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise StoreError(f"{source} is damaged", str(error), by_hand(base)) from error
     finally:

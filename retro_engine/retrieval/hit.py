@@ -16,6 +16,7 @@ from retro_engine.jit import numba
 
 RANK_OFFSET = 60  # of reciprocal rank fusion: weight / (60 + rank), ranks from 1
 
+Counts = tuple[np.ndarray, int]  # of a collection: how many chunks have each of some terms, and how many there are
 Item = TypeVar("Item", int, tuple[int, int])
 
 

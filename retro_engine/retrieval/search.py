@@ -21,7 +21,7 @@ from retro_engine.retrieval import bm25
 from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.executor import Executor
-from retro_engine.retrieval.hit import Found, Hit, drop_overlaps, fuse
+from retro_engine.retrieval.hit import Counts, Found, Hit, drop_overlaps, fuse
 from retro_engine.retrieval.index import VectorIndex
 from retro_engine.retrieval.index_build import build_index
 from retro_engine.retrieval.left_out import LeftOut
@@ -145,11 +145,16 @@ class Retriever:
     def fingerprint(self) -> str:
         return "+".join(index.fingerprint[:12] for index in self.indexes)
 
-    def search(self, texts: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [q, k] (-1 = fewer were found) and scores [q, k], best first; of copies only the first."""
+    def search(
+        self, texts: Sequence[str], k: int, beside: Callable[[np.ndarray], Counts] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [q, k] (-1 = fewer were found) and scores [q, k], best first; of copies only the first. `beside`: counts of terms
+        in another collection, with whose BM25 scores these shall be comparable.
+        """
         nothing = np.full(len(texts), -1, np.int32)
         exclude = [None if copies is None else copies.for_queries(nothing) for copies in self._copies]
-        return self._search(k, exclude, lambda: texts, lambda half: self._dense(half)[0].embed_texts(texts))
+        embed = lambda half: self._dense(half)[0].embed_texts(texts)  # noqa: E731
+        return self._search(k, exclude, lambda: texts, embed, beside)
 
     def search_rows(
         self, query: Store, first: int, last: int, k: int, exclude: Sequence[LeftOut | None]
@@ -168,11 +173,12 @@ class Retriever:
         exclude: Sequence[LeftOut | None],
         texts: Callable[[], Sequence[str]],
         vectors: Callable[[str], np.ndarray],
+        beside: Callable[[np.ndarray], Counts] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         found, depth = [], self._depth(k)
         for half in self.halves:
             if half == "bm25":
-                each = self._search_bm25(texts(), depth, exclude)
+                each = self._search_bm25(texts(), depth, exclude, beside)
             else:
                 queries, pairs = vectors(half), zip(self._dense(half), exclude)
                 each = [index.search_vectors(queries, depth, without) for index, without in pairs]
@@ -222,16 +228,35 @@ class Retriever:
         return ids, np.where(is_kept, np.take_along_axis(scores, place, 1), 0).astype(scores.dtype, copy=False)
 
     def _search_bm25(
-        self, texts: Sequence[str], k: int, exclude: Sequence[LeftOut | None]
+        self,
+        texts: Sequence[str],
+        k: int,
+        exclude: Sequence[LeftOut | None],
+        beside: Callable[[np.ndarray], Counts] | None,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Each store's best, scored with the document frequencies of all stores together."""
-        indexes = [index for index in self._indexes["bm25"] if isinstance(index, Bm25Index)]
-        if len(indexes) == 1:
+        """Each store's best, scored with the document frequencies of all stores together, and of what is beside them."""
+        indexes = self._words
+        if len(indexes) == 1 and beside is None:
             return [indexes[0].search(texts, k, exclude[0])]
         hashes = np.unique(indexes[0].analyzer.terms(texts, is_query=True).hashes)
-        frequencies = np.sum([index.frequencies(hashes) for index in indexes], axis=0)
-        together = hashes, bm25.idf(frequencies, sum(index.num_chunks for index in indexes))
+        frequencies, num_chunks = self.counts(hashes)
+        others = (0, 0) if beside is None else beside(hashes)
+        together = hashes, bm25.idf(frequencies + others[0], num_chunks + others[1])
         return [index.search(texts, k, rows, together) for index, rows in zip(indexes, exclude)]
+
+    @property
+    def _words(self) -> list[Bm25Index]:
+        return [index for index in self._indexes.get("bm25", ()) if isinstance(index, Bm25Index)]
+
+    @property
+    def analyzer(self) -> Analyzer | None:
+        """How words are read; None where neighbors are not found by words alone."""
+        return self._words[0].analyzer if self.halves == ("bm25",) else None
+
+    def counts(self, hashes: np.ndarray) -> Counts:
+        """How many chunks have each of these terms, and how many there are."""
+        frequencies = np.sum([index.frequencies(hashes) for index in self._words], axis=0)
+        return frequencies, sum(index.num_chunks for index in self._words)
 
     def hits(self, text: str, k: int) -> list[Hit]:
         """The k best chunks for a text, with their documents."""
@@ -250,9 +275,16 @@ class Retriever:
     def version(self) -> str:
         return self.fingerprint
 
-    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None) -> list[Found]:
-        """The k best of each text, as tokens. `mode` says nothing to published stores."""
-        ids, scores = self.search(texts, k)
+    def neighbors(
+        self,
+        texts: Sequence[str],
+        k: int,
+        retrieved_length: int,
+        mode: str | None = None,
+        beside: Callable[[np.ndarray], Counts] | None = None,
+    ) -> list[Found]:
+        """The k best of each text, as tokens. `mode` says nothing to published stores; `beside` as in `search`."""
+        ids, scores = self.search(texts, k, beside)
         tokens, lengths = self.loader.gather(ids, retrieved_length)
         hits = [
             [self.hit(int(i), float(s)) for i, s in zip(row, row_scores) if i >= 0]
