@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import training_helpers
 
@@ -26,6 +27,24 @@ from retro_engine.serve.start import Address, make_state
 from retro_engine.train.loop import train
 
 PASSWORD = "correct horse battery"
+
+
+class Letters:
+    """An embedder of a name, as one that reads meaning has: unit vectors of how often each letter is there."""
+
+    name = "letters-small"
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        rows = np.array([[text.count(chr(97 + letter)) for letter in range(26)] for text in texts], np.float32) + 1e-3
+        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+@contextlib.contextmanager
+def with_letters() -> Iterator[None]:
+    """Services have that embedder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Service, "embedder", property(lambda self: Letters()))
+        yield
 
 
 class Server:

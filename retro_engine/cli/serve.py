@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import prometheus_client  # noqa: F401
         import pydantic  # noqa: F401
+        import python_multipart  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:

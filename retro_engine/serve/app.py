@@ -27,6 +27,8 @@ from retro_engine.serve import (
     schema,
     sign_in,
     tokens,
+    uploads,
+    vector_stores,
 )
 from retro_engine.serve.api_error import ApiError, ClientLeft, api_error
 from retro_engine.serve.gate import Gate
@@ -79,6 +81,20 @@ ROUTES: list[tuple[str, str, Endpoint, str]] = [  # method, path, endpoint, the 
     ("GET", "/v1/documents/{id:path}", documents.get_document, "read"),
     ("DELETE", "/v1/documents/{id:path}", documents.delete_document, "write"),
     ("GET", "/v1/jobs/{id:int}", documents.get_job, "write"),
+    ("GET", "/v1/files", uploads.list_files, "read"),
+    ("POST", "/v1/files", uploads.upload, "write"),
+    ("GET", "/v1/files/{file:str}", uploads.get_file, "read"),
+    ("GET", "/v1/files/{file:str}/content", uploads.file_content, "read"),
+    ("DELETE", "/v1/files/{file:str}", uploads.delete_file, "write"),
+    ("GET", "/v1/vector_stores", vector_stores.list_stores, "read"),
+    ("POST", "/v1/vector_stores", vector_stores.create_store, "write"),
+    ("GET", "/v1/vector_stores/{store:str}", vector_stores.get_store, "read"),
+    ("DELETE", "/v1/vector_stores/{store:str}", vector_stores.delete_store, "write"),
+    ("POST", "/v1/vector_stores/{store:str}/search", vector_stores.search_store, "read"),
+    ("GET", "/v1/vector_stores/{store:str}/files", vector_stores.list_store_files, "read"),
+    ("POST", "/v1/vector_stores/{store:str}/files", vector_stores.add_file, "write"),
+    ("GET", "/v1/vector_stores/{store:str}/files/{file:str}", vector_stores.get_store_file, "read"),
+    ("DELETE", "/v1/vector_stores/{store:str}/files/{file:str}", vector_stores.delete_store_file, "write"),
     ("GET", "/openapi.json", describe, "read"),
 ]
 NEMO_ROUTES: list[tuple[str, str, Endpoint, str]] = [

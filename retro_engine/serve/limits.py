@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any, TypeVar, Union
 
 import numpy as np
@@ -53,7 +53,7 @@ Prompts = Union[str, Texts, Ids, Annotated[list[Ids], Field(fail_fast=True)]]  #
 Body = TypeVar("Body", bound=BaseModel)
 
 
-async def read_chunks(request: Request, max_bytes: int, progress_s: float) -> AsyncIterator[bytes]:
+async def read_chunks(request: Request, max_bytes: int, progress_s: float) -> AsyncGenerator[bytes, None]:
     """The body as it arrives. Raises ApiError 413 for too much, 408 for none in `progress_s`, 415 for a compressed one."""
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding != "identity":

@@ -171,8 +171,9 @@ def requests_of(
         what, name = f"{len(prompts)} prompts x {body.candidates}", "n" if body.candidates == body.n else "best_of"
         raise ApiError(400, f"{what}: at most {limits.choices} choices", name)
     most = min(default, limits.new_tokens) if body.max_tokens is None else body.max_tokens
-    if most == -1:
-        most = max(1, min(limits.new_tokens, service.engine.max_tokens - max(map(len, prompts))))
+    if most == -1:  # behind a prompt that is padded to whole chunks
+        M = service.generator.model.config.chunk_size
+        most = max(1, min(limits.new_tokens, service.engine.max_tokens - -(-max(map(len, prompts)) // M) * M))
     if most > limits.new_tokens:
         raise ApiError(400, f"max_tokens={most}: at most {limits.new_tokens:,}", "max_tokens")
     body.min_tokens = most if body.ignore_eos else body.min_tokens

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from retro_engine.library.documents import MAX_QUERY_CHARACTERS
+from retro_engine.library.library import Library
 from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.bm25 import idf, term_score
 from retro_engine.serve.api_error import ApiError
@@ -69,7 +70,8 @@ def _scores(service: Service, query: str, texts: list[str], check: Check) -> tup
     if service.embedder_name is not None:
         vectors = embed_texts(service, [query, *texts], check)
         return vectors[1:] @ vectors[0], tokens
-    analyzer = service.library.file.analyzer if service.library is not None else Analyzer()
+    library = service.library
+    analyzer = library.file.analyzer if type(library) is Library else Analyzer()  # that of replicas is elsewhere
     return bm25_scores(analyzer, query, texts), tokens
 
 

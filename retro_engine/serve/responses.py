@@ -3,7 +3,9 @@
 An answer is kept in memory unless `store` is false (`serve.kept`): a restart forgets all, and the oldest are forgotten first.
 """
 
+import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -13,17 +15,21 @@ from starlette.responses import JSONResponse, Response
 
 from retro_engine.generate.request import Event
 from retro_engine.generate.sampling import TINY
+from retro_engine.library.documents import MAX_QUERY_CHARACTERS
+from retro_engine.retrieval.hit import Hit
 from retro_engine.serve.answers import ChatAnswer, line, neighbors_json
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.chat import Message, said
 from retro_engine.serve.constraints import Json
+from retro_engine.serve.documents import library_of
 from retro_engine.serve.fields import Chat, Name, RetroOptions, Value
 from retro_engine.serve.kept import Kept
 from retro_engine.serve.limits import Strict, parse, read_json
 from retro_engine.serve.openai import chat_requests, respond
-from retro_engine.serve.request_context import caller_id, limits_of, service_of, state_of
+from retro_engine.serve.request_context import brief, caller_id, limits_of, service_of, state_of
 from retro_engine.serve.service import Service
 from retro_engine.serve.tools import MAX_TOOLS, Call, NamedTool, Tool
+from retro_engine.serve.vector_stores import MAX_RESULTS, check_store, search_stores
 
 MAX_ITEMS = 1000
 
@@ -79,6 +85,26 @@ class ToolItem(Strict):
     strict: bool | None = None
 
 
+class FileSearchItem(Strict):
+    """Vector stores that are searched for the last message; what is found is read, and cited."""
+
+    type: Literal["file_search"]
+    vector_store_ids: list[Annotated[str, Field(max_length=128)]] = Field(min_length=1, max_length=8, fail_fast=True)
+    max_num_results: int | None = Field(None, ge=1, le=MAX_RESULTS)
+    filters: None = None
+    ranking_options: None = None
+
+
+class SearchedItem(Strict):
+    """A search that an answer had, sent back: it says nothing."""
+
+    type: Literal["file_search_call"]
+    id: str | None = None
+    status: str | None = None
+    queries: list[str] | None = None
+    results: list[Json] | None = None
+
+
 class NamedItem(Strict):
     """The function that must be called."""
 
@@ -112,13 +138,15 @@ class Create(Strict):
     top_p: float | None = Field(None, ge=TINY, le=1)
     stream: bool = False
     store: bool = True
-    tools: list[ToolItem] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
+    tools: list[Annotated[ToolItem | FileSearchItem, Field(discriminator="type")]] | None = Field(
+        None, max_length=MAX_TOOLS, fail_fast=True
+    )
     tool_choice: Literal["none", "auto", "required"] | NamedItem | None = None
     text: TextOptions | None = None
     retro: RetroOptions | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] = False
-    include: list[str] | None = Field(None, max_length=0)
+    include: list[Literal["file_search_call.results"]] | None = Field(None, max_length=1)
     conversation: None = None
     prompt: None = None
     # without effect here: taken and said
@@ -132,11 +160,33 @@ class Create(Strict):
 
 
 SAME = ("metadata", "parallel_tool_calls", "user", "safety_identifier", "prompt_cache_key", "service_tier")
-KINDS: dict[str, type[MessageItem | CallItem | OutputItem]] = {
+KINDS: dict[str, type[MessageItem | CallItem | OutputItem | SearchedItem]] = {
     "message": MessageItem,
     "function_call": CallItem,
     "function_call_output": OutputItem,
+    "file_search_call": SearchedItem,
 }
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search of files found."""
+
+    query: str
+    hits: list[Hit]
+
+    def item(self, with_results: bool) -> Json:
+        results = [
+            {"file_id": h.document, "filename": h.title, "score": round(float(h.score), 6), "text": h.text + h.continuation, "attributes": {}}
+            for h in self.hits
+        ]  # fmt: skip
+        head = {"id": f"fs_{secrets.token_hex(12)}", "type": "file_search_call", "status": "completed"}
+        return {**head, "queries": [self.query], "results": results if with_results else None}
+
+    def annotations(self, index: int) -> list[Json]:
+        """Each file once, at the end of the text: every token could read all of them."""
+        files = {hit.document: hit.title for hit in self.hits}
+        return [{"type": "file_citation", "index": index, "file_id": i, "filename": name} for i, name in files.items()]
 
 
 async def create_response(request: HttpRequest) -> Response:
@@ -144,11 +194,38 @@ async def create_response(request: HttpRequest) -> Response:
     body = parse(Create, await read_json(request, limits_of(request)))
     history = _history(request, body.previous_response_id)
     messages = [*history, *said_messages(body.input)]
+    searched = await _search(request, body, messages)
     chat = _chat(body, messages)
+    if searched is not None:
+        chat.retro = chat.retro.model_copy(update={"neighbors": [hit.text + hit.continuation for hit in searched.hits]})
     asked, tools = await chat_requests(request, chat)
     keep = partial(_keep, request, messages) if body.store else None
-    answer = ResponseAnswer(service_of(request), body, tools, keep)
+    answer = ResponseAnswer(service_of(request), body, tools, keep, searched)
     return await respond(request, chat, answer, asked)
+
+
+async def _search(request: HttpRequest, body: Create, messages: list[Message]) -> Searched | None:
+    """Of the stores that a file_search names, for what the user said last. None where none is asked for."""
+    wanted = [one for one in body.tools or () if isinstance(one, FileSearchItem)]
+    if not wanted:
+        return None
+    if len(wanted) > 1:
+        raise ApiError(400, "file_search is there twice", "tools")
+    if body.retro is not None and (body.retro.neighbors is not None or body.retro.k is not None):
+        raise ApiError(
+            400, "file_search finds the neighbors: retro.neighbors and retro.k say nothing", "tools", "contradiction"
+        )
+    service, (tool,) = service_of(request), wanted
+    library, _ = library_of(request)
+    for store in tool.vector_store_ids:
+        await check_store(request, store)
+    query = next((one.text for one in reversed(messages) if one.role == "user" and one.text.strip()), "")
+    query = query[:MAX_QUERY_CHARACTERS]
+    if not query.strip():
+        return Searched("", [])
+    k = tool.max_num_results or service.generator.model.config.num_neighbors
+    hits = await brief(request, search_stores, library, service.mode, tool.vector_store_ids, [query], k)
+    return Searched(query, hits)
 
 
 async def get_response(request: HttpRequest) -> Response:
@@ -204,7 +281,7 @@ def said_messages(given: str | list[Json]) -> list[Message]:
             messages.append(said(item.role, text))
         elif isinstance(item, OutputItem):
             messages.append(said("tool", item.output, tool_call_id=item.call_id))
-        else:
+        elif isinstance(item, CallItem):
             call = Call(item.name, item.arguments, item.call_id).json()
             if messages and messages[-1].role == "assistant":
                 before = messages.pop()
@@ -224,8 +301,9 @@ def _chat(body: Create, messages: list[Message]) -> Chat:
     values["messages"] = [*system, *messages]
     if body.retro is not None:
         values["retro"] = body.retro
-    if body.tools:
-        values["tools"] = [{"type": "function", "function": one.model_dump(exclude={"type"})} for one in body.tools]
+    functions = [one.model_dump(exclude={"type"}) for one in body.tools or () if isinstance(one, ToolItem)]
+    if functions:
+        values["tools"] = [{"type": "function", "function": about} for about in functions]
     if body.tool_choice is not None:
         named = isinstance(body.tool_choice, NamedItem)
         values["tool_choice"] = (
@@ -257,9 +335,10 @@ class ResponseAnswer(ChatAnswer):
         body: Create,
         tools: Sequence[Tool],
         keep: Callable[[Json, Message], None] | None,
+        searched: Searched | None = None,
     ):
         super().__init__(service, body.stream, tools)
-        self.body, self._keep = body, keep
+        self.body, self._keep, self._searched = body, keep, searched
         self._number = 0  # of the next event
         self._items: list[Json] = []  # that are whole
         self._text: str | None = None  # of the message that is being said
@@ -268,6 +347,7 @@ class ResponseAnswer(ChatAnswer):
         self._said: list[str] = []  # notes
 
     def whole(self, count: int) -> Json:
+        self._show_search()
         for index, event in self.events:
             self._take(index, event)
         return self._finished()
@@ -278,6 +358,7 @@ class ResponseAnswer(ChatAnswer):
         if not self._number:
             begun = self._event("response.created", response=self._response("in_progress"))
             begun += self._event("response.in_progress", response=self._response("in_progress"))
+            begun += self._show_search()
         return begun + self._take(index, event)
 
     def last_lines(self, with_usage: bool) -> bytes:
@@ -302,6 +383,19 @@ class ResponseAnswer(ChatAnswer):
         self._reason = event.finish_reason or self._reason
         return out
 
+    def _show_search(self) -> bytes:
+        """What was searched, as the first item."""
+        if self._searched is None:
+            return b""
+        item = self._searched.item(bool(self.body.include))
+        where = {"output_index": 0, "item_id": item["id"]}
+        begun = {**item, "status": "in_progress", "queries": [], "results": None}
+        out = self._event("response.output_item.added", output_index=0, item=begun)
+        for state in ("in_progress", "searching", "completed"):
+            out += self._event(f"response.file_search_call.{state}", **where)
+        self._items.append(item)
+        return out + self._event("response.output_item.done", output_index=0, item=item)
+
     def _push(self, text: str) -> bytes:
         place, out = len(self._items), b""
         if self._text is None:
@@ -317,8 +411,13 @@ class ResponseAnswer(ChatAnswer):
         if self._text is None:
             return b""
         text, place = self._text, len(self._items)
-        item = self._message(text, "completed")
-        out = self._event("response.output_text.done", **self._where(), text=text, logprobs=[])
+        item, out = self._message(text, "completed"), b""
+        if self._searched is not None:
+            item["content"][0]["annotations"] = self._searched.annotations(len(text))
+            for number, cited in enumerate(item["content"][0]["annotations"]):
+                about = {"annotation_index": number, "annotation": cited}
+                out += self._event("response.output_text.annotation.added", **self._where(), **about)
+        out += self._event("response.output_text.done", **self._where(), text=text, logprobs=[])
         out += self._event("response.content_part.done", **self._where(), part=item["content"][0])
         out += self._event("response.output_item.done", output_index=place, item=item)
         self._items.append(item)
@@ -376,7 +475,10 @@ class ResponseAnswer(ChatAnswer):
     def _response(self, status: str) -> Json:
         body, is_over = self.body, status in ("completed", "incomplete")
         reasoning = {"effort": None, "summary": None} if body.reasoning is None else body.reasoning.model_dump()
-        tools = [{**one.model_dump(), "strict": bool(one.strict)} for one in body.tools or ()]
+        tools = [
+            {**one.model_dump(), **({"strict": bool(one.strict)} if isinstance(one, ToolItem) else {})}
+            for one in body.tools or ()
+        ]
         choice = body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedItem) else body.tool_choice
         shown = {"type": "text"} if body.text is None or body.text.format is None else body.text.format
         return {

@@ -7,7 +7,18 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from retro_engine.serve import ask, documents, explain, messages, nemo, openai, rerank, responses, tokens
+from retro_engine.serve import (
+    ask,
+    documents,
+    explain,
+    messages,
+    nemo,
+    openai,
+    rerank,
+    responses,
+    tokens,
+    vector_stores,
+)
 
 BODIES: dict[tuple[str, str], tuple[type[BaseModel], ...]] = {  # any one of the forms
     ("POST", "/v1/completions"): (openai.Completion,),
@@ -25,10 +36,20 @@ BODIES: dict[tuple[str, str], tuple[type[BaseModel], ...]] = {  # any one of the
     ("POST", "/v1/retrieve"): (documents.Query,),
     ("POST", "/v1/documents"): (documents.NewDocument, documents.ManyDocuments),
     ("POST", "/v1/documents/reset"): (documents.Confirmation,),
+    ("POST", "/v1/vector_stores"): (vector_stores.CreateStore,),
+    ("POST", "/v1/vector_stores/{store:str}/files"): (vector_stores.AddFile,),
+    ("POST", "/v1/vector_stores/{store:str}/search"): (vector_stores.SearchStore,),
     ("PUT", "/generate"): (nemo.Generate,),
     ("PUT", "/knn"): (nemo.Knn,),
 }
-QUERIES = {"/v1/documents": {"after": {"type": "string"}, "limit": {"type": "integer", "minimum": 1, "maximum": 1000}}}
+PAGES = {"after": {"type": "string"}, "limit": {"type": "integer", "minimum": 1, "maximum": 1000}}
+LISTS = ("/v1/documents", "/v1/files", "/v1/vector_stores", "/v1/vector_stores/{store:str}/files")
+QUERIES = dict.fromkeys(LISTS, PAGES)
+FORM = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": ["assistants", "user_data"]}},
+}
 ERROR = {
     "type": "object",
     "required": ["error"],
@@ -57,6 +78,8 @@ def describe(routes: Sequence[tuple[str, str, Any, str]]) -> dict[str, Any]:
         content = _json(forms[0] if len(forms) == 1 else {"anyOf": forms}) if forms else None
         if path.endswith("/import"):
             content = {"application/x-ndjson": {"schema": {"type": "string"}}}
+        if (method, path) == ("POST", "/v1/files"):
+            content = {"multipart/form-data": {"schema": FORM}}
         if content is not None:
             operation["requestBody"] = {"required": True, "content": content}
         paths.setdefault(re.sub(r"\{(\w+):\w+\}", r"{\1}", path), {})[method.lower()] = operation

@@ -108,8 +108,8 @@ def test_what_has_no_effect_is_said(server: Server) -> None:
         ({"input": []}, "input"), ({"input": [{"role": "user"}]}, "input.0.content"), ({"input": [{"type": "reasoning"}]}, "input.0.type"),
         ({"input": [{"type": ["message"]}]}, "input.0.type"), ({"input": [{"role": "tool", "content": "a"}]}, "input.0.role"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "text": "a"}]}]}, "input.0.content.0.type"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"), ({"max_output_tokens": 0}, "max_output_tokens"), ({"background": True}, "background"),
-        ({"include": ["reasoning.encrypted_content"]}, "include"), ({"text": {"format": {"type": "xml"}}}, "response_format.type"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0"), ({"max_output_tokens": 0}, "max_output_tokens"), ({"background": True}, "background"),
+        ({"include": ["reasoning.encrypted_content"]}, "include.0"), ({"text": {"format": {"type": "xml"}}}, "response_format.type"),
         ({"previous_response_id": "resp_x"}, "previous_response_id"), ({"unknown": 1}, "unknown"), ({"truncation": "auto"}, "truncation"),
     ],
 )  # fmt: skip
@@ -142,3 +142,39 @@ def test_what_is_kept_is_bounded() -> None:
     kept.put("f", Kept("me", {}, [said("user", "x" * 101)]))
     assert kept.get("f", "me") is None
     assert not kept.delete("f", "me")
+
+
+def test_files_that_are_searched_are_read_and_cited(server: Server) -> None:
+    client = server.openai("write", max_retries=0)
+    file = client.files.create(file=("quarry.txt", b"The quarry of Elmswell is deep."), purpose="assistants")
+    store = client.vector_stores.create(name="s", file_ids=[file.id])
+    search = {"type": "file_search", "vector_store_ids": [store.id]}
+    ask = {"input": "How deep is the quarry of Elmswell?", "tools": [search]}
+    out = create(server, **ask, include=["file_search_call.results"])
+    call, message = out.output
+    assert (call.type, call.queries) == ("file_search_call", [ask["input"]])
+    assert {(one.file_id, one.filename) for one in call.results} == {(file.id, "quarry.txt")}
+    (cited,) = message.content[0].annotations
+    assert (cited.type, cited.file_id, cited.filename, cited.index) == (
+        "file_citation",
+        file.id,
+        "quarry.txt",
+        len(out.output_text),
+    )
+    assert [one["text"] for one in out.retro["neighbors"]] == [one.text for one in call.results], "it was read"
+    events = list(create(server, **ask, stream=True))
+    kinds = [event.type for event in events]
+    assert kinds.index("response.file_search_call.completed") < kinds.index("response.output_text.delta")
+    assert kinds.count("response.output_text.annotation.added") == 1
+    assert events[-1].response.output[1].content[0].annotations == message.content[0].annotations
+    again = create(
+        server, input=[*[one.model_dump(exclude_none=True) for one in out.output], {"role": "user", "content": "And?"}]
+    )
+    assert again.output[0].type == "message"
+    nothing = create(server, input="zyzzyva", tools=[search])
+    assert nothing.output[-1].content[0].annotations == []
+    for wrong in ({**search, "vector_store_ids": ["vs_no"]}, {**search, "filters": {"type": "eq"}}):
+        with pytest.raises(openai.APIStatusError):
+            create(server, input="a", tools=[wrong])
+    with pytest.raises(openai.BadRequestError, match="say nothing"):
+        create(server, **ask, extra_body={"retro": {"k": 1}})

@@ -10,7 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
-from serve_helpers import Server, serving_run
+from serve_helpers import Server, serving_run, with_letters
 
 from retro_engine.serve.app import NEMO_ROUTES, ROUTES
 from retro_engine.serve.bounds import Limits
@@ -29,7 +29,7 @@ CHECKS = [not_a_server_error, content_type_conformance, response_schema_conforma
 @pytest.fixture(scope="module")
 def small(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     limits = Limits(new_tokens=4, prompt_tokens=100, choices=2)
-    with serving_run(small_run, tmp_path_factory.mktemp("schema"), limits, has_nemo=True) as server:
+    with with_letters(), serving_run(small_run, tmp_path_factory.mktemp("schema"), limits, has_nemo=True) as server:
         yield server
 
 
@@ -52,7 +52,7 @@ def test_it_is_of_the_routes_there_are(small: Server) -> None:
     operations = {(method, path) for path, methods in document["paths"].items() for method in methods}
     assert len(operations) == len(ROUTES) + len(NEMO_ROUTES)
     taking = {(method, path) for method, path, _, _ in [*ROUTES, *NEMO_ROUTES] if method in ("POST", "PUT")}
-    assert taking - set(BODIES) == {("POST", "/v1/documents/import")}
+    assert taking - set(BODIES) == {("POST", "/v1/documents/import"), ("POST", "/v1/files")}
     names = set(document["components"]["schemas"])
     assert {"Completion", "Chat", "NewDocument", "RetroOptions"} <= names
     assert document["paths"]["/v1/documents/{id}"]["get"]["parameters"][0]["in"] == "path"

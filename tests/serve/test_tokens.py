@@ -1,28 +1,18 @@
 """Embeddings and tokens."""
 
 import base64
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from serve_helpers import Server, post
-
-from retro_engine.serve.service import Service
-
-
-class Letters:
-    """An embedder of a name, as one that reads meaning has: unit vectors of how often each letter is there."""
-
-    name = "letters-small"
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        rows = np.array([[text.count(chr(97 + letter)) for letter in range(26)] for text in texts], np.float32) + 1e-3
-        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+from serve_helpers import Server, post, with_letters
 
 
 @pytest.fixture
-def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Service, "embedder", property(lambda self: Letters()))
+def letters() -> Iterator[None]:
+    with with_letters():
+        yield
 
 
 def test_without_an_embedder_the_reason_is_said(server: Server) -> None:
