@@ -95,7 +95,7 @@ def typed_errors(path: Path) -> Iterator[None]:
     except (apsw.BusyError, apsw.LockedError) as error:
         raise UsageError(f"{path} is in use", "another program has it locked", "wait for it to end") from error
     except (apsw.IOError, apsw.NoMemError) as error:
-        name = apsw.mapping_extended_result_codes.get(error.extendedresult, "")
+        name = apsw.mapping_extended_result_codes.get(getattr(error, "extendedresult", -1), "")
         remedy = REMEDIES[errno.ENOMEM if isinstance(error, apsw.NoMemError) else errno.EIO]
         raise OutOfResourceError(f"{path} cannot be read or written", f"{error} {name}".strip(), remedy) from error
     except (apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:

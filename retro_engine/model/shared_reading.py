@@ -67,8 +67,8 @@ class SharedReading:
 
     def __call__(self, layer: int, attention: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, t, h, e], k and v [1, t, g, e], not rotated -> [1, t, h * e]"""
-        alone = (_rows(part[0], self.alone_WR) for part in (q, k, v))
-        out_WR = attention.attend(*alone, self.rotary, is_causal=True)
+        queries, keys, values = (_rows(part[0], self.alone_WR) for part in (q, k, v))
+        out_WR = attention.attend(queries, keys, values, self.rotary, is_causal=True)
         outputs = [out_WR.flatten(0, 1)]
         outputs += [self._read(part, attention, q[0], k[0], v[0]).flatten(0, 1) for part in self.parts]
         return torch.cat(outputs).index_select(0, self.outputs_T)[None]

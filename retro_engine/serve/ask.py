@@ -62,12 +62,12 @@ async def ask(request: Request) -> Response:
     check_room(service, [prompt], asked.max_new_tokens, read, ("question", "question", "k"))
     asked = replace(asked, prompt=prompt, caller=caller_id(request))
     check_cost([asked], service, limits, "k")
-    text, num_tokens = "", 0
-    async with await RunningRequests.start(service, [asked], request.receive) as running:
+    text, num_tokens, metrics = "", 0, state_of(request).metrics
+    async with await RunningRequests.start(service, [asked], request.receive, metrics) as running:
         async for _, event in running:
             text += event.text
             num_tokens += len(event.tokens)
-    state_of(request).metrics.tokens(len(prompt), num_tokens)
+    metrics.tokens(len(prompt), num_tokens)
     return JSONResponse(_shown(answer_of(reader, question, passages, text), version))
 
 

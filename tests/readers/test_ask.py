@@ -74,7 +74,12 @@ def test_an_answer_and_where_it_stands(
     assert request.max_new_tokens == 6
     assert request.neighbors == [answer.sources[0].text], "of several passages one is read"
     shown = answer.to_json()
-    assert shown["span"] == {"source": answer.span.passage, "start": answer.span.start, "end": answer.span.end, "text": "1302"}
+    assert shown["span"] == {
+        "source": answer.span.passage,
+        "start": answer.span.start,
+        "end": answer.span.end,
+        "text": "1302",
+    }
     assert len({one["score"] for one in shown["sources"]}) == len(shown["sources"])
     assert asker.generator.encodings is not None
     before = asker.generator.encodings.stats.hits
