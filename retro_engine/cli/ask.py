@@ -27,7 +27,7 @@ def add(commands: flags.Commands) -> None:
     sub.add_argument("-i", "--interactive", action="store_true", help="one question a line from standard input")
     sub.add_argument("--reader", metavar="NAME|DIR", help="(default: smollm2, the package's own)")
     sub.add_argument("--base", metavar="FILE", help="the reader's .gguf file (default: where retro fetch puts it)")
-    sub.add_argument("--k", type=int, metavar="N", help="passages that are read (default: the reader's)")
+    sub.add_argument("--k", type=int, metavar="N", help="passages to choose from (default: the reader's)")
     sub.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: the reader's)")
     sub.add_argument("--dtype", choices=flags.WEIGHTS, help="of the weights (default: what is faster here)")
     sub.add_argument("--yes", action="store_true", help="fetch the base without asking")
