@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from retro_engine.data.batches import MODES, Sequences
 from retro_engine.data.neighbor_table import NeighborTable
@@ -21,7 +22,12 @@ class Reader(torch.nn.Module):
         self.m, self.vocab_size = m, vocab_size
         self.embedding, self.device = torch.nn.Embedding(1, 1), torch.device("cpu")
 
-    def forward(self, tokens, neighbors, lengths, documents):
+    def forward(self, tokens, neighbors, lengths, documents, labels, reads, is_each):
+        logits = self.logits(tokens, neighbors)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+        return losses.view_as(labels), logits.argmax(-1)
+
+    def logits(self, tokens, neighbors):
         logits = torch.zeros(*tokens.shape, self.vocab_size)
         if neighbors is None:
             return logits

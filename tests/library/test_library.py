@@ -997,10 +997,8 @@ def test_what_a_list_shows_has_a_checksum(folder: Path, column: str, value: str)
         library.add(documents(3))
     with contextlib.closing(sqlite3.connect(folder / FILE)) as raw, raw:
         raw.execute(f"UPDATE documents SET {column} = {value} WHERE id = 'd1'")
-    with Library(folder) as library:
-        assert [entry.id for entry in library.entries(limit=1)] == ["d0"]
-        with pytest.raises(StoreError, match=r"documents\.sqlite is damaged"):
-            library.entries()
+    with pytest.raises(StoreError, match=r"documents\.sqlite is damaged"), Library(folder) as library:
+        library.entries()
 
 
 def test_a_disk_that_fails_and_a_file_that_may_not_be_read_are_no_damage(folder: Path) -> None:

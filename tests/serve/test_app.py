@@ -38,7 +38,7 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("POST", "/v1/messages"): {
         "model": "tiny", "messages": [{"role": "user", "content": [{"type": "text", "text": "What?"}]}], "max_tokens": 2, "system": "a",
-        "stop_sequences": ["x"], "tools": [{"name": "a", "input_schema": {"type": "object"}}], "tool_choice": {"type": "auto"},
+        "stop_sequences": ["x"],
     },
     ("POST", "/v1/rerank"): {"query": "river", "documents": ["a", {"text": "b"}], "top_n": 1},
     ("POST", "/v1/vector_stores/default/search"): {"query": ["river"], "max_num_results": 2},

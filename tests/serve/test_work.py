@@ -9,11 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_helpers import Server
+from serve_helpers import Letters, Server
 
 from retro_engine.generate.fair import BusyError
 from retro_engine.serve import explain, nemo, tokens
 from retro_engine.serve.api_error import ClientLeft
+from retro_engine.serve.service import Service
 from retro_engine.serve.work import Work
 
 EXPLAIN = {"prompt": "Document doc7. river", "text": " stone amber", "neighbors": ["river stone amber", "winter"]}
@@ -115,7 +116,8 @@ def test_what_would_be_too_much_is_refused_before_any_work(
 ) -> None:
     """Sizes that are each allowed, whose product is not."""
     monkeypatch.setattr(server.state, "limits", replace(server.state.limits, work_tokens=300))
-    for module, name in ((explain, "_explain"), (tokens, "_embed"), (nemo, "_search")):
+    monkeypatch.setattr(Service, "embedder", property(lambda self: Letters()))
+    for module, name in ((explain, "_explain"), (tokens, "embed_texts"), (nemo, "_search")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("it was begun"))
     monkeypatch.setattr(server.service.engine, "submit_all", lambda *_: pytest.fail("it was begun"))
     with server.client("read") as client:
@@ -171,7 +173,6 @@ def test_nothing_is_encoded_on_the_event_loop(server: Server, monkeypatch: pytes
     asked: list[tuple[str, str, dict[str, Any]]] = [
         ("POST", "/v1/completions", {**COMPLETE, "n": 3, "retro": {"neighbors": ["amber", "granite"]}}),
         ("POST", "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}),
-        ("POST", "/v1/embeddings", {"model": "tiny", "input": "river"}),
         ("POST", "/v1/explain", EXPLAIN),
         ("POST", "/v1/retrieve", {"query": "river"}),
         ("POST", "/tokenize", {"prompt": "river"}),
