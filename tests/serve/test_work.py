@@ -169,10 +169,12 @@ def test_nothing_is_encoded_on_the_event_loop(server: Server, monkeypatch: pytes
 
         return call
 
+    monkeypatch.setattr(Service, "embedder", property(lambda self: Letters()))
     monkeypatch.setattr(type(tokenizer), "encode_batch", noted(type(tokenizer).encode_batch))
     asked: list[tuple[str, str, dict[str, Any]]] = [
         ("POST", "/v1/completions", {**COMPLETE, "n": 3, "retro": {"neighbors": ["amber", "granite"]}}),
         ("POST", "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}),
+        ("POST", "/v1/embeddings", {"model": Letters.name, "input": "river"}),
         ("POST", "/v1/explain", EXPLAIN),
         ("POST", "/v1/retrieve", {"query": "river"}),
         ("POST", "/tokenize", {"prompt": "river"}),
