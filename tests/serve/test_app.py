@@ -38,7 +38,7 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("POST", "/v1/messages"): {
         "model": "tiny", "messages": [{"role": "user", "content": [{"type": "text", "text": "What?"}]}], "max_tokens": 2, "system": "a",
-        "stop_sequences": ["x"],
+        "stop_sequences": ["x"], "tools": [{"name": "a", "input_schema": {"type": "object"}}], "tool_choice": {"type": "auto"},
     },
     ("POST", "/v1/rerank"): {"query": "river", "documents": ["a", {"text": "b"}], "top_n": 1},
     ("POST", "/v1/vector_stores/default/search"): {"query": ["river"], "max_num_results": 2},
@@ -69,7 +69,7 @@ ANY = st.recursive(
 
 @pytest.fixture(scope="module")
 def small(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    limits = Limits(new_tokens=6, prompt_tokens=200, choices=4)
+    limits = Limits(new_tokens=6, prompt_tokens=300, choices=4)
     with with_letters(), serving_run(small_run, tmp_path_factory.mktemp("app"), limits, has_nemo=True) as server:
         yield server
 
