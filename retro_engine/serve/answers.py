@@ -244,6 +244,49 @@ class ChatAnswer(Answer):
         }
 
 
+class BlockAnswer(ChatAnswer):
+    """A chat answer of blocks, one after the other: text that is being said, and calls."""
+
+    def __init__(self, service: Service, is_stream: bool, tools: Sequence[Tool]):
+        super().__init__(service, is_stream, tools)
+        self._hits: list[dict[str, Any]] = []
+        self._said: list[str] = []  # notes
+
+    @abstractmethod
+    def _push(self, text: str) -> bytes:
+        """More of the text block."""
+
+    @abstractmethod
+    def _close_text(self) -> bytes:
+        """The text block is whole, if one was begun."""
+
+    @abstractmethod
+    def _add_call(self, call: Call) -> bytes:
+        """A whole block."""
+
+    @abstractmethod
+    def _note_end(self, reason: str | None, event: Event) -> None:
+        """Why it ended: with a call `reason` says so, the event's own does not."""
+
+    def _take(self, index: int, event: Event) -> bytes:
+        """What comes of an event; of a whole answer nobody reads the lines."""
+        self._hits += [hit for hit in neighbors_json(event.new_hits or []) if hit not in self._hits]
+        self._said += event.notes
+        is_last = event.finish_reason is not None
+        text, calls, reason = self.said(index, event.text, event.finish_reason, is_last)
+        out = self._push(text) if text else b""
+        if calls or is_last:
+            out += self._close_text()
+        for call in calls:
+            out += self._add_call(call)
+        if is_last:
+            self._note_end(reason, event)
+        return out
+
+    def _about(self) -> dict[str, Any]:
+        return {**self._retro(), "neighbors": self._hits, "notes": [*self.notes, *self._said]}
+
+
 def _is_text(raw: bytes) -> bool:
     try:
         raw.decode()

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from retro_engine.generate.request import Event
 from retro_engine.generate.sampling import TINY
-from retro_engine.serve.answers import ChatAnswer, line, neighbors_json
+from retro_engine.serve.answers import BlockAnswer, line
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.chat import Message, said
 from retro_engine.serve.constraints import Json
@@ -190,7 +190,7 @@ def _arguments(value: Json) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-class MessageAnswer(ChatAnswer):
+class MessageAnswer(BlockAnswer):
     """One answer as a message of blocks, and the events of its stream."""
 
     name, prefix, end = "message", "msg", b""
@@ -200,8 +200,6 @@ class MessageAnswer(ChatAnswer):
         self._stops = stops
         self._blocks: list[Json] = []  # that are whole
         self._text: str | None = None  # of the block that is being said
-        self._hits: list[Json] = []
-        self._said: list[str] = []  # notes
         self._ended: tuple[str | None, str | None] = (None, None)  # why, and by which stop sequence
         self._is_begun = False
 
@@ -230,20 +228,8 @@ class MessageAnswer(ChatAnswer):
     def failed_lines(self, error: ApiError) -> bytes:
         return _event("error", error=error.body()["error"])
 
-    def _take(self, index: int, event: Event) -> bytes:
-        """What comes of an event; of a whole answer nobody reads the lines."""
-        self._hits += [hit for hit in neighbors_json(event.new_hits or []) if hit not in self._hits]
-        self._said += event.notes
-        is_last = event.finish_reason is not None
-        text, calls, reason = self.said(index, event.text, event.finish_reason, is_last)
-        out = self._push(text) if text else b""
-        if calls or is_last:
-            out += self._close_text()
-        for call in calls:
-            out += self._use(call)
-        if is_last:
-            self._ended = self._why(reason, event.stopped_by)
-        return out
+    def _note_end(self, reason: str | None, event: Event) -> None:
+        self._ended = self._why(reason, event.stopped_by)
 
     def _why(self, reason: str | None, stop: str | None) -> tuple[str, str | None]:
         if reason == "tool_calls":
@@ -267,7 +253,7 @@ class MessageAnswer(ChatAnswer):
         self._text = None
         return _event("content_block_stop", index=len(self._blocks) - 1)
 
-    def _use(self, call: Call) -> bytes:
+    def _add_call(self, call: Call) -> bytes:
         place, block = len(self._blocks), {"type": "tool_use", "id": call.id, "name": call.name}
         self._blocks.append({**block, "input": json.loads(call.arguments)})
         out = _event("content_block_start", index=place, content_block={**block, "input": {}})
@@ -276,9 +262,6 @@ class MessageAnswer(ChatAnswer):
 
     def _head(self) -> Json:
         return {"id": self.head["id"], "type": "message", "role": "assistant", "model": self.service.name}
-
-    def _about(self) -> Json:
-        return {**self._retro(), "neighbors": self._hits, "notes": [*self.notes, *self._said]}
 
     def _usage(self) -> Json:
         read = self.cached_tokens

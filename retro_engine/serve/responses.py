@@ -17,7 +17,7 @@ from retro_engine.generate.request import Event
 from retro_engine.generate.sampling import TINY
 from retro_engine.library.documents import MAX_QUERY_CHARACTERS
 from retro_engine.retrieval.hit import Hit
-from retro_engine.serve.answers import ChatAnswer, line, neighbors_json
+from retro_engine.serve.answers import BlockAnswer, line
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.chat import Message, said
 from retro_engine.serve.constraints import Json
@@ -324,7 +324,7 @@ def _format(value: Json | None) -> Json | None:
     return {"type": "json_schema", "json_schema": {name: part for name, part in value.items() if name != "type"}}
 
 
-class ResponseAnswer(ChatAnswer):
+class ResponseAnswer(BlockAnswer):
     """One answer as a response: its items, and the events of its stream."""
 
     name, prefix, end = "response", "resp", b""
@@ -343,8 +343,6 @@ class ResponseAnswer(ChatAnswer):
         self._items: list[Json] = []  # that are whole
         self._text: str | None = None  # of the message that is being said
         self._reason: str | None = None
-        self._hits: list[Json] = []
-        self._said: list[str] = []  # notes
 
     def whole(self, count: int) -> Json:
         self._show_search()
@@ -369,19 +367,8 @@ class ResponseAnswer(ChatAnswer):
         about = {"code": error.code or "server_error", "message": error.message}
         return self._event("response.failed", response={**self._response("failed"), "error": about})
 
-    def _take(self, index: int, event: Event) -> bytes:
-        """What comes of an event; of a whole answer nobody reads the lines."""
-        self._hits += [hit for hit in neighbors_json(event.new_hits or []) if hit not in self._hits]
-        self._said += event.notes
-        is_last = event.finish_reason is not None
-        text, calls, _ = self.said(index, event.text, event.finish_reason, is_last)
-        out = self._push(text) if text else b""
-        if calls or is_last:
-            out += self._close_text()
-        for call in calls:
-            out += self._add_call(call)
-        self._reason = event.finish_reason or self._reason
-        return out
+    def _note_end(self, reason: str | None, event: Event) -> None:
+        self._reason = event.finish_reason
 
     def _show_search(self) -> bytes:
         """What was searched, as the first item."""
@@ -504,7 +491,7 @@ class ResponseAnswer(ChatAnswer):
             "truncation": "disabled",
             "usage": self._usage() if is_over else None,
             "metadata": body.metadata or {},
-            "retro": {**self._retro(), "neighbors": self._hits, "notes": [*self.notes, *self._said]},
+            "retro": self._about(),
         }
 
     def _usage(self) -> Json:
