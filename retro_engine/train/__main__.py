@@ -168,4 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from retro_engine.train.signals import leave
+
+    exit_code = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        leave(exit_code)
+    sys.exit(exit_code)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from retro_engine.train.__main__ import main
+from retro_engine.train.signals import leave
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
@@ -19,3 +20,4 @@ if __name__ == "__main__":
         if dist.get_rank() == 0:
             print(f"{name}: exit code {code}", flush=True)
     dist.destroy_process_group()
+    leave(0)

@@ -50,3 +50,13 @@ def test_signals_save_and_the_run_goes_on(
     result = train(config(small_store, out, f"trainer.max_steps={step + 2}"), Reporter("quiet"))
     assert result.step == step + 2
     assert sorted(losses(out)) == list(range(1, step + 3))
+
+
+def test_one_of_several_processes_leaves_while_its_groups_are_busy(tmp_path: Path) -> None:
+    """Teardown would abort here (SIGABRT, -6)."""
+    script = Path(__file__).parent / "leave_while_busy.py"
+    words = [sys.executable, str(script), str(tmp_path / "store")]
+    both = [subprocess.Popen([*words, rank], stdout=subprocess.PIPE, text=True) for rank in "01"]
+    for process in both:
+        said, _ = process.communicate(timeout=60)
+        assert (process.returncode, said) == (3, "left, done at the end\n")
