@@ -1,10 +1,12 @@
-"""One thread a worker, and the store that many tests read."""
+"""One thread a worker, nothing of the user's own cache, and the store that many tests read."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +16,14 @@ from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What would be kept in the user's cache (readers/places.py) is kept here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETRO_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="session")

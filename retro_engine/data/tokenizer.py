@@ -147,11 +147,15 @@ class Tokenizer:
         if not is_marked:
             return str(self.backend.to_str())
         self._make_special(self.eod_id)
-        values = json.loads(self.backend.to_str())
+        whole = str(self.backend.to_str(pretty=True))
+        if type(self.backend.model).__name__ == "Unigram":  # its scores: two libraries write numbers in two ways
+            whole = json.dumps(json.loads(whole), ensure_ascii=False, indent=2)
+        cut = whole.index(',\n  "model": {')  # the last and largest part; a line break in a text would be escaped
+        values = json.loads(f"{whole[:cut]}}}")
         for token in values["added_tokens"]:
             if token["id"] == self.eod_id:
                 token[END_MARK] = True
-        return json.dumps(values, ensure_ascii=False, indent=2)
+        return json.dumps(values, ensure_ascii=False, indent=2).removesuffix("\n}") + whole[cut:]
 
     def _make_special(self, index: int) -> None:
         from tokenizers import AddedToken
@@ -171,7 +175,7 @@ class Tokenizer:
         )
         return found if isinstance(found, int) and found < self.vocab_size else None
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
 

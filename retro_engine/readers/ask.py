@@ -21,6 +21,7 @@ from retro_engine.library.live import LiveRetriever
 from retro_engine.model.passage_choice import absence
 from retro_engine.progress import Reporter
 from retro_engine.readers.documents import Documents, Synced
+from retro_engine.readers.places import nobody
 from retro_engine.readers.reader import base_path, open_reader, with_settings
 from retro_engine.readers.reader_file import Reader, find_reader
 from retro_engine.readers.spans import Span, find_span
@@ -156,7 +157,8 @@ class Asker:
             raise UsageError(f"max_new_tokens={max_new_tokens} cannot be used", "at least one token is generated")
         found = reader if isinstance(reader, Reader) else find_reader(reader)
         self.reader = with_settings(found, k, max_new_tokens)
-        opened = open_reader(self.reader, base_path(self.reader, base), dtype)
+        say = nobody if reporter is None else reporter.say
+        opened = open_reader(self.reader, base_path(self.reader, base), dtype, say)
         self.tokenizer, self.generator = opened.tokenizer, Generator(opened.model, opened.tokenizer)
         inputs = [documents] if isinstance(documents, str | Path) else list(documents)
         chunk_size = self.reader.reading.chunk_size

@@ -1,7 +1,7 @@
 """Where what can be made or fetched again is kept, and who may write there at a time.
 
-RETRO_HOME, else XDG_CACHE_HOME/retro-engine, else ~/.cache/retro-engine: bases/ (readers/bases.py) and documents/
-(readers/documents.py), which nobody but the user may read.
+RETRO_HOME, else XDG_CACHE_HOME/retro-engine, else ~/.cache/retro-engine: bases/ (readers/bases.py), opened/ (readers/kept.py) and
+documents/ (readers/documents.py), which nobody but the user may read.
 """
 
 import contextlib

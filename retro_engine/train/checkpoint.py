@@ -62,6 +62,7 @@ from retro_engine.errors import (
     writing,
 )
 from retro_engine.model.linear import is_sharded
+from retro_engine.model.memory import safetensors_parts
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import config_to_json, read_config
 from retro_engine.progress import note
@@ -165,8 +166,6 @@ class Saver:
         contents: dict[str, bytes],
     ) -> None:
         """In the background: shards of every process; then the first one adds the rest and publishes."""
-        from safetensors.torch import save as to_bytes
-
         try:
             with publishing:
                 write_shards()
@@ -174,7 +173,7 @@ class Saver:
                 if not self.parallel.is_main:
                     return
                 name = WEIGHTS_FILE if self.base is None else ADAPTERS_FILE
-                _complete(aside, {**contents, name: to_bytes(weights)}, hashes)
+                _complete(aside, contents, {name: weights}, hashes)
                 with writing(final):
                     _discard(final)  # never whole: see above
             self._prune()
@@ -265,13 +264,11 @@ def publish_model(
 
     Raises UsageError for a folder that holds something.
     """
-    from safetensors.torch import save as to_bytes
-
     files.check_unused(folder)
-    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     contents = _contents(model, tokenizer, {"step": 0, **trainer}, generation)
     with files.publish_folder(folder) as aside:
-        _complete(aside, {**contents, WEIGHTS_FILE: to_bytes(weights)}, {})
+        _complete(aside, contents, {WEIGHTS_FILE: weights}, {})
 
 
 def _contents(
@@ -289,13 +286,19 @@ def _contents(
     }
 
 
-def _complete(folder: Path, contents: dict[str, bytes], hashes: dict[str, str]) -> None:
+def _complete(
+    folder: Path, contents: dict[str, bytes], tensors: dict[str, dict[str, Tensor]], hashes: dict[str, str]
+) -> None:
     """Write the files, and COMPLETE, with their hashes and `hashes` of those that are there; all are on the disk before."""
     with writing(folder):
         files.sync_tree(folder)
-    for name, content in contents.items():
-        files.publish(folder / name, [content])
-        hashes = {**hashes, name: hashlib.sha256(content).hexdigest()}
+    written = {name: safetensors_parts(those) for name, those in tensors.items()}
+    for name, parts in {**{name: [content] for name, content in contents.items()}, **written}.items():
+        files.publish(folder / name, parts)
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        hashes = {**hashes, name: digest.hexdigest()}
     files.publish(folder / COMPLETE, [files.json_bytes(hashes, is_sorted=True)])
 
 

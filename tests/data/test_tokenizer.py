@@ -1,5 +1,6 @@
 """Tokenizers: training, loading, special tokens that text cannot forge, bytes of tokens."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +122,16 @@ def test_what_stands_before_neighbors_in_front() -> None:
     instruct = Tokenizer(chatml().json, end_token="<|im_end|>")
     assert (instruct.eod_id, instruct.sink_id) == (2, 0)
     assert byte_level().sink_id == byte_level().eod_id
+
+
+@pytest.mark.parametrize("make", [*KINDS.values(), chatml], ids=lambda make: make.__name__)
+def test_a_marked_end_changes_no_other_byte_of_how_json_writes_it(make: Callable[[], Tokenizer]) -> None:
+    """So that fingerprints stay what they were when all of it was written by json."""
+    plain = make()
+    plain.backend.add_special_tokens(["<end \u2581\n\u7f\\>"])  # of no name that is known
+    entry = plain.backend.get_vocab_size() - 1
+    marked = Tokenizer(plain.backend.to_str(), end_token=entry)
+    values = json.loads(marked.backend.to_str())
+    next(token for token in values["added_tokens"] if token["id"] == entry)["end_of_document"] = True
+    assert marked.json == json.dumps(values, ensure_ascii=False, indent=2)
+    assert Tokenizer(marked.json).eod_id == entry

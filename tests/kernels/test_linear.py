@@ -27,7 +27,7 @@ def seen(x: Tensor) -> Tensor:
     return rounded(x.float()) if cpp.is_available() else x
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 17, MANY_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 17, 50, MANY_ROWS + 1])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 2), (24, 4), (64, 80), (100, 200), (577, 33), (1601, 50)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_weights_against_float64(
@@ -54,7 +54,9 @@ def test_narrow_weights_against_float64(
 
 @pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("inputs", [100, 1601])  # 1601: several blocks, and a rest
+@pytest.mark.parametrize(
+    "inputs", [96, 100, 1601]
+)  # 96: whole tiles of a matrix unit; 1601: several blocks, and a rest
 def test_a_row_does_not_depend_on_the_rows_beside_it(instruction_set: str, kind: torch.dtype, inputs: int) -> None:
     rows = 21  # three tiles, or more
     x, weight = torch.randn(rows, inputs), (20 * torch.randn(77, inputs)).to(kind)

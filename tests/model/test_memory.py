@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from retro_engine.bench.machine import resident_mib
 from retro_engine.errors import MissingInputError, StoreError
-from retro_engine.model.memory import LargePages, MappedTensors, trim, untouched_zeros
+from retro_engine.model.memory import LargePages, MappedTensors, safetensors_parts, trim, untouched_zeros
 
 MIB = 1 << 20
 
@@ -90,3 +90,23 @@ def test_room_is_side_by_side_and_no_more_than_was_asked_for() -> None:
     assert one.sum() == 5
     with pytest.raises(AssertionError):
         room.take((1,), torch.int8)
+
+
+def test_what_is_written_is_safetensors_and_begins_at_cache_lines(tmp_path: Path) -> None:
+    tensors = {
+        "odd": torch.arange(7, dtype=torch.float32),
+        "none": torch.empty(0, 4),
+        "one": torch.tensor(3, dtype=torch.int64),
+        "is": torch.tensor([True, False]),
+        "matrix": torch.randn(24, 32).bfloat16(),
+        "turned": torch.randn(32, 16).T,
+        "bytes": torch.randint(0, 255, (3, 64), dtype=torch.uint8),
+    }
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"".join(safetensors_parts(tensors)))
+    found, mapped = load_file(path), MappedTensors(path)
+    assert found.keys() == mapped.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor), name
+        assert torch.equal(mapped[name], tensor), name
+    assert all(mapped[name].data_ptr() % 64 == 0 for name in ("matrix", "turned", "bytes"))

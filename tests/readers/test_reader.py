@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf_helpers
@@ -45,6 +46,48 @@ def test_types(reader_folder: Path, base: Path, dtype: str | None) -> None:
     assert not any(parameter.requires_grad for parameter in opened.model.parameters())
 
 
+def test_what_the_first_opening_makes_is_mapped_by_later_ones(
+    reader_folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETRO_HOME", str(tmp_path / "home"))
+    reader, said = read_reader(reader_folder), list[str]()
+    first = open_reader(reader, base, "bf16", said.append)
+    (kept,) = (tmp_path / "home" / "opened" / reader.name).glob("bf16-*")
+    base.with_suffix(".tmp").write_bytes(b"")  # another file: it is not read
+    later = open_reader(reader, base.with_suffix(".tmp"), "bf16", said.append)
+    assert first.model.state_dict().keys() == later.model.state_dict().keys()
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, later.model.state_dict()[name]), name
+    assert first.tokenizer.fingerprint == later.tokenizer.fingerprint
+    assert first.tokenizer.end_ids == later.tokenizer.end_ids
+    assert first.folder == later.folder == reader_folder
+    for dtype in ("fp32", "int8"):  # of one file
+        open_reader(reader, base, dtype, said.append)
+    assert len(list(kept.parent.iterdir())) == 2 + 1  # and the lock
+    assert said == []
+    weights = kept / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.unlink()
+    weights.write_bytes(raw)
+    again = open_reader(reader, base, "bf16", said.append)
+    assert torch.equal(again.model.embedding.weight, first.model.embedding.weight)
+    assert len(said) == 1 and said[0].endswith("it is made again")
+    open_reader(replace(reader, adapters="0" * 64), base, "bf16", said.append)  # the same reader, trained again
+    assert not kept.exists()
+    assert len(said) == 1
+
+
+def test_a_reader_that_cannot_be_kept_is_opened_all_the_same(
+    reader_folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").write_text("a file where the folder would be")
+    monkeypatch.setenv("RETRO_HOME", str(tmp_path / "home"))
+    said = list[str]()
+    assert open_reader(read_reader(reader_folder), base, "fp32", said.append).model.config.reads_prefix
+    assert len(said) == 1 and said[0].startswith("the opened reader cannot be kept")
+
+
 def test_what_is_refused(reader_folder: Path, base: Path, tmp_path: Path) -> None:
     reader = read_reader(reader_folder)
     with pytest.raises(UsageError, match="dtype='fp8' does not exist"):
@@ -70,7 +113,10 @@ def test_what_is_refused(reader_folder: Path, base: Path, tmp_path: Path) -> Non
             open_reader(read_reader(folder), base)
 
 
-def test_a_missing_extra_is_named(reader_folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(
+    reader_folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETRO_HOME", str(tmp_path / "home"))
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingExtraError, match=r"retro-engine\[ask\]"):
         open_reader(read_reader(reader_folder), base)

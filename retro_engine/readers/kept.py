@@ -1,0 +1,51 @@
+"""What the first opening of a reader made of its base and its adapters, kept for later ones, which map it.
+
+Reads and writes HOME/opened/NAME/DTYPE-KEY/: a checkpoint's folder without an optimizer (docs/formats.md), weights in
+DTYPE, fp32 or bf16; KEY is of the hashes of both. Another base or other adapters of the same reader take its place.
+"""
+
+import hashlib
+from pathlib import Path
+
+from retro_engine.data import files
+from retro_engine.data.checkpoint_files import COMPLETE
+from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.errors import InUseError, MissingInputError, RetroError, StoreError
+from retro_engine.generate.open_model import OpenedModel, open_model
+from retro_engine.interop.imports import GREEDY
+from retro_engine.model.retro import RetroModel
+from retro_engine.readers.places import Say, home
+from retro_engine.readers.reader_file import Reader
+from retro_engine.train.checkpoint import publish_model
+
+
+def kept_folder(reader: Reader, dtype: str) -> Path:
+    key = hashlib.sha256(f"{reader.base.sha256} {reader.adapters} {reader.lora}".encode()).hexdigest()[:16]
+    return home() / "opened" / reader.name / f"{'bf16' if dtype == 'bf16' else 'fp32'}-{key}"
+
+
+def open_kept(folder: Path, dtype: str, say: Say) -> OpenedModel | None:
+    """What was kept; None where nothing was, or what is there is damaged, which is said."""
+    if not (folder / COMPLETE).is_file():
+        return None
+    try:
+        return open_model(folder, dtype, "cpu")
+    except (StoreError, MissingInputError) as error:
+        say(f"{error.what} ({error.why}): it is made again")
+        return None
+
+
+def keep(folder: Path, model: RetroModel, tokenizer: Tokenizer, say: Say) -> None:
+    """Write what was made, unless another process is at it; where it cannot be written, that is said."""
+    place = folder.parent
+    try:
+        files.make_folder(place)
+        with files.locked(place):
+            for old in place.glob(f"{folder.name.partition('-')[0]}-*"):  # who has it open keeps its pages
+                files.remove_tree(old)
+            publish_model(folder, model, tokenizer, {"imported": "a reader"}, GREEDY)
+    except InUseError:
+        return
+    except (RetroError, OSError) as error:
+        why = f"{error.what}: {error.why}" if isinstance(error, RetroError) else str(error)
+        say(f"the opened reader cannot be kept, every start makes it anew ({why})")
