@@ -22,6 +22,7 @@ from retro_engine.model.prefix import Encode, padded
 from retro_engine.model.retro import RetroModel
 
 ALL = slice(None)
+FEW_TOKENS, FEW_SCORES = 128, 1 << 17  # a block of fewer, with fewer scores of queries and keys, is rows of one step
 PLAIN = "this model is a plain decoder (model.retrieval=false): it takes no neighbors"
 
 
@@ -43,10 +44,18 @@ def prefill(
     text). Raises ValueError for what does not fit.
     """
     start, T = _check_block(model, cache, tokens_BT, neighbors_BLKR, lengths_BLK), tokens_BT.shape[1]
+    reads = any(map(cache.reads, range(len(tokens_BT))))
+    is_front_new = (
+        reads and not keeps_front and start // model.config.chunk_size < (start + T) // model.config.chunk_size
+    )
+    is_padded = bool((cache.pads_B > start).any())
+    if neighbors_BLKR is None and not (model.config.cross_layers or is_front_new or is_padded):
+        logits = _prefill_rows(model, cache, tokens_BT, last_only)
+        if logits is not None:
+            return logits
     reading = None
     if model.config.cross_layers:
         reading = _CachedReading(model, cache, start, T, neighbors_BLKR, lengths_BLK)
-    reads = any(map(cache.reads, range(len(tokens_BT))))
     front = FrontReading(cache, start, T, neighbors_BLKR, lengths_BLK, keeps_front) if reads else None
     attention = _CachedAttention(cache, start, T, front)
     x = model.run_layers(model.embed(tokens_BT, cache.positions(start)), attention, reading)
@@ -55,6 +64,23 @@ def prefill(
             read.keep()
     cache.lengths_B += T
     return model.logits(model.normed(x[:, -1:] if last_only else x))
+
+
+def _prefill_rows(model: RetroModel, cache: DecodeCache, tokens_BT: Tensor, last_only: bool) -> Tensor | None:
+    """`prefill` of a few tokens that read what stands there, as rows of one step of decoding; None where it is no step in C++."""
+    B, T = tokens_BT.shape
+    is_short = B * T <= FEW_TOKENS and B * T * (cache.length + T) <= FEW_SCORES
+    if not is_short or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    rows = cache.ahead([T] * B)
+    del cache.parts[-B * T, 0]  # else there would be one of every number of tokens
+    x = model.embed(tokens_BT.reshape(-1, 1), rows.positions(rows.lengths_B))[:, 0]
+    steps = prepared_steps(model, rows)
+    if not steps.takes(x):
+        return None
+    x = steps.run(x).view(B, T, -1)
+    cache.lengths_B += T
+    return model.logits(model.normed((x[:, -1:] if last_only else x).to(model.dtype)))
 
 
 def decode_one(

@@ -199,6 +199,8 @@ class Documents:
                     for name in gone:
                         library.delete(state.files.pop(name).ids(name))
                     num_read = self._read(library, state, changed, found)
+                    if num_read:
+                        library.merge()  # else the words of what is in no segment are read at each opening
                 finally:  # who is stopped has read what it read
                     state.library = library.version
                     self._publish(state)

@@ -292,8 +292,9 @@ def _complete(
     """Write the files, and COMPLETE, with their hashes and `hashes` of those that are there; all are on the disk before."""
     with writing(folder):
         files.sync_tree(folder)
-    written = {name: safetensors_parts(those) for name, those in tensors.items()}
-    for name, parts in {**{name: [content] for name, content in contents.items()}, **written}.items():
+    written: dict[str, list[bytes | memoryview]] = {name: [content] for name, content in contents.items()}
+    written |= {name: safetensors_parts(those) for name, those in tensors.items()}
+    for name, parts in written.items():
         files.publish(folder / name, parts)
         digest = hashlib.sha256()
         for part in parts:

@@ -128,7 +128,7 @@ def test_what_stands_before_neighbors_in_front() -> None:
 def test_a_marked_end_changes_no_other_byte_of_how_json_writes_it(make: Callable[[], Tokenizer]) -> None:
     """So that fingerprints stay what they were when all of it was written by json."""
     plain = make()
-    plain.backend.add_special_tokens(["<end \u2581\n\u7f\\>"])  # of no name that is known
+    plain.backend.add_special_tokens(["<end \u2581\n\x7f\\>"])  # of no name that is known
     entry = plain.backend.get_vocab_size() - 1
     marked = Tokenizer(plain.backend.to_str(), end_token=entry)
     values = json.loads(marked.backend.to_str())

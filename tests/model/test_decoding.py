@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import small_config, small_inputs, small_model
+from retro_kernels import cpp
 
 from retro_engine.errors import UsageError
+from retro_engine.model import decoding
 from retro_engine.model.decode_cache import DecodeCache, new_cache
+from retro_engine.model.decode_prefix import read_in_front
 from retro_engine.model.decoding import decode, decode_one, prefill, step
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
@@ -256,6 +259,55 @@ def test_a_batch_is_its_rows_and_a_full_pass() -> None:
             given = neighbors[row].expand(1, chunks, -1, -1)
             assert int(model(torch.tensor([tokens]), given, every, documents)[0, -1].argmax()) == token
             tokens.append(token)
+
+
+@pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "overrides",
+    [{"retrieval": False}, {"retrieval": False, "position_embedding": "learned"}, {"reading": "prefix", "sink_id": 3}],
+    ids=["plain", "learned", "in front"],
+)
+@torch.no_grad()
+def test_a_few_tokens_are_rows_of_one_step(
+    monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], rows: int
+) -> None:
+    """Blocks that end chunks too, where what stands in front stays; and none where it is exchanged, or one is padded."""
+    model = small_model(**overrides).float()
+    tokens, neighbors = small_inputs(model, batch=rows, n=20)
+    taken: list[bool] = []
+    rows_of = decoding._prefill_rows
+
+    def noted(*arguments: Any) -> torch.Tensor | None:
+        found = rows_of(*arguments)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(decoding, "_prefill_rows", noted)
+
+    def logits_of(few: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(decoding, "FEW_TOKENS", few)
+        cache = new_cache(model, rows, 32, 2 * model.config.r)
+        if model.config.reads_prefix:
+            read_in_front(cache, range(rows), neighbors[:, 0], None)
+        keeps = {"keeps_front": True}
+        found = [prefill(model, cache, tokens[:, :7], **keeps), prefill(model, cache, tokens[:, 7:9], **keeps)]
+        found.append(prefill(model, cache, tokens[:, 9:19], last_only=True, **keeps))
+        return [*found, decode_one(model, cache, tokens[:, 19])[:, None]]
+
+    together, tiles = logits_of(128), logits_of(0)
+    assert taken == [True] * 3 + [False] * 3
+    for one, other in zip(together, tiles, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+    padded = new_cache(model, rows, 32, 2 * model.config.r)
+    padded.clear(0, 2)
+    monkeypatch.setattr(decoding, "FEW_TOKENS", 128)
+    prefill(model, padded, tokens[:, :6], keeps_front=True)
+    assert len(taken) == 6
+    if model.config.reads_prefix:
+        prefill(model, new_cache(model, rows, 32, 2 * model.config.r), tokens[:, :6])
+        assert len(taken) == 6
 
 
 def test_stops_and_retrieval_off() -> None:
