@@ -294,7 +294,8 @@ def ask(
     """Answer a question from files and folders; `reader`: a name or a folder, `base`: its GGUF file (None: the package's own
     reader, and what `retro fetch` brought). For several questions: `retro_engine.readers.ask.Asker`.
     """
-    from retro_engine.readers.ask import Asker, checked_question
+    from retro_engine.readers.ahead import checked_question
+    from retro_engine.readers.ask import Asker
 
     checked_question(question)  # before anything is loaded
     return Asker(documents, reader, base, k=k, max_new_tokens=max_new_tokens, dtype=dtype).ask(question)

@@ -34,22 +34,24 @@ def add(commands: flags.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from retro_engine.readers.ask import checked_question
-    from retro_engine.readers.reader_file import find_reader
+    from retro_engine.readers.ahead import begin, checked_question
+    from retro_engine.readers.reader_file import find_reader, with_settings
 
     documents, question = _documents_and_question(args)
     if question is not None:
-        checked_question(question)  # before anything is loaded
+        question = checked_question(question)  # before anything is loaded
     for path in documents:
         if not os.path.lexists(path) and not any(letter in path for letter in "*?["):
             raise MissingInputError(f"{path} does not exist", "documents are files and folders", _usage())
     reader = find_reader(args.reader)
     if args.base is None:
         _settle_base(args, reader)
+    reader = with_settings(reader, args.k, args.max_new_tokens)
+    ahead = None if question is None else begin(reader, documents, question, flags.reporter(args))
     asker = _opened(args, documents, reader)
     for line in [question] if question is not None else _lines(args):
         try:
-            answer = asker.ask(line)
+            answer = asker.ask(line, ahead)
         except UsageError as error:
             if question is not None:
                 raise
@@ -78,8 +80,7 @@ def _documents_and_question(args: argparse.Namespace) -> tuple[list[str], str | 
 def _opened(args: argparse.Namespace, documents: list[str], reader: "Reader") -> "Asker":
     from retro_engine.readers.ask import Asker
 
-    more = {"k": args.k, "max_new_tokens": args.max_new_tokens, "dtype": args.dtype}
-    return Asker(documents, reader, args.base, reporter=flags.reporter(args), **more)
+    return Asker(documents, reader, args.base, dtype=args.dtype, reporter=flags.reporter(args))
 
 
 def _settle_base(args: argparse.Namespace, reader: "Reader") -> None:

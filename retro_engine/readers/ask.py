@@ -14,22 +14,19 @@ from typing import Any
 import torch
 
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import UsageError
 from retro_engine.generate.generator import Generator, encode_neighbors
 from retro_engine.generate.request import Request
-from retro_engine.library.live import LiveRetriever
 from retro_engine.model.passage_choice import absence
 from retro_engine.progress import Reporter
+from retro_engine.readers.ahead import Ahead, checked_question, search
 from retro_engine.readers.documents import Documents, Synced
 from retro_engine.readers.places import nobody
-from retro_engine.readers.reader import base_path, open_reader, with_settings
-from retro_engine.readers.reader_file import Reader, find_reader
+from retro_engine.readers.reader import base_path, open_reader
+from retro_engine.readers.reader_file import Reader, find_reader, with_settings
 from retro_engine.readers.spans import Span, find_span
 from retro_engine.retrieval.hit import Found, Hit
 
 NOT_FOUND = "The documents do not hold the answer."
-MOST_CHARACTERS = 2000  # of a question
-MOST_PASSAGES = 64
 AROUND = 240  # characters on either side of what is marked
 
 
@@ -62,18 +59,6 @@ class Answer:
             **{n: getattr(self.span, n) for n in ("start", "end", "text")},
         }
         return asdict(self) | {"span": span}
-
-
-def checked_question(question: str) -> str:
-    """On one line. Raises UsageError for an empty or huge one."""
-    if not isinstance(question, str) or not question.strip():
-        raise UsageError("the question is empty", "there is nothing to answer", "ask for something")
-    if len(question) > MOST_CHARACTERS:
-        why = f"at most {MOST_CHARACTERS:,} are read"
-        raise UsageError(f"the question has {len(question):,} characters", why, "ask one question, and shortly")
-    if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in question):
-        raise UsageError("the question is not text", "it holds a NUL character or half of a surrogate pair")
-    return " ".join(question.split())
 
 
 def passages_of(found: Found, tokenizer: Tokenizer) -> list[tuple[Hit, str]]:
@@ -126,13 +111,6 @@ def _is_absent(said: str, absent: str) -> bool:
     return not plain[0] or plain[0].endswith(plain[1])
 
 
-def check_passages(k: int | None) -> None:
-    if k is not None and not 1 <= k <= MOST_PASSAGES:
-        raise UsageError(
-            f"k={k} cannot be used", f"1 to {MOST_PASSAGES} passages are read", "leave it out: the reader's"
-        )
-
-
 class Asker:
     """An open reader over documents that it follows as they change."""
 
@@ -152,39 +130,30 @@ class Asker:
 
         Raises UsageError, MissingInputError and StoreError for what cannot be used, is not there, or is another.
         """
-        check_passages(k)
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={max_new_tokens} cannot be used", "at least one token is generated")
         found = reader if isinstance(reader, Reader) else find_reader(reader)
         self.reader = with_settings(found, k, max_new_tokens)
         say = nobody if reporter is None else reporter.say
         opened = open_reader(self.reader, base_path(self.reader, base), dtype, say)
         self.tokenizer, self.generator = opened.tokenizer, Generator(opened.model, opened.tokenizer)
         inputs = [documents] if isinstance(documents, str | Path) else list(documents)
-        chunk_size = self.reader.reading.chunk_size
-        self.documents = Documents(inputs, self.tokenizer, chunk_size, stride(chunk_size), reporter)
+        reading = self.reader.reading
+        self.documents = Documents(inputs, self.tokenizer, reading.chunk_size, reading.stride, reporter)
         self.synced: Synced | None = None  # of the last question
 
-    def ask(self, question: str) -> Answer:
-        """Raises UsageError for a question that cannot be used, MissingInputError where there is no document."""
+    def ask(self, question: str, ahead: Ahead | None = None) -> Answer:
+        """`ahead`: the search for its passages, which has begun already. Raises UsageError for a question that cannot be used,
+        MissingInputError where there is no document.
+        """
         question, begin = checked_question(question), time.monotonic()
-        reading = self.reader.reading
-        with self.documents.opened() as (library, self.synced):
-            retriever = LiveRetriever(library)
-            found = retriever.search(question, reading.num_neighbors, retrieved_length=reading.retrieved_length)
-            why = "" if found.hits else library.why_nothing(question)
+        searched = (ahead and ahead.result()) or search(self.documents, question, self.reader.reading)
+        found, self.synced = searched.found, searched.synced
         if found.hits:
             passages = choose(self.generator, self.reader, question, passages_of(found, self.tokenizer))
             out = self.generator.generate_all([request_of(self.reader, question, passages)])[0]
             answer = answer_of(self.reader, question, passages, out.text)
         else:
-            answer = nothing_found(question, why)
+            answer = nothing_found(question, searched.why)
         return replace(answer, seconds=time.monotonic() - begin)
-
-
-def stride(chunk_size: int) -> int:
-    """Tokens between the starts of chunks: half of one, so that few sentences are cut in every chunk that has them."""
-    return max(1, chunk_size // 2)
 
 
 def marked(text: str, span: Span | None, before: str, after: str) -> str:

@@ -4,7 +4,6 @@ Reads and writes HOME/opened/NAME/DTYPE-KEY/: a checkpoint's folder without an o
 DTYPE, fp32 or bf16; KEY is of the hashes of both. Another base or other adapters of the same reader take its place.
 """
 
-import hashlib
 from pathlib import Path
 
 from retro_engine.data import files
@@ -20,8 +19,7 @@ from retro_engine.train.checkpoint import publish_model
 
 
 def kept_folder(reader: Reader, dtype: str) -> Path:
-    key = hashlib.sha256(f"{reader.base.sha256} {reader.adapters} {reader.lora}".encode()).hexdigest()[:16]
-    return home() / "opened" / reader.name / f"{'bf16' if dtype == 'bf16' else 'fp32'}-{key}"
+    return home() / "opened" / reader.name / f"{'bf16' if dtype == 'bf16' else 'fp32'}-{reader.key}"
 
 
 def open_kept(folder: Path, dtype: str, say: Say) -> OpenedModel | None:

@@ -105,10 +105,3 @@ def _merged(reader: Reader, base: Path, dtype: torch.dtype) -> tuple[RetroModel,
         state[name] = whole[name].to(dtype)
     check_names(set(state), set(names), file.name)
     return new_model(config, state, file.name).eval(), tokenizer
-
-
-def with_settings(reader: Reader, num_neighbors: int | None = None, max_new_tokens: int | None = None) -> Reader:
-    """The same with what a user asked for otherwise."""
-    reading = reader.reading if num_neighbors is None else replace(reader.reading, num_neighbors=num_neighbors)
-    most = reader.max_new_tokens if max_new_tokens is None else max_new_tokens
-    return replace(reader, reading=reading, max_new_tokens=most)

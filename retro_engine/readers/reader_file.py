@@ -5,7 +5,8 @@ and README.md, the card. The base is not in it: reader.json has its SHA-256. The
 retro_engine/readers/NAME/; one of a user's own is named by its folder.
 """
 
-from dataclasses import asdict, dataclass
+import hashlib
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from retro_engine.config import LoraConfig
@@ -20,6 +21,7 @@ SHIPPED = Path(__file__).parent
 DEFAULT = "smollm2"
 QUESTION, TEXT, TITLE = "{question}", "{text}", "{title}"
 MOST_CHUNK = 1 << 12  # tokens
+MOST_PASSAGES = 64  # that are read
 NAME = manifests.text(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LINE = manifests.text(r"[^\0\n\r\ud800-\udfff]{1,200}")
 FIELDS = manifests.fields(
@@ -72,6 +74,11 @@ class ReadingSettings:
     num_neighbors: int
     sink_id: int | None
 
+    @property
+    def stride(self) -> int:
+        """Tokens between the starts of chunks: half of one, so that few sentences are cut in every chunk that has them."""
+        return max(1, self.chunk_size // 2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
@@ -87,6 +94,11 @@ class Reader:
     absent: str  # the answer that means: not in the documents
     max_new_tokens: int
     adapters: str  # SHA-256 of adapters.safetensors
+
+    @property
+    def key(self) -> str:
+        """Of its weights: the base's and the adapters'."""
+        return hashlib.sha256(f"{self.base.sha256} {self.adapters} {self.lora}".encode()).hexdigest()[:16]
 
     def prompt(self, question: str) -> str:
         return self.template.replace(QUESTION, question)
@@ -161,3 +173,15 @@ def find_reader(name: str | Path | None = None) -> Reader:
         return read_reader(Path(name))
     there = f"this package has {', '.join(known)}" if known else "this package has none of its own"
     raise MissingInputError(f"there is no reader {name}", nearest(str(name), known) or there, "--reader FOLDER")
+
+
+def with_settings(reader: Reader, num_neighbors: int | None = None, max_new_tokens: int | None = None) -> Reader:
+    """The same with what a user asked for otherwise. Raises UsageError for what cannot be used."""
+    if num_neighbors is not None and not 1 <= num_neighbors <= MOST_PASSAGES:
+        why = f"1 to {MOST_PASSAGES} passages are read"
+        raise UsageError(f"k={num_neighbors} cannot be used", why, "leave it out: the reader's")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens={max_new_tokens} cannot be used", "at least one token is generated")
+    reading = reader.reading if num_neighbors is None else replace(reader.reading, num_neighbors=num_neighbors)
+    most = reader.max_new_tokens if max_new_tokens is None else max_new_tokens
+    return replace(reader, reading=reading, max_new_tokens=most)

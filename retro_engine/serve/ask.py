@@ -9,16 +9,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from retro_engine.errors import UsageError
-from retro_engine.readers.ask import (
-    MOST_CHARACTERS,
-    Answer,
-    answer_of,
-    checked_question,
-    choose,
-    nothing_found,
-    passages_of,
-    request_of,
-)
+from retro_engine.readers.ahead import MOST_CHARACTERS, checked_question
+from retro_engine.readers.ask import Answer, answer_of, choose, nothing_found, passages_of, request_of
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.limits import Strict, parse, read_json
 from retro_engine.serve.prompts import check_cost, check_model_name, check_room, encode_prompts

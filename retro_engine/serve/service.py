@@ -28,7 +28,6 @@ from retro_engine.library.live import LiveRetriever, library_coding
 from retro_engine.library.search import check_mode
 from retro_engine.model.device import pick_device
 from retro_engine.model.memory import trim
-from retro_engine.readers.ask import stride
 from retro_engine.readers.reader import base_path, open_reader
 from retro_engine.readers.reader_file import Reader, find_reader
 from retro_engine.retrieval.hit import Found
@@ -180,7 +179,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
         static = Retriever(stores) if stores else None
         if shared is None:
             chunk_size = model.config.chunk_size
-            step = None if reader is None else stride(chunk_size)
+            step = None if reader is None else reader.reading.stride
             library = open_library(library_folder(options, folder), tokenizer, chunk_size, step)
             shared = library, Importer(library)
             shared[1].recover()
