@@ -182,3 +182,16 @@ def test_it_is_said_on_standard_error(run: Path, capsys: pytest.CaptureFixture[s
     assert main(["generate", str(run), "river", "--device", "gpu"]) == 5
     assert "there is no GPU" in capsys.readouterr().err
     assert device.ACCELERATORS == DEVICES == ("auto", "cpu", "gpu")
+
+
+@pytest.mark.parametrize("name", ["RETRO_PRODUCTS", "RETRO_BACKEND", "RETRO_CPU"])
+def test_kernels_that_the_environment_names_and_are_not_there_are_a_three_line_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_run: Path, name: str
+) -> None:
+    monkeypatch.setenv(name, "x")
+    for command in (["generate", str(small_run), "river"], ["doctor"]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {name}=x")
+        assert error.rstrip().endswith(f"  unset {name}")
+        assert len(error.splitlines()) <= 3
