@@ -27,7 +27,8 @@ class Setting:
 
     def __str__(self) -> str:
         unit = f", {self.unit}" if self.unit else ""
-        return f"{self.key} ({self.type}, default {self.default}{unit}): {self.meaning}"
+        default = str(self.default).replace("\n", "\\n")
+        return f"{self.key} ({self.type}, default {default}{unit}): {self.meaning}"
 
 
 def settings() -> list[Setting]:
@@ -46,7 +47,7 @@ def _settings(node: Any, prefix: str, comments: dict[tuple[str, str], str]) -> l
         text = next((comments[name, item.name] for name in classes if (name, item.name) in comments), "")
         allowed = allowed_of(item)
         kind = item.type.__name__ if isinstance(item.type, type) else str(item.type)
-        shown = f"one of {', '.join(map(str, allowed))}" if allowed else kind
+        shown = " | ".join(map(str, allowed)) if allowed else kind
         meaning, unit = _apart(text)
         found.append(Setting(key=key, type=shown, default=value, unit=unit, meaning=meaning))
     return found
