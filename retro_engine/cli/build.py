@@ -181,7 +181,7 @@ def run_neighbors(args: argparse.Namespace) -> int:
     )
     without, worth = share_without_neighbors(table), _worth(args, table, query)
     result = {"table": str(table.folder), **table.summary(), "share_without_neighbors": without, **worth}
-    print_summary(args, result, *of_table(table, without, worth))
+    print_summary(args, result, *of_table(table, without))
     return 0
 
 

@@ -38,15 +38,11 @@ def of_store(store: "Store", out: Path) -> tuple[list[str], list[str]]:
     return lines, [f"retro build {quoted(out)}"]
 
 
-def of_table(table: "NeighborTable", without: float, worth: dict[str, float]) -> tuple[list[str], list[str]]:
-    """`without`: share of the chunks that have no neighbor; `worth`: what could be copied (`build._worth`)."""
+def of_table(table: "NeighborTable", without: float) -> tuple[list[str], list[str]]:
+    """`without`: share of the chunks that have no neighbor."""
     name = table.manifest["retriever"].get("name", "")
     chunks = f"{table.query.num_rows:,} chunks, {without:.2%} of them without any"
     lines = [f"{table.folder}: {table.num_neighbors} neighbors a chunk by {name}, for {chunks}"]
-    if worth:
-        lines.append(
-            f"copy ceiling {worth['copy_ceiling']:.1%}: what of held-out text only neighbors give word for word"
-        )
     store, size = table.query.folder, table.query.chunk_size
     more = "" if size == DEFAULT_CHUNK else f" model.chunk_size={size}"
     named = quoted(f"model.data.store={store}")
