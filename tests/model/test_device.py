@@ -186,12 +186,16 @@ def test_it_is_said_on_standard_error(run: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("name", ["RETRO_PRODUCTS", "RETRO_BACKEND", "RETRO_CPU"])
 def test_kernels_that_the_environment_names_and_are_not_there_are_a_three_line_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_run: Path, name: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
+    """Where it is decided on what a command runs, so in all that compute."""
     monkeypatch.setenv(name, "x")
-    for command in (["generate", str(small_run), "river"], ["doctor"]):
-        assert main(command) == 2
-        error = capsys.readouterr().err
-        assert error.startswith(f"error: {name}=x")
-        assert error.rstrip().endswith(f"  unset {name}")
-        assert len(error.splitlines()) <= 3
+    with pytest.raises(UsageError, match=f"^{name}=x"):
+        pick_device("cpu")
+    assert main(["mup", "check"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name}=x")
+    assert main(["doctor"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {name}=x")
+    assert error.endswith(f"\n  unset {name}\n")
+    assert len(error.splitlines()) <= 3
