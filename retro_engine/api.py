@@ -91,17 +91,22 @@ class Corpus:
         chunk_size: int = 64,
         tokenizer: str = "auto",
         quiet: bool = False,
+        format: str | None = None,
+        split: str = "auto",
         **reading: Any,
     ) -> "Corpus":
         """Read files, folders and glob patterns into a store at `out` (None = a temporary folder; `fit` keeps it beside the run).
+        `format` and `split` are those of `retro prepare`.
 
         What is passed over or set aside is said, and listed in the store's set_aside.jsonl. Raises MissingInputError
         when nothing matches; further arguments are those of `data.prepare.prepare`.
         """
+        from retro_engine.data.corpus import Reader
         from retro_engine.data.kept_stores import hold, temporary_folder
         from retro_engine.data.prepare import prepare
 
-        reading = {"say": Reporter("quiet" if quiet else "text").say, **reading}
+        reader = Reader(format=format, split=split)
+        reading = {"say": Reporter("quiet" if quiet else "text").say, "reader": reader, **reading}
         folder, holder = temporary_folder() if out is None else (Path(out), None)
         store = prepare(patterns, folder, tokenizer, chunk_size=chunk_size, **reading)
         if holder is not None:

@@ -147,10 +147,11 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
 def test_what_is_passed_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By name, unless it is to be quiet; a name with brackets that is there is no pattern."""
     (tmp_path / "[a].txt").write_text("the text of one document")
-    (tmp_path / "b.odt").write_text("x")
+    (tmp_path / "b.odt").write_text("x and y")
     for quiet in (False, True):
         corpus = Corpus.from_files(tmp_path / "*", tmp_path / "[a].txt", vocab_size=300, quiet=quiet)
         assert corpus.store.num_documents == 1
         error = capsys.readouterr().err
         assert (f"passed over: {tmp_path}/b.odt: of an unknown kind" in error) != quiet
         assert (f"passed over: {tmp_path}/[a].txt: the same file as" in error) != quiet
+    assert Corpus.from_files(tmp_path, format="text", vocab_size=300, quiet=True).store.num_documents == 2

@@ -26,7 +26,7 @@ from retro_engine.data.inputs import (
     stem_of,
 )
 from retro_engine.data.rows import Row, RowReader
-from retro_engine.data.splitting import Piece, heading_level, pieces
+from retro_engine.data.splitting import SPLITS, Piece, heading_level, pieces
 from retro_engine.data.streams import (
     HEAD,
     REPLACE,
@@ -60,7 +60,8 @@ ReadRow = TypeVar("ReadRow", bound=Document | SetAside)
 @dataclass(frozen=True)
 class Reader:
     """How files are read. `errors`: strict sets rows with bad UTF-8 aside, replace repairs them. `format`: what all files
-    are, of inputs.FORMATS; None = their suffixes say. `split`: of texts, blank-lines, headings or none (splitting.py).
+    are, of inputs.FORMATS; None = their suffixes say. `split`: of texts (splitting.py); auto, which
+    `splitting.settle` settles, is none here.
     """
 
     text_key: str = "text"
@@ -73,6 +74,9 @@ class Reader:
         if self.format is not None and self.format not in FORMATS:
             names = list(FORMATS)
             raise UsageError(f"--format {self.format} does not exist", nearest(self.format, names), ", ".join(names))
+        if self.split not in SPLITS:
+            names = list(SPLITS)
+            raise UsageError(f"--split {self.split} does not exist", nearest(self.split, names), ", ".join(names))
 
     @property
     def kind(self) -> str:
@@ -85,7 +89,7 @@ class Reader:
         rows = RowReader(self.errors, self.max_document_bytes, columns, required=self.text_key)
         for path in paths:
             kind = self.kind or kind_of(path)
-            if kind in TEXT_KINDS and self.split != "none":
+            if kind in TEXT_KINDS and self.split in ("blank-lines", "headings"):
                 yield from self._parts(path)
                 continue
             if kind in (*TEXT_KINDS, *PAGE_KINDS, *DOCUMENT_KINDS):

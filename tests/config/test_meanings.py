@@ -20,9 +20,7 @@ def test_they_are_read_as_they_are_written() -> None:
     assert found["model.chunk_size"] == (
         "model.chunk_size (int, default 64, tokens): m: of a chunk, which must be the store's"
     )
-    assert found["model.activation"].startswith(
-        "model.activation (swiglu | gelu | gelu_tanh, default swiglu): of the"
-    )
+    assert found["model.activation"].startswith("model.activation (swiglu | gelu | gelu_tanh, default swiglu): of the")
     assert "prefix: their keys and values before the decoder's own" in found["model.reading"]
     assert not [text for text in found.values() if "\n" in text]
     assert found["trainer.max_time_s"].endswith(

@@ -103,3 +103,5 @@ def test_any_name_is_read_as_the_format_that_is_said(tmp_path: Path) -> None:
         find_files([tmp_path / "rows.dat"])
     with pytest.raises(UsageError, match="--format txet does not exist\n.*did you mean text"):
         Reader(format="txet")
+    with pytest.raises(UsageError, match="--split heading does not exist\n.*did you mean headings"):
+        Reader(split="heading")
