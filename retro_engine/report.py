@@ -48,7 +48,7 @@ nav a { color: var(--a); margin-right: 1rem; white-space: nowrap; }
 details.section { margin-top: 1.6rem; } summary { cursor: pointer; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { color: var(--faint); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 7rem; } th { color: var(--faint); font-weight: 600; }
 .verdict { font-size: 1.1rem; border-left: 4px solid var(--a); padding: .4rem 1rem; }
 .note, figcaption { color: var(--faint); font-size: .9rem; } figure { margin: 1rem 0; }
 svg { width: 100%; min-width: 32rem; height: auto; } svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
