@@ -15,7 +15,7 @@ from retro_engine.errors import UsageError
 
 LINE_EVERY_S = 10.0
 ASK_ABOVE_S = 600.0
-BAR = 24  # characters
+BAR = 16  # characters
 SLOW_S = 0.5  # what takes longer is shown as seconds each
 CLEAR = "\r\x1b[K"  # the terminal's line
 FIGURES = {  # of `Meter.figures`, as people read them
@@ -111,7 +111,7 @@ class Meter:
             print(json.dumps(event), file=sys.stderr, flush=True)
             return
         known = [form.format(figures[name]) for name, form in FIGURES.items() if name in figures]
-        rest = ", ".join([*known, _pace(rate), f"{duration(left_s)} left"])
+        rest = ", ".join([f"{duration(left_s)} left", *known, _pace(rate)])  # a narrow terminal cuts the end
         if self.is_terminal:
             filled = int(BAR * self.done / max(1, self.total))
             bar = "#" * filled + "." * (BAR - filled)

@@ -24,7 +24,7 @@ def test_what_is_measured_stands_in_the_line(
 ) -> None:
     line = shown("text", monkeypatch, capsys)
     assert line == (
-        "training: 15 of 100 steps, loss 3.250, validation 1.900 bits per byte, 12,346 tokens/s, 4.0 s each, 6 min left\n"
+        "training: 15 of 100 steps, 6 min left, loss 3.250, validation 1.900 bits per byte, 12,346 tokens/s, 4.0 s each\n"
     )
     assert shown("quiet", monkeypatch, capsys) == ""
     event = json.loads(shown("json", monkeypatch, capsys, seconds=10.0))
@@ -44,7 +44,7 @@ def test_a_bar_fits_the_terminal_and_makes_room_for_words(
     reporter.say("done")
     out = capsys.readouterr().err
     bar = out.split(progress.CLEAR)[1]
-    assert bar.startswith("training [######..................] 1/4 steps, ")
+    assert bar.startswith("training [####............] 1/4 steps, 3 s left")
     assert len(bar) <= 59
     assert f"{progress.CLEAR}step 1: well\n" in out
     assert out.endswith("\ndone\n")
