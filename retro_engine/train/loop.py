@@ -488,7 +488,8 @@ class _Training:
         self.metrics |= values
         loss_now = results[modes[0]].loss
         self.validated = self.step, loss_now
-        if self.watch.is_best(loss_now) and self.config.exp_manager.keep_best:
+        is_best = self.parallel.any(int(self.watch.is_best(loss_now)))  # all save, or none
+        if is_best and self.config.exp_manager.keep_best:
             self.best_step = self.step
         log.log(self.step, values)
         shown = ", ".join(f"{mode} {result.bits_per_byte:.3f}" for mode, result in results.items())
