@@ -73,8 +73,10 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     found = _checkpoints_of(path)
     best = best_of(found)
-    if best != found[-1]:
-        note(f"{best} is read: its validation loss is lower than that of {found[-1].name}, the newest")
+    newest = found[-1]
+    if best != newest:
+        why = "was not validated" if math.isinf(valid_loss(newest)) else "has a higher one"
+        note(f"{best} is read, for its validation loss: {newest.name}, the newest, {why}")
     return best
 
 

@@ -483,6 +483,8 @@ class _Training:
             shard=(self.parallel.data_rank, self.parallel.data),
             reduce=self.parallel.sum_arrays,
         )
+        if not results[modes[0]].tokens.sum():
+            return  # documents of one token: nothing was measured
         values = {f"valid_bits_per_byte_{mode}": result.bits_per_byte for mode, result in results.items()}
         values |= {f"valid_loss_{mode}": result.loss for mode, result in results.items()}
         self.metrics |= values

@@ -60,7 +60,9 @@ def test_the_best_is_read_and_the_newest_where_a_run_goes_on(
     run = run_of(tmp_path / "run", losses)
     assert find_checkpoint(run).name == f"step-{best:06d}"
     is_last = best == len(losses) - 1
-    assert ("its validation loss is lower" in capsys.readouterr().err) != is_last
+    said = capsys.readouterr().err
+    assert ("is read, for its validation loss" in said) != is_last
+    assert ("the newest, was not validated" in said) == (losses[-1] is None and not is_last)
     assert newest_checkpoint(run).name == f"step-{len(losses) - 1:06d}"
     assert find_checkpoint(run / "checkpoints" / "step-000000").name == "step-000000", "what is named"
 
