@@ -77,7 +77,7 @@ def measure_checkpoints(measured: Measured, folder: Path) -> None:
     hundred: list[float] = []  # steps without a checkpoint
     for turn in range(2):
         for interval in seconds:
-            work = ["trainer.max_steps=101", "model.micro_batch_size=1"]
+            work = ["trainer.max_steps=101", "model.micro_batch_size=1", "exp_manager.keep_best=false"]
             saving = f"exp_manager.checkpoint_every_n_steps={interval}"
             whole, lines = train(folder, f"every-{interval}-{turn}", 2, *work, saving)
             seconds[interval].append(whole)

@@ -9,7 +9,6 @@ print(model.evaluate(data.valid))
 print(model.generate("The neighbor table", index=index).text)
 """
 
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -83,7 +82,6 @@ class Corpus:
 
     def __init__(self, store: Store):
         self.store = store
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def from_files(
@@ -93,21 +91,27 @@ class Corpus:
         chunk_size: int = 64,
         tokenizer: str = "auto",
         quiet: bool = False,
+        format: str | None = None,
+        split: str = "auto",
         **reading: Any,
     ) -> "Corpus":
-        """Read files, folders and glob patterns into a store at `out` (None = a temporary folder).
+        """Read files, folders and glob patterns into a store at `out` (None = a temporary folder; `fit` keeps it beside the run).
+        `format` and `split` are those of `retro prepare`.
 
         What is passed over or set aside is said, and listed in the store's set_aside.jsonl. Raises MissingInputError
         when nothing matches; further arguments are those of `data.prepare.prepare`.
         """
+        from retro_engine.data.corpus import Reader
+        from retro_engine.data.kept_stores import hold, temporary_folder
         from retro_engine.data.prepare import prepare
 
-        reading = {"say": Reporter("quiet" if quiet else "text").say, **reading}
-        temporary = tempfile.TemporaryDirectory(prefix="retro-store-") if out is None else None
-        folder = Path(temporary.name) / "store" if temporary is not None else Path(str(out))
-        corpus = cls(prepare(patterns, folder, tokenizer, chunk_size=chunk_size, **reading))
-        corpus._temporary = temporary
-        return corpus
+        reader = Reader(format=format, split=split)
+        reading = {"say": Reporter("quiet" if quiet else "text").say, "reader": reader, **reading}
+        folder, holder = temporary_folder() if out is None else (Path(out), None)
+        store = prepare(patterns, folder, tokenizer, chunk_size=chunk_size, **reading)
+        if holder is not None:
+            hold(store, holder)
+        return cls(store)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Corpus":
@@ -201,7 +205,7 @@ class Retro:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device = "auto",
     ) -> "Retro":
-        """A run's newest checkpoint, or a checkpoint folder, after checking its files; or a GGUF file: `open_any`."""
+        """A run's best checkpoint, or a checkpoint folder, after checking its files; or a GGUF file: `open_any`."""
         opened = open_any(path, dtype, device)
         return cls(opened.model, opened.tokenizer, opened.generation, opened.folder)
 
@@ -263,13 +267,14 @@ def fit(
     overrides: Sequence[str] = (),
     quiet: bool = False,
 ) -> "TrainingResult":
-    """Train on `data`; `overrides` are the command line's, like "model.optim.lr=1e-3"."""
+    """Train on `data`; `overrides` are the command line's, like "model.optim.lr=1e-3". A temporary store is kept as OUT/store,
+    so that every command can use the run.
+    """
     from retro_engine.config import load_config
+    from retro_engine.data.kept_stores import keep
     from retro_engine.train.loop import train
 
     settings: list[str | tuple[str, Any]] = [
-        ("model.data.store", str(data.store.folder)),
-        ("model.data.neighbors", str(data.table.folder)),
         ("model.data.splits_string", data.splits),
         ("model.chunk_size", data.store.chunk_size),
         ("model.num_neighbors", data.num_neighbors),
@@ -277,6 +282,9 @@ def fit(
     ]
     if steps is not None:
         settings.append(("trainer.max_steps", steps))
+    load_config([*settings, *overrides], preset)  # what is wrong with them is said before anything is written
+    store, table = keep(data.store, data.table, Path(out))
+    settings += [("model.data.store", str(store)), ("model.data.neighbors", str(table))]
     config = load_config([*settings, *overrides], preset)
     return train(config, Reporter("quiet" if quiet else "text"))
 

@@ -4,16 +4,25 @@ Also asks before work that a measured sample says will be long.
 """
 
 import json
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from retro_engine.errors import UsageError
 
 LINE_EVERY_S = 10.0
 ASK_ABOVE_S = 600.0
+BAR = 16  # characters
+SLOW_S = 0.5  # what takes longer is shown as seconds each
+CLEAR = "\r\x1b[K"  # the terminal's line
+FIGURES = {  # of `Meter.figures`, as people read them
+    "loss": "loss {:.3f}",
+    "valid_bits_per_byte": "validation {:.3f} bits per byte",
+    "tokens_per_s": "{:,.0f} tokens/s",
+}
 
 
 def duration(seconds: float) -> str:
@@ -43,12 +52,13 @@ class Reporter:
 
     mode: str = "text"
     is_yes: bool = True  # never ask
+    _has_bar: bool = field(default=False, repr=False)  # on the terminal's line
 
     def say(self, line: str) -> None:
         if self.mode == "json":
             print(json.dumps({"event": "note", "text": line}), file=sys.stderr, flush=True)
         elif self.mode == "text":
-            print(line, file=sys.stderr, flush=True)
+            print(f"{CLEAR}{line}" if self._has_bar else line, file=sys.stderr, flush=True)
 
     def confirm(self, estimate: str, seconds: float) -> None:
         """Say what the work will cost; on a terminal ask when it is long. Raises UsageError for a no."""
@@ -59,58 +69,61 @@ class Reporter:
                 raise UsageError("stopped before the work began", "", "--yes does not ask")
 
     @contextmanager
-    def progress(self, what: str, total: int, unit: str) -> Iterator["Meter"]:
-        meter = Meter(what, total, unit, self.mode)
+    def progress(self, what: str, total: int, unit: str, done: int = 0) -> Iterator["Meter"]:
+        """`done`: of an earlier run, which say nothing of this one's rate."""
+        meter = Meter(what, total, unit, self.mode, done)
+        self._has_bar = meter.is_terminal
         try:
             yield meter
         finally:
             meter.close()
+            self._has_bar = False
 
 
 class Meter:
-    """Counts units done; shows rate and time left."""
+    """Counts units done; shows rate, time left, and the `figures` of the moment."""
 
-    def __init__(self, what: str, total: int, unit: str, mode: str):
+    def __init__(self, what: str, total: int, unit: str, mode: str, done: int = 0):
         self.what, self.total, self.unit, self.mode = what, total, unit, mode
-        self.done, self._start, self._last = 0, time.monotonic(), time.monotonic()
-        self._is_terminal = mode == "text" and sys.stderr.isatty()
+        self.done, self._first = done, done
+        self._start = self._last = time.monotonic()
+        self.is_terminal = mode == "text" and sys.stderr.isatty()
+        self.figures: Callable[[], Mapping[str, float]] = dict  # asked when they are shown
 
     def advance(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self._last >= (0.2 if self._is_terminal else LINE_EVERY_S):
+        if now - self._last >= (0.2 if self.is_terminal else LINE_EVERY_S):
             self._last = now
             self._show(now)
 
     def close(self) -> None:
-        if self._is_terminal and self.done:
+        if self.is_terminal and self.done > self._first:
             self._show(time.monotonic())
             print(file=sys.stderr)
 
     def _show(self, now: float) -> None:
-        rate = self.done / max(1e-9, now - self._start)
-        left_s = (self.total - self.done) / max(1e-9, rate)
+        rate = (self.done - self._first) / max(1e-9, now - self._start)
+        left_s, figures = (self.total - self.done) / max(1e-9, rate), self.figures()
         if self.mode == "json":
-            event = {
-                "event": "progress",
-                "what": self.what,
-                "done": self.done,
-                "total": self.total,
-                "rate": rate,
-                "left_s": left_s,
-            }
+            counts = {"done": self.done, "total": self.total, "rate": rate, "left_s": left_s}
+            event = {"event": "progress", "what": self.what, **counts, **figures}
             print(json.dumps(event), file=sys.stderr, flush=True)
-        elif self._is_terminal:
-            filled = int(24 * self.done / max(1, self.total))
-            bar = "#" * filled + "." * (24 - filled)
-            print(
-                f"\r{self.what} [{bar}] {self.done:,}/{self.total:,} {self.unit}, {rate:,.0f}/s, {left_s:.0f} s left ",
-                end="",
-                file=sys.stderr,
-            )
+            return
+        known = [form.format(figures[name]) for name, form in FIGURES.items() if name in figures]
+        rest = ", ".join([f"{duration(left_s)} left", *known, _pace(rate)])  # a narrow terminal cuts the end
+        if self.is_terminal:
+            filled = int(BAR * self.done / max(1, self.total))
+            bar = "#" * filled + "." * (BAR - filled)
+            line = f"{self.what} [{bar}] {self.done:,}/{self.total:,} {self.unit}, {rest}"
+            print(f"{CLEAR}{line[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
         elif self.mode == "text":
-            print(
-                f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s, {left_s:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rest}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _pace(rate: float) -> str:
+    """Units a second; of slow ones seconds each."""
+    if 0 < rate < 1 / SLOW_S:
+        return f"{1 / rate:.1f} s each"
+    return f"{rate:,.0f}/s"

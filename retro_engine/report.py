@@ -1,6 +1,6 @@
 """`retro report`: one self-contained HTML page on a run: what retrieval gave, how it trained, what it read.
 
-Reads RUN/{run.json,config.yaml,metrics.jsonl} and the newest checkpoint, evaluates a share of the run's documents,
+Reads RUN/{run.json,config.yaml,metrics.jsonl} and the best checkpoint, evaluates a share of the run's documents,
 and writes RUN/report.html: no script, no other file, no other host. Letters: M chunk length, K neighbors.
 """
 
@@ -43,17 +43,37 @@ _STYLE = """
   --a: #58a6ff; --b: #f0883e; --c: #3fb950; --mark: #5c4a00; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
   margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; display: inline; }
+nav a { color: var(--a); margin-right: 1rem; white-space: nowrap; }
+details.section { margin-top: 1.6rem; } summary { cursor: pointer; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } th { color: var(--faint); font-weight: 600; }
+th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 7rem; } th { color: var(--faint); font-weight: 600; }
 .verdict { font-size: 1.1rem; border-left: 4px solid var(--a); padding: .4rem 1rem; }
 .note, figcaption { color: var(--faint); font-size: .9rem; } figure { margin: 1rem 0; }
-svg { width: 100%; height: auto; } svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
+svg { width: 100%; min-width: 32rem; height: auto; } svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 .chunk { border-top: 1px solid var(--line); padding: .6rem 0; } .neighbor { margin-left: 1.5rem; font-size: .9rem; }
 mark { background: var(--mark); color: inherit; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
 .scroll { overflow-x: auto; }
 """
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under its heading, which folds; `body` is HTML."""
+
+    heading: str
+    body: str
+    is_open: bool = True
+
+    @property
+    def place(self) -> str:
+        return self.heading.lower().replace(" ", "-")
+
+    def __str__(self) -> str:
+        state = " open" if self.is_open else ""
+        heading = f"<summary><h2>{html.escape(self.heading)}</h2></summary>"
+        return f'<details class="section" id="{self.place}"{state}>{heading}{self.body}</details>'
 
 
 def write_report(
@@ -64,7 +84,7 @@ def write_report(
     reporter: Reporter | None = None,
     device: str = "auto",
 ) -> Path:
-    """Evaluate the run's newest checkpoint on a share of its documents (at most `limit` batches) and write the page.
+    """Evaluate the run's best checkpoint on a share of its documents (at most `limit` batches) and write the page.
 
     `decoders`: runs of plain decoders to compare with, by name. Raises MissingInputError for a run that is not there.
     """
@@ -85,22 +105,23 @@ def write_report(
     comparison = None
     if retro.model.config.retrieval:
         comparison = compare(retro.model, sequences, retro.tokenizer.token_bytes(), others, limit)
-    parts = [f'<p class="verdict">{html.escape(verdict(comparison, list(others)))}</p>']
-    if comparison is None:
-        parts.append(_curves(metrics))
-    else:
+    sections = [_curves(metrics)]
+    if comparison is not None:
         samples = _sampled(sequences)
-        parts += [
+        sections = [
             *_comparison(comparison, share),
             _flops(retro.model.config, others),
             _curves(metrics),
             _neighbor_quality(sequences),
+            _samples(sequences.store, samples),
+            _explanations(retro, sequences.store, samples),
         ]
-        parts += [*_samples(sequences.store, samples), *_explanations(retro, sequences.store, samples)]
     command = f"retro report {run} --share {share}" + (f" --limit {limit}" if limit is not None else " --all")
     command += "".join(f" --against {name}={path}" for name, path in (decoders or {}).items())
-    parts += [_throughput(metrics), _environment(facts, checkpoint, command)]
-    files.publish(folder / "report.html", [_page(folder.name, parts).encode()])
+    sections += [_throughput(metrics), _environment(facts, checkpoint, command)]
+    lead = f'<p class="verdict">{html.escape(verdict(comparison, list(others)))}</p>'
+    page = _page(folder.name, lead, [section for section in sections if section.body])
+    files.publish(folder / "report.html", [page.encode()])
     reporter.say(f"wrote {folder / 'report.html'}")
     return folder / "report.html"
 
@@ -110,8 +131,9 @@ def verdict(comparison: Comparison | None, decoders: Sequence[str]) -> str:
     if comparison is None:
         return "A plain decoder: it reads no neighbors, so there is nothing to compare."
     name = decoders[0] if decoders else "off"
-    gain = comparison.gain(name)
-    interval = f"{abs(gain['gain']):.1%} (95 % interval {show_interval(gain['low'], gain['high'], '.1%')})"
+    gain, count = comparison.gain(name), len(comparison.losses["on"].nats)
+    over = f"over {count:,} document{'s' * (count != 1)}"
+    interval = f"{abs(gain['gain']):.1%} (95 % interval {show_interval(gain['low'], gain['high'], '.1%')}, {over})"
     if not decoders:
         word = "fewer" if gain["gain"] >= 0 else "more"
         return (
@@ -125,11 +147,14 @@ def verdict(comparison: Comparison | None, decoders: Sequence[str]) -> str:
     return f"Retrieval makes no measurable difference against the plain decoder {name}: {interval}."
 
 
-def _page(title: str, parts: Sequence[str]) -> str:
+def _page(title: str, lead: str, sections: Sequence[Section] = ()) -> str:
+    """`lead`: HTML before the contents and the sections."""
+    links = " ".join(f'<a href="#{section.place}">{html.escape(section.heading)}</a>' for section in sections)
+    contents = f"<nav>{links}</nav>" if sections else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
-        f"{''.join(parts)}</body></html>\n"
+        f"{lead}{contents}{''.join(map(str, sections))}</body></html>\n"
     )
 
 
@@ -148,7 +173,12 @@ def _text(note: str, text: str) -> str:
     return f"{_note(note)}<pre>{html.escape(text)}</pre>"
 
 
-def _comparison(comparison: Comparison, share: str) -> list[str]:
+def _folded(title: str, body: str, is_open: bool = False) -> str:
+    """A part of a section that shows its title alone until somebody opens it."""
+    return f"<details{' open' if is_open else ''}><summary>{html.escape(title)}</summary>{body}</details>"
+
+
+def _comparison(comparison: Comparison, share: str) -> list[Section]:
     rows = []
     for name, losses in comparison.losses.items():
         low, high = losses.interval()
@@ -161,19 +191,14 @@ def _comparison(comparison: Comparison, share: str) -> list[str]:
         for row in comparison.chunks.groups()
     ]
     documents, tokens = len(comparison.losses["on"].nats), int(comparison.losses["on"].tokens.sum())
-    return [
-        "<h2>What retrieval gives</h2>",
-        _table(("retrieval", "bits per byte", "95 % interval", "perplexity", "on saves"), rows),
-        _note(f"{documents} documents of the {share} share, {tokens:,} tokens; intervals over documents."),
-        "<h2>Gain by overlap</h2>",
-        _table(("overlap with neighbors", "chunks", *comparison.chunks.nats), groups),
-        _note(
-            "Bits per byte of what a chunk's neighbors can condition, by the share of it that they state in runs of 8 tokens."
-        ),
-    ]
+    given = _table(("retrieval", "bits per byte", "95 % interval", "perplexity", "on saves"), rows)
+    given += _note(f"{documents} documents of the {share} share, {tokens:,} tokens; intervals over documents.")
+    about = "Bits per byte of what a chunk's neighbors can condition, by the share of it that they state in runs of 8 tokens."
+    by_overlap = _table(("overlap with neighbors", "chunks", *comparison.chunks.nats), groups) + _note(about)
+    return [Section("What retrieval gives", given), Section("Gain by overlap", by_overlap)]
 
 
-def _flops(config: ModelConfig, decoders: dict[str, RetroModel]) -> str:
+def _flops(config: ModelConfig, decoders: dict[str, RetroModel]) -> Section:
     """What a token takes of each model, neighbors whole and none dropped."""
     rows = []
     for name, c in (("this run", config), *((name, decoder.config) for name, decoder in decoders.items())):
@@ -187,10 +212,10 @@ def _flops(config: ModelConfig, decoders: dict[str, RetroModel]) -> str:
         for name, d in decoders.items()
     ]
     header = ("million FLOPs a token", "training", "inference", "kept encodings", "retrieval off")
-    return "<h2>FLOPs</h2>" + _table(header, rows) + "".join(map(_note, notes))
+    return Section("FLOPs", _table(header, rows) + "".join(map(_note, notes)))
 
 
-def _curves(metrics: list[dict[str, Any]]) -> str:
+def _curves(metrics: list[dict[str, Any]]) -> Section:
     loss = [(row["step"], row["loss"]) for row in metrics if row.get("loss") is not None]
     curves = [("training loss", "--a", loss)] if loss else []
     bits = []
@@ -200,7 +225,7 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
         if points:
             bits.append((f"retrieval {mode}", color, points))
     figures = [_figure("Nats per token", curves), _figure("Validation, bits per byte", bits)]
-    return "<h2>Training</h2>" + "".join(figures)
+    return Section("Training", "".join(figures))
 
 
 def _figure(title: str, curves: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]) -> str:
@@ -233,12 +258,12 @@ def _figure(title: str, curves: Sequence[tuple[str, str, Sequence[tuple[float, f
             f'<text x="{WIDTH - 12}" y="{top + 14 + 14 * number}" text-anchor="end" style="fill:var({color})">{name}</text>'
         )
     return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+        f'<figure class="scroll"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
         f"<figcaption>{html.escape(title)}</figcaption></figure>"
     )
 
 
-def _neighbor_quality(sequences: Sequences) -> str:
+def _neighbor_quality(sequences: Sequences) -> Section:
     assert sequences.table is not None
     rows = sequences.in_order()
     rows = rows[rows >= 0]
@@ -253,7 +278,7 @@ def _neighbor_quality(sequences: Sequences) -> str:
         ("neighbors kept a chunk", f"{sequences.table.num_neighbors}"),
         ("retriever", sequences.table.manifest["retriever"].get("name", "")),
     ]
-    return "<h2>Neighbors</h2>" + _table(("", ""), cells)
+    return Section("Neighbors", _table(("", ""), cells))
 
 
 @dataclass
@@ -293,18 +318,22 @@ def _sampled(sequences: Sequences) -> list[_Sample]:
     return found
 
 
-def _samples(store: Store, samples: Sequence[_Sample]) -> list[str]:
-    out = ["<h2>What it read</h2>", _note(f"Marked: runs of {COPIED} tokens or more that also follow the chunk.")]
-    for sample in samples:
-        name = " ".join(store.name(store.document_of(sample.row)))
-        out.append(f'<div class="chunk">{_text(name, store.text(sample.row))}')
-        out.append(_text("what follows", store.tokenizer.decode(sample.follows)))
+def _samples(store: Store, samples: Sequence[_Sample]) -> Section:
+    out = [_note(f"Marked: runs of {COPIED} tokens or more that also follow the chunk.")]
+    for number, sample in enumerate(samples):
+        parts = [_text("the chunk", store.text(sample.row))]
+        parts.append(_text("what follows", store.tokenizer.decode(sample.follows)))
         for k, hit in enumerate(sample.hits):
             text = _marked(sample.tokens[k, : sample.lengths[k]].tolist(), sample.follows, store.tokenizer)
             name = _note(f"neighbor {k + 1}: {hit.document} {hit.title}")
-            out.append(f'<div class="neighbor">{name}<pre>{text}</pre></div>')
-        out.append("</div>")
-    return out
+            parts.append(f'<div class="neighbor">{name}<pre>{text}</pre></div>')
+        body = _folded(_name(store, sample), "".join(parts), is_open=number == 0)
+        out.append(f'<div class="chunk">{body}</div>')
+    return Section("What it read", "".join(out))
+
+
+def _name(store: Store, sample: _Sample) -> str:
+    return " ".join(store.name(store.document_of(sample.row)))
 
 
 def _marked(text: list[int], follows: list[int], tokenizer: Any) -> str:
@@ -347,13 +376,13 @@ def heat_map(found: Explanation) -> str:
 
 def heat_map_page(prompt: str, found: Explanation) -> str:
     """`heat_map` as a page of its own."""
-    return _page("What the neighbors did", [_text("after", prompt), heat_map(found)])
+    return _page("What the neighbors did", _text("after", prompt) + heat_map(found))
 
 
-def _explanations(retro: Retro, store: Store, samples: Sequence[_Sample]) -> list[str]:
+def _explanations(retro: Retro, store: Store, samples: Sequence[_Sample]) -> Section:
     """What each neighbor changed of what follows the sampled chunks; the whole document before the chunk is not read."""
     model, tokenizer = retro.model, store.tokenizer
-    out = ["<h2>What each neighbor changed</h2>"]
+    out: list[str] = []
     for sample in samples:
         follows = sample.follows
         if not sample.hits or len(follows) < 2 or model.config.partial_chunk != "last":
@@ -369,32 +398,35 @@ def _explanations(retro: Retro, store: Store, samples: Sequence[_Sample]) -> lis
         found = Explanation(
             pieces=pieces, neighbors=sample.hits, log_probs_T=values[0], without_KT=values[1:-1], off_T=values[-1]
         )
-        out.append(f'<div class="chunk">{_text("after", store.text(sample.row))}{heat_map(found)}</div>')
-    return out if len(out) > 1 else []
+        body = _folded(_name(store, sample), _text("after", store.text(sample.row)) + heat_map(found), is_open=not out)
+        out.append(f'<div class="chunk">{body}</div>')
+    return Section("What each neighbor changed", "".join(out))
 
 
-def _throughput(metrics: list[dict[str, Any]]) -> str:
+def _throughput(metrics: list[dict[str, Any]]) -> Section:
     rates = [row["tokens_per_s"] for row in metrics if row.get("tokens_per_s")]
     if not rates:
-        return ""
+        return Section("Throughput and memory", "")
     last = [row for row in metrics if "train_s" in row][-1]
     cells = [
         ("tokens a second (median)", f"{np.median(rates):,.0f}"),
-        ("share of the matmul rate (median)", f"{np.median([row['mfu'] for row in metrics if row.get('mfu')]):.1%}"),
+        (
+            "MFU, share of the rate of matmuls (median)",
+            f"{np.median([row['mfu'] for row in metrics if row.get('mfu')]):.1%}",
+        ),
         ("tokens seen", f"{last['tokens_seen']:,}"),
         ("seconds of training", f"{last['train_s']:,.0f}"),
         ("peak memory, MiB", f"{last.get('peak_mib', 0):,.0f}"),
     ]
-    return "<h2>Throughput and memory</h2>" + _table(("", ""), cells)
+    return Section("Throughput and memory", _table(("", ""), cells), is_open=False)
 
 
-def _environment(facts: dict[str, Any], checkpoint: Path, command: str) -> str:
+def _environment(facts: dict[str, Any], checkpoint: Path, command: str) -> Section:
     keys = ("version", "git", "seed", "python", "torch", "machine", "threads")
     cells = [(key, facts.get(key)) for key in keys] + [("checkpoint", checkpoint.name)]
     trained = " ".join(str(word) for word in facts.get("command", []))
-    return (
-        "<h2>Environment</h2>" + _table(("", ""), cells) + _text("trained by", trained) + _text("this page by", command)
-    )
+    body = _table(("", ""), cells) + _text("trained by", trained) + _text("this page by", command)
+    return Section("Environment", body, is_open=False)
 
 
 def _decoder(name: str, path: Path, against: Path, device: torch.device) -> RetroModel:

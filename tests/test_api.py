@@ -1,12 +1,20 @@
 """The Python quick start, end to end."""
 
+import contextlib
+import gc
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import small_model, write_corpus
 
-from retro_engine import Corpus, Index, Retro, fit
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine import Corpus, Index, Retro, cli, fit
+from retro_engine.api import Data
+from retro_engine.data.kept_stores import keep
+from retro_engine.data.neighbor_table import NeighborTable
+from retro_engine.data.store import Store
+from retro_engine.errors import MissingInputError, StoreError, UsageError
 
 SMALL = ["model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_attention_heads=2", "model.init=standard",
          "model.encoder_seq_length=64", "trainer.precision=32", "trainer.val_check_interval=100"]  # fmt: skip
@@ -33,11 +41,69 @@ def test_quick_start(tmp_path: Path) -> None:
     assert out.neighbors[0].score > 0
     assert isinstance(out.text, str)
     assert model.generate("river", neighbors=["river stone"], max_new_tokens=2).neighbors[0].document == "given 1"
-    folder = corpus.store.folder
-    del corpus, index, data
     again = Corpus.from_files(tmp_path / "a.jsonl", out=tmp_path / "store", vocab_size=300)
     assert Corpus.open(tmp_path / "store").store.fingerprint == again.store.fingerprint
-    assert folder != again.store.folder
+    temporary = corpus.store.folder
+    fit(data, preset="tiny", out=tmp_path / "run", steps=5, overrides=SMALL, quiet=True)
+    with pytest.raises(UsageError, match="run/store holds other documents\n.*\n.*another out="):
+        fit(_of(tmp_path / "a.jsonl"), preset="tiny", out=tmp_path / "run", steps=4, overrides=SMALL, quiet=True)
+    del corpus, index, data
+    gc.collect()
+    assert not temporary.exists()
+
+
+def test_every_command_uses_the_run_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose store was temporary, also when the run was moved, and by the folder that it is in."""
+    write_corpus(tmp_path / "a.jsonl", 12)
+    monkeypatch.chdir(tmp_path)
+    fit(_of("*.jsonl"), preset="tiny", out="runs/mine", steps=2, overrides=SMALL, quiet=True)
+    gc.collect()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "other")
+    run = tmp_path / "moved" / "mine"
+    assert cli.main(["eval", str(run.parent), "--limit", "1"]) == 0
+    said = capsys.readouterr()
+    assert f"note: {run} is the run in {run.parent}" in said.err
+    assert "on saves" in said.out
+    assert "too few documents for an interval: 4, at least 5" in said.out
+    assert cli.main(["generate", str(run), "river stone", "--max-new-tokens", "4", "--show-neighbors"]) == 0
+    assert "could read" in capsys.readouterr().out
+    assert cli.main(["report", str(run), "--limit", "1"]) == 0
+    assert (run / "report.html").is_file()
+    pytest.importorskip("starlette")
+    from retro_engine.serve.service import ServiceOptions, open_service
+
+    with contextlib.closing(open_service(ServiceOptions(run=str(run.parent)))) as service:
+        assert service.static is not None
+        assert [store.folder for store in service.static.stores] == [run / "store"]
+        assert service.name == "mine"
+    shutil.copytree(run, run.parent / "second")
+    assert cli.main(["generate", str(run.parent), "river"]) == 2
+    assert "holds 2 runs: mine, second" in capsys.readouterr().err
+
+
+def test_neighbors_from_another_temporary_store_are_kept_too(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_corpus(tmp_path / f"{seed}.jsonl", 8, seed=seed)
+    mine = Corpus.from_files(tmp_path / "0.jsonl", chunk_size=16, vocab_size=300)
+    other = Corpus.from_files(tmp_path / "1.jsonl", chunk_size=16, tokenizer=str(mine.store.folder), quiet=True)
+    data = mine.with_neighbors(Index.build(mine, other))
+    kept = keep(data.store, data.table, tmp_path / "run")
+    ids = data.table.ids(np.arange(5), 3)
+    del mine, other, data
+    gc.collect()
+    assert kept == (tmp_path / "run" / "store", tmp_path / "run" / "store" / "neighbors" / "bm25")
+    table = NeighborTable(kept[1], Store(kept[0]))
+    assert [store.folder.name for store in table.databases] == ["store", "store-1"]
+    np.testing.assert_array_equal(table.ids(np.arange(5), 3), ids)
+
+
+def _of(pattern: str | Path) -> Data:
+    corpus = Corpus.from_files(pattern, chunk_size=16, vocab_size=300, quiet=True)
+    return corpus.with_neighbors(Index.build(corpus), splits="70,30,0")
 
 
 def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
@@ -81,10 +147,11 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
 def test_what_is_passed_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By name, unless it is to be quiet; a name with brackets that is there is no pattern."""
     (tmp_path / "[a].txt").write_text("the text of one document")
-    (tmp_path / "b.odt").write_text("x")
+    (tmp_path / "b.odt").write_text("x and y")
     for quiet in (False, True):
         corpus = Corpus.from_files(tmp_path / "*", tmp_path / "[a].txt", vocab_size=300, quiet=quiet)
         assert corpus.store.num_documents == 1
         error = capsys.readouterr().err
         assert (f"passed over: {tmp_path}/b.odt: of an unknown kind" in error) != quiet
         assert (f"passed over: {tmp_path}/[a].txt: the same file as" in error) != quiet
+    assert Corpus.from_files(tmp_path, format="text", vocab_size=300, quiet=True).store.num_documents == 2

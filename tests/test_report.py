@@ -1,6 +1,7 @@
 """The report: complete, self-contained, escaped."""
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -77,9 +78,11 @@ def test_it_is_whole(page: str) -> None:
     ):
         assert heading in parsed.text
     assert re.search(r"Retrieval (pays|costs|makes no measurable difference)", parsed.text)
-    assert "the plain decoder plain" in parsed.text
+    assert re.search(r"% \(95 % interval \[.*\], over 9 documents\)", parsed.text)
+    assert page.count("<details") > 10
+    assert page.count("<details open>") == 2, "of the samples, and of what neighbors changed, the first"
     assert page.count("<polyline") == 3
-    samples, _, explained = page.partition("What each neighbor changed")
+    samples, _, explained = page.partition('id="what-each-neighbor-changed"')
     assert samples.count('class="chunk"') == 5
     assert 1 <= explained.count('class="chunk"') <= 5
     assert "color-mix" in explained
@@ -91,7 +94,10 @@ def test_it_is_whole(page: str) -> None:
 def test_it_needs_nothing_else_and_runs_nothing(page: str) -> None:
     parsed = Parsed()
     parsed.feed(page)
-    assert not [value for name, value in parsed.attributes if name in ("src", "href", "onload", "onclick")]
+    links = [value or "" for name, value in parsed.attributes if name in ("src", "href", "onload", "onclick")]
+    places = {value for name, value in parsed.attributes if name == "id"}
+    assert len(links) == 9
+    assert {f"#{place}" for place in places} == {*links}, "the contents, and nothing else"
     assert "<script" not in page.replace("&lt;script", "")
     assert "&lt;script&gt;" in page, "titles are text"
     assert "http" not in page
@@ -102,3 +108,21 @@ def test_an_imported_model_has_no_run_to_report_on(tmp_path: Path, capsys: pytes
     (tmp_path / "trainer.json").write_text('{"step": 0, "imported": "hf"}')
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "was imported" in capsys.readouterr().err
+
+
+def test_it_is_read_on_a_phone(page: str, tmp_path: Path) -> None:
+    """At 360 px nothing is wider than the page but what scrolls in it."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is absent")
+    (tmp_path / "page.html").write_text(page)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        view = browser.new_page(viewport={"width": 360, "height": 640})
+        view.goto((tmp_path / "page.html").as_uri())
+        assert view.evaluate("document.documentElement.scrollWidth") == 360
+        scrolls = "[...document.querySelectorAll('.scroll')].filter(each => each.scrollWidth > each.clientWidth).length"
+        assert view.evaluate(scrolls) > 1
+        assert view.evaluate("document.documentElement.scrollHeight") < 6000
+        browser.close()

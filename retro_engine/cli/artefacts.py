@@ -44,12 +44,13 @@ Other = Library | Checkpoint | EncodingFile  # of which no sample is shown
 
 @contextmanager
 def open_artefact(path: str | Path) -> Iterator[Chunks | Other]:
-    """A store, a neighbor table, vectors, an index, encodings, a library, or the newest checkpoint of a run.
+    """A store, a neighbor table, vectors, an index, encodings, a library, or the best checkpoint of a run.
 
     Raises MissingInputError for what is none of them, StoreError for one that is damaged.
     """
     path = Path(path)
-    if (path / "checkpoints").is_dir() or (path / checkpoint.COMPLETE).exists():
+    is_run = any(path.glob("checkpoints")) or any(path.glob("*/checkpoints"))
+    if is_run or (path / checkpoint.COMPLETE).exists():
         yield Checkpoint(checkpoint.find_checkpoint(path))
     elif (path / FILE).is_file():
         with Library(path, is_read_only=True) as library:

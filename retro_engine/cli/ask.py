@@ -22,6 +22,7 @@ MOST_ASIDE_SAID = 3
 
 def add(commands: flags.Commands) -> None:
     sub = flags.command(commands, "ask", run, "answer a question from documents, with the passage that was read")
+    sub.set_defaults(has_settings=False)  # a question may look like one
     about = "files and folders (text, HTML, PDF, Word, JSON lines), and last the question"
     sub.add_argument("words", nargs="+", metavar="DOCS... QUESTION", help=about)
     sub.add_argument("-i", "--interactive", action="store_true", help="one question a line from standard input")

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from retro_engine.cli import flags
+from retro_engine.cli.summaries import of_table, print_summary
 from retro_engine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -178,8 +179,9 @@ def run_neighbors(args: argparse.Namespace) -> int:
         weights=args.source_weights,
         filters=Filters(args.near_duplicates, args.leak_limit, DataConfig().splits_string),
     )
-    result = {"table": str(table.folder), **table.summary(), "share_without_neighbors": share_without_neighbors(table)}
-    flags.print_result(args, result | _worth(args, table, query))
+    without, worth = share_without_neighbors(table), _worth(args, table, query)
+    result = {"table": str(table.folder), **table.summary(), "share_without_neighbors": without, **worth}
+    print_summary(args, result, *of_table(table, without))
     return 0
 
 

@@ -1,6 +1,8 @@
 """`retro config`: settings, shown and compared."""
 
 import argparse
+import json
+from dataclasses import asdict
 
 from retro_engine.cli import flags
 from retro_engine.errors import UsageError, nearest
@@ -21,14 +23,16 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "show":
         print(to_yaml(load_config([*args.arguments, *args.overrides], args.preset, args.config)), end="")
     elif args.what == "keys":
+        from retro_engine.config.meanings import settings
+
         section = args.arguments[0] if args.arguments else ""
-        keys = {key: value for key, value in flat_keys(Config()).items() if key.startswith(section)}
-        if not keys:
+        found = [setting for setting in settings() if setting.key.startswith(section)]
+        if not found:
             raise UsageError(
                 f"no setting starts with {section}", nearest(section, list(flat_keys(Config()))), "retro config keys"
             )
-        for key, value in keys.items():
-            print(f"{key} ({type(value).__name__}) = {value}")
+        for setting in found:
+            print(json.dumps(asdict(setting)) if args.json else setting)
     else:
         if len(args.arguments) != 2:
             raise UsageError("config diff compares two files", "", "retro config diff A.yaml B.yaml")

@@ -35,6 +35,7 @@ def add(commands: flags.Commands) -> None:
     sub.add_argument("inputs", nargs="+", metavar="IN", help=flags.INPUTS_HELP)
     sub.add_argument("--id", metavar="ID", help="of the text from standard input")
     sub.add_argument("--text-key", default="text", help="key of the text in rows")
+    flags.add_format(sub)
     sub.add_argument("--errors", default="strict", choices=["strict", "replace"], help="replace repairs bad UTF-8")
     _add_making(sub)
     sub = what("import", run_import, "add a large file of rows; goes on when it was interrupted")
@@ -141,16 +142,17 @@ def run_add(args: argparse.Namespace) -> int:
     if args.inputs == ["-"]:
         if args.id is None:
             raise UsageError("a text from standard input needs an id", "", "--id ID")
-        if args.text_key != "text":
-            raise UsageError("--text-key cannot be used", "standard input is one text, not rows", "leave it out")
+        for flag, is_given in (("--text-key", args.text_key != "text"), ("--format", args.format is not None)):
+            if is_given:
+                raise UsageError(f"{flag} cannot be used", "standard input is one text, not rows", "leave it out")
         text = read_text(standard_input(), MAX_DOCUMENT_BYTES, "standard input", args.errors)
         rows = iter([Document(args.id, "", text)])
     elif args.id is not None:
         raise UsageError("--id cannot be used", "it is of the text from standard input, -", "leave it out")
     else:
-        paths, passed_over = find_files(args.inputs)
+        paths, passed_over = find_files(args.inputs, of_any_kind=args.format is not None)
         tell(passed_over, flags.reporter(args).say)
-        rows = Reader(args.text_key, args.errors, MAX_DOCUMENT_BYTES).read(paths)
+        rows = Reader(args.text_key, args.errors, MAX_DOCUMENT_BYTES, args.format).read(paths)
     num_added = num_set_aside = 0
     with _open(args) as library:
         while batch := list(islice(rows, BATCH)):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from retro_engine.model.retro import RetroModel
 
 READS = ("model.data.", "model.encoder_seq_length", "model.chunk_size", *flags.IN_FRONT)
+ROUGH = 20  # documents: with fewer, an interval over them is said to be rough
 PRECISIONS = {"fp32": "32", "bf16": "bf16-mixed"}  # of the model's products
 
 
@@ -85,12 +86,15 @@ def run(args: argparse.Namespace) -> int:
         losses = _losses(args, decoder, retro, sequences, ["off"], f"evaluating {path}")["off"]
         gains[path], summary[path] = gain_of(results[modes[0]], losses), losses.summary()
         flops[path] = flops_against(retro.model.config, decoder.config)
+    saves = {mode: gain_of(results["on"], results[mode]) for mode in modes if "on" in modes and mode != "on"}
     if args.json:
         about = {"checkpoint": str(retro.folder), "share": args.share}
-        print(json.dumps({**about, **summary, "gains": gains, "flops": flops}))
+        paired = {"saves": _finite(saves), "gains": _finite(gains)}
+        print(json.dumps({**about, **summary, **paired, "flops": flops}))
     else:
         _print_table(f"{retro.folder}", args.share, summary)
         _print_rounding(modes, _types(args), summary)
+        _print_saves(saves, summary[modes[0]]["documents"])
         _print_gains(modes[0], gains, summary, flops)
     if args.fail_if:
         check_gate(args.fail_if, summary)
@@ -237,6 +241,28 @@ def _print_rounding(modes: list[str], types: list[str], summary: dict[str, dict[
         for weights in types:
             more = summary[f"{mode} {weights}"]["perplexity"] / summary[mode]["perplexity"] - 1
             print(f"{mode}: weights in {weights} have {abs(more):.2%} {'more' if more >= 0 else 'less'} perplexity")
+
+
+def _finite(gains: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Bounds that too few documents do not give are null: JSON has no NaN."""
+    return {
+        name: {part: value if math.isfinite(value) else None for part, value in gain.items()}
+        for name, gain in gains.items()
+    }
+
+
+def _print_saves(saves: dict[str, dict[str, float]], documents: int) -> None:
+    """What neighbors give this model, paired over documents; and whether there are enough of those."""
+    from retro_engine.evaluate.compare import show_gain
+    from retro_engine.evaluate.losses import MIN_UNITS
+
+    if saves:
+        shown = ", ".join(f"{show_gain(gain)} against {mode}" for mode, gain in saves.items())
+        print(f"on saves {shown}: share of the bits, {documents} documents, paired")
+    if documents < MIN_UNITS:
+        print(f"too few documents for an interval: {documents}, at least {MIN_UNITS} are drawn from")
+    elif documents < ROUGH:
+        print(f"few documents: intervals over {documents} are rough")
 
 
 def _print_gains(

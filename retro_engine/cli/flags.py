@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Commands = Any  # argparse's sub-parsers: it has no public name for them
 EVERY_SETTING = None  # of `reads`
 INPUTS_HELP = "text, HTML, PDF, Word (.docx), JSON, TSV, CSV, Parquet, compressed or not; folders; - for standard input"
-RUN_HELP = "a run's folder or a checkpoint"
+RUN_HELP = "a run's folder (its best checkpoint), or a checkpoint"
 MODEL_HELP = f"{RUN_HELP}, or a .gguf file as it is"
 IN_FRONT = ("model.reading", "model.num_neighbors", "model.retrieved_length", "model.sink_id")  # how a decoder reads
 RETRIEVER_HELP = "lexical (bm25), dense, hybrid, or by name bm25, hash, minilm, a SentenceTransformers model"
@@ -50,6 +50,11 @@ def family(commands: Commands, name: str, about: str) -> Commands:
 
 def add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", choices=DEVICES, help="a GPU where there is one (auto), or trainer.accelerator=")
+
+
+def add_format(sub: argparse.ArgumentParser) -> None:
+    names = ("text", "markdown", "html", "pdf", "docx", "jsonl", "json", "tsv", "csv", "parquet")
+    sub.add_argument("--format", choices=names, help="read every file as one, whatever its suffix (default: by suffix)")
 
 
 def add_share(sub: argparse.ArgumentParser) -> None:

@@ -143,7 +143,7 @@ def _named_checkpoint(config: "Config") -> Path:
     named = [folder / part / str(config.checkpoint_name) for part in ("", "checkpoints")]
     found = next((path for path in named if config.checkpoint_name and path.is_dir()), None)
     if found is None and config.checkpoint_name:
-        note(f"{folder} has no checkpoint {config.checkpoint_name}: the newest one is read")
+        note(f"{folder} has no checkpoint {config.checkpoint_name}: the best one is read")
     return found or folder
 
 

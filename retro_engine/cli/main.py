@@ -9,8 +9,10 @@ Every heavy import is inside the command that needs it: `retro --help` answers a
 import argparse
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from retro_engine.cli import (
     accounts,
@@ -34,8 +36,9 @@ from retro_engine.cli import (
 from retro_engine.cli import eval as evaluation
 from retro_engine.cli.renamed import with_new_names
 from retro_engine.config import asked_accelerator, named_keys
-from retro_engine.errors import RetroError, StoppedError, UsageError, typed
+from retro_engine.errors import RetroError, StoppedError, UsageError, nearest, typed
 from retro_engine.train.__main__ import parse
+from retro_engine.version import __version__
 
 COMMANDS = (
     demo, prepare, build, train, mup, evaluation, generate, ask, fetch, docs, models, explain, serve, accounts, report, inspect,
@@ -67,8 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _bug(error) if known is None else _fail(is_json, known)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises UsageError for what it cannot read, with the nearest name."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        hint = nearest(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong is not None else ""
+        raise UsageError(message, hint, f"{self.prog} --help")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="retro", description="Text in, a retrieval-enhanced language model out.")
+    parser = _Parser(prog="retro", description="Text in, a retrieval-enhanced language model out.")
+    parser.add_argument("--version", action="version", version=f"retro-engine {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for module in COMMANDS:
         module.add(commands)

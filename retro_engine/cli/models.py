@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from retro_engine.cli import flags
+from retro_engine.cli.summaries import of_import, print_summary
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 
 OF_READER = (
@@ -68,7 +69,7 @@ def run_import(args: argparse.Namespace) -> int:
         "vocab_size": config.vocab_size,
         "retrieval": config.retrieval,
     }
-    flags.print_result(args, result)
+    print_summary(args, result, *of_import(args.out, result))
     return 0
 
 

@@ -39,8 +39,10 @@ def _base(args: argparse.Namespace) -> int:
 
 def _scale(args: argparse.Namespace) -> int:
     from retro_engine.config import named_keys
+    from retro_engine.model.ops import check_environment
     from retro_engine.train import mup
 
+    check_environment()
     widths = [int(width) for width in _numbers("--widths", args.widths)]
     for flag, value in (("--seeds", args.seeds), ("--steps", args.steps)):
         if value is not None and value < 1:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from retro_engine.cli import flags
+from retro_engine.cli.summaries import of_store, print_summary
 from retro_engine.errors import UsageError
 
 
@@ -17,6 +18,9 @@ def add(commands: flags.Commands) -> None:
     sub.add_argument("--end-token", metavar="TOKEN", help=end_token)
     sub.add_argument("--vocab-size", type=int, help="entries of a trained tokenizer (default by corpus size)")
     sub.add_argument("--chunk-size", type=int, default=64, metavar="M", help="tokens a chunk")
+    flags.add_format(sub)
+    split = "texts at blank lines (joined to 2,000 bytes) or headings; auto: one large file alone"
+    sub.add_argument("--split", default="auto", choices=["auto", "blank-lines", "headings", "none"], help=split)
     sub.add_argument("--text-key", default="text", help="key of the text in JSON lines")
     sub.add_argument("--errors", default="strict", choices=["strict", "replace"], help="replace repairs bad UTF-8")
     sub.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
@@ -39,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
         args.tokenizer,
         args.vocab_size,
         args.chunk_size,
-        Reader(args.text_key, args.errors),
+        Reader(args.text_key, args.errors, format=args.format, split=args.split),
         args.strict,
         flags.reporter(args).say,
         args.end_token,
     )
-    flags.print_result(args, {"store": str(out), **store.summary()})
+    print_summary(args, {"store": str(out), **store.summary()}, *of_store(store, out))
     return 0

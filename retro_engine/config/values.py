@@ -60,6 +60,12 @@ def check_fields(node: Any, prefix: str = "") -> None:
             item.metadata[_CHECK](key, value)
 
 
+def allowed_of(item: Any) -> tuple[str | None, ...]:
+    """Of a dataclass' field: what it is one of; empty where it is no choice."""
+    check = item.metadata.get(_CHECK)
+    return tuple(check.keywords.get("allowed", ())) if isinstance(check, partial) else ()
+
+
 def require(condition: bool, key: str, value: Any, rule: str, fix: str = "") -> None:
     """Raise UsageError for a setting where a condition does not hold."""
     if not condition:

@@ -1,12 +1,14 @@
-"""Which files a checkpoint's folder consists of, which checkpoints are complete, and whether they are what was written.
+"""Which files a checkpoint's folder consists of, which checkpoints are complete, which one of a run is read, and whether they
+are what was written.
 
 Reads RUN/checkpoints/step-NNNNNN/: COMPLETE, trainer.json, generation_config.json (train/checkpoint.py writes them). Without
 PyTorch, so that a command can hash what it opens while PyTorch is loaded.
 """
 
 import hashlib
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,16 +65,54 @@ def refuse_file(path: Path) -> None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint folder, or the newest complete checkpoint of a run's folder. Raises MissingInputError."""
+    """A checkpoint folder; or of a run's folder, or of one that holds a run, the complete checkpoint with the lowest
+    validation loss (`best_of`). Raises MissingInputError, UsageError where a folder holds several runs.
+    """
     path = Path(path)
-    refuse_file(path)
     if (path / COMPLETE).is_file():
         return path
+    found = _checkpoints_of(path)
+    best = best_of(found)
+    newest = found[-1]
+    if best != newest:
+        why = "was not validated" if math.isinf(valid_loss(newest)) else "has a higher one"
+        note(f"{best} is read, for its validation loss: {newest.name}, the newest, {why}")
+    return best
+
+
+def newest_checkpoint(path: str | Path) -> Path:
+    """As `find_checkpoint`, but the newest: where a run goes on."""
+    path = Path(path)
+    return path if (path / COMPLETE).is_file() else _checkpoints_of(path)[-1]
+
+
+def best_of(checkpoints: Sequence[Path]) -> Path:
+    """The one with the lowest validation loss; the last where none was measured, or the last is as good."""
+    return min(reversed(checkpoints), key=valid_loss)
+
+
+def valid_loss(checkpoint: Path) -> float:
+    """Of its own step; infinite where none was measured, or none that is a number."""
+    loss = read_trainer(checkpoint).get("valid_loss")
+    return loss if isinstance(loss, float) and math.isfinite(loss) else math.inf
+
+
+def _checkpoints_of(path: Path) -> list[Path]:
+    """Those of a run, or of the one run in a folder (a demo's), which is said; oldest first, at least one."""
+    refuse_file(path)
     found = complete_checkpoints(path)
-    if not found:
+    if found:
+        return found
+    inside = [folder for folder in sorted(path.glob("*/checkpoints")) if any(folder.glob(f"step-*/{COMPLETE}"))]
+    runs = [folder.parent for folder in inside if complete_checkpoints(folder.parent)]
+    if len(runs) > 1:
+        names = ", ".join(run.name for run in runs)
+        raise UsageError(f"{path} holds {len(runs)} runs: {names}", "one is read", f"name one: {runs[0]}")
+    if not runs:
         why = "it has no complete checkpoint" if path.is_dir() else "there is no such folder"
         raise MissingInputError(f"{path} is not a trained run", why, "retro train writes one")
-    return found[-1]
+    note(f"{runs[0]} is the run in {path}")
+    return complete_checkpoints(runs[0])
 
 
 def verify(checkpoint: Path, has_state: bool = True, part: tuple[int, int] = (0, 1)) -> None:
@@ -96,7 +136,7 @@ def verify(checkpoint: Path, has_state: bool = True, part: tuple[int, int] = (0,
 
 
 def opened(path: str | Path) -> Path:
-    """A checkpoint folder, or a run's newest, whose files are what was written: what can be read for generation."""
+    """`find_checkpoint`, whose files are what was written: what can be read for generation."""
     folder = find_checkpoint(path)
     verify(folder, has_state=False)
     return folder

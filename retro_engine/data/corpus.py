@@ -14,8 +14,19 @@ from typing import IO, TypeVar
 from retro_engine.data.document_files import MOST_FILE_BYTES, docx_text, pdf_text
 from retro_engine.data.html_text import declared_encoding, page_text
 from retro_engine.data.identity import ID_KEYS, own_id
-from retro_engine.data.inputs import DOCUMENT_KINDS, PAGE_KINDS, TEXT_KINDS, SetAside, kind_of, shown, standard_input
+from retro_engine.data.inputs import (
+    DOCUMENT_KINDS,
+    FORMATS,
+    PAGE_KINDS,
+    TEXT_KINDS,
+    SetAside,
+    kind_of,
+    shown,
+    standard_input,
+    stem_of,
+)
 from retro_engine.data.rows import Row, RowReader
+from retro_engine.data.splitting import SPLITS, Piece, heading_level, pieces
 from retro_engine.data.streams import (
     HEAD,
     REPLACE,
@@ -27,7 +38,7 @@ from retro_engine.data.streams import (
     open_text,
     open_unpacked,
 )
-from retro_engine.errors import MissingInputError
+from retro_engine.errors import MissingInputError, UsageError, nearest
 
 MAX_DOCUMENT_BYTES = 64 << 20
 JSON_LINES = (".jsonl", ".ndjson")
@@ -48,41 +59,92 @@ ReadRow = TypeVar("ReadRow", bound=Document | SetAside)
 
 @dataclass(frozen=True)
 class Reader:
-    """How files are read. `errors`: strict sets rows with bad UTF-8 aside, replace repairs them."""
+    """How files are read. `errors`: strict sets rows with bad UTF-8 aside, replace repairs them. `format`: what all files
+    are, of inputs.FORMATS; None = their suffixes say. `split`: of texts (splitting.py); auto, which
+    `splitting.settle` settles, is none here.
+    """
 
     text_key: str = "text"
     errors: str = "strict"
     max_document_bytes: int = MAX_DOCUMENT_BYTES
+    format: str | None = None
+    split: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in FORMATS:
+            names = list(FORMATS)
+            raise UsageError(f"--format {self.format} does not exist", nearest(self.format, names), ", ".join(names))
+        if self.split not in SPLITS:
+            names = list(SPLITS)
+            raise UsageError(f"--split {self.split} does not exist", nearest(self.split, names), ", ".join(names))
+
+    @property
+    def kind(self) -> str:
+        """The suffix that all files are read as; "" = each as its own says."""
+        return "" if self.format is None else FORMATS[self.format]
 
     def read(self, paths: Sequence[Path]) -> Iterator[Document | SetAside]:
         """Documents of `paths` in order, read by their kinds; of an unknown kind as JSON."""
         columns = (self.text_key, *COLUMNS)
         rows = RowReader(self.errors, self.max_document_bytes, columns, required=self.text_key)
         for path in paths:
-            if kind_of(path) in (*TEXT_KINDS, *PAGE_KINDS, *DOCUMENT_KINDS):
-                yield self._whole_file(path)
+            kind = self.kind or kind_of(path)
+            if kind in TEXT_KINDS and self.split in ("blank-lines", "headings"):
+                yield from self._parts(path)
                 continue
-            for row in rows.read(path):
+            if kind in (*TEXT_KINDS, *PAGE_KINDS, *DOCUMENT_KINDS):
+                yield self._whole_file(path, kind)
+                continue
+            for row in rows.read(path, kind):
                 yield row if isinstance(row, SetAside) else self._document_or_reason(row)
 
-    def _whole_file(self, path: Path) -> Document | SetAside:
+    def _parts(self, path: Path) -> Iterator[Document | SetAside]:
+        """A text that is split; whole where it has no headings to be split at."""
+        level = heading_level(path) if self.split == "headings" else None
+        if self.split == "headings" and level is None:
+            yield self._whole_file(path, self.kind or kind_of(path))
+            return
+        name, last = shown(path), 1
+        try:
+            file, encoding = open_text(path)
+            with file:
+                for piece in pieces(file, level, self.max_document_bytes):
+                    last = piece.line
+                    yield self._part(piece, f"{name}:{piece.line}", encoding, shown(stem_of(path)))
+        except MissingInputError as error:
+            yield SetAside(name, f"{error.what}: {error.why}")
+        except Unusable as error:
+            yield SetAside(name, str(error))
+        except STREAM_ERRORS as error:
+            yield SetAside(f"{name}:{last}", f"the file cannot be read: {getattr(error, 'strerror', None) or error}")
+
+    def _part(self, piece: Piece, source: str, encoding: str, stem: str) -> Document | SetAside:
+        if len(piece.text) > self.max_document_bytes:
+            return SetAside(source, f"larger than {self.max_document_bytes:,} bytes")
+        try:
+            text = self._usable(decode(piece.text, self.errors, encoding))
+        except Unusable as error:
+            return SetAside(source, str(error))
+        return Document(source, self._label(piece.title.decode("utf-8", "replace")) or stem, text, source)
+
+    def _whole_file(self, path: Path, kind: str) -> Document | SetAside:
         """A file that is one document."""
         name = shown(path)
         try:
-            if kind_of(path) in DOCUMENT_KINDS:
-                title, text = self._document_file(path)
+            if kind in DOCUMENT_KINDS:
+                title, text = self._document_file(path, kind)
                 return self._named(path, title, text)
             file, encoding = open_text(path)
             with file:
                 raw = file.read(self.max_document_bytes + 1)
             if len(raw) > self.max_document_bytes:
                 return SetAside(name, f"larger than {self.max_document_bytes:,} bytes")
-            if kind_of(path) in PAGE_KINDS:
+            if kind in PAGE_KINDS:
                 title, text = page_text(self._page(raw, encoding))
                 text = self._usable(text, "empty: the page has no text")
             else:
                 text = self._usable(decode(raw, self.errors, encoding))
-                title = _heading(text) if kind_of(path) in (".md", ".markdown") else ""
+                title = _heading(text) if kind in (".md", ".markdown") else ""
         except MissingInputError as error:
             return SetAside(name, f"{error.what}: {error.why}")
         except Unusable as error:
@@ -93,16 +155,15 @@ class Reader:
 
     def _named(self, path: Path, title: str, text: str) -> Document:
         """A document that is all of a file, under its title or else the file's name."""
-        stem = path.name[: path.name.lower().rindex(kind_of(path))]
-        return Document(shown(path), self._label(title) or shown(stem), text, shown(path), path)
+        return Document(shown(path), self._label(title) or shown(stem_of(path)), text, shown(path), path)
 
-    def _document_file(self, path: Path) -> tuple[str, str]:
+    def _document_file(self, path: Path, kind: str) -> tuple[str, str]:
         """Raises Unusable."""
         with open_unpacked(path) as file:
             raw = file.read(MOST_FILE_BYTES + 1)
         if len(raw) > MOST_FILE_BYTES:
             raise Unusable(f"larger than {MOST_FILE_BYTES:,} bytes")
-        title, text = (pdf_text if kind_of(path) == ".pdf" else docx_text)(raw)
+        title, text = (pdf_text if kind == ".pdf" else docx_text)(raw)
         text = text.replace("\0", "").encode("utf-8", "replace").decode()  # their fonts' fault, no file's
         if len(text) > self.max_document_bytes:
             raise Unusable(f"its text is larger than {self.max_document_bytes:,} bytes")

@@ -18,13 +18,22 @@ from typing import BinaryIO
 from retro_engine.data import files
 from retro_engine.errors import MissingInputError, UsageError
 
-TEXT_KINDS = (".txt", ".text", ".md", ".markdown")
+TEXT_KINDS = (".txt", ".text", ".raw", ".tokens", ".md", ".markdown")
 PAGE_KINDS = (".html", ".htm", ".xhtml")
 DOCUMENT_KINDS = (".pdf", ".docx")
 ROW_KINDS = (".jsonl", ".ndjson", ".json", ".tsv", ".csv", ".parquet")
 KINDS = (*TEXT_KINDS, *PAGE_KINDS, *DOCUMENT_KINDS, *ROW_KINDS)
+FORMATS = {  # what any file can be read as, whatever its name
+    "text": ".txt",
+    "markdown": ".md",
+    **{
+        kind.removeprefix("."): kind
+        for kind in (".html", *DOCUMENT_KINDS, ".jsonl", ".json", ".tsv", ".csv", ".parquet")
+    },
+}
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 KNOWN = f"known: {' '.join(KINDS)}, and with {' '.join(COMPRESSIONS)} behind"
+NAMED = "rename it, or say what it is: --format text (of prepare and docs add)"
 SAID = 20  # files named one by one where a list of all of them is kept
 _SPECIAL = {
     stat.S_IFIFO: "a FIFO",
@@ -58,9 +67,19 @@ def shown(path: str | Path) -> str:
 def kind_of(path: Path) -> str:
     """The suffix by which a file is read, in lower case and without the compression's; "" where none is known."""
     name = path.name.lower()
-    packed = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    packed = _packed(name)
     kind = os.path.splitext(name.removesuffix(packed))[1]
     return kind if kind in KINDS and not (packed and kind == ".parquet") else ""
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without its suffix and the compression's."""
+    packed = _packed(path.name.lower())
+    return os.path.splitext(path.name[: len(path.name) - len(packed)])[0]
+
+
+def _packed(name: str) -> str:
+    return next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
 
 
 def check_file(path: Path) -> os.stat_result:
@@ -124,13 +143,14 @@ def standard_input() -> BinaryIO:
     return stream
 
 
-def find_files(inputs: Sequence[str | Path]) -> tuple[list[Path], list[SetAside]]:
+def find_files(inputs: Sequence[str | Path], of_any_kind: bool = False) -> tuple[list[Path], list[SetAside]]:
     """The files that `inputs` name, folders walked in order of name, patterns (*, ?, **) matched, and what is passed over.
+    `of_any_kind`: also those whose suffix says nothing, for the caller knows what they are.
 
     Links are followed; a file or folder that is reached a second time is passed over, so cycles end. Raises
     MissingInputError for a named path that cannot be read, UsageError for a named file of an unknown kind.
     """
-    walk = _Walk()
+    walk = _Walk(of_any_kind)
     for path in map(Path, inputs):
         if os.path.isdir(path):
             walk.add_folder(path)
@@ -139,8 +159,8 @@ def find_files(inputs: Sequence[str | Path]) -> tuple[list[Path], list[SetAside]
             walk.add_matches(path)
             continue
         found = check_file(path)
-        if not kind_of(path):
-            raise UsageError(f"{shown(path)} is of an unknown kind", KNOWN, "rename or convert it")
+        if not (of_any_kind or kind_of(path)):
+            raise UsageError(f"{shown(path)} is of an unknown kind", KNOWN, NAMED)
         walk.add_file(path, found)
     return walk.files, walk.passed_over
 
@@ -157,7 +177,8 @@ def tell(passed_over: Sequence[SetAside], say: Callable[[str], None], listed_in:
 class _Walk:
     """What has been found so far, and which files and folders were met."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_any_kind: bool) -> None:
+        self.of_any_kind = of_any_kind
         self.files: list[Path] = []
         self.passed_over: list[SetAside] = []
         self._met: dict[tuple[int, int], str] = {}
@@ -203,7 +224,7 @@ class _Walk:
             return path
         if not stat.S_ISREG(found.st_mode):
             self._pass_over(path, f"{_SPECIAL.get(stat.S_IFMT(found.st_mode), 'no file')}, not a file")
-        elif not kind_of(path):
+        elif not (self.of_any_kind or kind_of(path)):
             self._pass_over(path, "of an unknown kind", is_fault=False)
         elif not os.access(path, os.R_OK):
             self._pass_over(path, "it cannot be read: permission denied")

@@ -8,7 +8,7 @@ finished shard: the text before it is read again, but not encoded.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from retro_engine.data import corpus, files, store
 from retro_engine.data.corpus import Document, Reader, in_batches
 from retro_engine.data.inputs import KNOWN, SetAside, find_files, shown, tell
 from retro_engine.data.lossiness import Loss, Sample, as_json, describe, find_losses
+from retro_engine.data.splitting import settle
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer, auto_vocab_size
 from retro_engine.errors import MissingInputError, StoreError, UsageError
@@ -43,9 +44,10 @@ def prepare(
 
     `end_token` ends a document, where the files of `tokenizer` do not say which or another is wanted. Raises MissingInputError, UsageError or StoreError; with `is_strict` also for the first row set aside.
     """
-    reader = reader or Reader()
+    reader = reader or Reader(split="auto")
     has_stdin = "-" in map(str, inputs)
-    paths, passed_over = find_files([given for given in inputs if str(given) != "-"])
+    named = [given for given in inputs if str(given) != "-"]
+    paths, passed_over = find_files(named, of_any_kind=reader.format is not None)
     tell(passed_over, say, f"{shown(out)}/{store.SET_ASIDE_FILE}")
     for row in passed_over:
         _refuse_if_strict(row, is_strict)
@@ -62,6 +64,7 @@ def prepare(
         try:
             if spooled is not None:
                 paths.append(spooled)
+            reader = replace(reader, split=settle(reader.split, paths, reader.kind, say))
             mark = files.fingerprint([asdict(reader), [[str(path), files.sha256_file(path)] for path in paths]])
             chosen = given or _trained_tokenizer(
                 out,
@@ -110,7 +113,10 @@ def _say_what_was_made(made: Store, out: str, say: Callable[[str], None]) -> Non
             f"note: every document is shorter than one chunk of {made.chunk_size} tokens; --chunk-size takes a smaller one"
         )
     if made.num_documents == 1:
-        say("note: one document only: it has no neighbors from other documents, and nothing can be held out")
+        say(
+            "note: one document only: it has no neighbors from other documents, and nothing can be held out "
+            "(--split blank-lines makes several of a text)"
+        )
 
 
 def store_from_documents(documents: Sequence[Document], out: Path, tokenizer: Tokenizer, chunk_size: int) -> Store:

@@ -44,9 +44,9 @@ class RowReader:
     columns: tuple[str, ...]
     required: str = ""
 
-    def read(self, path: Path) -> Iterator[Row | SetAside]:
-        """The rows of a file by its kind; a file of unknown kind is read as JSON."""
-        kind = kind_of(path)
+    def read(self, path: Path, kind: str = "") -> Iterator[Row | SetAside]:
+        """The rows of a file by its kind ("" = its suffix says); a file of unknown kind is read as JSON."""
+        kind = kind or kind_of(path)
         if kind == ".parquet":
             yield from self._parquet(path)
             return

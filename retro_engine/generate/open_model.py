@@ -1,4 +1,4 @@
-"""A run's newest checkpoint, or a checkpoint folder, as a model that generates: checked, in a type, on a device; and a plain
+"""A run's best checkpoint, or a checkpoint folder, as a model that generates: checked, in a type, on a device; and a plain
 decoder as one that reads neighbors in front of its own keys (model/prefix.py), without new weights.
 """
 

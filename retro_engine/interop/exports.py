@@ -26,7 +26,7 @@ MODULE = (
 
 
 def export_model(path: str | Path, folder: str | Path) -> Path:
-    """Write the newest checkpoint at `path` as a Hugging Face folder. Raises UsageError for a folder that holds something."""
+    """Write the best checkpoint at `path` as a Hugging Face folder. Raises UsageError for a folder that holds something."""
     from safetensors.torch import save as to_bytes
 
     folder = Path(folder)

@@ -6,12 +6,16 @@ accelerator: auto (a GPU where there is one) | cpu | gpu; `cuda` is Lightning's 
 import torch
 
 from retro_engine.errors import OutOfResourceError, UsageError, nearest
+from retro_engine.model.ops import check_environment
 
 ACCELERATORS = ("auto", "cpu", "gpu")
 
 
 def pick_device(accelerator: str = "auto", local_rank: int = 0) -> torch.device:
-    """The device of process `local_rank` of a node. Raises OutOfResourceError where a GPU is asked for and is not there."""
+    """The device of process `local_rank` of a node. Raises OutOfResourceError where a GPU is asked for and is not there,
+    UsageError where the environment names kernels that are not.
+    """
+    check_environment()
     if accelerator == "cuda":
         accelerator = "gpu"
     if accelerator not in ACCELERATORS:

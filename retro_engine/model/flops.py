@@ -12,6 +12,8 @@ from retro_engine.config import ModelConfig
 from retro_engine.model import ops
 
 H100_FLOPS = 989e12  # a second, dense bf16 (NVIDIA H100 SXM datasheet)
+CPU_SIZES, GPU_SIZES = (256, 512, 1024, 2048), (8192,)  # of the matrices whose product is timed
+LONG_S = 0.05  # of one product: a larger one would tell no more
 
 
 def forward_flops(config: ModelConfig, num_tokens: int, num_neighbor_tokens: int) -> float:
@@ -108,21 +110,25 @@ def describe_flops(flops: dict[str, float]) -> str:
 
 
 @functools.cache
-def peak_flops(device: torch.device) -> float:
-    """A second's, once measured in a process: the datasheet's bf16 rate on an H100, a matmul elsewhere (bf16 on another
-    GPU, fp32 of 2048^3 on a CPU, by the library in use: a bf16 run there can pass 1).
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """A second's products of `dtype`, once measured in a process: the datasheet's rate of bf16 and fp16 on an H100, else the
+    best of matmuls that grow while they are quick (fp32 on a CPU by the library in use).
     """
     is_gpu = device.type == "cuda"
-    if is_gpu and "H100" in torch.cuda.get_device_name(device):
+    if is_gpu and "H100" in torch.cuda.get_device_name(device) and dtype in (torch.bfloat16, torch.float16):
         return H100_FLOPS
-    size = 8192 if is_gpu else 2048
     own = torch.Generator(device).manual_seed(0)  # nothing is taken from the run's random numbers
-    a = torch.rand(size, size, device=device, dtype=torch.bfloat16 if is_gpu else torch.float32, generator=own)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        ops.product(a, a)
-        if is_gpu:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
+    best = 0.0
+    for size in GPU_SIZES if is_gpu else CPU_SIZES:
+        a = torch.rand(size, size, device=device, generator=own).to(dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            ops.product(a, a)
+            if is_gpu:
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        best = max(best, 2 * size**3 / min(times))
+        if min(times) > LONG_S:
+            break
+    return best

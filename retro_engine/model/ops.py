@@ -3,12 +3,14 @@
 Shape letters: B batch, N queries, S keys, H query heads, G key/value heads, E head width, P rotated pairs.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from retro_kernels import reference
+from retro_kernels import cpp, reference
 from retro_kernels.attention import attention as kernels_attention
+from retro_kernels.backend import is_forced
 from retro_kernels.blocks import TYPES as BLOCK_TYPES
 from retro_kernels.blocks import dequantize
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
@@ -34,6 +36,8 @@ from retro_kernels.step import (
 )
 from torch import Tensor
 
+from retro_engine.errors import UsageError
+
 __all__ = [
     "BLOCK_TYPES",
     "Attending",
@@ -46,6 +50,7 @@ __all__ = [
     "Steps",
     "attention",
     "attention_lse",
+    "check_environment",
     "chunked_cross_attention",
     "cross_entropy_",
     "dequantize",
@@ -63,6 +68,19 @@ __all__ = [
     "rotary_tables",
     "use_products",
 ]
+
+
+def check_environment() -> None:
+    """Raise UsageError where RETRO_BACKEND, RETRO_CPU or RETRO_PRODUCTS names what is not there, before anything is computed."""
+    try:
+        is_forced()
+        if "RETRO_CPU" in os.environ and cpp.is_available():
+            cpp.instruction_set()
+        if os.environ.get("RETRO_PRODUCTS"):
+            product_library()
+    except ValueError as error:  # the kernels' own, which has the lines of ours
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UsageError(lines[0], lines[1] if len(lines) > 2 else "", lines[-1] if len(lines) > 1 else "") from error
 
 
 def attention(

@@ -1,6 +1,6 @@
 """`retro export RUN --reader BASE`: a reader's folder from a run whose adapters learned to read beside an imported base.
 
-Reads the run's newest checkpoint (adapters.safetensors, adapters.json, config.json), its settings and its base, and the
+Reads the run's best checkpoint (adapters.safetensors, adapters.json, config.json), its settings and its base, and the
 base's GGUF file, whose weights have to be those that the adapters learned beside; writes what readers/reader_file.py describes.
 """
 

@@ -152,7 +152,7 @@ class Service:
 
 
 def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | None = None) -> Service:
-    """Load the newest checkpoint of a run, open its library (unless it is `shared`: another process has it) and stores.
+    """Load the best checkpoint of a run, open its library (unless it is `shared`: another process has it) and stores.
 
     Raises RetroError's for whatever is missing, damaged or does not fit.
     """

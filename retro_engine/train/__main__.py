@@ -2,21 +2,36 @@
 
 import argparse
 import json
+import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from retro_engine.config import Config, asked_accelerator, load_config, to_yaml
-from retro_engine.errors import UsageError, typed
+from retro_engine.errors import UsageError, nearest, typed
 from retro_engine.progress import Reporter, note
 
+if TYPE_CHECKING:
+    from retro_engine.train.loop import TrainingResult
+
 DEVICES = ("auto", "cpu", "gpu")
+SETTINGS_HELP = """All else is settings, key=value (retro config keys lists them all). Three that every run needs:
+  model.data.store=STORE   the store that retro prepare wrote and retro build gave neighbors
+  --out RUN                the run's folder (exp_manager.exp_dir)
+  --preset tiny            the model's size (or model.hidden_size=... and what else it is made of)
+and mostly
+  trainer.max_steps=N      optimizer steps (1,000)
+  model.chunk_size=M       the store's, where that is not 64"""
 OVERRIDE = re.compile(r"~[\w.]+|\+{0,2}[A-Za-z_][\w.]*=.*", re.S)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a training run; all else is settings."""
+    parser.epilog, parser.formatter_class = SETTINGS_HELP, argparse.RawDescriptionHelpFormatter
+    parser.usage = "%(prog)s [--preset NAME] --out RUN model.data.store=STORE [key=value ...] [flags]"
     parser.add_argument("--config", "-c", metavar="FILE", help="YAML settings")
     parser.add_argument("--preset", help="tiny, small, base, mcore or nemo")
     parser.add_argument("--out", "-o", metavar="DIR", help="the run's folder (exp_manager.exp_dir)")
@@ -68,9 +83,34 @@ def run(args: argparse.Namespace) -> int:
         print(describe(config, open_data(config)))
         return 0
     result = train(config, Reporter("json" if args.json else "quiet" if args.quiet else "text"), args.resume)
-    if is_main:
+    if is_main and args.json:
         print(json.dumps({"checkpoint": str(result.checkpoint), "step": result.step, **result.metrics}))
+    elif is_main:
+        print("\n".join(summary(result, has_next=not args.quiet)))
     return result.exit_code
+
+
+def summary(result: "TrainingResult", has_next: bool = True) -> list[str]:
+    """What a run came to, for people; and what one would type next."""
+    from retro_engine.train.checkpoint import best_of, complete_checkpoints, valid_loss
+
+    m = result.metrics
+    parts = [f"{result.step:,} steps"]
+    parts += [f"loss {m['loss']:.3f}"] if "loss" in m else []
+    bits = {mode: m.get(f"valid_bits_per_byte_{mode}") for mode in ("on", "off")}
+    shown = [f"{mode} {value:.3f}" for mode, value in bits.items() if value is not None]
+    parts += [f"validation bits per byte {', '.join(shown)}"] if shown else []
+    lines = [f"{result.run}: {'; '.join(parts)}"]
+    found = complete_checkpoints(result.run, lambda flaw: None)
+    best = best_of(found) if found else result.checkpoint
+    if best != result.checkpoint and math.isfinite(valid_loss(best)):
+        lines.append(
+            f"commands read {best.name}, where the validation loss was lowest; {result.checkpoint} is the last"
+        )
+    if has_next:
+        run = shlex.quote(str(result.run))
+        lines += ["next:", f"  retro eval {run}", f"  retro generate {run} 'The prompt'", f"  retro report {run}"]
+    return lines
 
 
 def _processes_to_start(args: argparse.Namespace, config: Config) -> int | None:
@@ -117,7 +157,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     that is not the value of a flag. After `--` nothing is a setting.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    takes_value = _flags_with_a_value(parser)
+    takes_value, called = _flags_with_a_value(parser), _command(parser, words)
+    has_settings = called.get_default("has_settings") is not False
     overrides: list[str] = []
     rest: list[str] = []
     for place, word in enumerate(words):
@@ -125,7 +166,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
             rest += words[place:]
             break
         is_value = place > 0 and words[place - 1] in takes_value
-        (overrides if OVERRIDE.fullmatch(word) and not is_value else rest).append(word)
+        is_setting = has_settings and OVERRIDE.fullmatch(word) and not is_value
+        (overrides if is_setting else rest).append(word)
     args, extra = parser.parse_known_args(rest)
     extra = [word for word in extra if word != "--"]
     if extra and getattr(args, "prompt", "") is None:  # a prompt that stands behind a flag
@@ -134,9 +176,25 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         args.words += [word for word in extra if not word.startswith("-")]
         extra = [word for word in extra if word.startswith("-")]
     if extra:
-        parser.error(f"{' '.join(extra)} is not known; settings are key=value")
+        flags = sorted(called._option_string_actions)  # argparse has no public way to list them
+        raise UsageError(
+            f"{' '.join(extra)}: not known to {called.prog}",
+            nearest(extra[0].partition("=")[0], flags) if extra[0].startswith("-") else "settings are key=value",
+            f"{called.prog} --help",
+        )
     args.overrides, args.typed = overrides, words
     return args
+
+
+def _command(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the command that is called, a family's too; `parser` where there is none."""
+    for word in words:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction) and word in action.choices:
+                return _command(action.choices[word], words[1:])
+        if not word.startswith("-"):
+            break
+    return parser
 
 
 def _flags_with_a_value(parser: argparse.ArgumentParser) -> set[str]:

@@ -38,14 +38,17 @@ from retro_engine.data.checkpoint_files import (
     TOKENIZER_FILE,
     TRAINER_FILE,
     WEIGHTS_FILE,
+    best_of,
     complete_checkpoints,
     damaged,
     find_checkpoint,
     flaw,
     is_imported,
+    newest_checkpoint,
     read_generation,
     read_trainer,
     refuse_file,
+    valid_loss,
     verify,
     weights_fingerprint,
 )
@@ -77,6 +80,7 @@ __all__ = [  # whether a checkpoint is there and whole is read without PyTorch
     "complete_checkpoints",
     "find_checkpoint",
     "is_imported",
+    "newest_checkpoint",
     "read_generation",
     "read_trainer",
     "verify",
@@ -214,9 +218,7 @@ class Saver:
         complete = complete_checkpoints(self.run, self.say)
         best: Path | None = None
         if self.keeps_best:
-            losses = {path: _valid_loss(path) for path in complete}
-            best = min(complete, key=lambda path: losses[path], default=None)
-            best = best if best is not None and math.isfinite(losses[best]) else None
+            best = best_of(complete) if complete else None
         for path in complete[: -self.keep_last_n]:
             if path != best:
                 try:
@@ -239,10 +241,10 @@ def _typed(error: BaseException, final: Path) -> BaseException:
     return typed(error) or error
 
 
-def _valid_loss(checkpoint: Path) -> float:
-    """Infinite where none was measured, or none that is a number."""
-    loss = read_trainer(checkpoint).get("valid_loss")
-    return loss if isinstance(loss, float) and math.isfinite(loss) else math.inf
+def best_loss(run: Path) -> float:
+    """The lowest validation loss of a run's checkpoints; infinite where none has one."""
+    complete = complete_checkpoints(run, lambda flaw: None)  # who looked where to go on has said it
+    return min(map(valid_loss, complete), default=math.inf)
 
 
 def _discard(folder: Path) -> None:

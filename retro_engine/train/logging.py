@@ -27,6 +27,8 @@ from retro_engine.train import record
 from retro_engine.train.places import with_absolute_paths
 from retro_engine.version import __version__
 
+PERFORMANCE = ("tokens_per_s", "mfu", "data_wait", "peak_mib", "train_s")
+
 
 @dataclass
 class StepResult:
@@ -36,6 +38,13 @@ class StepResult:
     norm: float
     rate: float
     tokens: int
+
+
+def tag(name: str) -> str:
+    """What a tracker shows a figure under: a group of charts for how it learns, how good it is, and how fast."""
+    if name.startswith("valid_"):
+        return f"valid/{name.removeprefix('valid_')}"
+    return f"perf/{name}" if name in PERFORMANCE else f"train/{name}"
 
 
 def peak_mib() -> float:
@@ -65,14 +74,20 @@ class Window:
             neighbor_tokens = 0 if batch.lengths is None else int(batch.lengths.sum())
             self.flops += training_flops(config, tokens, neighbor_tokens)
 
+    def figures(self) -> dict[str, float]:
+        """What the line of progress shows; nothing before the first step."""
+        if not self.losses:
+            return {}
+        return {"loss": float(np.mean(self.losses)), "tokens_per_s": self.tokens / max(1e-9, self.seconds)}
+
     def values(self, peak: float) -> dict[str, float]:
+        """`peak`: FLOPs a second; measured as it is on a machine that others use, it may have been too low."""
         seconds = max(1e-9, self.seconds)
         return {
-            "loss": float(np.mean(self.losses)),
+            **self.figures(),
             "grad_norm": float(np.mean(self.norms)),
             "lr": self.rate,
-            "tokens_per_s": self.tokens / seconds,
-            "mfu": self.flops / seconds / peak,
+            "mfu": min(1.0, self.flops / seconds / peak),
             "data_wait": self.waited / seconds,
         }
 
@@ -120,7 +135,7 @@ class RunLog:
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         self._file.write(record.checked_line({"step": step, **finite}))
         self._file.flush()
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        numbers = {tag(name): value for name, value in values.items() if isinstance(value, int | float)}
         self._tell(lambda tracker: tracker.log(numbers, step))
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from retro_engine.train.precision import Precision, asked_precision, faster_prec
 from retro_engine.train.resume import changes, find_start, read_start
 from retro_engine.train.run_data import RunData, open_data, order_of, steps_of_data, stream_settings
 from retro_engine.train.signals import Signals, StoppedError
+from retro_engine.train.watch import Watch
 
 OUT_OF_TIME = 1  # beside the numbers of signals
 SAMPLING = ("greedy", "temperature", "top_k", "top_p")  # of `inference`, that a checkpoint keeps
@@ -151,6 +153,8 @@ class _Training:
         self.step, self.tokens_seen, self.train_s, self.skipped = 0, 0, 0.0, 0
         self.mean_loss: float | None = None
         self.validated: tuple[int, float | None] = -1, None  # the last step that was, and its loss
+        best = checkpoint.best_loss(run) if parallel.is_main and keep.keep_best else math.inf
+        self.watch, self.best_step = Watch(parallel.from_main(best)), -1
         before = self._load(start, source)
         self.precision = self._settle_precision(before.get("precision"))
         self.products = self._settle_products(before.get("products"))
@@ -264,7 +268,7 @@ class _Training:
         saved = checkpoint.folder_of(self.run, self.step)
         if self.step >= self.last_step and self.parallel.from_main((saved / checkpoint.COMPLETE).is_file()):
             return self._finished_before(saved)
-        peak_flops(self.device)  # measured before anything else runs
+        peak_flops(self.device, self.precision.products)  # measured before anything else runs
         self._announce()
         log = RunLog(self.run, self.config, self.data.fingerprints, self.step, self.reporter, self.parallel.is_main)
         self.model.train()
@@ -272,9 +276,8 @@ class _Training:
             with (
                 Signals() as signals,
                 self._prefetched() as batches,
-                self.reporter.progress("training", self.last_step, "steps") as meter,
+                self.reporter.progress("training", self.last_step, "steps", self.step) as meter,
             ):
-                meter.advance(self.step)
                 stopped = self._run_steps(log, signals, batches, meter)
                 self.saver.wait()
         finally:
@@ -298,12 +301,6 @@ class _Training:
             self.note(
                 f"the data gives {self.last_step:,} of trainer.max_steps={steps:,} steps: single reads it once{rest}"
             )
-        every, validates = self.config.exp_manager.checkpoint_every_n_steps, self.data.valid and self.valid_batches != 0
-        if self.config.exp_manager.keep_best and validates and every % self.validates_every:
-            steps_of_both = math.lcm(every, self.validates_every)
-            self.note(
-                f"keep_best chooses among checkpoints that were validated: every {steps_of_both:,} steps, and the last"
-            )
         kernels = kernels_in_use(m, self.device.type, self.precision.name)
         self.reporter.say(
             f"{describe_device(self.device)} in {self.precision.name}, kernels: {kernels}, "
@@ -312,7 +309,8 @@ class _Training:
 
     def _run_steps(self, log: RunLog, signals: Signals, batches: Iterator[list[SequenceBatch]], meter: Meter) -> int:
         """The steps from here to the last, logged, validated and saved; what stopped them before (`_stop_code`)."""
-        trainer, saved_step, stopped, window = self.config.trainer, -1, 0, Window()
+        trainer, manager = self.config.trainer, self.config.exp_manager
+        saved_step, stopped, window = -1, 0, Window()
         while self.step < self.last_step and not (stopped := self._stop_code(signals)):
             start = time.perf_counter()
             step_batches = next(batches)
@@ -323,13 +321,14 @@ class _Training:
             self.step += 1
             self.tokens_seen += result.tokens
             window.add(result, elapsed, waited, self.config.model, step_batches)
+            meter.figures = partial(self._figures, window)
             meter.advance(1)
             if self.step % trainer.log_every_n_steps == 0:
                 window = self._log(log, window)
             if self.step % self.validates_every == 0 or self.step == self.last_step:
                 with contextlib.suppress(StoppedError):
                     self._validate(log, signals, result.loss)
-            if self.step % self.config.exp_manager.checkpoint_every_n_steps == 0:
+            if self.step % manager.checkpoint_every_n_steps == 0 or self.best_step == self.step:
                 self._save()
                 saved_step = self.step
         if window.losses:
@@ -357,9 +356,16 @@ class _Training:
         is_late = limit is not None and self.train_s >= limit
         return self.parallel.any(signals.received or (OUT_OF_TIME if is_late else 0))
 
+    def _figures(self, window: Window) -> dict[str, float]:
+        """For the line of progress: since the last log line, or of it; and of the last validation."""
+        names = {"loss": "loss", "tokens_per_s": "tokens_per_s"}
+        mode = "on" if self.config.model.retrieval else "off"
+        names[f"valid_bits_per_byte_{mode}"] = "valid_bits_per_byte"
+        return {shown: self.metrics[name] for name, shown in names.items() if name in self.metrics} | window.figures()
+
     def _log(self, log: RunLog, window: Window) -> Window:
         window.flops = self.parallel.sum([window.flops])[0]
-        values = window.values(peak_flops(self.device) * self.parallel.world)
+        values = window.values(peak_flops(self.device, self.precision.products) * self.parallel.world)
         values["peak_mib"] = peak_mib()
         self.metrics |= values
         log.log(self.step, {**values, "tokens_seen": self.tokens_seen, "train_s": self.train_s})
@@ -477,15 +483,23 @@ class _Training:
             shard=(self.parallel.data_rank, self.parallel.data),
             reduce=self.parallel.sum_arrays,
         )
+        if not results[modes[0]].tokens.sum():
+            return  # documents of one token: nothing was measured
         values = {f"valid_bits_per_byte_{mode}": result.bits_per_byte for mode, result in results.items()}
         values |= {f"valid_loss_{mode}": result.loss for mode, result in results.items()}
         self.metrics |= values
-        self.validated = self.step, results[modes[0]].loss
+        loss_now = results[modes[0]].loss
+        self.validated = self.step, loss_now
+        is_best = self.parallel.any(int(self.watch.is_best(loss_now)))  # all save, or none
+        if is_best and self.config.exp_manager.keep_best:
+            self.best_step = self.step
         log.log(self.step, values)
         shown = ", ".join(f"{mode} {result.bits_per_byte:.3f}" for mode, result in results.items())
         self.reporter.say(
             f"step {self.step}: loss {self.metrics.get('loss', loss):.3f}, validation bits per byte {shown}"
         )
+        if (warning := self.watch.warning) is not None:
+            self.note(warning)
 
     def _save(self) -> None:
         generation = {name: getattr(self.config.inference, name) for name in SAMPLING}

@@ -35,6 +35,12 @@ class Precision:
         return torch.bfloat16 if self.has_master else torch.float64 if self.name == "64" else torch.float32
 
     @property
+    def products(self) -> torch.dtype:
+        """The type in which matrices are multiplied."""
+        names = {"32": torch.float32, "64": torch.float64, "16-mixed": torch.float16}
+        return torch.bfloat16 if self.is_o2 else names.get(self.name, torch.bfloat16)
+
+    @property
     def is_scaled(self) -> bool:
         """The loss, so that fp16's small gradients are not 0."""
         return self.name == "16-mixed"

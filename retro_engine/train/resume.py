@@ -27,7 +27,7 @@ def find_start(
     existing = checkpoint.complete_checkpoints(run, say)
     start = existing[-1] if existing else None
     if resume not in ("auto", "never"):
-        named = checkpoint.find_checkpoint(resume)
+        named = checkpoint.newest_checkpoint(resume)
         if start is not None and named.resolve() != start.resolve():
             raise UsageError(
                 f"{run} has checkpoint {start.name}",

@@ -64,8 +64,9 @@ def test_a_question(folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPa
         "flags anywhere"
     )
     assert json.loads(capsys.readouterr().out)["answer"] == "in 1302"
-    with pytest.raises(SystemExit):
-        cli.main(["ask", "in", *flags, "--hurry", "When was the castle built?"])
+    assert cli.main(["ask", "in", *flags, "--hurry", "When was the castle built?"]) == 2
+    assert cli.main(["ask", "in", *flags, "--json", "castle=built"]) == 0, "no setting: ask takes none"
+    assert json.loads(capsys.readouterr().out)["question"] == "castle=built"
     assert found["reader"] == "tiny-reads"
     assert found["documents"] == {"files": 2, "documents": 2, "set_aside": 0}
     text = found["sources"][found["span"]["source"]]["text"]

@@ -89,8 +89,7 @@ def test_refusals(run: Any, small_store: Store, tmp_path: Path) -> None:
     assert "k=0" in run("query", library, "river", "--k", "0", code=2)[1]
     assert "1,000,000 characters" in run("query", library, "x" * 1_000_000, code=2)[1]
     assert "needs vectors" in run("query", library, "river", "--retriever", "dense", code=2)[1]
-    with pytest.raises(SystemExit):
-        main(["docs", "reset", library])
+    assert "required: --yes" in run("reset", library, code=2)[1]
 
 
 def test_a_library_that_is_there_keeps_its_tokenizer(run: Any, small_store: Store, tmp_path: Path) -> None:

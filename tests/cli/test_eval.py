@@ -19,6 +19,12 @@ def test_eval(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("eval", work / "run", "--json", "--quiet") == 0
     result = json.loads(capsys.readouterr().out)
     assert {"on", "off", "random"} <= set(result)
+    saves = {mode: 1 - result["on"]["loss"] / result[mode]["loss"] for mode in ("off", "random")}
+    assert {mode: gain["gain"] for mode, gain in result["saves"].items()} == pytest.approx(saves)
+    assert run("eval", work / "run", "--limit", 1, "--modes", "on,off") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^on saves -?\d+\.\d% \[.*\] against off: share of the bits, \d+ documents, paired$", out, re.M)
+    assert "few documents" in out
     assert run("eval", work / "run", "--neighbors", "river stone", "--modes", "off,given") == 0
     assert re.search(r"^given +\d\.\d+", capsys.readouterr().out, re.M)
     assert run("eval", work / "run", "--fail-if", "bpb_on>0.001", "--limit", 1) == 6

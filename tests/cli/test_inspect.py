@@ -1,10 +1,15 @@
 """`retro inspect`, `config` and `doctor`."""
 
+import json
+import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 from cli_helpers import run
+
+from retro_engine.cli.doctor import EXTRAS
 
 
 def test_inspect_config_and_doctor(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,7 +24,9 @@ def test_inspect_config_and_doctor(work: Path, capsys: pytest.CaptureFixture[str
     assert run("inspect", work / "store/neighbors/bm25", "--samples", 2) == 0
     assert "[d" in capsys.readouterr().out
     assert run("config", "keys", "model.optim") == 0
-    assert "model.optim.lr (float) = 0.0006" in capsys.readouterr().out
+    assert "model.optim.lr (float, default 0.0006, rate): the highest learning rate" in capsys.readouterr().out
+    assert run("config", "keys", "model.optim.lr", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["unit"] == "rate"
     assert run("config", "show", "--preset", "tiny") == 0
     (work / "a.yaml").write_text(capsys.readouterr().out)
     assert run("config", "show", "--preset", "tiny", "seed=5") == 0
@@ -27,7 +34,9 @@ def test_inspect_config_and_doctor(work: Path, capsys: pytest.CaptureFixture[str
     assert run("config", "diff", work / "a.yaml", work / "b.yaml") == 0
     assert capsys.readouterr().out == "seed: 1234 -> 5\n"
     assert run("doctor") == 0
-    assert "loader:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "loader:" in out
+    assert re.search(r"^  ray +neighbors and embeddings over many machines .* (yes|no: ray missing)$", out, re.M)
     assert run("embed", work / "store") == 0
     assert run("index", work / "store", "--retriever", "hash") == 0
     assert run("neighbors", work / "store", "--retriever", "hash", "--k", 2) == 0
@@ -64,3 +73,15 @@ def test_inspect_says_what_everything_is_and_whether_it_is_whole(
     said = capsys.readouterr().err
     assert said.count("is damaged: it is built again") == 2
     assert run("inspect", store / "index" / "hash", "--verify") == 0
+
+
+def test_doctor_knows_every_extra_and_what_is_in_it() -> None:
+    project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
+    declared = project["optional-dependencies"]
+    names = {extra: {re.split(r"[\[<>=;]", line)[0] for line in lines} for extra, lines in declared.items()}
+    names["ask"] |= names["documents"]
+    names["replicas"] |= names["serve"]
+    assert set(EXTRAS) == set(names)
+    for extra, (_, packages) in EXTRAS.items():
+        wanted = names[extra] - {"retro-engine"}
+        assert set(packages.split()) <= wanted if extra == "dev" else set(packages.split()) == wanted, extra

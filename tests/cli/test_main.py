@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from helpers import small_disk, write_corpus
 
 from retro_engine.cli import doctor
 from retro_engine.data.store import Store
+from retro_engine.version import __version__
 
 
 def test_help_is_quick() -> None:
@@ -44,8 +46,70 @@ def test_settings_and_flags_in_any_order(work: Path, capsys: pytest.CaptureFixtu
     assert "takes no settings" in capsys.readouterr().err
     assert run("inspect", work / "store", "model.hidden_size=3") == 2
     assert "takes no settings" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run("eval", work / "run", "something")
+    assert run("eval", work / "run", "something") == 2
+    assert "something: not known to retro eval\n  settings are key=value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "why"),
+    [
+        (
+            ["generate", "r", "x", "--max-new-tokns", "4"],
+            "--max-new-tokns 4: not known",
+            "did you mean --max-new-tokens?",
+        ),
+        (
+            ["generate", "r", "x", "--max_new_tokens=4"],
+            "--max_new_tokens=4: not known",
+            "did you mean --max-new-tokens?",
+        ),
+        (["docs", "add", "l", "d", "--text-kye", "t"], "known to retro docs add", "did you mean --text-key?"),
+        (["trian", "--preset", "tiny"], "invalid choice: 'trian'", "did you mean train?"),
+        (["eval"], "the following arguments are required: RUN", "retro eval --help"),
+        (["generate", "r", "x", "--dtype", "fp8"], "invalid choice: 'fp8'", "did you mean fp32?"),
+    ],
+)
+def test_what_is_mistyped_names_the_nearest(capsys: pytest.CaptureFixture[str], words: list[str], what: str, why: str) -> None:  # fmt: skip
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert what in error
+    assert f"  {why}\n" in error
+    assert len(error.splitlines()) <= 3
+
+
+def test_version_and_what_training_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--version"], ["train", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            run(*words)
+        assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"retro-engine {__version__}\n")
+    for needed in ("settings, key=value", "model.data.store=STORE", "--out RUN", "--preset tiny"):
+        assert needed in out
+
+
+def test_summaries_say_what_is_next(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing but JSON with --json, nothing more than the result with --quiet."""
+    (tmp_path / "a.txt").write_text("The old castle stands beside the river town. " * 40)
+    prepare = ["prepare", tmp_path / "a.txt", "--tokenizer", work / "store", "--chunk-size", 16]
+    assert run(*prepare, "--out", tmp_path / "s s") == 0
+    out = capsys.readouterr().out
+    assert "1 documents, " in out
+    assert out.endswith(f"next:\n  retro build '{tmp_path}/s s'\n")
+    assert run(*prepare, "--out", tmp_path / "s", "--quiet") == 0
+    assert "next" not in capsys.readouterr().out
+    assert run("neighbors", tmp_path / "s", "--stores", work / "store", "--k", 2) == 0
+    out = capsys.readouterr().out
+    assert "2 neighbors a chunk by bm25" in out
+    assert f"  retro train --preset tiny --out runs/s model.data.store={tmp_path}/s model.chunk_size=16\n" in out
+    store = f"model.data.store={work}/store"
+    few = ["train", "--preset", "tiny", "--out", tmp_path / "r", store, "model.data.neighbors=bm25", *TINY]
+    assert run(*few, "trainer.max_steps=2") == 0
+    out = capsys.readouterr().out
+    assert re.match(rf"{tmp_path}/r: 2 steps; loss \d.*; validation bits per byte on \d.*, off \d", out)
+    assert f"  retro eval {tmp_path}/r\n" in out
+    assert run(*few, "trainer.max_steps=2", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
 
 
 def damaged(work: Path, tmp_path: Path, name: str, kind: str) -> Path:

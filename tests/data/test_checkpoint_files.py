@@ -1,12 +1,13 @@
-"""Whether a checkpoint is whole, asked beside other work; what is not read for generation is not asked for."""
+"""Whether a checkpoint is whole, asked beside other work; what is not read for generation is not asked for; which is read."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from retro_engine.data import files
-from retro_engine.data.checkpoint_files import opened, opening, verify
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.data.checkpoint_files import find_checkpoint, newest_checkpoint, opened, opening, verify
+from retro_engine.errors import MissingInputError, StoreError, UsageError
 
 
 @pytest.fixture
@@ -37,3 +38,40 @@ def test_what_is_not_there_is_said_where_it_is_waited_for(tmp_path: Path) -> Non
     waited = opening(tmp_path)
     with pytest.raises(MissingInputError, match="is not a trained run"):
         waited.result()
+
+
+def run_of(folder: Path, losses: list[float | None]) -> Path:
+    """A run whose checkpoints have these validation losses."""
+    for number, loss in enumerate(losses):
+        step = folder / "checkpoints" / f"step-{number:06d}"
+        step.mkdir(parents=True)
+        (step / "trainer.json").write_text(json.dumps({"step": number, "valid_loss": loss}))
+        (step / "COMPLETE").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [([3.0, 1.0, 2.0], 1), ([3.0, 1.0, 1.0], 2), ([None, None], 1), ([2.0, None], 0), ([float("nan"), 2.0, None], 1)],
+)
+def test_the_best_is_read_and_the_newest_where_a_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], losses: list[float | None], best: int
+) -> None:
+    run = run_of(tmp_path / "run", losses)
+    assert find_checkpoint(run).name == f"step-{best:06d}"
+    is_last = best == len(losses) - 1
+    said = capsys.readouterr().err
+    assert ("is read, for its validation loss" in said) != is_last
+    assert ("the newest, was not validated" in said) == (losses[-1] is None and not is_last)
+    assert newest_checkpoint(run).name == f"step-{len(losses) - 1:06d}"
+    assert find_checkpoint(run / "checkpoints" / "step-000000").name == "step-000000", "what is named"
+
+
+def test_the_one_run_in_a_folder_is_found_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(tmp_path / "demo" / "run", [1.0])
+    (tmp_path / "demo" / "store" / "checkpoints").mkdir(parents=True)
+    assert find_checkpoint(tmp_path / "demo").parent.parent == run
+    assert f"note: {run} is the run in {tmp_path / 'demo'}" in capsys.readouterr().err
+    run_of(tmp_path / "demo" / "plain", [1.0])
+    with pytest.raises(UsageError, match=r"demo holds 2 runs: plain, run\n.*\n.*demo/plain"):
+        find_checkpoint(tmp_path / "demo")

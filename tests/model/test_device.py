@@ -182,3 +182,20 @@ def test_it_is_said_on_standard_error(run: Path, capsys: pytest.CaptureFixture[s
     assert main(["generate", str(run), "river", "--device", "gpu"]) == 5
     assert "there is no GPU" in capsys.readouterr().err
     assert device.ACCELERATORS == DEVICES == ("auto", "cpu", "gpu")
+
+
+@pytest.mark.parametrize("name", ["RETRO_PRODUCTS", "RETRO_BACKEND", "RETRO_CPU"])
+def test_kernels_that_the_environment_names_and_are_not_there_are_a_three_line_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Where it is decided on what a command runs, so in all that compute."""
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(UsageError, match=f"^{name}=x"):
+        pick_device("cpu")
+    assert main(["mup", "check"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name}=x")
+    assert main(["doctor"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {name}=x")
+    assert error.endswith(f"\n  unset {name}\n")
+    assert len(error.splitlines()) <= 3

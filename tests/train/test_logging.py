@@ -46,4 +46,7 @@ def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_purged(small_store: St
     train(config(small_store, run, *steps, "trainer.max_steps=5"), Reporter("quiet"))
     events = loading.EventAccumulator(str(run / "tb"))
     events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
+    groups = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
+    assert groups == {"train", "valid", "perf"}
+    assert {"valid/bits_per_byte_off", "perf/tokens_per_s", "train/lr"} <= set(events.Tags()["scalars"])

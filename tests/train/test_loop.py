@@ -33,7 +33,7 @@ def test_it_learns_and_writes_everything_down(whole: Path) -> None:
     assert found[12] < found[1] - 0.5
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert {"valid_bits_per_byte_on", "valid_bits_per_byte_off"} <= set().union(*rows)
-    assert all(row["tokens_per_s"] > 0 and 0 < row["mfu"] < 20 for row in rows if "mfu" in row)
+    assert all(row["tokens_per_s"] > 0 and 0 < row["mfu"] <= 1 for row in rows if "mfu" in row)
     assert all(0 <= row["data_wait"] < 1 for row in rows if "mfu" in row)
     facts = json.loads((whole / "run.json").read_text())
     assert {"store", "tokenizer", "neighbors"} == set(facts["fingerprints"])
@@ -216,6 +216,8 @@ def test_an_incomplete_or_damaged_checkpoint(whole: Path, tmp_path: Path) -> Non
 
     run = tmp_path / "run"
     shutil.copytree(whole, run)
+    for earlier in checkpoint.complete_checkpoints(run)[:-1]:
+        shutil.rmtree(earlier)
     folder = checkpoint.find_checkpoint(run)
     weights = folder / "model.safetensors"
     raw = bytearray(weights.read_bytes())
@@ -288,9 +290,7 @@ def test_what_attention_runs_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None
         assert "encoder's cross-attention" in kernels_in_use(preset_model("nemo", vocab_size=9), "cpu", "32")
 
 
-def test_a_checkpoint_has_its_own_validation_loss_and_the_last_one_always(
-    small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_has_its_own_validation_loss_and_the_last_one_always(small_store: Store, tmp_path: Path) -> None:
     """That of an earlier step, or of the run before it was resumed, is not its own: it would be kept as the best."""
     more = [
         *PLAIN,
@@ -298,8 +298,7 @@ def test_a_checkpoint_has_its_own_validation_loss_and_the_last_one_always(
         "exp_manager.checkpoint_every_n_steps=3",
         "exp_manager.keep_last_n=0",
     ]
-    train(config(small_store, tmp_path / "r", *more, "trainer.max_steps=3"), Reporter())
-    assert "keep_best chooses among checkpoints that were validated: every 12 steps" in capsys.readouterr().err
+    train(config(small_store, tmp_path / "r", *more, "trainer.max_steps=3"), Reporter("quiet"))
     train(config(small_store, tmp_path / "r", *more, "trainer.max_steps=7"), Reporter("quiet"))
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     measured = {row["step"]: row["valid_loss_off"] for row in rows if "valid_loss_off" in row}
@@ -308,7 +307,9 @@ def test_a_checkpoint_has_its_own_validation_loss_and_the_last_one_always(
         folder.name: checkpoint.read_trainer(folder)["valid_loss"]
         for folder in checkpoint.complete_checkpoints(tmp_path / "r")
     }
-    assert saved == {"step-000003": measured[3], "step-000006": None, "step-000007": measured[7]}
+    assert measured[4] < measured[3], "so it is saved, though no checkpoint was due"
+    expected = {3: measured[3], 4: measured[4], 6: None, 7: measured[7]}
+    assert saved == {f"step-{step:06d}": loss for step, loss in expected.items()}
 
 
 def test_a_run_that_is_out_of_time_is_validated(small_store: Store, tmp_path: Path) -> None:
