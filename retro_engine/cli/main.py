@@ -24,6 +24,7 @@ from retro_engine.cli import (
     fetch,
     generate,
     inspect,
+    memory,
     models,
     mup,
     prepare,
@@ -38,7 +39,7 @@ from retro_engine.errors import RetroError, StoppedError, UsageError, typed
 from retro_engine.train.__main__ import parse
 
 COMMANDS = (
-    demo, prepare, build, train, mup, evaluation, generate, ask, fetch, docs, models, explain, serve, accounts, report, inspect,
+    demo, prepare, build, memory, train, mup, evaluation, generate, ask, fetch, docs, models, explain, serve, accounts, report, inspect,
     config, doctor,
 )  # fmt: skip
 

@@ -412,7 +412,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     finished), StoreError when it is damaged, of another kind, newer, or was not written by this program.
     """
     path = folder / MANIFEST
-    commands = {"store": "prepare", "neighbors": "neighbors", "index": "index", "encodings": "encode"}
+    commands = {"store": "prepare", "neighbors": "neighbors", "index": "index", "encodings": "encode", "ngram": "memory ngram"}
     build = f"retro {commands[kind]}" if kind in commands else "build it"
     try:
         raw = read_bytes(path)
