@@ -143,7 +143,8 @@ def look_up(memory: NgramMemory, tokens: ScoredTokens) -> Guesses:
     documents, firsts = np.unique(tokens.documents_T, return_index=True)
     for document, places in zip(documents.tolist(), np.split(tokens.places_T, firsts[1:])):
         text = next(document_tokens(tokens.sequences.store, document, document + 1))
-        parts.append(memory.guesses(text).of(places - 1))
+        first, last = int(places[0]), int(places[-1])
+        parts.append(memory.guesses(text[: last + 1], first).of(places - first))
     return Guesses.joined(parts)
 
 

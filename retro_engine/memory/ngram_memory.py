@@ -43,7 +43,10 @@ class Part:
 
     @classmethod
     def of(cls, tokens: np.ndarray, ends: np.ndarray, contents: np.ndarray, vocab_size: int) -> "Part":
-        return cls(tokens, order_of(tokens), starts_of(tokens, vocab_size), ends, contents)
+        made = tokens, order_of(tokens), starts_of(tokens, vocab_size)
+        for array in made:
+            array.setflags(write=False)  # as mapped ones are: compiled once
+        return cls(*made, ends, contents)
 
     def documents(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of these documents one after another, and where each ends."""
@@ -194,9 +197,11 @@ class NgramMemory:
         out.left_out = Part.of(tokens, np.empty(0, np.int64), marks, self.vocab_size)
         return out, np.unique(marks)
 
-    def counts(self, text: np.ndarray) -> np.ndarray:
-        """[T, L + 2] i8: how often the l tokens that end at each place of `text` occur; l = 0: how many tokens there are."""
-        counts = np.zeros((len(text), LONGEST + 2), np.int64)
+    def counts(self, text: np.ndarray, first: int = 0) -> np.ndarray:
+        """[T, L + 2] i8: how often the l tokens that end at each place of `text` from `first` on occur; l = 0: how many
+        tokens there are.
+        """
+        counts = np.zeros((len(text) - first, LONGEST + 2), np.int64)
         for part in self.parts:
             count_suffixes(part.tokens, part.order, part.starts, text, 1, counts)
         if self.left_out is not None:
@@ -204,11 +209,11 @@ class NgramMemory:
             count_suffixes(out.tokens, out.order, out.starts, text, -1, counts)
         return counts
 
-    def guesses(self, document: np.ndarray) -> Guesses:
-        """For every token of a document but its first: what each suffix of the text before it gives it."""
+    def guesses(self, document: np.ndarray, first: int = 1) -> Guesses:
+        """For every token of a document from `first` on: what each suffix of the text before it gives it."""
         text = np.concatenate(([self.eod_id], document)).astype(np.int64)
-        counts = self.counts(text)
-        return collect(counts[1:-1], counts[2:])
+        counts = self.counts(text, first)
+        return collect(counts[:-1], counts[1:])
 
     def summary(self) -> dict[str, Any]:
         m = self.manifest

@@ -65,9 +65,12 @@ def find(tokens, order, starts, text, place, ranges):  # type: ignore[no-untyped
 
 @numba.njit(nogil=True, cache=True)
 def count_suffixes(tokens, order, starts, text, sign, counts):  # type: ignore[no-untyped-def]
-    """Add `sign` times how often the l tokens that end at each place of `text` [T] occur to counts [T, L + 1]; l = 0: n."""
+    """Add `sign` times how often the l tokens occur that end at each of the last places of `text` to counts [T, L + 1], a row
+    each; l = 0: n.
+    """
     ranges = np.empty((counts.shape[1], 2), np.int64)
-    for place in range(len(text)):
-        longest = find(tokens, order, starts, text, place, ranges)
+    first = len(text) - len(counts)
+    for row in range(len(counts)):
+        longest = find(tokens, order, starts, text, first + row, ranges)
         for length in range(longest + 1):
-            counts[place, length] += sign * (ranges[length, 1] - ranges[length, 0])
+            counts[row, length] += sign * (ranges[length, 1] - ranges[length, 0])

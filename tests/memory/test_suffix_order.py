@@ -20,14 +20,18 @@ def test_counts_are_those_by_hand(dtype: str, vocab_size: int) -> None:
     assert sorted(order.tolist()) == list(range(len(text)))
     before = [text[: place + 1][::-1] for place in order.tolist()]
     assert before == sorted(before)
+    if dtype != "u2":
+        return  # compiled for each type: one shows it
+    for array in (tokens, order, starts):
+        array.setflags(write=False)
     asked = np.concatenate((tokens[320:360], [1, 130, vocab_size - 1, 0])).astype(np.int64)
-    counts = np.zeros((len(asked), LONGEST + 2), np.int64)
+    counts = np.zeros((len(asked) - 10, LONGEST + 2), np.int64)
     count_suffixes(tokens, order, starts, asked, 1, counts)
-    for place in range(len(asked)):
-        for length in range(1, LONGEST + 2):
+    for row, place in enumerate(range(10, len(asked))):
+        for length in (*range(1, 9), 31, 32, 33):
             words = asked[max(0, place - length + 1) : place + 1].tolist()
             expected = occurrences(text, words) if len(words) == length else 0
-            assert counts[place, length] == expected, (place, length)
+            assert counts[row, length] == expected, (place, length)
     assert (counts[:, 0] == len(text)).all()
     count_suffixes(tokens, order, starts, asked, -1, counts)
     assert not counts.any(), "what is taken off is what was counted"
