@@ -14,6 +14,7 @@ from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError
 from retro_engine.library.file import FILE
 from retro_engine.library.library import Library
+from retro_engine.memory.knn_memory import KnnMemory
 from retro_engine.memory.ngram_memory import NgramMemory
 from retro_engine.model.encoding_file import EncodingFile
 from retro_engine.retrieval.index import VectorIndex
@@ -40,7 +41,7 @@ class Checkpoint:
 
 
 Chunks = Store | NeighborTable | Vectors | Bm25Index | VectorIndex
-Other = Library | Checkpoint | EncodingFile | NgramMemory  # of which no sample is shown
+Other = Library | Checkpoint | EncodingFile | NgramMemory | KnnMemory  # of which no sample is shown
 
 
 @contextmanager
@@ -63,15 +64,14 @@ def open_artefact(path: str | Path) -> Iterator[Chunks | Other]:
         )
 
 
-def _published(path: Path) -> Chunks | EncodingFile | NgramMemory:
-    try:
-        kind = files.read_json(path / files.MANIFEST).get("kind")
-    except (ValueError, AttributeError, OSError):
-        kind = "store"  # reading it as one says what is wrong
+def _published(path: Path) -> Chunks | EncodingFile | NgramMemory | KnnMemory:
+    kind = files.kind_in(path) or "store"  # reading it as one says what is wrong
     if kind == "encodings":
         return EncodingFile(path)
     if kind == "ngram":
         return NgramMemory(path)
+    if kind == "knn":
+        return KnnMemory(path)
     store = Store(path.parent.parent if kind in ("neighbors", "index", "embeddings") else path)
     if kind == "neighbors":
         return NeighborTable(path, store)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from retro_engine.data.batches import Sequences
     from retro_engine.data.questions import Questions
     from retro_engine.evaluate.losses import DocumentLosses
-    from retro_engine.evaluate.memories import ScoredTokens
+    from retro_engine.evaluate.memories import ScoredTokens, Weights
+    from retro_engine.memory.knn_memory import KnnMemory
     from retro_engine.memory.mixture import Guesses, Mixture
     from retro_engine.memory.ngram_memory import NgramMemory
     from retro_engine.model.encodings import Encodings
@@ -50,7 +51,7 @@ def evaluate(
     precision: str,
     decoders: "dict[str, RetroModel]",
 ) -> "tuple[dict[str, DocumentLosses], dict[str, Any]]":
-    """Losses of each mode, of it with the memory (MODE_ngram), of the memory alone and of --against; and about the memory."""
+    """Losses of each mode, of it with the memory (MODE_ngram, MODE_knn), of the memory alone and of --against; and about the memory."""
     from retro_engine.data.batches import Sequences
     from retro_engine.evaluate.memories import describe_left_out, held_out_marks
 
@@ -59,6 +60,10 @@ def evaluate(
     fitting = None if args.memory_weights is not None else _fitting_share(args, retro)
     shares = [sequences] if fitting is None else [sequences, fitting]
     whole = memory.open_memory(args, retro)
+    if whole.kind == "knn" and (args.memory_weights is not None or args.memory_out is not None):
+        raise UsageError(
+            "--memory-weights and --memory-out are of n-grams", f"{whole.folder} has states", "leave them out"
+        )
     given = None if args.memory_weights is None else memory.open_weights(args, whole)
     left, marks = whole.without(held_out_marks(*shares))
     say = flags.reporter(args).say
@@ -68,7 +73,7 @@ def evaluate(
     losses = run.losses(retro.model, modes, "")
     for path, decoder in decoders.items():
         found = run.losses(decoder, ["off"], path)
-        losses |= {path: found["off"], f"{path}_ngram": found["off_ngram"]}
+        losses |= {name.replace("off", path, 1): of for name, of in found.items()}
     share = "halves of these documents" if fitting is None else f"{len(fitting.documents):,} validation documents"
     on = "given" if args.memory_weights is not None else f"fitted on {share}"
     return losses, {**left.summary(), "folder": str(left.folder), "left_out": len(marks), "weights": on}
@@ -101,7 +106,7 @@ class _Evaluation:
         self,
         args: argparse.Namespace,
         retro: "Retro",
-        memory: "NgramMemory",
+        memory: "NgramMemory | KnnMemory",
         given: "Mixture | None",
         sequences: "Sequences",
         fitting: "Sequences | None",
@@ -113,41 +118,66 @@ class _Evaluation:
         self.known: dict[int, Guesses] = {}  # what was looked up, by share: it is the same for every model
 
     def losses(self, model: "RetroModel", modes: list[str], name: str) -> "dict[str, DocumentLosses]":
+        """Of the model in each mode, with the memory too; of another model than the run's, beside its own states, alone."""
         from retro_engine.evaluate.memories import mixed_nats
-        from retro_engine.memory.mixture import Mixture
 
         out: dict[str, DocumentLosses] = {}
-        token_bytes, size = self.retro.tokenizer.token_bytes(), self.retro.tokenizer.vocab_size
+        token_bytes, kind = self.retro.tokenizer.token_bytes(), self.memory.kind
         for mode in modes:
             tokens = self._scored(model, self.sequences, mode, f"evaluating {name or mode}")
-            evidence, fitted_on = self._looked_up(tokens), None
+            out[mode] = tokens.by_document(token_bytes)
+            if kind == "knn" and model is not self.retro.model:
+                continue
+            evidence, fitted_on = self._known_of(tokens), None
             if self.fitting is not None:
                 others = self._scored(model, self.fitting, mode, f"fitting {name or mode}")
-                fitted_on = (others, self._looked_up(others))
+                fitted_on = (others, self._known_of(others))
             nats = mixed_nats(tokens, evidence, self._fit, fitted_on)
-            out |= {mode: tokens.by_document(token_bytes), f"{mode}_ngram": tokens.by_document(token_bytes, nats)}
-            if not name and mode == modes[0]:
-                alone = mixed_nats(
-                    tokens, evidence, Mixture.fitted, fitted_on, lambda tokens: np.full(len(tokens.nats_T), 1 / size)
-                )
-                out["ngram"] = tokens.by_document(token_bytes, alone)
-                if self.args.memory_out is not None:
-                    of, seen = fitted_on or (tokens, evidence)
-                    mark = self.memory.manifest["fingerprint"]
-                    Mixture.fitted(of.probabilities, seen).save(Path(self.args.memory_out), mark)
+            out[f"{mode}_{kind}"] = tokens.by_document(token_bytes, nats)
+            if model is self.retro.model and mode == modes[0]:
+                alone = mixed_nats(tokens, evidence, self._fit_alone, fitted_on, self._nothing)
+                out[kind] = tokens.by_document(token_bytes, alone)
+                self._keep_weights(*(fitted_on or (tokens, evidence)))
         return out
 
-    def _fit(self, before: np.ndarray, guesses: "Guesses") -> "Mixture":
+    def _keep_weights(self, tokens: "ScoredTokens", evidence: Any) -> None:
         from retro_engine.memory.mixture import Mixture
 
-        return Mixture.fitted(before, guesses) if self.given is None else self.given
+        if self.args.memory_out is not None:
+            mark = self.memory.manifest["fingerprint"]
+            Mixture.fitted(tokens.probabilities, evidence).save(Path(self.args.memory_out), mark)
+
+    def _fit(self, before: np.ndarray, evidence: Any) -> "Weights":
+        return self._fit_alone(before, evidence) if self.given is None else self.given
+
+    def _fit_alone(self, before: np.ndarray, evidence: Any) -> "Weights":
+        from retro_engine.memory.knn_memory import KnnMixture
+        from retro_engine.memory.mixture import Mixture
+
+        return Mixture.fitted(before, evidence) if self.memory.kind == "ngram" else KnnMixture.fitted(before, evidence)
+
+    def _nothing(self, tokens: "ScoredTokens") -> np.ndarray:
+        """The probabilities of one that knows the vocabulary alone."""
+        return np.full(len(tokens.nats_T), 1 / self.retro.tokenizer.vocab_size)
+
+    def _known_of(self, tokens: "ScoredTokens") -> Any:
+        from retro_engine.evaluate.memories import look_up
+        from retro_engine.memory.ngram_memory import NgramMemory
+
+        if not isinstance(self.memory, NgramMemory):
+            return tokens.recalled
+        key = id(tokens.sequences)
+        if key not in self.known:
+            self.known[key] = look_up(self.memory, tokens)
+        return self.known[key]
 
     def _scored(self, model: "RetroModel", sequences: "Sequences", mode: str, what: str) -> "ScoredTokens":
         from retro_engine.evaluate.memories import score_tokens
         from retro_engine.evaluate.perplexity import Given
         from retro_engine.generate.generator import encode_neighbors
+        from retro_engine.memory.ngram_memory import NgramMemory
 
-        given = None
+        given, is_own = None, model is self.retro.model
         if mode == "given":
             given = Given(*encode_neighbors(self.retro.tokenizer, self.args.neighbors, model.config.r))
         with flags.reporter(self.args).progress(
@@ -161,14 +191,7 @@ class _Evaluation:
                 precision=self.precision,
                 given=given,
                 leak_limit=self.args.leak_limit,
-                encodings=self.encodings if model is self.retro.model else None,
+                encodings=self.encodings if is_own else None,
+                recall=self.memory.recall if is_own and not isinstance(self.memory, NgramMemory) else None,
                 advance=meter.advance,
             )
-
-    def _looked_up(self, tokens: "ScoredTokens") -> "Guesses":
-        from retro_engine.evaluate.memories import look_up
-
-        key = id(tokens.sequences)
-        if key not in self.known:
-            self.known[key] = look_up(self.memory, tokens)
-        return self.known[key]

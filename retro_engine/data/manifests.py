@@ -186,6 +186,14 @@ NGRAM = {
     "parts": each(fields({"documents": COUNT, "tokens": COUNT})),
     "files": FILES,
 }
+KNN = {
+    "format": whole(1, 1 << 16),
+    "weights": FINGERPRINT,
+    "tokenizer": FINGERPRINT,
+    "width": whole(1, 1 << 24),
+    "states": whole(1, MOST),
+    "files": FILES,
+}
 SEGMENT = {"library": FINGERPRINT, "documents": whole(1, MOST_IDS), "chunks": whole(1, MOST_IDS), "files": FILES}
 SEGMENT_OPTIONAL = {"width": whole(1, 1 << 16), "recall_at_10": real(0, 1)}
 
@@ -243,6 +251,7 @@ KINDS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {  # required and 
     "encodings": (ENCODINGS, {}),
     "segment": (SEGMENT, SEGMENT_OPTIONAL),
     "ngram": (NGRAM, {}),
+    "knn": (KNN, {}),
 }
 
 

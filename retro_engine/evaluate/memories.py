@@ -40,6 +40,7 @@ class Weights(Protocol):
 
 Fit = Callable[[np.ndarray, Any], Weights]
 Recall = Callable[[Tensor, np.ndarray], Any]  # states [T, D] and labels [T] -> what a memory of states knows
+Record = Callable[[Tensor, np.ndarray, np.ndarray], None]  # the same with the marks of what the documents say [T]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +80,12 @@ def score_tokens(
     encodings: Encodings | None = None,
     advance: Callable[[int], None] = lambda count: None,
     recall: Recall | None = None,
+    record: Record | None = None,
     batch_size: int = 8,
 ) -> ScoredTokens:
-    """The same tokens and losses as `perplexity.evaluate`, each for itself."""
+    """The same tokens and losses as `perplexity.evaluate`, each for itself. `recall`: asked about every token; `record`: told
+    of it.
+    """
     m = sequences.store.chunk_size
     first_rows = sequences.store.documents[:, 0]
     columns: list[tuple[np.ndarray, ...]] = []
@@ -99,8 +103,11 @@ def score_tokens(
                 (rows_BL[..., None] - first_rows[batch.document_ids[:, ::m]][..., None]) * m + np.arange(m)
             ).reshape(counted.shape)
             columns.append((of, tokens_before[counted] + 1, wanted, losses.double().cpu().numpy()[counted]))
+            states_TD = hidden[torch.from_numpy(counted).to(hidden.device)].float()
             if recall is not None:
-                recalled.append(recall(hidden[torch.from_numpy(counted).to(hidden.device)].float(), wanted))
+                recalled.append(recall(states_TD, wanted))
+            if record is not None:
+                record(states_TD, wanted, sequences.store.contents[of])
             advance(len(batch.tokens))
     of, places, wanted, nats = (np.concatenate(parts) for parts in zip(*columns))
     order = np.lexsort((places, of))

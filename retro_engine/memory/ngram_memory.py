@@ -9,6 +9,7 @@ mapped: what is not looked up need not be in memory. Letters: n tokens of a part
 suffix, V vocabulary.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,8 @@ def _parts(store: Store, part_tokens: int) -> Iterator[tuple[np.ndarray, np.ndar
 class NgramMemory:
     """The memory of one folder; any thread may look things up."""
 
+    kind = "ngram"
+
     def __init__(self, folder: Path):
         """Raises MissingInputError, or StoreError for what is truncated, damaged, newer or contradicts itself."""
         self.folder = Path(folder)
@@ -192,8 +195,7 @@ class NgramMemory:
         head = np.array([self.eod_id], self.parts[0].tokens.dtype)
         tokens = np.concatenate([head, *(piece for piece, _ in pieces)])
         marks = np.concatenate([part.contents[which] for part, which in zip(self.parts, chosen)])
-        out = object.__new__(NgramMemory)
-        out.__dict__ |= self.__dict__
+        out = copy.copy(self)
         out.left_out = Part.of(tokens, np.empty(0, np.int64), marks, self.vocab_size)
         return out, np.unique(marks)
 

@@ -54,3 +54,17 @@ def test_what_cannot_be_is_refused(
     assert run("memory", "ngram", tmp_path / "other") == 0
     assert run(*words, "--memory", tmp_path / "other" / "memory" / "ngram") == 3
     assert "has tokenizer" in capsys.readouterr().err
+
+
+def test_a_memory_of_states(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("memory", "knn", work / "run", "--limit", 3, "--out", tmp_path / "knn", "--quiet") == 0
+    words = ("eval", work / "run", "--modes", "on,off", "--memory", tmp_path / "knn")
+    capsys.readouterr()
+    assert run(*words, "--json", "--quiet") == 0
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"on", "on_knn", "off", "off_knn", "knn"} <= set(out)
+    assert out["on_knn"]["bits_per_byte"] < out["on"]["bits_per_byte"]
+    assert run(*words, "--memory-weights", "0.5") == 2
+    assert run("generate", work / "run", "The", "--no-retrieval", *words[-2:], "--memory-weights", "0.5") == 2
+    assert "cannot be read by generate" in capsys.readouterr().err
+    assert run("inspect", tmp_path / "knn", "--verify") == 0
