@@ -121,3 +121,10 @@ def test_a_memory_that_contradicts_itself_is_refused(small_store: Store, tmp_pat
         files.write_manifest(folder, "ngram", content | change)
         with pytest.raises(StoreError):
             NgramMemory(folder)
+
+
+def test_it_is_mapped_not_read(memory: NgramMemory) -> None:
+    """A memory that is larger than the machine's: what grows with its text stays in its files."""
+    for part in memory.parts:
+        for values in (part.tokens, part.order, part.starts, part.ends, part.contents):
+            assert not values.flags.owndata and not values.flags.writeable
