@@ -150,7 +150,7 @@ class NgramMemory:
         n, d = about["tokens"], about["documents"]
         shapes = {"tokens": (n, 1), "order": (n, 1), "starts": (self.vocab_size + 1, 1), "documents": (d, 2)}
         kinds = {"tokens": "u", "order": "u", "starts": "i", "documents": "i"}
-        holds = n > 0 and d > 0
+        holds = n > 0 and d > 0 and self.eod_id < self.vocab_size
         for name, values in found.items():
             holds = holds and values.shape == shapes[name] and values.dtype.kind == kinds[name]
         if holds:

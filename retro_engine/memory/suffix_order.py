@@ -51,6 +51,8 @@ def find(tokens, order, starts, text, place, ranges):  # type: ignore[no-untyped
         if place - length + 1 < 0:
             break
         token = np.int64(text[place - length + 1])
+        if token < 0 or token >= len(starts) - 1:  # of a padded vocabulary: it stands nowhere
+            break
         if length == 1:
             low, high = starts[token], starts[token + 1]
         else:
