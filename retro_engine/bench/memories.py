@@ -50,7 +50,7 @@ def run(options: Options) -> Measured:
 def targets(facts: dict[str, Any]) -> list[Target]:
     """What is asked of a memory; of what was not measured nothing holds."""
     found = [
-        at_least("n-gram memory: lookups/s a core", facts.get("lookups_per_s"), 100_000),
+        at_least("n-gram memory: lookups a second of processor time", facts.get("lookups_per_s"), 100_000),
         at_most("n-gram memory: bytes a token", facts.get("bytes_per_token"), 8),
     ]
     if "gains" in facts:
@@ -80,7 +80,10 @@ def _lookups(memory: NgramMemory, store: Store, held: np.ndarray) -> tuple[list[
     for row in rows:
         row.note = f"{count / row.median_s:,.0f} lookups/s, {count:,} tokens"
     summary = memory.summary()
-    facts = {"lookups_per_s": count / rows[0].median_s, "bytes_per_token": summary["bytes_per_token"]}
+    start = time.process_time()  # of this core alone, whoever else wants it
+    works["ours"]()
+    per_s = count / (time.process_time() - start)
+    facts = {"lookups_per_s": per_s, "bytes_per_token": summary["bytes_per_token"]}
     return rows, facts | {"tokens": summary["tokens"], "looked_up": count}
 
 

@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from retro_engine.cli import flags, memory
 from retro_engine.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from retro_engine.api import Retro
     from retro_engine.data.batches import Sequences
     from retro_engine.data.questions import Questions
@@ -147,17 +147,19 @@ class _Evaluation:
             mark = self.memory.manifest["fingerprint"]
             Mixture.fitted(tokens.probabilities, evidence).save(Path(self.args.memory_out), mark)
 
-    def _fit(self, before: np.ndarray, evidence: Any) -> "Weights":
+    def _fit(self, before: "np.ndarray", evidence: Any) -> "Weights":
         return self._fit_alone(before, evidence) if self.given is None else self.given
 
-    def _fit_alone(self, before: np.ndarray, evidence: Any) -> "Weights":
+    def _fit_alone(self, before: "np.ndarray", evidence: Any) -> "Weights":
         from retro_engine.memory.knn_memory import KnnMixture
         from retro_engine.memory.mixture import Mixture
 
         return Mixture.fitted(before, evidence) if self.memory.kind == "ngram" else KnnMixture.fitted(before, evidence)
 
-    def _nothing(self, tokens: "ScoredTokens") -> np.ndarray:
+    def _nothing(self, tokens: "ScoredTokens") -> "np.ndarray":
         """The probabilities of one that knows the vocabulary alone."""
+        import numpy as np
+
         return np.full(len(tokens.nats_T), 1 / self.retro.tokenizer.vocab_size)
 
     def _known_of(self, tokens: "ScoredTokens") -> Any:
