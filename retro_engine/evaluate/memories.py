@@ -137,11 +137,12 @@ def describe_left_out(marks: np.ndarray, *shares: Sequences) -> str | None:
     """A line that names some of the documents whose copies a memory held; None where it held none."""
     if not len(marks):
         return None
-    names: list[str] = []
+    names: dict[str, None] = {}  # in their order, each once
     for share in shares:
-        found = np.flatnonzero(np.isin(share.store.contents, marks))[: 3 - len(names)]
-        names += [" ".join(share.store.name(int(document))).strip() for document in found]
-    return f"{len(marks):,} documents of the memory are held out: they are left out of it: {', '.join(names)} ..."
+        for document in np.flatnonzero(np.isin(share.store.contents, marks))[:3].tolist():
+            names[" ".join(share.store.name(document)).strip()] = None
+    shown = ", ".join([*names][:3]) + (" ..." if len(marks) > 3 else "")
+    return f"{len(marks):,} documents of the memory are held out: they are left out of it: {shown}"
 
 
 def look_up(memory: NgramMemory, tokens: ScoredTokens) -> Guesses:

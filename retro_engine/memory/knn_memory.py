@@ -23,7 +23,7 @@ from retro_engine.retrieval.inverted_lists import read_faiss
 
 FORMAT = 1
 FOUND = 64  # K
-PROBES = 32  # lists that are looked through
+PROBES = 8  # lists that are looked through
 FEW = 50_000  # states that are compared one by one
 TRAINED = 1 << 16  # states that the index is trained on
 TEMPERATURES = 2.0 ** np.arange(-6, 5)  # of the mean distance to the nearest state
