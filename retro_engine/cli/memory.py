@@ -32,7 +32,6 @@ def add(commands: flags.Commands) -> None:
 def run_knn(args: argparse.Namespace) -> int:
     from retro_engine.api import Retro
     from retro_engine.data.batches import Sequences
-    from retro_engine.data.checkpoint_files import weights_fingerprint
     from retro_engine.data.files import check_unused
     from retro_engine.evaluate.memories import score_tokens
     from retro_engine.memory.knn_memory import KnnWriter
@@ -51,7 +50,7 @@ def run_knn(args: argparse.Namespace) -> int:
     with flags.reporter(args).progress("remembering", count, "sequences") as meter:
         mode = "on" if config.retrieval else "off"
         score_tokens(retro.model, sequences, mode, limit=args.limit, advance=meter.advance, record=writer.add)
-    made = writer.publish(out, weights_fingerprint(retro.folder), retro.tokenizer.fingerprint)
+    made = writer.publish(out, _weights_of(retro), retro.tokenizer.fingerprint)
     flags.print_result(args, {"folder": str(made.folder), **made.summary()})
     return 0
 
@@ -60,8 +59,18 @@ def knn_folder(retro: "Retro") -> Path:
     """Where the memory of a model's states lies: beside its checkpoints, or in an imported one."""
     from retro_engine.data.checkpoint_files import is_imported
 
+    _weights_of(retro)
     folder = retro.folder if is_imported(retro.folder) else retro.folder.parent.parent
     return folder / "memory" / "knn"
+
+
+def _weights_of(retro: "Retro") -> str:
+    """The fingerprint of a checkpoint's weights. Raises UsageError for a model in a file of its own."""
+    from retro_engine.data.checkpoint_files import weights_fingerprint
+
+    if retro.folder.is_file():
+        raise UsageError(f"{retro.folder} has no memory of states", "it is no checkpoint", "retro import it first")
+    return weights_fingerprint(retro.folder)
 
 
 def run_ngram(args: argparse.Namespace) -> int:
@@ -94,16 +103,15 @@ def check_flags(args: argparse.Namespace, *names: str) -> None:
 def open_memory(args: argparse.Namespace, retro: "Retro") -> "NgramMemory | KnnMemory":
     """The memory that --memory names. Raises StoreError for one of another tokenizer, or of another model's states."""
     from retro_engine.data import files
-    from retro_engine.data.checkpoint_files import weights_fingerprint
     from retro_engine.memory.knn_memory import KnnMemory
     from retro_engine.memory.ngram_memory import NgramMemory
 
-    folder = {"ngram": _run_ngram_folder, "knn": lambda args, retro: knn_folder(retro)}.get(
-        args.memory, lambda args, retro: Path(args.memory)
-    )(args, retro)
+    folder = Path(args.memory)
+    if args.memory in ("ngram", "knn"):
+        folder = _run_ngram_folder(args, retro) if args.memory == "ngram" else knn_folder(retro)
     if args.memory == "knn" or files.kind_in(folder) == "knn":
         states = KnnMemory(folder)
-        states.check(retro.tokenizer.fingerprint, weights_fingerprint(retro.folder), str(retro.folder))
+        states.check(retro.tokenizer.fingerprint, _weights_of(retro), str(retro.folder))
         return states
     memory = NgramMemory(folder)
     memory.check(retro.tokenizer.fingerprint, str(retro.folder))

@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 from cli_helpers import run
+from helpers import small_config, write_corpus
+
+from retro_engine.data.store import Store
+from retro_engine.model.retro import RetroModel
+from retro_engine.train.checkpoint import publish_model
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +55,27 @@ def test_what_cannot_be_is_refused(
     for wrong, told in ((["--memory", "ngram"], "has no weights"), (["--memory-weights", "0.1"], "is of a memory")):
         assert run("generate", work / "run", "The river", "--no-retrieval", *wrong) == 2
         assert told in capsys.readouterr().err
-    assert run("prepare", work / "corpus.jsonl", "--out", tmp_path / "other", "--vocab-size", 290) == 0
-    assert run("memory", "ngram", tmp_path / "other") == 0
+
+
+def test_an_imported_decoder_beside_the_memory_of_another_store(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, greedy = Store(work / "store"), {"greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    plain = small_config(vocab_size=store.vocab_size, chunk_size=16, encoder_seq_length=64, retrieval=False)
+    publish_model(tmp_path / "plain", RetroModel(plain), store.tokenizer, {"imported": "here"}, greedy)
+    write_corpus(tmp_path / "more.jsonl", 12, seed=1)
+    for name, tokenizer in (("more", ["--tokenizer", work / "store"]), ("other", ["--vocab-size", 290])):
+        assert run("prepare", tmp_path / "more.jsonl", "--out", tmp_path / name, "--chunk-size", 16, *tokenizer) == 0
+        assert run("memory", "ngram", tmp_path / name) == 0
+    words = ("eval", tmp_path / "plain", f"model.data.store={store.folder}", "--share", "all", "--limit", 2)
+    capsys.readouterr()
+    assert run(*words, "--memory", tmp_path / "more" / "memory" / "ngram", "--json", "--quiet") == 0
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert out["memory"]["left_out"] == 0 and out["off_ngram"]["bits_per_byte"] < out["off"]["bits_per_byte"]
     assert run(*words, "--memory", tmp_path / "other" / "memory" / "ngram") == 3
     assert "has tokenizer" in capsys.readouterr().err
+    assert run(*words, "--memory", "knn") == 3
+    assert "retro memory knn makes one" in capsys.readouterr().err
 
 
 def test_a_memory_of_states(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
