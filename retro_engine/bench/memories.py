@@ -8,12 +8,12 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from retro_engine.bench.frame import Measured, Options, Row, Target, Work, at_least, at_most, compared, time_in_turns
-from retro_engine.data.batches import split_documents
+from retro_engine.data.batches import Sequences, split_documents
 from retro_engine.data.builtin import write_facts
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
@@ -21,6 +21,9 @@ from retro_engine.errors import UsageError
 from retro_engine.memory.mixture import Mixture
 from retro_engine.memory.next_token import MemoryBeside
 from retro_engine.memory.ngram_memory import NgramMemory, build_ngram_memory, document_tokens, ngram_folder
+
+if TYPE_CHECKING:
+    from retro_engine.evaluate.memories import ScoredTokens
 
 FACTS, SHARES = 6000, "80,0,20"
 TOKENS = 200_000  # looked up in a round
@@ -90,32 +93,44 @@ def _lookups(memory: NgramMemory, store: Store, held: np.ndarray) -> tuple[list[
 def _of_run(path: str) -> Measured:
     from retro_engine.api import Retro
     from retro_engine.evaluate.compare import gain_of
+    from retro_engine.evaluate.losses import show_interval
     from retro_engine.evaluate.memories import held_out_marks, look_up, mixed_nats, score_tokens
     from retro_engine.train.run_data import open_evaluation, training_store
 
     retro = Retro.from_pretrained(path)
     store = training_store(retro.folder, [])
-    assert store is not None, path
+    if store is None:
+        raise UsageError(f"{path} names no store", "it was imported", "retro eval --memory FOLDER")
     memory = NgramMemory(ngram_folder(store))
     memory.check(retro.tokenizer.fingerprint, path)
     config, mode = retro.model.config, "on" if retro.model.config.retrieval else "off"
     valid, test = (open_evaluation(retro.folder, config, [], share) for share in ("valid", "test"))
-    left, _ = memory.without(held_out_marks(valid, test))  # type: ignore[arg-type]
-    scored = [score_tokens(retro.model, share, mode, limit=BATCHES) for share in (valid, test)]  # type: ignore[arg-type]
-    known = [look_up(left, tokens) for tokens in scored]
-    token_bytes, fit = retro.tokenizer.token_bytes(), Mixture.fitted
+    if not isinstance(valid, Sequences) or not isinstance(test, Sequences):
+        raise UsageError(f"{path} is trained on questions", "a memory is of documents", "name another run")
+    left, _ = memory.without(held_out_marks(valid, test))
+    others, tokens = (score_tokens(retro.model, share, mode, limit=BATCHES) for share in (valid, test))
+    fitted_on, known = (others, look_up(left, others)), look_up(left, tokens)
+    longest = (others, fitted_on[1].longest())
     nats = {
-        "both": mixed_nats(scored[1], known[1], fit, (scored[0], known[0])),
-        "model": scored[1].nats_T,
-        "memory": mixed_nats(scored[1], known[1], fit, (scored[0], known[0]), lambda t: np.full(len(t.nats_T), 1 / store.vocab_size)),
-    }  # fmt: skip
-    losses = {name: scored[1].by_document(token_bytes, values) for name, values in nats.items()}
+        "both": mixed_nats(tokens, known, Mixture.fitted, fitted_on),
+        "model": tokens.nats_T,
+        "memory": mixed_nats(tokens, known, Mixture.fitted, fitted_on, _nothing_known),
+        "both, the longest suffix alone": mixed_nats(tokens, known.longest(), Mixture.fitted, longest),
+    }
+    token_bytes = retro.tokenizer.token_bytes()
+    losses = {name: tokens.by_document(token_bytes, values) for name, values in nats.items()}
+    for name, found in losses.items():
+        print(f"{name}: {found.bits_per_byte:.4f} bits a byte {show_interval(*found.interval(), '.4f')}")
     rows, facts = _lookups(left, store, test.documents)
-    rows += _time_a_token(retro, MemoryBeside(memory, fit(scored[0].probabilities, known[0])))
+    rows += _time_a_token(retro, MemoryBeside(memory, Mixture.fitted(others.probabilities, fitted_on[1])))
     facts["time_ratio"] = rows[-1].median_s / rows[-2].median_s
     facts["bits"] = {name: found.summary() for name, found in losses.items()}
     facts["gains"] = {name: gain_of(losses["both"], losses[name]) for name in ("model", "memory")}
     return Measured(rows, targets(facts), facts)
+
+
+def _nothing_known(tokens: "ScoredTokens") -> np.ndarray:
+    return np.full(len(tokens.nats_T), 1 / tokens.sequences.store.vocab_size)
 
 
 def _time_a_token(retro: Any, beside: MemoryBeside) -> list[Row]:

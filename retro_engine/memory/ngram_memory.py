@@ -25,9 +25,8 @@ from retro_engine.memory.mixture import Guesses, collect
 from retro_engine.memory.suffix_order import LONGEST, count_suffixes, order_of, starts_of
 
 FORMAT = 1
-PART_TOKENS = 1 << 26  # sorted at once: some 14 bytes each then, or 26 of a large vocabulary
+PART_TOKENS = 1 << 26  # sorted at once: some 27 bytes each then, more of a vocabulary above 65,536
 READ_ROWS = 1 << 15
-SEEN = 1 << 16  # places of a suffix whose next tokens are counted; of more as many, evenly spread
 AGAIN = "retro memory ngram STORE makes it"
 NAMES = ("tokens", "order", "starts", "documents")
 
@@ -49,11 +48,10 @@ class Part:
             array.setflags(write=False)  # as mapped ones are: compiled once
         return cls(*made, ends, contents)
 
-    def documents(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of these documents one after another, and where each ends."""
+    def documents(self, chosen: np.ndarray) -> list[np.ndarray]:
+        """The tokens of these documents."""
         begins = np.concatenate(([1], self.ends))[chosen]
-        pieces = [self.tokens[begin:end] for begin, end in zip(begins.tolist(), self.ends[chosen].tolist())]
-        return np.concatenate([self.tokens[:0], *pieces]), np.cumsum([len(piece) for piece in pieces])
+        return [self.tokens[begin:end] for begin, end in zip(begins.tolist(), self.ends[chosen].tolist())]
 
 
 def ngram_folder(store: Store) -> Path:
@@ -191,9 +189,9 @@ class NgramMemory:
                 "what is predicted from itself says nothing",
                 "evaluate other documents, or build a memory of another store",
             )
-        pieces = [part.documents(which) for part, which in zip(self.parts, chosen)]
+        pieces = [piece for part, which in zip(self.parts, chosen) for piece in part.documents(which)]
         head = np.array([self.eod_id], self.parts[0].tokens.dtype)
-        tokens = np.concatenate([head, *(piece for piece, _ in pieces)])
+        tokens = np.concatenate([head, *pieces])
         marks = np.concatenate([part.contents[which] for part, which in zip(self.parts, chosen)])
         out = copy.copy(self)
         out.left_out = Part.of(tokens, np.empty(0, np.int64), marks, self.vocab_size)
