@@ -17,6 +17,7 @@ ORDER = [
     ["retrieval"],
     ["library"],
     ["model"],
+    ["memory"],
     ["evaluate"],
     ["train"],
     ["generate"],

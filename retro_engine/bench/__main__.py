@@ -12,7 +12,19 @@ from typing import Any
 
 import torch
 
-from retro_engine.bench import checkout, decode, kernels, loader, model, neighbors, pipeline, profile, results, startup
+from retro_engine.bench import (
+    checkout,
+    decode,
+    kernels,
+    loader,
+    memories,
+    model,
+    neighbors,
+    pipeline,
+    profile,
+    results,
+    startup,
+)
 from retro_engine.bench.contestants import DECODERS, NAMES, SHAPES
 from retro_engine.bench.frame import Measured, Options, Target
 from retro_engine.bench.machine import MAX_TAKEN, MIN_FREE, environment
@@ -24,6 +36,7 @@ BENCHES: dict[str, Callable[[Options], Measured]] = {
     "model": model.run,
     "decode": decode.run,
     "neighbors": neighbors.run,
+    "memories": memories.run,
     "pipeline": pipeline.run,
     "profile": profile.run,
     "startup": startup.run,
@@ -32,8 +45,8 @@ DEFAULT = [name for name in BENCHES if name not in ("profile", "startup")]
 TAKEN_BY = {  # what an option is for; with others it is refused
     "sizes": ["model", "decode", "neighbors", "profile"],
     "implementations": ["model", "decode"],
-    "text": ["pipeline", "reader"],
-    "run": ["startup", "reader"],
+    "text": ["pipeline", "memories", "reader"],
+    "run": ["startup", "memories", "reader"],
     "device": ["kernels"],
     "dtype": ["kernels"],
     "compile": ["kernels"],

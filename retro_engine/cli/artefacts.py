@@ -14,6 +14,8 @@ from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError
 from retro_engine.library.file import FILE
 from retro_engine.library.library import Library
+from retro_engine.memory.knn_memory import KnnMemory
+from retro_engine.memory.ngram_memory import NgramMemory
 from retro_engine.model.encoding_file import EncodingFile
 from retro_engine.retrieval.index import VectorIndex
 from retro_engine.retrieval.lexical import Bm25Index
@@ -39,12 +41,12 @@ class Checkpoint:
 
 
 Chunks = Store | NeighborTable | Vectors | Bm25Index | VectorIndex
-Other = Library | Checkpoint | EncodingFile  # of which no sample is shown
+Other = Library | Checkpoint | EncodingFile | NgramMemory | KnnMemory  # of which no sample is shown
 
 
 @contextmanager
 def open_artefact(path: str | Path) -> Iterator[Chunks | Other]:
-    """A store, a neighbor table, vectors, an index, encodings, a library, or the best checkpoint of a run.
+    """A store, a neighbor table, vectors, an index, encodings, a memory, a library, or the best checkpoint of a run.
 
     Raises MissingInputError for what is none of them, StoreError for one that is damaged.
     """
@@ -63,13 +65,14 @@ def open_artefact(path: str | Path) -> Iterator[Chunks | Other]:
         )
 
 
-def _published(path: Path) -> Chunks | EncodingFile:
-    try:
-        kind = files.read_json(path / files.MANIFEST).get("kind")
-    except (ValueError, AttributeError, OSError):
-        kind = "store"  # reading it as one says what is wrong
+def _published(path: Path) -> Chunks | EncodingFile | NgramMemory | KnnMemory:
+    kind = files.kind_in(path) or "store"  # reading it as one says what is wrong
     if kind == "encodings":
         return EncodingFile(path)
+    if kind == "ngram":
+        return NgramMemory(path)
+    if kind == "knn":
+        return KnnMemory(path)
     store = Store(path.parent.parent if kind in ("neighbors", "index", "embeddings") else path)
     if kind == "neighbors":
         return NeighborTable(path, store)

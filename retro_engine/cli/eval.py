@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retro_engine.cli import eval_tasks, flags
+from retro_engine.cli import eval_memory, eval_tasks, flags
 from retro_engine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,11 +43,13 @@ def add(commands: flags.Commands) -> None:
     sub.add_argument("--words", metavar="FILE", help=words)
     sub.add_argument("--fail-if", metavar="EXPR", help="exit 6 when true, like 'bpb_on>bpb_off'")
     flags.add_sources(sub)
+    eval_memory.add_flags(sub)
     eval_tasks.add_flags(sub)
 
 
 def run(args: argparse.Namespace) -> int:
     flags.check_limit(args.limit)
+    eval_memory.check_flags(args)
     if args.questions is not None or args.lm_eval is not None:
         return eval_tasks.run(args)
     if args.stores is not None:
@@ -73,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     encodings = _encodings(args, retro, sequences)
     modes = pick_modes(args.modes, retro.model.config.retrieval, bool(args.neighbors))
     flags.say_device(args, retro)
+    if args.memory is not None:
+        return _run_beside_memory(args, retro, sequences, modes, encodings)
     results = _evaluate(args, retro, sequences, modes, encodings)
     for weights in _types(args):
         found = _losses(args, _open(args, weights).model, retro, sequences, modes, f"evaluating {weights}")
@@ -96,6 +100,37 @@ def run(args: argparse.Namespace) -> int:
         _print_rounding(modes, _types(args), summary)
         _print_saves(saves, summary[modes[0]]["documents"])
         _print_gains(modes[0], gains, summary, flops)
+    if args.fail_if:
+        check_gate(args.fail_if, summary)
+    return 0
+
+
+def _run_beside_memory(
+    args: argparse.Namespace,
+    retro: "Retro",
+    sequences: "Sequences | Questions",
+    modes: list[str],
+    encodings: "Encodings | None",
+) -> int:
+    """The figures of --memory: each mode with and without it, and what the best of them saves against the others."""
+    from retro_engine.evaluate.compare import gain_of, show_gain
+    from retro_engine.evaluate.gate import check_gate
+
+    decoders = {path: _plain_decoder(path, retro) for path in args.against}
+    results, about = eval_memory.evaluate(args, retro, sequences, modes, encodings, PRECISIONS[args.dtype], decoders)
+    summary = {name: losses.summary() for name, losses in results.items()}
+    first = eval_memory.beside(modes[0], about)
+    gains = {name: gain_of(results[first], losses) for name, losses in results.items() if name != first}
+    if args.json:
+        head = {"checkpoint": str(retro.folder), "share": args.share}
+        print(json.dumps({**head, **summary, "memory": about, "gains": gains}))
+    else:
+        _print_table(f"{retro.folder}", args.share, summary)
+        print(
+            f"memory: {about['tokens']:,} tokens, {about['bytes_per_token']:.2f} bytes each; weights {about['weights']}"
+        )
+        for name, gain in gains.items():
+            print(f"{first} saves {show_gain(gain)} against {name}")
     if args.fail_if:
         check_gate(args.fail_if, summary)
     return 0
@@ -135,7 +170,7 @@ def _evaluate(
             "--in-prompt has no neighbors to read", "the run has no neighbor table", "retro eval a RETRO's run"
         )
     token_bytes, precision = retro.tokenizer.token_bytes(), PRECISIONS[args.dtype]
-    what, count = "evaluating neighbors in the prompt", _count(args, sequences)
+    what, count = "evaluating neighbors in the prompt", flags.count_sequences(args, sequences)
     with flags.reporter(args).progress(what, count, "sequences") as meter:
         prompt = evaluate_in_prompt(retro.model, sequences, token_bytes, args.limit, meter.advance, precision)
     return {**results, "prompt": prompt}
@@ -158,7 +193,7 @@ def _losses(
     given = None
     if "given" in modes:
         given = Given(*encode_neighbors(retro.tokenizer, args.neighbors, model.config.r))
-    with flags.reporter(args).progress(what, _count(args, sequences) * len(modes), "sequences") as meter:
+    with flags.reporter(args).progress(what, flags.count_sequences(args, sequences) * len(modes), "sequences") as meter:
         return evaluate(
             model,
             sequences,
@@ -188,12 +223,6 @@ def _encodings(args: argparse.Namespace, retro: "Retro", sequences: "Sequences |
         raise UsageError(what, "encodings are of a store, and no neighbor table is read", "leave it out")
     files = open_encodings(retro.folder, c, retro.tokenizer, sequences.table.databases, args.encodings)
     return Encodings(retro.model, 0, files)
-
-
-def _count(args: argparse.Namespace, sequences: "Sequences | Questions") -> int:
-    """Sequences of a mode; a batch has 8."""
-    count = len(sequences.in_order())
-    return count if args.limit is None else min(8 * args.limit, count)
 
 
 def _plain_decoder(path: str, retro: "Retro") -> "RetroModel":

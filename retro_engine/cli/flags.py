@@ -10,8 +10,11 @@ from retro_engine.train.__main__ import DEVICES
 
 if TYPE_CHECKING:
     from retro_engine.api import Retro
+    from retro_engine.data.batches import Sequences
+    from retro_engine.data.questions import Questions
     from retro_engine.data.store import Store
     from retro_engine.generate.generator import Generator
+    from retro_engine.memory.next_token import MemoryBeside
     from retro_engine.progress import Reporter
     from retro_engine.retrieval.analyzer import Analyzer
     from retro_engine.retrieval.hit import NeighborSource
@@ -153,7 +156,9 @@ def add_encodings(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--encodings", nargs="+", default=[], metavar="FOLDER", help=about)
 
 
-def open_generator(args: argparse.Namespace, retro: "Retro", source: "NeighborSource | None") -> "Generator":
+def open_generator(
+    args: argparse.Namespace, retro: "Retro", source: "NeighborSource | None", beside: "MemoryBeside | None" = None
+) -> "Generator":
     """The model with what it reads: neighbors that are encoded already (`add_encodings`) are not encoded again."""
     from retro_engine.generate.generator import Generator
 
@@ -164,7 +169,7 @@ def open_generator(args: argparse.Namespace, retro: "Retro", source: "NeighborSo
         encoded = open_encodings(retro.folder, retro.model.config, retro.tokenizer, stores, args.encodings)
     for file in encoded:
         reporter(args).say(f"encoded neighbors are read from {file.folder}")
-    return Generator(retro.model, retro.tokenizer, source, encoded=encoded)
+    return Generator(retro.model, retro.tokenizer, source, encoded=encoded, beside=beside)
 
 
 def open_stores(paths: Sequence[str]) -> "list[Store]":
@@ -199,6 +204,12 @@ def say_device(args: argparse.Namespace, retro: "Retro") -> None:
 def check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} cannot be used", "at least one batch is evaluated")
+
+
+def count_sequences(args: argparse.Namespace, sequences: "Sequences | Questions") -> int:
+    """Sequences of a mode; a batch has 8."""
+    count = len(sequences.in_order())
+    return count if args.limit is None else min(8 * args.limit, count)
 
 
 def reporter(args: argparse.Namespace) -> "Reporter":

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retro_engine.cli import flags
+from retro_engine.cli import flags, memory
 from retro_engine.errors import UsageError
 
 if TYPE_CHECKING:
     from retro_engine.api import Retro
     from retro_engine.config import Config
     from retro_engine.generate.request import Generation, Request
+    from retro_engine.memory.next_token import MemoryBeside
     from retro_engine.retrieval.hit import NeighborSource
 
 READS = (
@@ -56,6 +57,7 @@ def add(commands: flags.Commands) -> None:
     sub.add_argument("--dtype", choices=flags.WEIGHTS, help="of the weights (default: as saved)")
     flags.add_neighbors(sub)
     flags.add_in_front(sub)
+    memory.add_flags(sub, "needed with --memory")
     sub.add_argument("--no-retrieval", action="store_true")
     sub.add_argument("--show-neighbors", action="store_true")
 
@@ -75,13 +77,14 @@ def run(args: argparse.Namespace) -> int:
             "there is no prompt, or one too many", "", "retro generate RUN 'The prompt', or retro generate RUN -i"
         )
     retro = _open(args, args.path or _named_checkpoint(asked))
+    beside = _memory(args, retro)
     sources = None if args.no_retrieval else args.stores or args.library
     reads = flags.settle_reading(args, retro, bool(sources or args.neighbors))
     is_retrieving = reads and not args.no_retrieval and not args.neighbors
     with _source(args, retro) if is_retrieving else contextlib.nullcontext() as source:
         if reads:
             flags.read_in_front(args, retro, None if source is None else source.coding.chunk_size)
-        generator = flags.open_generator(args, retro, source)
+        generator = flags.open_generator(args, retro, source, beside)
         flags.say_device(args, retro)
         request = _request(args, retro, settings)
         for text in [prompt] if prompt is not None else map(str.rstrip, sys.stdin):
@@ -102,6 +105,24 @@ def _open(args: argparse.Namespace, path: str | Path) -> "Retro":
         return Retro.from_pretrained(opened, args.dtype, args.device)
     finally:
         gc.enable()
+
+
+def _memory(args: argparse.Namespace, retro: "Retro") -> "MemoryBeside | None":
+    """What --memory names, with its weights."""
+    from retro_engine.memory.next_token import MemoryBeside
+    from retro_engine.memory.ngram_memory import NgramMemory
+
+    if args.memory is None:
+        memory.check_flags(args)
+        return None
+    if args.memory_weights is None:
+        why = "how much of it is believed is fitted on documents"
+        raise UsageError("--memory has no weights", why, "retro eval RUN --memory ngram --memory-out FILE")
+    opened = memory.open_memory(args, retro)
+    if not isinstance(opened, NgramMemory):
+        why = "while decoding no states are looked up: it would take a search a token"
+        raise UsageError(f"{opened.folder} cannot be read by generate", why, "--memory ngram")
+    return MemoryBeside(opened, memory.open_weights(args, opened))
 
 
 def _refuse_many_processes(asked: "Config") -> None:

@@ -26,6 +26,7 @@ from retro_engine.cli import (
     fetch,
     generate,
     inspect,
+    memory,
     models,
     mup,
     prepare,
@@ -41,7 +42,7 @@ from retro_engine.train.__main__ import parse
 from retro_engine.version import __version__
 
 COMMANDS = (
-    demo, prepare, build, train, mup, evaluation, generate, ask, fetch, docs, models, explain, serve, accounts, report, inspect,
+    demo, prepare, build, memory, train, mup, evaluation, generate, ask, fetch, docs, models, explain, serve, accounts, report, inspect,
     config, doctor,
 )  # fmt: skip
 

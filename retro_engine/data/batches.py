@@ -253,6 +253,7 @@ class Sequences(Stream):
                 "set model.data.splits_string or prepare more text",
             )
         self.store, self.table, self.num_neighbors = store, table, num_neighbors
+        self.database_documents = database_documents
         self.rows_per_sequence = sequence_length // m
         self.retrieved_length = retrieved_length or 2 * m
         self.documents, self.num_documents = np.asarray(documents), store.num_documents

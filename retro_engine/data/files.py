@@ -412,7 +412,14 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     finished), StoreError when it is damaged, of another kind, newer, or was not written by this program.
     """
     path = folder / MANIFEST
-    commands = {"store": "prepare", "neighbors": "neighbors", "index": "index", "encodings": "encode"}
+    commands = {
+        "store": "prepare",
+        "neighbors": "neighbors",
+        "index": "index",
+        "encodings": "encode",
+        "ngram": "memory ngram",
+        "knn": "memory knn",
+    }
     build = f"retro {commands[kind]}" if kind in commands else "build it"
     try:
         raw = read_bytes(path)
@@ -440,6 +447,14 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     except ValueError as error:
         raise StoreError(f"{path} is not as {kind} manifests are", str(error), f"{build} again") from error
     return {**body, "fingerprint": mark}
+
+
+def kind_in(folder: Path) -> str:
+    """What a published folder says it is, unchecked; "" where it says nothing."""
+    try:
+        return str(read_json(folder / MANIFEST).get("kind"))
+    except (ValueError, AttributeError, OSError):
+        return ""
 
 
 def known_manifest(folder: Path, kind: str) -> dict[str, Any]:

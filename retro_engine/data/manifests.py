@@ -177,6 +177,23 @@ ENCODINGS = {
     "values": whole(1, MOST),  # of a token
     "files": FILES,
 }
+NGRAM = {
+    "format": whole(1, 1 << 16),
+    "tokenizer": FINGERPRINT,
+    "store": FINGERPRINT,
+    "vocab_size": whole(1, MOST_IDS),
+    "eod_id": ID,
+    "parts": each(fields({"documents": COUNT, "tokens": COUNT})),
+    "files": FILES,
+}
+KNN = {
+    "format": whole(1, 1 << 16),
+    "weights": FINGERPRINT,
+    "tokenizer": FINGERPRINT,
+    "width": whole(1, 1 << 24),
+    "states": whole(1, MOST),
+    "files": FILES,
+}
 SEGMENT = {"library": FINGERPRINT, "documents": whole(1, MOST_IDS), "chunks": whole(1, MOST_IDS), "files": FILES}
 SEGMENT_OPTIONAL = {"width": whole(1, 1 << 16), "recall_at_10": real(0, 1)}
 
@@ -233,6 +250,8 @@ KINDS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {  # required and 
     "index": (INDEX, INDEX_OPTIONAL),
     "encodings": (ENCODINGS, {}),
     "segment": (SEGMENT, SEGMENT_OPTIONAL),
+    "ngram": (NGRAM, {}),
+    "knn": (KNN, {}),
 }
 
 

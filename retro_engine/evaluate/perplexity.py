@@ -109,24 +109,15 @@ def evaluate(
     `leak_limit`: neighbors that state more than this share of what follows word for word become missing. `shard` (i, n): every n-th batch
     from the i-th on, with `reduce` to sum arrays over the n processes in place. `encodings`: of neighbors in front, which are not encoded again. The model is left in the mode it was in.
     """
-    device = model.device
     results = {}
     numbers = np.full(sequences.num_documents, -1, np.int64)
     numbers[sequences.documents] = np.arange(len(sequences.documents))
     with evaluating(model), reading_kept(model, encodings):
         for mode in modes:
             sums = DocumentLosses.zeros(len(sequences.documents))
-            all_rows = sequences.batch_rows(batch_size, limit)
-            for turn in range(0, len(all_rows), shard[1]):
-                is_extra = turn + shard[0] >= len(all_rows)  # so that every process makes as many passes
-                rows = all_rows[min(turn + shard[0], len(all_rows) - 1)]
-                batch = sequences.batch(rows, "off" if mode == "given" else mode)
-                if mode == "given":
-                    assert given is not None, "mode given needs neighbors"
-                    batch = given.attach(batch, sequences.store.chunk_size)
-                if leak_limit is not None and batch.lengths is not None:
-                    drop_leaks(batch, sequences.store.chunk_size, leak_limit)
-                losses, _ = token_losses(model, batch, device, precision)
+            for rows, is_extra in _turns(sequences.batch_rows(batch_size, limit), shard):
+                batch = read_batch(sequences, rows, mode, given, leak_limit)
+                losses, _ = token_losses(model, batch, model.device, precision)
                 counted = (batch.labels >= 0) & (not is_extra)
                 documents, nats = numbers[batch.document_ids[counted]], losses.double().cpu().numpy()[counted]
                 sums.add(documents, nats, batch.labels[counted], token_bytes)
@@ -134,3 +125,26 @@ def evaluate(
             reduce((sums.nats, sums.tokens, sums.bytes))
             results[mode] = sums.seen(sequences, sequences.documents, token_bytes)
     return results
+
+
+def _turns(all_rows: Sequence[np.ndarray], shard: tuple[int, int]) -> Iterator[tuple[np.ndarray, bool]]:
+    """The batches of a shard, and whether one is extra: every process makes as many passes."""
+    for turn in range(0, len(all_rows), shard[1]):
+        yield all_rows[min(turn + shard[0], len(all_rows) - 1)], turn + shard[0] >= len(all_rows)
+
+
+def read_batch(
+    sequences: Sequences | Questions,
+    rows: np.ndarray,
+    mode: str,
+    given: Given | None = None,
+    leak_limit: float | None = None,
+) -> SequenceBatch:
+    """A batch as it is read in one of MODES."""
+    batch = sequences.batch(rows, "off" if mode == "given" else mode)
+    if mode == "given":
+        assert given is not None, "mode given needs neighbors"
+        batch = given.attach(batch, sequences.store.chunk_size)
+    if leak_limit is not None and batch.lengths is not None:
+        drop_leaks(batch, sequences.store.chunk_size, leak_limit)
+    return batch

@@ -18,6 +18,7 @@ from retro_engine.generate.grammar import Grammars
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
 from retro_engine.generate.sequence import DecodingSequence
+from retro_engine.memory.next_token import MemoryBeside
 from retro_engine.model.encoding_file import EncodingFile
 from retro_engine.model.encodings import Encodings
 from retro_engine.model.retro import RetroModel
@@ -40,10 +41,11 @@ class Generator:
         neighbor_bytes: int | None = None,
         drafts: bool = True,
         encoded: Sequence[EncodingFile] = (),
+        beside: MemoryBeside | None = None,
     ):
         """`neighbor_bytes`: of encoded neighbors that are kept, 0 = none (None: 512 MiB where the model lets them be kept);
         `encoded`: those that `retro encode` wrote (`encode_store.open_encodings`). `drafts`: what quotes is read ahead (the
-        tokens stay what they are).
+        tokens stay what they are). `beside`: a memory that is mixed in.
 
         Raises StoreError when the retriever's texts were made with another tokenizer or in other chunks, UsageError for
         `neighbor_bytes` that cannot be used.
@@ -57,6 +59,7 @@ class Generator:
         self.model, self.tokenizer, self.retriever, self.drafts = model, tokenizer, retriever, drafts
         if neighbor_bytes is None:
             neighbor_bytes = NEIGHBOR_BYTES if model.config.encodes_alone else 0
+        self.beside = beside
         self.encodings = Encodings(model, neighbor_bytes, encoded) if neighbor_bytes or encoded else None
         self._found: OrderedDict[tuple[str, str, str, int, int, str | None], Found] = OrderedDict()
         self._lock = threading.Lock()
@@ -161,6 +164,7 @@ class Generator:
             given=given,
             notes=notes,
             drafts=Drafts() if self.drafts else None,
+            beside=self.beside,
             matcher=None if request.grammar is None else self._grammars.matcher(request.grammar),
         )
         self._check_length(len(tokens), request, config.positions_in_front(sequence.neighbor_tokens))

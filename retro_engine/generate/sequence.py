@@ -4,6 +4,7 @@ Letters: K neighbors, R tokens per neighbor, M chunk length, L chunks, V vocabul
 """
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +37,7 @@ class DecodingSequence:
     notes: list[str]
     drafts: Drafts | None = None
     matcher: Matcher | None = None  # of the request's grammar
+    beside: Callable[[Tensor, Sequence[int]], Tensor] | None = None  # a memory: the logits with what it knows
     filled: int = 0  # tokens that the cache has
     read: int = 0  # tokens of neighbors so far
     cached: int = 0  # tokens of the prompt that were remembered
@@ -116,8 +118,13 @@ class DecodingSequence:
             self.logprobs.append(self._logprob(None, self.tokens[self.pad]))
             self._echo(self.pad + 1)
         for place in range(max(start, self.pad), min(start + len(logits_TV), self.prompt_length - 1)):
-            self.logprobs.append(self._logprob(logits_TV[place - start], self.tokens[place + 1]))
+            logits_V = self._with_memory(logits_TV[place - start], place + 1)
+            self.logprobs.append(self._logprob(logits_V, self.tokens[place + 1]))
             self._echo(place + 2)
+
+    def _with_memory(self, logits_V: Tensor, stop: int) -> Tensor:
+        """The logits of what comes after the tokens up to `stop`, with what a memory knows."""
+        return logits_V if self.beside is None else self.beside(logits_V, self.tokens[self.pad : stop])
 
     def _echo(self, stop: int) -> None:
         """The text of the prompt's tokens up to `stop`."""
@@ -145,6 +152,7 @@ class DecodingSequence:
         if count >= self.request.max_new_tokens:  # 0: only the prompt is scored
             self.finish_reason = "length"
             return self._event(self._flush())
+        logits_V = self._with_memory(logits_V, len(self.tokens))
         logits = adjusted(logits_V, sampling, self.seen, self._counts, self.end_ids)
         if self.matcher is not None:
             logits = self.matcher.allowed(logits, logits_V)

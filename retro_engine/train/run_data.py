@@ -204,10 +204,16 @@ def run_config(
 
 def store_chunk_size(checkpoint_folder: Path, overrides: list[str]) -> int | None:
     """Tokens a chunk of what a checkpoint is evaluated on; None = no store is named."""
+    store = training_store(checkpoint_folder, overrides)
+    return None if store is None else store.chunk_size
+
+
+def training_store(checkpoint_folder: Path, overrides: list[str]) -> Store | None:
+    """The store of a checkpoint's data; None = none is named."""
     of_data = [text for text in overrides if text.lstrip("+").startswith("model.data.")]
     alone = ModelConfig(retrieval=False) if checkpoint_folder.is_file() else None
     store = run_config(checkpoint_folder, of_data, places.ALL, is_strict=True, alone=alone).model.data.store
-    return None if store is None else Store(store).chunk_size
+    return None if store is None else Store(store)
 
 
 def open_evaluation(

@@ -36,6 +36,7 @@ from retro_engine.library.library import Library
 from retro_engine.library.search import dense, lexical
 from retro_engine.library.segment_files import open_segment
 from retro_engine.library.segments import View
+from retro_engine.memory.ngram_memory import NgramMemory, build_ngram_memory, ngram_folder
 from retro_engine.model.encoding_file import EncodingFile
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import read_config
@@ -74,7 +75,7 @@ HOSTILE: list[Any] = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a table, indexes and vectors, a library with a segment, a checkpoint and its encodings of the store."""
+    """A store with a table, indexes, vectors and a memory, a library with a segment, a checkpoint and its encodings of the store."""
     from helpers import small_config, write_corpus
 
     from retro_engine.data.prepare import prepare
@@ -94,6 +95,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sampling = {"greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     checkpoint.publish_model(folder / "checkpoint", model, store.tokenizer, {"imported": "here"}, sampling)
     encode_store(open_model(folder / "checkpoint"), store, folder / "encodings")
+    build_ngram_memory(store, ngram_folder(store))
     return folder
 
 
@@ -225,6 +227,13 @@ def apsw_of(folder: Path) -> Iterator[apsw.Connection]:
         connection.close()
 
 
+def use_ngram(folder: Path) -> None:
+    memory = NgramMemory(folder)
+    memory.without(memory.parts[0].contents[:2])[0].guesses(np.array([7, 9, 1 << 20, 7, 9]))
+    memory.summary()
+    memory.verify()
+
+
 Path_ = tuple[Any, ...]
 
 
@@ -272,6 +281,7 @@ USERS: dict[str, Callable[[Path], None]] = {
     "library": use_library,
     "checkpoint": use_checkpoint,
     "encodings": use_encodings,
+    "store/memory/ngram": use_ngram,
 }
 
 

@@ -19,6 +19,9 @@ from retro_engine.generate.decoding_batch import DecodingBatch
 from retro_engine.generate.generator import Generator, encode_neighbors
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
+from retro_engine.memory.mixture import Mixture
+from retro_engine.memory.next_token import MemoryBeside
+from retro_engine.memory.ngram_memory import build_ngram_memory
 from retro_engine.model.decoding import decode
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.search import Found, Retriever
@@ -365,3 +368,24 @@ def test_given_in_front_is_the_prompt_with_it(small_store: Store, prompt: str, p
 def encoded(tokenizer: Tokenizer, text: str, R: int) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, lengths = encode_neighbors(tokenizer, [text], R)
     return torch.from_numpy(tokens)[None], torch.from_numpy(lengths)[None]
+
+
+def test_a_memory_beside_the_model(generator: Generator, small_store: Store, tmp_path: Path) -> None:
+    """Text goes on as the store's does; drafts change no token; log-probabilities are those with the memory, the prompt's too."""
+    beside = MemoryBeside(build_ngram_memory(small_store, tmp_path / "memory"), Mixture.even(0.7))
+    model, tokenizer = generator.model, generator.tokenizer
+    prompt = small_store.text(3)[:40]
+    request = Request(prompt, 24, neighbors=[], logprobs=1, echo=True)
+    found = [
+        Generator(model, tokenizer, drafts=drafts, beside=beside).generate_all([request])[0] for drafts in (True, False)
+    ]
+    assert found[0].tokens == found[1].tokens
+    assert found[0].tokens != Generator(model, tokenizer).generate_all([request])[0].tokens
+    logprobs = found[0].logprobs
+    assert logprobs is not None
+    tokens = [one.token for one in logprobs]
+    with torch.no_grad():
+        logits_NV = model(torch.tensor([tokens]))[0]
+    for place in (0, 3, len(tokens) - 2):
+        expected = beside(logits_NV[place], tokens[: place + 1])[tokens[place + 1]]
+        assert logprobs[place + 1].logprob == pytest.approx(float(expected), abs=1e-3)

@@ -1,0 +1,40 @@
+"""The next token beside a memory: the probabilities are those that evaluation gives each token."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from retro_engine.data.store import Store
+from retro_engine.memory import next_token
+from retro_engine.memory.mixture import SHAPE, Mixture
+from retro_engine.memory.next_token import MemoryBeside
+from retro_engine.memory.ngram_memory import build_ngram_memory, document_tokens
+
+
+def test_probabilities_are_those_of_evaluation(
+    small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = int(small_store.documents[:, 1].sum())
+    memory = build_ngram_memory(small_store, tmp_path / "ngram", size // 2)
+    rng = np.random.default_rng(0)
+    mixture = Mixture(rng.random(SHAPE))
+    beside = MemoryBeside(memory, mixture)
+    text = next(document_tokens(small_store, 7, 8))[:30]
+    text[9] = text[20]  # what never stood there
+    logits = torch.randn(len(text), small_store.vocab_size + 3, generator=torch.Generator().manual_seed(0))
+    p = logits.double().softmax(-1).numpy()
+    before = np.array([p[place, text[place + 1]] for place in range(len(text) - 1)])
+    expected = mixture.probabilities(before, memory.guesses(text))
+    for place in range(len(text) - 1):
+        found = beside(logits[place], text[: place + 1].tolist()).double().exp()
+        assert abs(float(found.sum()) - 1) < 1e-5
+        monkeypatch.setattr(next_token, "LEAST_WEIGHT", 0)
+        exact = beside(logits[place], text[: place + 1].tolist()).double().exp()
+        monkeypatch.undo()
+        np.testing.assert_allclose(float(exact[text[place + 1]]), expected[place], rtol=1e-4)
+        assert float((found - exact).abs().sum()) < 0.02  # what says next to nothing is passed over
+    monkeypatch.setattr(next_token, "SEEN", 8)
+    few = beside(logits[3], text[:4].tolist()).double().exp()
+    assert abs(float(few.sum()) - 1) < 1e-5  # also of places that are a sample
