@@ -27,6 +27,8 @@ def add(commands: flags.Commands) -> None:
     flag("reader", metavar="NAME|DIR", help="a reader in place of a run: questions are answered from --library")
     flag("base", metavar="FILE", help="the reader's .gguf file (default: where retro fetch puts it)")
     flag("library", metavar="FOLDER", help="live documents (default RUN/library; made when it is not there)")
+    embedder = "of a library that is made: none, hash (default), minilm, or a SentenceTransformers folder or hub id"
+    flag("embedder", metavar="NAME", help=embedder)
     stores = "published stores to read as well, by words (default: the run's; none: no store)"
     flag("stores", nargs="*", metavar="STORE", help=stores)
     flag("encodings", nargs="+", metavar="FOLDER", help="of retro encode, elsewhere than beside their store")
@@ -96,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         reader=args.reader,
         base=args.base,
         library=args.library,
+        embedder=args.embedder,
         stores=args.stores,
         encodings=args.encodings or (),
         mode=flags.library_mode(args.retriever),

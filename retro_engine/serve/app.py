@@ -94,6 +94,7 @@ ROUTES: list[tuple[str, str, Endpoint, str]] = [  # method, path, endpoint, the 
     ("GET", "/v1/vector_stores/{store:str}/files", vector_stores.list_store_files, "read"),
     ("POST", "/v1/vector_stores/{store:str}/files", vector_stores.add_file, "write"),
     ("GET", "/v1/vector_stores/{store:str}/files/{file:str}", vector_stores.get_store_file, "read"),
+    ("POST", "/v1/vector_stores/{store:str}/files/{file:str}", vector_stores.set_attributes, "write"),
     ("DELETE", "/v1/vector_stores/{store:str}/files/{file:str}", vector_stores.delete_store_file, "write"),
     ("GET", "/openapi.json", describe, "read"),
 ]
