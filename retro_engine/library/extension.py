@@ -76,7 +76,7 @@ def states(connection: apsw.Connection, path: Path, root: str, namespace: str) -
     """What was read of the files of a followed folder, by their names."""
     statement = "SELECT name, state, state_crc FROM followed WHERE root = ? AND namespace = ? ORDER BY name"
     rows = connection.execute(statement, (root, namespace)).fetchall()
-    return {name: _read(path, f"what was read of {name}", text, mark) for name, text, mark in rows}
+    return {str(name): _read(path, f"what was read of {name}", text, mark) for name, text, mark in rows}
 
 
 def roots(connection: apsw.Connection, namespace: str) -> list[str]:

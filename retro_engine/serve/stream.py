@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from retro_engine.errors import RetroError
-from retro_engine.generate.engine import Submission
+from retro_engine.generate.engine import Submission, Times
 from retro_engine.generate.request import Event, Request
 from retro_engine.serve.answers import Answer
 from retro_engine.serve.api_error import ApiError, ClientLeft
@@ -60,6 +60,9 @@ class RunningRequests:
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
         return arrived
+
+    def times(self, index: int) -> Times:
+        return self._streams[index].times
 
     def cancel(self) -> None:
         for stream in self._streams:
@@ -141,6 +144,7 @@ class EventStream(Response):
             while item is not None:
                 parts = []
                 while item is not None:  # what came while the last ones were sent goes out together
+                    self.answer.times = self.running.times(item[0])
                     parts.append(self.answer.lines(*item, self.with_usage))
                     item = self.running.at_hand()
                 if any(parts):
