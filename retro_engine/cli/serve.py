@@ -47,6 +47,8 @@ def add(commands: flags.Commands) -> None:
     flag("allow-origin", [], nargs="+", metavar="ORIGIN", help=origins)
     flag("root-path", "", metavar="PATH", help="that a proxy puts before every address, taken off or not (/retro)")
     flag("log", "none", choices=("none", "text", "json"), help="a line for every request, never what it says")
+    spans = "send OpenTelemetry spans of answers (gen_ai.*, never what they say) to a collector; the extra otel"
+    flag("otlp", metavar="URL", help=spans)
     flag("proxy", False, action="store_true", help="trust X-Forwarded-For and -Proto of a proxy on this machine")
     flag("metrics-token", metavar="TOKEN", help="GET /metrics from elsewhere takes it")
     flag("nemo-compat", False, action="store_true", help="also PUT /generate and PUT /knn, as NeMo's services")
@@ -123,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         allowed_origins=args.allow_origin,
         root_path=args.root_path,
         log=args.log,
+        otlp=args.otlp,
     )
     serve_until_signal(options, address, open_accounts(args), flags.reporter(args))
     return 0

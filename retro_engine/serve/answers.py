@@ -52,7 +52,8 @@ class Answer(ABC):
         self.has_logprobs = True  # that were asked for, and not made to choose by
         self.notes: list[str] = []  # of the server; those of sequences come with their events
         self.timed = False  # whether times are shown
-        self.times: Times | None = None  # of the sequence that ended last
+        self.times: Times | None = None  # of the sequence that came last
+        self.reasons: list[str] = []  # why sequences ended, in that order
         self._counted: set[int] = set()  # sequences that have begun
         self.events: list[tuple[int, Event]] = []
 
@@ -70,6 +71,7 @@ class Answer(ABC):
         self.completion_tokens += len(event.tokens) - (0 if index in self._counted else self.echoed.get(index, 0))
         self._counted.add(index)
         if event.finish_reason is not None:
+            self.reasons.append(event.finish_reason)
             self.neighbor_tokens += event.neighbor_tokens
             self.cached_tokens += event.cached_tokens if index % self.candidates == 0 else 0
 

@@ -236,13 +236,15 @@ async def respond(request: HttpRequest, body: Sampled, answer: Answer, asked: li
     if body.without_effect:
         answer.notes.append(f"taken, without effect here: {', '.join(body.without_effect)}")
     answer.echoed = {index: len(one.prompt) for index, one in enumerate(asked) if one.echo}
+    tracing = state_of(request).tracing.answering(request, body, answer)
     running = await RunningRequests.start(service, asked, request.receive, state_of(request).metrics)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     if body.stream:
-        return EventStream(running, answer, with_usage, partial(count_tokens, request))
-    async with running:
-        async for index, event in running:
-            answer.add(index, event)
-            answer.times = running.times(index)
-    count_tokens(request, answer.prompt_tokens, answer.completion_tokens)
-    return JSONResponse(await brief(request, answer.whole, len(asked)))
+        return EventStream(running, answer, with_usage, partial(count_tokens, request), tracing)
+    with tracing:
+        async with running:
+            async for index, event in running:
+                answer.add(index, event)
+                answer.times = running.times(index)
+        count_tokens(request, answer.prompt_tokens, answer.completion_tokens)
+        return JSONResponse(await brief(request, answer.whole, len(asked)))

@@ -124,16 +124,24 @@ def _cancel_all(submitted: "Future[list[Submission]]") -> None:
 class EventStream(Response):
     """Server-sent events. The status waits for the first event: a request that fails at once is no 200."""
 
-    def __init__(self, running: RunningRequests, answer: Answer, with_usage: bool, count: Callable[[int, int], None]):
-        """`count` is told at the end how many tokens of prompts and answers there were."""
+    def __init__(
+        self,
+        running: RunningRequests,
+        answer: Answer,
+        with_usage: bool,
+        count: Callable[[int, int], None],
+        around: contextlib.AbstractContextManager[None],
+    ):
+        """`count` is told at the end how many tokens of prompts and answers there were; the stream is made within `around`."""
         super().__init__(media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers["x-accel-buffering"] = "no"
         self.running, self.answer, self.with_usage, self.count = running, answer, with_usage, count
+        self.around = around
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.running:
-            with contextlib.suppress(ClientLeft):
+            with contextlib.suppress(ClientLeft), self.around:
                 await self._send_all(send)
         self.count(self.answer.prompt_tokens, self.answer.completion_tokens)
 
