@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from retro_engine.generate.request import Request
 from retro_engine.generate.sampling import TINY, Sampling
+from retro_engine.library.search import MODES
 from retro_engine.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bounds import Limits
@@ -58,6 +59,7 @@ def _model(service: Service, limits: Limits, name: str) -> dict[str, Any]:
         "max_prompt_tokens": limits.prompt_tokens,
         "max_new_tokens": limits.new_tokens,
         "mode": service.mode,
+        "modes": list(MODES if service.library is None or service.library.chunker.width is not None else MODES[:1]),
         "library": service.library.folder.name if service.library is not None else None,
         "stores": [store.folder.name for store in service.static.stores] if service.static else [],
         "engine": service.engine.stats(),
