@@ -55,7 +55,9 @@ def metadata_of(connection: apsw.Connection, path: Path, key: int) -> dict[str, 
     return {} if row is None else _read(path, f"the metadata of document {key}", *row)
 
 
-def all_metadata(connection: apsw.Connection, path: Path, namespace: str) -> Iterator[tuple[int, dict[str, FieldValue]]]:
+def all_metadata(
+    connection: apsw.Connection, path: Path, namespace: str
+) -> Iterator[tuple[int, dict[str, FieldValue]]]:
     """Key and fields of the documents of a namespace that have any."""
     for key, _, text, mark in connection.execute(BY_NAMESPACE, (namespace,)):
         yield key, _read(path, f"the metadata of document {key}", text, mark)
@@ -75,8 +77,8 @@ def keep_state(connection: apsw.Connection, root: str, namespace: str, name: str
 def states(connection: apsw.Connection, path: Path, root: str, namespace: str) -> dict[str, dict[str, Any]]:
     """What was read of the files of a followed folder, by their names."""
     statement = "SELECT name, state, state_crc FROM followed WHERE root = ? AND namespace = ? ORDER BY name"
-    rows = connection.execute(statement, (root, namespace)).fetchall()
-    return {str(name): _read(path, f"what was read of {name}", text, mark) for name, text, mark in rows}
+    rows: list[Any] = connection.execute(statement, (root, namespace)).fetchall()
+    return {name: _read(path, f"what was read of {name}", text, mark) for name, text, mark in rows}
 
 
 def roots(connection: apsw.Connection, namespace: str) -> list[str]:

@@ -503,8 +503,8 @@ class LibraryFile:
                 self.check(key, vectors_crc, b"" if vectors is None else vectors)
                 self.check(key, text_crc, text, names, str)
             if self.is_extended:
-                for (namespace,) in connection.execute("SELECT name FROM namespaces").fetchall():
-                    for _ in extension.all_metadata(connection, self.path, namespace):
+                for (name,) in self.typed(connection.execute("SELECT name FROM namespaces"), str):
+                    for _ in extension.all_metadata(connection, self.path, name):
                         pass
 
     def contents(

@@ -283,7 +283,7 @@ class Library:
             about = self._metadata(connection, row)
         if row is None:
             return None
-        document = Document(*row[2:], metadata=about)
+        document = Document(row[2], row[3], row[4], metadata=about)
         names = checksum(namespace, document.id, document.title)
         self.file.check(row[0], row[1], document.text, names, str)
         return document
@@ -310,7 +310,7 @@ class Library:
                 self.file.typed([entry], str, str, int, int, int)
                 self.file.check(key, crc, tokens, checksum(namespace, *entry[:2]))
                 self.file.check_sizes(key, len(self.file.token_ids(key, tokens)), length, *entry[2:])
-                found.append(Entry(*entry, self._metadata(connection, row)))
+                found.append(Entry(*entry, metadata=self._metadata(connection, row)))
         return found
 
     def statistics(self) -> dict[str, Any]:
