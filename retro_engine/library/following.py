@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,16 @@ def changed(known: Mapping[str, FileState], found: Found) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Change:
+    """What a file's reading, or its end, changes; `state` None: it is forgotten."""
+
+    name: str
+    state: FileState | None
+    good: Sequence[Document]
+    deleted: Sequence[str]
+
+
 class Follower:
     """Brings a library up to date with files; `known` is what was read of them, and is kept up to date too."""
 
@@ -124,13 +135,15 @@ class Follower:
     ):
         self.library, self.known, self.reporter, self.say = library, known, reporter, say
         self.namespace = namespace
+        self._changes: list[Change] = []  # that are not written yet
         self.root: str | None = None  # of the folder in whose name the library itself keeps `known`
 
     def forget(self, names: Iterable[str]) -> int:
         """Delete what files held; how many files."""
         gone = list(names)
         for name in gone:
-            self._write(name, None, [], self.known[name].ids(name))
+            self._queue(name, None, deleted=self.known[name].ids(name))
+        self._flush()
         return len(gone)
 
     def read(self, names: Sequence[str], found: Found) -> int:
@@ -142,14 +155,15 @@ class Follower:
                 path, stat = found[name]
                 old, now = self.known.get(name), _hashed(path, stat)
                 if now.aside:
-                    self._write(name, now, [], [] if old is None else old.ids(name))
+                    self._queue(name, now, deleted=[] if old is None else old.ids(name))
                     self.say(*now.aside[0])
                 elif old is not None and old.sha256 == now.sha256:
-                    self._write(name, replace(old, size=now.size, modified=now.modified), [], [])
+                    self._queue(name, replace(old, size=now.size, modified=now.modified))
                 else:
                     self._read_file(name, path, now)
                     num_read += 1
                 meter.advance(stat.st_size)
+            self._flush()
         return num_read
 
     def _read_file(self, name: str, path: Path, now: FileState) -> None:
@@ -171,30 +185,45 @@ class Follower:
             )
             if batch is None:
                 state = replace(state, size=now.size, modified=now.modified, sha256=now.sha256)
-            self._write(name, state, good, pending)
+            self._queue(name, state, good, pending)
             pending = []
         for one in aside[:MOST_ASIDE]:
             self.say(one.source, one.reason)
 
-    def _write(self, name: str, state: FileState | None, good: list[Document], deleted: list[str]) -> None:
-        """Documents, deletions and what is known of the file. Who is stopped here knows of all that may be there."""
-        old = self.known.get(name)
-        if good or deleted or self.root is not None:
-            rows = max((one.last_row or 0 for one in (old, state) if one is not None), default=0)
-            self.known[name] = replace(UNREAD, last_row=rows or None)
-            batch = self.library.chunker.prepare(good) if good else None
-            self.library.write(self.namespace, batch, deleted, self._keeper(name, state))
-        if state is None:
-            del self.known[name]
-        else:
-            self.known[name] = state
+    def _queue(
+        self, name: str, state: FileState | None, good: Sequence[Document] = (), deleted: Sequence[str] = ()
+    ) -> None:
+        """Documents, deletions and what is known of a file then: written with those of other files, a disk's fsync for all."""
+        self._changes.append(Change(name, state, good, deleted))
+        size = sum(len(document.text) for change in self._changes for document in change.good)
+        if len(self._changes) >= BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            self._flush()
 
-    def _keeper(self, name: str, state: FileState | None) -> Callable[[apsw.Connection], None] | None:
-        root = self.root
-        if root is None:
-            return None
-        values = None if state is None else asdict(state)
-        return lambda connection: extension.keep_state(connection, root, self.namespace, name, values)
+    def _flush(self) -> None:
+        """Who is stopped here knows of all that may be there."""
+        changes, self._changes = self._changes, []
+        good = [document for change in changes for document in change.good]
+        deleted = [identifier for change in changes for identifier in change.deleted]
+        if good or deleted or (changes and self.root is not None):
+            for change in changes:
+                old = self.known.get(change.name)
+                rows = max((one.last_row or 0 for one in (old, change.state) if one is not None), default=0)
+                self.known[change.name] = replace(UNREAD, last_row=rows or None)
+            batch = self.library.chunker.prepare(good) if good else None
+            self.library.write(self.namespace, batch, deleted, partial(self._keep, changes))
+        for change in changes:
+            if change.state is None:
+                del self.known[change.name]
+            else:
+                self.known[change.name] = change.state
+
+    def _keep(self, changes: Sequence[Change], connection: apsw.Connection) -> None:
+        """In the library, where it keeps them itself."""
+        if self.root is None:
+            return
+        for change in changes:
+            values = None if change.state is None else asdict(change.state)
+            extension.keep_state(connection, self.root, self.namespace, change.name, values)
 
 
 def _usable(batch: Sequence[Document | SetAside], name: str, aside: list[SetAside]) -> list[Document]:

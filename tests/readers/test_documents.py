@@ -189,6 +189,7 @@ def test_a_file_that_goes_meanwhile(small_store: Store, folder: Path, monkeypatc
 
 def test_who_is_stopped_goes_on(small_store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = made(small_store, folder)
+    monkeypatch.setattr(following, "BATCH_DOCUMENTS", 1)  # a write for each
     write, calls = Library.write, []
 
     def stopped(self: Library, *args: Any) -> tuple[int, int]:
