@@ -52,7 +52,9 @@ TAKEN_BY = {  # what an option is for; with others it is refused
     "compile": ["kernels"],
     "weights": ["rivals"],
     "parts": ["rivals", "reader"],
+    "requests": ["service"],
 }
+MIN_REQUESTS = 100  # fewer say nothing of memory
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -83,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help=f"{of['dtype']}; default fp32 and bf16")
     parser.add_argument("--weights", nargs="+", metavar="TYPE", help=f"{of['weights']}; default bf16, int8 and int4")
     parser.add_argument("--parts", nargs="+", metavar="PART", help=f"{of['parts']}; default: all")
+    parser.add_argument("--requests", type=int, metavar="N", help=f"{of['requests']}; default 10,000, at least 100")
     parser.add_argument("--threads", type=int, help="of the processor; default torch's")
     parser.add_argument(
         "--compile", action="store_true", help=f"{of['compile']}: also what torch.compile makes (always on a GPU)"
@@ -101,6 +104,10 @@ def _run(argv: list[str] | None) -> int:
                 f"it is of {', '.join(benches)}",
                 f"leave --{option} out",
             )
+    if args.requests is not None and args.requests < MIN_REQUESTS:
+        raise UsageError(
+            f"--requests {args.requests} cannot be used", "memory has to settle", f"{MIN_REQUESTS} or more"
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -113,6 +120,7 @@ def _run(argv: list[str] | None) -> int:
         dtypes=[DTYPES[name] for name in args.dtype] if args.dtype else Options.dtypes,
         weights=args.weights,
         parts=args.parts,
+        requests=args.requests,
         compiles=args.compile or device.type == "cuda",
         out=Path(args.out),
     )

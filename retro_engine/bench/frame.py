@@ -31,6 +31,7 @@ class Options:
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
     weights: Sequence[str] | None = None  # of what is served; None = all
     parts: Sequence[str] | None = None  # of a bench; None = all
+    requests: int | None = None  # to a server; None = as many as the bench's figures are of
     compiles: bool = False  # also alternatives that torch.compile makes, half a minute each
     out: Path = Path("runs/bench")
 

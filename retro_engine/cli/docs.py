@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from retro_engine.cli import flags
 from retro_engine.errors import MissingInputError, UsageError
 
 if TYPE_CHECKING:
-    from retro_engine.data.corpus import Document
+    from retro_engine.data.corpus import Document, FieldValue
     from retro_engine.library.importer import Importer, Job
     from retro_engine.library.library import Library
     from retro_engine.progress import Reporter
@@ -38,6 +39,13 @@ def add(commands: flags.Commands) -> None:
     flags.add_format(sub)
     sub.add_argument("--errors", default="strict", choices=["strict", "replace"], help="replace repairs bad UTF-8")
     _add_making(sub)
+    sub.add_argument(
+        "--metadata", metavar="KEY=VALUE", action="append", default=[], help="of each, to filter by; repeat"
+    )
+    sub = what("sync", run_sync, "follow a folder: read what is new or changed in it, delete what is gone")
+    sub.add_argument("folder", metavar="DIR")
+    sub.add_argument("--forget", action="store_true", help="delete what was read of it, and follow it no more")
+    _add_making(sub)
     sub = what("import", run_import, "add a large file of rows; goes on when it was interrupted")
     rows = ".jsonl .json .tsv .csv .parquet, compressed or not; - for JSON lines from standard input"
     sub.add_argument("input", metavar="IN", help=rows)
@@ -59,13 +67,16 @@ def add(commands: flags.Commands) -> None:
 def _add_making(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--store", metavar="STORE", help="make LIBRARY with its tokenizer and chunk size")
     sub.add_argument("--stride", type=int, metavar="TOKENS", help="between starts of chunks (default: no overlap)")
-    sub.add_argument("--embedder", choices=["none", "hash"], default="none", help="vectors for dense and hybrid")
+    names = "none, hash, minilm (extra offline), or a SentenceTransformers folder or hub id (extra dense)"
+    sub.add_argument("--embedder", metavar="NAME", help=f"of a new library's vectors, for dense and hybrid: {names}")
     flags.add_reading(sub)
 
 
 def _add_query(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("text", metavar="TEXT")
     sub.add_argument("--k", type=int, default=5)
+    fields = "only documents whose metadata says so; repeat for several, all of which must hold"
+    sub.add_argument("--where", metavar="KEY=VALUE", action="append", default=[], help=fields)
     retriever = "of the library: lexical (bm25), dense (its embedder's) or hybrid (default lexical)"
     sub.add_argument("--retriever", default="lexical", metavar="NAME", help=retriever)
     sub.add_argument("--fusion", nargs=2, type=float, default=[1.0, 1.0], metavar="W", help="hybrid: lexical, dense")
@@ -97,7 +108,7 @@ def _open(args: argparse.Namespace, is_read_only: bool = False) -> "Library | Re
 
 
 def _refuse_folder_flags(args: argparse.Namespace) -> None:
-    for name in ("store", "stores", "stemmer", "stop_words"):
+    for name in ("store", "stores", "stemmer", "stop_words", "embedder"):
         if getattr(args, name, None):
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} is for a library in a folder", f"{args.library} is a server's", "leave it out")
@@ -105,7 +116,7 @@ def _refuse_folder_flags(args: argparse.Namespace) -> None:
 
 def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Library":
     from retro_engine.data.store import Store
-    from retro_engine.library.documents import HashEmbedder
+    from retro_engine.library.embedders import check_named, new_embedder
     from retro_engine.library.file import is_made
     from retro_engine.library.library import Library
     from retro_engine.library.live import library_coding
@@ -115,12 +126,14 @@ def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Libra
     if hasattr(args, "embedder") and not is_made(folder):
         if store is None:
             raise MissingInputError(f"{folder} does not exist", "a new library needs a tokenizer", "--store STORE")
-        embedder = HashEmbedder(store.tokenizer) if args.embedder == "hash" else None
+        embedder = new_embedder(args.embedder, store.tokenizer)
         Library.create(folder, store.tokenizer, store.chunk_size, args.stride, embedder, flags.reading(args))
     with contextlib.ExitStack() as stack:
         library = stack.enter_context(Library(folder, is_read_only=is_read_only))
         if store is not None:  # one that was there keeps what it was made with
             store.coding.check(library_coding(library))
+        if getattr(args, "embedder", None) is not None:
+            check_named(library.file.settings, args.embedder, str(folder))
         wanted = flags.reading(args) if hasattr(args, "stemmer") else None
         if wanted is not None and wanted != library.file.analyzer:
             raise UsageError(
@@ -132,12 +145,27 @@ def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Libra
     return library
 
 
+def fields_of(pairs: list[str]) -> "dict[str, FieldValue]":
+    """Metadata of KEY=VALUE, where a value that is a number or true or false is that. Raises UsageError."""
+    from retro_engine.library.filters import check_metadata, scalar
+
+    fields = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or name in fields:
+            raise UsageError(f"--metadata {pair} cannot be used", "each says one field's value", "--metadata KEY=VALUE")
+        fields[name] = scalar(text)
+    check_metadata(fields)
+    return fields
+
+
 def run_add(args: argparse.Namespace) -> int:
     from retro_engine.data.corpus import Document, Reader
     from retro_engine.data.inputs import SetAside, find_files, standard_input, tell
     from retro_engine.data.streams import read_text
     from retro_engine.library.documents import MAX_DOCUMENT_BYTES, check_document
 
+    about = fields_of(args.metadata)
     rows: Iterator[Document | SetAside]
     if args.inputs == ["-"]:
         if args.id is None:
@@ -158,7 +186,7 @@ def run_add(args: argparse.Namespace) -> int:
         while batch := list(islice(rows, BATCH)):
             good = []
             documents = _identified(library, [row for row in batch if isinstance(row, Document)], args.namespace)
-            for document in documents:
+            for document in [replace(one, metadata={**one.metadata, **about}) for one in documents]:
                 try:
                     check_document(document)
                     good.append(document)
@@ -185,6 +213,26 @@ def _identified(library: "Library | RemoteLibrary", documents: "list[Document]",
     if isinstance(library, Library):
         return identified_in(library, documents, namespace)
     return [identified(document, Path.cwd()) for document in documents]
+
+
+def run_sync(args: argparse.Namespace) -> int:
+    """Follow a folder once: run it again, by hand or by cron, to follow it on."""
+    from retro_engine.library import following
+
+    if _is_url(args):
+        why = f"{args.library} is a server's, which has it open"
+        raise UsageError("sync is for a library in a folder", why, "stop the server first, or: retro docs add")
+    reporter = flags.reporter(args)
+    with _open_folder(args) as library:
+        if args.forget:
+            number = following.forget(library, args.folder, args.namespace)
+            flags.print_result(args, {"forgotten": number, "version": library.version})
+            return 0
+        done = following.sync(library, args.folder, args.namespace, reporter)
+        names = {"files": done.num_files, "documents": done.num_documents, "read": done.num_read}
+        more = {"removed": done.num_removed, "set_aside": done.num_aside, "version": library.version}
+        flags.print_result(args, {**names, **more})
+    return 0
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -251,7 +299,9 @@ def run_get(args: argparse.Namespace) -> int:
             f"document {args.id} does not exist", f"in namespace {args.namespace}", "retro docs list"
         )
     print(
-        json.dumps({"id": document.id, "title": document.title, "text": document.text}) if args.json else document.text
+        json.dumps({name: getattr(document, name) for name in ("id", "title", "metadata", "text")})
+        if args.json
+        else document.text
     )
     return 0
 
@@ -293,21 +343,30 @@ def run_reread(args: argparse.Namespace) -> int:
 
 
 def run_query(args: argparse.Namespace) -> int:
+    from retro_engine.library import filters
     from retro_engine.library.library import Library
     from retro_engine.library.live import LiveRetriever
     from retro_engine.retrieval.search import Retriever
 
+    where = filters.where(args.where)
     with _open(args, is_read_only=True) as library:
         if isinstance(library, Library):
+            if where is not None and args.stores:
+                raise UsageError("--where with --stores", "documents of stores have no metadata", "leave --stores out")
             static = Retriever(flags.open_stores(args.stores)) if args.stores else None
             mode = flags.library_mode(args.retriever, library.file.settings["embedder"])
             source = LiveRetriever(library, static, args.source_weights, mode, args.namespace)
-            hits = source.search(args.text, args.k, weights=args.fusion).hits
+            hits = source.search(args.text, args.k, weights=args.fusion, where=where).hits
+            unknown = "" if where is None else library.unknown_fields(where, args.namespace)
         else:
-            hits = library.search(args.text, args.k, flags.library_mode(args.retriever), args.namespace, args.fusion)
+            mode = flags.library_mode(args.retriever)
+            hits = library.search(args.text, args.k, mode, args.namespace, args.fusion, where)
+            unknown = library.note if hits else ""
         if not hits:
             beside = f", nor in {' '.join(args.stores)}" if args.stores else ""
-            flags.reporter(args).say(f"no hit: {library.why_nothing(args.text, args.namespace)}{beside}")
+            flags.reporter(args).say(f"no hit: {library.why_nothing(args.text, args.namespace, where)}{beside}")
+        elif unknown:
+            flags.reporter(args).say(unknown)
     for hit in hits:
         text = " ".join(hit.text.split())
         shown = f"{hit.score:8.3f}  {hit.where}: {text}"

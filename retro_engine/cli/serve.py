@@ -27,6 +27,8 @@ def add(commands: flags.Commands) -> None:
     flag("reader", metavar="NAME|DIR", help="a reader in place of a run: questions are answered from --library")
     flag("base", metavar="FILE", help="the reader's .gguf file (default: where retro fetch puts it)")
     flag("library", metavar="FOLDER", help="live documents (default RUN/library; made when it is not there)")
+    embedder = "of a library that is made: none, hash (default), minilm, or a SentenceTransformers folder or hub id"
+    flag("embedder", metavar="NAME", help=embedder)
     stores = "published stores to read as well, by words (default: the run's; none: no store)"
     flag("stores", nargs="*", metavar="STORE", help=stores)
     flag("encodings", nargs="+", metavar="FOLDER", help="of retro encode, elsewhere than beside their store")
@@ -45,6 +47,8 @@ def add(commands: flags.Commands) -> None:
     flag("allow-origin", [], nargs="+", metavar="ORIGIN", help=origins)
     flag("root-path", "", metavar="PATH", help="that a proxy puts before every address, taken off or not (/retro)")
     flag("log", "none", choices=("none", "text", "json"), help="a line for every request, never what it says")
+    spans = "send OpenTelemetry spans of answers (gen_ai.*, never what they say) to a collector; the extra otel"
+    flag("otlp", metavar="URL", help=spans)
     flag("proxy", False, action="store_true", help="trust X-Forwarded-For and -Proto of a proxy on this machine")
     flag("metrics-token", metavar="TOKEN", help="GET /metrics from elsewhere takes it")
     flag("nemo-compat", False, action="store_true", help="also PUT /generate and PUT /knn, as NeMo's services")
@@ -96,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         reader=args.reader,
         base=args.base,
         library=args.library,
+        embedder=args.embedder,
         stores=args.stores,
         encodings=args.encodings or (),
         mode=flags.library_mode(args.retriever),
@@ -120,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         allowed_origins=args.allow_origin,
         root_path=args.root_path,
         log=args.log,
+        otlp=args.otlp,
     )
     serve_until_signal(options, address, open_accounts(args), flags.reporter(args))
     return 0

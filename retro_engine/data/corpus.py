@@ -6,14 +6,14 @@ its file, line and reason; nothing of it reaches the store, and the other docume
 
 import io
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TypeVar
 
 from retro_engine.data.document_files import MOST_FILE_BYTES, docx_text, pdf_text
 from retro_engine.data.html_text import declared_encoding, page_text
-from retro_engine.data.identity import ID_KEYS, own_id
+from retro_engine.data.identity import ID_KEYS, is_missing, own_id
 from retro_engine.data.inputs import (
     DOCUMENT_KINDS,
     FORMATS,
@@ -42,7 +42,8 @@ from retro_engine.errors import MissingInputError, UsageError, nearest
 
 MAX_DOCUMENT_BYTES = 64 << 20
 JSON_LINES = (".jsonl", ".ndjson")
-COLUMNS = (*ID_KEYS, "title")  # of a row, beside its text
+COLUMNS = (*ID_KEYS, "title", "metadata")  # of a row, beside its text
+FieldValue = str | int | float | bool  # of a field of metadata
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Document:
     text: str
     source: str = ""  # file:line, or the file
     path: Path | None = None  # the file, where all of it is the document
+    metadata: Mapping[str, FieldValue] = field(default_factory=dict, hash=False)  # what libraries filter by
 
 
 ReadRow = TypeVar("ReadRow", bound=Document | SetAside)
@@ -194,7 +196,7 @@ class Reader:
             raise Unusable(f"{self.text_key!r} is {type(value).__name__}, not text")
         if len(value) > self.max_document_bytes:
             raise Unusable(f"larger than {self.max_document_bytes:,} bytes")
-        title = row.values.get("title")
+        title, about = row.values.get("title"), row.values.get("metadata")
         try:
             name = own_id(row.values)
         except ValueError as error:
@@ -204,6 +206,7 @@ class Reader:
             self._label(title) if isinstance(title, str) else "",
             self._usable(value),
             row.source,
+            metadata={k: v for k, v in about.items() if not is_missing(v)} if isinstance(about, Mapping) else {},
         )
 
     def _label(self, value: str) -> str:

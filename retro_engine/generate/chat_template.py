@@ -7,6 +7,7 @@ are replaced by characters that stand for them, and those are put back as text.
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from retro_engine.errors import UsageError
 
 RENDER_S = 5.0  # seconds that a template may take
 MAX_BYTES = 8 << 20  # of a rendered conversation
+OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 BEFORE = "\n"  # no word goes on after it
 FIRST_MARK = 0xF0000  # a plane for private use, 65,534 characters
 
@@ -41,11 +43,12 @@ class ChatTemplate:
         begins: bool = True,
         goes_on: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of the conversation up to where the assistant's next answer begins, unless `begins` is false; with
         `goes_on` up to the end of the last message's text. `tools`: functions that the template describes.
 
-        messages: {"role", "content"} and more of what the template reads. Raises UsageError where it refuses them, and
+        messages: {"role", "content"} and more of what the template reads; `variables`: what it reads beside them (enable_thinking). Raises UsageError where it refuses them, and
         for a model whose templates all have names.
         """
         if self.template is None:
@@ -53,7 +56,8 @@ class ChatTemplate:
             why = f"it has {names}" if names else "it is a base model"
             raise UsageError("the model has no default chat template", why, "write chat_template.jinja into its folder")
         marks = Marks(self.tokenizer, messages, tools)
-        rendered = self._cut(marks) if goes_on else self.render(marks.messages, begins, marks.tools)
+        more = variables or {}
+        rendered = self._cut(marks, more) if goes_on else self.render(marks.messages, begins, marks.tools, more)
         ids: list[int] = []
         for number, (text, is_controlled) in enumerate(marks.parts(rendered)):
             before = BEFORE if number else ""  # within a text: SentencePiece's like put a space where one begins
@@ -81,11 +85,11 @@ class ChatTemplate:
         ids, places = self.tokenizer.encode_controlled(after)
         return (after[: places[0][1]],) if ids and ids[0] in self.tokenizer.special_ids else ()
 
-    def _cut(self, marks: "Marks") -> str:
+    def _cut(self, marks: "Marks", variables: Mapping[str, Any]) -> str:
         """What the template writes up to the end of the last message's text."""
         *before, last = marks.messages
         end = marks.unused()
-        text = self.render([*before, {**last, "content": last["content"] + end}], False, marks.tools)
+        text = self.render([*before, {**last, "content": last["content"] + end}], False, marks.tools, variables)
         if end not in text:
             raise UsageError("the model's chat template leaves out the last message", "", "send it without going on")
         return text[: text.rindex(end)]
@@ -95,13 +99,22 @@ class ChatTemplate:
         """Whether the template has a way to write functions and their calls."""
         return "tools" in str(self.template)
 
+    def reads(self, name: str) -> bool:
+        """Whether the template has a variable of this name."""
+        return re.search(rf"\b{re.escape(name)}\b", str(self.template)) is not None
+
     def render(
-        self, messages: Sequence[Mapping[str, Any]], begins: bool = True, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        begins: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        more: Mapping[str, Any] | None = None,
     ) -> str:
         """The text that the template makes of a conversation. Raises UsageError where it refuses or takes too much."""
         tokens = self.tokenizer.chat_files.tokens
         names = {"bos_token": self._written(self.tokenizer.bos_id), "eos_token": self._written(self.tokenizer.eod_id)}
         variables = {
+            **(more or {}),
             **names,
             **tokens,
             "messages": self._known_roles(messages),

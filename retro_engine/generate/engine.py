@@ -150,6 +150,7 @@ class Engine:
         self._pool = FairPool(retrieval_threads, "retrieval")
         self._waiting: FairQueue[Submission] = FairQueue()
         self._streams: dict[DecodingSequence, Submission] = {}  # of those that have a row
+        self.max_batch = max_batch
         self._most = max(1, max_batch - 1)  # rows of one caller
         self._counts: deque[float] = deque()  # when each token was made
         self._changed = threading.Condition()

@@ -17,6 +17,7 @@ from retro_engine.data.corpus import Document
 from retro_engine.data.identity import CONTROL, MAX_ID_BYTES, is_unseen
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError, UsageError
+from retro_engine.library.filters import check_metadata
 from retro_engine.retrieval.analyzer import Analyzer, Terms, titled, word_edges
 from retro_engine.retrieval.embed import embed
 
@@ -130,11 +131,12 @@ class Chunker:
             word = cut_word(text, more)
         return word
 
-    def embed(self, texts: list[str]) -> np.ndarray:
-        """Unit vectors [U, Z] f32. Raises StoreError for NaN, infinity or another width."""
+    def embed(self, texts: list[str], is_query: bool = False) -> np.ndarray:
+        """Unit vectors [U, Z] f32; some embedders read questions in another way. Raises StoreError for NaN, infinity or another width."""
         if self.embedder is None:
             raise UsageError("this library has vectors", "it was opened without its embedder", "open it with one")
-        vectors = np.asarray(self.embedder.encode(texts), np.float32)
+        encode = getattr(self.embedder, "encode_queries", self.embedder.encode) if is_query else self.embedder.encode
+        vectors = np.asarray(encode(texts), np.float32)
         if vectors.shape != (len(texts), self.width):
             raise StoreError(
                 f"embedder {self.embedder.name} returned {vectors.shape}", f"expected {(len(texts), self.width)}"
@@ -193,6 +195,10 @@ def check_document(document: Document) -> None:
         )
     if not document.text.strip():
         raise UsageError(f"{name} is empty", "there is nothing to find in it")
+    try:
+        check_metadata(document.metadata)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error.what}", error.why) from None
 
 
 def check_id(identifier: str) -> None:

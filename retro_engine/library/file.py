@@ -8,7 +8,6 @@ the index, which knows keys, needs no record of what died since.
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import zlib
@@ -24,6 +23,7 @@ import numpy as np
 from retro_engine.data import files, manifests
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import REMEDIES, MissingInputError, OutOfResourceError, StoreError, UsageError, read_error
+from retro_engine.library import extension, tables
 from retro_engine.library.documents import Prepared, num_chunks
 from retro_engine.retrieval.analyzer import Analyzer, from_json
 
@@ -31,35 +31,12 @@ FILE = "documents.sqlite"
 APPLICATION_ID = 0x5245544C  # "RETL", SQLite's mark of whose file it is
 IDENTITY = 1  # of ids by real path and content; a library without it has them by place (`library_identity`)
 VERSION = 2  # 1 had no analyzer: it reads words as its first version did
+EXTENDED = 3  # once a document has metadata, or a folder is followed: tables.EXTENSION
 OLDEST_SQLITE = (3, 51, 3)  # older ones can corrupt a WAL file that two connections write to
 
 LITTLE_PAGES = 256  # of 4 KiB
 SIDE_FILES = ("-wal", "-shm", "-journal")  # of SQLite's, beside the file
 SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # ends a journal that names another file, which SQLite would remove
-
-SCHEMA = """
-CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE counter (version INTEGER NOT NULL) STRICT;
-CREATE TABLE namespaces (name TEXT PRIMARY KEY, documents INTEGER NOT NULL, chunks INTEGER NOT NULL,
-  tokens INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT;
-CREATE TABLE documents (key INTEGER PRIMARY KEY AUTOINCREMENT, namespace TEXT NOT NULL, id TEXT NOT NULL,
-  title TEXT NOT NULL, chunks INTEGER NOT NULL, num_tokens INTEGER NOT NULL, bytes INTEGER NOT NULL,
-  tokens_crc INTEGER NOT NULL, vectors_crc INTEGER NOT NULL, text_crc INTEGER NOT NULL,
-  tokens BLOB NOT NULL, vectors BLOB, text TEXT NOT NULL, UNIQUE (namespace, id)) STRICT;
-CREATE TABLE segments (name TEXT PRIMARY KEY, namespace TEXT NOT NULL, first_key INTEGER NOT NULL,
-  last_key INTEGER NOT NULL, fingerprint TEXT NOT NULL) STRICT;
-CREATE TABLE jobs (number INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT NOT NULL, size INTEGER NOT NULL,
-  modified INTEGER NOT NULL, namespace TEXT NOT NULL, state TEXT NOT NULL, done INTEGER NOT NULL,
-  added INTEGER NOT NULL, failed INTEGER NOT NULL, reason TEXT NOT NULL) STRICT;
-CREATE TABLE job_errors (job INTEGER NOT NULL, source TEXT NOT NULL, reason TEXT NOT NULL) STRICT;
-CREATE INDEX job_errors_job ON job_errors (job);
-"""
-
-
-INSERT = """
-INSERT INTO documents (namespace, id, title, chunks, num_tokens, bytes, tokens_crc, vectors_crc, text_crc, tokens, vectors, text)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-"""
 
 
 def checksum(namespace: str, identifier: str, title: str) -> int:
@@ -148,7 +125,7 @@ def create(folder: Path, settings: dict[str, Any]) -> None:
                 raise UsageError(f"{folder} holds {what}", "it is not made anew", "open it, or choose another folder")
             connection.execute("PRAGMA journal_mode = WAL")
             with whole(connection):  # a library is there whole or not at all
-                connection.execute(SCHEMA)
+                connection.execute(tables.SCHEMA)
                 connection.execute("INSERT INTO counter VALUES (0)")
                 marked = {**settings, "fingerprint": files.fingerprint(settings)}
                 rows = [(name, json.dumps(value)) for name, value in marked.items()]
@@ -211,7 +188,7 @@ def set_analyzer(folder: Path, analyzer: Analyzer) -> None:
                 marked = {**settings, "fingerprint": files.fingerprint(settings)}
                 rows = [(name, json.dumps(value)) for name, value in marked.items()]
                 connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows)
-                connection.execute(f"PRAGMA user_version = {VERSION}")
+                connection.execute(f"PRAGMA user_version = {EXTENDED if file.is_extended else VERSION}")
         finally:
             file.close()
 
@@ -260,20 +237,6 @@ def _check_side_files(path: Path) -> None:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)))
                 if file.read() == SUPER_JOURNAL:
                     raise StoreError(f"{beside} names another file", "a library is of one", f"remove {beside}")
-
-
-def _schema(connection: apsw.Connection) -> set[tuple[str, str, str]]:
-    """What a file consists of, but for SQLite's own tables and the indexes that these statements imply."""
-    own = "(sql IS NULL AND type = 'index') OR (type = 'table' AND name IN ('sqlite_sequence', 'sqlite_stat1', 'sqlite_stat4'))"
-    rows: list[Any] = connection.execute(f"SELECT type, name, sql FROM sqlite_schema WHERE NOT ({own})").fetchall()
-    return set(rows)
-
-
-@functools.cache
-def _expected_schema() -> set[tuple[str, str, str]]:
-    connection = apsw.Connection(":memory:")
-    connection.execute(SCHEMA)
-    return _schema(connection)
 
 
 class LibraryFile:
@@ -326,11 +289,12 @@ class LibraryFile:
             raise MissingInputError(f"{folder} is not a library", "making it was never finished", "make it again")
         if mark != APPLICATION_ID:
             raise StoreError(f"{self.path} is not a library of retro-engine", f"its application id is {mark:#x}")
-        if version not in (1, VERSION):
+        if version not in (1, VERSION, EXTENDED):
             raise StoreError(
-                f"{self.path} has version {version}", f"this program reads 1 to {VERSION}", "update retro-engine"
+                f"{self.path} has version {version}", f"this program reads 1 to {EXTENDED}", "update retro-engine"
             )
-        if _schema(self.writer) != _expected_schema():
+        self.is_extended = version == EXTENDED
+        if tables.found(self.writer) != tables.expected(self.is_extended):
             raise StoreError(f"{self.path} is not as this program makes it", "its tables are others", "make it again")
 
     def _connect_to_read(self) -> apsw.Connection:
@@ -379,6 +343,17 @@ class LibraryFile:
             if is_write:
                 self.writer.execute("UPDATE counter SET version = version + 1")
 
+    def extend(self) -> None:
+        """Make the tables for metadata and followed folders, where they are not there yet: programs of before read a library
+        until it has some.
+        """
+        if self.is_extended:
+            return
+        with self.transaction(is_write=False) as connection:
+            connection.execute(tables.EXTENSION)
+            connection.execute(f"PRAGMA user_version = {EXTENDED}")
+        self.is_extended = True
+
     def check_writable(self) -> None:
         if self.is_read_only:
             raise UsageError(f"{self.path} is open for reading", "nothing is written", "open it for writing")
@@ -417,8 +392,10 @@ class LibraryFile:
             names = checksum(namespace, d.id, d.title)
             marks = (zlib.crc32(tokens, names), zlib.crc32(vectors or b""), zlib.crc32(text, names))
             values = (namespace, d.id, d.title, count, len(ids), len(text), *marks, tokens, vectors, d.text)
-            self.writer.execute(INSERT, values)
+            self.writer.execute(tables.INSERT, values)
             keys.append(self.writer.last_insert_rowid())
+            if d.metadata:
+                extension.add_metadata(self.writer, keys[-1], d.metadata)
             total_bytes += len(text)
             row += count
         self._count(namespace, len(keys), row, sum(map(len, batch.tokens)), total_bytes)
@@ -434,9 +411,21 @@ class LibraryFile:
             ).fetchall()
         if gone:
             keys, *sizes = zip(*gone)
+            if self.is_extended:
+                extension.remove_metadata(self.writer, keys)
             self._count(namespace, -len(keys), *(-sum(size) for size in sizes))
             return list(keys)
         return []
+
+    def clear(self, namespace: str) -> int:
+        """Delete a namespace with all that is known of it, inside a transaction; how many documents it had."""
+        if self.is_extended:
+            extension.clear(self.writer, namespace)
+        self.writer.execute("DELETE FROM documents WHERE namespace = ?", (namespace,))
+        count = self.writer.changes()
+        self.writer.execute("DELETE FROM segments WHERE namespace = ?", (namespace,))
+        self.writer.execute("DELETE FROM namespaces WHERE name = ?", (namespace,))
+        return count
 
     def _count(self, namespace: str, documents: int, chunks: int, tokens: int, num_bytes: int) -> None:
         self.writer.execute(
@@ -513,6 +502,10 @@ class LibraryFile:
                 self.check(key, tokens_crc, tokens, names)
                 self.check(key, vectors_crc, b"" if vectors is None else vectors)
                 self.check(key, text_crc, text, names, str)
+            if self.is_extended:
+                for (name,) in self.typed(connection.execute("SELECT name FROM namespaces"), str):
+                    for _ in extension.all_metadata(connection, self.path, name):
+                        pass
 
     def contents(
         self, namespace: str, after: int, last: int | None = None

@@ -8,7 +8,7 @@ they read a snapshot. One process has a library open; in it any number of thread
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,23 @@ import apsw
 import numpy as np
 
 from retro_engine.data import files
-from retro_engine.data.corpus import Document
+from retro_engine.data.corpus import Document, FieldValue
 from retro_engine.data.identity import composed
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, StoreError, UsageError
+from retro_engine.library import extension
 from retro_engine.library import file as library_file
 from retro_engine.library.documents import (
     Chunker,
     Embedder,
-    HashEmbedder,
     Prepared,
     check_id,
     check_namespace,
     check_query,
 )
+from retro_engine.library.embedders import SentenceEmbedder, own_embedder
 from retro_engine.library.file import LibraryFile, checksum
+from retro_engine.library.filters import Filter
 from retro_engine.library.search import NOTHING, Ranking, check_mode, counts, rank, without_overlaps
 from retro_engine.library.segments import Segment, Snapshot
 from retro_engine.library.snapshots import LibraryIndex, Shown
@@ -40,6 +42,8 @@ from retro_engine.retrieval.hit import Counts, Hit
 DEFAULT = "default"  # the namespace
 DELTA_CHUNKS = 4096  # from then on the delta becomes a segment
 MAX_LIST = 1000
+MOST_MATCHES = 32  # of filters whose documents are kept
+MOST_SHOWN = 20  # names of fields, where a filter asks for others
 TRIES = 100  # to read file and snapshot between two writes: one or two are enough
 
 
@@ -52,6 +56,16 @@ class Entry:
     chunks: int
     tokens: int
     bytes: int
+    metadata: dict[str, FieldValue] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What a filter lets through in one version."""
+
+    version: int
+    keys: np.ndarray  # of documents, ascending
+    names: frozenset[str]  # of fields that any document has
 
 
 class Library:
@@ -66,7 +80,8 @@ class Library:
     ):
         """Open a library that `create` made, with the embedder it was made with.
 
-        Without one, a library of `hash` takes its own, and another library can be searched but not added to.
+        Without one it takes its own, hashed words or a SentenceTransformers model; a library of another can be searched but not
+        added to.
         `is_read_only`: nothing in the folder is written, made again or removed; several may read at once.
 
         Raises MissingInputError where there is none; UsageError when another process has it open; StoreError for a
@@ -81,8 +96,8 @@ class Library:
             stack.enter_context((files.read_locked if is_read_only else files.locked)(self.folder))
             self.file = LibraryFile(self.folder, is_read_only)
             stack.callback(self.file.close)
-            if embedder is None and self.file.settings["embedder"] == HashEmbedder.name:
-                embedder = HashEmbedder(self.file.tokenizer)
+            if embedder is None:
+                embedder = own_embedder(self.file.settings, self.file.tokenizer)
             self.chunker = Chunker(
                 self.file.tokenizer,
                 self.file.chunk_size,
@@ -94,6 +109,7 @@ class Library:
             self._check_embedder(embedder)
             self._lock = threading.RLock()  # writers, and whoever publishes a snapshot
             self._is_closed = False
+            self._matches: dict[tuple[str, Filter], Matching] = {}
             with library_file.typed_errors(self.file.path):
                 self._index = LibraryIndex(self.file, self.chunker, delta_chunks, self._lock)
             self._resources = stack.pop_all()
@@ -127,6 +143,8 @@ class Library:
             "width": width,
             "analyzer": (analyzer or Analyzer()).to_json(),
         }
+        if isinstance(embedder, SentenceEmbedder):
+            settings["embedder_model"] = embedder.settings
         library_file.create(Path(folder), settings)
 
     def _check_embedder(self, embedder: Embedder | None) -> None:
@@ -190,6 +208,8 @@ class Library:
         """Documents, deletions and the changes that `also` makes in one transaction; the version, the number deleted."""
         with self._lock, library_file.typed_errors(self.file.path):
             self._check_open()
+            if batch is not None and any(document.metadata for document in batch.documents):
+                self.file.extend()
             try:
                 with self.file.transaction() as connection:
                     gone = self.file.remove(namespace, list(deleted))
@@ -226,12 +246,9 @@ class Library:
             self._check_open()
             names = list(self._index.snapshots) if namespace is None else [namespace]
             count = 0
-            with self.file.transaction() as connection:
+            with self.file.transaction():
                 for name in names:
-                    connection.execute("DELETE FROM documents WHERE namespace = ?", (name,))
-                    count += connection.changes()
-                    connection.execute("DELETE FROM segments WHERE namespace = ?", (name,))
-                    connection.execute("DELETE FROM namespaces WHERE name = ?", (name,))
+                    count += self.file.clear(name)
             try:
                 self._index.forget(self.file.version(), names)
             except BaseException:  # what is seen must not stay behind what there is
@@ -263,12 +280,18 @@ class Library:
             row: Any = connection.execute(
                 statement, (namespace, identifier, composed(identifier), identifier)
             ).fetchone()
+            about = self._metadata(connection, row)
         if row is None:
             return None
-        document = Document(*row[2:])
+        document = Document(row[2], row[3], row[4], metadata=about)
         names = checksum(namespace, document.id, document.title)
         self.file.check(row[0], row[1], document.text, names, str)
         return document
+
+    def _metadata(self, connection: apsw.Connection, row: Sequence[Any] | None) -> dict[str, FieldValue]:
+        """Of the document that a row, whose first value is its key, is of."""
+        is_known = row is not None and self.file.is_extended
+        return extension.metadata_of(connection, self.file.path, row[0]) if is_known and row is not None else {}
 
     def entries(self, namespace: str = DEFAULT, after: str = "", limit: int = 100) -> list[Entry]:
         """Documents in the order of their ids' UTF-8, those after the id `after`; the last id begins the next page."""
@@ -282,11 +305,12 @@ class Library:
         found = []
         with self._view() as (connection, _):
             rows: Any = connection.execute(statement, (namespace, after, limit))
-            for key, crc, tokens, length, *entry in rows:  # one document's tokens at a time
+            for row in rows:  # one document's tokens at a time
+                key, crc, tokens, length, *entry = row
                 self.file.typed([entry], str, str, int, int, int)
                 self.file.check(key, crc, tokens, checksum(namespace, *entry[:2]))
                 self.file.check_sizes(key, len(self.file.token_ids(key, tokens)), length, *entry[2:])
-                found.append(Entry(*entry))
+                found.append(Entry(*entry, metadata=self._metadata(connection, row)))
         return found
 
     def statistics(self) -> dict[str, Any]:
@@ -321,13 +345,14 @@ class Library:
         mode: str = "lexical",
         namespace: str = DEFAULT,
         weights: Sequence[float] = (1.0, 1.0),
+        where: Filter | None = None,
     ) -> list[Hit]:
         """The k best chunks for a text, best first; fewer where there are no more.
 
         Modes: lexical, dense, hybrid (both rankings fused with `weights`). Chunks that overlap better ones (stride <
-        chunk_size) are left out. Raises UsageError for an empty or huge text, k below 1, or dense without vectors.
+        chunk_size) are left out. With a filter the search is that of a library of the documents that match. Raises UsageError for an empty or huge text, k below 1, or dense without vectors.
         """
-        return [hit for hit, _ in self.find(text, k, mode, namespace, weights)]
+        return [hit for hit, _ in self.find(text, k, mode, namespace, weights, where=where)]
 
     def find(
         self,
@@ -338,6 +363,7 @@ class Library:
         weights: Sequence[float] = (1.0, 1.0),
         retrieved_length: int | None = None,
         beside: Callable[[np.ndarray], Counts] | None = None,
+        where: Filter | None = None,
     ) -> list[tuple[Hit, np.ndarray]]:
         """`search`, with the tokens of each chunk and its continuation.
 
@@ -349,10 +375,13 @@ class Library:
         check_mode(mode, weights)
         if mode != "lexical" and self.chunker.width is None:
             raise UsageError(f"mode {mode} needs vectors", f"{self.folder} was made without an embedder", "lexical")
-        vector = None if mode == "lexical" else self.chunker.embed([text])[0]
+        vector = None if mode == "lexical" else self.chunker.embed([text], is_query=True)[0]
         reach = -(-(retrieved_length or self.file.chunk_size) // self.file.stride)
         with self._view() as (connection, shown):
             snapshot = shown.snapshots.get(namespace, ())
+            if where is not None:
+                keys = self._matching(connection, shown.version, namespace, where).keys
+                snapshot = tuple(view.only(keys) for view in snapshot)
             hashes = self.file.analyzer.query(text)
             others = NOTHING if beside is None else beside(hashes)
             ranking = rank(snapshot, mode, hashes, vector, weights, k * (2 * reach - 1), others)
@@ -365,8 +394,51 @@ class Library:
         """How many chunks of a namespace have each of these terms, and how many it has."""
         return counts(self._index.snapshots.get(namespace, ()), hashes)
 
-    def why_nothing(self, text: str, namespace: str = DEFAULT) -> str:
+    def metadata(self, ids: Sequence[str], namespace: str = DEFAULT) -> dict[str, dict[str, FieldValue]]:
+        """The fields of documents that have some, by id."""
+        statement = "SELECT key FROM documents WHERE namespace = ? AND id = ?"
+        found = {}
+        with self._view() as (connection, _):
+            for identifier in dict.fromkeys(ids):
+                row: Any = connection.execute(statement, (namespace, identifier)).fetchone()
+                found[identifier] = self._metadata(connection, row)
+        return {identifier: fields for identifier, fields in found.items() if fields}
+
+    def _matching(self, connection: apsw.Connection, version: int, namespace: str, where: Filter) -> "Matching":
+        """What a filter lets through; the newest answers are kept until the library changes."""
+        asked = namespace, where
+        known = self._matches.get(asked)
+        if known is not None and known.version == version:
+            return known
+        keys, names = [], set[str]()
+        if self.file.is_extended:
+            for key, fields in extension.all_metadata(connection, self.file.path, namespace):
+                names.update(fields)
+                if where.matches(fields):
+                    keys.append(key)
+        found = Matching(version, np.array(sorted(keys), np.int64), frozenset(names))
+        while len(self._matches) >= MOST_MATCHES:
+            self._matches.pop(next(iter(self._matches), asked), None)
+        self._matches[asked] = found
+        return found
+
+    def unknown_fields(self, where: Filter, namespace: str = DEFAULT) -> str:
+        """What a filter asks for and no document has; "" where there is nothing to say."""
+        with self._view() as (connection, shown):
+            names = self._matching(connection, shown.version, namespace, where).names
+        unknown = sorted(where.names - names)
+        if not unknown:
+            return ""
+        known = ", ".join(sorted(names)[:MOST_SHOWN]) or "none"
+        return f"no document has the field {', '.join(unknown)[:200]} (fields that documents have: {known})"
+
+    def why_nothing(self, text: str, namespace: str = DEFAULT, where: Filter | None = None) -> str:
         """Why a search for a text has no hit."""
+        if where is not None:
+            with self._view() as (connection, shown):
+                matching = self._matching(connection, shown.version, namespace, where)
+            if not len(matching.keys):
+                return self.unknown_fields(where, namespace) or "no document matches the filter"
         if not any(view.num_alive for view in self._index.snapshots.get(namespace, ())):
             return f"namespace {namespace} holds no document"
         return self.file.analyzer.why_nothing(text) or "none of its words is in a document"

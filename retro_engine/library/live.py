@@ -15,6 +15,7 @@ from retro_engine.data.coding import Coding
 from retro_engine.data.store import Store
 from retro_engine.errors import UsageError
 from retro_engine.library.documents import MAX_QUERY_CHARACTERS, check_query
+from retro_engine.library.filters import Filter
 from retro_engine.library.library import DEFAULT, Library
 from retro_engine.library.search import check_mode, check_weights
 from retro_engine.retrieval.hit import Counts, Found, Hit, fuse
@@ -70,14 +71,18 @@ class LiveRetriever:
         mode: str | None = None,
         weights: Sequence[float] = (1.0, 1.0),
         retrieved_length: int | None = None,
+        where: Filter | None = None,
     ) -> Found:
         """What generation would read for a text. Raises UsageError for an empty or huge one, and what else is refused.
 
-        `weights`: of the halves of the library's hybrid mode. None: a chunk and as much of what follows it.
+        `weights`: of the halves of the library's hybrid mode. None: a chunk and as much of what follows it. `where`: of the
+        library's documents that match; those of stores have no metadata, and do not.
         """
         check_query(text, k)
         check_mode(mode or self.mode, weights)
         length = 2 * self.coding.chunk_size if retrieved_length is None else retrieved_length
+        if where is not None:
+            return self._live(text, k, length, mode or self.mode, weights, where=where)
         return self.neighbors([text], k, length, mode, weights)[0]
 
     def neighbors(
@@ -108,11 +113,12 @@ class LiveRetriever:
         mode: str,
         weights: Sequence[float],
         beside: Callable[[np.ndarray], Counts] | None = None,
+        where: Filter | None = None,
     ) -> Found:
         found: list[tuple[Hit, np.ndarray]] = []
         if text.strip():
             query = text[:MAX_QUERY_CHARACTERS]
-            found = self.library.find(query, k, mode, self.namespace, weights, retrieved_length, beside)
+            found = self.library.find(query, k, mode, self.namespace, weights, retrieved_length, beside, where)
         return Found.of(found, k, retrieved_length, self.library.file.tokenizer.pad_id)
 
     def _by_score(self, sides: Sequence[Found], k: int, retrieved_length: int) -> Found:

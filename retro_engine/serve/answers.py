@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from retro_engine.generate.engine import Times
 from retro_engine.generate.request import Event, TokenLogprob
 from retro_engine.retrieval.hit import Hit
 from retro_engine.serve.api_error import ApiError
@@ -50,6 +51,9 @@ class Answer(ABC):
         self.candidates = self.kept = 1  # sequences of each prompt, and the best of them that are shown
         self.has_logprobs = True  # that were asked for, and not made to choose by
         self.notes: list[str] = []  # of the server; those of sequences come with their events
+        self.timed = False  # whether times are shown
+        self.times: Times | None = None  # of the sequence that came last
+        self.reasons: list[str] = []  # why sequences ended, in that order
         self._counted: set[int] = set()  # sequences that have begun
         self.events: list[tuple[int, Event]] = []
 
@@ -67,6 +71,7 @@ class Answer(ABC):
         self.completion_tokens += len(event.tokens) - (0 if index in self._counted else self.echoed.get(index, 0))
         self._counted.add(index)
         if event.finish_reason is not None:
+            self.reasons.append(event.finish_reason)
             self.neighbor_tokens += event.neighbor_tokens
             self.cached_tokens += event.cached_tokens if index % self.candidates == 0 else 0
 
@@ -87,7 +92,7 @@ class Answer(ABC):
                 out["retro"]["notes"] = notes
         if with_usage:
             out["usage"] = None
-        return out
+        return {**out, **self.timings()} if event.finish_reason is not None else out
 
     def lines(self, index: int, event: Event, with_usage: bool) -> bytes:
         """An event of a stream as it is sent."""
@@ -110,6 +115,20 @@ class Answer(ABC):
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "neighbor_tokens": self.neighbor_tokens,
         }
+
+    def timings(self) -> dict[str, Any]:
+        """In llama.cpp's form, where they were asked for: tokens and milliseconds of prompt and answer."""
+        times = self.times
+        if not self.timed or times is None or times.first is None or times.started is None:
+            return {}
+        prompt_ms, made_ms = 1e3 * (times.first - times.started), 1e3 * ((times.last or times.first) - times.first)
+        prompt, made = self.prompt_tokens - self.cached_tokens, max(0, self.completion_tokens - self.candidates)
+        found = {"cache_n": self.cached_tokens, "prompt_n": prompt, "prompt_ms": prompt_ms}
+        found |= {"predicted_n": self.completion_tokens, "predicted_ms": made_ms}
+        for name, tokens, ms in (("prompt", prompt, prompt_ms), ("predicted", made, made_ms)):
+            found[f"{name}_per_token_ms"] = ms / max(1, tokens)
+            found[f"{name}_per_second"] = 1e3 * tokens / ms if ms else 0.0
+        return {"timings": found}
 
     def _retro(self) -> dict[str, Any]:
         return {"index_version": self.service.index_version}
@@ -140,7 +159,7 @@ class Answer(ABC):
                     segments[-1]["text"] += event.text
         neighbors = [dict(one) for one in places]
         retro = {**self._retro(), "neighbors": neighbors, "segments": segments, "notes": [*self.notes, *notes]}
-        return {**self.head, "choices": choices, "usage": self.usage(), "retro": retro}
+        return {**self.head, "choices": choices, "usage": self.usage(), **self.timings(), "retro": retro}
 
     def _best(self, events: list[list[Event]]) -> list[list[Event]]:
         """Of each prompt's candidates those whose tokens are likeliest on the average, best first."""

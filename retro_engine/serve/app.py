@@ -22,6 +22,7 @@ from retro_engine.serve import (
     messages,
     nemo,
     openai,
+    props,
     rerank,
     responses,
     schema,
@@ -69,6 +70,7 @@ ROUTES: list[tuple[str, str, Endpoint, str]] = [  # method, path, endpoint, the 
     ("POST", "/v1/embeddings", tokens.embeddings, "read"),
     ("POST", "/v1/rerank", rerank.rerank, "read"),
     ("POST", "/rerank", rerank.rerank, "read"),
+    ("GET", "/props", props.props, "read"),
     ("POST", "/tokenize", tokens.tokenize, "read"),
     ("POST", "/detokenize", tokens.detokenize, "read"),
     ("POST", "/v1/retrieve", documents.retrieve, "read"),
@@ -94,6 +96,7 @@ ROUTES: list[tuple[str, str, Endpoint, str]] = [  # method, path, endpoint, the 
     ("GET", "/v1/vector_stores/{store:str}/files", vector_stores.list_store_files, "read"),
     ("POST", "/v1/vector_stores/{store:str}/files", vector_stores.add_file, "write"),
     ("GET", "/v1/vector_stores/{store:str}/files/{file:str}", vector_stores.get_store_file, "read"),
+    ("POST", "/v1/vector_stores/{store:str}/files/{file:str}", vector_stores.set_attributes, "write"),
     ("DELETE", "/v1/vector_stores/{store:str}/files/{file:str}", vector_stores.delete_store_file, "write"),
     ("GET", "/openapi.json", describe, "read"),
 ]

@@ -1,12 +1,12 @@
 """A conversation as a prompt: the checkpoint's chat template, or question and answer for a base model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from retro_engine.errors import UsageError
-from retro_engine.generate.chat_template import ChatTemplate
+from retro_engine.generate.chat_template import OWN_VARIABLES, ChatTemplate
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.limits import Strict
 from retro_engine.serve.tools import MAX_TOOLS, Tool, ToolCall, arguments_of, described, tool_json, written
@@ -57,15 +57,16 @@ def chat_prompt(
     begins: bool = True,
     goes_on: bool = False,
     tools: Sequence[Tool] = (),
+    variables: Mapping[str, Any] | None = None,
 ) -> tuple[str | list[int], tuple[str, ...]]:
     """The prompt that an answer continues, token ids where the model has a template, and the texts that end it.
 
     `begins`: an answer's beginning is written after the last message; `goes_on`: the last message is that beginning, and
-    the answer goes on with it. `tools`: functions that may be called.
+    the answer goes on with it. `tools`: functions that may be called. `variables`: more of what the template reads.
     """
     _check(messages, begins, goes_on)
     if template is not None:
-        return _rendered(messages, template, begins, goes_on, tools), template.stops
+        return _rendered(messages, template, begins, goes_on, tools, variables or {}), template.stops
     parts = []
     for turn in _plain_turns(messages, tools):
         text = str(turn["content"])
@@ -129,13 +130,29 @@ def _own_turns(messages: list[Message]) -> list[dict[str, Any]]:
     return turns
 
 
+def check_variables(variables: Mapping[str, Any] | None, template: ChatTemplate | None) -> Mapping[str, Any]:
+    """Raises ApiError for what would be asked of the template in vain, or is said by other fields."""
+    for name in variables or {}:
+        if name in OWN_VARIABLES:
+            raise ApiError(400, f"{name} is said by the body's other fields", f"chat_template_kwargs.{name}")
+        if template is None or not template.reads(name):
+            why = "the model has no chat template" if template is None else "the model's chat template does not read it"
+            raise ApiError(400, f"chat_template_kwargs.{name}: {why}", f"chat_template_kwargs.{name}")
+    return variables or {}
+
+
 def _rendered(
-    messages: list[Message], template: ChatTemplate, begins: bool, goes_on: bool, tools: Sequence[Tool]
+    messages: list[Message],
+    template: ChatTemplate,
+    begins: bool,
+    goes_on: bool,
+    tools: Sequence[Tool],
+    variables: Mapping[str, Any],
 ) -> list[int]:
     knows = template.knows_tools
     turns = _own_turns(messages) if knows else _plain_turns(messages, tools)
     shown = [tool_json(tool) for tool in tools] if knows else []
     try:
-        return template.encode(turns, begins=begins and not goes_on, goes_on=goes_on, tools=shown)
+        return template.encode(turns, begins=begins and not goes_on, goes_on=goes_on, tools=shown, variables=variables)
     except UsageError as error:
         raise ApiError(400, f"{error.what}: {error.why}", "messages") from None

@@ -13,6 +13,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from retro_engine.data.corpus import Document
 from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, UsageError
+from retro_engine.library.filters import Filter
 from retro_engine.library.importer import Job
 from retro_engine.library.library import DEFAULT, Entry
 from retro_engine.retrieval.hit import Hit
@@ -34,7 +35,7 @@ class RemoteLibrary:
         self._key = os.environ.get("RETRO_API_KEY", "") if key is None else key
         self._host, self._port, self._is_tls = parts.hostname, parts.port, parts.scheme == "https"
         self.version = 0  # of the last answer
-        self._note = ""
+        self.note = ""  # of the last search
 
     def __enter__(self) -> "RemoteLibrary":
         return self
@@ -44,7 +45,7 @@ class RemoteLibrary:
 
     def add(self, documents: Sequence[Document], namespace: str = DEFAULT) -> int:
         """Add or replace documents, those of each request all or none; return the library's version."""
-        for batch in _batches([{"id": d.id, "title": d.title, "text": d.text} for d in documents]):
+        for batch in _batches([_row(document) for document in documents]):
             self._call("POST", "documents", namespace, {"documents": batch})
         return self.version
 
@@ -58,11 +59,15 @@ class RemoteLibrary:
 
     def get(self, identifier: str, namespace: str = DEFAULT) -> Document | None:
         found = self._call("GET", f"documents/{quote(identifier, '')}", namespace)
-        return None if found is None else Document(found["id"], found["title"], found["text"])
+        return (
+            None
+            if found is None
+            else Document(found["id"], found["title"], found["text"], metadata=found.get("metadata", {}))
+        )
 
     def entries(self, namespace: str = DEFAULT, after: str = "", limit: int = 100) -> list[Entry]:
         page = self._whole("GET", f"documents?{urlencode({'after': after, 'limit': limit})}", namespace)
-        return [Entry(**{name: row[name] for name in Entry.__annotations__}) for row in page["data"]]
+        return [Entry(**{name: row[name] for name in Entry.__annotations__ if name in row}) for row in page["data"]]
 
     def statistics(self) -> dict[str, Any]:
         page = self._whole("GET", "documents?limit=1")
@@ -75,15 +80,17 @@ class RemoteLibrary:
         mode: str = "lexical",
         namespace: str = DEFAULT,
         weights: Sequence[float] = (1.0, 1.0),
+        where: Filter | None = None,
     ) -> list[Hit]:
         body = {"query": text, "k": k, "mode": mode, "weights": list(weights)}
-        answer = self._whole("POST", "retrieve", namespace, body)
-        self._note = str(answer.get("note", "the server does not say why")).removeprefix("no hit: ")
+        about = {} if where is None else {"filters": where.json}
+        answer = self._whole("POST", "retrieve", namespace, {**body, **about})
+        self.note = str(answer.get("note", "")).removeprefix("no hit: ")
         return [Hit(**{name: row[name] for name in Hit.__annotations__}) for row in answer["data"]]
 
-    def why_nothing(self, text: str, namespace: str = DEFAULT) -> str:
+    def why_nothing(self, text: str, namespace: str = DEFAULT, where: Filter | None = None) -> str:
         """Why the last search had no hit, as the server said."""
-        return self._note
+        return self.note or "the server does not say why"
 
     def import_rows(self, source: BinaryIO, namespace: str = DEFAULT) -> Iterator[Job]:
         """Send JSON lines, then give the job until it has ended."""
@@ -149,9 +156,15 @@ def _error(url: str, status: int, message: str) -> RetroError:
     return MissingInputError(what, message, "") if status >= 500 else UsageError(what, message, "")
 
 
-def _batches(rows: list[dict[str, str]]) -> Iterator[list[dict[str, str]]]:
+def _row(document: Document) -> dict[str, Any]:
+    """As it is sent; servers of before take no metadata."""
+    about = {"metadata": dict(document.metadata)} if document.metadata else {}
+    return {"id": document.id, "title": document.title, "text": document.text, **about}
+
+
+def _batches(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Rows in their order, in batches of at most BATCH_BYTES as JSON, or of one that is larger."""
-    batch: list[dict[str, str]] = []
+    batch: list[dict[str, Any]] = []
     size = 0
     for row in rows:
         length = len(json.dumps(row))

@@ -2,6 +2,7 @@
 
 import asyncio
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -9,20 +10,25 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from retro_engine.data.corpus import Document
+from retro_engine.data.corpus import Document, FieldValue
 from retro_engine.data.identity import composed, content_id
 from retro_engine.errors import UsageError
 from retro_engine.library.documents import MAX_QUERY_CHARACTERS, check_id, check_seen
+from retro_engine.library.filters import MOST_FIELDS, Filter, check_metadata, read_filter
 from retro_engine.library.importer import Importer
-from retro_engine.library.library import MAX_LIST, Library
+from retro_engine.library.library import DEFAULT, MAX_LIST, Library
 from retro_engine.library.search import MODES
 from retro_engine.serve.answers import neighbors_json
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.limits import Strict, parse, read_chunks, read_json
+from retro_engine.serve.forms import MULTIPART, file_text, kind_of_body, read_form
+from retro_engine.serve.limits import Strict, parse, parse_json, read_chunks, read_json
 from retro_engine.serve.request_context import audit, brief, limits_of, service_of, write
 
 MAX_DOCUMENTS = 1000  # of one request
 MAX_K = 1000
+
+
+Metadata = Annotated[dict[str, str | bool | int | float], Field(max_length=MOST_FIELDS)]
 
 
 class NewDocument(Strict):
@@ -31,6 +37,7 @@ class NewDocument(Strict):
     text: str
     id: str | None = None
     title: str = ""
+    metadata: Metadata | None = None
 
 
 class ManyDocuments(Strict):
@@ -51,6 +58,7 @@ class Query(Strict):
     query: str = Field(min_length=1, max_length=MAX_QUERY_CHARACTERS)
     k: int = Field(5, ge=1, le=MAX_K)
     mode: str | None = None
+    filters: dict[str, Any] | None = None  # library/filters.py
     weights: list[Annotated[float, Field(ge=0)]] = Field([1.0, 1.0], min_length=2, max_length=2, fail_fast=True)
 
 
@@ -91,13 +99,16 @@ async def get_document(request: Request) -> Response:
     document = await brief(request, library.get, identifier)
     if document is None:
         raise ApiError(404, f"document {identifier!r} does not exist", "id", "document_not_found")
-    return JSONResponse({"object": "document", "id": document.id, "title": document.title, "text": document.text})
+    names = ("id", "title", "metadata", "text")
+    return JSONResponse({"object": "document", **{name: getattr(document, name) for name in names}})
 
 
 async def add_documents(request: Request) -> Response:
-    """One document, or {"documents": [...]}; each replaces the one with its id. When this returns, the next request
-    reads them.
+    """One document, {"documents": [...]}, or a form with a file; each replaces the one with its id. When this returns, the next
+    request reads them.
     """
+    if kind_of_body(request) == MULTIPART:
+        return await _add_file(request)
     library, _ = library_of(request)
     limits = limits_of(request)
     body = await read_json(request, limits, limits.documents_bytes)
@@ -105,10 +116,34 @@ async def add_documents(request: Request) -> Response:
     rows = parse(ManyDocuments, body).documents if is_many else [parse(NewDocument, body)]
     await brief(request, _check_all, rows, is_many)
     ids = [content_id(row.title, row.text) if row.id is None else composed(row.id) for row in rows]
-    documents = [Document(identifier, row.title, row.text) for identifier, row in zip(ids, rows)]
+    documents = [_document(identifier, row) for identifier, row in zip(ids, rows)]
     version = await write(request, library.add, documents)
     audit(request, "documents.add", ids=ids[:20], count=len(ids))
     return JSONResponse({"object": "documents.added", "ids": ids, "index_version": version})
+
+
+async def _add_file(request: Request) -> Response:
+    """A form: `file`, and if wanted `id` (else the file's name), `title` (else its own) and `metadata` (an object as JSON)."""
+    library, _ = library_of(request)
+    form = await read_form(request, ("id", "title", "metadata"))
+    title, text = await brief(request, file_text, form.name, form.raw)
+    about: Any = None
+    if "metadata" in form.fields:
+        limits = limits_of(request)
+        about = parse_json(
+            form.fields["metadata"].encode("utf-8", "surrogatepass"), limits.json_depth, limits.json_nodes
+        )
+    named = {"id": form.fields.get("id", form.name), "title": form.fields.get("title", title or form.name)}
+    row = parse(NewDocument, {**named, "text": text, "metadata": about})
+    await brief(request, _check_all, [row], False)
+    identifier = composed(named["id"])
+    version = await write(request, library.add, [_document(identifier, row)])
+    audit(request, "documents.add", ids=[identifier], count=1)
+    return JSONResponse({"object": "documents.added", "ids": [identifier], "index_version": version})
+
+
+def _document(identifier: str, row: NewDocument) -> Document:
+    return Document(identifier, row.title, row.text, metadata=row.metadata or {})
 
 
 def _check_all(rows: list[NewDocument], is_many: bool) -> None:
@@ -128,8 +163,34 @@ def _check(row: NewDocument, where: str) -> None:
             check_seen(row.id)
         except UsageError as error:
             raise ApiError(400, f"{error.what}: {error.why}", f"{where}id") from None
+    check_fields(row.metadata, f"{where}metadata")
     if not row.text.strip() or "\0" in row.text:
         raise ApiError(400, "the text is empty, or holds a NUL character", f"{where}text")
+
+
+def check_fields(fields: Mapping[str, FieldValue] | None, param: str) -> None:
+    """Raises ApiError for what no document can have as metadata."""
+    try:
+        check_metadata(fields or {})
+    except UsageError as error:
+        raise ApiError(400, f"{error.what}: {error.why}", param) from None
+
+
+def filter_of(value: dict[str, Any] | None) -> Filter | None:
+    """A body's `filters`. Raises ApiError."""
+    try:
+        return None if value is None else read_filter(value)
+    except UsageError as error:
+        raise ApiError(400, f"{error.what}: {error.why}", "filters") from None
+
+
+async def note_of(request: Request, where: Filter | None, namespace: str = DEFAULT) -> dict[str, str]:
+    """What a search's answer says of a filter on fields that no document has."""
+    library = service_of(request).library
+    if where is None or library is None:
+        return {}
+    unknown = await brief(request, library.unknown_fields, where, namespace)
+    return {"note": unknown} if unknown else {}
 
 
 async def delete_document(request: Request) -> Response:
@@ -196,10 +257,15 @@ async def retrieve(request: Request) -> Response:
         raise ApiError(400, "the query is empty: it holds no text", "query")
     if not any(query.weights):
         raise ApiError(400, "weights: one is above 0", "weights")
+    where = filter_of(query.filters)
+    if where is not None:
+        library_of(request)
     version = service.index_version
-    search = partial(service.find, k=query.k, mode=query.mode, weights=query.weights)
+    search = partial(service.find, k=query.k, mode=query.mode, weights=query.weights, where=where)
     found = await brief(request, search, query.query)
-    note = {} if found.hits else {"note": f"no hit: {await brief(request, service.why_nothing, query.query)}"}
+    note = await note_of(request, where)
+    if not found.hits:
+        note = {"note": f"no hit: {await brief(request, service.why_nothing, query.query, where)}"}
     data = neighbors_json(found.hits)
     return JSONResponse({"object": "list", "index_version": version, "data": data, **note})
 

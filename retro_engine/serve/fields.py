@@ -20,7 +20,8 @@ MAX_BIASES = 1024
 HARMLESS = (
     *("user", "safety_identifier", "prompt_cache_key", "metadata", "store", "service_tier", "parallel_tool_calls"),
     *("reasoning_effort", "verbosity", "prompt_cache_retention"),
-    *("return_progress", "timings_per_token", "reasoning_format", "samplers", "priority", "cache_prompt"),
+    *("return_progress", "reasoning_format", "samplers", "backend_sampling", "priority", "cache_prompt"),
+    *("session_id", "chat_id", "id", "message_id", "features", "variables", "background_tasks"),  # Open WebUI's own
 )
 SAYS_NOTHING: dict[str, tuple[Any, ...]] = {
     "service_tier": (None, "auto", "default"),
@@ -31,6 +32,8 @@ SAYS_NOTHING: dict[str, tuple[Any, ...]] = {
     "cache_prompt": (None, True),
     "reasoning_format": (None, "none", "auto"),
     "priority": (None, 0),
+    "backend_sampling": (None, False),
+    **dict.fromkeys(("features", "variables", "background_tasks"), (None, {})),
 }
 
 
@@ -55,6 +58,8 @@ One = Annotated[float, Field(ge=1, le=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Name = Annotated[str, Field(max_length=64)]
 Value = Annotated[str, Field(max_length=512)]
+Id = Annotated[str, Field(max_length=256)]
+Kwargs = Annotated[dict[Name, bool | int | float | Value], Field(max_length=16)]
 
 
 class Sampled(Strict):
@@ -90,6 +95,7 @@ class Sampled(Strict):
     guided_grammar: str | None = None
     grammar: str | None = None
     json_schema: Json | None = None
+    timings_per_token: bool = False  # of llama.cpp: with the last piece here
     # other ways of vLLM and llama.cpp to choose and to write: at the value that asks for none of them
     length_penalty: One | None = None
     use_beam_search: Literal[False] = False
@@ -119,7 +125,7 @@ class Sampled(Strict):
     # without effect here: taken and said (`without_effect`)
     cache_prompt: bool | None = None
     return_progress: bool | None = None
-    timings_per_token: bool | None = None
+    backend_sampling: bool | None = None
     reasoning_format: str | None = Field(None, max_length=64)
     samplers: str | Texts | None = None
     priority: int | None = None
@@ -178,7 +184,15 @@ class Chat(Sampled):
     moderation: None = None
     prompt_cache_options: None = None
     web_search_options: None = None
+    chat_template_kwargs: Kwargs | None = None  # what the model's template reads beside messages
     # without effect here
+    session_id: Id | None = None
+    chat_id: Id | None = None
+    id: Id | None = None
+    message_id: Id | None = None
+    features: Json | None = None
+    variables: Json | None = None
+    background_tasks: Json | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None

@@ -16,10 +16,11 @@ from starlette.responses import JSONResponse, Response
 
 from retro_engine.generate.request import Request
 from retro_engine.generate.sampling import TINY, Sampling
+from retro_engine.library.search import MODES
 from retro_engine.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bounds import Limits
-from retro_engine.serve.chat import chat_prompt
+from retro_engine.serve.chat import chat_prompt, check_variables
 from retro_engine.serve.constraints import grammar_of
 from retro_engine.serve.fields import MAX_STOPS, Chat, Completion, Sampled
 from retro_engine.serve.limits import parse, read_json
@@ -58,6 +59,7 @@ def _model(service: Service, limits: Limits, name: str) -> dict[str, Any]:
         "max_prompt_tokens": limits.prompt_tokens,
         "max_new_tokens": limits.new_tokens,
         "mode": service.mode,
+        "modes": list(MODES if service.library is None or service.library.chunker.width is not None else MODES[:1]),
         "library": service.library.folder.name if service.library is not None else None,
         "stores": [store.folder.name for store in service.static.stores] if service.static else [],
         "engine": service.engine.stats(),
@@ -117,12 +119,13 @@ async def chat_requests(request: HttpRequest, body: Chat) -> tuple[list[Request]
         if grammar is not None or goes_on:
             raise ApiError(400, "a call is required: nothing else can be", "tool_choice", "contradiction")
         grammar = call_grammar(tools)
-    ask = partial(chat_prompt, begins=begins, goes_on=goes_on, tools=tools)
+    more = check_variables(body.chat_template_kwargs, service.chat)
+    ask = partial(chat_prompt, begins=begins, goes_on=goes_on, tools=tools, variables=more)
     prompt, stops = await brief(request, ask, body.messages, service.chat)
     body.stop = [*_stops(body.stop), *stops]
     prompts = await brief(request, partial(encode_prompts, param="messages"), service, prompt, limits)
-    more = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "is_chat": service.chat is not None}
-    return requests_of(body, service, prompts, limits, CHAT_TOKENS, grammar=grammar, **more), tools
+    about = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "is_chat": service.chat is not None}
+    return requests_of(body, service, prompts, limits, CHAT_TOKENS, grammar=grammar, **about), tools
 
 
 def _stops(stop: str | list[str] | None) -> list[str]:
@@ -231,16 +234,19 @@ async def respond(request: HttpRequest, body: Sampled, answer: Answer, asked: li
     )
     check_cost(asked, service, limits_of(request), param)
     answer.prompt_tokens = sum(len(one.prompt) for one in asked[:: body.candidates])
-    answer.candidates, answer.kept = body.candidates, body.n
+    answer.candidates, answer.kept, answer.timed = body.candidates, body.n, body.timings_per_token
     if body.without_effect:
         answer.notes.append(f"taken, without effect here: {', '.join(body.without_effect)}")
     answer.echoed = {index: len(one.prompt) for index, one in enumerate(asked) if one.echo}
+    tracing = state_of(request).tracing.answering(request, body, answer)
     running = await RunningRequests.start(service, asked, request.receive, state_of(request).metrics)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     if body.stream:
-        return EventStream(running, answer, with_usage, partial(count_tokens, request))
-    async with running:
-        async for index, event in running:
-            answer.add(index, event)
-    count_tokens(request, answer.prompt_tokens, answer.completion_tokens)
-    return JSONResponse(await brief(request, answer.whole, len(asked)))
+        return EventStream(running, answer, with_usage, partial(count_tokens, request), tracing)
+    with tracing:
+        async with running:
+            async for index, event in running:
+                answer.add(index, event)
+                answer.times = running.times(index)
+        count_tokens(request, answer.prompt_tokens, answer.completion_tokens)
+        return JSONResponse(await brief(request, answer.whole, len(asked)))

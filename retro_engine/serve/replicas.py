@@ -41,7 +41,17 @@ from retro_engine.serve.service import (
 from retro_engine.serve.start import Address, make_state
 from retro_engine.train import checkpoint
 
-FORWARDED = ("add", "delete", "get", "entries", "statistics", "reset", "find", "why_nothing")  # methods of a library
+FORWARDED = (
+    "add",
+    "delete",
+    "get",
+    "entries",
+    "statistics",
+    "reset",
+    "find",
+    "why_nothing",
+    "unknown_fields",
+)  # methods of a library
 CALLS = (*FORWARDED, "job", "start", "version", "settings")
 ANSWER_S = 60.0  # that a replica waits for the Shelf
 SHELF, SERVER = "Shelf", "Server"  # names of the deployments
@@ -55,7 +65,9 @@ class Shelf:
         folder = checkpoint.find_checkpoint(options.run)
         config, place = read_config(folder), library_folder(options, folder)
         known = None if config.retrieval else made_chunk_size(place)  # a plain decoder reads chunks of any
-        self.library = open_library(place, Tokenizer.load(folder), known or config.chunk_size)
+        self.library = open_library(
+            place, Tokenizer.load(folder), known or config.chunk_size, embedder=options.embedder
+        )
         self.importer = Importer(self.library)
         self.importer.recover()
 

@@ -14,6 +14,7 @@ from retro_engine.serve.kept import KeptAnswers
 from retro_engine.serve.metrics import Metrics
 from retro_engine.serve.request_log import RequestLog
 from retro_engine.serve.service import Service
+from retro_engine.serve.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ class ServerState:
     origins: frozenset[str] = frozenset()  # of other pages that may ask
     root_path: str = ""
     log: RequestLog = field(default_factory=RequestLog)
+    tracing: Tracing = field(default_factory=Tracing)
     kept: KeptAnswers = field(default_factory=KeptAnswers)  # responses that may be gone on with
     is_behind_proxy: bool = False
     service: Service | None = None

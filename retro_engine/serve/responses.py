@@ -21,7 +21,7 @@ from retro_engine.serve.answers import BlockAnswer, line
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.chat import Message, said
 from retro_engine.serve.constraints import Json
-from retro_engine.serve.documents import library_of
+from retro_engine.serve.documents import filter_of, library_of
 from retro_engine.serve.fields import Chat, Name, RetroOptions, Value
 from retro_engine.serve.kept import Kept
 from retro_engine.serve.limits import Strict, parse, read_json
@@ -91,7 +91,7 @@ class FileSearchItem(Strict):
     type: Literal["file_search"]
     vector_store_ids: list[Annotated[str, Field(max_length=128)]] = Field(min_length=1, max_length=8, fail_fast=True)
     max_num_results: int | None = Field(None, ge=1, le=MAX_RESULTS)
-    filters: None = None
+    filters: Json | None = None
     ranking_options: None = None
 
 
@@ -224,7 +224,8 @@ async def _search(request: HttpRequest, body: Create, messages: list[Message]) -
     if not query.strip():
         return Searched("", [])
     k = tool.max_num_results or service.generator.model.config.num_neighbors
-    hits = await brief(request, search_stores, library, service.mode, tool.vector_store_ids, [query], k)
+    search = partial(search_stores, library, service.mode, where=filter_of(tool.filters))
+    hits = await brief(request, search, tool.vector_store_ids, [query], k)
     return Searched(query, hits)
 
 

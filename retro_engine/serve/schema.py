@@ -38,6 +38,7 @@ BODIES: dict[tuple[str, str], tuple[type[BaseModel], ...]] = {  # any one of the
     ("POST", "/v1/documents/reset"): (documents.Confirmation,),
     ("POST", "/v1/vector_stores"): (vector_stores.CreateStore,),
     ("POST", "/v1/vector_stores/{store:str}/files"): (vector_stores.AddFile,),
+    ("POST", "/v1/vector_stores/{store:str}/files/{file:str}"): (vector_stores.NewAttributes,),
     ("POST", "/v1/vector_stores/{store:str}/search"): (vector_stores.SearchStore,),
     ("PUT", "/generate"): (nemo.Generate,),
     ("PUT", "/knn"): (nemo.Knn,),
@@ -49,6 +50,14 @@ FORM = {
     "type": "object",
     "required": ["file", "purpose"],
     "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": ["assistants", "user_data"]}},
+}
+DOCUMENT_FORM = {
+    "type": "object",
+    "required": ["file"],
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        **{name: {"type": "string"} for name in ("id", "title", "metadata")},
+    },
 }
 ERROR = {
     "type": "object",
@@ -80,6 +89,8 @@ def describe(routes: Sequence[tuple[str, str, Any, str]]) -> dict[str, Any]:
             content = {"application/x-ndjson": {"schema": {"type": "string"}}}
         if (method, path) == ("POST", "/v1/files"):
             content = {"multipart/form-data": {"schema": FORM}}
+        if (method, path) == ("POST", "/v1/documents") and content is not None:
+            content = {**content, "multipart/form-data": {"schema": DOCUMENT_FORM}}
         if content is not None:
             operation["requestBody"] = {"required": True, "content": content}
         paths.setdefault(re.sub(r"\{(\w+):\w+\}", r"{\1}", path), {})[method.lower()] = operation

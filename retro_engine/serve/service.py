@@ -21,7 +21,9 @@ from retro_engine.generate.open_model import OpenedModel, check_reading, read_in
 from retro_engine.generate.sampling import Sampling
 from retro_engine.interop.in_place import open_any
 from retro_engine.library.documents import Embedder, HashEmbedder
+from retro_engine.library.embedders import check_named, new_embedder
 from retro_engine.library.file import LibraryFile, is_made
+from retro_engine.library.filters import Filter
 from retro_engine.library.importer import Importer
 from retro_engine.library.library import Library
 from retro_engine.library.live import LiveRetriever, library_coding
@@ -45,6 +47,9 @@ class ServiceOptions:
     reader: str | None = None  # a name or a folder, in place of a run (readers/reader_file.py)
     base: str | None = None  # of the reader: its .gguf file; None: where `retro fetch` puts it
     library: str | None = None  # None: RUN/library; made when it is not there
+    embedder: str | None = (
+        None  # of a library that is made: none, hash, minilm, a model (library/embedders.py); None: hash
+    )
     stores: Sequence[str] | None = None  # None: those that the run's neighbors came from; [] = none
     encodings: Sequence[str] = ()  # of retro encode, elsewhere than beside their store
     mode: str = "lexical"
@@ -106,15 +111,26 @@ class Service:
     def embedder_name(self) -> str | None:
         return None if self.embedder is None else self.embedder.name
 
-    def find(self, text: str, k: int, mode: str | None = None, weights: Sequence[float] = (1.0, 1.0)) -> Found:
-        """What generation would read for a text: the k best chunks of library and stores (`mode`, with `weights` of hybrid)."""
+    def find(
+        self,
+        text: str,
+        k: int,
+        mode: str | None = None,
+        weights: Sequence[float] = (1.0, 1.0),
+        where: Filter | None = None,
+    ) -> Found:
+        """What generation would read for a text: the k best chunks of library and stores (`mode`, with `weights` of hybrid);
+        `where`: of the library's documents that match.
+        """
         R, source = self.generator.model.config.r, self.generator.retriever
         if not isinstance(source, LiveRetriever):  # a plain decoder
             return Found.of([], k, R, self.tokenizer.pad_id)
-        return source.search(text, k, mode, weights, R)
+        return source.search(text, k, mode, weights, R, where)
 
-    def why_nothing(self, text: str) -> str:
+    def why_nothing(self, text: str, where: Filter | None = None) -> str:
         """Why a search for a text has no hit."""
+        if self.library is not None and where is not None:
+            return self.library.why_nothing(text, where=where)
         if self.library is not None:
             return self.library.why_nothing(text) + (", nor in the stores" if self.static is not None else "")
         return "there is nothing to search" if self.static is None else "none of its words is in the stores"
@@ -175,12 +191,14 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
                 raise
     if options.neighbor_bytes and not model.config.retrieval:
         raise UsageError(f"--neighbor-bytes {options.neighbor_bytes}", "this model reads no neighbors", "leave it out")
+    if options.embedder is not None and not has_documents:
+        raise UsageError(f"--embedder {options.embedder} without a library", "a plain decoder has one where it is named", "--library FOLDER")  # fmt: skip
     if has_documents:
         static = Retriever(stores) if stores else None
         if shared is None:
             chunk_size = model.config.chunk_size
             step = None if reader is None else reader.reading.stride
-            library = open_library(library_folder(options, folder), tokenizer, chunk_size, step)
+            library = open_library(library_folder(options, folder), tokenizer, chunk_size, step, options.embedder)
             shared = library, Importer(library)
             shared[1].recover()
         library, importer = shared
@@ -264,18 +282,22 @@ def library_folder(options: ServiceOptions, checkpoint_folder: Path) -> Path:
     return Path(options.library or run_folder(checkpoint_folder) / "library")
 
 
-def open_library(folder: Path, tokenizer: Tokenizer, chunk_size: int, step: int | None = None) -> Library:
+def open_library(
+    folder: Path, tokenizer: Tokenizer, chunk_size: int, step: int | None = None, embedder: str | None = None
+) -> Library:
     """The library, made with the model's tokenizer and chunk size when it is not there; `step`: from chunk to chunk (None:
     a whole one).
 
-    Raises StoreError for one of another tokenizer or chunk size.
+    Raises StoreError for one of another tokenizer or chunk size, UsageError for one of another embedder than is named.
     """
     if not is_made(folder):
-        Library.create(folder, tokenizer, chunk_size, step, HashEmbedder(tokenizer))
+        Library.create(folder, tokenizer, chunk_size, step, new_embedder(embedder or HashEmbedder.name, tokenizer))
     library = Library(folder)
     try:
+        if embedder is not None:
+            check_named(library.file.settings, embedder, str(folder))
         Coding("the model", tokenizer.fingerprint, chunk_size, "model").check(library_coding(library))
-    except StoreError:
+    except (StoreError, UsageError):
         library.close()
         raise
     return library

@@ -19,6 +19,7 @@ from retro_engine.serve.origins import check_origins, check_root_path
 from retro_engine.serve.request_context import ServerState
 from retro_engine.serve.request_log import LogMode, RequestLog
 from retro_engine.serve.service import Service, ServiceOptions, open_service
+from retro_engine.serve.tracing import Tracing, otlp_processor
 
 SIGN_INS, SIGN_IN_WINDOW_S = 10, 300.0  # failures of an address, or of a known device
 NAME_SIGN_INS = 100  # failures for a name, from all addresses together: one alone cannot shut it
@@ -37,6 +38,7 @@ class Address:
     allowed_origins: Sequence[str] = ()
     root_path: str = ""  # that a proxy puts before every path
     log: LogMode = "none"  # of requests
+    otlp: str | None = None  # where spans are sent; None: there are none
 
 
 def serve_until_signal(options: ServiceOptions, address: Address, accounts: Accounts, reporter: Reporter, limits: Limits | None = None) -> None:  # fmt: skip
@@ -69,6 +71,7 @@ def serve_until_signal(options: ServiceOptions, address: Address, accounts: Acco
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     server.run([listener])
     accounts.close()
+    state.tracing.close()
     if failures:
         raise typed(failures[0]) or failures[0]
 
@@ -85,6 +88,7 @@ def make_state(accounts: Accounts, limits: Limits, address: Address) -> ServerSt
         origins=check_origins(address.allowed_origins),
         root_path=check_root_path(address.root_path),
         log=RequestLog(address.log),
+        tracing=Tracing(None if address.otlp is None else otlp_processor(address.otlp)),
     )
 
 

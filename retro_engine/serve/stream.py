@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from retro_engine.errors import RetroError
-from retro_engine.generate.engine import Submission
+from retro_engine.generate.engine import Submission, Times
 from retro_engine.generate.request import Event, Request
 from retro_engine.serve.answers import Answer
 from retro_engine.serve.api_error import ApiError, ClientLeft
@@ -60,6 +60,9 @@ class RunningRequests:
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
         return arrived
+
+    def times(self, index: int) -> Times:
+        return self._streams[index].times
 
     def cancel(self) -> None:
         for stream in self._streams:
@@ -121,16 +124,24 @@ def _cancel_all(submitted: "Future[list[Submission]]") -> None:
 class EventStream(Response):
     """Server-sent events. The status waits for the first event: a request that fails at once is no 200."""
 
-    def __init__(self, running: RunningRequests, answer: Answer, with_usage: bool, count: Callable[[int, int], None]):
-        """`count` is told at the end how many tokens of prompts and answers there were."""
+    def __init__(
+        self,
+        running: RunningRequests,
+        answer: Answer,
+        with_usage: bool,
+        count: Callable[[int, int], None],
+        around: contextlib.AbstractContextManager[None],
+    ):
+        """`count` is told at the end how many tokens of prompts and answers there were; the stream is made within `around`."""
         super().__init__(media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers["x-accel-buffering"] = "no"
         self.running, self.answer, self.with_usage, self.count = running, answer, with_usage, count
+        self.around = around
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.running:
-            with contextlib.suppress(ClientLeft):
+            with contextlib.suppress(ClientLeft), self.around:
                 await self._send_all(send)
         self.count(self.answer.prompt_tokens, self.answer.completion_tokens)
 
@@ -141,6 +152,7 @@ class EventStream(Response):
             while item is not None:
                 parts = []
                 while item is not None:  # what came while the last ones were sent goes out together
+                    self.answer.times = self.running.times(item[0])
                     parts.append(self.answer.lines(*item, self.with_usage))
                     item = self.running.at_hand()
                 if any(parts):

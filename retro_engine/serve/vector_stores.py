@@ -5,6 +5,8 @@ by the next search. `default` is the library itself: what its documents are, gen
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -12,12 +14,13 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from retro_engine.data.corpus import Document
+from retro_engine.data.corpus import Document, FieldValue
 from retro_engine.library.documents import MAX_QUERY_CHARACTERS
+from retro_engine.library.filters import Filter
 from retro_engine.library.library import DEFAULT, MAX_LIST, Library
 from retro_engine.retrieval.hit import Hit
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.documents import library_of, query_number
+from retro_engine.serve.documents import Metadata, check_fields, filter_of, library_of, note_of, query_number
 from retro_engine.serve.fields import Name, Value
 from retro_engine.serve.limits import Strict, parse, read_json
 from retro_engine.serve.request_context import audit, brief, limits_of, service_of, write
@@ -45,8 +48,14 @@ class AddFile(Strict):
     """The body of POST /v1/vector_stores/{store}/files."""
 
     file_id: str = Field(max_length=128)
-    attributes: Json | None = Field(None, max_length=0)
+    attributes: Metadata | None = None
     chunking_strategy: None = None
+
+
+class NewAttributes(Strict):
+    """The body of POST /v1/vector_stores/{store}/files/{file}."""
+
+    attributes: Metadata | None = None
 
 
 class SearchStore(Strict):
@@ -54,7 +63,7 @@ class SearchStore(Strict):
 
     query: str | Annotated[list[str], Field(min_length=1, max_length=8, fail_fast=True)]
     max_num_results: int = Field(10, ge=1, le=MAX_RESULTS)
-    filters: None = None
+    filters: Json | None = None
     ranking_options: None = None
     rewrite_query: bool | None = None
 
@@ -143,14 +152,31 @@ async def add_file(request: Request) -> Response:
     identifier = request.path_params["store"]
     body = parse(AddFile, await read_json(request, limits_of(request)))
     await check_store(request, identifier)
-    document = await file_of(request, body.file_id)
+    check_fields(body.attributes, "attributes")
+    document = replace(await file_of(request, body.file_id), metadata=body.attributes or {})
     await write(request, partial(library.add, namespace=identifier), [document])
     audit(request, "vector_stores.files.add", ids=[identifier, document.id])
-    return JSONResponse(_file(identifier, document.id, len(document.text.encode())))
+    return JSONResponse(_file_of(identifier, document))
 
 
-def _file(store: str, identifier: str, size: int) -> Json:
-    about = {"usage_bytes": size, "created_at": created(identifier), "attributes": {}}
+async def set_attributes(request: Request) -> Response:
+    """Give a store's file other attributes."""
+    library, _ = library_of(request)
+    body = parse(NewAttributes, await read_json(request, limits_of(request)))
+    check_fields(body.attributes, "attributes")
+    store = request.path_params["store"]
+    document = replace(await _store_file(request), metadata=body.attributes or {})
+    await write(request, partial(library.add, namespace=store), [document])
+    audit(request, "vector_stores.files.update", ids=[store, document.id])
+    return JSONResponse(_file_of(store, document))
+
+
+def _file_of(store: str, document: Document) -> Json:
+    return _file(store, document.id, len(document.text.encode()), document.metadata)
+
+
+def _file(store: str, identifier: str, size: int, attributes: Mapping[str, FieldValue]) -> Json:
+    about = {"usage_bytes": size, "created_at": created(identifier), "attributes": dict(attributes)}
     return {"id": identifier, "object": "vector_store.file", "vector_store_id": store, "status": "completed", "last_error": None, **about}  # fmt: skip
 
 
@@ -162,12 +188,12 @@ async def list_store_files(request: Request) -> Response:
     limit = query_number(request, "limit", 20, MAX_LIST)
     after = request.query_params.get("after", "")
     entries = await brief(request, partial(library.entries, identifier, after=after, limit=limit))
-    return JSONResponse(page([_file(identifier, one.id, one.bytes) for one in entries], limit))
+    return JSONResponse(page([_file(identifier, one.id, one.bytes, one.metadata) for one in entries], limit))
 
 
 async def get_store_file(request: Request) -> Response:
     document = await _store_file(request)
-    return JSONResponse(_file(request.path_params["store"], document.id, len(document.text.encode())))
+    return JSONResponse(_file_of(request.path_params["store"], document))
 
 
 async def delete_store_file(request: Request) -> Response:
@@ -199,27 +225,31 @@ async def search_store(request: Request) -> Response:
     for query in queries:
         if not query.strip() or len(query) > MAX_QUERY_CHARACTERS:
             raise ApiError(400, f"query holds no text, or more than {MAX_QUERY_CHARACTERS:,} characters", "query")
+    where = filter_of(body.filters)
     await check_store(request, identifier)
-    hits = await brief(
-        request, search_stores, library, service_of(request).mode, [identifier], queries, body.max_num_results
-    )
+    search = partial(search_stores, library, service_of(request).mode, where=where)
+    hits = await brief(request, search, [identifier], queries, body.max_num_results)
+    about = await brief(request, library.metadata, [hit.document for hit in hits], identifier)
+    note = await note_of(request, where, identifier)
     data = [
-        {"file_id": hit.document, "filename": hit.title, "score": round(float(hit.score), 6), "attributes": {},
+        {"file_id": hit.document, "filename": hit.title, "score": round(float(hit.score), 6), "attributes": about.get(hit.document, {}),
          "content": [{"type": "text", "text": hit.text + hit.continuation}]}
         for hit in hits
     ]  # fmt: skip
     head = {"object": "vector_store.search_results.page", "search_query": queries}
-    return JSONResponse({**head, "data": data, "has_more": False, "next_page": None})
+    return JSONResponse({**head, "data": data, "has_more": False, "next_page": None, **note})
 
 
-def search_stores(library: Library, mode: str, stores: list[str], queries: list[str], k: int) -> list[Hit]:
+def search_stores(
+    library: Library, mode: str, stores: list[str], queries: list[str], k: int, where: Filter | None = None
+) -> list[Hit]:
     """The k best chunks of several stores for several texts; each chunk once, with its best score."""
     found: dict[tuple[str, str, int], Hit] = {}
     scores: dict[tuple[str, str, int], float] = {}
     shown = 2 * library.file.chunk_size  # a chunk and what follows it
     for store in dict.fromkeys(stores):
         for query in queries:
-            for hit, _ in library.find(query, k, mode, namespace=store, retrieved_length=shown):
+            for hit, _ in library.find(query, k, mode, namespace=store, retrieved_length=shown, where=where):
                 key = store, hit.document, hit.chunk
                 found.setdefault(key, hit)
                 scores[key] = max(scores.get(key, 0.0), hit.score)

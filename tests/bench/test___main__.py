@@ -38,5 +38,9 @@ def test_what_it_does_not_know_or_cannot_apply_is_refused(capsys: pytest.Capture
     assert "--sizes says nothing to loader" in capsys.readouterr().err
     assert command.main(["loader", "--parts", "start"]) == 2
     assert "--parts says nothing to loader" in capsys.readouterr().err
+    assert command.main(["loader", "--requests", "500"]) == 2
+    assert "--requests says nothing to loader" in capsys.readouterr().err
+    assert command.main(["service", "--requests", "0"]) == 2
+    assert "--requests 0 cannot be used" in capsys.readouterr().err
     assert command.main(["startup"]) == 2
     assert "startup has no model" in capsys.readouterr().err

@@ -181,3 +181,51 @@ def test_what_is_passed_over_is_named(
     with open("/dev/zero") as endless:
         monkeypatch.setattr("sys.stdin", endless)
         assert "is a device" in run("import", library, "-", code=3)[1]
+
+
+def test_metadata_is_filtered_by(run: Any, small_store: Store, tmp_path: Path) -> None:
+    library = str(tmp_path / "library")
+    for name, year in (("old", "1902"), ("new", "2024")):
+        (tmp_path / f"{name}.txt").write_text("The heron stands.")
+        made = ("--store", str(small_store.folder), "--metadata", f"year={year}", "--metadata", "kind=bird")
+        run("add", library, str(tmp_path / f"{name}.txt"), *made)
+    out, error = run("query", library, "heron", "--where", "year=2024", "--where", "kind=bird", "--json")
+    assert [json.loads(line)["document"] for line in out.splitlines()] == ["new.txt"]
+    assert error == ""
+    assert json.loads(run("get", library, "new.txt", "--json")[0])["metadata"] == {"year": 2024, "kind": "bird"}
+    out, error = run("query", library, "heron", "--where", "author=Ada")
+    assert out == ""
+    assert "no hit: no document has the field author (fields that documents have: kind, year)" in error
+    assert "KEY=VALUE" in run("query", library, "heron", "--where", "year", code=2)[1]
+    assert "no metadata" in run("query", library, "a", "--where", "a=1", "--stores", str(small_store.folder), code=2)[1]
+    for wrong in (["--metadata", "year"], ["--metadata", "a=1", "--metadata", "a=2"], ["--metadata", f"a={'x' * 600}"]):
+        assert "cannot be used" in run("add", library, str(tmp_path / "old.txt"), *wrong, code=2)[1]
+
+
+def test_a_folder_is_followed(run: Any, small_store: Store, tmp_path: Path) -> None:
+    library, notes = str(tmp_path / "library"), tmp_path / "notes"
+    notes.mkdir()
+    (notes / "a.txt").write_text("The heron stands.")
+    out, _ = run("sync", library, str(notes), "--json", "--store", str(small_store.folder))
+    assert json.loads(out) == {"files": 1, "documents": 1, "read": 1, "removed": 0, "set_aside": 0, "version": 1}
+    (notes / "a.txt").rename(notes / "b.txt")
+    assert "read: 1\nremoved: 1" in run("sync", library, str(notes))[0]
+    assert run("list", library)[0].startswith("notes/b.txt")
+    notes.rename(tmp_path / "gone")
+    assert "--forget" in run("sync", library, str(notes), code=3)[1]
+    assert "forgotten: 1" in run("sync", library, str(notes), "--forget")[0]
+    assert "stop the server first" in run("sync", "http://127.0.0.1:1", str(notes), code=2)[1]
+
+
+def test_an_embedder_is_the_librarys_own(run: Any, small_store: Store, tmp_path: Path) -> None:
+    library = str(tmp_path / "library")
+    (tmp_path / "a.txt").write_text("The heron stands.")
+    run("add", library, str(tmp_path / "a.txt"), "--store", str(small_store.folder))
+    for name in ("hash", "minilm"):
+        error = run("add", library, str(tmp_path / "a.txt"), "--embedder", name, code=2)[1]
+        assert f"--embedder {name} cannot be used" in error and "was made with none" in error
+    run("add", library, str(tmp_path / "a.txt"), "--embedder", "none")
+    assert (
+        "for a library in a folder"
+        in run("add", "http://127.0.0.1:1", str(tmp_path / "a.txt"), "--embedder", "hash", code=2)[1]
+    )

@@ -172,7 +172,7 @@ def test_opening_what_cannot_be(folder: Path, small_store: Store, tmp_path: Path
         with pytest.raises(UsageError, match="cannot be used"):
             Library.create(tmp_path / "x", small_store.tokenizer, chunk_size, stride)
     database = folder / "documents.sqlite"
-    for pragma, why in (("user_version = 3", "has version 3"), ("application_id = 7", "not a library of retro-engine")):
+    for pragma, why in (("user_version = 4", "has version 4"), ("application_id = 7", "not a library of retro-engine")):
         changed = tmp_path / pragma.split()[0]
         changed.mkdir()
         connection = apsw.Connection(str(database))

@@ -7,16 +7,19 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from document_helpers import docx_bytes, encrypted_pdf, pdf_bytes, write
 
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, UnavailableError, UsageError
+from retro_engine.library import following
+from retro_engine.library.following import Synced
 from retro_engine.library.library import Library
 from retro_engine.progress import Reporter
 from retro_engine.readers import documents as module
-from retro_engine.readers.documents import Documents, Synced, short
+from retro_engine.readers.documents import Documents, short
 
 
 class Listening(Reporter):
@@ -33,7 +36,7 @@ class Listening(Reporter):
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("RETRO_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(module, "FRESH_NS", 0)  # tests change files at once
+    monkeypatch.setattr(following, "FRESH_NS", 0)  # tests change files at once
     return tmp_path / "home"
 
 
@@ -96,7 +99,7 @@ def test_a_file_that_changed_just_now_is_compared(
     small_store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the same size and time, as file systems with coarse clocks leave it."""
-    monkeypatch.setattr(module, "FRESH_NS", 10**12)
+    monkeypatch.setattr(following, "FRESH_NS", 10**12)
     documents = made(small_store, folder)
     (folder / "a.txt").write_text("The stone is old.")
     assert sorted(found(documents, "stone")) == [f"{folder}/a.txt", f"{folder}/stone.txt"]
@@ -168,33 +171,34 @@ def test_a_file_that_goes_meanwhile(small_store: Store, folder: Path, monkeypatc
     documents = made(small_store, folder)
     synced(documents)
     (folder / "river.md").write_text("The river is short.")
-    sha256_file = module.files.sha256_file
+    sha256_file = following.files.sha256_file
 
     def gone(path: Path) -> str:
         if path.name == "river.md":
             raise FileNotFoundError(2, "No such file or directory")
         return sha256_file(path)
 
-    monkeypatch.setattr(module.files, "sha256_file", gone)
+    monkeypatch.setattr(following.files, "sha256_file", gone)
     state = synced(documents)
     assert (state.num_files, state.num_documents, state.num_aside) == (3, 3, 1)
     assert "it cannot be read: No such file" in state.aside[0].reason
-    monkeypatch.setattr(module.files, "sha256_file", sha256_file)
+    monkeypatch.setattr(following.files, "sha256_file", sha256_file)
     assert synced(documents).num_documents == 4
     assert found(documents, "short") == [f"{folder}/river.md"]
 
 
 def test_who_is_stopped_goes_on(small_store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = made(small_store, folder)
-    add, calls = Library.add, []
+    monkeypatch.setattr(following, "BATCH_DOCUMENTS", 1)  # a write for each
+    write, calls = Library.write, []
 
-    def stopped(self: Library, *args: object) -> int:
+    def stopped(self: Library, *args: Any) -> tuple[int, int]:
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return add(self, *args)  # type: ignore[arg-type]
+        return write(self, *args)
 
-    monkeypatch.setattr(Library, "add", stopped)
+    monkeypatch.setattr(Library, "write", stopped)
     with pytest.raises(KeyboardInterrupt):
         synced(documents)
     state = synced(documents)

@@ -13,7 +13,7 @@ from retro_engine.data.chat_files import ChatFiles
 from retro_engine.generate.chat_template import ChatTemplate
 from retro_engine.interop.imports import import_model, write_checkpoint
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.chat import STOPS, Message, MessagePart, chat_prompt
+from retro_engine.serve.chat import STOPS, Message, MessagePart, chat_prompt, check_variables
 from retro_engine.serve.service import ServiceOptions, open_service
 
 TURNS = [
@@ -49,6 +49,20 @@ def test_a_template_that_refuses() -> None:
     template = ChatTemplate(tokenizer)
     with pytest.raises(ApiError, match="chat template refuses this: TemplateError: no system"):
         chat_prompt(TURNS, template)
+    template.close()
+
+
+def test_what_a_template_reads_beside_messages() -> None:
+    tokenizer = chatml()
+    tokenizer.chat_files = ChatFiles(
+        {"default": "{{ messages[0].content }}{% if enable_thinking is false %} at once{% endif %}"}
+    )
+    template = ChatTemplate(tokenizer)
+    assert check_variables({"enable_thinking": False}, template) == {"enable_thinking": False}
+    ids, _ = chat_prompt([TURNS[1]], template, variables={"enable_thinking": False})
+    assert isinstance(ids, list) and tokenizer.decode(ids).strip() == "What?  at once"
+    with pytest.raises(ApiError, match="does not read it"):
+        check_variables({"thinking": True}, template)
     template.close()
 
 

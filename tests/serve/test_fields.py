@@ -1,5 +1,6 @@
 """Fields of OpenAI's, vLLM's and llama.cpp's clients: what each does, asked by OpenAI's own client."""
 
+import json
 from typing import Any
 
 import pytest
@@ -121,12 +122,17 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "user": "ada", "safety_identifier": "a", "prompt_cache_key": "k", "metadata": {"a": "b"}, "store": True,
     "service_tier": "flex",
 }  # fmt: skip
-OF_A_PAGE = {"return_progress", "timings_per_token", "reasoning_format", "samplers", "priority", "cache_prompt"}
+OF_A_PAGE = {"return_progress", "reasoning_format", "samplers", "backend_sampling", "priority", "cache_prompt"}
 PAGE: dict[str, Any] = {  # what llama.cpp's page sends
     "messages": [{"role": "user", "content": "Hi"}], "stream": True, "return_progress": True, "reasoning_format": "auto", "temperature": 0.8,
     "dynatemp_range": 0, "dynatemp_exponent": 1, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "xtc_probability": 0, "xtc_threshold": 0.1, "typ_p": 1,
     "max_tokens": -1, "repeat_last_n": 64, "repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "dry_multiplier": 0, "dry_base": 1.75,
     "dry_allowed_length": 2, "dry_penalty_last_n": -1, "samplers": ["top_k", "top_p", "min_p", "temperature"], "timings_per_token": True,
+    "backend_sampling": False, "stream_options": {"include_usage": True},
+}  # fmt: skip
+OF_OPEN_WEBUI: dict[str, Any] = {  # what may be left in a body that Open WebUI sends on
+    "session_id": "s1", "chat_id": "c1", "id": "m1", "message_id": "m2", "features": {"web_search": False},
+    "variables": {"{{USER_NAME}}": "Ada"}, "background_tasks": {"title_generation": True, "tags_generation": True},
 }  # fmt: skip
 OF_CHATS: dict[str, Any] = {"reasoning_effort": "high", "verbosity": "low", "prompt_cache_retention": "24h"}
 
@@ -135,7 +141,7 @@ def test_what_has_no_effect_is_said(server: Server) -> None:
     out = complete(server, temperature=0, max_tokens=1, extra_body=WITHOUT_EFFECT)
     assert out.retro["notes"] == [f"taken, without effect here: {', '.join(WITHOUT_EFFECT)}"]
     client, messages = server.openai("read"), [{"role": "user", "content": "a"}]
-    every = {**WITHOUT_EFFECT, **OF_CHATS}
+    every = {**WITHOUT_EFFECT, **OF_CHATS, **OF_OPEN_WEBUI}
     options = {"include_usage": True, "include_obfuscation": True}
     chunks = list(
         client.chat.completions.create(
@@ -160,12 +166,28 @@ def test_what_asks_for_nothing_is_not_said(fields: dict[str, Any]) -> None:
 
 
 def test_a_page_of_llama_cpp_asks(server: Server) -> None:
-    """Without a model's name, for as many tokens as there is room for."""
+    """What the server is, then an answer: without a model's name, for as many tokens as there is room for."""
     body = parse(Chat, PAGE)
-    assert body.without_effect == ["return_progress", "timings_per_token", "samplers"]
+    assert body.without_effect == ["return_progress", "samplers"]
     with server.client("read") as client:
+        about = client.get("/props").json()
+        known = about["default_generation_settings"]
+        assert (known["n_ctx"], about["total_slots"], about["modalities"]) == (
+            server.service.engine.max_tokens,
+            8,
+            {"vision": False, "audio": False},
+        )
+        sent = {name: value for name, value in known["params"].items() if name in Chat.model_fields}
+        assert parse(Chat, {"messages": PAGE["messages"], **sent}).temperature == 0, "its own defaults are taken"
+        assert client.get("/props", params={"model": "other"}).status_code == 404
         out = client.post("/v1/chat/completions", json={**PAGE, "stop": ["e", " ", "a"], "ignore_eos": False})
     assert out.status_code == 200 and out.text.endswith("data: [DONE]\n\n")
+    pieces = [json.loads(line[6:]) for line in out.text.splitlines() if line.startswith("data: {")]
+    timings, usage = [piece["timings"] for piece in pieces if "timings" in piece], pieces[-1]["usage"]
+    assert len(timings) == 1 and "timings" in pieces[-2], "with the last piece"
+    assert timings[0]["predicted_n"] == usage["completion_tokens"]
+    assert timings[0]["prompt_n"] + timings[0]["cache_n"] == usage["prompt_tokens"]
+    assert timings[0]["prompt_ms"] > 0 and timings[0]["prompt_per_second"] > 0
     for name, value in (
         ("repeat_penalty", 1.1), ("xtc_probability", 0.5), ("typ_p", 0.9), ("mirostat", 2), ("dry_multiplier", 0.8),
         ("dynatemp_range", 0.1), ("length_penalty", 2), ("use_beam_search", True), ("skip_special_tokens", False), ("bad_words", ["a"]),
@@ -173,6 +195,45 @@ def test_a_page_of_llama_cpp_asks(server: Server) -> None:
         with pytest.raises(ApiError) as caught:
             parse(Chat, {**PAGE, name: value})
         assert caught.value.param == name
+
+
+def test_open_webui_asks(server: Server) -> None:
+    """Its list of models; a chat; the title and tags that it asks for beside it."""
+    people = {
+        "X-OpenWebUI-User-Name": "Ada%20L",
+        "X-OpenWebUI-User-Id": "u",
+        "X-OpenWebUI-User-Role": "user",
+        "X-OpenWebUI-Chat-Id": "c",
+    }
+    with server.client("read") as client:
+        client.headers.update(people)
+        listed = client.get("/v1/models", headers={"content-type": "application/json"}).json()
+        assert [(one["id"], one["object"], one["owned_by"]) for one in listed["data"]] == [
+            ("tiny", "model", "retro-engine")
+        ]
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "What?"}]},
+        ]
+        chat = {"model": "tiny", "messages": messages, "max_tokens": 3, "temperature": 0, **OF_OPEN_WEBUI}
+        out = client.post(
+            "/v1/chat/completions", json={**chat, "stream": True, "stream_options": {"include_usage": True}}
+        )
+        assert out.status_code == 200 and out.text.endswith("data: [DONE]\n\n")
+        assert '"usage":{"prompt_tokens":' in out.text
+        for task in ("Generate a concise, 3-5 word title", "Generate 1-3 broad tags"):
+            ask = {"model": "tiny", "messages": [{"role": "user", "content": f"### Task:\n{task}"}], "stream": False}
+            found = client.post("/v1/chat/completions", json={**ask, "max_completion_tokens": 4}).json()
+            assert isinstance(found["choices"][0]["message"]["content"], str)
+        assert client.get("/api/tags").status_code == 404, "Ollama's probe is told that this is none"
+
+
+@pytest.mark.parametrize(("name", "value"), [("enable_thinking", False), ("messages", "x"), ("tools", True)])
+def test_variables_that_no_template_reads_are_refused(server: Server, name: str, value: Any) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {name: value}}
+    with server.client("read") as client:
+        answer = client.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, f"chat_template_kwargs.{name}")
 
 
 def test_as_many_tokens_as_there_is_room_for(server: Server) -> None:

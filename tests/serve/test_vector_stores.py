@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from document_helpers import docx_bytes, pdf_bytes
 from serve_helpers import Server, post, serving_run
 
 openai = pytest.importorskip("openai")
@@ -89,14 +90,120 @@ def test_pages(shelves: Server) -> None:
     [
         ("a.txt", b"%PDF-1.7 ...", "is a PDF"), ("a.txt", b"PK\x03\x04...", "ZIP"), ("a.md", b"\xff\xfe\x00", "not text in UTF-8"),
         ("a.txt", b"", "has no text"), ("a.txt", b" \n", "has no text"), ("a.txt", b"a\0b", "NUL"),
-        ("a.html", b"<title>only a title</title>", "has no text"),
+        ("a.html", b"<title>only a title</title>", "has no text"), ("a.pdf", b"A text.", "is not a PDF, which its name says"),
+        ("a.PDF", b"PK\x03\x04...", "is not a PDF"), ("a.docx", b"%PDF-1.7 ...", "is not a Word file"), ("a.docx", b"PK\x03\x04...", "damaged"),
+        ("a.pdf", b"%PDF-1.7 ...", "cannot be read"), ("a.docx", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "save it as .docx"),
+        ("scan.pdf", pdf_bytes([[], []]), "a scan"), ("a.pdf.txt", pdf_bytes([["x"]]), "is a PDF"),
     ],
 )  # fmt: skip
 def test_what_is_no_text_is_refused_whatever_its_name(shelves: Server, name: str, raw: bytes, why: str) -> None:
     with shelves.client("write") as client:
-        answer = client.post("/v1/files", files={"file": (name, raw)}, data={"purpose": "assistants"})
-    assert answer.status_code == 400, answer.text
-    assert why in answer.json()["error"]["message"]
+        answers = [
+            client.post("/v1/files", files={"file": (name, raw)}, data={"purpose": "assistants"}),
+            client.post("/v1/documents", files={"file": (name, raw)}),
+        ]
+    for answer in answers:
+        assert answer.status_code == 400, answer.text
+        assert why in answer.json()["error"]["message"]
+        assert answer.json()["error"]["code"] == "unsupported_file"
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [
+        ("Deep.PDF", pdf_bytes([["The ocean is deep."]], "Seas")),
+        ("dry.docx", docx_bytes(["The ocean is deep."], title="Seas")),
+    ],
+)
+def test_pdf_and_word_files(shelves: Server, name: str, raw: bytes) -> None:
+    client, store, _ = made(shelves)
+    file = client.files.create(file=(name, raw), purpose="assistants")
+    assert client.files.content(file.id).text.strip() == "The ocean is deep."
+    client.vector_stores.files.create(store.id, file_id=file.id)
+    assert [one.filename for one in client.vector_stores.search(store.id, query="ocean").data] == [name]
+    about = {"id": f"sea/{name}", "metadata": '{"year": 2024}'}
+    with shelves.client("write") as http:
+        added = http.post("/v1/documents", files={"file": (name, raw)}, data=about).json()
+        assert added["ids"] == [f"sea/{name}"]
+        kept = http.get(f"/v1/documents/sea%2F{name}").json()
+        assert (kept["title"], kept["text"].strip(), kept["metadata"]) == ("Seas", "The ocean is deep.", {"year": 2024})
+        assert http.post("/v1/documents", files={"file": ("n.txt", b"A text.")}).json()["ids"] == ["n.txt"]
+        assert http.get("/v1/documents/n.txt").json()["title"] == "n.txt"
+
+
+@pytest.mark.parametrize(
+    ("data", "param"),
+    [({"id": ".."}, "id"), ({"id": "a\nb"}, "id"), ({"metadata": "[]"}, "metadata"), ({"metadata": "{"}, None), ({"metadata": '{"a": [1]}'}, "metadata.a"),
+     ({"metadata": '{"": 1}'}, "metadata"), ({"purpose": "assistants"}, "purpose"), ({"id": ["a", "b"]}, "id")],
+)  # fmt: skip
+def test_forms_of_documents_that_are_refused(shelves: Server, data: dict[str, Any], param: str | None) -> None:
+    with shelves.client("write") as client:
+        answer = client.post("/v1/documents", files={"file": ("a.txt", b"A text.")}, data=data)
+        assert answer.status_code == 400, answer.text
+        assert (answer.json()["error"]["param"] or "").startswith(param or "")
+    with shelves.client("read") as client:
+        assert client.post("/v1/documents", files={"file": ("a.txt", b"A text.")}).status_code == 403
+
+
+def test_attributes_and_filters(shelves: Server) -> None:
+    client, store, files = made(shelves, old="The harbor was dredged.", new="The harbor was dredged again.")
+    first = client.vector_stores.files.create(
+        store.id, file_id=files["old"], attributes={"year": 1902, "is_open": True}
+    )
+    assert first.attributes == {"year": 1902, "is_open": True}
+    client.vector_stores.files.create(store.id, file_id=files["new"], attributes={"year": 2024})
+
+    def found(**wanted: Any) -> list[str]:
+        page = client.vector_stores.search(store.id, query="harbor", **wanted)
+        return sorted(one.filename for one in page.data)
+
+    assert found() == ["new.txt", "old.txt"]
+    later = {"type": "gt", "key": "year", "value": 1950}
+    assert found(filters=later) == ["new.txt"]
+    assert found(filters={"type": "and", "filters": [later, {"type": "eq", "key": "is_open", "value": True}]}) == []
+    assert client.vector_stores.search(store.id, query="harbor", filters=later).data[0].attributes == {"year": 2024}
+    changed = client.vector_stores.files.update(files["old"], vector_store_id=store.id, attributes={"year": 1999})
+    assert changed.attributes == {"year": 1999}
+    assert found(filters=later) == ["new.txt", "old.txt"]
+    assert {one.id: one.attributes["year"] for one in client.vector_stores.files.list(store.id)} == {
+        files["old"]: 1999,
+        files["new"]: 2024,
+    }  # type: ignore[index]
+    page = client.vector_stores.search(store.id, query="harbor", filters={"type": "ne", "key": "author", "value": "x"})
+    assert page.data == []
+    assert page.note == "no document has the field author (fields that documents have: year)"
+    out = client.responses.create(
+        model="tiny", input="harbor", max_output_tokens=2, include=["file_search_call.results"],
+        tools=[{"type": "file_search", "vector_store_ids": [store.id], "filters": {"type": "eq", "key": "year", "value": 2024}}],
+    )  # fmt: skip
+    assert {one.filename for one in out.output[0].results} == {"new.txt"}
+
+
+def test_filters_of_retrieve(shelves: Server) -> None:
+    with shelves.client("write") as client:
+        for name, year in (("a", 2023), ("b", 2024)):
+            client.post("/v1/documents", json={"id": name, "text": "A quokka smiles.", "metadata": {"year": year}})
+
+        def asked(**filters: Any) -> Any:
+            return client.post("/v1/retrieve", json={"query": "quokka", "filters": filters}).json()
+
+        assert [hit["document"] for hit in asked(type="eq", key="year", value=2024)["data"]] == ["b"]
+        assert "note" not in asked(type="gte", key="year", value=2023)
+        either = asked(
+            type="or", filters=[{"type": "eq", "key": "yaer", "value": 1}, {"type": "eq", "key": "year", "value": 2023}]
+        )
+        assert [hit["document"] for hit in either["data"]] == ["a"]
+        assert either["note"].startswith("no document has the field yaer (fields that documents have: ")
+        assert asked(type="eq", key="yaer", value=1)["note"].startswith("no hit: no document has the field yaer")
+        assert asked(type="eq", key="year", value=1)["note"] == "no hit: no document matches the filter"
+        listed = client.get("/v1/documents", params={"limit": 1}).json()["data"][0]
+        assert listed["metadata"] == {"year": 2023}
+        for filters in ({}, {"type": "like", "key": "a", "value": 1}, {"type": "eq", "key": "year"}):
+            answer = client.post("/v1/retrieve", json={"query": "a", "filters": filters})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "filters"), filters
+        for about in ({"a": None}, {"a": {}}, {"a": "x" * 513}, {"": 1}, [], {str(n): n for n in range(17)}):
+            answer = client.post("/v1/documents", json={"text": "a", "metadata": about})
+            assert (answer.status_code, answer.json()["error"]["param"].split(".")[0]) == (400, "metadata"), about
 
 
 def test_a_page_is_kept_as_its_text(shelves: Server) -> None:
@@ -127,10 +234,10 @@ def test_forms_that_are_none(shelves: Server) -> None:
     [
         ("/v1/vector_stores", {"file_ids": ["file-no"]}, 404), ("/v1/vector_stores", {"expires_after": {"days": 1}}, 400),
         ("/v1/vector_stores/default/search", {"query": ""}, 400), ("/v1/vector_stores/default/search", {"query": "a", "max_num_results": 51}, 400),
-        ("/v1/vector_stores/default/search", {"query": "a", "filters": {"type": "eq", "key": "a", "value": 1}}, 400),
+        ("/v1/vector_stores/default/search", {"query": "a", "filters": {"type": "eq", "key": "a"}}, 400), ("/v1/vector_stores/default/files/no", {"attributes": {}}, 404),
         ("/v1/vector_stores/default/search", {"query": []}, 400), ("/v1/vector_stores/vs_no/search", {"query": "a"}, 404),
         ("/v1/vector_stores/default/files", {"file_id": "file-no"}, 404), ("/v1/vector_stores/files/search", {"query": "a"}, 404),
-        ("/v1/vector_stores/vector-stores/files", {"file_id": "a"}, 404), ("/v1/vector_stores/default/files", {"file_id": "a", "attributes": {"a": 1}}, 400),
+        ("/v1/vector_stores/vector-stores/files", {"file_id": "a"}, 404), ("/v1/vector_stores/default/files", {"file_id": "a", "attributes": {"a": [1]}}, 400),
     ],
 )  # fmt: skip
 def test_what_is_refused(shelves: Server, path: str, body: dict[str, Any], status: int) -> None:

@@ -4,6 +4,7 @@ Signs in, generates, stops in the middle, adds a document that appears as a neig
 console error, no request to another host.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -171,8 +172,8 @@ def test_upload_search_retrieve_status(page: Any, site: Server, tmp_path: Path) 
     page.click("text=Documents")
     page.set_input_files("#files", [tmp_path / "note.md", tmp_path / "many.jsonl"])
     page.click("#upload button")
-    page.wait_for_selector("#upload-state:has-text('2 documents added')")
-    assert "not used" in page.inner_text("#upload-state")
+    page.wait_for_selector("#upload-state:has-text('2 documents added, 1 not used')")
+    assert "many.jsonl: 1 rows not used" in page.inner_text("#upload-faults")
     page.fill("#doc-query", "heron")
     page.press("#doc-query", "Enter")
     page.wait_for_selector(".hits li:has-text('heron')")
@@ -181,12 +182,36 @@ def test_upload_search_retrieve_status(page: Any, site: Server, tmp_path: Path) 
     page.select_option("#query-mode", "hybrid")
     page.click("#query-form .primary")
     page.wait_for_selector("#hits li:has-text('a copper lantern')")
+    assert page.locator("#hits mark").all_inner_texts()[:2] == ["copper", "lantern"]
+    assert page.is_visible("#weight-dense")
     page.click("text=Status")
     page.wait_for_selector("dd:has-text('tiny')")
     page.click("text=Documents")
     page.click("#reset")
     page.click("#confirm-yes")
     page.wait_for_selector("#doc-list:has-text('There are no documents yet')")
+
+
+def test_many_files_of_which_some_are_none(page: Any, site: Server, tmp_path: Path) -> None:
+    """Each is said by its name, the others go on; a server that is gone ends it, in words."""
+    files = [tmp_path / f"f{number}.txt" for number in range(12)]
+    for number, path in enumerate(files):
+        path.write_bytes(b"\x89PNG" if number % 2 else f"A heron of {number}.".encode())
+    sign_in(page, site)
+    page.click("text=Documents")
+    page.set_input_files("#files", files)
+    page.click("#upload button")
+    page.wait_for_selector("#upload-state:has-text('6 documents added, 6 not used (the first 5 are named)')")
+    assert page.locator("#upload-faults li").count() == 5
+    assert "'f1.txt' is a picture" in page.inner_text("#upload-faults")
+    page.route("**/v1/documents", lambda route: route.abort() if route.request.method == "POST" else route.continue_())
+    page.set_input_files("#files", files[:2])
+    page.click("#upload button")
+    page.wait_for_selector("#notice:has-text('The server does not answer')")
+    assert "ended at f0.txt" in page.inner_text("#upload-state")
+    page.wrong[:] = [text for text in page.wrong if "400" not in text and "ERR_FAILED" not in text]
+    with site.client("admin") as client:
+        client.post("/v1/documents/reset", json={"confirm": True})
 
 
 def test_by_keyboard_alone(page: Any, site: Server) -> None:
@@ -237,10 +262,31 @@ def test_it_fits(browser: Any, site: Server, width: int, scheme: str) -> None:
             tab.wait_for_selector("#status-cards dl")
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, screen
         assert tab.evaluate(CONTRAST) == [], screen
+        if (width, scheme) in ((360, "light"), (1280, "dark")):
+            check_access(tab, screen)
         shoot(tab, f"{screen}-{scheme}-{width}")
     with site.client("admin") as client:
         client.post("/v1/documents/reset", json={"confirm": True})
     tab.context.close()
+
+
+def check_access(tab: Any, where: str) -> None:
+    """What axe-core finds, where it is installed: nothing."""
+    if AXE is None:
+        return
+    tab.evaluate(AXE)
+    found = tab.evaluate(
+        "async () => (await axe.run(document)).violations.map((one) => `${one.impact}: ${one.id}: ${one.help}`)"
+    )
+    assert found == [], (where, found)
+
+
+def axe() -> str | None:
+    spec = importlib.util.find_spec("axe_core_python")
+    return None if spec is None or spec.origin is None else Path(spec.origin).with_name("axe.min.js").read_text()
+
+
+AXE = axe()
 
 
 def shoot(tab: Any, name: str) -> None:
@@ -278,11 +324,17 @@ def test_a_reader_is_asked_first(browser: Any, reading_site: Server, monkeypatch
     page.set_default_timeout(15_000)
     sign_in(page, reading_site)
     page.wait_for_selector("#screen-ask:not([hidden]) #ask-empty:not([hidden])")
+    check_access(page, "ask, empty")
+    assert page.evaluate(
+        "document.querySelector('#tabs').scrollWidth <= document.querySelector('#tabs').clientWidth"
+    ), "all tabs are seen"
     page.click("#ask-example")
     page.wait_for_selector("#answer .answer-text:has-text('1871')")
     page.fill("#question", "What was built in 1871?")
     page.press("#question", "Enter")
     page.wait_for_selector("#answer mark:has-text('1871')")
+    check_access(page, "ask, answered")
+    shoot(page, "ask-light-360")
     page.click("#answer button.link >> nth=0")
     page.wait_for_selector("#document[open]:has-text('Marta Oden')")
     page.keyboard.press("Escape")

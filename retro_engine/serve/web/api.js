@@ -27,25 +27,35 @@ async function failure(answer) {
   return new ApiError(answer.status, message);
 }
 
+/** A request; where nobody answers, that in words. */
+async function send(path, options) {
+  try {
+    return await fetch(here(path), options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(0, "The server does not answer: it was stopped, or the connection is gone. What you wrote is still here; try again.");
+  }
+}
+
 /** The page may lie below a prefix: paths go from where it is. */
 const here = (path) => path.replace(/^\//, "");
 
 /** A call with JSON both ways. Throws ApiError. */
 export async function call(method, path, body, signal) {
   const options = { method, signal, headers: {}, credentials: "same-origin" };
-  if (body instanceof Blob) options.body = body;
+  if (body instanceof Blob || body instanceof FormData) options.body = body;
   else if (body !== undefined) {
     options.headers["content-type"] = "application/json";
     options.body = JSON.stringify(body);
   }
-  const answer = await fetch(here(path), options);
+  const answer = await send(path, options);
   if (!answer.ok) throw await failure(answer);
   return answer.json();
 }
 
 /** The events of a streamed answer, as they come. */
 export async function* stream(path, body, signal) {
-  const answer = await fetch(here(path), {
+  const answer = await send(path, {
     method: "POST", signal, credentials: "same-origin",
     headers: { "content-type": "application/json" }, body: JSON.stringify({ ...body, stream: true }),
   });
@@ -53,8 +63,11 @@ export async function* stream(path, body, signal) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let waiting = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new ApiError(0, "the connection was lost");
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true };
+    });
+    if (done) throw new ApiError(0, "The connection was lost before the answer was whole.");
     waiting += value;
     const events = waiting.split("\n\n");
     waiting = events.pop();
@@ -117,8 +130,15 @@ export function setLibrary(name) {
 
 export const isLive = (hit) => hit.source === library;
 
-/** A neighbor: its document (a link where the library has it), its score and text. */
-export function neighbor(hit, isOpen = false) {
+/** A text as parts, the words of a question marked. */
+function marked(text, question) {
+  const words = (question.match(/[\p{L}\p{N}]{2,}/gu) ?? []).map((word) => word.toLowerCase());
+  if (!words.length) return [text];
+  return text.split(/([\p{L}\p{N}]+)/u).map((part) => (words.includes(part.toLowerCase()) ? make("mark", {}, part) : part));
+}
+
+/** A neighbor: its document (a link where the library has it), its score and text; `question`: whose words are marked. */
+export function neighbor(hit, isOpen = false, question = "") {
   const name = hit.title || hit.document;
   const title = isLive(hit)
     ? make("button", { type: "button", className: "link", onclick: () => attempt(() => showDocument(hit.document)) }, name)
@@ -126,8 +146,8 @@ export function neighbor(hit, isOpen = false) {
   const where = hit.source ? `${hit.source} / ${hit.document}, chunk ${hit.chunk}` : "given";
   const head = make("div", { className: "neighbor-head" }, title,
     make("span", { className: "score", title: "score" }, hit.score ? hit.score.toFixed(3) : ""));
-  const text = make("p", { className: "neighbor-text" }, hit.text,
-    make("span", { className: "continuation" }, hit.continuation || ""));
+  const text = make("p", { className: "neighbor-text" }, ...marked(hit.text, question),
+    make("span", { className: "continuation" }, ...marked(hit.continuation || "", question)));
   const more = make("details", { open: isOpen }, make("summary", {}, make("span", { className: "source" }, where)), text);
   return make("li", {}, head, more, isOpen ? null : make("p", { className: "snippet" }, hit.text + (hit.continuation || "")));
 }

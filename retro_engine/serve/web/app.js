@@ -20,13 +20,19 @@ function show(name) {
   document.title = name === "sign-in" ? "Sign in · retro-engine" : `${name[0].toUpperCase()}${name.slice(1)} · retro-engine`;
 }
 
+/** A screen that this server has nothing for is not shown. */
+function isThere(screen) {
+  if (screen === "ask") return Boolean(model.retro.reader);
+  return model.retro.library !== null || !["documents", "retrieve"].includes(screen);
+}
+
 function route() {
   notice("");
   clearInterval(timer);
   if (!user) return show("sign-in");
   const asked = location.hash.slice(1);
   const first = model.retro.reader ? "ask" : "playground";
-  const name = SCREENS.includes(asked) && (asked !== "ask" || model.retro.reader) ? asked : first;
+  const name = SCREENS.includes(asked) && isThere(asked) ? asked : first;
   show(name);
   if (name === "ask") attempt(showAsk);
   if (name === "documents") attempt(() => list());
@@ -43,8 +49,17 @@ function facts(title, pairs) {
   return make("section", { className: "card" }, make("h2", {}, title), make("dl", {}, ...rows));
 }
 
+/** How a program reaches this server. */
+function connect(name) {
+  const base = new URL("v1", location.href.replace(/#.*/, "")).href;
+  const code = `from openai import OpenAI\n\nclient = OpenAI(base_url="${base}", api_key="rk_...")\nout = client.chat.completions.create(model="${name}",\n    messages=[{"role": "user", "content": "Hello"}])\nprint(out.choices[0].message.content)`;
+  return make("section", { className: "card" }, make("h2", {}, "Connect"),
+    make("p", { className: "hint" }, "Any client of OpenAI's form. A key is made where the server runs: retro keys add NAME --scope read"),
+    make("pre", { tabIndex: 0 }, code));
+}
+
 async function status() {
-  const [{ data }, health] = await Promise.all([call("GET", "/v1/models"), fetch("health").then((answer) => answer.json())]);
+  const [{ data }, health] = await Promise.all([call("GET", "/v1/models"), call("GET", "/health")]);
   const about = data[0].retro;
   const cards = [
     facts("Model", [["name", data[0].id], ["reader", about.reader], ["parameters", about.parameters.toLocaleString("en")], ["vocabulary", about.vocab_size.toLocaleString("en")],
@@ -58,7 +73,7 @@ async function status() {
       ["tokens", tokens.toLocaleString("en")], ["version", version], ["published stores", about.stores.join(", ") || "none"],
       ["notes", statistics.notes.join("; ") || undefined]]));
   }
-  cards.push(facts("You", [["name", user.name], ["scope", user.scope]]));
+  cards.push(facts("You", [["name", user.name], ["scope", user.scope]]), connect(data[0].id));
   $("status-cards").replaceChildren(...cards);
 }
 
@@ -75,10 +90,10 @@ async function enter(found) {
   }
   for (const id of ["tabs", "who"]) $(id).hidden = false;
   setLibrary(model.retro.library);
-  document.querySelector("#tabs a[href='#ask']").hidden = !model.retro.reader;
+  for (const link of $("tabs").children) link.hidden = !isThere(link.hash.slice(1));
   startAsk(user);
   startPlayground(model);
-  startLibrary(user);
+  startLibrary(user, model.retro.modes);
   route();
   $("main").focus();
 }

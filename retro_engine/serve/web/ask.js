@@ -16,8 +16,8 @@ function passage(source, span) {
   const letters = Array.from(source.text);
   const part = (first, last) => letters.slice(first, last).join("");
   const text = span
-    ? [part(0, span.start), make("mark", {}, part(span.start, span.end)), part(span.end)]
-    : [source.text];
+    ? [part(0, span.start).trimStart(), make("mark", {}, part(span.start, span.end)), part(span.end)]
+    : [source.text.trim()];
   const open = make("button", { type: "button", className: "link", onclick: () => attempt(() => showDocument(source.document)) },
     source.title || source.document);
   const head = make("div", { className: "neighbor-head" }, open,
@@ -34,7 +34,7 @@ function shown(found) {
     ? make("details", { open: !span && found.found }, make("summary", {}, span ? "Also read" : "Read"),
       make("ol", { className: "hits" }, ...rest.map((source) => passage(source))))
     : null;
-  const note = found.note ? make("p", { className: "hint" }, found.note) : null;
+  const note = found.note ? make("p", { className: "hint" }, found.note.replace(/^no hit: /, "")) : null;
   return make("section", { className: "card" }, make("p", { className: "answer-text" }, found.answer), note, best, others);
 }
 

@@ -3,8 +3,10 @@
 import { $, attempt, call, confirmed, isLive, make, neighbor, showDocument } from "./api.js";
 
 const PAGE = 20;
+const SHOWN = 5; // faults of an upload
 let canWrite = false;
 let after = "";
+let faults = 0; // of the upload
 
 function bytes(count) {
   return count < 1024 ? `${count} B` : count < 1 << 20 ? `${(count / 1024).toFixed(1)} kB` : `${(count / (1 << 20)).toFixed(1)} MB`;
@@ -48,7 +50,7 @@ async function search(query) {
   if (!query.trim()) return list();
   const found = await call("POST", "/v1/retrieve", { query, k: PAGE });
   const hits = found.data.filter((hit) => isLive(hit));
-  const shown = hits.length ? make("ol", { className: "hits" }, ...hits.map((hit) => neighbor(hit, true)))
+  const shown = hits.length ? make("ol", { className: "hits" }, ...hits.map((hit) => neighbor(hit, true, query)))
     : make("p", { className: "hint" }, found.note ?? "No document has any of these words.");
   $("doc-list").replaceChildren(shown);
   $("next-page").disabled = true;
@@ -64,29 +66,74 @@ async function add() {
   await list();
 }
 
+/** A file as documents; how many. */
+async function uploaded(file, say) {
+  if (!file.name.toLowerCase().endsWith(".jsonl")) {
+    const form = new FormData();
+    form.append("file", file);
+    await call("POST", "/v1/documents", form);
+    return 1;
+  }
+  let job = await call("POST", "/v1/documents/import", file);
+  while (job.state === "running") {
+    await new Promise((resolve) => setTimeout(resolve, 300));
+    job = await call("GET", `/v1/jobs/${job.id}`);
+    say(`${file.name}: ${job.added} added, ${job.failed} not used`);
+  }
+  if (job.failed) fault(`${file.name}: ${job.failed} rows not used: ${job.errors[0]?.reason ?? ""}`);
+  if (job.state !== "done") throw new Error(`${job.state} ${job.reason}`);
+  return job.added;
+}
+
+/** What went wrong with a file; of many the first are shown. */
+function fault(text) {
+  faults += 1;
+  if (faults <= SHOWN) $("upload-faults").append(make("li", {}, text));
+}
+
+/** One after the other: a file that cannot be used is said, and the others go on. */
 async function upload(files) {
   const say = (text) => ($("upload-state").textContent = text);
+  const bar = $("upload-progress");
   let added = 0;
-  for (const file of files) {
-    say(`${file.name}…`);
-    if (!file.name.endsWith(".jsonl")) {
-      await call("POST", "/v1/documents", { id: file.name, title: file.name, text: await file.text() });
-      added += 1;
-      continue;
+  faults = 0;
+  $("upload-faults").replaceChildren();
+  bar.hidden = false;
+  bar.max = Math.max(1, files.length);
+  for (const [number, file] of files.entries()) {
+    bar.value = number;
+    say(`${(number + 1).toLocaleString("en")} of ${files.length.toLocaleString("en")}: ${file.name}`);
+    try {
+      added += await uploaded(file, say);
+    } catch (error) {
+      if (error.status === 0 || error.status === 401) {
+        bar.hidden = true;
+        say(`${added} documents added, then it ended at ${file.name}.`);
+        throw error; // nobody is there, or nobody is signed in: no other file would do better
+      }
+      fault(`${file.name}: ${error.message}`);
     }
-    let job = await call("POST", "/v1/documents/import", file);
-    while (job.state === "running") {
-      await new Promise((resolve) => setTimeout(resolve, 300));
-      job = await call("GET", `/v1/jobs/${job.id}`);
-      say(`${file.name}: ${job.added} added, ${job.failed} not used`);
-    }
-    added += job.added;
-    if (job.failed) say(`${file.name}: ${job.failed} rows not used: ${job.errors[0]?.reason ?? ""}`);
-    if (job.state !== "done") throw new Error(`${file.name}: ${job.state} ${job.reason}`);
   }
+  bar.hidden = true;
   $("upload").reset();
-  say(`${added} documents added. ${$("upload-state").textContent.includes("not used") ? $("upload-state").textContent : ""}`);
+  const named = faults > SHOWN ? ` (the first ${SHOWN} are named)` : "";
+  say(`${added.toLocaleString("en")} documents added${faults ? `, ${faults.toLocaleString("en")} not used${named}:` : "."}`);
   await list();
+}
+
+function startDropping() {
+  const card = $("upload");
+  const isOver = (event, is) => {
+    event.preventDefault();
+    card.classList.toggle("dropping", is);
+  };
+  card.ondragover = (event) => isOver(event, true);
+  card.ondragleave = (event) => isOver(event, false);
+  card.ondrop = (event) => {
+    isOver(event, false);
+    const files = [...event.dataTransfer.files];
+    if (files.length) attempt(() => upload(files), card.querySelector("button"));
+  };
 }
 
 async function reset() {
@@ -102,7 +149,7 @@ async function retrieve() {
   const found = await call("POST", "/v1/retrieve", body);
   const ms = Math.round(performance.now() - start);
   $("query-state").textContent = `${found.data.length} chunks in ${ms} ms, version ${found.index_version}${found.note ? `: ${found.note}` : ""}`;
-  $("hits").replaceChildren(...found.data.map((hit) => neighbor(hit, true)));
+  $("hits").replaceChildren(...found.data.map((hit) => neighbor(hit, true, body.query)));
 }
 
 function onSubmit(id, work) {
@@ -112,13 +159,23 @@ function onSubmit(id, work) {
   };
 }
 
-export function startLibrary(user) {
+/** Weights are of hybrid mode alone; a library without vectors has one mode. */
+function startModes(modes) {
+  $("query-mode").replaceChildren(...modes.map((mode) => make("option", {}, mode)));
+  const shown = () => document.querySelectorAll(".of-hybrid").forEach((part) => (part.hidden = $("query-mode").value !== "hybrid"));
+  $("query-mode").onchange = shown;
+  shown();
+}
+
+export function startLibrary(user, modes) {
   canWrite = user.scope !== "read";
+  startModes(modes);
+  startDropping();
   $("writing").hidden = !canWrite;
   document.querySelector(".split").classList.toggle("single", !canWrite);
   $("reset").hidden = user.scope !== "admin";
   onSubmit("add", add);
-  onSubmit("upload", () => upload($("files").files));
+  onSubmit("upload", () => upload([...$("files").files]));
   onSubmit("doc-search", () => search($("doc-query").value));
   onSubmit("query-form", retrieve);
   $("first-page").onclick = () => attempt(() => list());

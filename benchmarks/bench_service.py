@@ -1,13 +1,15 @@
-"""What the service costs over the engine that it wraps, what stalled readers cost the others, whether memory grows.
+"""What the service costs over the engine that it wraps, how soon the first answer after "ready" comes, what stalled readers
+cost the others, and whether memory grows over many requests of which a third is cancelled.
 
 The server is a process of its own (`retro serve` on loopback), the engine alone runs in this one, with the same run: a
 tiny model, so that the service shows. The client is a plain socket. Sides take turns; differences are of medians.
-REQUESTS sets how many the memory is looked at over (10,000), ROUNDS how many a side takes.
+`--requests` sets how many the memory is looked at over; with fewer than the default, sides take fewer turns too.
 """
 
 import concurrent.futures
 import json
 import os
+import re
 import socket
 import tempfile
 import time
@@ -27,27 +29,32 @@ from retro_engine.retrieval.neighbors import build_neighbors
 from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.service import ServiceOptions, open_service
 
-REQUESTS = int(os.environ.get("REQUESTS", 10_000))
-ROUNDS = int(os.environ.get("ROUNDS", 200))
+REQUESTS = 10_000
+SETTLED = 500  # requests after which memory is looked at first
+ROUNDS = 200
 PROMPT = "river stone amber lantern"
+CANCELLED_TOKENS = 256  # asked for by what is cancelled: more than are made before the server sees it
 
 
 def run(options: Options) -> Measured:
-    measured = Measured([])
+    requests = REQUESTS if options.requests is None else options.requests
+    rounds = min(ROUNDS, max(20, ROUNDS * requests // REQUESTS))
+    measured = Measured([], facts={"requests": requests, "rounds": rounds})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store = prepare([write_corpus(folder / "c.jsonl", 40)], folder / "store", vocab_size=300, chunk_size=16)
         build_neighbors(store, [store], "bm25", num_neighbors=6)
         make_run(Store(folder / "store"), folder / "run")
         key = Accounts(folder / "accounts.sqlite").add_key("bench", "write")
+        measure_first(measured, folder, key, starts=max(3, rounds // 40))
         (folder / "alone").mkdir()
         service = open_service(ServiceOptions(run=str(folder / "run"), library=str(folder / "alone" / "library")))
         try:
             with started(folder / "run", folder, "--max-waiting", "200") as server:
-                measure_requests(measured, Client(server, key), service.engine)
-                measure_streams(measured, server, Client(server, key), service.engine)
+                measure_requests(measured, Client(server, key), service.engine, rounds)
+                measure_streams(measured, server, Client(server, key), service.engine, rounds)
                 measure_stalled(measured, server, key)
-                measure_memory(measured, server, Client(server, key))
+                measure_memory(measured, server, Client(server, key), requests)
         finally:
             service.close()
     return measured
@@ -86,6 +93,24 @@ class Client:
         self.file.readline()
         return b"".join(parts)
 
+    def first_event(self) -> bytes:
+        """Of a stream, whose rest stays unread."""
+        status = self.file.readline()
+        assert b" 200 " in status, status + self.file.read(500)
+        while not (line := self.file.readline()).startswith(b"data: "):
+            assert line, "the stream ended without an event"
+        return line
+
+    def until_done(self) -> None:
+        """The rest of a stream whose first event was read."""
+        while (line := self.file.readline()) and not line.startswith(b"data: [DONE]"):
+            pass
+
+    def leave(self) -> None:
+        """Close the connection at once, as a client that is gone."""
+        self.file.close()
+        self.socket.close()
+
     def ask(self, path: str, body: dict[str, object] | None = None) -> bytes:
         self.send(path, body)
         return self.receive()
@@ -115,7 +140,34 @@ def request(engine: Engine, tokens: int) -> Request:
     return Request(ids, tokens, sampling=Sampling(min_tokens=tokens), neighbors=[])
 
 
-def measure_requests(measured: Measured, client: Client, engine: Engine) -> None:
+def measure_first(measured: Measured, folder: Path, key: str, starts: int) -> None:
+    """The first event of a stream: of the first request after a server says that it is ready, and of later ones."""
+
+    def first(server: Process, number: int) -> float:
+        client = Client(server, key)
+
+        def work() -> None:
+            client.send("/v1/completions", body(8, prompt=f"{number} {PROMPT}", stream=True, retro={}))
+            client.first_event()
+
+        seconds = timed(work)
+        client.until_done()
+        client.leave()
+        return seconds
+
+    times: dict[str, list[float]] = {"the first after ready": [], "later ones": []}
+    for _ in range(starts):
+        with started(folder / "run", folder) as server:
+            times["the first after ready"].append(first(server, 0))
+            later = [first(server, number) for number in range(1, 10)]
+            times["later ones"].append(Spread.of(later).median)
+    spreads = {side: Spread.of(values) for side, values in times.items()}
+    measured.rows += compared("the first event of a stream", spreads, ours=["the first after ready"])
+    share = spreads["the first after ready"].median / spreads["later ones"].median
+    measured.targets.append(at_most("the first event: of the first request against later ones", share, 1.2))
+
+
+def measure_requests(measured: Measured, client: Client, engine: Engine, rounds: int) -> None:
     works = {
         "served": lambda: client.ask("/v1/completions", body(1)),
         "engine alone": lambda: engine.submit(request(engine, 1)).result(),
@@ -124,7 +176,7 @@ def measure_requests(measured: Measured, client: Client, engine: Engine) -> None
     for work in works.values():
         for _ in range(20):
             work()
-    rows = compared("a request of one token", time_in_turns(works, rounds=ROUNDS), ours=["served"])
+    rows = compared("a request of one token", time_in_turns(works, rounds=rounds), ours=["served"])
     measured.rows += rows
     cost = rows[0].median_s - rows[1].median_s
     measured.targets.append(at_most("a request: ms that the service costs", 1e3 * cost, 3))
@@ -136,10 +188,10 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure_streams(measured: Measured, server: Process, client: Client, engine: Engine) -> None:
+def measure_streams(measured: Measured, server: Process, client: Client, engine: Engine, rounds: int) -> None:
     tokens = 256
     seconds: dict[str, list[float]] = {"served": [], "engine alone": [], "the service's processor time": []}
-    for _ in range(max(3, ROUNDS // 20)):
+    for _ in range(max(3, rounds // 20)):
         begin = cpu_s(server.process.pid)
         served = timed(lambda: client.ask("/v1/completions", body(tokens, stream=True)))
         middle, mine = cpu_s(server.process.pid), time.process_time()
@@ -151,7 +203,7 @@ def measure_streams(measured: Measured, server: Process, client: Client, engine:
     rows = compared("a streamed token", times, ours=["served"])
     measured.rows += rows
     cost = rows[0].median_s - rows[1].median_s
-    measured.targets.append(at_most("a streamed token: ms that the service costs", 1e3 * cost, 0.5))
+    measured.targets.append(at_most("a streamed token: ms that the service costs", 1e3 * cost, 0.3))
 
 
 def measure_stalled(measured: Measured, server: Process, key: str) -> None:
@@ -190,23 +242,53 @@ def measure_stalled(measured: Measured, server: Process, key: str) -> None:
     measured.targets.append(at_most("64 streams, 4 stalled: change of the others' p99", change, 0.2))
 
 
-def measure_memory(measured: Measured, server: Process, client: Client) -> None:
-    """After each tenth of many requests: searches, adds, streams, new connections."""
-    sizes, times = [], []
-    for turn in range(REQUESTS):
+def measure_memory(measured: Measured, server: Process, client: Client, requests: int) -> None:
+    """After each tenth of many requests, and after the first ones: searches, adds, answers, streams; a third of all is
+    cancelled after its first event, each with a connection of its own.
+    """
+    settled_at, sizes, times, settled = min(SETTLED, requests // 2), [], [], 0.0
+    for turn in range(requests):
         start = time.perf_counter()
-        if turn % 10 == 0:
-            client.ask("/v1/retrieve", {"query": f"amber {turn}"})
-            client = Client(server, client.key)
-        elif turn % 10 == 1:
-            client.ask("/v1/documents", {"id": f"d{turn % 50}", "text": f"granite {turn % 100} " * 20})
-        elif turn % 10 == 2:
-            client.ask("/v1/completions", body(2, prompt=f"river {turn % 100} stone", stream=True))
-        else:
-            client.ask("/v1/completions", body(1, prompt=f"amber {turn % 100}", retro={}))
+        _one_of_all_kinds(server, client, turn)
         times.append(time.perf_counter() - start)
-        if turn % (REQUESTS // 10) == REQUESTS // 10 - 1:
+        if turn + 1 == settled_at:
+            settled = resident_mib(pid=server.process.pid)
+        if (turn + 1) * 10 % requests < 10:
             sizes.append(resident_mib(pid=server.process.pid))
-    (row,) = compared(f"{REQUESTS:,} requests of all kinds", {"served": Spread.of(times)})
-    row.peak_mib, row.note = max(sizes), f"MiB after each tenth: {' '.join(f'{size:.0f}' for size in sizes)}"
+    left = still_running(client)
+    (row,) = compared(f"{requests:,} requests of all kinds, a third cancelled", {"served": Spread.of(times)})
+    row.peak_mib = max(sizes)
+    row.note = f"MiB after {settled_at:,}: {settled:.0f}; after each tenth: {' '.join(f'{size:.0f}' for size in sizes)}"
     measured.rows.append(row)
+    after = f"memory: at the end against after the first {settled_at:,}"
+    measured.targets.append(at_most(after, sizes[-1] / settled, 1.05))
+    measured.targets.append(at_most("sequences of cancelled requests that still run", left, 0))
+
+
+def _one_of_all_kinds(server: Process, client: Client, turn: int) -> None:
+    """What a client does at a turn; every third leaves."""
+    if turn % 3 == 2:
+        gone = Client(server, client.key)
+        gone.send("/v1/completions", body(CANCELLED_TOKENS, prompt=f"granite {turn % 100}", stream=True, retro={}))
+        if turn % 2:  # the others leave before anything came
+            gone.first_event()
+        gone.leave()
+    elif turn % 10 == 0:
+        client.ask("/v1/retrieve", {"query": f"amber {turn}"})
+    elif turn % 10 == 1:
+        client.ask("/v1/documents", {"id": f"d{turn % 50}", "text": f"granite {turn % 100} " * 20})
+    elif turn % 10 == 3:
+        client.ask("/v1/completions", body(2, prompt=f"river {turn % 100} stone", stream=True))
+    else:
+        client.ask("/v1/completions", body(1, prompt=f"amber {turn % 100}", retro={}))
+
+
+def still_running(client: Client, wait_s: float = 5.0) -> int:
+    """Sequences in the engine, once those that were left have had time to be noticed."""
+    end = time.perf_counter() + wait_s
+    while True:
+        found = re.search(rb"^retro_engine_running ([0-9.]+)$", client.ask("/metrics"), re.MULTILINE)
+        assert found is not None, "/metrics does not say how many run"
+        if not float(found[1]) or time.perf_counter() > end:
+            return int(float(found[1]))
+        time.sleep(0.05)

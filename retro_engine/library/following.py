@@ -1,0 +1,337 @@
+"""Files that a library follows: what is new or changed is read, what is gone is deleted, all else is left as it is.
+
+One idea for two keepers: `retro ask` keeps what was read of each file beside a library of its own (readers/documents.py), `sync`
+keeps it in the library, in the transactions that the documents are written in, so that a kill leaves nothing half known. A file
+that is one document has its path as its id, a row its file's and its place: what a file held is known when it has changed.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from retro_engine.data import files, manifests
+from retro_engine.data.corpus import Document, Reader, in_batches
+from retro_engine.data.identity import file_id
+from retro_engine.data.inputs import SetAside, check_file, find_files, shown
+from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.library import extension
+from retro_engine.library.documents import MAX_DOCUMENT_BYTES, check_document, check_namespace
+from retro_engine.library.importer import BATCH_CHARACTERS, BATCH_DOCUMENTS
+from retro_engine.library.library import DEFAULT, Library
+from retro_engine.progress import Reporter
+
+FRESH_NS = 2_000_000_000  # a file that changed so shortly before it was read may change again unseen
+MOST_ASIDE = 100  # reasons kept of a file; all are counted
+FILE_STATE = manifests.fields(
+    {
+        "size": manifests.COUNT,
+        "modified": manifests.whole(-manifests.MOST << 16, manifests.MOST << 16),
+        "sha256": manifests.FINGERPRINT,
+        "documents": manifests.COUNT,
+        "last_row": manifests.maybe(manifests.COUNT),
+        "num_aside": manifests.COUNT,
+        "aside": manifests.each(manifests.each(manifests.text(most=1 << 16))),
+    }
+)
+Found = dict[str, tuple[Path, os.stat_result]]  # files by their names
+Say = Callable[[str, str], None]  # source and reason of what is set aside
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileState:
+    """What was read of a file."""
+
+    size: int
+    modified: int  # ns; 0: its content has to be compared
+    sha256: str
+    documents: int = 0
+    last_row: int | None = None  # of a file of rows, the place of the last; None = all of it is one document
+    num_aside: int = 0
+    aside: list[list[str]] = field(default_factory=list)  # source, reason
+
+    def ids(self, name: str) -> list[str]:
+        """All that its documents can be called."""
+        return [name] if self.last_row is None else [f"{name}:{row}" for row in range(1, self.last_row + 1)]
+
+
+UNREAD = FileState(size=0, modified=0, sha256="0" * 64)  # it is to be read
+
+
+@dataclass(kw_only=True)
+class Synced:
+    """What came of looking at the files."""
+
+    num_files: int
+    num_documents: int
+    num_aside: int
+    aside: list[SetAside]  # the first of each file
+    num_read: int = 0  # files, this time
+    num_removed: int = 0
+
+    @classmethod
+    def of(cls, states: Iterable[FileState], num_read: int = 0, num_removed: int = 0) -> "Synced":
+        known = list(states)
+        return cls(
+            num_files=len(known),
+            num_documents=sum(one.documents for one in known),
+            num_aside=sum(one.num_aside for one in known),
+            aside=[SetAside(source, reason) for one in known for source, reason in one.aside],
+            num_read=num_read,
+            num_removed=num_removed,
+        )
+
+
+def state_of(values: dict[str, Any], where: str) -> FileState:
+    """A state as it was kept. Raises ValueError for what is none."""
+    FILE_STATE(values, where)
+    return FileState(**{name: values[name] for name in FileState.__dataclass_fields__})
+
+
+def look(inputs: Sequence[str | Path], root: Path, say: Say) -> tuple[Found, list[str]]:
+    """The files that are there now, by their names from `root`; and names of what could not be looked into."""
+    paths, passed_over = find_files(inputs)
+    faults = [row for row in passed_over if row.is_fault]
+    for row in faults:
+        say(row.source, row.reason)
+    found = {}
+    for path in paths:
+        try:
+            found[file_id(path, root)] = path, check_file(path)
+        except MissingInputError as error:  # it has gone since
+            say(shown(path), error.what)
+    return found, [file_id(Path(row.source), root) for row in faults]
+
+
+def changed(known: Mapping[str, FileState], found: Found) -> list[str]:
+    """Files that are new, or whose size or time is another one."""
+    return [
+        name
+        for name, (_, stat) in found.items()
+        if name not in known or (known[name].size, known[name].modified) != (stat.st_size, stat.st_mtime_ns)
+    ]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a file's reading, or its end, changes; `state` None: it is forgotten."""
+
+    name: str
+    state: FileState | None
+    good: Sequence[Document]
+    deleted: Sequence[str]
+
+
+class Follower:
+    """Brings a library up to date with files; `known` is what was read of them, and is kept up to date too."""
+
+    def __init__(
+        self, library: Library, known: dict[str, FileState], reporter: Reporter, say: Say, namespace: str = DEFAULT
+    ):
+        self.library, self.known, self.reporter, self.say = library, known, reporter, say
+        self.namespace = namespace
+        self._changes: list[Change] = []  # that are not written yet
+        self.root: str | None = None  # of the folder in whose name the library itself keeps `known`
+
+    def forget(self, names: Iterable[str]) -> int:
+        """Delete what files held; how many files."""
+        gone = list(names)
+        for name in gone:
+            self._queue(name, None, deleted=self.known[name].ids(name))
+        self._flush()
+        return len(gone)
+
+    def read(self, names: Sequence[str], found: Found) -> int:
+        """Read files that changed; how many had another content."""
+        num_read = 0
+        total = sum(found[name][1].st_size for name in names)
+        with self.reporter.progress("reading documents", total, "bytes") as meter:
+            for name in names:
+                path, stat = found[name]
+                old, now = self.known.get(name), _hashed(path, stat)
+                if now.aside:
+                    self._queue(name, now, deleted=[] if old is None else old.ids(name))
+                    self.say(*now.aside[0])
+                elif old is not None and old.sha256 == now.sha256:
+                    self._queue(name, replace(old, size=now.size, modified=now.modified))
+                else:
+                    self._read_file(name, path, now)
+                    num_read += 1
+                meter.advance(stat.st_size)
+            self._flush()
+        return num_read
+
+    def _read_file(self, name: str, path: Path, now: FileState) -> None:
+        """In batches; until the last is written, what is kept says that the file is to be read again."""
+        old = self.known.get(name)
+        pending = [] if old is None else old.ids(name)  # deleted with the first batch: the file is never missing
+        state, aside = UNREAD, list[SetAside]()
+        rows = Reader(max_document_bytes=MAX_DOCUMENT_BYTES).read([path])
+        batches = in_batches(rows, BATCH_CHARACTERS, BATCH_DOCUMENTS)
+        batch: list[Document | SetAside] | None = next(batches, [])
+        while batch is not None:
+            good = _usable(batch, name, aside)
+            batch = next(batches, None)
+            places = [int(row.id.rpartition(":")[2]) for row in good if row.path is None]
+            kept = [[one.source[: 1 << 12], one.reason[: 1 << 12]] for one in aside[:MOST_ASIDE]]
+            last = max(places, default=0) or state.last_row
+            state = replace(
+                state, last_row=last, num_aside=len(aside), aside=kept, documents=state.documents + len(good)
+            )
+            if batch is None:
+                state = replace(state, size=now.size, modified=now.modified, sha256=now.sha256)
+            self._queue(name, state, good, pending)
+            pending = []
+        for one in aside[:MOST_ASIDE]:
+            self.say(one.source, one.reason)
+
+    def _queue(
+        self, name: str, state: FileState | None, good: Sequence[Document] = (), deleted: Sequence[str] = ()
+    ) -> None:
+        """Documents, deletions and what is known of a file then: written with those of other files, a disk's fsync for all."""
+        self._changes.append(Change(name, state, good, deleted))
+        size = sum(len(document.text) for change in self._changes for document in change.good)
+        if len(self._changes) >= BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Who is stopped here knows of all that may be there."""
+        changes, self._changes = self._changes, []
+        good = [document for change in changes for document in change.good]
+        deleted = [identifier for change in changes for identifier in change.deleted]
+        if good or deleted or (changes and self.root is not None):
+            for change in changes:
+                old = self.known.get(change.name)
+                rows = max((one.last_row or 0 for one in (old, change.state) if one is not None), default=0)
+                self.known[change.name] = replace(UNREAD, last_row=rows or None)
+            batch = self.library.chunker.prepare(good) if good else None
+            self.library.write(self.namespace, batch, deleted, partial(self._keep, changes))
+        for change in changes:
+            if change.state is None:
+                del self.known[change.name]
+            else:
+                self.known[change.name] = change.state
+
+    def _keep(self, changes: Sequence[Change], connection: apsw.Connection) -> None:
+        """In the library, where it keeps them itself."""
+        if self.root is None:
+            return
+        for change in changes:
+            values = None if change.state is None else asdict(change.state)
+            extension.keep_state(connection, self.root, self.namespace, change.name, values)
+
+
+def _usable(batch: Sequence[Document | SetAside], name: str, aside: list[SetAside]) -> list[Document]:
+    """The documents of a batch under their names; the rest goes to `aside`."""
+    good = []
+    for row in batch:
+        if isinstance(row, SetAside):
+            aside.append(row)
+            continue
+        try:
+            check_document(named := _named(row, name))
+            good.append(named)
+        except UsageError as error:
+            aside.append(SetAside(row.source, f"{error.what}: {error.why}"))
+    return good
+
+
+def _named(document: Document, name: str) -> Document:
+    """With an id that only this place in the files has: a file's, or a row's in it."""
+    if document.path is not None:
+        return replace(document, id=name)
+    title = document.title or ("" if document.id == document.source else document.id)
+    return replace(document, id=f"{name}:{document.source.rpartition(':')[2]}", title=title)
+
+
+def _hashed(path: Path, stat: os.stat_result) -> FileState:
+    """A file before it is read; set aside, and looked at again the next time, where it cannot be."""
+    try:
+        return FileState(size=stat.st_size, modified=_trusted(stat), sha256=files.sha256_file(path))
+    except (OSError, StoreError) as error:
+        reason = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
+        return replace(UNREAD, size=stat.st_size, num_aside=1, aside=[[shown(path), reason]])
+
+
+def _trusted(stat: os.stat_result) -> int:
+    """The time by which a file is known to be unchanged; 0 where it changed just now."""
+    return stat.st_mtime_ns if stat.st_mtime_ns < time.time_ns() - FRESH_NS else 0
+
+
+def sync(library: Library, folder: str | Path, namespace: str = DEFAULT, reporter: Reporter | None = None) -> Synced:
+    """Make a namespace hold what a folder's files hold now, beside what else is in it.
+
+    Raises MissingInputError for a folder that has vanished, or lost all of its files: that is no wish to delete them.
+    """
+    follower, root = _follower(library, folder, namespace, reporter or Reporter("quiet"))
+    known = follower.known
+    if not os.path.isdir(folder):
+        kept = f"; what was read of it stays: {len(known):,} files" if known else ""
+        raise MissingInputError(f"{shown(folder)} is no folder", f"a folder is followed{kept}", _wanted(known))
+    found, faults = look([folder], library.folder.resolve().parent, follower.say)
+    if known and not found:
+        raise MissingInputError(
+            f"{shown(folder)} holds no file of a kind that is read",
+            f"it held {len(known):,}: they are not taken for deleted (is it mounted?)",
+            _wanted(known),
+        )
+    _check_alone(library, root, namespace)
+    library.file.extend()
+    gone = [name for name in known if name not in found and not _is_under(name, faults)]
+    num_removed = follower.forget(gone)
+    num_read = follower.read(changed(known, found), found)
+    return Synced.of(known.values(), num_read, num_removed)
+
+
+def forget(library: Library, folder: str | Path, namespace: str = DEFAULT) -> int:
+    """Delete what was read of a folder, and follow it no more; the number of files."""
+    follower, _ = _follower(library, folder, namespace, Reporter("quiet"))
+    if not follower.known:
+        raise MissingInputError(
+            f"{shown(folder)} is not followed", f"by {library.folder}", "retro docs sync follows it"
+        )
+    return follower.forget(list(follower.known))
+
+
+def _follower(library: Library, folder: str | Path, namespace: str, reporter: Reporter) -> tuple[Follower, str]:
+    """With what the library knows of a folder."""
+    check_namespace(namespace)
+    root, path = file_id(Path(folder), library.folder.resolve().parent), library.file.path
+    known: dict[str, FileState] = {}
+    if library.file.is_extended:
+        with library.file.reader() as connection:
+            rows = extension.states(connection, path, root, namespace)
+        try:
+            known = {name: state_of(values, name) for name, values in rows.items()}
+        except ValueError as error:
+            raise StoreError(f"{path} is damaged", str(error), "restore it from a copy") from error
+    follower = Follower(
+        library, known, reporter, lambda source, why: reporter.say(f"set aside: {source}: {why}"), namespace
+    )
+    follower.root = root
+    return follower, root
+
+
+def _wanted(known: Mapping[str, FileState]) -> str:
+    return "bring it back, or retro docs sync LIBRARY DIR --forget" if known else "name a folder"
+
+
+def _check_alone(library: Library, root: str, namespace: str) -> None:
+    """Raises UsageError for a folder within a followed one, or around it: each would delete what the other reads."""
+    if not library.file.is_extended:
+        return
+    with library.file.reader() as connection:
+        for other in extension.roots(connection, namespace):
+            if other != root and (_is_under(other, [root]) or _is_under(root, [other])):
+                raise UsageError(
+                    f"{root} cannot be followed", f"{other} is, and holds the same files", "follow one of them"
+                )
+
+
+def _is_under(name: str, folders: Iterable[str]) -> bool:
+    return any(name == folder or folder == "." or name.startswith(f"{folder.rstrip('/')}/") for folder in folders)
