@@ -310,7 +310,8 @@ class Library:
                 self.file.typed([entry], str, str, int, int, int)
                 self.file.check(key, crc, tokens, checksum(namespace, *entry[:2]))
                 self.file.check_sizes(key, len(self.file.token_ids(key, tokens)), length, *entry[2:])
-                found.append(Entry(*entry, metadata=self._metadata(connection, row)))
+                entry.append(self._metadata(connection, row))
+                found.append(Entry(*entry))
         return found
 
     def statistics(self) -> dict[str, Any]:
