@@ -40,7 +40,7 @@ from retro_engine.train.loop import train
 
 Say = Callable[[str], None]
 codes.MIN_CHUNKS = 8  # so that Faiss writes a file as well
-loop.peak_flops = lambda device: 1e12  # every process would measure it for seconds
+loop.peak_flops = lambda device, dtype: 1e12  # every process would measure it for seconds
 
 
 @dataclass(frozen=True)
