@@ -132,10 +132,15 @@ def dense(snapshot: Snapshot, vector_Z: np.ndarray, k: int) -> Ranking:
 
 
 def without_overlaps(snapshot: Snapshot, ranking: Ranking, reach: int) -> Ranking:
-    """Without chunks that share tokens with better ones: those fewer than `reach` chunks away in one document."""
+    """Without chunks that share tokens with better ones: those fewer than `reach` chunks away in one document. What is
+    found in a document's last chunk is read from the one before it.
+    """
     if not ranking:
         return []
     places = np.array([snapshot[view].document(chunk) for view, chunk, _ in ranking], np.int64)
     documents, chunks = places.T[:, None]
-    kept = drop_overlaps(documents.copy(), chunks.copy(), np.zeros(chunks.shape, bool), reach)[0]
-    return [ranking[place] for place in kept.tolist() if place >= 0]
+    is_last = np.array([snapshot[view].is_last(chunk) for view, chunk, _ in ranking])[None] & (chunks > 0)
+    moved = chunks.copy()
+    kept = drop_overlaps(documents.copy(), moved, is_last, reach)[0]
+    by = (moved - chunks)[0].tolist()
+    return [(ranking[i][0], ranking[i][1] + by[i], ranking[i][2]) for i in kept.tolist() if i >= 0]

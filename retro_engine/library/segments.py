@@ -172,6 +172,11 @@ class View:
         place = bisect_right(self.part.starts, chunk) - 1
         return int(self.part.keys[place]), chunk - int(self.part.starts[place])
 
+    def is_last(self, chunk: int) -> bool:
+        """Whether its document ends with it."""
+        starts = self.part.starts
+        return int(starts[bisect_right(starts, chunk)]) == chunk + 1
+
     def without(self, keys: Sequence[int]) -> "View":
         """The view after some documents died, wherever they were."""
         ranges = []

@@ -116,8 +116,8 @@ def drop_overlaps(documents_QC, chunks_QC, is_last_QC, reach):  # type: ignore[n
     """[Q, C] the places of the candidates that stay, best first, then -1: of two in one document that are fewer than
     `reach` chunks apart the better, because as a neighbor it brings what follows it. Documents below 0 are no candidates.
 
-    Where the better one is its document's last chunk, nothing follows it: it moves one back (in `chunks_QC`), so that
-    both are read. `is_last_QC` says which are.
+    Nothing follows a document's last chunk, which may be a few tokens: it moves one back (in `chunks_QC`), so that as
+    much is read as of others, unless another one that stays is read there. `is_last_QC` says which are, of more than one.
     """
     kept = np.full(documents_QC.shape, -1, np.int64)
     for query in range(documents_QC.shape[0]):
@@ -126,21 +126,23 @@ def drop_overlaps(documents_QC, chunks_QC, is_last_QC, reach):  # type: ignore[n
             document, chunk = documents_QC[query, place], chunks_QC[query, place]
             if document < 0:
                 continue
-            beside = -1
+            is_free = True
             for other in kept[query, :count]:
                 if documents_QC[query, other] == document and abs(chunks_QC[query, other] - chunk) < reach:
-                    beside = other
+                    is_free = False
                     break
-            if beside < 0:
+            if is_free:
                 kept[query, count] = place
                 count += 1
+        for place in kept[query, :count]:
+            if not is_last_QC[query, place]:
                 continue
-            if is_last_QC[query, beside] and chunk == chunks_QC[query, beside] - 1:
-                is_free = True
-                for other in kept[query, :count]:
-                    if documents_QC[query, other] == document and chunks_QC[query, other] == chunk - 1:
-                        is_free = False
-                if is_free:
-                    chunks_QC[query, beside] = chunk
-                    is_last_QC[query, beside] = False
+            document, chunk = documents_QC[query, place], chunks_QC[query, place] - 1
+            is_free = True
+            for other in kept[query, :count]:
+                is_near = documents_QC[query, other] == document and abs(chunks_QC[query, other] - chunk) < reach
+                if other != place and is_near:
+                    is_free = False
+            if is_free:
+                chunks_QC[query, place] = chunk
     return kept

@@ -217,11 +217,14 @@ class Retriever:
         return best_over_stores(weighted, self.starts, k)
 
     def _without_overlaps(self, ids: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of hits beside each other in one document the better; what is dropped leaves -1 at the end."""
+        """Of hits beside each other in one document the better, and a document's last chunk with the one before it; what is
+        dropped leaves -1 at the end.
+        """
         rows = np.maximum(ids, 0)
         documents = np.where(ids >= 0, self._row_documents[rows], -1)
         following = self._row_documents[np.minimum(rows + 1, self.starts[-1] - 1)]
         is_last = (following != documents) | (rows + 1 == self.starts[-1])
+        is_last &= (rows > 0) & (self._row_documents[np.maximum(rows - 1, 0)] == documents)
         kept = drop_overlaps(documents, rows, is_last, 2)  # rows of one document count as its chunks do
         place, is_kept = np.maximum(kept, 0), kept >= 0
         ids = np.where(is_kept, np.take_along_axis(rows, place, 1), -1)

@@ -19,14 +19,14 @@ def test_fusion() -> None:
 
 
 DOCUMENTS = np.array([0, 0, 0, 0, 1, 1, 2])
-LAST = np.array([False, False, False, True, False, True, True])
+LAST = np.array([False, False, False, True, False, True, False])  # of more than one
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         ((2, 1, 4, 5, 3), [2, 4]),  # the better one stays: its continuation is shown
-        ((3, 4, 6), [3, 4, 6]),  # other documents do not overlap
+        ((3, 4, 6), [2, 4, 6]),  # other documents do not overlap; nothing follows 3: it is read with what is before it
         ((5, 4, 0), [4, 0]),  # nothing follows a document's last chunk: it moves one back
         ((3, 1, 2), [3, 1]),  # but not onto another neighbor
         ((6, 3, 0, 2, 1), [6, 2, 0]),
