@@ -14,7 +14,7 @@ from retro_engine.memory.mixture import Mixture, class_of
 from retro_engine.memory.ngram_memory import NgramMemory, Part
 from retro_engine.memory.suffix_order import LONGEST, find
 
-SEEN = 1 << 12  # places of a suffix whose next tokens are counted; of more as many, evenly spread in their order
+SEEN = 1 << 10  # places of a suffix whose next tokens are counted; of more as many, evenly spread in their order
 LEAST_WEIGHT = 1 / 512  # a suffix that would give less of the whole probability is passed over
 TINY = torch.finfo(torch.float32).tiny
 
