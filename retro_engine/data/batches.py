@@ -194,19 +194,18 @@ class Stream(ABC):
 
         Raises StopIteration past the end, which `num_sequences` says beforehand.
         """
-        rows: list[np.ndarray] = []
-        position, number = index * size, 0
-        while len(rows) < size:
-            length = self.epoch_length(order, number)
-            if position < length:
-                rows.append(self.epoch(order, number)[position])
-                position += 1
-            elif order.is_cyclic:
-                position -= length
-                number += 1
-            else:
+        numbers = range(index * size, (index + 1) * size)
+        return self.batch(np.stack([self.sequence(number, order) for number in numbers]), mode)
+
+    def sequence(self, position: int, order: Order) -> np.ndarray:
+        """Sequence `position` of the endless stream of epochs, or of one: its rows. Raises StopIteration past the end."""
+        number = 0
+        while position >= (length := self.epoch_length(order, number)):
+            if not order.is_cyclic:
                 raise StopIteration
-        return self.batch(np.stack(rows), mode)
+            position -= length
+            number += 1
+        return self.epoch(order, number)[position]
 
     def batch_rows(self, size: int, limit: int | None = None) -> list[np.ndarray]:
         """The sequences in order, `size` at a time; with `limit`, that many batches spread evenly over them."""
