@@ -238,6 +238,8 @@ class OptimConfig:
 @dataclass(kw_only=True)
 class DataConfig:
     store: str | None = None  # folder of the chunk store to train on
+    # several stores by weight, [.5,A,.5,B]: the share of the sequences that each gives; `store` is the first of them
+    blend: list[str] | None = None
     neighbors: str | None = None  # table: a name under STORE/neighbors/ or a folder; None = the only one
     valid_store: str | None = None  # store to validate on; None = the validation share of `store`
     valid_neighbors: str | None = None  # the table of valid_store, as `neighbors` is of `store`

@@ -71,9 +71,14 @@ def _map_store(config: "Config", say: Say) -> None:
     key = "model.data.data_prefix"
     has_weights = bool(prefix) and len(prefix) % 2 == 0 and all(map(_is_number, prefix[::2]))
     paths = prefix[1::2] if has_weights else prefix
+    if len(paths) > 1 and not has_weights:
+        raise _refuse(key, prefix, "several stores need weights", "[.5,A,.5,B]")
     if len(paths) > 1:
-        raise _refuse(key, prefix, "one store is trained on", "retro prepare takes many files")
-    if has_weights:
+        if data.blend is not None and data.blend != prefix:
+            raise _refuse(key, prefix, f"it names stores, and so does model.data.blend={data.blend}", "name them once")
+        say(f"{key} is model.data.blend={prefix} here")
+        data.blend, paths = prefix, []
+    elif has_weights:
         say(f"{key}: the weight {prefix[0]} means nothing: there is one store")
     for name, path in ((key, paths[0] if paths else None), ("model.retro.retro_project_dir", retro.retro_project_dir)):
         if path is None:

@@ -19,6 +19,7 @@ from retro_engine.data.loader import NeighborLoader
 from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
+from retro_engine.jit import numba
 
 SPLIT_SEED = 20260101  # of the order in which documents are dealt to train, validation and test
 MODES = ("on", "off", "random", "one_right")
@@ -90,23 +91,33 @@ def pack(first_rows: np.ndarray, num_rows: np.ndarray, rows_per_sequence: int) -
     rest = num_rows % L
     has_rest = np.flatnonzero(rest)
     order = has_rest[np.argsort(-rest[has_rest], kind="stable")]
-    bins: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(L + 1)]  # room left -> bins
-    for piece in order:
-        size = int(rest[piece])
-        room = next((room for room in range(size, L + 1) if by_room[room]), None)
-        if room is None:
-            bins.append([])
-            number, room = len(bins) - 1, L
-        else:
-            number = by_room[room].pop()
-        first = int(first_rows[piece] + whole[piece] * L)
-        bins[number] += range(first, first + size)
-        by_room[room - size].append(number)
-    packed = np.full((len(bins), L), -1, np.int64)
-    for number, rows in enumerate(bins):
-        packed[number, : len(rows)] = rows
+    packed = _best_fit(first_rows[order] + whole[order] * L, rest[order], L)
     return np.concatenate((full, packed))
+
+
+@numba.njit(nogil=True, cache=True)
+def _best_fit(firsts, sizes, L):  # type: ignore[no-untyped-def]
+    """Each piece into the bin that has least room for it, of those the last one; else into a new one: [bins, L] rows."""
+    bins, places = np.empty(len(sizes), np.int64), np.empty(len(sizes), np.int64)
+    newest = np.full(L + 1, -1, np.int64)  # by the room that is left: the bin that came there last
+    before = np.empty(len(sizes), np.int64)  # and the one before it
+    used = 0
+    for piece in range(len(sizes)):
+        size, room = sizes[piece], sizes[piece]
+        while room <= L and newest[room] < 0:
+            room += 1
+        if room > L:
+            number, room, used = used, L, used + 1
+        else:
+            number = newest[room]
+            newest[room] = before[number]
+        bins[piece], places[piece] = number, L - room
+        before[number], newest[room - size] = newest[room - size], number
+    packed = np.full((used, L), -1, np.int64)
+    for piece in range(len(sizes)):
+        for row in range(sizes[piece]):
+            packed[bins[piece], places[piece] + row] = firsts[piece] + row
+    return packed
 
 
 def pack_in_order(first_rows: np.ndarray, num_rows: np.ndarray, rows_per_sequence: int) -> np.ndarray:
@@ -194,19 +205,18 @@ class Stream(ABC):
 
         Raises StopIteration past the end, which `num_sequences` says beforehand.
         """
-        rows: list[np.ndarray] = []
-        position, number = index * size, 0
-        while len(rows) < size:
-            length = self.epoch_length(order, number)
-            if position < length:
-                rows.append(self.epoch(order, number)[position])
-                position += 1
-            elif order.is_cyclic:
-                position -= length
-                number += 1
-            else:
+        numbers = range(index * size, (index + 1) * size)
+        return self.batch(np.stack([self.sequence(number, order) for number in numbers]), mode)
+
+    def sequence(self, position: int, order: Order) -> np.ndarray:
+        """Sequence `position` of the endless stream of epochs, or of one: its rows. Raises StopIteration past the end."""
+        number = 0
+        while position >= (length := self.epoch_length(order, number)):
+            if not order.is_cyclic:
                 raise StopIteration
-        return self.batch(np.stack(rows), mode)
+            position -= length
+            number += 1
+        return self.epoch(order, number)[position]
 
     def batch_rows(self, size: int, limit: int | None = None) -> list[np.ndarray]:
         """The sequences in order, `size` at a time; with `limit`, that many batches spread evenly over them."""

@@ -72,20 +72,26 @@ class StoreWriter:
         tokens = np.empty(len(ids) + 1, np.int64)
         tokens[:-1] = ids
         tokens[-1] = self.tokenizer.eod_id
+        names, num_bytes = (document.id, document.title), len(document.text.encode())
+        self.add_tokens(names, tokens, num_bytes, content_mark(document.text), document.source)
+
+    def add_tokens(
+        self, names: tuple[str, str], tokens: np.ndarray, num_bytes: int, contents: int, source: str = ""
+    ) -> None:
+        """Append a document by its id and title, its tokens with the end, bytes of text, and mark of what it says."""
         if tokens.max() >= self.tokenizer.vocab_size or tokens.min() < 0:
             raise StoreError(
-                f"{document.source}: token id {tokens.max()} is outside the vocabulary",
+                f"{source or names[0]}: token id {tokens.max()} is outside the vocabulary",
                 f"it has {self.tokenizer.vocab_size} entries",
             )
         m = self.chunk_size
         num_rows = -(-len(tokens) // m)
-        num_bytes = len(document.text.encode())
         rows = np.full((num_rows, m), self.tokenizer.pad_id, self.tokenizer.dtype)
         rows.reshape(-1)[: len(tokens)] = tokens
         lengths = np.full(num_rows, m, np.uint16)
         lengths[-1] = len(tokens) - m * (num_rows - 1)
-        self._names += _as_json([document.id, document.title]).encode()
-        self._contents.append(content_mark(document.text))
+        self._names += _as_json(list(names)).encode()
+        self._contents.append(contents)
         self._documents.append((self._num_rows, len(tokens), num_bytes, len(self._names)))
         self._tokens.append(rows)
         self._lengths.append(lengths)

@@ -209,7 +209,7 @@ class VectorIndex:
         return open_embedder(self.vectors.embedding, self.model).texts(texts, self.store)
 
     def verify(self) -> None:
-        """Compare every file with the manifests (opening has done so too)."""
+        """Compare every file with the manifests (opening has done so with the index's own, which Faiss reads unseen)."""
         files.verify_files(self.folder, self.manifest["files"])
         files.verify_files(self.vectors.folder, self.vectors.manifest["files"])
 

@@ -56,7 +56,18 @@ def do_fit(terms: np.ndarray, starts: np.ndarray, chunks: np.ndarray, values: np
         and bool((np.diff(starts) >= 0).all())
         and bool((terms[1:] > terms[:-1]).all())
         and (not len(chunks) or (int(chunks.min()) >= 0 and int(chunks.max()) < num_chunks))
+        and bool(_ascend(starts, chunks))
     )
+
+
+@numba.njit(nogil=True, cache=True)
+def _ascend(starts, chunks):  # type: ignore[no-untyped-def]
+    """Whether each term's chunks do: a search goes through them once, window by window."""
+    for term in range(len(starts) - 1):
+        for entry in range(starts[term] + 1, starts[term + 1]):
+            if chunks[entry] <= chunks[entry - 1]:
+                return False
+    return True
 
 
 def joined(parts: Sequence[Postings], numbers: Sequence[np.ndarray]) -> Postings:

@@ -21,7 +21,7 @@ from retro_engine.retrieval import bm25
 from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.executor import Executor
-from retro_engine.retrieval.hit import Counts, Found, Hit, drop_overlaps, fuse
+from retro_engine.retrieval.hit import RANK_OFFSET, Counts, Found, Hit, drop_overlaps
 from retro_engine.retrieval.index import VectorIndex
 from retro_engine.retrieval.index_build import build_index
 from retro_engine.retrieval.left_out import LeftOut
@@ -183,7 +183,7 @@ class Retriever:
                 queries, pairs = vectors(half), zip(self._dense(half), exclude)
                 each = [index.search_vectors(queries, depth, without) for index, without in pairs]
             found.append(self._over_stores(each, depth))
-        ids, scores = found[0] if len(found) == 1 else _fused(found, self.building.fusion, k * self._span)
+        ids, scores = found[0] if len(found) == 1 else fused(found, self.building.fusion, k * self._span)
         if self.merge_overlaps:
             ids, scores = self._without_overlaps(ids, scores)
         return ids[:, :k], scores[:, :k]
@@ -349,15 +349,26 @@ def best_over_stores(
     return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
 
 
-def _fused(
+def fused(
     found: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[float], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of several retrievers' results by `fuse`; ties keep the lower id."""
-    num_queries = len(found[0][0])
-    out_ids = np.full((num_queries, k), -1, np.int64)
-    out_scores = np.zeros((num_queries, k), np.float32)
-    for query in range(num_queries):
-        best = fuse([ids[query][ids[query] >= 0].tolist() for ids, _ in found], weights)[:k]
-        if best:
-            out_ids[query, : len(best)], out_scores[query, : len(best)] = zip(*best)
+    """The k best of several retrievers' results, as `fuse` joins them for one query; ties keep the lower id."""
+    parts = [(ids, weight) for (ids, _), weight in zip(found, weights) if weight]
+    ids = np.concatenate([ids for ids, _ in parts], 1)
+    ranks = np.concatenate([np.cumsum(ids >= 0, axis=1) for ids, _ in parts], 1)
+    worth = np.repeat([weight for _, weight in parts], [ids.shape[1] for ids, _ in parts]) / (RANK_OFFSET + ranks)
+    is_found = ids >= 0
+    queries = np.nonzero(is_found)[0]
+    most = int(ids.max(initial=0)) + 1
+    keys, places = np.unique(queries * most + ids[is_found], return_inverse=True)
+    scores = np.bincount(places, worth[is_found], len(keys))
+    queries, chunks = keys // most, keys % most
+    order = np.lexsort((chunks, -scores, queries))
+    queries, chunks, scores = queries[order], chunks[order], scores[order]
+    ranks = np.arange(len(queries)) - np.searchsorted(queries, queries)
+    kept = ranks < k
+    out_ids = np.full((len(ids), k), -1, np.int64)
+    out_scores = np.zeros((len(ids), k), np.float32)
+    out_ids[queries[kept], ranks[kept]] = chunks[kept]
+    out_scores[queries[kept], ranks[kept]] = scores[kept]
     return out_ids, out_scores

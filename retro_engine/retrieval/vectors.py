@@ -149,7 +149,7 @@ def _publish_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 class Vectors:
-    """The published vectors of a store, memory-mapped."""
+    """The published vectors of a store, memory-mapped; a file's hash is compared when it is first read."""
 
     def __init__(self, folder: Path, store: Store | None = None):
         """Raises MissingInputError, or StoreError for damaged vectors and those of another store."""
@@ -162,10 +162,9 @@ class Vectors:
         if store is not None:
             do = f"rm -r {folder}, then build them again"
             store.check_mark(self.manifest["store"], f"{folder} has vectors of store", do)
-        files.verify_files(folder, self.manifest["files"])
-        self._shards = [
-            files.map_npy(files.child(folder, name), self.embedding.dtype, 2) for name in sorted(self.manifest["files"])
-        ]
+        self._names = sorted(self.manifest["files"])
+        self._shards = [files.map_npy(files.child(folder, name), self.embedding.dtype, 2) for name in self._names]
+        self._is_checked = [False] * len(self._shards)
         self.width = self.embedding.width
         self._starts = np.cumsum([0] + [len(shard) for shard in self._shards])
         self.num_rows = int(self._starts[-1])
@@ -184,8 +183,8 @@ class Vectors:
     def rows(self, first: int, last: int) -> np.ndarray:
         """[last - first, Z] f32."""
         parts = [
-            shard[max(first - start, 0) : max(last - start, 0)]
-            for shard, start in zip(self._shards, self._starts)
+            self._checked(number)[max(first - start, 0) : max(last - start, 0)]
+            for number, (shard, start) in enumerate(zip(self._shards, self._starts))
             if start < last and start + len(shard) > first
         ]
         return np.concatenate(parts).astype(np.float32) if parts else np.empty((0, self.width), np.float32)
@@ -198,8 +197,16 @@ class Vectors:
         out = np.empty((len(flat), self.width), np.float32)
         for number in np.unique(shard_of):
             places = order[shard_of[order] == number]
-            out[places] = self._shards[number][flat[places] - self._starts[number]]
+            out[places] = self._checked(number)[flat[places] - self._starts[number]]
         return out.reshape(*rows.shape, self.width)
+
+    def _checked(self, number: int) -> np.ndarray:
+        """One file's vectors. Raises StoreError where they are not those that the manifest names."""
+        if not self._is_checked[number]:
+            name = self._names[number]
+            files.verify_files(self.folder, {name: self.manifest["files"][name]})
+            self._is_checked[number] = True
+        return self._shards[number]
 
     def blocks(self, size: int = EXACT_BLOCK) -> Iterator[tuple[int, np.ndarray]]:
         """First row and vectors of every stretch of at most `size`."""
@@ -207,7 +214,7 @@ class Vectors:
             yield first, self.rows(first, min(first + size, self.num_rows))
 
     def verify(self) -> None:
-        """Compare every file with the manifest, and every value with what a vector can be (opening checks the first)."""
+        """Compare every file with the manifest, and every value with what a vector can be."""
         files.verify_files(self.folder, self.manifest["files"])
         for first, block in self.blocks():
             if not np.isfinite(block).all():

@@ -24,7 +24,7 @@ from retro_kernels.backend import backend
 
 from retro_engine.config import Config, ModelConfig, flat_keys, to_yaml
 from retro_engine.data import files
-from retro_engine.data.batches import SequenceBatch
+from retro_engine.data.batches import SequenceBatch, Stream
 from retro_engine.data.chat_files import read_chat_files
 from retro_engine.data.loader import has_native_loader
 from retro_engine.errors import GateError, RetroError, UsageError
@@ -81,7 +81,7 @@ def describe(config: Config, data: RunData) -> str:
     valid = len(data.valid.documents) if data.valid is not None else 0
     return (
         f"{count / 1e6:.2f} M parameters, {config.trainer.max_steps:,} steps; {len(data.train.documents):,} documents in "
-        f"{len(data.train.epoch(order_of(config), 0)):,} sequences of {model.encoder_seq_length} tokens an epoch, {valid:,} held out"
+        f"{data.train.epoch_length(order_of(config), 0):,} sequences of {model.encoder_seq_length} tokens an epoch, {valid:,} held out"
     )
 
 
@@ -210,6 +210,7 @@ class _Training:
             self.reporter.say(f"weights of {source}")
             if self.config.model.fit_cross_attention:
                 begin = time.perf_counter()
+                assert isinstance(self.data.train, Stream), "a blend is refused"
                 count = retrofit.fit(self.model.to(self.device), self.config.model, self.data.train, self.config.seed)
                 seconds = time.perf_counter() - begin
                 self.reporter.say(f"cross-attention fitted to {count:,} sequences in {seconds:.0f} s")
@@ -254,7 +255,7 @@ class _Training:
         config, trainer = self.config, self.config.trainer
         every, limit = trainer.val_check_interval, trainer.limit_val_batches
         if isinstance(every, float):
-            epoch = len(self.data.train.epoch(self.order, 0)) // sequences_per_step(config)
+            epoch = self.data.train.epoch_length(self.order, 0) // sequences_per_step(config)
             every = max(1, int(every * epoch))
         if isinstance(limit, float) and self.data.valid is not None:
             count = len(self.data.valid.batch_rows(config.model.micro_batch_size))

@@ -32,6 +32,8 @@ def with_absolute_paths(config: Config) -> Config:
         value = getattr(data, name)
         if value is not None and not (name in TABLES and os.sep not in value):
             setattr(data, name, os.path.abspath(value))
+    if data.blend is not None:
+        data.blend = [os.path.abspath(word) if number % 2 else word for number, word in enumerate(data.blend)]
     if manager.exp_dir is not None:
         manager.exp_dir = os.path.abspath(manager.exp_dir)
     return settled

@@ -5,6 +5,7 @@ A resumed run must have the same data (`RunData.fingerprints`) in the same order
 """
 
 from collections.abc import Callable, Collection, Iterable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from retro_engine.config import Config, LoraConfig, ModelConfig, load_config, named_keys
 from retro_engine.data.batches import Order, Sequences, describe_copies, split_documents
+from retro_engine.data.blend import Blend, read_blend
 from retro_engine.data.coding import Coding
 from retro_engine.data.neighbor_table import NeighborTable, find_table, table_name
 from retro_engine.data.question_groups import QuestionGroups
@@ -34,7 +36,7 @@ IN_FRONT = ("retrieval", "reading", "num_neighbors", "retrieved_length", "sink_i
 class RunData:
     """What is trained on and what is validated on, opened."""
 
-    train: Sequences | Questions
+    train: Sequences | Questions | Blend
     valid: Sequences | Questions | None
     store: Store
     fingerprints: dict[str, str]
@@ -49,6 +51,8 @@ def open_data(config: Config, say: Callable[[str], None] | None = None) -> RunDa
     Raises UsageError or StoreError for data that do not fit.
     """
     data = config.model.data
+    if data.blend is not None:
+        return _open_blend(config)
     if data.store is None:
         raise UsageError(
             "model.data.store is not set",
@@ -92,6 +96,53 @@ def _open_sequences(config: Config, store: Store) -> RunData:
         valid = Sequences.of_model(m, store, shares["valid"], table, trained)
     warning = describe_copies(valid, train) if valid is not None else None
     return RunData(train, valid, store, fingerprints=fingerprints, warning=warning, validation=validation)
+
+
+def _open_blend(config: Config) -> RunData:
+    """The stores of `model.data.blend`. What is held out is `valid_store`, or the first store's validation share."""
+    data = config.model.data
+    weights, paths = read_blend(data.blend or ())
+    _refuse_beside_blend(config, paths)
+    first, neighbors = paths[0], data.neighbors
+    opened: list[RunData] = []
+    for number, path in enumerate(paths):
+        own = deepcopy(config)
+        own.model.data.store, own.model.data.neighbors, own.model.data.blend = path, neighbors, None
+        store = _open_store(config, path)
+        if opened:
+            opened[0].store.coding.check(store.coding)
+        opened.append(_open_sequences(own, store))
+        if not number:
+            data.store, data.neighbors = first, own.model.data.neighbors
+            data.valid_neighbors = own.model.data.valid_neighbors
+    prints = dict(opened[0].fingerprints)
+    for number, other in enumerate(opened[1:], 2):
+        prints |= {f"{name} {number}": mark for name, mark in other.fingerprints.items() if name != "tokenizer"}
+    valid = opened[0].valid
+    streams = [part.train for part in opened if isinstance(part.train, Sequences)]
+    warnings = [describe_copies(valid, stream) for stream in streams] if isinstance(valid, Sequences) else []
+    warning = next((text for text in warnings if text is not None), None)
+    return RunData(Blend(streams, weights), valid, opened[0].store, prints, warning, opened[0].validation)
+
+
+def _refuse_beside_blend(config: Config, paths: list[str]) -> None:
+    """Raise UsageError for settings that a blend cannot have."""
+    data = config.model.data
+    for key, value, is_refused, why in (
+        (
+            "model.data.store",
+            data.store,
+            data.store not in (None, paths[0]),
+            "the stores are those of model.data.blend",
+        ),
+        ("model.data.questions", data.questions, data.questions is not None, "questions have one store"),
+        ("model.data.dataloader_type", "single", data.dataloader_type == "single", "a blend has no end"),
+        ("model.fit_cross_attention", True, config.model.fit_cross_attention, "it is fitted to one store's neighbors"),
+    ):
+        if is_refused:
+            raise UsageError(
+                f"{key}={value} cannot be used with model.data.blend", why, f"leave {key} or the blend out"
+            )
 
 
 def _open_store(config: Config, folder: str) -> Store:
@@ -173,6 +224,7 @@ def run_config(
     """
     done = {
         "init_from": None,
+        "data.blend": None,  # its first store is what is held out from
         "fit_cross_attention": False,
         "freeze_decoder": False,
         "unfreeze_step": None,
@@ -265,6 +317,7 @@ def open_evaluation(
     sequences = Sequences(
         store, documents, m.encoder_seq_length, data.train.table, model.num_neighbors, model.r, shares["train"]
     )
+    assert isinstance(data.train, Sequences), "a run is evaluated on one store"
     if share == "test" and (copies := describe_copies(sequences, data.train)) is not None:
         say(copies)
     return sequences
@@ -300,6 +353,7 @@ def stream_settings(config: Config) -> dict[str, Any]:
             {} if order.is_cyclic and order.is_shuffled else kept
         ),  # earlier versions had another order, and no such entry
         "neighbor_dropout": data.neighbor_dropout,
+        **({} if data.blend is None else {"blend": read_blend(data.blend)[0]}),
         **{key: getattr(data, key) for key in LATER if getattr(data, key)},  # earlier versions had no such entry
     }
 

@@ -139,7 +139,7 @@ def test_the_settings_that_a_run_wrote_are_read_without_a_note(tmp_path: Path) -
     ("model.activations_checkpoint_granularity=all", "one of None"),
     ("model.mup=true", "relative to base widths"),
     ("inference.repetition_penalty=0", "must be at least 1e-06"),
-    ("model.data.data_prefix=[a,b]", "one store is trained on"),
+    ("model.data.data_prefix=[a,b]", "several stores need weights"),
     ("model.shape_file=/nowhere.yaml", "does not exist"),
 ])  # fmt: skip
 def test_settings_of_many_processes_that_cannot_be_used(override: str, found: str) -> None:
@@ -176,6 +176,7 @@ def asked(*overrides: str) -> tuple[Config, list[str]]:
     ("trainer.devices=-1", "trainer.devices", -1),
     ("model.data.data_prefix=[store/a]", "model.data.store", "store/a"),
     ("model.data.data_prefix=[1.0,store/a]", "model.data.store", "store/a"),
+    ("model.data.data_prefix=[0.3,a,0.7,b]", "model.data.blend", ["0.3", "a", "0.7", "b"]),
 ])  # fmt: skip
 def test_nemos_spellings_of_values(override: str, key: str, value: object) -> None:
     config, notes = asked(override)
@@ -219,8 +220,7 @@ def test_a_share_and_a_count_are_told_apart(tmp_path: Path) -> None:
     (["trainer.devices=[1]"], "CUDA_VISIBLE_DEVICES=1 trainer.devices=1"),
     (["model.data.splits_string=98,2,0"], """'model.data.splits_string="98,2,0"'"""),
     (["model.optim.sched.name=WarmupAnnealing", "model.optim.sched.constant_steps=5"], "no constant steps"),
-    (["model.data.data_prefix=[0.3,a,0.7,b]"], "one store is trained on"),
-    (["model.data.data_prefix=[0.3,a,0.7,b]", "model.data.store=c"], "one store is trained on"),
+    (["model.data.data_prefix=[0.3,a,0.7,b]", "model.data.blend=[0.5,a,0.5,b]"], "so does model.data.blend"),
     (["model.data.data_prefix=[a]", "model.data.store=c"], "so does model.data.store=c"),
     (["model.data.data_prefix=[a]", "model.retro.retro_project_dir=b"], "so does model.data.store=a"),
 ])  # fmt: skip

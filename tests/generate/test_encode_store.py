@@ -73,7 +73,9 @@ def test_what_is_generated_is_the_same_and_nothing_is_encoded(
     retriever = Retriever([small_store])
     plain = Generator(model.model, model.tokenizer, retriever)
     quick = Generator(model.model, model.tokenizer, retriever, 0, encoded=opened(run, [small_store], tmp_path / "made"))
-    prompt = "Document doc3. winter copper stone"  # no two logits are within rounding: what is encoded alone sums otherwise
+    prompt = (
+        "Document doc3. winter copper stone"  # no two logits are within rounding: what is encoded alone sums otherwise
+    )
     assert quick.generate(prompt, 40).tokens == plain.generate(prompt, 40).tokens
     assert quick.encodings is not None and quick.encodings.stats.misses == 0 < quick.encodings.stats.hits
     assert quick.encodings.stats.nbytes == 0, "what is in a file is not kept twice"

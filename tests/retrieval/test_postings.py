@@ -46,6 +46,7 @@ def test_arrays_that_do_not_fit_are_seen() -> None:
         ("starts", np.array([0, 4, 3])),
         ("starts", np.array([1, 2, 3])),
         ("chunks", -p.chunks - 1),
+        ("chunks", 1 - p.chunks),  # of a term with two they descend
         ("values", p.values[1:]),
     ):
         assert not do_fit(**{**whole, name: bad}, num_chunks=2), (name, bad)

@@ -11,7 +11,8 @@ from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.retrieval.analyzer import Analyzer
-from retro_engine.retrieval.search import Building, Retriever, check_retriever, make_index
+from retro_engine.retrieval.hit import fuse
+from retro_engine.retrieval.search import Building, Retriever, check_retriever, fused, make_index
 
 
 def test_two_stores_score_as_one(tmp_path: Path) -> None:
@@ -102,3 +103,19 @@ def test_stores_whose_words_are_read_otherwise_are_not_searched_together(small_s
         Retriever([small_store, other])
     make_index(other, "bm25", Building(analyzer=Analyzer()))
     assert (Retriever([small_store, other]).search(["river"], 1)[0] >= 0).all()
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 2.0), (0.0, 1.0)])
+def test_many_queries_are_fused_as_each_alone(weights: tuple[float, float]) -> None:
+    """To the bit, with results that only one has, and missing ones."""
+    rng = np.random.default_rng(3)
+    found = []
+    for depth in (9, 14):
+        ids = np.array([rng.permutation(20)[:depth] for _ in range(30)])
+        ids[np.arange(depth) >= rng.integers(0, depth + 1, 30)[:, None]] = -1
+        found.append((ids, np.zeros(ids.shape, np.float32)))
+    ids, scores = fused(found, weights, 12)
+    for query in range(30):
+        expected = fuse([ranking[query][ranking[query] >= 0].tolist() for ranking, _ in found], weights)[:12]
+        assert ids[query].tolist() == [i for i, _ in expected] + [-1] * (12 - len(expected))
+        np.testing.assert_array_equal(scores[query, : len(expected)], np.array([s for _, s in expected], np.float32))

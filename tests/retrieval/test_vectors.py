@@ -57,8 +57,11 @@ def test_processes_write_the_same_bytes_and_a_lost_shard_is_built_again(
     raw[200] ^= 1
     path.unlink()
     path.write_bytes(raw)
-    with pytest.raises(StoreError, match=r"vectors-00001.npy is damaged"):
-        Vectors(folder, store)
+    vectors = Vectors(folder, store)
+    assert len(vectors.rows(0, 64)) == 64, "each file is compared when it is read"
+    for read in (lambda: vectors.rows(60, 70), lambda: vectors.take(np.array([3, 70])), vectors.verify):
+        with pytest.raises(StoreError, match=r"vectors-00001.npy is damaged"):
+            read()
     build_vectors(store, "hash", reporter=Reporter("text"))
     assert "vectors-00001.npy is damaged: it is built again" in capsys.readouterr().err
     assert content(folder) == whole

@@ -104,7 +104,13 @@ class AgainstADict(RuleBasedStateMachine):
             assert answer.status_code == 404
         else:
             title, text = self.known[identifier]
-            assert answer.json() == {"object": "document", "id": identifier, "title": title, "metadata": {}, "text": text}
+            assert answer.json() == {
+                "object": "document",
+                "id": identifier,
+                "title": title,
+                "metadata": {},
+                "text": text,
+            }
 
     @rule(word=st.sampled_from(["amber", "granite", "wörter", "thistle", "alert", "never"]))
     def search(self, word: str) -> None:

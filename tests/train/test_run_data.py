@@ -9,11 +9,11 @@ from training_helpers import settings
 from retro_engine.config import load_config
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
-from retro_engine.errors import StoreError
+from retro_engine.errors import StoreError, UsageError
 from retro_engine.model.weights import read_config
 from retro_engine.retrieval.neighbors import build_neighbors
 from retro_engine.train import checkpoint
-from retro_engine.train.run_data import open_data, open_evaluation, order_of, steps_of_data
+from retro_engine.train.run_data import open_data, open_evaluation, order_of, steps_of_data, stream_settings
 
 
 def test_evaluation_on_a_store_of_another_tokenizer_is_refused(small_store: Store, whole: Path, tmp_path: Path) -> None:
@@ -64,3 +64,36 @@ def test_the_number_of_steps_is_what_every_process_can_make(
         data.train.training_batch(last, 1, order_of(config))
     with pytest.raises(StopIteration):
         data.train.training_batch((steps + 1) * 2 * world - 1, 1, order_of(config))
+
+
+def test_a_blend_is_its_stores_with_their_neighbors(small_store: Store, tmp_path: Path) -> None:
+    """As NeMo writes it; batches are the same in a run that goes on; what does not fit is refused."""
+    source, tokenizer = write_corpus(tmp_path / "c.jsonl", 12, seed=9), str(small_store.folder)
+    other = prepare([source], tmp_path / "other", tokenizer, chunk_size=16)
+    build_neighbors(other, [other], "bm25", 4)
+    plain = [text for text in settings(small_store, tmp_path / "run") if not text.startswith("model.data.store=")]
+    blend = f"model.data.data_prefix=[.75,'{small_store.folder}',.25,'{other.folder}']"
+    config = load_config([*plain, blend])
+    data = open_data(config)
+    assert config.model.data.store == str(small_store.folder)
+    assert data.fingerprints["store 2"] == other.fingerprint and "neighbors 2" in data.fingerprints
+    assert stream_settings(config)["blend"] == [0.75, 0.25]
+    assert data.valid is not None and data.valid.store.fingerprint == small_store.fingerprint
+    batch = data.train.training_batch(5, 8, order_of(config))
+    from_other = (batch.document_ids[:, 0] >= small_store.num_documents).sum()
+    assert from_other == 2 and batch.lengths is not None and (batch.lengths > 0).any()
+    again = open_data(load_config([*plain, blend])).train.training_batch(5, 8, order_of(config))
+    assert (again.tokens == batch.tokens).all()
+
+    foreign = prepare([source], tmp_path / "foreign", vocab_size=300, chunk_size=16)
+    longer = prepare([source], tmp_path / "longer", tokenizer, chunk_size=32)
+    for store, more, kind, message in (
+        (foreign, [], StoreError, "has tokenizer"),
+        (longer, [], UsageError, "model.chunk_size=16 does not match"),
+        (other, ["model.data.dataloader_type=single"], UsageError, "a blend has no end"),
+        (other, [f"model.data.store='{other.folder}'"], UsageError, "the stores are those of"),
+        (other, ["model.data.questions=q.jsonl"], UsageError, "questions have one store"),
+    ):
+        given = f"model.data.blend=[.5,'{small_store.folder}',.5,'{store.folder}']"
+        with pytest.raises(kind, match=message):
+            open_data(load_config([*plain, given, *more]))
