@@ -8,6 +8,7 @@ little-endian. NAME.bin has the token ids. Types are u2 and i4; others are refus
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from retro_engine.errors import MissingInputError, StoreError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEAD = struct.Struct("<9sQBQQ")
-TYPES = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
+TYPES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 OTHERS = {1: "uint8", 2: "int8", 3: "int16", 5: "int64", 6: "float64", 7: "float32"}
 BATCH = 256  # documents decoded at once
 
