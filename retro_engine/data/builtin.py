@@ -160,9 +160,31 @@ _UNSEEN_WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 _UNSEEN_OPENINGS = ("Let us turn to {n}.", "This page is for {n}.")
+# Sentences of any words: what is left to go by is the name, what a value looks like, and a word that stands on both sides.
+_FREE_FRAMES: tuple[tuple[str, ...], tuple[str, ...]] = (
+    ("{a} {n} {b} {c} {v}.", "{n} {a} the {b} {v}.", "The {a} of {n} {b} {v}.", "{a} {b} {n} {c} the {d} {v}.", "{n} {a} {b} a {c} {v}.",
+     "In the {a} {b} {n} {c} {v}.", "When {a} {b} {n} {c} {v}.", "{a} that {n} {b} {c} {v}."),
+    ("{v} {a} {n}.", "{n} {a} {b} {v}.", "The {a} {b} {v} {c} {n}.", "{a} {v} {b} the {c} {n}.", "A {a} {v} {b} {n} {c}.",
+     "{n} {a} the {b} {v} {c}.", "{a} {b} {n} {v}.", "The {a} of {n} {b} {v}."),
+)  # fmt: skip
+_FREE_WORDS = """
+about above across after again air already always among animal another apple arm around arrive autumn back ball bank bird
+black boat body bread bridge bring brother burn camp chair choose circle clear clock close cloud cold corn corner count
+cross dance dark deep dream drink drop early earth east empty evening every fall far farm field fire floor flower fly forest
+forget friend full game gate glass gold grass green ground hand hard hear heart heavy hill hold horse hour ice iron island
+join jump keep kind lake lamp land late laugh leaf leave lift light line listen long lose low market milk mind mirror moment
+money moon morning mountain move music name narrow need night noise north ocean old orange outside paint park pass pay
+pencil picture piece place plain plan plant play point poor pull push quick quiet rain read red rest rich ring rise river
+rock roof room rope round run sail salt sand save school sea season seed send shadow shape share sharp shelf ship shoe short
+shout silver simple sing sister size skin sky sleep slow smoke snow soft song sound south space speak square star stay step
+stick stone stop storm story strange string strong sugar summer sun sweet swim table tall taste thick thin think thread tie
+touch tower town trade travel tree true until upon use view voice wait wake walk wall warm wash watch water wave west wheel
+white whole wide wild wine wing winter wish wood word work world yellow young
+""".split()  # noqa: SIM905 (a list would take as many lines); none is of the unseen wordings
 ATTRIBUTES = tuple(_WORDINGS)
-FACTS_PER_DOCUMENT = 6
-FACTS_PER_NOTE = 3
+FREE_SHARE = 0.3  # of a training person's facts
+FACTS_PER_DOCUMENT, FACTS_PER_NOTE = 6, 3
+UNSEEN_FACTS_PER_DOCUMENT, UNSEEN_FACTS_PER_NOTE = 4, 2
 MIN_DOC_CHARACTERS = 200  # a module with less is left out
 
 
@@ -177,10 +199,12 @@ class Entity:
     notes: tuple[str, ...]
 
 
-def make_entities(count: int, seed: int, is_unseen: bool = False) -> list[Entity]:
-    """`count` entities; the same for the same arguments. `is_unseen`: in wordings that are never used otherwise."""
+def make_entities(count: int, seed: int, is_unseen: bool = False, free_share: float = 0.0) -> list[Entity]:
+    """`count` entities; the same for the same arguments. `is_unseen`: in wordings that are never used otherwise, with as
+    many facts of their longer sentences as take the same room; `free_share` of the facts in sentences of any words.
+    """
     rng = random.Random(seed)
-    return [_entity(rng, is_unseen) for _ in range(count)]
+    return [_entity(rng, is_unseen, free_share) for _ in range(count)]
 
 
 def ask(name: str, attribute: str) -> str:
@@ -196,7 +220,8 @@ def write_facts(
     `is_unseen`: the held-out entities are told of in wordings that training never has.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    train, heldout = make_entities(num_train, seed), make_entities(num_heldout, seed + 1_000_003, is_unseen)
+    train = make_entities(num_train, seed, free_share=FREE_SHARE)
+    heldout = make_entities(num_heldout, seed + 1_000_003, is_unseen)
     paths = {name: folder / f"{name}.jsonl" for name in ("train", "heldout", "notes")}
     for name, entities in (("train", train), ("heldout", heldout)):
         rows = [
@@ -217,7 +242,7 @@ def entity_notes(entity: Entity, prefix: str) -> list[Document]:
     return [Document(f"{prefix}-{j}", entity.name, text, f"{prefix}-{j}") for j, text in enumerate(entity.notes)]
 
 
-def _entity(rng: random.Random, is_unseen: bool) -> Entity:
+def _entity(rng: random.Random, is_unseen: bool, free_share: float) -> Entity:
     wordings, openings = (_UNSEEN_WORDINGS, _UNSEEN_OPENINGS) if is_unseen else (_WORDINGS, _OPENINGS)
     name = f"{_word(rng, 2)} {_word(rng, 2)}"
     values = {
@@ -232,20 +257,35 @@ def _entity(rng: random.Random, is_unseen: bool) -> Entity:
         "licence": f"{rng.choice('ABCDEFGHKLM')}-{rng.randint(1000, 9999)}",
         "supper": f"{_word(rng, 2).lower()} {_word(rng, 2).lower()}",
     }
-    stated = rng.sample(ATTRIBUTES, FACTS_PER_DOCUMENT)
+    per_document, per_note = FACTS_PER_DOCUMENT, FACTS_PER_NOTE
+    if is_unseen:
+        per_document, per_note = UNSEEN_FACTS_PER_DOCUMENT, UNSEEN_FACTS_PER_NOTE
+    stated = rng.sample(ATTRIBUTES, per_document)
     document = rng.choice(openings).format(n=name)
     spans = []
+    told_as = {a: (rng.choice(wordings[a][0]), rng.choice(wordings[a][1])) for a in stated}
+    told_as |= {a: _free(rng) for a in stated if rng.random() < free_share}
     for attribute in stated:
-        before, after = rng.choice(wordings[attribute][0]).format(n=name, v="\0").split("\0")
+        before, after = told_as[attribute][0].format(n=name, v="\0").split("\0")
         start = len(document) + 1 + len(before)
         document += f" {before}{values[attribute]}{after}"
         spans.append((start, start + len(values[attribute])))
     told = rng.sample(stated, len(stated))
     notes = []
-    for first in range(0, len(told), FACTS_PER_NOTE):
-        part = told[first : first + FACTS_PER_NOTE]
-        notes.append(" ".join(rng.choice(wordings[a][1]).format(n=name, v=values[a]) for a in part))
+    for first in range(0, len(told), per_note):
+        part = told[first : first + per_note]
+        notes.append(" ".join(told_as[a][1].format(n=name, v=values[a]) for a in part))
     return Entity(name, values, document, tuple(spans), tuple(notes))
+
+
+def _free(rng: random.Random) -> tuple[str, str]:
+    """A document's sentence of any words and a note's, half of the time with a word of the one in the other."""
+    said, told = ([rng.choice(_FREE_WORDS) for _ in "abcd"] for _ in range(2))
+    if rng.random() < 0.5:
+        told[0] = said[rng.randrange(2)]
+    both = [rng.choice(frames) for frames in _FREE_FRAMES]
+    sentences = [frame.format(n="{n}", v="{v}", **dict(zip("abcd", words))) for frame, words in zip(both, (said, told))]
+    return sentences[0][0].upper() + sentences[0][1:], sentences[1][0].upper() + sentences[1][1:]
 
 
 def _word(rng: random.Random, syllables: int) -> str:

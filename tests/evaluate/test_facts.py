@@ -1,5 +1,7 @@
 """The facts measure: a model that reads its neighbors scores, one that cannot does not."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +75,34 @@ def test_the_generator(seed: int) -> None:
             assert sum(value in note for note in entity.notes) >= 1
         assert all(entity.name in note for note in entity.notes)
     assert len({entity.name for entity in entities}) == 50
+
+
+def test_sentences_of_any_words_are_no_unseen_wordings() -> None:
+    """Both sides of a fact are told freely, or none; what is held out is told in the wordings alone, in as much room."""
+    from retro_engine.data import builtin
+
+    def words(texts: Iterable[str]) -> set[str]:
+        return set(re.findall("[a-z]+", " ".join(texts).lower()))
+
+    def known(wordings: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> set[str]:
+        return words(text for both in wordings.values() for side in both for text in side)
+
+    unseen = known(builtin._UNSEEN_WORDINGS) | words(builtin._UNSEEN_OPENINGS)
+    assert not unseen & set(builtin._FREE_WORDS)
+    allowed = known(builtin._WORDINGS) | words(builtin._OPENINGS)
+    names = {word for e in builtin.make_entities(40, 3) for word in words([e.name, *e.values.values()])}
+    assert words(e.document for e in builtin.make_entities(40, 3)) <= allowed | names
+    free = builtin.make_entities(400, 3, free_share=0.5)
+    told_freely = []
+    for entity in free:
+        for begin, end in entity.spans:
+            value = entity.document[begin:end]
+            sentence = next(s for s in entity.document.split(".") if value in s)
+            note = next(s for n in entity.notes for s in n.split(".") if value in s)
+            is_free = [bool(words([s]) & set(builtin._FREE_WORDS) - allowed) for s in (sentence, note)]
+            told_freely.append(is_free[0] or is_free[1])
+    assert 0.4 < np.mean(told_freely) < 0.55
+    length = [
+        np.mean([len(e.document) for e in builtin.make_entities(200, 5, is_unseen)]) for is_unseen in (False, True)
+    ]
+    assert 0.7 < length[1] / length[0] < 0.85  # of characters; their words take more tokens, which were never seen
