@@ -182,7 +182,7 @@ touch tower town trade travel tree true until upon use view voice wait wake walk
 white whole wide wild wine wing winter wish wood word work world yellow young
 """.split()  # noqa: SIM905 (a list would take as many lines); none is of the unseen wordings
 ATTRIBUTES = tuple(_WORDINGS)
-FREE_SHARE = 0.3  # of a training person's facts
+FREE_SHARE = 0.2  # of a training person's facts
 FACTS_PER_DOCUMENT, FACTS_PER_NOTE = 6, 3
 UNSEEN_FACTS_PER_DOCUMENT, UNSEEN_FACTS_PER_NOTE = 4, 2
 MIN_DOC_CHARACTERS = 200  # a module with less is left out
