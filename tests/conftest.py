@@ -11,11 +11,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers import write_corpus
+from retro_kernels import products
 
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 
 torch.set_num_threads(1)
+products.use("blas")  # also for what lasts longer than a test
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,6 +26,12 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RETRO_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_library() -> None:
+    """Products of every test are those of one library: which one is faster is timed, and a busy machine may say either."""
+    products.use("blas")
 
 
 @pytest.fixture(scope="session")

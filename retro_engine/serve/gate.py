@@ -217,6 +217,10 @@ class Gate:
         if headers.get("origin") in self.origins:
             return None  # its key, or nobody
         token = cookie(scope, COOKIE)
+        if token and headers.get("content-type", "").lower().startswith("multipart/") and "origin" not in headers:
+            raise ApiError(
+                403, "a form of files says which page it is of (origin)", code="origin"
+            )  # any page sends forms
         return self.accounts.of_session(token) if token else None
 
 

@@ -1,10 +1,12 @@
 """One function decides where a model is; every command that runs one asks it and says what it said."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from retro_kernels import cpp
 from training_helpers import config
 
 from retro_engine.api import Retro
@@ -190,6 +192,9 @@ def test_kernels_that_the_environment_names_and_are_not_there_are_a_three_line_e
 ) -> None:
     """Where it is decided on what a command runs, so in all that compute."""
     monkeypatch.setenv(name, "x")
+    monkeypatch.setattr(
+        cpp, "instruction_set", functools.cache(cpp.instruction_set.__wrapped__)
+    )  # asked once a process
     with pytest.raises(UsageError, match=f"^{name}=x"):
         pick_device("cpu")
     assert main(["mup", "check"]) == 2
