@@ -31,7 +31,7 @@ def test_flags_of_building_that_cannot_be_used(work: Path, capsys: pytest.Captur
         assert run("neighbors", work / "store", "--name", f"no{number}", *flags) == code, flags
         assert capsys.readouterr().err.startswith("error: "), flags
     assert run("embed", work / "store", "--retriever", "bm25") == 2
-    assert run("neighbors", work / "store", "--name", "wide", "--k", "10000", "--quiet") == 0
+    assert run("neighbors", work / "store", "--name", "wide", "--k", "2000", "--quiet") == 0
 
 
 def test_what_is_encoded_is_read_by_itself(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
