@@ -15,6 +15,7 @@ from retro_engine.data.kept_stores import keep
 from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.retrieval.neighbors import build_neighbors
 
 SMALL = ["model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_attention_heads=2", "model.init=standard",
          "model.encoder_seq_length=64", "trainer.precision=32", "trainer.val_check_interval=100"]  # fmt: skip
@@ -92,7 +93,14 @@ def test_neighbors_from_another_temporary_store_are_kept_too(tmp_path: Path) -> 
     other = Corpus.from_files(tmp_path / "1.jsonl", chunk_size=16, tokenizer=str(mine.store.folder), quiet=True)
     data = mine.with_neighbors(Index.build(mine, other))
     kept = keep(data.store, data.table, tmp_path / "run")
+    assert keep(data.store, data.table, tmp_path / "run") == kept, "a run that goes on"
     ids = data.table.ids(np.arange(5), 3)
+    fewer = build_neighbors(data.store, data.table.databases, num_neighbors=3, name="fewer")
+    shutil.move(fewer.folder, tmp_path / "bm25")
+    shutil.rmtree(data.table.folder)
+    shutil.move(tmp_path / "bm25", data.table.folder)  # the same name for others
+    with pytest.raises(UsageError, match="holds other neighbors"):
+        keep(data.store, NeighborTable(data.table.folder, data.store), tmp_path / "run")
     del mine, other, data
     gc.collect()
     assert kept == (tmp_path / "run" / "store", tmp_path / "run" / "store" / "neighbors" / "bm25")

@@ -78,8 +78,10 @@ def _of_megatron(args: argparse.Namespace, out: Path) -> "Store":
         )
     if args.tokenizer == "auto":
         raise UsageError("--tokenizer is missing", ".idx files hold the ids of one", "name the one they were made with")
-    if args.vocab_size is not None or args.strict or args.errors != "strict" or args.text_key != "text":
-        raise UsageError("--vocab-size, --text-key, --errors and --strict cannot be used", ".idx files hold no text")
+    of_text = args.vocab_size is not None or args.strict or args.errors != "strict" or args.text_key != "text"
+    if of_text or args.format is not None or args.split != "auto":
+        names = "--vocab-size, --text-key, --errors, --strict, --format and --split"
+        raise UsageError(f"{names} cannot be used", ".idx files hold no text")
     return store_from_megatron(
         [Path(given) for given in args.inputs], out, Tokenizer.load(args.tokenizer, args.end_token), args.chunk_size
     )

@@ -304,6 +304,16 @@ class Sequences(Stream):
             start += database.num_rows
         return None
 
+    @property
+    def held_out(self) -> np.ndarray:
+        """Marks of what the store's documents say that are no neighbors; with a table."""
+        return self._held_out
+
+    def hold_out(self, contents: np.ndarray) -> None:
+        """Pass over, as neighbors, also what says one of these `contents`, wherever it is: other stores hold it out."""
+        self._held_out = np.union1d(self._held_out, contents)
+        self._is_allowed &= ~np.isin(self.store.contents, contents)
+
     def in_order(self) -> np.ndarray:
         """All sequences, [S, L] rows; every token of the documents is in exactly one."""
         return pack(self._first_rows, self._num_rows, self.rows_per_sequence)
@@ -377,7 +387,7 @@ class Sequences(Stream):
     def _may_read(self, ids: np.ndarray, readers: np.ndarray) -> np.ndarray:
         """Whether neighbors say something else than the readers' documents [..., 1], and nothing that is held out.
 
-        What is held out is known by its number in the store itself, by what it says elsewhere.
+        What is held out is known by its number in the store itself, by what it says elsewhere (`hold_out`).
         """
         assert self.table is not None
         own = np.broadcast_to(self.store.contents[self._row_documents[readers]], ids.shape)

@@ -8,7 +8,7 @@ PyTorch, so that a command can hash what it opens while PyTorch is loaded.
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,21 @@ def newest_checkpoint(path: str | Path) -> Path:
 
 
 def best_of(checkpoints: Sequence[Path]) -> Path:
-    """The one with the lowest validation loss; the last where none was measured, or the last is as good."""
-    return min(reversed(checkpoints), key=valid_loss)
+    """The one with the lowest validation loss, of those that were validated on what the newest one was that was validated
+    at all: losses on other data say nothing of each other. The last where none was measured, or the last is as good.
+    """
+    states = [read_trainer(checkpoint) for checkpoint in checkpoints]
+    measured = [state for state in states if state.get("valid_loss") is not None]
+    if not measured:
+        return checkpoints[-1]
+    mark = validated_on(measured[-1])
+    alike = [path for path, state in zip(checkpoints, states) if validated_on(state) == mark]
+    return min(reversed(alike), key=valid_loss)
+
+
+def validated_on(state: Mapping[str, Any]) -> str | None:
+    """The mark of what trainer.json's validation loss was measured on; None in those of earlier versions."""
+    return state.get("validated_on")
 
 
 def valid_loss(checkpoint: Path) -> float:

@@ -44,6 +44,9 @@ def keep(store: Store, table: NeighborTable, run: Path) -> tuple[Path, Path]:
     if kept is store:
         return store.folder, table.folder
     place = kept.folder / "neighbors" / table.folder.name
+    if _ids_of(files.read_manifest(place, "neighbors")) != _ids_of(table.manifest):
+        why = "a run is of the neighbors that it began with"
+        raise UsageError(f"{place} holds other neighbors", why, f"choose another out=, or rm -r {run}")
     others = [database for database in table.databases if database.fingerprint != store.fingerprint]
     if not others:
         return kept.folder, place
@@ -58,6 +61,12 @@ def keep(store: Store, table: NeighborTable, run: Path) -> tuple[Path, Path]:
     (place / files.MANIFEST).unlink()  # it has the places of the others
     publish_table(place, kept, databases, table.num_neighbors, m["retriever"], m["files"])
     return kept.folder, place
+
+
+def _ids_of(manifest: dict[str, Any]) -> tuple[Any, ...]:
+    """What a table says, wherever its stores lie."""
+    databases = [entry["fingerprint"] for entry in manifest["databases"]]
+    return databases, *(manifest[key] for key in ("num_neighbors", "query", "retriever", "files"))
 
 
 def _keep(store: Store, place: Path) -> Store:

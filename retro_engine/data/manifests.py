@@ -206,6 +206,7 @@ TRAINER = fields(
         **dict.fromkeys(("train_s", "loss_scale"), real(0, 1e308)),
         "mean_loss": loss,
         "valid_loss": loss,
+        "validated_on": maybe(FINGERPRINT),
         "precision": text(),
         "products": text(r"blas|onednn"),
         "processes": mapping(text(), COUNT),

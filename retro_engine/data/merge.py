@@ -18,7 +18,7 @@ from retro_engine.jit import numba
 
 DEDUPLICATE = ("none", "exact", "minhash")
 RUN = 5  # tokens
-HASHES, BAND = 128, 4
+HASHES, BANDS, LEAST = 128, (1, 2, 4, 8), 0.05
 PRIME = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -36,8 +36,8 @@ def merge(
     """
     if deduplicate not in DEDUPLICATE:
         raise UsageError(f"--deduplicate {deduplicate} does not exist", "", f"one of {', '.join(DEDUPLICATE)}")
-    if not 0 < threshold <= 1:
-        raise UsageError(f"--threshold {threshold} cannot be used", "it is a share above 0, at most 1")
+    if not LEAST <= threshold <= 1:
+        raise UsageError(f"--threshold {threshold} cannot be used", f"it is a share of {LEAST} to 1")
     if len({store.fingerprint for store in stores}) < len(stores):
         raise UsageError("a store is named twice", "its documents would be in twice", "name it once")
     stores[0].coding.check(*(store.coding for store in stores[1:]))
@@ -53,6 +53,14 @@ def merge(
     if deduplicate != "none":
         say(f"{int((~kept).sum()):,} of {len(kept):,} documents repeat earlier ones and are left out")
     return made
+
+
+def band_of(threshold: float) -> int:
+    """Hashes of a band: the most with which two documents that are as alike as `threshold` are compared in 99 of 100 cases,
+    1 - (1 - t^b)^(h / b) (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4).
+    """
+    fits = [size for size in BANDS if 1 - (1 - threshold**size) ** (HASHES // size) >= 0.99]
+    return max(fits, default=1)
 
 
 def document_tokens(store: Store, document: int) -> np.ndarray:
@@ -71,13 +79,14 @@ def _kept(stores: Sequence[Store], deduplicate: str, threshold: float) -> np.nda
     if deduplicate != "minhash":
         return kept
     pairs = [(store, document) for store in stores for document in range(store.num_documents)]
+    size = band_of(threshold)
     buckets: dict[tuple[int, bytes], list[int]] = {}
     signatures: dict[int, np.ndarray] = {}
     for number, (store, document) in enumerate(pairs):
         if not kept[number]:
             continue
         signature = signature_of(document_tokens(store, document)[:-1])
-        bands = [(band, signature[band : band + BAND].tobytes()) for band in range(0, HASHES, BAND)]
+        bands = [(band, signature[band : band + size].tobytes()) for band in range(0, HASHES, size)]
         near = {other for band in bands for other in buckets.get(band, ())}
         if any((signatures[other] == signature).mean() >= threshold for other in near):
             kept[number] = False

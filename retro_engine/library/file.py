@@ -354,6 +354,10 @@ class LibraryFile:
             connection.execute(f"PRAGMA user_version = {EXTENDED}")
         self.is_extended = True
 
+    def shows_extension(self, connection: apsw.Connection) -> bool:
+        """Whether those tables are in what a connection reads: a snapshot may be older than `is_extended`."""
+        return bool(connection.pragma("user_version") == EXTENDED)
+
     def check_writable(self) -> None:
         if self.is_read_only:
             raise UsageError(f"{self.path} is open for reading", "nothing is written", "open it for writing")

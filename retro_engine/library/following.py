@@ -5,7 +5,9 @@ keeps it in the library, in the transactions that the documents are written in, 
 that is one document has its path as its id, a row its file's and its place: what a file held is known when it has changed.
 """
 
+import errno
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +29,12 @@ from retro_engine.library.library import DEFAULT, Library
 from retro_engine.progress import Reporter
 
 FRESH_NS = 2_000_000_000  # a file that changed so shortly before it was read may change again unseen
+GONE = (errno.ENOENT, errno.ENOTDIR)
+# How readers say that the system let them read no further; EINVAL is of what a damaged file holds, a place before its start.
+SYSTEM = "|".join(re.escape(os.strerror(code)) for code in errno.errorcode if code not in (*GONE, errno.EINVAL))
+NOT_READ = re.compile(
+    rf"the file cannot be read( further)?: (.*\[Errno \d+\] )?({SYSTEM})\b|.* cannot be read: ({SYSTEM})$", re.I | re.S
+)
 MOST_ASIDE = 100  # reasons kept of a file; all are counted
 FILE_STATE = manifests.fields(
     {
@@ -99,13 +107,14 @@ def look(inputs: Sequence[str | Path], root: Path, say: Say) -> tuple[Found, lis
     faults = [row for row in passed_over if row.is_fault]
     for row in faults:
         say(row.source, row.reason)
-    found = {}
+    found, unread = {}, [file_id(Path(row.source), root) for row in faults]
     for path in paths:
         try:
             found[file_id(path, root)] = path, check_file(path)
-        except MissingInputError as error:  # it has gone since
-            say(shown(path), error.what)
-    return found, [file_id(Path(row.source), root) for row in faults]
+        except MissingInputError as error:  # since it was found
+            say(shown(path), error.what if _is_gone(error) else f"{error.what}: {error.why}")
+            unread += [] if _is_gone(error) else [file_id(path, root)]
+    return found, unread
 
 
 def changed(known: Mapping[str, FileState], found: Found) -> list[str]:
@@ -115,6 +124,11 @@ def changed(known: Mapping[str, FileState], found: Found) -> list[str]:
         for name, (_, stat) in found.items()
         if name not in known or (known[name].size, known[name].modified) != (stat.st_size, stat.st_mtime_ns)
     ]
+
+
+def gone(known: Mapping[str, FileState], found: Found, unread: Sequence[str]) -> list[str]:
+    """Files that were read and are no longer there; not those in what could not be looked into."""
+    return [name for name in known if name not in found and not _is_under(name, unread)]
 
 
 @dataclass(frozen=True)
@@ -135,16 +149,17 @@ class Follower:
     ):
         self.library, self.known, self.reporter, self.say = library, known, reporter, say
         self.namespace = namespace
+        self.put_off: list[SetAside] = []  # files of which is kept what they held
         self._changes: list[Change] = []  # that are not written yet
         self.root: str | None = None  # of the folder in whose name the library itself keeps `known`
 
     def forget(self, names: Iterable[str]) -> int:
         """Delete what files held; how many files."""
-        gone = list(names)
-        for name in gone:
+        forgotten = list(names)
+        for name in forgotten:
             self._queue(name, None, deleted=self.known[name].ids(name))
         self._flush()
-        return len(gone)
+        return len(forgotten)
 
     def read(self, names: Sequence[str], found: Found) -> int:
         """Read files that changed; how many had another content."""
@@ -153,11 +168,15 @@ class Follower:
         with self.reporter.progress("reading documents", total, "bytes") as meter:
             for name in names:
                 path, stat = found[name]
-                old, now = self.known.get(name), _hashed(path, stat)
-                if now.aside:
-                    self._queue(name, now, deleted=[] if old is None else old.ids(name))
-                    self.say(*now.aside[0])
-                elif old is not None and old.sha256 == now.sha256:
+                old = self.known.get(name)
+                try:
+                    now = FileState(size=stat.st_size, modified=_trusted(stat), sha256=files.sha256_file(path))
+                except (OSError, StoreError) as error:
+                    why = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
+                    self._put_off(name, SetAside(shown(path), why), _is_gone(error))
+                    meter.advance(stat.st_size)
+                    continue
+                if old is not None and old.sha256 == now.sha256:
                     self._queue(name, replace(old, size=now.size, modified=now.modified))
                 else:
                     self._read_file(name, path, now)
@@ -167,28 +186,50 @@ class Follower:
         return num_read
 
     def _read_file(self, name: str, path: Path, now: FileState) -> None:
-        """In batches; until the last is written, what is kept says that the file is to be read again."""
+        """In batches; until the last is written, what is kept says that the file is to be read again, and what it held
+        before stays where nothing has taken its place.
+        """
         old = self.known.get(name)
-        pending = [] if old is None else old.ids(name)  # deleted with the first batch: the file is never missing
-        state, aside = UNREAD, list[SetAside]()
+        rows_before = 0 if old is None else old.last_row or 0
+        state, aside, written, last = UNREAD, list[SetAside](), set[str](), 0
         rows = Reader(max_document_bytes=MAX_DOCUMENT_BYTES).read([path])
         batches = in_batches(rows, BATCH_CHARACTERS, BATCH_DOCUMENTS)
         batch: list[Document | SetAside] | None = next(batches, [])
         while batch is not None:
+            fault = next((row for row in batch if isinstance(row, SetAside) and NOT_READ.match(row.reason)), None)
+            if fault is not None:
+                self._put_off(name, fault, is_gone=False, begun=state if written else None)
+                return
             good = _usable(batch, name, aside)
             batch = next(batches, None)
-            places = [int(row.id.rpartition(":")[2]) for row in good if row.path is None]
-            kept = [[one.source[: 1 << 12], one.reason[: 1 << 12]] for one in aside[:MOST_ASIDE]]
-            last = max(places, default=0) or state.last_row
-            state = replace(
-                state, last_row=last, num_aside=len(aside), aside=kept, documents=state.documents + len(good)
-            )
+            written.update(row.id for row in good)
+            last = max([last, *(int(row.id.rpartition(":")[2]) for row in good if row.path is None)])
+            state = replace(state, num_aside=len(aside), aside=_kept(aside), documents=state.documents + len(good))
             if batch is None:
-                state = replace(state, size=now.size, modified=now.modified, sha256=now.sha256)
-            self._queue(name, state, good, pending)
-            pending = []
+                state = replace(state, last_row=last or None, size=now.size, modified=now.modified, sha256=now.sha256)
+                pending = [] if old is None else [one for one in old.ids(name) if one not in written]
+                self._queue(name, state, good, pending)
+            else:
+                state = replace(state, last_row=max(last, rows_before) or None)
+                self._queue(name, state, good)
         for one in aside[:MOST_ASIDE]:
             self.say(one.source, one.reason)
+
+    def _put_off(self, name: str, fault: SetAside, is_gone: bool, begun: FileState | None = None) -> None:
+        """A file that cannot be read now is read the next time; what it held stays, unless it has gone.
+
+        `begun`: what is kept of it since some of it was written: neither what was known of it nor what it is now.
+        """
+        self.say(fault.source, fault.reason)
+        old = self.known.get(name)
+        if old is None or is_gone or begun is not None:
+            state = begun or UNREAD
+            state = replace(state, num_aside=state.num_aside + 1, aside=[*_kept([fault]), *state.aside][:MOST_ASIDE])
+            self._queue(name, state, deleted=old.ids(name) if old is not None and is_gone else [])
+            return
+        self.put_off.append(fault)
+        if old.modified:
+            self._queue(name, replace(old, modified=0))
 
     def _queue(
         self, name: str, state: FileState | None, good: Sequence[Document] = (), deleted: Sequence[str] = ()
@@ -249,13 +290,15 @@ def _named(document: Document, name: str) -> Document:
     return replace(document, id=f"{name}:{document.source.rpartition(':')[2]}", title=title)
 
 
-def _hashed(path: Path, stat: os.stat_result) -> FileState:
-    """A file before it is read; set aside, and looked at again the next time, where it cannot be."""
-    try:
-        return FileState(size=stat.st_size, modified=_trusted(stat), sha256=files.sha256_file(path))
-    except (OSError, StoreError) as error:
-        reason = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
-        return replace(UNREAD, size=stat.st_size, num_aside=1, aside=[[shown(path), reason]])
+def _kept(aside: Sequence[SetAside]) -> list[list[str]]:
+    """As much of what is set aside as is kept of a file."""
+    return [[one.source[: 1 << 12], one.reason[: 1 << 12]] for one in aside[:MOST_ASIDE]]
+
+
+def _is_gone(error: BaseException) -> bool:
+    """Whether a file is no longer there; what cannot be read may be there as it was."""
+    cause = error.__cause__ if isinstance(error, MissingInputError) else error
+    return isinstance(cause, OSError) and cause.errno in GONE
 
 
 def _trusted(stat: os.stat_result) -> int:
@@ -273,7 +316,7 @@ def sync(library: Library, folder: str | Path, namespace: str = DEFAULT, reporte
     if not os.path.isdir(folder):
         kept = f"; what was read of it stays: {len(known):,} files" if known else ""
         raise MissingInputError(f"{shown(folder)} is no folder", f"a folder is followed{kept}", _wanted(known))
-    found, faults = look([folder], library.folder.resolve().parent, follower.say)
+    found, unread = look([folder], library.folder.resolve().parent, follower.say)
     if known and not found:
         raise MissingInputError(
             f"{shown(folder)} holds no file of a kind that is read",
@@ -282,10 +325,10 @@ def sync(library: Library, folder: str | Path, namespace: str = DEFAULT, reporte
         )
     _check_alone(library, root, namespace)
     library.file.extend()
-    gone = [name for name in known if name not in found and not _is_under(name, faults)]
-    num_removed = follower.forget(gone)
+    num_removed = follower.forget(gone(known, found, unread))
     num_read = follower.read(changed(known, found), found)
-    return Synced.of(known.values(), num_read, num_removed)
+    done, put_off = Synced.of(known.values(), num_read, num_removed), follower.put_off
+    return replace(done, num_aside=done.num_aside + len(put_off), aside=[*done.aside, *put_off])
 
 
 def forget(library: Library, folder: str | Path, namespace: str = DEFAULT) -> int:

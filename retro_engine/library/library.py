@@ -6,6 +6,7 @@ they read a snapshot. One process has a library open; in it any number of thread
 """
 
 import contextlib
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -109,7 +110,8 @@ class Library:
             self._check_embedder(embedder)
             self._lock = threading.RLock()  # writers, and whoever publishes a snapshot
             self._is_closed = False
-            self._matches: dict[tuple[str, Filter], Matching] = {}
+            self._matches: dict[tuple[str, str], Matching] = {}  # by namespace and filter as JSON, where 1 is not true
+            self._matches_lock = threading.Lock()
             with library_file.typed_errors(self.file.path):
                 self._index = LibraryIndex(self.file, self.chunker, delta_chunks, self._lock)
             self._resources = stack.pop_all()
@@ -280,7 +282,7 @@ class Library:
             row: Any = connection.execute(
                 statement, (namespace, identifier, composed(identifier), identifier)
             ).fetchone()
-            about = self._metadata(connection, row)
+            about = self._metadata(connection, row, self.file.shows_extension(connection))
         if row is None:
             return None
         document = Document(row[2], row[3], row[4], metadata=about)
@@ -288,10 +290,11 @@ class Library:
         self.file.check(row[0], row[1], document.text, names, str)
         return document
 
-    def _metadata(self, connection: apsw.Connection, row: Sequence[Any] | None) -> dict[str, FieldValue]:
-        """Of the document that a row, whose first value is its key, is of."""
-        is_known = row is not None and self.file.is_extended
-        return extension.metadata_of(connection, self.file.path, row[0]) if is_known and row is not None else {}
+    def _metadata(
+        self, connection: apsw.Connection, row: Sequence[Any] | None, is_extended: bool
+    ) -> dict[str, FieldValue]:
+        """Of the document that a row, whose first value is its key, is of; `is_extended`: what the connection shows."""
+        return extension.metadata_of(connection, self.file.path, row[0]) if is_extended and row is not None else {}
 
     def entries(self, namespace: str = DEFAULT, after: str = "", limit: int = 100) -> list[Entry]:
         """Documents in the order of their ids' UTF-8, those after the id `after`; the last id begins the next page."""
@@ -304,13 +307,14 @@ class Library:
         )
         found = []
         with self._view() as (connection, _):
+            is_extended = self.file.shows_extension(connection)
             rows: Any = connection.execute(statement, (namespace, after, limit))
             for row in rows:  # one document's tokens at a time
                 key, crc, tokens, length, *entry = row
                 self.file.typed([entry], str, str, int, int, int)
                 self.file.check(key, crc, tokens, checksum(namespace, *entry[:2]))
                 self.file.check_sizes(key, len(self.file.token_ids(key, tokens)), length, *entry[2:])
-                entry.append(self._metadata(connection, row))
+                entry.append(self._metadata(connection, row, is_extended))
                 found.append(Entry(*entry))
         return found
 
@@ -400,27 +404,31 @@ class Library:
         statement = "SELECT key FROM documents WHERE namespace = ? AND id = ?"
         found = {}
         with self._view() as (connection, _):
+            is_extended = self.file.shows_extension(connection)
             for identifier in dict.fromkeys(ids):
                 row: Any = connection.execute(statement, (namespace, identifier)).fetchone()
-                found[identifier] = self._metadata(connection, row)
+                found[identifier] = self._metadata(connection, row, is_extended)
         return {identifier: fields for identifier, fields in found.items() if fields}
 
     def _matching(self, connection: apsw.Connection, version: int, namespace: str, where: Filter) -> "Matching":
         """What a filter lets through; the newest answers are kept until the library changes."""
-        asked = namespace, where
-        known = self._matches.get(asked)
+        asked = namespace, json.dumps(where.json)
+        with self._matches_lock:
+            known = self._matches.get(asked)
         if known is not None and known.version == version:
             return known
         keys, names = [], set[str]()
-        if self.file.is_extended:
+        if self.file.shows_extension(connection):
             for key, fields in extension.all_metadata(connection, self.file.path, namespace):
                 names.update(fields)
                 if where.matches(fields):
                     keys.append(key)
         found = Matching(version, np.array(sorted(keys), np.int64), frozenset(names))
-        while len(self._matches) >= MOST_MATCHES:
-            self._matches.pop(next(iter(self._matches), asked), None)
-        self._matches[asked] = found
+        with self._matches_lock:
+            self._matches.pop(asked, None)
+            while len(self._matches) >= MOST_MATCHES:
+                del self._matches[next(iter(self._matches))]
+            self._matches[asked] = found
         return found
 
     def unknown_fields(self, where: Filter, namespace: str = DEFAULT) -> str:

@@ -70,7 +70,8 @@ def _prefill_rows(model: RetroModel, cache: DecodeCache, tokens_BT: Tensor, last
     """`prefill` of a few tokens that read what stands there, as rows of one step of decoding; None where it is no step in C++."""
     B, T = tokens_BT.shape
     is_short = B * T <= FEW_TOKENS and B * T * (cache.length + T) <= FEW_SCORES
-    if not is_short or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not is_short or not is_plain or not ops.steps_in_cpp(cache.hidden_BMD):
         return None
     rows = cache.ahead([T] * B)
     del cache.parts[-B * T, 0]  # else there would be one of every number of tokens

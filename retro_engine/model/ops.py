@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from retro_kernels import cpp, reference
 from retro_kernels.attention import attention as kernels_attention
-from retro_kernels.backend import is_forced
+from retro_kernels.backend import choose, is_forced
 from retro_kernels.blocks import TYPES as BLOCK_TYPES
 from retro_kernels.blocks import dequantize
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
@@ -65,9 +65,15 @@ __all__ = [
     "register_host",
     "rope",
     "rope_qk",
+    "steps_in_cpp",
     "rotary_tables",
     "use_products",
 ]
+
+
+def steps_in_cpp(x: Tensor) -> bool:
+    """Whether C++ computes the rows of `Steps` that have this tensor's type and place."""
+    return x.dtype in (torch.float32, torch.bfloat16) and choose("linear", x) == "cpp"
 
 
 def check_environment() -> None:

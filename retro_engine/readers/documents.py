@@ -17,7 +17,7 @@ from retro_engine.data import files, manifests
 from retro_engine.data.identity import file_id
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, StoreError, UnavailableError, UsageError
-from retro_engine.library.following import FILE_STATE, FileState, Follower, Found, Synced, changed, look, state_of
+from retro_engine.library.following import FILE_STATE, FileState, Follower, Found, Synced, changed, gone, look, state_of
 from retro_engine.library.library import Library
 from retro_engine.progress import Reporter
 from retro_engine.readers.places import home, in_turn, make_private, patiently
@@ -77,8 +77,8 @@ class Documents:
         num_read = num_removed = 0
         is_right = True
         for _ in range(TRIES):
-            state, found = self._state(), self._look()
-            if state is None or not is_right or changed(state.files, found) or state.files.keys() - found.keys():
+            state, (found, unread) = self._state(), self._look()
+            if state is None or not is_right or changed(state.files, found) or gone(state.files, found, unread):
                 state, read, removed = self._follow()
                 num_read, num_removed = num_read + read, num_removed + removed
             if not any(one.documents for one in state.files.values()):
@@ -104,8 +104,8 @@ class Documents:
                 patiently(take, self.library_folder, self.reporter.say)
             yield library
 
-    def _look(self) -> Found:
-        return look(self.inputs, Path(os.sep), self._tell)[0]
+    def _look(self) -> tuple[Found, list[str]]:
+        return look(self.inputs, Path(os.sep), self._tell)
 
     def _state(self) -> State | None:
         path = self.folder / STATE_FILE
@@ -123,22 +123,22 @@ class Documents:
     def _follow(self) -> tuple[State, int, int]:
         """Read what changed, forget what is gone; what there is now, and the numbers of both."""
         with in_turn(self.folder, self.reporter.say):
-            state, found = self._state(), self._look()
+            state, (found, unread) = self._state(), self._look()
             with self._writable(state) as (library, fits):
                 if state is None or not fits:
                     library.reset()
                     state = State()
                 follower = Follower(library, state.files, self.reporter, self._tell)
-                gone = sorted(state.files.keys() - found.keys())
+                removed = sorted(gone(state.files, found, unread))
                 try:
-                    follower.forget(gone)
+                    follower.forget(removed)
                     num_read = follower.read(changed(state.files, found), found)
                     if num_read:
                         library.merge()  # else the words of what is in no segment are read at each opening
                 finally:  # who is stopped has read what it read
                     state.library = library.version
                     self._publish(state)
-        return state, num_read, len(gone)
+        return state, num_read, len(removed)
 
     def _publish(self, state: State) -> None:
         known = {name: vars(one) for name, one in sorted(state.files.items())}

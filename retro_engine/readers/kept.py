@@ -7,7 +7,7 @@ DTYPE, fp32 or bf16; KEY is of the hashes of both. Another base or other adapter
 from pathlib import Path
 
 from retro_engine.data import files
-from retro_engine.data.checkpoint_files import COMPLETE
+from retro_engine.data.checkpoint_files import COMPLETE, verify
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import InUseError, MissingInputError, RetroError, StoreError
 from retro_engine.generate.open_model import OpenedModel, open_model
@@ -30,7 +30,9 @@ def open_kept(folder: Path, dtype: str, say: Say) -> OpenedModel | None:
         return open_model(folder, dtype, "cpu")
     except (StoreError, MissingInputError) as error:
         say(f"{error.what} ({error.why}): it is made again")
-        return None
+    except OSError as error:  # another process replaces it
+        say(f"{folder} cannot be opened ({error}): it is made again")
+    return None
 
 
 def keep(folder: Path, model: RetroModel, tokenizer: Tokenizer, say: Say) -> None:
@@ -39,11 +41,25 @@ def keep(folder: Path, model: RetroModel, tokenizer: Tokenizer, say: Say) -> Non
     try:
         files.make_folder(place)
         with files.locked(place):
-            for old in place.glob(f"{folder.name.partition('-')[0]}-*"):  # who has it open keeps its pages
-                files.remove_tree(old)
+            if _is_whole(folder):  # another process has made it meanwhile
+                return
+            files.remove_tree(folder)
             publish_model(folder, model, tokenizer, {"imported": "a reader"}, GREEDY)
+            for old in place.glob(f"{folder.name.partition('-')[0]}-*"):  # who has it open keeps its pages
+                if old != folder:
+                    files.remove_tree(old)
     except InUseError:
         return
     except (RetroError, OSError) as error:
         why = f"{error.what}: {error.why}" if isinstance(error, RetroError) else str(error)
         say(f"the opened reader cannot be kept, every start makes it anew ({why})")
+
+
+def _is_whole(folder: Path) -> bool:
+    if not (folder / COMPLETE).is_file():
+        return False
+    try:
+        verify(folder)
+    except (RetroError, OSError):
+        return False
+    return True

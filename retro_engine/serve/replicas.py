@@ -49,6 +49,7 @@ FORWARDED = (
     "statistics",
     "reset",
     "find",
+    "metadata",
     "why_nothing",
     "unknown_fields",
 )  # methods of a library

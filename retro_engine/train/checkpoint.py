@@ -49,6 +49,7 @@ from retro_engine.data.checkpoint_files import (
     read_trainer,
     refuse_file,
     valid_loss,
+    validated_on,
     verify,
     weights_fingerprint,
 )
@@ -241,10 +242,11 @@ def _typed(error: BaseException, final: Path) -> BaseException:
     return typed(error) or error
 
 
-def best_loss(run: Path) -> float:
-    """The lowest validation loss of a run's checkpoints; infinite where none has one."""
+def best_loss(run: Path, mark: str | None) -> float:
+    """The lowest validation loss of a run's checkpoints that was measured on what `mark` names; infinite where none was."""
     complete = complete_checkpoints(run, lambda flaw: None)  # who looked where to go on has said it
-    return min(map(valid_loss, complete), default=math.inf)
+    alike = [path for path in complete if validated_on(read_trainer(path)) == mark]
+    return min(map(valid_loss, alike), default=math.inf)
 
 
 def _discard(folder: Path) -> None:

@@ -46,7 +46,14 @@ from retro_engine.train.optimizer import Optimizer, learning_rate
 from retro_engine.train.parallel import Parallel, micro_batches, sequences_per_step
 from retro_engine.train.precision import Precision, asked_precision, faster_precision
 from retro_engine.train.resume import changes, find_start, read_start
-from retro_engine.train.run_data import RunData, open_data, order_of, steps_of_data, stream_settings
+from retro_engine.train.run_data import (
+    RunData,
+    open_data,
+    order_of,
+    steps_of_data,
+    stream_settings,
+    validation_mark,
+)
 from retro_engine.train.signals import Signals, StoppedError
 from retro_engine.train.watch import Watch
 
@@ -153,7 +160,8 @@ class _Training:
         self.step, self.tokens_seen, self.train_s, self.skipped = 0, 0, 0.0, 0
         self.mean_loss: float | None = None
         self.validated: tuple[int, float | None] = -1, None  # the last step that was, and its loss
-        best = checkpoint.best_loss(run) if parallel.is_main and keep.keep_best else math.inf
+        self.validated_on = validation_mark(config, data, self.valid_batches)
+        best = checkpoint.best_loss(run, self.validated_on) if parallel.is_main and keep.keep_best else math.inf
         self.watch, self.best_step = Watch(parallel.from_main(best)), -1
         before = self._load(start, source)
         self.precision = self._settle_precision(before.get("precision"))
@@ -513,6 +521,7 @@ class _Training:
             "loss_scale": self.optimizer.scale,
             "good_steps": self.optimizer.good_steps,
             "valid_loss": self.validated[1] if self.validated[0] == self.step else None,  # its own, or none
+            "validated_on": self.validated_on,
             "processes": {"data": self.parallel.data, "tensor": self.parallel.tensor},
             "fingerprints": self.data.fingerprints,
             "validation": self.data.validation,

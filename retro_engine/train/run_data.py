@@ -4,15 +4,17 @@ order of them; for training, and for what evaluates a run afterwards.
 A resumed run must have the same data (`RunData.fingerprints`) in the same order (`stream_settings`).
 """
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retro_engine.config import Config, LoraConfig, ModelConfig, load_config, named_keys
+from retro_engine.data import files
 from retro_engine.data.batches import Order, Sequences, describe_copies, split_documents
 from retro_engine.data.blend import Blend, read_blend
 from retro_engine.data.coding import Coding
@@ -105,6 +107,7 @@ def _open_blend(config: Config) -> RunData:
     _refuse_beside_blend(config, paths)
     first, neighbors = paths[0], data.neighbors
     opened: list[RunData] = []
+    names: set[str | None] = set()
     for number, path in enumerate(paths):
         own = deepcopy(config)
         own.model.data.store, own.model.data.neighbors, own.model.data.blend = path, neighbors, None
@@ -112,17 +115,30 @@ def _open_blend(config: Config) -> RunData:
         if opened:
             opened[0].store.coding.check(store.coding)
         opened.append(_open_sequences(own, store))
+        names.add(own.model.data.neighbors)
         if not number:
-            data.store, data.neighbors = first, own.model.data.neighbors
+            data.store = first
             data.valid_neighbors = own.model.data.valid_neighbors
+    if len(names) == 1:  # else no one name finds them all: each store is asked for its only table again
+        (data.neighbors,) = names
     prints = dict(opened[0].fingerprints)
     for number, other in enumerate(opened[1:], 2):
         prints |= {f"{name} {number}": mark for name, mark in other.fingerprints.items() if name != "tokenizer"}
     valid = opened[0].valid
     streams = [part.train for part in opened if isinstance(part.train, Sequences)]
+    _hold_out_everywhere(streams)
     warnings = [describe_copies(valid, stream) for stream in streams] if isinstance(valid, Sequences) else []
     warning = next((text for text in warnings if text is not None), None)
     return RunData(Blend(streams, weights), valid, opened[0].store, prints, warning, opened[0].validation)
+
+
+def _hold_out_everywhere(streams: list[Sequences]) -> None:
+    """What one store holds out is nobody's neighbor: the tables of the others may have it too."""
+    reading = [stream for stream in streams if stream.table is not None]
+    held_out = [stream.held_out for stream in reading]
+    for number, stream in enumerate(reading):
+        for marks in held_out[:number] + held_out[number + 1 :]:
+            stream.hold_out(marks)
 
 
 def _refuse_beside_blend(config: Config, paths: list[str]) -> None:
@@ -356,6 +372,30 @@ def stream_settings(config: Config) -> dict[str, Any]:
         **({} if data.blend is None else {"blend": read_blend(data.blend)[0]}),
         **{key: getattr(data, key) for key in LATER if getattr(data, key)},  # earlier versions had no such entry
     }
+
+
+def validation_mark(config: Config, data: RunData, limit: int | None) -> str | None:
+    """Of what a validation of `limit` batches measures: losses with another mark are of something else, and are not
+    compared with it. None = nothing is validated.
+    """
+    if data.valid is None or limit == 0:
+        return None
+    m, settings = config.model, config.model.data
+    read = hashlib.sha256()
+    for rows in data.valid.batch_rows(m.micro_batch_size, limit):
+        read.update(rows.astype(np.int64).tobytes())
+    table = data.valid.table
+    parts: dict[str, Any] = {
+        "data": data.fingerprints | data.validation,
+        "store": data.valid.store.fingerprint,
+        "sequences": read.hexdigest(),
+        "neighbors": None if table is None else table.fingerprint,
+        **{name: getattr(m, name) for name in ("retrieval", "reading", "num_neighbors", "retrieved_length")},
+    }
+    if settings.questions is not None:  # where questions of a batch are distractors of each other
+        names = [item.name for item in fields(settings) if item.name.startswith("question_")]
+        parts |= {"batch": m.micro_batch_size, **{name: getattr(settings, name) for name in names}}
+    return hashlib.sha256(files.json_bytes(parts, is_sorted=True)).hexdigest()
 
 
 def steps_of_data(config: Config, data: RunData) -> int | None:

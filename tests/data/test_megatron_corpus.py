@@ -62,7 +62,8 @@ def test_what_is_refused(small_store: Store, tmp_path: Path, capsys: pytest.Capt
     refused(good, "do not fit", data[:-2])
     refused(good[:34] + b"\xff\xff\xff\x7f" + good[38:], "do not fit")
     refused(good, "has token 65535", b"\xff" * len(data))
-    refused(good, "hold no text", data, "--strict", code=2)
+    for flags in (["--strict"], ["--split", "headings"], ["--format", "text"]):
+        refused(good, "hold no text", data, *flags, code=2)
     (tmp_path / "c.bin").unlink()
     assert prepare(tmp_path / "c.idx", small_store, tmp_path / "s") == 3
     assert "c.bin does not exist" in capsys.readouterr().err

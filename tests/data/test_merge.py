@@ -8,7 +8,7 @@ import pytest
 from helpers import WORDS
 
 from retro_engine.cli.main import main
-from retro_engine.data.merge import document_tokens, merge, signature_of
+from retro_engine.data.merge import HASHES, band_of, document_tokens, merge, signature_of
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
@@ -67,6 +67,15 @@ def test_signatures_agree_as_much_as_the_runs_do() -> None:
     assert (signature_of(one) == signature_of(one.copy())).all()
     assert (signature_of(one) != signature_of(rng.integers(0, 5000, 3000))).mean() > 0.95
     assert len({signature_of(np.array(tokens, np.int64)).tobytes() for tokens in ([], [1], [2], [1, 2])}) == 4
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.1, 0.3, 0.45, 0.6, 0.8, 0.95])
+def test_who_is_as_alike_as_the_threshold_is_compared(threshold: float) -> None:
+    """Signatures whose hashes agree with the chance of the threshold: 99 of 100 pairs share a band."""
+    size = band_of(threshold)
+    agree = np.random.default_rng(0).random((2000, HASHES)) < threshold
+    assert agree.reshape(2000, HASHES // size, size).all(2).any(1).mean() >= 0.98
+    assert [band_of(0.95), band_of(0.8), band_of(0.3)] == [8, 4, 2], "no more than are needed: each is a comparison"
 
 
 def test_what_cannot_be_merged(parts: tuple[list[Store], Store], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Filters on documents' metadata: what matches, what is refused, and that a filtered search is one of those documents alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,58 @@ def test_a_library_of_before_is_one_until_it_has_metadata(tmp_path: Path, small_
         ):
             with pytest.raises(StoreError, match="the metadata of document"):
                 ask()
+
+
+def test_answers_are_kept_by_what_is_asked(tmp_path: Path, small_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """True, 1 and 1.0 are equal to Python; searches of several threads keep theirs one after the other."""
+    monkeypatch.setattr("retro_engine.library.library.MOST_MATCHES", 2)
+    Library.create(tmp_path / "library", small_store.tokenizer, 16)
+    with Library(tmp_path / "library") as library:
+
+        class Guarded(dict[Any, Any]):
+            def __setitem__(self, key: Any, value: Any) -> None:
+                assert library._matches_lock.locked()
+                super().__setitem__(key, value)
+
+            def __delitem__(self, key: Any) -> None:
+                assert library._matches_lock.locked()
+                super().__delitem__(key)
+
+        library._matches = Guarded()
+        library.add([Document(f"{value}", "", "river", metadata={"is": value}) for value in (True, 1, 2.5)])
+        for _ in range(2):
+            for value, names in ((True, ["True"]), (1, ["1"]), (1.0, ["1"]), (2.5, ["2.5"])):
+                one = filters.read_filter(asked("eq", "is", value))
+                assert [hit.document for hit in library.search("river", 3, where=one)] == names
+                assert [hit.document for hit in library.search("river", 3, where=one)] == names, "as it was kept"
+                assert len(library._matches) <= 2
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda library: library.get("a").metadata == {},
+        lambda library: [entry.metadata for entry in library.entries()] == [{}],
+        lambda library: library.metadata(["a"]) == {},
+        lambda library: library.search("river", 3, where=filters.read_filter(asked("eq", "year", 1))) == [],
+    ],
+)
+def test_who_reads_sees_no_table_that_came_later(
+    tmp_path: Path, small_store: Store, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Library], bool]
+) -> None:
+    """A snapshot of before the tables for metadata: they are made after it was taken, and before it is asked."""
+    Library.create(tmp_path / "library", small_store.tokenizer, 16)
+    with Library(tmp_path / "library") as library:
+        library.add([Document("a", "", "river")])
+        version = library.file.version
+
+        def overtaken(connection: apsw.Connection | None = None) -> int:
+            found = version(connection)
+            if connection is not None:
+                library.file.extend()
+            return found
+
+        monkeypatch.setattr(library.file, "version", overtaken)
+        assert not library.file.is_extended
+        assert ask(library)
+        assert library.file.is_extended

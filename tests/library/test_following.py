@@ -1,20 +1,26 @@
 """A folder that a library follows: what is read, deleted and kept, a folder that vanishes, a program that is stopped."""
 
+import errno
+import gzip
+import io
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import apsw
 import pytest
 
+from retro_engine.data import files
 from retro_engine.data.corpus import Document
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.library import following
 from retro_engine.library.following import sync
 from retro_engine.library.library import Library
+from retro_engine.progress import Reporter
 
 
 @pytest.fixture
@@ -159,3 +165,172 @@ def test_a_reset_reads_all_again_and_damage_is_seen(library: Library, notes: Pat
         with pytest.raises(StoreError, match="is damaged"):
             sync(library, notes)
     connection.close()
+
+
+class Said(Reporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__("quiet")
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+class Failing(io.FileIO):
+    """A file whose disk fails from a place on."""
+
+    at = 0
+
+    def readinto(self, buffer: Any) -> int:
+        if self.tell() >= self.at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().readinto(buffer)
+
+
+def fails_once_hashed(monkeypatch: pytest.MonkeyPatch, at: int = 0) -> None:
+    """Files are hashed, and cannot be read then."""
+    sha256_file, open_file, hashed = files.sha256_file, files.open_file, set[Path]()
+
+    def hashes(path: Path) -> str:
+        mark = sha256_file(path)
+        hashed.add(path)
+        return mark
+
+    def opened(path: Path) -> io.FileIO:
+        return Failing(path) if path in hashed else open_file(path)
+
+    def unpacked(path: Path, mode: str) -> Any:
+        return gzip.GzipFile(fileobj=io.BufferedReader(opened(path)), mode=mode)
+
+    monkeypatch.setattr(Failing, "at", at)
+    monkeypatch.setattr(files, "sha256_file", hashes)
+    monkeypatch.setattr(files, "open_file", opened)
+    monkeypatch.setattr(gzip, "open", unpacked)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_what_cannot_be_hashed_stays(library: Library, notes: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    sync(library, notes)
+    for path in (notes / "river.md", notes / "new.txt"):
+        path.write_text("Another river.")
+    sha256_file = files.sha256_file
+
+    def refused(path: Path) -> str:
+        if path.name in ("river.md", "new.txt"):
+            raise OSError(code, os.strerror(code))
+        return sha256_file(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "sha256_file", refused)
+        said = Said()
+        state = sync(library, notes, reporter=said)
+        assert (ids(library), state.num_read, state.num_removed, state.num_aside) == (ALL, 0, 0, 2)
+        assert len([line for line in said.lines if f"river.md: it cannot be read: {os.strerror(code)}" in line]) == 1
+        assert library.get("notes/river.md").text == "# The river\n\nThe river is long."  # type: ignore[union-attr]
+    (notes / "river.md").write_text("# The river\n\nThe river is long.")
+    assert sync(library, notes).num_read == 1, "the new one; the other is found to be as it was"
+    (notes / "river.md").write_text("The river is short.")
+    assert sync(library, notes).num_aside == 0
+    assert library.get("notes/river.md").text == "The river is short."  # type: ignore[union-attr]
+    version = library.version
+    sync(library, notes)
+    assert library.version == version
+
+
+def write_parquet(path: Path, text: str) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": [text]}), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.txt", lambda path, text: path.write_text(text)),
+        ("a.txt.gz", lambda path, text: path.write_bytes(gzip.compress(text.encode()))),
+        ("a.html", lambda path, text: path.write_text(f"<p>{text}</p>")),
+        ("a.jsonl", lambda path, text: path.write_text(json.dumps({"text": text}))),
+        ("a.csv", lambda path, text: path.write_text(f"text\n{text}\n")),
+        ("a.parquet", write_parquet),
+    ],
+)
+def test_what_cannot_be_read_once_it_was_hashed_stays(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, write: Callable[[Path, str], object]
+) -> None:
+    (tmp_path / "one").mkdir()
+    write(tmp_path / "one" / name, "An old heron.")
+    sync(library, tmp_path / "one")
+    before = [(one, library.get(one)) for one in ids(library)]
+    write(tmp_path / "one" / name, "A new and larger heron.")
+    with monkeypatch.context() as patched:
+        fails_once_hashed(patched)
+        for _ in range(2):
+            said = Said()
+            assert sync(library, tmp_path / "one", reporter=said).num_aside == 1
+            assert any("Input/output error" in line for line in said.lines), said.lines
+            assert [(one, library.get(one)) for one in ids(library)] == before
+    assert sync(library, tmp_path / "one").num_aside == 0
+    assert [library.get(one).text for one in ids(library)][0] == "A new and larger heron."  # type: ignore[union-attr]
+
+
+def test_rows_stay_where_the_disk_fails_between_batches(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read takes its place, nothing is deleted, and the file is read again though it has its old content then."""
+    monkeypatch.setattr(following, "BATCH_DOCUMENTS", 1)
+    (tmp_path / "one").mkdir()
+    path, size = tmp_path / "one" / "a.jsonl", io.DEFAULT_BUFFER_SIZE
+
+    def rows(word: str, count: int) -> str:
+        return "".join(json.dumps({"text": f"{word} {number} " + "x" * size}) + "\n" for number in range(count))
+
+    def words() -> list[str]:
+        texts = [library.get(f"one/a.jsonl:{row}") for row in range(1, 9)]
+        return [one.text.split()[0] for one in texts if one is not None]
+
+    path.write_text(old := rows("old", 6))
+    sync(library, tmp_path / "one")
+    path.write_text(rows("new", 5))
+    with monkeypatch.context() as patched:
+        fails_once_hashed(patched, at=3 * size)
+        assert sync(library, tmp_path / "one").num_aside == 1
+    assert len(words()) == 6 and set(words()) == {"old", "new"}
+    kept = path.stat()
+    path.write_text(old)
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert sync(library, tmp_path / "one").num_read == 1
+    assert words() == ["old"] * 6
+    path.write_text(rows("new", 2))
+    sync(library, tmp_path / "one")
+    assert words() == ["new"] * 2
+    library.verify()
+
+
+def test_what_can_be_read_and_not_used_takes_its_place(library: Library, notes: Path) -> None:
+    sync(library, notes)
+    (notes / "river.md").write_bytes(b"A r\xefver.")
+    (notes / "rows.jsonl").write_text('{"text": "Fog."}\n{"text": 3}\nthe file cannot be read: Input/output error\n')
+    assert sync(library, notes).num_aside == 3
+    assert ids(library) == ["notes/deep/stone.txt", "notes/rows.jsonl:1", "own"]
+    assert sync(library, notes).num_read == 0, "it is not tried again"
+
+
+@pytest.mark.parametrize("code", [None, errno.EIO, errno.EACCES, errno.ENOENT, errno.ENOTDIR])
+def test_only_what_is_not_there_has_gone(
+    library: Library, notes: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    """Between finding a file and looking at it; None: the system says no, and not why."""
+    sync(library, notes)
+    check_file = following.check_file
+
+    def checked(path: Path) -> os.stat_result:
+        if path.name != "river.md":
+            return check_file(path)
+        cause = None if code is None else OSError(code, os.strerror(code))
+        raise MissingInputError("river.md cannot be read", "permission denied") from cause
+
+    monkeypatch.setattr(following, "check_file", checked)
+    has_gone = code in (errno.ENOENT, errno.ENOTDIR)
+    assert sync(library, notes).num_removed == has_gone
+    assert ids(library) == [one for one in ALL if not (has_gone and one == "notes/river.md")]

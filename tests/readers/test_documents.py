@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from document_helpers import docx_bytes, encrypted_pdf, pdf_bytes, write
 
+from retro_engine.data.identity import file_id
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, UnavailableError, UsageError
 from retro_engine.library import following
@@ -204,6 +205,21 @@ def test_who_is_stopped_goes_on(small_store: Store, folder: Path, monkeypatch: p
     state = synced(documents)
     assert (state.num_read, state.num_documents) == (2, 4), "the first file was read before"
     assert found(documents, "cloud") == [f"{folder}/rows.jsonl:1"]
+
+
+def test_what_cannot_be_looked_into_is_not_gone(
+    small_store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docs = Documents([folder], small_store.tokenizer, 16)
+    with docs.opened() as (_, before):
+        assert before.num_documents
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "look", lambda inputs, root, say: ({}, [file_id(folder, root)]))
+        with docs.opened() as (_, synced):
+            assert (synced.num_documents, synced.num_removed) == (before.num_documents, 0)
+        patch.setattr(module, "look", lambda inputs, root, say: ({}, []))
+        with pytest.raises(MissingInputError):
+            docs.opened().__enter__()
 
 
 def test_many_at_once(small_store: Store, folder: Path) -> None:

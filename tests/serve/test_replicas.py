@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from retro_engine.errors import MissingExtraError, UsageError
 from retro_engine.library.library import Library
 from retro_engine.model.retro import RetroModel
 from retro_engine.serve.accounts import Accounts
-from retro_engine.serve.replicas import SharedImporter, SharedLibrary, Shelf, build
+from retro_engine.serve.replicas import FORWARDED, SharedImporter, SharedLibrary, Shelf, build
 from retro_engine.serve.service import ServiceOptions, open_service
 from retro_engine.train.checkpoint import publish_model
 
@@ -218,6 +219,8 @@ def test_a_shared_library_answers_as_the_library(small_run: Path, tmp_path: Path
         assert all(one[0] == other[0] and (one[1] == other[1]).all() for one, other in pairs)
     assert shared.entries(limit=1) == shelf.library.entries(limit=1)
     assert shared.statistics() == shelf.library.statistics()
+    shared.add([Document("b", "", "granite alone", metadata={"year": 1})])
+    assert shared.metadata(["a", "b"]) == shelf.library.metadata(["a", "b"]) == {"b": {"year": 1}}
     assert shared.delete(["a", "c"]) == 1
     for wrong in (
         lambda: shared.add([Document("", "", "x")]),
@@ -243,6 +246,19 @@ def test_a_shared_library_answers_as_the_library(small_run: Path, tmp_path: Path
     assert asyncio.run(on_a_loop()) == known < shared.version
     shelf.importer.stop()
     shelf.library.close()
+
+
+def test_all_that_the_server_asks_of_a_library_is_answered() -> None:
+    """What one process alone has, the thread that encodes ahead, opens the library itself."""
+    asked = {
+        name
+        for path in (ROOT / "retro_engine" / "serve").glob("*.py")
+        if path.name != "encode_ahead.py"
+        for name in re.findall(r"(?<!retro_engine\.)\blibrary\.([a-z]\w*)", path.read_text())
+        if callable(getattr(Library, name, None))
+    }
+    assert {"add", "find", "metadata", "close"} <= asked
+    assert asked <= {*FORWARDED, *vars(SharedLibrary)}, "FORWARDED lacks them"
 
 
 def test_a_plain_decoder_reads_the_shared_library(small_store: Store, tmp_path: Path) -> None:

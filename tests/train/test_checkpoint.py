@@ -135,6 +135,22 @@ def test_a_loss_that_is_no_number_is_not_the_best(small_store: Store, run: Path)
     assert 2 not in steps(run)
 
 
+def test_the_best_is_of_what_the_newest_was_validated_on(small_store: Store, tmp_path: Path) -> None:
+    """A run that goes on with other validation batches: the lower loss of before is of others, and not kept for ever."""
+    run, more = tmp_path / "r", [*PLAIN, "exp_manager.keep_last_n=1"]
+    first = train(config(small_store, run, *more, "trainer.max_steps=2"), Reporter("quiet")).checkpoint
+    state = json.loads((first / "trainer.json").read_text())
+    rewrite(first, "trainer.json", json.dumps({**state, "valid_loss": 0.5}).encode())
+    again = [*more, "trainer.limit_val_batches=2"]
+    last = train(config(small_store, run, *again, "trainer.max_steps=4"), Reporter("quiet")).checkpoint
+    assert checkpoint.read_trainer(last)["validated_on"] != state["validated_on"]
+    assert checkpoint.complete_checkpoints(run) == [checkpoint.find_checkpoint(run)] == [last]
+
+    rewrite(last, "trainer.json", json.dumps({**checkpoint.read_trainer(last), "valid_loss": 0.5}).encode())
+    train(config(small_store, run, *again, "trainer.max_steps=6"), Reporter("quiet"))
+    assert checkpoint.find_checkpoint(run) == last, "the same batches"
+
+
 HOSTILE = {
     "deep": b"[" * 200_000,
     "no object": b"[]",

@@ -2,18 +2,29 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import write_corpus
 from training_helpers import settings
 
-from retro_engine.config import load_config
+from retro_engine.config import load_config, to_yaml
+from retro_engine.data.batches import Sequences
+from retro_engine.data.blend import Blend
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.model.weights import read_config
 from retro_engine.retrieval.neighbors import build_neighbors
 from retro_engine.train import checkpoint
-from retro_engine.train.run_data import open_data, open_evaluation, order_of, steps_of_data, stream_settings
+from retro_engine.train.places import with_absolute_paths
+from retro_engine.train.run_data import (
+    open_data,
+    open_evaluation,
+    order_of,
+    steps_of_data,
+    stream_settings,
+    validation_mark,
+)
 
 
 def test_evaluation_on_a_store_of_another_tokenizer_is_refused(small_store: Store, whole: Path, tmp_path: Path) -> None:
@@ -97,3 +108,67 @@ def test_a_blend_is_its_stores_with_their_neighbors(small_store: Store, tmp_path
         given = f"model.data.blend=[.5,'{small_store.folder}',.5,'{store.folder}']"
         with pytest.raises(kind, match=message):
             open_data(load_config([*plain, given, *more]))
+
+
+def blended(first: Store, folder: Path, other: Store) -> list[str]:
+    named = ("model.data.store=", "model.data.neighbors=")
+    plain = [text for text in settings(first, folder) if not text.startswith(named)]
+    return [*plain, f"model.data.blend=[.5,'{first.folder}',.5,'{other.folder}']"]
+
+
+def test_what_one_store_of_a_blend_holds_out_is_nobody_s_neighbor(small_store: Store, tmp_path: Path) -> None:
+    """The other's table is over both: the first's validation documents are among its neighbors, and are passed over."""
+    source, tokenizer = write_corpus(tmp_path / "c.jsonl", 12, seed=9), str(small_store.folder)
+    other = prepare([source], tmp_path / "other", tokenizer, chunk_size=16)
+    build_neighbors(other, [small_store, other], "bm25", 20)
+    data = open_data(load_config([*blended(small_store, tmp_path / "run", other), "model.data.neighbors=bm25"]))
+    assert isinstance(data.train, Blend) and isinstance(data.valid, Sequences)
+    held_out = np.isin(small_store.row_documents(), data.valid.documents)
+    stream = data.train.streams[1]
+    assert stream.table is not None
+    found = stream.table.ids(np.arange(other.num_rows), 20)
+    in_first = (found >= 0) & (found < small_store.num_rows)
+    assert held_out[found[in_first]].any(), "the table has them"
+    read = stream.neighbor_ids(stream.in_order())
+    there = read[(read >= 0) & (read < small_store.num_rows)]
+    assert len(there) and not held_out[there].any()
+
+
+def test_a_blend_of_tables_with_other_names_is_opened_again(small_store: Store, tmp_path: Path) -> None:
+    """From the settings that the run wrote; a name that all have is kept, as where there are more tables later."""
+    source, tokenizer = write_corpus(tmp_path / "c.jsonl", 12, seed=9), str(small_store.folder)
+    first, other, alike = (
+        prepare([source], tmp_path / n, tokenizer, chunk_size=16) for n in ("first", "other", "alike")
+    )
+    for store, table in ((first, "bm25"), (other, "mine"), (alike, "bm25")):
+        build_neighbors(store, [store], "bm25", 4, name=table)
+    for store, name in ((other, None), (alike, "bm25")):
+        config = load_config(blended(first, tmp_path / "run", store))
+        prints = open_data(config).fingerprints
+        assert config.model.data.neighbors == name
+        (tmp_path / "config.yaml").write_text(to_yaml(with_absolute_paths(config)))
+        assert open_data(load_config([], file=str(tmp_path / "config.yaml"))).fingerprints == prints
+
+
+def test_the_mark_of_a_validation_is_of_its_data_table_and_batches(small_store: Store, tmp_path: Path) -> None:
+    """What changes the loss of one model changes it; where the data lie and how batches are cut does not."""
+    source, tokenizer = write_corpus(tmp_path / "c.jsonl", 12, seed=9), str(small_store.folder)
+    other = prepare([source], tmp_path / "other", tokenizer, chunk_size=16)
+    for retriever in ("bm25", "hash"):
+        build_neighbors(other, [other], retriever, 4)
+
+    def mark(limit: int | None, *more: str) -> str | None:
+        config = load_config([*settings(small_store, tmp_path / "run"), *more])
+        return validation_mark(config, open_data(config), limit)
+
+    apart = [f"model.data.valid_store='{other.folder}'", "model.data.valid_neighbors=bm25"]
+    marks = [
+        mark(None),
+        mark(1),
+        mark(None, "model.retrieval=false"),
+        mark(None, *apart),
+        mark(None, *apart[:1], "model.data.valid_neighbors=hash"),
+    ]
+    assert None not in marks and len(set(marks)) == len(marks)
+    assert mark(None) == mark(1000) == mark(None, "model.micro_batch_size=1", "trainer.max_steps=99") == marks[0]
+    assert mark(0) is None
