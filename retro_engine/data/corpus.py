@@ -20,6 +20,7 @@ from retro_engine.data.inputs import (
     PAGE_KINDS,
     TEXT_KINDS,
     SetAside,
+    is_unread,
     kind_of,
     shown,
     standard_input,
@@ -114,11 +115,11 @@ class Reader:
                     last = piece.line
                     yield self._part(piece, f"{name}:{piece.line}", encoding, shown(stem_of(path)))
         except MissingInputError as error:
-            yield SetAside(name, f"{error.what}: {error.why}")
+            yield SetAside(name, f"{error.what}: {error.why}", is_unread=is_unread(error))
         except Unusable as error:
             yield SetAside(name, str(error))
         except STREAM_ERRORS as error:
-            yield SetAside(f"{name}:{last}", f"the file cannot be read: {getattr(error, 'strerror', None) or error}")
+            yield _cut_off(f"{name}:{last}", error)
 
     def _part(self, piece: Piece, source: str, encoding: str, stem: str) -> Document | SetAside:
         if len(piece.text) > self.max_document_bytes:
@@ -148,11 +149,11 @@ class Reader:
                 text = self._usable(decode(raw, self.errors, encoding))
                 title = _heading(text) if kind in (".md", ".markdown") else ""
         except MissingInputError as error:
-            return SetAside(name, f"{error.what}: {error.why}")
+            return SetAside(name, f"{error.what}: {error.why}", is_unread=is_unread(error))
         except Unusable as error:
             return SetAside(name, str(error))
         except STREAM_ERRORS as error:
-            return SetAside(name, f"the file cannot be read: {getattr(error, 'strerror', None) or error}")
+            return _cut_off(name, error)
         return self._named(path, title, text)
 
     def _named(self, path: Path, title: str, text: str) -> Document:
@@ -226,6 +227,11 @@ class Reader:
         if not text.strip():
             raise Unusable(empty)
         return text
+
+
+def _cut_off(source: str, error: BaseException) -> SetAside:
+    why = f"the file cannot be read: {getattr(error, 'strerror', None) or error}"
+    return SetAside(source, why, is_unread=is_unread(error))
 
 
 def _heading(text: str) -> str:

@@ -4,6 +4,7 @@ Every command that reads files finds them here. A name is bytes to the system an
 is not UTF-8, and control characters, as \xNN, so that a name can stand in ids, manifests and messages.
 """
 
+import errno
 import glob
 import io
 import os
@@ -46,11 +47,25 @@ _SPECIAL = {
 
 @dataclass(frozen=True)
 class SetAside:
-    """A row or a file that is not used, and why; `is_fault`: something is wrong with it."""
+    """A row or a file that is not used, and why; `is_fault`: something is wrong with it; `is_unread`: the system let nobody
+    read it, so that what it holds is not known.
+    """
 
     source: str
     reason: str
     is_fault: bool = True
+    is_unread: bool = False
+
+
+def is_unread(error: BaseException | None) -> bool:
+    """Whether the system is why something was not read: neither that nothing is there, nor a place before its start (EINVAL),
+    which damaged files name.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL)
+        error = error.__cause__
+    return False
 
 
 def shown(path: str | Path) -> str:

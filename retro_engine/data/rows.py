@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from retro_engine.data.inputs import SetAside, kind_of, open_file, shown
+from retro_engine.data.inputs import SetAside, is_unread, kind_of, open_file, shown
 from retro_engine.data.streams import HEAD, STREAM_ERRORS, TEXT_KEY, Joined, Unusable, decode, open_text
 from retro_engine.errors import MissingInputError, extra
 
@@ -62,9 +62,9 @@ class RowReader:
         except Unusable as error:
             yield SetAside(shown(path), str(error))
         except MissingInputError as error:
-            yield SetAside(shown(path), f"{error.what}: {error.why}")
+            yield SetAside(shown(path), f"{error.what}: {error.why}", is_unread=is_unread(error))
         except STREAM_ERRORS as error:  # a truncated or damaged stream
-            yield SetAside(f"{shown(path)}:{number + 1}", f"{BROKEN}: {error}")
+            yield SetAside(f"{shown(path)}:{number + 1}", f"{BROKEN}: {error}", is_unread=is_unread(error))
 
     def _rows_of(self, text: "_Text", kind: str, name: str) -> Iterator[Row | SetAside]:
         if kind in (".tsv", ".csv"):
@@ -150,10 +150,10 @@ class RowReader:
                         cells = lambda row=row, of=values: {name: self._cell(v, row) for name, v in of.items()}  # noqa: E731
                         yield _row(shown(path), number, cells)
         except MissingInputError as error:
-            yield SetAside(shown(path), f"{error.what}: {error.why}")
+            yield SetAside(shown(path), f"{error.what}: {error.why}", is_unread=is_unread(error))
         except (arrow.ArrowException, OSError) as error:
             reason = (str(error).strip().split("\n") or [""])[0]
-            yield SetAside(f"{shown(path)}:{number + 1}", f"{BROKEN}: {reason}")
+            yield SetAside(f"{shown(path)}:{number + 1}", f"{BROKEN}: {reason}", is_unread=is_unread(error))
 
     def _cell(self, column: Any, row: int) -> Any:
         """A value; bytes, which Spark and others write for text, and strings that hold other bytes are decoded."""

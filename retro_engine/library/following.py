@@ -7,7 +7,6 @@ that is one document has its path as its id, a row its file's and its place: wha
 
 import errno
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,11 +29,6 @@ from retro_engine.progress import Reporter
 
 FRESH_NS = 2_000_000_000  # a file that changed so shortly before it was read may change again unseen
 GONE = (errno.ENOENT, errno.ENOTDIR)
-# How readers say that the system let them read no further; EINVAL is of what a damaged file holds, a place before its start.
-SYSTEM = "|".join(re.escape(os.strerror(code)) for code in errno.errorcode if code not in (*GONE, errno.EINVAL))
-NOT_READ = re.compile(
-    rf"the file cannot be read( further)?: (.*\[Errno \d+\] )?({SYSTEM})\b|.* cannot be read: ({SYSTEM})$", re.I | re.S
-)
 MOST_ASIDE = 100  # reasons kept of a file; all are counted
 FILE_STATE = manifests.fields(
     {
@@ -196,7 +190,7 @@ class Follower:
         batches = in_batches(rows, BATCH_CHARACTERS, BATCH_DOCUMENTS)
         batch: list[Document | SetAside] | None = next(batches, [])
         while batch is not None:
-            fault = next((row for row in batch if isinstance(row, SetAside) and NOT_READ.match(row.reason)), None)
+            fault = next((row for row in batch if isinstance(row, SetAside) and row.is_unread), None)
             if fault is not None:
                 self._put_off(name, fault, is_gone=False, begun=state if written else None)
                 return

@@ -1,5 +1,6 @@
 """Finding files: what is read once, and what is passed over with which reason; nothing is passed over without a word."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from retro_engine.data.inputs import (
     check_file,
     find_files,
+    is_unread,
     kind_of,
     open_file,
     read_bounded,
@@ -160,3 +162,17 @@ def test_many_are_named_or_listed(tmp_path: Path) -> None:
 )
 def test_kinds(name: str, kind: str) -> None:
     assert kind_of(Path(name)) == kind
+
+
+@pytest.mark.parametrize(
+    ("code", "unread"),
+    [(errno.EIO, True), (errno.EACCES, True), (errno.ESTALE, True), (errno.ENOENT, False), (errno.EINVAL, False)],
+)
+def test_whose_fault_it_is_that_something_was_not_read(code: int, unread: bool) -> None:
+    """The system's, also where another error tells of it; not the file's own."""
+    met = OSError(code, "as it says")
+    wrapped = MissingInputError("a file cannot be read", "")
+    wrapped.__cause__ = met
+    assert is_unread(met) is is_unread(wrapped) is unread
+    assert not is_unread(MissingInputError("a file cannot be read", ""))
+    assert not is_unread(EOFError()) and not is_unread(OSError("Not a gzipped file"))
