@@ -62,7 +62,7 @@ def is_unread(error: BaseException | None) -> bool:
     which damaged files name.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and isinstance(error.errno, int):  # of our own it is a text
             return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL)
         error = error.__cause__
     return False
