@@ -36,7 +36,8 @@ from retro_engine.evaluate.questions import Answers, answer_questions
 from retro_engine.generate.open_model import OpenedModel
 from retro_engine.model.decoding import decode
 from retro_engine.model.encodings import Encodings
-from retro_engine.readers.reader import base_path, open_reader
+from retro_engine.readers.bases import base_path
+from retro_engine.readers.reader import open_reader
 from retro_engine.readers.reader_file import Reader, find_reader
 from retro_engine.train.run_data import question_search
 
@@ -215,8 +216,11 @@ def _ask(reader: Reader) -> tuple[list[Row], list[Target]]:
     with tempfile.TemporaryDirectory() as folder:
         pages = _write_pages(Path(folder) / "pages")
         home = {**os.environ, "RETRO_HOME": str(Path(folder) / "home")}
-        base = ["--reader", str(reader.folder), "--base", str(base_path(reader))]
-        command = [sys.executable, "-m", "retro_engine.cli", "ask", str(pages), *base, "--json", "--quiet"]
+        bases = Path(home["RETRO_HOME"]) / "bases"  # as `retro fetch` would have put it
+        bases.mkdir(parents=True)
+        (bases / reader.base.file).symlink_to(base_path(reader))
+        flags = ["--reader", str(reader.folder), "--json", "--quiet"]
+        command = [sys.executable, "-m", "retro_engine.cli", "ask", str(pages), *flags]
         times = []
         for question in ASKED:
             start = time.perf_counter()

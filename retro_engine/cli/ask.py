@@ -86,8 +86,7 @@ def _opened(args: argparse.Namespace, documents: list[str], reader: "Reader") ->
 
 def _settle_base(args: argparse.Namespace, reader: "Reader") -> None:
     """Fetch a base that is known and not here, if whoever sits there says so."""
-    from retro_engine.readers.bases import BASES, fetch
-    from retro_engine.readers.reader import base_path
+    from retro_engine.readers.bases import BASES, base_path, fetch
 
     known = BASES.get(reader.base.name)
     if known is None or known.sha256 != reader.base.sha256 or known.path.is_file():

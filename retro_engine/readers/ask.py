@@ -19,9 +19,10 @@ from retro_engine.generate.request import Request
 from retro_engine.model.passage_choice import absence
 from retro_engine.progress import Reporter
 from retro_engine.readers.ahead import Ahead, checked_question, search
+from retro_engine.readers.bases import base_path
 from retro_engine.readers.documents import Documents, Synced
 from retro_engine.readers.places import nobody
-from retro_engine.readers.reader import base_path, open_reader
+from retro_engine.readers.reader import open_reader
 from retro_engine.readers.reader_file import Reader, find_reader, with_settings
 from retro_engine.readers.spans import Span, find_span
 from retro_engine.retrieval.hit import Found, Hit

@@ -28,6 +28,7 @@ from retro_engine.errors import (
     write_error,
 )
 from retro_engine.readers.places import Say, home, in_turn, nobody
+from retro_engine.readers.reader_file import Reader
 
 STEP = 1 << 20
 
@@ -128,6 +129,29 @@ def fetch(name: str, source: str | Path | None = None, say: Say = nobody, shows_
 
 def _is_right(base: KnownBase, path: Path) -> bool:
     return path.stat().st_size == base.size and files.sha256_file(path) == base.sha256
+
+
+def base_path(reader: Reader, named: str | Path | None = None) -> Path:
+    """Where a reader's base lies: `named`, beside the reader, or where `retro fetch` puts it.
+
+    Raises MissingInputError, saying what brings it here; StoreError for another file.
+    """
+    known = BASES.get(reader.base.name)
+    places = [Path(named)] if named is not None else [reader.folder / reader.base.file]
+    if named is None and known is not None:
+        places.append(known.path)
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        why = f"looked at {', '.join(map(str, places))}"
+        raise MissingInputError(f"the base of the reader {reader.name} is not here", why, reader.base.get)
+    found = files.sha256_file(path)
+    if found != reader.base.sha256:
+        raise StoreError(
+            f"{path} is not the base of the reader {reader.name}",
+            f"its SHA-256 is {found[:16]}..., and the adapters learned beside {reader.base.sha256[:16]}...",
+            by_hand(known) if known is not None else f"name {reader.base.file} with --base",
+        )
+    return path
 
 
 def by_hand(base: KnownBase) -> str:

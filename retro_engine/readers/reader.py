@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retro_engine.data import files
 from retro_engine.data.checkpoint_files import ADAPTERS_FILE
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingInputError, StoreError, extra
+from retro_engine.errors import StoreError, extra
 from retro_engine.generate.open_model import OpenedModel, read_in_front
 from retro_engine.interop.gguf_file import read_gguf_file
 from retro_engine.interop.gguf_model import each_weight, read_header
@@ -24,34 +23,10 @@ from retro_engine.model.memory import MappedTensors
 from retro_engine.model.quantize import check_weights, use_weights
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import new_model
-from retro_engine.readers.bases import BASES, by_hand
 from retro_engine.readers.kept import keep, kept_folder, open_kept
 from retro_engine.readers.places import Say, nobody
 from retro_engine.readers.reader_file import Reader
 from retro_engine.train.precision import has_fast_bf16
-
-
-def base_path(reader: Reader, named: str | Path | None = None) -> Path:
-    """Where a reader's base lies: `named`, beside the reader, or where `retro fetch` puts it.
-
-    Raises MissingInputError, saying what brings it here; StoreError for another file.
-    """
-    known = BASES.get(reader.base.name)
-    places = [Path(named)] if named is not None else [reader.folder / reader.base.file]
-    if named is None and known is not None:
-        places.append(known.path)
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        why = f"looked at {', '.join(map(str, places))}"
-        raise MissingInputError(f"the base of the reader {reader.name} is not here", why, reader.base.get)
-    found = files.sha256_file(path)
-    if found != reader.base.sha256:
-        raise StoreError(
-            f"{path} is not the base of the reader {reader.name}",
-            f"its SHA-256 is {found[:16]}..., and the adapters learned beside {reader.base.sha256[:16]}...",
-            by_hand(known) if known is not None else f"name {reader.base.file} with --base",
-        )
-    return path
 
 
 def default_dtype() -> str:
@@ -59,7 +34,7 @@ def default_dtype() -> str:
 
 
 def open_reader(reader: Reader, base: Path, dtype: str | None = None, say: Say = nobody) -> OpenedModel:
-    """The model of a reader beside `base`, a file of which the hash was compared (`base_path`). `dtype`: fp32, bf16, int8
+    """The model of a reader beside `base`, a file of which the hash was compared (bases.py `base_path`). `dtype`: fp32, bf16, int8
     or int4 (None: what is faster here). What the first opening makes is kept for later ones (readers/kept.py).
 
     Raises StoreError for adapters of another base.

@@ -30,7 +30,8 @@ from retro_engine.library.live import LiveRetriever, library_coding
 from retro_engine.library.search import check_mode
 from retro_engine.model.device import pick_device
 from retro_engine.model.memory import trim
-from retro_engine.readers.reader import base_path, open_reader
+from retro_engine.readers.bases import base_path
+from retro_engine.readers.reader import open_reader
 from retro_engine.readers.reader_file import Reader, find_reader
 from retro_engine.retrieval.hit import Found
 from retro_engine.retrieval.search import Retriever

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,6 +72,16 @@ def test_a_question(folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPa
     assert found["documents"] == {"files": 2, "documents": 2, "set_aside": 0}
     text = found["sources"][found["span"]["source"]]["text"]
     assert text[found["span"]["start"] : found["span"]["end"]] == "in 1302"
+
+
+def test_the_search_begins_before_torch_is_there(folder: Path) -> None:
+    """Also without --base: what looks for the reader's own must not import what answers."""
+    looks = "from retro_engine.readers import ahead; ahead.begin = lambda *_: exit(3 if 'torch' in sys.modules else 4)"
+    asks = "from retro_engine.cli import main; main(['ask', 'in', 'When was the castle built?', '--base', 'no.gguf'])"
+    for words in (asks, asks.replace(", '--base', 'no.gguf'", "")):
+        known = "from retro_engine.readers.bases import KnownBase as K; from pathlib import Path; K.path = Path('in/river.txt')"
+        done = subprocess.run([sys.executable, "-c", f"import sys; {looks}; {known}; {words}"], check=False)
+        assert done.returncode == 4
 
 
 def test_not_found(folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -13,8 +13,9 @@ from retro_engine import cli
 from retro_engine.data.files import sha256_file
 from retro_engine.errors import MissingInputError, UsageError
 from retro_engine.generate.open_model import open_model
+from retro_engine.readers.bases import base_path
 from retro_engine.readers.make_reader import make_reader
-from retro_engine.readers.reader import base_path, open_reader
+from retro_engine.readers.reader import open_reader
 from retro_engine.readers.reader_file import read_reader
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from retro_engine.data.files import sha256_file
 from retro_engine.errors import MissingExtraError, MissingInputError, RetroError, StoreError, UsageError
 from retro_engine.generate.generator import Generator
-from retro_engine.readers.reader import base_path, open_reader
+from retro_engine.readers.bases import base_path
+from retro_engine.readers.reader import open_reader
 from retro_engine.readers.reader_file import read_reader, with_settings
 
 

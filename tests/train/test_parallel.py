@@ -26,6 +26,7 @@ PART = [
     "trainer.max_steps=8",
     "model.optim.sched.max_steps=20",
     "exp_manager.checkpoint_every_n_steps=4",
+    "trainer.limit_val_batches=1",
 ]  # of 20 steps
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     2: {
