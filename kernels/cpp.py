@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from retro_kernels.blocks import TYPES as BLOCK_TYPES
 from retro_kernels.dropout import drop_below
-from retro_kernels.reference import CrossAttentionPart, FeedForwardPart, Matrix, Part, SelfAttentionPart
+from retro_kernels.reference import CrossAttentionPart, FeedForwardPart, Matrix, Norm, Part, SelfAttentionPart
 from torch import Tensor
 
 try:
@@ -132,6 +132,20 @@ def linear(x_TD: Tensor, matrix: Matrix) -> Tensor:
     return y
 
 
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms: bool) -> Tensor:
+    """x [..., d], contiguous -> the same shape."""
+    y, D = torch.empty_like(x), x.shape[-1]
+    _cpu.norm(instruction_set(), _TYPES[x.dtype], *_norm(Norm(weight, bias, eps, is_rms), D), x.numel() // D, x, y)
+    return y
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Contiguous -> the same shape."""
+    y = torch.empty_like(gate)
+    _cpu.swiglu(instruction_set(), _TYPES[y.dtype], y.numel(), gate, up, y)
+    return y
+
+
 def to_blocks(values: Tensor, kind: str) -> Tensor:
     """As `blocks.round_to_blocks`; contiguous."""
     out = torch.empty(len(values), BLOCK_TYPES[kind].bytes, dtype=torch.uint8)
@@ -160,14 +174,15 @@ def steps(made: object, x_BD: Tensor, first: int, last: int) -> Tensor:
 
 
 def _part(part: Part) -> tuple[object, ...]:
+    norm = _norm(part.norm, (part.up if isinstance(part, FeedForwardPart) else part.q).shape[1])
     if isinstance(part, FeedForwardPart):
         gate = (0, 0, 0, 0, None, None, None) if part.gate is None else _matrix(part.gate)
-        return 2, *_norm(part), *gate, *_matrix(part.up), *_matrix(part.down), _ACTIVATIONS[part.activation]
+        return 2, *norm, *gate, *_matrix(part.up), *_matrix(part.down), _ACTIVATIONS[part.activation]
     attending = _attending(part)
     if isinstance(part, CrossAttentionPart):
-        return 1, *_norm(part), *_matrix(part.q), *_matrix(part.out), *attending, part.adds_bias
+        return 1, *norm, *_matrix(part.q), *_matrix(part.out), *attending, part.adds_bias
     matrices = (*_matrix(part.q), *_matrix(part.k), *_matrix(part.v), *_matrix(part.out))
-    return 0, *_norm(part), *matrices, *attending, False
+    return 0, *norm, *matrices, *attending, False
 
 
 def _matrix(m: Matrix) -> tuple[object, ...]:
@@ -175,8 +190,7 @@ def _matrix(m: Matrix) -> tuple[object, ...]:
     return kind, 0 if m.bias is None else _TYPES[m.bias.dtype], *m.shape, m.weight, m.bias, m.scale
 
 
-def _norm(part: Part) -> tuple[object, ...]:
-    norm, width = part.norm, (part.up if isinstance(part, FeedForwardPart) else part.q).shape[1]
+def _norm(norm: Norm, width: int) -> tuple[object, ...]:
     weight_type = 0 if norm.weight is None else _TYPES[norm.weight.dtype]
     return width, norm.is_rms, weight_type, norm.weight, norm.bias, norm.eps
 

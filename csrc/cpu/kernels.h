@@ -146,7 +146,8 @@ struct Build {
   void (*gather_neighbors)(const Gather&, int64_t begin, int64_t end);
   void (*linear)(const Linear&, int64_t begin, int64_t end);  // items are outputs
   void (*to_blocks)(Type, const float* x, uint8_t* out, int64_t begin, int64_t end);  // items are blocks
-  void (*norm)(const Norm&, const float* x, float* y, int64_t begin, int64_t end);  // items are rows
+  void (*norm)(const Norm&, Type, const void* x, void* y, int64_t begin, int64_t end);  // items are rows
+  void (*swiglu)(Type, const void* gate, const void* up, void* y, int64_t begin, int64_t end);  // items are numbers
   void (*put)(const Step&, int64_t begin, int64_t end);       // rotates, and writes the cache; items are rows
   void (*attend)(const Step&, int64_t begin, int64_t end);    // items are (b * G + g) * splits + a piece of its keys
   void (*cross_entropy)(const CrossEntropy&, Type, int64_t begin, int64_t end);  // items are rows

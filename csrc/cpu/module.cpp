@@ -1,4 +1,4 @@
-// retro_kernels._cpu: attention, RoPE, gathering, cross-entropy and decoding steps on CPU tensors. Every function takes a build's
+// retro_kernels._cpu: attention, RoPE, gathering, norms, cross-entropy and decoding steps on CPU tensors. Every function takes a build's
 // name and a kernel's fields, numbers and tensors, in the one order in which it reads them (kernels/cpp.py checks and writes them). No torch header: the module builds anywhere and works with any torch. Threads are torch's own: the address of
 // libtorch's torch_parallel_for is handed over at import; without it everything runs on the calling thread.
 #include <pybind11/pybind11.h>
@@ -187,6 +187,29 @@ void cross_entropy(const std::string& build, const py::args& given) {
   parallel_for(T, std::max<int64_t>(1, 16384 / a.V), [&](int64_t begin, int64_t end) { run(a, type, begin, end); });
 }
 
+void norm(const std::string& build, const py::args& given) {
+  Type type;
+  Norm a{};
+  int64_t T;
+  const void* x;
+  void* y;
+  read_all(given, type, a, T, x, y);
+  const auto run = find_build(build).norm;
+  const py::gil_scoped_release release;
+  parallel_for(T, std::max<int64_t>(1, 16384 / a.D), [&](int64_t begin, int64_t end) { run(a, type, x, y, begin, end); });
+}
+
+void swiglu(const std::string& build, const py::args& given) {
+  Type type;
+  int64_t count;
+  const void *gate, *up;
+  void* y;
+  read_all(given, type, count, gate, up, y);
+  const auto run = find_build(build).swiglu;
+  const py::gil_scoped_release release;
+  parallel_for(count, 16384, [&](int64_t begin, int64_t end) { run(type, gate, up, y, begin, end); });
+}
+
 void to_blocks(const std::string& build, const py::args& given) {
   Type type;
   const float* x;
@@ -278,7 +301,7 @@ class Region {
     if (known != ticket) {
       known = 0;
       rows.resize(size_t(layer.T * norm.D));
-      build_.norm(norm, layer.x, rows.data(), 0, layer.T);
+      build_.norm(norm, FLOAT32, layer.x, rows.data(), 0, layer.T);
       known = ticket;
     }
     return rows.data();
@@ -441,6 +464,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rope", &rope);
   m.def("gather_neighbors", &gather_neighbors);
   m.def("linear", &linear);
+  m.def("norm", &norm);
+  m.def("swiglu", &swiglu);
   m.def("to_blocks", &to_blocks);
   m.def("apply", &apply);
   m.def("cross_entropy", &cross_entropy);

@@ -24,8 +24,22 @@ def left_to_pytorch(config: ModelConfig) -> list[str]:
     return left
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's module, computed by `ops`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's module, computed by `ops`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
 def norm(config: ModelConfig, width: int) -> nn.Module:
-    kind = nn.RMSNorm if config.normalization == "rmsnorm" else nn.LayerNorm
+    kind = RMSNorm if config.normalization == "rmsnorm" else LayerNorm
     return kind(width, eps=config.layernorm_epsilon)
 
 
@@ -175,5 +189,5 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is not None:
             gate, up = project(x, self.gate, self.up)
-            return self.down(self.dropout(F.silu(gate) * up))
+            return self.down(self.dropout(ops.swiglu(gate, up)))
         return self.down(self.dropout(F.gelu(self.up(x), approximate=self.approximation)))

@@ -19,6 +19,7 @@ from retro_kernels.cuda import register_host
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.linear import linear as kernels_linear
 from retro_kernels.linear import linear_in_blocks
+from retro_kernels.norm import layer_norm, rms_norm
 from retro_kernels.products import is_onednn, product
 from retro_kernels.products import library as product_library
 from retro_kernels.products import use as use_products
@@ -34,6 +35,7 @@ from retro_kernels.step import (
     SelfAttentionPart,
     Steps,
 )
+from retro_kernels.swiglu import swiglu
 from torch import Tensor
 
 from retro_engine.errors import UsageError
@@ -56,6 +58,7 @@ __all__ = [
     "dequantize",
     "gather_neighbors",
     "is_onednn",
+    "layer_norm",
     "linear",
     "linear_in_blocks",
     "masked_attention",
@@ -63,9 +66,11 @@ __all__ = [
     "product",
     "product_library",
     "register_host",
+    "rms_norm",
     "rope",
     "rope_qk",
     "steps_in_cpp",
+    "swiglu",
     "rotary_tables",
     "use_products",
 ]
