@@ -140,10 +140,10 @@ def test_kill_9_and_again_gives_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
     duration = time.monotonic() - start
     expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    for number in range(200 if os.environ.get("RETRO_CAMPAIGN") else 4):
+    for number in range(200 if os.environ.get("RETRO_CAMPAIGN") else 2):
         out = tmp_path / f"killed{number}"
         with subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL) as process:
-            time.sleep(duration * (0.5 + 0.12 * (number % 5)))
+            time.sleep(duration * (0.5 + 0.24 * (number % 3)))
             process.kill()
         if not (out / "manifest.json").exists():
             subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)

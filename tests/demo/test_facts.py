@@ -10,7 +10,8 @@ from retro_engine import cli
 
 def test_the_gate_closes_on_a_model_that_has_not_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    assert cli.main(["demo", "facts", "--out", str(out), "--steps", "8"]) == 6
+    small = ["model.hidden_size=48", "model.ffn_hidden_size=64", "model.num_attention_heads=2"]
+    assert cli.main(["demo", "facts", "--out", str(out), "--steps", "8", *small]) == 6
     said = capsys.readouterr().err
     assert "error: value accuracy on 0.0" in said
     assert "one right, one wrong note" in said

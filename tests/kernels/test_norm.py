@@ -13,10 +13,10 @@ BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 1e-2, torch.float64: 1e-12}  # of
 
 
 def assert_close(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
-    wide = x.double(), *(None if part is None else part.double() for part in (weight, bias))
+    shape, (w, b) = x.shape[-1:], (None if part is None else part.double() for part in (weight, bias))
     pairs = [
-        (rms_norm(x, weight, 1e-5), F.rms_norm(wide[0], x.shape[-1:], wide[1], 1e-5)),
-        (layer_norm(x, weight, bias, 1e-5), F.layer_norm(wide[0], x.shape[-1:], wide[1], wide[2], 1e-5)),
+        (rms_norm(x, weight, 1e-5), F.rms_norm(x.double(), shape, w, 1e-5)),
+        (layer_norm(x, weight, bias, 1e-5), F.layer_norm(x.double(), shape, w, b, 1e-5)),
     ]
     for found, exact in pairs:
         assert (found.dtype, found.shape) == (x.dtype, x.shape)
