@@ -180,6 +180,21 @@ def find_files(inputs: Sequence[str | Path], of_any_kind: bool = False) -> tuple
     return walk.files, walk.passed_over
 
 
+def say_linked(paths: Sequence[Path], inputs: Sequence[str | Path], say: Callable[[str], None]) -> None:
+    """How many of the files in named folders lie elsewhere: whoever copies or deletes the folder should know."""
+    folders = {
+        os.path.join(Path(given), ""): os.path.join(os.path.realpath(given), "")
+        for given in inputs
+        if os.path.isdir(given)
+    }
+    count = 0
+    for path in paths:
+        real = next((real for folder, real in folders.items() if str(path).startswith(folder)), None)
+        count += real is not None and not os.path.realpath(path).startswith(real)
+    if count:
+        say(f"note: {count:,} of {len(paths):,} files lie elsewhere, behind links, which are followed")
+
+
 def tell(passed_over: Sequence[SetAside], say: Callable[[str], None], listed_in: str | None = None) -> None:
     """Say what is passed over by name: all of it, or the first where the rest is listed in a file."""
     named = passed_over if listed_in is None else passed_over[:SAID]

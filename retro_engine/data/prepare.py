@@ -16,7 +16,7 @@ import numpy as np
 
 from retro_engine.data import corpus, files, store
 from retro_engine.data.corpus import Document, Reader, in_batches
-from retro_engine.data.inputs import KNOWN, SetAside, find_files, shown, tell
+from retro_engine.data.inputs import KNOWN, SetAside, find_files, say_linked, shown, tell
 from retro_engine.data.lossiness import Loss, Sample, as_json, describe, find_losses
 from retro_engine.data.splitting import settle
 from retro_engine.data.store import Store, StoreWriter
@@ -49,6 +49,7 @@ def prepare(
     named = [given for given in inputs if str(given) != "-"]
     paths, passed_over = find_files(named, of_any_kind=reader.format is not None)
     tell(passed_over, say, f"{shown(out)}/{store.SET_ASIDE_FILE}")
+    say_linked(paths, named, say)
     for row in passed_over:
         _refuse_if_strict(row, is_strict)
     if not paths and not has_stdin:

@@ -15,6 +15,7 @@ from retro_engine.data.inputs import (
     kind_of,
     open_file,
     read_bounded,
+    say_linked,
     shown,
     standard_input,
     tell,
@@ -102,6 +103,27 @@ def test_names_are_printable_text(tmp_path: Path) -> None:
     names = [shown(path) for path in files]
     assert sorted(names) == sorted(f"{tmp_path}/{n}" for n in ("a\\nb.txt", "Zürich 黄山\u3000.txt", "caf\\xe9.txt"))
     assert passed_over[0].source == f"{tmp_path}/\\xff.bin"
+
+
+def test_what_lies_behind_links_is_said(tmp_path: Path) -> None:
+    for name in ("real/a.txt", "real/b.txt", "top/own/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "top" / "part").symlink_to("../real")
+    (tmp_path / "top" / "again.txt").symlink_to("own/c.txt")  # in the folder
+    (tmp_path / "link").symlink_to("top")
+
+    def said(*inputs: Path) -> list[str]:
+        lines: list[str] = []
+        say_linked(find_files(inputs)[0], inputs, lines.append)
+        return lines
+
+    assert (
+        said(tmp_path / "top")
+        == said(tmp_path / "link")
+        == ["note: 2 of 3 files lie elsewhere, behind links, which are followed"]
+    )
+    assert said(tmp_path / "real") == said(tmp_path / "top" / "part" / "a.txt", tmp_path / "top" / "o*") == []
 
 
 def test_patterns_and_named_files(tmp_path: Path) -> None:
