@@ -20,6 +20,10 @@ torch.set_num_threads(1)
 products.use("blas")  # also for what lasts longer than a test
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What would be kept in the user's cache (readers/places.py) is kept here."""

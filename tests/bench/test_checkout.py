@@ -9,6 +9,7 @@ from helpers import write_corpus
 from retro_engine.bench import checkout
 
 
+@pytest.mark.long
 def test_results_of_text_are_made_once_and_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = checkout.load("text_results").main
     corpus, out = write_corpus(tmp_path / "c.jsonl", 40, words=120), tmp_path / "results"

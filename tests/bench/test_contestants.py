@@ -80,6 +80,7 @@ def test_decode_takes_less_than_recomputing(monkeypatch: pytest.MonkeyPatch) -> 
     assert "tokens/s" in results.table(rows)
 
 
+@pytest.mark.long
 def test_every_stage_of_the_pipeline_has_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "ROUNDS", 1)
     measured = pipeline.run(Options(text=str(write_corpus(tmp_path / "corpus.jsonl", 30))))

@@ -53,6 +53,7 @@ def assert_as_one(run: Path, single: Path, steps: int) -> None:
     assert max(abs(found[step] - expected[step]) for step in range(1, steps + 1)) <= 1e-9, run.name
 
 
+@pytest.mark.long
 def test_two_and_four_processes_train_as_one(small_store: Store, single: Path, tmp_path: Path) -> None:
     """Every layout; a checkpoint of two goes on in one and in four; a single pass ends in every process at the same step;
     what does not fit is said by each of them, with its number.
@@ -93,6 +94,7 @@ def test_two_and_four_processes_train_as_one(small_store: Store, single: Path, t
         assert_as_one(tmp_path / name, single, 8)
 
 
+@pytest.mark.long
 def test_a_killed_process_is_restarted_and_a_signal_to_one_stops_all_with_a_checkpoint(
     small_store: Store, single: Path, tmp_path: Path
 ) -> None:

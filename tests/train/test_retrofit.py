@@ -216,6 +216,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.long
 def test_two_processes_freeze_and_unfreeze_as_one_does(small_store: Store, source: Path, tmp_path: Path) -> None:
     exact = ["trainer.precision=64", "model.freeze_decoder=true", "trainer.max_steps=4", "model.optim.weight_decay=0.1"]
     exact += ["model.global_batch_size=4", "model.micro_batch_size=1", "trainer.limit_val_batches=1"]
