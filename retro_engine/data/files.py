@@ -379,8 +379,9 @@ def _flock(file: IO[bytes], folder: Path, kind: int) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    found, piece = hashlib.sha256(), memoryview(bytearray(HASHED))
+    found = hashlib.sha256()
     with open_file(path) as file:
+        piece = memoryview(bytearray(min(os.fstat(file.fileno()).st_size, HASHED) or 1))  # zeroing more takes its time
         while count := file.readinto(piece):
             found.update(piece[:count])
     return found.hexdigest()
