@@ -64,4 +64,8 @@ def test_every_call_may_fail(
     assert corpus.exists() or name != "prepare"
     with capsys.disabled():
         if CAMPAIGN:
-            print(counted(f"failing calls, {name}: {num_runs} runs, {num_raised} typed errors, 0 untyped; {len(left)} different folders left, 0 damaged"))
+            print(
+                counted(
+                    f"failing calls, {name}: {num_runs} runs, {num_raised} typed errors, 0 untyped; {len(left)} different folders left, 0 damaged"
+                )
+            )
