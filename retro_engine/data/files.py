@@ -256,21 +256,24 @@ def check_unused(folder: Path) -> None:
 @contextlib.contextmanager
 def publish_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, under a temporary name: after the block it is at `folder` in one step, whole, with all that
-    anybody has written into it on the disk; where the block raises there is nothing.
+    anybody has written into it on the disk; where the block raises there is nothing. Raises InUseError where another
+    process publishes there.
     """
     aside = folder.with_name(f".{folder.name}.tmp")
-    remove_tree(aside)  # of a killed writer
-    make_folder(aside)
-    try:
-        yield aside
-        with writing(folder):
-            sync_tree(aside)
-            if folder.exists():
-                folder.rmdir()  # it is empty
-            os.rename(aside, folder)
-            sync(folder.parent)
-    finally:
-        remove_tree(aside)
+    make_folder(folder.parent)
+    with _locked_beside(folder):
+        remove_tree(aside)  # of a killed writer
+        make_folder(aside)
+        try:
+            yield aside
+            with writing(folder):
+                sync_tree(aside)
+                if folder.exists():
+                    folder.rmdir()  # it is empty
+                os.rename(aside, folder)
+                sync(folder.parent)
+        finally:
+            remove_tree(aside)
 
 
 def json_bytes(values: dict[str, Any], is_sorted: bool = False) -> bytes:
@@ -336,7 +339,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; it dies with its holder. Raises InUseError when another process has it."""
     is_new = not folder.is_dir()
     make_folder(folder)
-    with _lock_file(folder, os.O_RDWR | os.O_CREAT) as file:
+    with _lock_file(folder / LOCK, os.O_RDWR | os.O_CREAT) as file:
         _flock(file, folder, fcntl.LOCK_EX)
         try:
             yield
@@ -356,19 +359,36 @@ def read_locked(folder: Path) -> Iterator[None]:
     if not kind_of(folder / LOCK):
         yield
         return
-    with _lock_file(folder, os.O_RDONLY) as file:
+    with _lock_file(folder / LOCK, os.O_RDONLY) as file:
         _flock(file, folder, fcntl.LOCK_SH)
         yield
 
 
-def _lock_file(folder: Path, flags: int) -> IO[bytes]:
-    path = folder / LOCK
+@contextlib.contextmanager
+def _locked_beside(folder: Path) -> Iterator[None]:
+    """The same for a folder that is not there yet, or has to stay empty: the lock's file lies beside it, while it is held."""
+    path = folder.with_name(f".{folder.name}{LOCK}")
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(_lock_file(path, os.O_RDWR | os.O_CREAT))
+            _flock(file, folder, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                    break  # else its last holder has removed it
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _lock_file(path: Path, flags: int) -> IO[bytes]:
     try:
         return os.fdopen(_open(path, flags | os.O_NOFOLLOW), "rb")
     except OSError as error:
         if isinstance(error, RetroError):
             raise
-        raise write_error(error, folder) from error
+        raise write_error(error, path.parent) from error
 
 
 def _flock(file: IO[bytes], folder: Path, kind: int) -> None:
@@ -379,8 +399,9 @@ def _flock(file: IO[bytes], folder: Path, kind: int) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    found, piece = hashlib.sha256(), memoryview(bytearray(HASHED))
+    found = hashlib.sha256()
     with open_file(path) as file:
+        piece = memoryview(bytearray(min(os.fstat(file.fileno()).st_size, HASHED) or 1))  # zeroing more takes its time
         while count := file.readinto(piece):
             found.update(piece[:count])
     return found.hexdigest()

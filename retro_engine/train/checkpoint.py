@@ -87,7 +87,7 @@ __all__ = [  # whether a checkpoint is there and whole is read without PyTorch
     "verify",
     "weights_fingerprint",
 ]
-_LEFTOVER = re.compile(r"\.step-[0-9]{1,18}\.(tmp|old)")
+_LEFTOVER = re.compile(r"\.step-[0-9]{1,18}\.(tmp|old|lock)")
 # What a resumed run needs of trainer.json.
 _STATE = ("tokens_seen", "train_s", "precision", "mean_loss", "loss_scale", "good_steps", "fingerprints", "stream")
 
@@ -127,6 +127,8 @@ class Saver:
             for path in (run / "checkpoints").glob(".step-*"):
                 if _LEFTOVER.fullmatch(path.name):
                     files.remove_tree(path)
+                    if path.suffix == files.LOCK:  # the run's own lock is held
+                        path.unlink(missing_ok=True)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from helpers import small_disk
 
 from retro_engine.data import files
 from retro_engine.data.array_file import ArrayFile
-from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
+from retro_engine.errors import InUseError, MissingInputError, OutOfResourceError, StoreError, UsageError
 
 PARENT = "ab" * 32
 
@@ -78,6 +79,35 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (os.listdir(tmp_path), os.listdir(folder)) == (["new"], ["a"])
     with pytest.raises(UsageError, match="is there already"):
         files.check_unused(folder)
+
+
+def test_two_publishers_of_one_folder(tmp_path: Path) -> None:
+    """The second one removed what the first had written, under its hands; what is left is of one of them."""
+    folder = tmp_path / "new"
+    (tmp_path / ".new.lock").touch()  # of a killed writer
+    with files.publish_folder(folder) as aside:
+        (aside / "a").write_text("of the first")
+        with pytest.raises(InUseError, match="another process is writing there"), files.publish_folder(folder):
+            raise AssertionError("it was let in")
+    assert (os.listdir(tmp_path), (folder / "a").read_text()) == (["new"], "of the first")
+    told = list[str]()
+
+    def write(number: int) -> None:
+        for turn in range(20):
+            try:
+                with files.publish_folder(tmp_path / str(turn)) as aside:
+                    for name in "ab":
+                        (aside / name).write_text(str(number))
+            except UsageError as error:
+                told.append(error.why)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert sorted(os.listdir(tmp_path)) == sorted(["new", *map(str, range(20))])
+    for turn in range(20):
+        assert (tmp_path / str(turn) / "a").read_text() == (tmp_path / str(turn) / "b").read_text()
+    assert set(told) <= {"another process is writing there", "Directory not empty"}
+    assert len(told) == 60
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ class Runs:
         path = os.pathsep.join([str(TESTS), *sys.path])
         environment = os.environ | {"PYTHONPATH": path, "LD_PRELOAD": str(library), "TOKENIZERS_PARALLELISM": "false"}
         environment["RETRO_PRODUCTS"] = "blas"  # else every run times both
+        environment |= {
+            "OMP_NUM_THREADS": "1",
+            "NUMBA_THREADING_LAYER": "workqueue",
+        }  # GNU OpenMP does not outlive a fork
         program = [sys.executable, str(Path(__file__).with_name("workloads.py")), str(library)]
         self._server = subprocess.Popen(
             program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reliability.replay import mark_of, tree_of
 from reliability.runs import CAMPAIGN, FAULTS, SEED, SHORT, Runs, counted
 from reliability.workloads import WORKLOADS, Place
 
@@ -31,6 +32,7 @@ def test_every_call_may_fail(
     assert not answer, answer["text"]
     corpus = tmp_path / "corpus.jsonl"
     num_runs = num_raised = 0
+    left = set[bytes]()  # what failures have left, each looked at once
     rng = np.random.default_rng(SEED)
     for number, kinds in FAULTS.items():
         there = replace(place, root=tmp_path / "counted")
@@ -51,12 +53,19 @@ def test_every_call_may_fail(
                 assert "damaged" not in answer["text"], f"{where}: {answer['text']}"
                 assert answer["has_remedy"], f"{where}: {answer['text']}"
                 assert str(there.root) in answer["text"], f"{where}: {answer['text']}"
-            WORKLOADS[name].check(there, tuple(answer.get("said", ())))
-            again = runs.ask(name, there, "act")
-            assert "raised" not in again, f"{where}, then again: {again['trace']}"
+            mark = mark_of(tree_of(there.root), len(answer.get("said", ())))
+            if mark not in left:
+                left.add(mark)
+                WORKLOADS[name].check(there, tuple(answer.get("said", ())))
+                again = runs.ask(name, there, "act")
+                assert "raised" not in again, f"{where}, then again: {again['trace']}"
             shutil.rmtree(there.root)
     assert num_raised or name == "reset"
     assert corpus.exists() or name != "prepare"
     with capsys.disabled():
         if CAMPAIGN:
-            print(counted(f"failing calls, {name}: {num_runs} runs, {num_raised} typed errors, 0 untyped"))
+            print(
+                counted(
+                    f"failing calls, {name}: {num_runs} runs, {num_raised} typed errors, 0 untyped; {len(left)} different folders left, 0 damaged"
+                )
+            )

@@ -13,7 +13,7 @@ from reliability.replay import State, states, write_tree
 from reliability.runs import CAMPAIGN, SEED, Runs, counted
 from reliability.workloads import WORKLOADS, Place
 
-DRAWS = 40 if CAMPAIGN else 1
+DRAWS = 100 if CAMPAIGN else 1
 FINISHED = 40 if CAMPAIGN else 2  # of each workload: states from which the same command goes on
 
 
