@@ -81,9 +81,7 @@ class LiveRetriever:
         check_query(text, k)
         check_mode(mode or self.mode, weights)
         length = 2 * self.coding.chunk_size if retrieved_length is None else retrieved_length
-        if where is not None:
-            return self._live(text, k, length, mode or self.mode, weights, where=where)
-        return self.neighbors([text], k, length, mode, weights)[0]
+        return self.neighbors([text], k, length, mode, where, weights)[0]
 
     def neighbors(
         self,
@@ -91,12 +89,13 @@ class LiveRetriever:
         k: int,
         retrieved_length: int,
         mode: str | None = None,
+        where: Filter | None = None,
         weights: Sequence[float] = (1.0, 1.0),
     ) -> list[Found]:
-        """The k best of each text, as tokens; `mode` is of this search."""
+        """The k best of each text, as tokens; `mode`, `where` and `weights` as in `search`."""
         mode = mode or self.mode
-        if self.static is None:
-            return [self._live(text, k, retrieved_length, mode, weights) for text in texts]
+        if self.static is None or where is not None:
+            return [self._live(text, k, retrieved_length, mode, weights, where=where) for text in texts]
         is_one = mode == "lexical" and self.static.analyzer == self.library.file.analyzer
         theirs = self.static.counts if is_one else None
         live = [self._live(text, k, retrieved_length, mode, weights, theirs) for text in texts]

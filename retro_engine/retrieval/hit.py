@@ -93,8 +93,12 @@ class NeighborSource(Protocol):
         """Changes with what can be found."""
         ...
 
-    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None) -> list[Found]:
-        """The k best of each text; any thread may call. `mode` is of a live library's search."""
+    def neighbors(
+        self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None, where: Any = None
+    ) -> list[Found]:
+        """The k best of each text; any thread may call. `mode` and `where` (a `library.filters.Filter`) are of a live
+        library's search. Raises UsageError for a filter of what has no metadata.
+        """
         ...
 
 

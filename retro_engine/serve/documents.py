@@ -176,12 +176,12 @@ def check_fields(fields: Mapping[str, FieldValue] | None, param: str) -> None:
         raise ApiError(400, f"{error.what}: {error.why}", param) from None
 
 
-def filter_of(value: dict[str, Any] | None) -> Filter | None:
-    """A body's `filters`. Raises ApiError."""
+def filter_of(value: dict[str, Any] | None, param: str = "filters") -> Filter | None:
+    """A body's `filters`, the field `param`. Raises ApiError."""
     try:
         return None if value is None else read_filter(value)
     except UsageError as error:
-        raise ApiError(400, f"{error.what}: {error.why}", "filters") from None
+        raise ApiError(400, f"{error.what}: {error.why}", param) from None
 
 
 async def note_of(request: Request, where: Filter | None, namespace: str = DEFAULT) -> dict[str, str]:

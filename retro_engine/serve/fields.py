@@ -43,6 +43,7 @@ class RetroOptions(Strict):
     k: int | None = Field(None, ge=1, le=64)  # neighbors a chunk; None: the model's
     neighbors: Texts | None = Field(None, max_length=64)  # texts to read instead; [] = retrieval off
     mode: Literal["lexical", "dense", "hybrid"] | None = None
+    filters: Json | None = None  # which documents of the library, by their metadata (library/filters.py)
     refresh: Literal["chunk", "never"] = "chunk"
     retrieved_length: int | None = Field(None, ge=1)
 
