@@ -238,7 +238,7 @@ class Generator:
                 self._found.move_to_end(key)
             while len(self._found) > MAX_FOUND:
                 self._found.popitem(last=False)
-        found = [known[key] for key in keys]
+        found = [known[key].above(sequence.request.min_score) for key in keys]
         return [Found(f.tokens_KR[skip:], f.lengths_K[skip:], f.hits[skip:]) for f in found] if skip else found
 
     def _given(self, texts: Sequence[str], request: Request, R: int, known: KnownTexts) -> tuple[Found, list[str]]:

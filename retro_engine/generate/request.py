@@ -52,6 +52,7 @@ class Request:
     is_chat: bool = False  # a chat template wrote the prompt: tokens that end a text may end its turns
     mode: str | None = None  # of a live library's search: lexical, dense, hybrid; None = as it was opened
     where: Filter | None = None  # which of the library's documents are read, by their metadata
+    min_score: float | None = None  # of what is read; None = all that is found
     caller: str = ""  # who asks: each has a share of the engine and prefixes of his own; "" = nobody else is there
 
     def __post_init__(self) -> None:

@@ -200,6 +200,7 @@ def requests_of(
         stop_ids=tuple(body.stop_token_ids or ()),
         mode=options.mode,
         where=filter_of(options.filters, "retro.filters"),
+        min_score=options.min_score,
         **more,
     )
     return [
@@ -212,10 +213,11 @@ def requests_of(
 def _check_retrieval(body: Sampled, service: Service, prompts: Sequence[list[int]], new_tokens: int) -> None:
     """Raises ApiError for neighbors that cannot be read beside prompts and `new_tokens` more."""
     options, config = body.retro, service.generator.model.config
-    searched = (options.k, options.mode, options.filters)
-    if options.neighbors is not None and any(one is not None for one in searched):
-        raise ApiError(400, "neighbors are given: k, mode and filters say nothing", "retro.neighbors", "contradiction")
-    names = ("neighbors", "k", "mode", "filters", "retrieved_length")
+    searched = ("k", "mode", "filters", "min_score")
+    if options.neighbors is not None and any(getattr(options, name) is not None for name in searched):
+        why = f"neighbors are given: {', '.join(searched)} say nothing"
+        raise ApiError(400, why, "retro.neighbors", "contradiction")
+    names = ("neighbors", *searched, "retrieved_length")
     said = next((name for name in names if getattr(options, name) not in (None, [])), None)
     if said is not None and not config.retrieval:
         raise ApiError(400, "this model is a plain decoder: it reads no neighbors", f"retro.{said}")
@@ -227,7 +229,7 @@ def _check_retrieval(body: Sampled, service: Service, prompts: Sequence[list[int
     prompt = "messages" if isinstance(body, Chat) else "prompt"
     params = prompt, "max_tokens", "retro.neighbors" if options.neighbors else "retro.k"
     check_room(service, prompts, new_tokens, count * (options.retrieved_length or config.r), params)
-    service.check_search(options.mode)
+    service.check_search(options.mode, options.min_score, "retro.min_score")
 
 
 async def respond(request: HttpRequest, body: Sampled, answer: Answer, asked: list[Request]) -> Response:

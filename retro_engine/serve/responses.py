@@ -212,8 +212,8 @@ async def _search(request: HttpRequest, body: Create, messages: list[Message]) -
     if len(wanted) > 1:
         raise ApiError(400, "file_search is there twice", "tools")
     given = RetroOptions.model_validate({}) if body.retro is None else body.retro
-    if any(one is not None for one in (given.neighbors, given.k, given.filters)):
-        why = "file_search finds the neighbors: retro.neighbors, retro.k and retro.filters say nothing"
+    if any(one is not None for one in (given.neighbors, given.k, given.filters, given.min_score)):
+        why = "file_search finds the neighbors: retro.neighbors, k, filters and min_score say nothing"
         raise ApiError(400, why, "tools", "contradiction")
     service, (tool,) = service_of(request), wanted
     library, _ = library_of(request)

@@ -1,5 +1,6 @@
 """Users and keys over HTTP: an admin who is signed in manages them, a key does not, and nobody shuts himself out."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ def managed(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield server
 
 
-def signed_in(server: Server, name: str, password: str = PASSWORD) -> httpx.Client:
-    client = server.client(None)
-    assert client.post("/auth/login", json={"name": name, "password": password}).status_code == 200
-    return client
+@contextlib.contextmanager
+def signed_in(server: Server, name: str, password: str = PASSWORD) -> Iterator[httpx.Client]:
+    with server.client(None) as client:
+        assert client.post("/auth/login", json={"name": name, "password": password}).status_code == 200
+        yield client
 
 
 def code(answer: Any) -> tuple[int, str | None]:

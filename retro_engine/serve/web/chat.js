@@ -33,10 +33,10 @@ function button(name, work) {
   return make("button", { type: "button", className: "quiet", onclick: (event) => attempt(work, event.currentTarget) }, name);
 }
 
-/** What can be done with a turn; only the last answer can be made anew or gone on with. */
+/** What can be done with an answer; only the last one can be made anew or gone on with. */
 function actions(turn, isLast) {
   const row = make("div", { className: "row actions" }, button("Copy", () => copy(turn.content)));
-  if (turn.role === "assistant" && isLast && !running) {
+  if (isLast && !running) {
     row.append(button("Regenerate", regenerate));
     if (turn.content && (turn.reason === "length" || turn.reason === "stopped")) row.append(button("Go on", () => answer(turn)));
   }
@@ -54,9 +54,8 @@ function shown(turn, isLast) {
     const chunks = new Chunks(model.retro.library !== null, true);
     for (const [text, hits] of turn.chunks) chunks.begin(hits, text);
     chunks.end();
-    element.append(chunks.element);
+    element.append(chunks.element, actions(turn, isLast));
   }
-  element.append(actions(turn, isLast));
   return element;
 }
 
@@ -102,10 +101,13 @@ async function answer(turn) {
   for (const [text, hits] of said.chunks) chunks.begin(hits, text);
   element.querySelector(".chunks").replaceWith(chunks.element);
   chunks.wait();
+  $("chat-form").scrollIntoView({ block: "end" });
   try {
     for await (const event of stream("/v1/chat/completions", body, controller.signal)) {
       const choice = event.choices[0];
+      const isAtEnd = $("chat-form").getBoundingClientRect().top < window.innerHeight; // who reads above stays there
       chunks.take(event, choice?.delta.content ?? "");
+      if (isAtEnd && chat === mine) $("chat-form").scrollIntoView({ block: "end" });
       if (choice?.finish_reason) said.reason = choice.finish_reason;
     }
   } catch (error) {

@@ -28,7 +28,7 @@ async function cards() {
     const { statistics, index_version: version } = await call("GET", "/v1/documents?limit=1");
     const { documents = 0, chunks = 0, tokens = 0 } = statistics;
     found.push(facts("Documents", [["documents", number(documents)], ["chunks", number(chunks)], ["tokens", number(tokens)], ["version", version],
-      ["published stores", about.stores.join(", ") || "none"], ["folders that are followed", statistics.followed?.join(", ") || undefined],
+      ["published stores", about.stores.join(", ") || "none"], ["followed", statistics.followed.map((one) => `${one.folder}: ${number(one.files)} files, ${one.state}`).join("; ") || undefined],
       ["notes", statistics.notes.join("; ") || undefined]]));
   }
   found.push(facts("You", [["name", user.name], ["scope", user.scope]]));
