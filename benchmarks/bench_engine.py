@@ -90,7 +90,9 @@ def measure_overhead(measured: Measured, generator: Generator) -> None:
 def measure_schema(measured: Measured, model: RetroModel) -> None:
     """A list of records that does not end in time, against the same number of free tokens; nothing is drafted."""
     words = random.Random(0)
-    texts = [" ".join("".join(words.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(100)) for _ in range(200)]
+    texts = [
+        " ".join("".join(words.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(100)) for _ in range(200)
+    ]
     generator = Generator(model, Tokenizer.train(texts, V), drafts=False)
     record = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
     record |= {"required": ["name", "age"], "additionalProperties": False}
@@ -103,7 +105,9 @@ def measure_schema(measured: Measured, model: RetroModel) -> None:
         works = {side: lambda one=one: engine.submit(one).result() for side, one in asked.items()}
         rows = compared(f"{NEW} tokens, fp32", time_in_turns(works, rounds=ROUNDS), ours=["a schema"])
     measured.rows += rows
-    measured.targets.append(at_most("tokens that match a schema, their time", rows[1].median_s / rows[0].median_s, 1.05))
+    measured.targets.append(
+        at_most("tokens that match a schema, their time", rows[1].median_s / rows[0].median_s, 1.05)
+    )
 
 
 def measure_first_token(measured: Measured, generator: Generator) -> None:

@@ -45,7 +45,10 @@ def test_keys_are_made_used_and_removed(managed: Server) -> None:
 
 def test_users_are_made_changed_and_removed(managed: Server) -> None:
     with signed_in(managed, "ada") as admin:
-        assert admin.post("/auth/users", json={"name": "bo", "password": PASSWORD}).json() == {"name": "bo", "scope": "read"}
+        assert admin.post("/auth/users", json={"name": "bo", "password": PASSWORD}).json() == {
+            "name": "bo",
+            "scope": "read",
+        }
         assert {"name": "bo", "scope": "read"} in admin.get("/auth/users").json()["data"]
         assert admin.post("/auth/users", json={"name": "bo", "password": PASSWORD}).status_code == 400, "it is taken"
         with signed_in(managed, "bo") as reader:

@@ -24,7 +24,9 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def following(small_run: Path, notes: Path) -> Iterator[Server]:
-    options = ServiceOptions(run=str(small_run), library=str(notes.parent / "library"), follow=[str(notes)], name="tiny")
+    options = ServiceOptions(
+        run=str(small_run), library=str(notes.parent / "library"), follow=[str(notes)], name="tiny"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(follow.FollowedFolders.__init__, "__defaults__", (0.02,))
         patch.setattr(follow, "SHARE", 0)
@@ -66,7 +68,9 @@ def test_a_folder_that_vanishes_takes_nothing_with_it(following: Server, notes: 
     deadline = time.monotonic() + 20
     while not (said := listed(following)["notes"]) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert said == ["folder notes is not followed now: notes is no folder: a folder is followed; what was read of it stays: 1 files"]
+    assert said == [
+        "folder notes is not followed now: notes is no folder: a folder is followed; what was read of it stays: 1 files"
+    ]
     assert waited(following, "zyzzyva", 1) == ["notes/mill.md"]
     shutil.move(away, notes)
     deadline = time.monotonic() + 20

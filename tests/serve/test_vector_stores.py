@@ -220,7 +220,9 @@ def test_what_scores_too_little_is_not_read(shelves: Server) -> None:
         ask = {"prompt": "dugong grazes", "max_tokens": 1, "temperature": 0}
         for least, count in ((0, 2), (between, 1), (99, 0)):
             out = client.post("/v1/completions", json={**ask, "retro": {"k": 2, "min_score": least}}).json()
-            assert [one["document"] for one in out["retro"]["neighbors"]] == [one["document"] for one in hits[:count]], out
+            assert [one["document"] for one in out["retro"]["neighbors"]] == [
+                one["document"] for one in hits[:count]
+            ], out
         for path, body, param in (
             ("/v1/retrieve", {"query": "dugong", "mode": "hybrid", "min_score": 1}, "min_score"),
             ("/v1/completions", {**ask, "retro": {"mode": "hybrid", "min_score": 1}}, "retro.min_score"),
