@@ -71,4 +71,4 @@ gates: setup
 # docs/reliability.md, counted. RETRO_SEED draws others.
 campaign: setup
 	RETRO_CAMPAIGN=1 $(BIN)/pytest tests/reliability
-	RETRO_CAMPAIGN=1 $(BIN)/pytest -n 2 tests/data tests/retrieval tests/library tests/train tests/serve tests/test_readme.py
+	RETRO_CAMPAIGN=1 $(BIN)/pytest -n 2 tests/data tests/retrieval tests/library tests/train tests/generate tests/serve tests/test_readme.py tests/test_deploy.py

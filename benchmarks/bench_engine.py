@@ -1,11 +1,13 @@
-"""What the engine costs and what batching gives: tokens/s of 1 and 8 sequences, its overhead, a warm prompt.
+"""What the engine costs and what batching gives: tokens/s of 1 and 8 sequences, its overhead, a schema's, a warm prompt.
 
 97 M parameters with random weights (width 768, 12 layers, 16,384 entries, two encoder layers): large enough that
 reading weights is most of a step. Two neighbors of 128 tokens, given, at every chunk boundary. ROUNDS sets the rounds.
 """
 
 import os
+import random
 import time
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +16,8 @@ from retro_engine.config import preset_model
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.generate.engine import Engine, Request
 from retro_engine.generate.generator import Generator
+from retro_engine.generate.grammar import schema
+from retro_engine.generate.sampling import Sampling
 from retro_engine.model.quantize import use_weights
 from retro_engine.model.retro import RetroModel
 
@@ -30,6 +34,7 @@ def run(options: Options) -> Measured:
             measure_batch(measured, generator, weights, neighbors)
         if weights == "fp32":
             measure_overhead(measured, generator)
+            measure_schema(measured, generator.model)
             measure_first_token(measured, generator)
     return measured
 
@@ -80,6 +85,29 @@ def measure_overhead(measured: Measured, generator: Generator) -> None:
     measured.rows += rows
     cost = rows[1].median_s / rows[0].median_s
     measured.targets.append(at_most("engine against the bare generator, its time", cost, 1.05))
+
+
+def measure_schema(measured: Measured, model: RetroModel) -> None:
+    """A list of records that does not end in time, against the same number of free tokens; nothing is drafted."""
+    words = random.Random(0)
+    texts = [
+        " ".join("".join(words.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(100)) for _ in range(200)
+    ]
+    generator = Generator(model, Tokenizer.train(texts, V), drafts=False)
+    record = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+    record |= {"required": ["name", "age"], "additionalProperties": False}
+    asked = {
+        "free": request(1, NEW, []),
+        "a schema": replace(request(1, NEW, []), grammar=schema({"type": "array", "items": record, "minItems": 500})),
+    }
+    asked = {side: replace(one, sampling=Sampling(min_tokens=NEW)) for side, one in asked.items()}
+    with Engine(generator, max_batch=1, prefix_bytes=0) as engine:
+        works = {side: lambda one=one: engine.submit(one).result() for side, one in asked.items()}
+        rows = compared(f"{NEW} tokens, fp32", time_in_turns(works, rounds=ROUNDS), ours=["a schema"])
+    measured.rows += rows
+    measured.targets.append(
+        at_most("tokens that match a schema, their time", rows[1].median_s / rows[0].median_s, 1.05)
+    )
 
 
 def measure_first_token(measured: Measured, generator: Generator) -> None:

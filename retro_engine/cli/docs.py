@@ -221,7 +221,7 @@ def run_sync(args: argparse.Namespace) -> int:
 
     if _is_url(args):
         why = f"{args.library} is a server's, which has it open"
-        raise UsageError("sync is for a library in a folder", why, "stop the server first, or: retro docs add")
+        raise UsageError("sync is for a library in a folder", why, "where it runs: retro serve RUN --follow DIR")
     reporter = flags.reporter(args)
     with _open_folder(args) as library:
         if args.forget:

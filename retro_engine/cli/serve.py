@@ -27,6 +27,8 @@ def add(commands: flags.Commands) -> None:
     flag("reader", metavar="NAME|DIR", help="a reader in place of a run: questions are answered from --library")
     flag("base", metavar="FILE", help="the reader's .gguf file (default: where retro fetch puts it)")
     flag("library", metavar="FOLDER", help="live documents (default RUN/library; made when it is not there)")
+    follow = "folders whose files the library holds: what is added, changed and deleted there is read within seconds"
+    flag("follow", [], nargs="+", metavar="DIR", help=follow)
     embedder = "of a library that is made: none, hash (default), minilm, or a SentenceTransformers folder or hub id"
     flag("embedder", metavar="NAME", help=embedder)
     stores = "published stores to read as well, by words (default: the run's; none: no store)"
@@ -114,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         reading=args.reading,
         neighbor_bytes=args.neighbor_bytes,
+        follow=args.follow,
     )
     address = Address(
         host=args.host,

@@ -16,6 +16,7 @@ from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
 from retro_engine.generate.decoding_batch import PIECE_CHUNKS
 from retro_engine.generate.generator import Generator, encode_neighbors
+from retro_engine.library.filters import Filter
 from retro_engine.model.decode_cache import new_cache
 from retro_engine.model.decode_prefix import read_in_front
 from retro_engine.model.decoding import prefill
@@ -69,8 +70,10 @@ def explain(
     neighbors: Sequence[str] | None = None,
     num_neighbors: int | None = None,
     check: Callable[[], None] = lambda: None,
+    where: Filter | None = None,
 ) -> Explanation:
-    """How much each of `neighbors` (texts; None = retrieved for the prompt's last chunk) changes `text` after `prompt`.
+    """How much each of `neighbors` (texts; None = retrieved for the prompt's last chunk, among documents that match `where`)
+    changes `text` after `prompt`.
 
     `check` is called again and again and ends the work by raising. Raises UsageError for an empty prompt or text, for a plain decoder, and where there is no neighbor to explain.
     """
@@ -87,7 +90,8 @@ def explain(
         hits = [Hit.given(number, given) for number, given in enumerate(neighbors)]
         tokens_KR, lengths_K = encode_neighbors(tokenizer, neighbors, R)
     else:
-        hits, tokens_KR, lengths_K = _retrieved(generator, prompt_ids, num_neighbors or model.config.num_neighbors)
+        count = num_neighbors or model.config.num_neighbors
+        hits, tokens_KR, lengths_K = _retrieved(generator, prompt_ids, count, where)
     if not hits:
         raise UsageError("there are no neighbors", "none were given and none were found", "--neighbors TEXT")
     choices_VK, pad_id = removed_lengths(lengths_K), tokenizer.pad_id
@@ -174,14 +178,16 @@ def _log_probs(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _retrieved(generator: Generator, prompt_ids: list[int], count: int) -> tuple[list[Hit], np.ndarray, np.ndarray]:
+def _retrieved(
+    generator: Generator, prompt_ids: list[int], count: int, where: Filter | None
+) -> tuple[list[Hit], np.ndarray, np.ndarray]:
     """The neighbors that generation would read after the prompt: hits, tokens [K, R], lengths [K]."""
     retriever = generator.retriever
     if retriever is None:
         raise UsageError(
             "there are no neighbors", "no text and no store to retrieve from was given", "--neighbors TEXT"
         )
-    M = generator.model.config.chunk_size
-    (found,) = retriever.neighbors([generator.tokenizer.decode(prompt_ids[-M:])], count, generator.model.config.r)
+    M, R = generator.model.config.chunk_size, generator.model.config.r
+    (found,) = retriever.neighbors([generator.tokenizer.decode(prompt_ids[-M:])], count, R, where=where)
     is_found = found.lengths_K > 0
     return found.hits, found.tokens_KR[is_found], found.lengths_K[is_found]

@@ -3,6 +3,7 @@
 Letters: M chunk length, K neighbors, R tokens per neighbor, V vocabulary.
 """
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ class Generator:
             neighbor_bytes = NEIGHBOR_BYTES if model.config.encodes_alone else 0
         self.beside = beside
         self.encodings = Encodings(model, neighbor_bytes, encoded) if neighbor_bytes or encoded else None
-        self._found: OrderedDict[tuple[str, str, str, int, int, str | None], Found] = OrderedDict()
+        self._found: OrderedDict[tuple[str, str, str, int, int, str | None, str], Found] = OrderedDict()
         self._lock = threading.Lock()
         self._grammars = Grammars(tokenizer)
         if retriever is not None:
@@ -142,6 +143,8 @@ class Generator:
             raise UsageError("neighbors were given", *PLAIN)
         has_neighbors = bool(texts) if texts is not None else self.retriever is not None
         is_reading = config.retrieval and has_neighbors
+        if request.where is not None and not is_reading:
+            raise UsageError("a filter cannot be used", "there are no documents to retrieve from", "leave it out")
         given, notes = self._given(texts, request, R, {} if known is None else known) if texts else (None, [])
         M = config.chunk_size
         waits = is_reading and (given is None or not config.reads_prefix)  # for a chunk's end, to read from then on
@@ -221,20 +224,21 @@ class Generator:
         assert self.retriever is not None
         version, skip = self.retriever.version, sequence.request.passed_over
         K, R = sequence.K + skip, sequence.R
-        mode = sequence.request.mode
-        keys = [(sequence.request.caller, version, text, K, R, mode) for text in texts]
+        mode, where = sequence.request.mode, sequence.request.where
+        filtered = "" if where is None else json.dumps(where.json)  # where 1 is not true
+        keys = [(sequence.request.caller, version, text, K, R, mode, filtered) for text in texts]
         with self._lock:
             known = {key: self._found[key] for key in keys if key in self._found}
         missing = [key for key in dict.fromkeys(keys) if key not in known]
         if missing:
-            known |= dict(zip(missing, self.retriever.neighbors([key[2] for key in missing], K, R, mode)))
+            known |= dict(zip(missing, self.retriever.neighbors([key[2] for key in missing], K, R, mode, where)))
         with self._lock:
             for key in keys:
                 self._found[key] = known[key]
                 self._found.move_to_end(key)
             while len(self._found) > MAX_FOUND:
                 self._found.popitem(last=False)
-        found = [known[key] for key in keys]
+        found = [known[key].above(sequence.request.min_score) for key in keys]
         return [Found(f.tokens_KR[skip:], f.lengths_K[skip:], f.hits[skip:]) for f in found] if skip else found
 
     def _given(self, texts: Sequence[str], request: Request, R: int, known: KnownTexts) -> tuple[Found, list[str]]:

@@ -11,6 +11,7 @@ from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
 from retro_engine.generate.grammar import Grammar
 from retro_engine.generate.sampling import Sampling
+from retro_engine.library.filters import Filter
 from retro_engine.retrieval.hit import Hit
 
 REFRESHES = ("chunk", "never")
@@ -50,6 +51,8 @@ class Request:
     passed_over: int = 0  # of the best neighbors, which the prompt itself holds
     is_chat: bool = False  # a chat template wrote the prompt: tokens that end a text may end its turns
     mode: str | None = None  # of a live library's search: lexical, dense, hybrid; None = as it was opened
+    where: Filter | None = None  # which of the library's documents are read, by their metadata
+    min_score: float | None = None  # of what is read; None = all that is found
     caller: str = ""  # who asks: each has a share of the engine and prefixes of his own; "" = nobody else is there
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class Request:
         for name, holds, rule in rules:
             if not holds:
                 raise UsageError(f"{name}={getattr(self, name)} cannot be used", rule)
+        if self.where is not None and self.neighbors is not None:
+            raise UsageError("a filter cannot be used", "neighbors are given: nothing is searched", "leave one out")
         if "" in self.stop or isinstance(self.stop, str):
             raise UsageError(f"stop={self.stop!r} cannot be used", "a tuple of texts, none of them empty")
         least = self.sampling.min_tokens

@@ -146,6 +146,7 @@ class Follower:
         self.put_off: list[SetAside] = []  # files of which is kept what they held
         self._changes: list[Change] = []  # that are not written yet
         self.root: str | None = None  # of the folder in whose name the library itself keeps `known`
+        self.check: Callable[[], None] = lambda: None  # called before each file; ends the work by raising
 
     def forget(self, names: Iterable[str]) -> int:
         """Delete what files held; how many files."""
@@ -161,6 +162,7 @@ class Follower:
         total = sum(found[name][1].st_size for name in names)
         with self.reporter.progress("reading documents", total, "bytes") as meter:
             for name in names:
+                self.check()
                 path, stat = found[name]
                 old = self.known.get(name)
                 try:
@@ -300,13 +302,20 @@ def _trusted(stat: os.stat_result) -> int:
     return stat.st_mtime_ns if stat.st_mtime_ns < time.time_ns() - FRESH_NS else 0
 
 
-def sync(library: Library, folder: str | Path, namespace: str = DEFAULT, reporter: Reporter | None = None) -> Synced:
-    """Make a namespace hold what a folder's files hold now, beside what else is in it.
+def sync(
+    library: Library,
+    folder: str | Path,
+    namespace: str = DEFAULT,
+    reporter: Reporter | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Synced:
+    """Make a namespace hold what a folder's files hold now, beside what else is in it. `check` is called before each file
+    and ends the work by raising; what was written stays, and the next time goes on.
 
     Raises MissingInputError for a folder that has vanished, or lost all of its files: that is no wish to delete them.
     """
     follower, root = _follower(library, folder, namespace, reporter or Reporter("quiet"))
-    known = follower.known
+    known, follower.check = follower.known, check
     if not os.path.isdir(folder):
         kept = f"; what was read of it stays: {len(known):,} files" if known else ""
         raise MissingInputError(f"{shown(folder)} is no folder", f"a folder is followed{kept}", _wanted(known))

@@ -64,6 +64,17 @@ class LiveRetriever:
     def version(self) -> str:
         return f"{self.library.version} {self.static.version if self.static is not None else ''}"
 
+    def check_least(self, mode: str | None) -> None:
+        """Raises UsageError where a least score says nothing: what is joined by rank has no score of its own."""
+        mode = mode or self.mode
+        if mode == "hybrid" or (self.static is not None and not self._is_one(mode)):
+            why = "rankings are joined there: their scores are of ranks"
+            raise UsageError("min_score cannot be used", why, "lexical, or a library alone")
+
+    def _is_one(self, mode: str) -> bool:
+        """Whether library and stores are searched as one collection."""
+        return mode == "lexical" and self.static is not None and self.static.analyzer == self.library.file.analyzer
+
     def search(
         self,
         text: str,
@@ -81,9 +92,7 @@ class LiveRetriever:
         check_query(text, k)
         check_mode(mode or self.mode, weights)
         length = 2 * self.coding.chunk_size if retrieved_length is None else retrieved_length
-        if where is not None:
-            return self._live(text, k, length, mode or self.mode, weights, where=where)
-        return self.neighbors([text], k, length, mode, weights)[0]
+        return self.neighbors([text], k, length, mode, where, weights)[0]
 
     def neighbors(
         self,
@@ -91,13 +100,14 @@ class LiveRetriever:
         k: int,
         retrieved_length: int,
         mode: str | None = None,
+        where: Filter | None = None,
         weights: Sequence[float] = (1.0, 1.0),
     ) -> list[Found]:
-        """The k best of each text, as tokens; `mode` is of this search."""
+        """The k best of each text, as tokens; `mode`, `where` and `weights` as in `search`."""
         mode = mode or self.mode
-        if self.static is None:
-            return [self._live(text, k, retrieved_length, mode, weights) for text in texts]
-        is_one = mode == "lexical" and self.static.analyzer == self.library.file.analyzer
+        if self.static is None or where is not None:
+            return [self._live(text, k, retrieved_length, mode, weights, where=where) for text in texts]
+        is_one = self._is_one(mode)
         theirs = self.static.counts if is_one else None
         live = [self._live(text, k, retrieved_length, mode, weights, theirs) for text in texts]
         ours = partial(self.library.counts, namespace=self.namespace) if is_one else None

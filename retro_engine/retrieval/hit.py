@@ -67,6 +67,14 @@ class Found:
             tokens_KR[place, : lengths_K[place]] = tokens[:retrieved_length]
         return cls(tokens_KR, lengths_K, [hit for hit, _ in found])
 
+    def above(self, least: float | None) -> "Found":
+        """Those whose score is at least that; the rest is missing. None: all."""
+        if least is None:
+            return self
+        count = sum(hit.score >= least for hit in self.hits)  # best first
+        lengths_K = np.where(np.arange(len(self.lengths_K)) < count, self.lengths_K, 0)
+        return Found(self.tokens_KR, lengths_K, self.hits[:count])
+
     def pairs(self) -> list[tuple[Hit, np.ndarray]]:
         """Each hit with its valid tokens."""
         return [(hit, self.tokens_KR[place, : self.lengths_K[place]]) for place, hit in enumerate(self.hits)]
@@ -93,8 +101,12 @@ class NeighborSource(Protocol):
         """Changes with what can be found."""
         ...
 
-    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None) -> list[Found]:
-        """The k best of each text; any thread may call. `mode` is of a live library's search."""
+    def neighbors(
+        self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None, where: Any = None
+    ) -> list[Found]:
+        """The k best of each text; any thread may call. `mode` and `where` (a `library.filters.Filter`) are of a live
+        library's search. Raises UsageError for a filter of what has no metadata.
+        """
         ...
 
 

@@ -284,9 +284,12 @@ class Retriever:
         k: int,
         retrieved_length: int,
         mode: str | None = None,
+        where: Any = None,
         beside: Callable[[np.ndarray], Counts] | None = None,
     ) -> list[Found]:
         """The k best of each text, as tokens. `mode` says nothing to published stores; `beside` as in `search`."""
+        if where is not None:
+            raise UsageError("a filter cannot be used", "documents of stores have no metadata", "name a library")
         ids, scores = self.search(texts, k, beside)
         tokens, lengths = self.loader.gather(ids, retrieved_length)
         hits = [

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from retro_engine.errors import RetroError, typed
 from retro_engine.library.library import Library
 from retro_engine.serve import (
+    access,
     ask,
     documents,
     explain,
@@ -44,6 +45,8 @@ FILES = {  # of the page; gate.PUBLIC names them too
     "/app.js": ("app.js", "text/javascript; charset=utf-8"),
     "/ask.js": ("ask.js", "text/javascript; charset=utf-8"),
     "/api.js": ("api.js", "text/javascript; charset=utf-8"),
+    "/chat.js": ("chat.js", "text/javascript; charset=utf-8"),
+    "/status.js": ("status.js", "text/javascript; charset=utf-8"),
     "/playground.js": ("playground.js", "text/javascript; charset=utf-8"),
     "/library.js": ("library.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
@@ -98,6 +101,13 @@ ROUTES: list[tuple[str, str, Endpoint, str]] = [  # method, path, endpoint, the 
     ("GET", "/v1/vector_stores/{store:str}/files/{file:str}", vector_stores.get_store_file, "read"),
     ("POST", "/v1/vector_stores/{store:str}/files/{file:str}", vector_stores.set_attributes, "write"),
     ("DELETE", "/v1/vector_stores/{store:str}/files/{file:str}", vector_stores.delete_store_file, "write"),
+    ("GET", "/auth/users", access.list_users, "admin"),
+    ("POST", "/auth/users", access.add_user, "admin"),
+    ("POST", "/auth/users/{name:str}", access.change_user, "admin"),
+    ("DELETE", "/auth/users/{name:str}", access.remove_user, "admin"),
+    ("GET", "/auth/keys", access.list_keys, "admin"),
+    ("POST", "/auth/keys", access.add_key, "admin"),
+    ("DELETE", "/auth/keys/{key:str}", access.remove_key, "admin"),
     ("GET", "/openapi.json", describe, "read"),
 ]
 NEMO_ROUTES: list[tuple[str, str, Endpoint, str]] = [

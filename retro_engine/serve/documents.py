@@ -59,6 +59,7 @@ class Query(Strict):
     k: int = Field(5, ge=1, le=MAX_K)
     mode: str | None = None
     filters: dict[str, Any] | None = None  # library/filters.py
+    min_score: float | None = Field(None, ge=0)  # of hits; not of hybrid mode, whose scores are of ranks
     weights: list[Annotated[float, Field(ge=0)]] = Field([1.0, 1.0], min_length=2, max_length=2, fail_fast=True)
 
 
@@ -82,13 +83,20 @@ async def list_documents(request: Request) -> Response:
     entries = await brief(request, partial(library.entries, after=request.query_params.get("after", ""), limit=limit))
     statistics = await brief(request, library.statistics)
     data = [{"object": "document", **vars(entry)} for entry in entries]
+    following = service_of(request).followed
+    folders = [] if following is None else [one.about() for one in following.folders]
+    failed = [f"folder {one['folder']} is not followed now: {one['why']}" for one in folders if one["why"]]
     return JSONResponse(
         {
             "object": "list",
             "data": data,
             "has_more": len(data) == limit,
             "index_version": version,
-            "statistics": {**statistics["namespaces"].get("default", {}), "notes": statistics["notes"]},
+            "statistics": {
+                **statistics["namespaces"].get("default", {}),
+                "notes": [*statistics["notes"], *failed],
+                "followed": folders,
+            },
         }
     )
 
@@ -176,12 +184,12 @@ def check_fields(fields: Mapping[str, FieldValue] | None, param: str) -> None:
         raise ApiError(400, f"{error.what}: {error.why}", param) from None
 
 
-def filter_of(value: dict[str, Any] | None) -> Filter | None:
-    """A body's `filters`. Raises ApiError."""
+def filter_of(value: dict[str, Any] | None, param: str = "filters") -> Filter | None:
+    """A body's `filters`, the field `param`. Raises ApiError."""
     try:
         return None if value is None else read_filter(value)
     except UsageError as error:
-        raise ApiError(400, f"{error.what}: {error.why}", "filters") from None
+        raise ApiError(400, f"{error.what}: {error.why}", param) from None
 
 
 async def note_of(request: Request, where: Filter | None, namespace: str = DEFAULT) -> dict[str, str]:
@@ -261,10 +269,14 @@ async def retrieve(request: Request) -> Response:
     if where is not None:
         library_of(request)
     version = service.index_version
+    service.check_search(query.mode, query.min_score)
     search = partial(service.find, k=query.k, mode=query.mode, weights=query.weights, where=where)
-    found = await brief(request, search, query.query)
+    every = await brief(request, search, query.query)
+    found = every.above(query.min_score)
     note = await note_of(request, where)
-    if not found.hits:
+    if every.hits and not found.hits:
+        note = {"note": f"no hit: the best score is {every.hits[0].score:.3f}"}
+    elif not found.hits:
         note = {"note": f"no hit: {await brief(request, service.why_nothing, query.query, where)}"}
     data = neighbors_json(found.hits)
     return JSONResponse({"object": "list", "index_version": version, "data": data, **note})

@@ -8,8 +8,11 @@ from starlette.responses import JSONResponse, Response
 
 from retro_engine.generate.explain import Explanation, explain_cost
 from retro_engine.generate.explain import explain as explain_text
+from retro_engine.library.filters import Filter
 from retro_engine.serve.answers import neighbors_json
 from retro_engine.serve.api_error import ApiError
+from retro_engine.serve.constraints import Json
+from retro_engine.serve.documents import filter_of, library_of
 from retro_engine.serve.limits import Strict, Texts, parse, read_json
 from retro_engine.serve.prompts import check_model_name, encode_prompts
 from retro_engine.serve.request_context import brief, limits_of, long, service_of
@@ -24,6 +27,7 @@ class Explain(Strict):
     text: str
     neighbors: Texts | None = Field(None, min_length=1, max_length=32)
     k: int | None = Field(None, ge=1, le=32)
+    filters: Json | None = None  # which documents of the library, by their metadata (library/filters.py)
     model: str | None = None
 
 
@@ -39,6 +43,11 @@ async def explain(request: Request) -> Response:
         raise ApiError(400, "this model is a plain decoder: it reads no neighbors", code="no_library")
     if body.neighbors is not None and body.k is not None:
         raise ApiError(400, "neighbors are given: k says nothing", "k", "contradiction")
+    where = filter_of(body.filters)
+    if where is not None:
+        library_of(request)
+        if body.neighbors is not None:
+            raise ApiError(400, "neighbors are given: filters say nothing", "filters", "contradiction")
     (prompt,) = await brief(request, encode_prompts, service, body.prompt, limits)
     (text,) = await brief(request, partial(encode_prompts, param="text"), service, body.text, limits)
     if len(prompt) + len(text) > limits.prompt_tokens:
@@ -49,7 +58,7 @@ async def explain(request: Request) -> Response:
         param = "text" if count <= config.num_neighbors else "k" if body.neighbors is None else "neighbors"
         why = f"{len(text):,} tokens of text without each of {count} neighbors are {tokens:,} tokens to compute"
         raise ApiError(400, f"{why}: at most {limits.work_tokens:,}", param, "too_much_work")
-    found = await long(request, _explain, service, body, count)
+    found = await long(request, _explain, service, body, count, where)
     if body.neighbors is not None:
         shown = [{"text": text, "source": "given"} for text in body.neighbors]
     else:
@@ -71,5 +80,5 @@ async def explain(request: Request) -> Response:
     )
 
 
-def _explain(service: Service, body: Explain, count: int, check: Check) -> Explanation:
-    return explain_text(service.generator, body.prompt, body.text, body.neighbors, count, check=check)
+def _explain(service: Service, body: Explain, count: int, where: Filter | None, check: Check) -> Explanation:
+    return explain_text(service.generator, body.prompt, body.text, body.neighbors, count, check=check, where=where)

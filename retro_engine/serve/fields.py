@@ -43,6 +43,8 @@ class RetroOptions(Strict):
     k: int | None = Field(None, ge=1, le=64)  # neighbors a chunk; None: the model's
     neighbors: Texts | None = Field(None, max_length=64)  # texts to read instead; [] = retrieval off
     mode: Literal["lexical", "dense", "hybrid"] | None = None
+    filters: Json | None = None  # which documents of the library, by their metadata (library/filters.py)
+    min_score: float | None = Field(None, ge=0)  # of what is read, as /v1/retrieve shows it
     refresh: Literal["chunk", "never"] = "chunk"
     retrieved_length: int | None = Field(None, ge=1)
 

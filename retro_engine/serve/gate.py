@@ -30,6 +30,8 @@ PUBLIC = frozenset(
         ("GET", "/app.js"),
         ("GET", "/ask.js"),
         ("GET", "/api.js"),
+        ("GET", "/chat.js"),
+        ("GET", "/status.js"),
         ("GET", "/playground.js"),
         ("GET", "/library.js"),
         ("GET", "/icon.svg"),

@@ -22,6 +22,7 @@ from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.bounds import Limits
 from retro_engine.serve.chat import chat_prompt, check_variables
 from retro_engine.serve.constraints import grammar_of
+from retro_engine.serve.documents import filter_of, note_of
 from retro_engine.serve.fields import MAX_STOPS, Chat, Completion, Sampled
 from retro_engine.serve.limits import parse, read_json
 from retro_engine.serve.prompts import check_cost, check_ids, check_model_name, check_room, encode_prompts
@@ -59,6 +60,7 @@ def _model(service: Service, limits: Limits, name: str) -> dict[str, Any]:
         "max_prompt_tokens": limits.prompt_tokens,
         "max_new_tokens": limits.new_tokens,
         "mode": service.mode,
+        "chat": service.chat is not None,  # it has a template
         "modes": list(MODES if service.library is None or service.library.chunker.width is not None else MODES[:1]),
         "library": service.library.folder.name if service.library is not None else None,
         "stores": [store.folder.name for store in service.static.stores] if service.static else [],
@@ -197,6 +199,8 @@ def requests_of(
         stop=tuple(_stops(body.stop)),
         stop_ids=tuple(body.stop_token_ids or ()),
         mode=options.mode,
+        where=filter_of(options.filters, "retro.filters"),
+        min_score=options.min_score,
         **more,
     )
     return [
@@ -209,9 +213,12 @@ def requests_of(
 def _check_retrieval(body: Sampled, service: Service, prompts: Sequence[list[int]], new_tokens: int) -> None:
     """Raises ApiError for neighbors that cannot be read beside prompts and `new_tokens` more."""
     options, config = body.retro, service.generator.model.config
-    if options.neighbors is not None and (options.k is not None or options.mode is not None):
-        raise ApiError(400, "neighbors are given: k and mode say nothing", "retro.neighbors", "contradiction")
-    said = next((name for name in ("neighbors", "k", "mode", "retrieved_length") if getattr(options, name)), None)
+    searched = ("k", "mode", "filters", "min_score")
+    if options.neighbors is not None and any(getattr(options, name) is not None for name in searched):
+        why = f"neighbors are given: {', '.join(searched)} say nothing"
+        raise ApiError(400, why, "retro.neighbors", "contradiction")
+    names = ("neighbors", *searched, "retrieved_length")
+    said = next((name for name in names if getattr(options, name) not in (None, [])), None)
     if said is not None and not config.retrieval:
         raise ApiError(400, "this model is a plain decoder: it reads no neighbors", f"retro.{said}")
     if said not in (None, "neighbors") and service.generator.retriever is None:
@@ -220,9 +227,9 @@ def _check_retrieval(body: Sampled, service: Service, prompts: Sequence[list[int
         raise ApiError(400, f"the model reads at most {config.r} tokens a neighbor", "retro.retrieved_length")
     count = len(options.neighbors or ()) or options.k or 0
     prompt = "messages" if isinstance(body, Chat) else "prompt"
-    names = prompt, "max_tokens", "retro.neighbors" if options.neighbors else "retro.k"
-    check_room(service, prompts, new_tokens, count * (options.retrieved_length or config.r), names)
-    service.check_search(options.mode)
+    params = prompt, "max_tokens", "retro.neighbors" if options.neighbors else "retro.k"
+    check_room(service, prompts, new_tokens, count * (options.retrieved_length or config.r), params)
+    service.check_search(options.mode, options.min_score, "retro.min_score")
 
 
 async def respond(request: HttpRequest, body: Sampled, answer: Answer, asked: list[Request]) -> Response:
@@ -238,6 +245,7 @@ async def respond(request: HttpRequest, body: Sampled, answer: Answer, asked: li
     if body.without_effect:
         answer.notes.append(f"taken, without effect here: {', '.join(body.without_effect)}")
     answer.echoed = {index: len(one.prompt) for index, one in enumerate(asked) if one.echo}
+    answer.notes += (await note_of(request, asked[0].where)).values()
     tracing = state_of(request).tracing.answering(request, body, answer)
     running = await RunningRequests.start(service, asked, request.receive, state_of(request).metrics)
     with_usage = body.stream_options is not None and body.stream_options.include_usage

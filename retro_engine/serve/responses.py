@@ -211,10 +211,10 @@ async def _search(request: HttpRequest, body: Create, messages: list[Message]) -
         return None
     if len(wanted) > 1:
         raise ApiError(400, "file_search is there twice", "tools")
-    if body.retro is not None and (body.retro.neighbors is not None or body.retro.k is not None):
-        raise ApiError(
-            400, "file_search finds the neighbors: retro.neighbors and retro.k say nothing", "tools", "contradiction"
-        )
+    given = RetroOptions.model_validate({}) if body.retro is None else body.retro
+    if any(one is not None for one in (given.neighbors, given.k, given.filters, given.min_score)):
+        why = "file_search finds the neighbors: retro.neighbors, k, filters and min_score say nothing"
+        raise ApiError(400, why, "tools", "contradiction")
     service, (tool,) = service_of(request), wanted
     library, _ = library_of(request)
     for store in tool.vector_store_ids:

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from retro_engine.serve import (
+    access,
     ask,
     documents,
     explain,
@@ -40,6 +41,9 @@ BODIES: dict[tuple[str, str], tuple[type[BaseModel], ...]] = {  # any one of the
     ("POST", "/v1/vector_stores/{store:str}/files"): (vector_stores.AddFile,),
     ("POST", "/v1/vector_stores/{store:str}/files/{file:str}"): (vector_stores.NewAttributes,),
     ("POST", "/v1/vector_stores/{store:str}/search"): (vector_stores.SearchStore,),
+    ("POST", "/auth/users"): (access.NewUser,),
+    ("POST", "/auth/users/{name:str}"): (access.ChangedUser,),
+    ("POST", "/auth/keys"): (access.NewKey,),
     ("PUT", "/generate"): (nemo.Generate,),
     ("PUT", "/knn"): (nemo.Knn,),
 }

@@ -35,7 +35,9 @@ from retro_engine.readers.reader import open_reader
 from retro_engine.readers.reader_file import Reader, find_reader
 from retro_engine.retrieval.hit import Found
 from retro_engine.retrieval.search import Retriever
+from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.encode_ahead import EncodeAhead
+from retro_engine.serve.follow import FollowedFolders, check_folders
 from retro_engine.serve.work import Work
 from retro_engine.train.run_data import run_databases
 
@@ -64,6 +66,10 @@ class ServiceOptions:
     device: str = "auto"  # a GPU where there is one; cpu, gpu
     reading: str | None = None  # of a plain decoder: prefix, none; None: prefix, documents where there are some
     neighbor_bytes: int | None = None  # of encoded neighbors that are kept: `Generator`
+    follow: Sequence[str] = ()  # folders whose files the library holds
+
+
+WARM_TOKENS = 4  # that a server generates before it is ready, twice
 
 
 @dataclass(kw_only=True)
@@ -83,6 +89,7 @@ class Service:
     work: Work = field(default_factory=Work)  # beside the engine
     ahead: EncodeAhead | None = None  # of documents that are added
     reader: Reader | None = None  # the model is one: it answers questions
+    followed: FollowedFolders | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -136,8 +143,13 @@ class Service:
             return self.library.why_nothing(text) + (", nor in the stores" if self.static is not None else "")
         return "there is nothing to search" if self.static is None else "none of its words is in the stores"
 
-    def check_search(self, mode: str | None) -> None:
-        """Raises UsageError for a mode that the library has no vectors for."""
+    def check_search(self, mode: str | None, min_score: float | None = None, param: str = "min_score") -> None:
+        """Raises UsageError for a mode that the library has no vectors for, ApiError for a least score of ranks."""
+        if min_score is not None and isinstance(self.generator.retriever, LiveRetriever):
+            try:
+                self.generator.retriever.check_least(mode)
+            except UsageError as error:
+                raise ApiError(400, f"{error.what}: {error.why}", param, "contradiction") from None
         if mode not in (None, "lexical") and self.library is not None and self.library.chunker.width is None:
             raise UsageError(f"mode {mode} needs vectors", "the library was made without an embedder", "lexical")
 
@@ -145,14 +157,26 @@ class Service:
         """Compute once what a first request would wait for: what is compiled, imported or touched at first use. Nothing of it
         is kept or counted.
         """
-        model, ids = self.generator.model, self.tokenizer.encode("a") or [0]
-        with Engine(Generator(model, self.tokenizer, neighbor_bytes=0), max_batch=1, prefix_bytes=0) as engine:
-            engine.submit(Request(ids, 2, neighbors=[])).result()
+        model, source = self.generator.model, self.generator.retriever
+        text = self._known_text()
+        ids = self.tokenizer.encode(text)[: model.config.chunk_size] or [0]
+        generator = Generator(model, self.tokenizer, source)
+        with Engine(generator, max_batch=self.engine.max_batch, prefix_bytes=0) as engine:
+            engine.submit(Request(ids[:1], 2, neighbors=[])).result()
             if model.config.retrieval and model.config.most_tokens is None:  # else a whole chunk may not have room
-                engine.submit(Request(ids, 2, neighbors=["a"])).result()
-        if self.generator.retriever is not None:
-            self.find("a", 1, self.mode)
+                asked = Request(ids, 2 * WARM_TOKENS, neighbors=None if source is not None else [text])
+                engine.submit(asked).result()
+        if source is not None:
+            self.find(text, 1, self.mode)
         trim()
+
+    def _known_text(self) -> str:
+        """One that a search has hits for, where there is anything to find."""
+        if self.static is not None and (stores := [store for store in self.static.stores if store.num_rows]):
+            return stores[0].text(0)
+        entries = [] if self.library is None else self.library.entries(limit=1)
+        found = self.library.get(entries[0].id) if self.library is not None and entries else None
+        return "a" if found is None else found.text[:1000]
 
     def close(self) -> None:
         """End the requests that run, then the imports, then the library."""
@@ -164,6 +188,8 @@ class Service:
             self.importer.stop()
         if self.ahead is not None:
             self.ahead.close()
+        if self.followed is not None:
+            self.followed.close()
         if self.library is not None:
             self.library.close()
 
@@ -194,6 +220,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
         raise UsageError(f"--neighbor-bytes {options.neighbor_bytes}", "this model reads no neighbors", "leave it out")
     if options.embedder is not None and not has_documents:
         raise UsageError(f"--embedder {options.embedder} without a library", "a plain decoder has one where it is named", "--library FOLDER")  # fmt: skip
+    _check_follow(options, has_documents and is_own)
     if has_documents:
         static = Retriever(stores) if stores else None
         if shared is None:
@@ -226,7 +253,16 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
         work=Work(options.max_waiting),
         ahead=ahead,
         reader=reader,
+        followed=FollowedFolders(library, options.follow) if options.follow and library is not None else None,
     )
+
+
+def _check_follow(options: ServiceOptions, has_library: bool) -> None:
+    """Before anything is opened that would have to be closed. Raises UsageError."""
+    if options.follow and not has_library:
+        why = "what its files hold is kept in one"
+        raise UsageError(f"--follow {options.follow[0]} without a library", why, "--library FOLDER")
+    check_folders(options.follow)
 
 
 def _open_model(options: ServiceOptions, reader: Reader | None) -> OpenedModel:

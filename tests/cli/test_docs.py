@@ -214,7 +214,7 @@ def test_a_folder_is_followed(run: Any, small_store: Store, tmp_path: Path) -> N
     notes.rename(tmp_path / "gone")
     assert "--forget" in run("sync", library, str(notes), code=3)[1]
     assert "forgotten: 1" in run("sync", library, str(notes), "--forget")[0]
-    assert "stop the server first" in run("sync", "http://127.0.0.1:1", str(notes), code=2)[1]
+    assert "retro serve RUN --follow DIR" in run("sync", "http://127.0.0.1:1", str(notes), code=2)[1]
 
 
 def test_an_embedder_is_the_librarys_own(run: Any, small_store: Store, tmp_path: Path) -> None:

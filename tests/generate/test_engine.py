@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,9 @@ class SlowSource:
         self.version = "1"
         self.asked: list[str] = []
 
-    def neighbors(self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None) -> list[Found]:
+    def neighbors(
+        self, texts: Sequence[str], k: int, retrieved_length: int, mode: str | None = None, where: Any = None
+    ) -> list[Found]:
         self.asked += texts
         if any("broken" in text for text in texts):
             raise StoreError("the store is damaged", "a checksum differs", "build it again")

@@ -206,6 +206,62 @@ def test_filters_of_retrieve(shelves: Server) -> None:
             assert (answer.status_code, answer.json()["error"]["param"].split(".")[0]) == (400, "metadata"), about
 
 
+def test_what_scores_too_little_is_not_read(shelves: Server) -> None:
+    """A least score is of the scores that are shown; of rankings that are joined there are none."""
+    with shelves.client("write") as client:
+        for name, text in (("e", "A dugong grazes."), ("f", "A dugong sleeps.")):
+            client.post("/v1/documents", json={"id": name, "text": text})
+        hits = client.post("/v1/retrieve", json={"query": "dugong grazes", "k": 2}).json()["data"]
+        between = (hits[0]["score"] + hits[1]["score"]) / 2
+        best = client.post("/v1/retrieve", json={"query": "dugong grazes", "k": 2, "min_score": between}).json()["data"]
+        assert best == hits[:1] and hits[0]["score"] > hits[1]["score"]
+        none = client.post("/v1/retrieve", json={"query": "dugong grazes", "min_score": 99}).json()
+        assert (none["data"], none["note"]) == ([], f"no hit: the best score is {hits[0]['score']:.3f}")
+        ask = {"prompt": "dugong grazes", "max_tokens": 1, "temperature": 0}
+        for least, count in ((0, 2), (between, 1), (99, 0)):
+            out = client.post("/v1/completions", json={**ask, "retro": {"k": 2, "min_score": least}}).json()
+            assert [one["document"] for one in out["retro"]["neighbors"]] == [
+                one["document"] for one in hits[:count]
+            ], out
+        for path, body, param in (
+            ("/v1/retrieve", {"query": "dugong", "mode": "hybrid", "min_score": 1}, "min_score"),
+            ("/v1/completions", {**ask, "retro": {"mode": "hybrid", "min_score": 1}}, "retro.min_score"),
+            ("/v1/completions", {**ask, "retro": {"neighbors": ["a"], "min_score": 1}}, "retro.neighbors"),
+        ):  # fmt: skip
+            answer = client.post(path, json=body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_filters_of_generation(shelves: Server) -> None:
+    """Completions, chats and explanations read what matches, and no store; an earlier search without is not taken for it."""
+    later = {"filters": {"type": "eq", "key": "year", "value": 2031}}
+    with shelves.client("write") as client:
+        for name, year in (("c", 2030), ("d", 2031)):
+            client.post("/v1/documents", json={"id": name, "text": "A numbat digs.", "metadata": {"year": year}})
+
+        def read(path: str, **body: Any) -> tuple[set[str], list[str]]:
+            answer = client.post(path, json={"max_tokens": 1, "temperature": 0, **body})
+            assert answer.status_code == 200, answer.text
+            retro = answer.json()["retro"]
+            return {hit["document"] for hit in retro["neighbors"]}, retro["notes"]
+
+        assert {"c", "d"} & read("/v1/completions", prompt="numbat digs")[0], "the same text without a filter"
+        assert read("/v1/completions", prompt="numbat digs", retro=later) == ({"d"}, [])
+        said = [{"role": "user", "content": "numbat digs"}]
+        assert read("/v1/chat/completions", messages=said, retro=later) == ({"d"}, [])
+        assert read("/v1/messages", model="tiny", messages=said, retro=later) == ({"d"}, [])
+        nobody = {"filters": {"type": "eq", "key": "yaer", "value": 1}}
+        found, notes = read("/v1/completions", prompt="numbat digs", retro=nobody)
+        assert found == set() and [note[:35] for note in notes] == ["no document has the field yaer (fie"]
+        explained = client.post("/v1/explain", json={"prompt": "numbat digs", "text": "a", "k": 1, **later})
+        assert [one["document"] for one in explained.json()["neighbors"]] == ["d"]
+        for retro in ({**later, "neighbors": ["a"]}, {**later, "neighbors": []}, {"filters": {}}):
+            answer = client.post("/v1/completions", json={"prompt": "a", "retro": retro})
+            assert (answer.status_code, answer.json()["error"]["param"][:6]) == (400, "retro."), retro
+        for more in ({"neighbors": ["a"], **later}, {"filters": []}):
+            assert client.post("/v1/explain", json={"prompt": "a", "text": "b", **more}).status_code == 400
+
+
 def test_a_page_is_kept_as_its_text(shelves: Server) -> None:
     client = shelves.openai("write")
     file = client.files.create(

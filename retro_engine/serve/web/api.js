@@ -101,6 +101,19 @@ export async function attempt(work, button) {
   }
 }
 
+/** Into the clipboard; where browsers give none (a page that is not https), marked text is copied. */
+export async function copy(text) {
+  if (navigator.clipboard) await navigator.clipboard.writeText(text);
+  else {
+    const area = make("textarea", { value: text, readOnly: true, className: "hidden" });
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  $("said").textContent = "Copied.";
+}
+
 export function confirmed(title, text, yes) {
   $("confirm-title").textContent = title;
   $("confirm-text").textContent = text;

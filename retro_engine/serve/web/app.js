@@ -1,15 +1,16 @@
 // The page: who is signed in, which screen is shown, what the server says of itself.
 
-import { $, attempt, call, make, notice, setLibrary } from "./api.js";
+import { $, attempt, call, notice, setLibrary } from "./api.js";
 import { showAsk, startAsk, stopAsk } from "./ask.js";
+import { startChat, stopChat } from "./chat.js";
 import { list, startLibrary } from "./library.js";
 import { startPlayground, stopPlayground } from "./playground.js";
+import { hideStatus, showStatus, startStatus, stopStatus } from "./status.js";
 
-const SCREENS = ["ask", "playground", "documents", "retrieve", "status"];
+const SCREENS = ["ask", "chat", "playground", "documents", "retrieve", "status"];
 let model = null;
 let user = null;
 let setup = null; // the secret of a set-up link
-let timer = null;
 
 function show(name) {
   for (const screen of ["sign-in", ...SCREENS]) $(`screen-${screen}`).hidden = screen !== name;
@@ -23,58 +24,22 @@ function show(name) {
 /** A screen that this server has nothing for is not shown. */
 function isThere(screen) {
   if (screen === "ask") return Boolean(model.retro.reader);
+  if (screen === "chat") return model.retro.chat;
   return model.retro.library !== null || !["documents", "retrieve"].includes(screen);
 }
 
 function route() {
   notice("");
-  clearInterval(timer);
+  hideStatus();
   if (!user) return show("sign-in");
   const asked = location.hash.slice(1);
-  const first = model.retro.reader ? "ask" : "playground";
+  const first = SCREENS.find(isThere);
   const name = SCREENS.includes(asked) && isThere(asked) ? asked : first;
   show(name);
   if (name === "ask") attempt(showAsk);
   if (name === "documents") attempt(() => list());
-  if (name === "status") {
-    attempt(status);
-    timer = setInterval(() => attempt(status), 5000);
-  }
+  if (name === "status") showStatus();
   return undefined;
-}
-
-function facts(title, pairs) {
-  const rows = pairs.filter(([, value]) => value !== undefined && value !== null)
-    .flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]);
-  return make("section", { className: "card" }, make("h2", {}, title), make("dl", {}, ...rows));
-}
-
-/** How a program reaches this server. */
-function connect(name) {
-  const base = new URL("v1", location.href.replace(/#.*/, "")).href;
-  const code = `from openai import OpenAI\n\nclient = OpenAI(base_url="${base}", api_key="rk_...")\nout = client.chat.completions.create(model="${name}",\n    messages=[{"role": "user", "content": "Hello"}])\nprint(out.choices[0].message.content)`;
-  return make("section", { className: "card" }, make("h2", {}, "Connect"),
-    make("p", { className: "hint" }, "Any client of OpenAI's form. A key is made where the server runs: retro keys add NAME --scope read"),
-    make("pre", { tabIndex: 0 }, code));
-}
-
-async function status() {
-  const [{ data }, health] = await Promise.all([call("GET", "/v1/models"), call("GET", "/health")]);
-  const about = data[0].retro;
-  const cards = [
-    facts("Model", [["name", data[0].id], ["reader", about.reader], ["parameters", about.parameters.toLocaleString("en")], ["vocabulary", about.vocab_size.toLocaleString("en")],
-      ["chunk", `${about.chunk_size} tokens`], ["neighbors a chunk", about.num_neighbors], ["tokens a neighbor", about.retrieved_length]]),
-    facts("Engine", [["state", health.status], ...Object.entries(about.engine).map(([name, value]) => [name.replaceAll("_", " "), value.toLocaleString("en")])]),
-  ];
-  if (about.library !== null) {
-    const { statistics, index_version: version } = await call("GET", "/v1/documents?limit=1");
-    const { documents = 0, chunks = 0, tokens = 0 } = statistics;
-    cards.push(facts("Documents", [["documents", documents.toLocaleString("en")], ["chunks", chunks.toLocaleString("en")],
-      ["tokens", tokens.toLocaleString("en")], ["version", version], ["published stores", about.stores.join(", ") || "none"],
-      ["notes", statistics.notes.join("; ") || undefined]]));
-  }
-  cards.push(facts("You", [["name", user.name], ["scope", user.scope]]), connect(data[0].id));
-  $("status-cards").replaceChildren(...cards);
 }
 
 async function enter(found) {
@@ -92,8 +57,10 @@ async function enter(found) {
   setLibrary(model.retro.library);
   for (const link of $("tabs").children) link.hidden = !isThere(link.hash.slice(1));
   startAsk(user);
+  if (isThere("chat")) startChat(model, user);
   startPlayground(model);
   startLibrary(user, model.retro.modes);
+  startStatus(model, user);
   route();
   $("main").focus();
 }
@@ -102,6 +69,8 @@ function leave() {
   user = null;
   stopPlayground();
   stopAsk();
+  stopChat();
+  stopStatus();
   for (const id of ["tabs", "who"]) $(id).hidden = true;
   route();
   $("name").focus();

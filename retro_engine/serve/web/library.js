@@ -7,6 +7,7 @@ const SHOWN = 5; // faults of an upload
 let canWrite = false;
 let after = "";
 let faults = 0; // of the upload
+let uploading = null; // its AbortController
 
 function bytes(count) {
   return count < 1024 ? `${count} B` : count < 1 << 20 ? `${(count / 1024).toFixed(1)} kB` : `${(count / (1 << 20)).toFixed(1)} MB`;
@@ -66,15 +67,16 @@ async function add() {
   await list();
 }
 
-/** A file as documents; how many. */
-async function uploaded(file, say) {
+/** A file as documents; how many. `path`: from the folder that was chosen, its id. */
+async function uploaded({ file, path }, say, signal) {
   if (!file.name.toLowerCase().endsWith(".jsonl")) {
     const form = new FormData();
     form.append("file", file);
-    await call("POST", "/v1/documents", form);
+    if (path !== file.name) form.append("id", path);
+    await call("POST", "/v1/documents", form, signal);
     return 1;
   }
-  let job = await call("POST", "/v1/documents/import", file);
+  let job = await call("POST", "/v1/documents/import", file, signal);
   while (job.state === "running") {
     await new Promise((resolve) => setTimeout(resolve, 300));
     job = await call("GET", `/v1/jobs/${job.id}`);
@@ -91,33 +93,76 @@ function fault(text) {
   if (faults <= SHOWN) $("upload-faults").append(make("li", {}, text));
 }
 
-/** One after the other: a file that cannot be used is said, and the others go on. */
-async function upload(files) {
+const isRead = ({ file }) => $("files").accept.split(",").some((suffix) => file.name.toLowerCase().endsWith(suffix));
+
+/** Files of all that was dropped, those in folders too: {file, path}. */
+async function* inside(entries) {
+  for (const entry of entries) {
+    if (entry.isFile) {
+      yield { file: await new Promise((found, failed) => entry.file(found, failed)), path: entry.fullPath.slice(1) };
+      continue;
+    }
+    const reader = entry.createReader();
+    for (;;) {
+      const part = await new Promise((found, failed) => reader.readEntries(found, failed)); // a hundred at a time
+      if (!part.length) break;
+      yield* inside(part);
+    }
+  }
+}
+
+async function dropped(entries) {
+  const files = [];
+  for await (const one of inside(entries)) {
+    files.push(one);
+    if (files.length % 500 === 0) $("upload-state").textContent = `${files.length.toLocaleString("en")} files found…`;
+  }
+  await upload(files, entries.some((entry) => entry.isDirectory));
+}
+
+function chosen() {
+  const files = [...$("files").files].map((file) => ({ file, path: file.name }));
+  const folder = [...$("folder").files].map((file) => ({ file, path: file.webkitRelativePath || file.name }));
+  if (!files.length && !folder.length) throw new Error("Choose files or a folder first, or drop them on this card.");
+  return upload([...files, ...folder], folder.length > 0);
+}
+
+/** One after the other: a file that cannot be used is said, and the others go on. Of a folder what is of no kind that is read
+ * is left out. */
+async function upload(all, isFolder) {
   const say = (text) => ($("upload-state").textContent = text);
   const bar = $("upload-progress");
+  const files = isFolder ? all.filter(isRead) : all;
+  const controller = (uploading = new AbortController());
   let added = 0;
   faults = 0;
   $("upload-faults").replaceChildren();
   bar.hidden = false;
   bar.max = Math.max(1, files.length);
-  for (const [number, file] of files.entries()) {
-    bar.value = number;
-    say(`${(number + 1).toLocaleString("en")} of ${files.length.toLocaleString("en")}: ${file.name}`);
-    try {
-      added += await uploaded(file, say);
-    } catch (error) {
-      if (error.status === 0 || error.status === 401) {
-        bar.hidden = true;
-        say(`${added} documents added, then it ended at ${file.name}.`);
-        throw error; // nobody is there, or nobody is signed in: no other file would do better
+  $("upload-stop").disabled = false;
+  try {
+    for (const [number, one] of files.entries()) {
+      bar.value = number;
+      say(`${(number + 1).toLocaleString("en")} of ${files.length.toLocaleString("en")}: ${one.path}`);
+      try {
+        added += await uploaded(one, say, controller.signal);
+      } catch (error) {
+        if (error.name === "AbortError" || error.status === 0 || error.status === 401) {
+          say(`${added.toLocaleString("en")} documents added, then it ended at ${one.path}.`);
+          throw error; // stopped, or nobody is there, or nobody is signed in: no other file would do better
+        }
+        fault(`${one.path}: ${error.message}`);
       }
-      fault(`${file.name}: ${error.message}`);
     }
+  } finally {
+    bar.hidden = true;
+    $("upload-stop").disabled = true;
   }
-  bar.hidden = true;
   $("upload").reset();
   const named = faults > SHOWN ? ` (the first ${SHOWN} are named)` : "";
-  say(`${added.toLocaleString("en")} documents added${faults ? `, ${faults.toLocaleString("en")} not used${named}:` : "."}`);
+  const others = all.length - files.length;
+  const left = others ? ` ${others.toLocaleString("en")} files of other kinds were left out.` : "";
+  say(`${added.toLocaleString("en")} documents added${faults ? `, ${faults.toLocaleString("en")} not used${named}:` : "."}${left}`);
   await list();
 }
 
@@ -131,8 +176,8 @@ function startDropping() {
   card.ondragleave = (event) => isOver(event, false);
   card.ondrop = (event) => {
     isOver(event, false);
-    const files = [...event.dataTransfer.files];
-    if (files.length) attempt(() => upload(files), card.querySelector("button"));
+    const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+    if (entries.length) attempt(() => dropped(entries), card.querySelector("button"));
   };
 }
 
@@ -175,7 +220,8 @@ export function startLibrary(user, modes) {
   document.querySelector(".split").classList.toggle("single", !canWrite);
   $("reset").hidden = user.scope !== "admin";
   onSubmit("add", add);
-  onSubmit("upload", () => upload([...$("files").files]));
+  onSubmit("upload", chosen);
+  $("upload-stop").onclick = () => uploading?.abort();
   onSubmit("doc-search", () => search($("doc-query").value));
   onSubmit("query-form", retrieve);
   $("first-page").onclick = () => attempt(() => list());

@@ -4,49 +4,76 @@ import { $, attempt, make, neighbor, stream } from "./api.js";
 
 let running = null; // AbortController of what is being generated
 
+/** A text that is being made, in the parts that it was read for: each with its neighbors; `isFolded`: those are opened by a click. */
+export class Chunks {
+  constructor(isReading, isFolded = false) {
+    Object.assign(this, { isReading, isFolded, parts: [], last: null, waiting: null });
+    this.element = make("div", { className: "chunks" });
+  }
+
+  /** Something is on its way. */
+  wait() {
+    this.waiting = make("p", { className: "hint working" }, "waiting…");
+    this.element.append(this.waiting);
+  }
+
+  begin(hits, text = "") {
+    this.end();
+    this.last = make("p", { className: "text working" }, text);
+    const element = make("div", { className: "chunk" }, this.last);
+    if (hits?.length) element.append(this.sources(hits));
+    else if (this.isReading && hits && !this.isFolded) element.append(make("p", { className: "hint none" }, "no neighbor was found"));
+    this.element.append(element);
+    this.parts.push([text, hits]);
+  }
+
+  sources(hits) {
+    const list = make("ol", { className: "neighbors" }, ...hits.map((hit) => neighbor(hit)));
+    list.setAttribute("aria-label", "Neighbors that this chunk could read");
+    const name = `${hits.length} source${hits.length === 1 ? "" : "s"} of this part`;
+    return this.isFolded ? make("details", { className: "sources" }, make("summary", {}, name), list) : list;
+  }
+
+  /** An event of a stream, and the text in it. */
+  take(event, text) {
+    this.waiting?.remove();
+    const found = event.retro?.neighbors;
+    if (found && (found.length || this.isReading)) this.begin(found);
+    for (const note of event.retro?.notes ?? []) this.element.append(make("p", { className: "hint" }, `note: ${note}`));
+    if (!event.choices[0]) return;
+    if (!this.last) this.begin(null);
+    this.last.append(text);
+    this.parts.at(-1)[0] += text;
+  }
+
+  end() {
+    this.waiting?.remove();
+    this.last?.classList.remove("working");
+  }
+}
+
 class Output {
   constructor(title, prompt, isReading) {
-    this.isReading = isReading;
     this.tokens = 0;
     this.start = performance.now();
     this.state = make("p", { className: "state", role: "status" }, "waiting…");
-    this.chunks = make("div");
+    this.chunks = new Chunks(isReading);
     this.element = make("section", { className: "output card" }, make("h2", {}, title), this.state,
-      make("p", { className: "given" }, prompt), this.chunks);
+      make("p", { className: "given" }, prompt), this.chunks.element);
     this.element.setAttribute("aria-label", title);
-    this.chunk = null;
-  }
-
-  begin(hits) {
-    this.chunk?.text.classList.remove("working");
-    const text = make("p", { className: "text working" });
-    const element = make("div", { className: "chunk" }, text);
-    if (hits?.length) {
-      const list = make("ol", { className: "neighbors" }, ...hits.map((hit) => neighbor(hit)));
-      list.setAttribute("aria-label", "Neighbors that this chunk could read");
-      element.append(list);
-    } else if (this.isReading) {
-      element.append(make("p", { className: "hint none" }, "no neighbor was found"));
-    }
-    this.chunks.append(element);
-    this.chunk = { text };
   }
 
   take(event) {
-    const found = event.retro?.neighbors;
-    if (found && (found.length || this.isReading)) this.begin(found);
-    for (const note of event.retro?.notes ?? []) this.chunks.append(make("p", { className: "hint" }, `note: ${note}`));
-    if (event.usage) this.tokens = event.usage.completion_tokens;
     const choice = event.choices[0];
+    this.chunks.take(event, choice?.text ?? "");
+    if (event.usage) this.tokens = event.usage.completion_tokens;
     if (!choice) return;
-    if (!this.chunk) this.begin(null);
-    this.chunk.text.append(choice.text);
     if (choice.finish_reason) this.reason = choice.finish_reason;
     this.state.textContent = "generating…";
   }
 
   end(reason) {
-    this.chunk?.text.classList.remove("working");
+    this.chunks.end();
     const seconds = (performance.now() - this.start) / 1000;
     const speed = this.tokens ? `${this.tokens} tokens in ${seconds.toFixed(1)} s; ` : "";
     this.state.textContent = `${speed}${reason}`;
