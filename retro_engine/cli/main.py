@@ -54,12 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     is_json = "--json" in words
     try:
-        parser = make_parser()
-        args = parse(parser, with_new_names(docs.with_url(words)))
+        args = read(words)
         if args.command is None:
-            parser.print_help()
+            make_parser().print_help()
             return 2
-        _check_settings(args)
         return int(args.run(args))
     except KeyboardInterrupt:
         return _fail(is_json, StoppedError(130, "what was published before is whole", "run the same command again"))
@@ -69,6 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         known = typed(error)
         return _bug(error) if known is None else _fail(is_json, known)
+
+
+def read(words: Sequence[str]) -> argparse.Namespace:
+    """What `words` ask for; raises UsageError for a flag or a setting that the command does not take."""
+    args = parse(make_parser(), with_new_names(docs.with_url(list(words))))
+    if args.command is not None:
+        _check_settings(args)
+    return args
 
 
 class _Parser(argparse.ArgumentParser):

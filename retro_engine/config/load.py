@@ -171,6 +171,8 @@ def _parse_override(text: str) -> tuple[str, Any]:
     key = str(parsed.key_or_group)
     if parsed.is_sweep_override():
         value = text.split("=", 1)[1]
+        if key == "model.data.splits_string":  # a shell has taken the quotes that NeMo's commands have around it
+            return key, value
         raise UsageError(
             f"{text!r} is a sweep",
             "one run takes one value a key",

@@ -218,7 +218,7 @@ def test_a_share_and_a_count_are_told_apart(tmp_path: Path) -> None:
     (["trainer.devices=[0,2]"], "CUDA_VISIBLE_DEVICES=0,2 trainer.devices=2"),
     (["trainer.devices='0,2'"], "CUDA_VISIBLE_DEVICES=0,2 trainer.devices=2"),
     (["trainer.devices=[1]"], "CUDA_VISIBLE_DEVICES=1 trainer.devices=1"),
-    (["model.data.splits_string=98,2,0"], """'model.data.splits_string="98,2,0"'"""),
+    (["model.data.data_prefix=a,b"], """'model.data.data_prefix="a,b"'"""),
     (["model.optim.sched.name=WarmupAnnealing", "model.optim.sched.constant_steps=5"], "no constant steps"),
     (["model.data.data_prefix=[0.3,a,0.7,b]", "model.data.blend=[0.5,a,0.5,b]"], "so does model.data.blend"),
     (["model.data.data_prefix=[a]", "model.data.store=c"], "so does model.data.store=c"),
@@ -227,6 +227,11 @@ def test_a_share_and_a_count_are_told_apart(tmp_path: Path) -> None:
 def test_settings_that_contradict_or_would_be_ignored_are_refused(overrides: list[str], found: str) -> None:
     with pytest.raises(UsageError, match=found):
         asked(*overrides)
+
+
+def test_shares_need_no_quotes_that_a_shell_would_take() -> None:
+    for text in ("model.data.splits_string=80,5,15", "model.data.splits_string='80,5,15'"):
+        assert asked(text)[0].model.data.splits_string == "80,5,15"
 
 
 def test_a_rate_below_min_lr_can_be_constant() -> None:
