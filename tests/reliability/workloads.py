@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import write_corpus
+from reliability import simulator
 from training_helpers import PLAIN, config
 
 from retro_engine.data.corpus import Document
@@ -427,6 +428,10 @@ def _run(request: dict[str, Any], calls: CDLL) -> dict[str, Any]:
         said.append(text)
 
     calls.calls_root(os.fsencode(place.root))
+    if what == "live":
+        return simulator.live(place.root / "library", Store(place.store).tokenizer, request, calls.calls_fail)
+    if what == "schedule":
+        return simulator.schedule(place.root / "library", Store(place.store).tokenizer, request)
     if request.get("log"):
         calls.calls_record(os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
     calls.calls_fail(*request.get("fail", (0, 0, 0)))
@@ -468,8 +473,11 @@ def serve() -> None:
                 answer = _run(request, calls)
             except BaseException:
                 answer = {"raised": "the test's own", "is_typed": False, "text": traceback.format_exc()}
+            last = answer.pop("last", None)
             with os.fdopen(writing, "w") as out:
                 json.dump(answer, out)
+            if last is not None:
+                last()
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading) as answers:
