@@ -2,7 +2,7 @@
 //
 // calls_record(fd): from now on write what changes names, and what is synced with its content, to a log: lines
 // "OP\tINODE\tPATH\tSECOND PATH\tBYTES\n", each followed by so many bytes. calls_fail(n, error, kinds): the n-th call of these
-// kinds from now on fails with errno `error`; -1 = a write of half. calls_count(): how many there were.
+// kinds from now on fails with errno `error`; -1 = a write of half; -2 = the process ends there. calls_count(): how many there were.
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -88,6 +88,7 @@ static int fails(int kind) {
   if (!(fail_kinds & kind)) return 0;
   if (__atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST) != fail_at) return 0;
   if (fail_error == -1) return 2;
+  if (fail_error == -2) _exit(137);
   errno = fail_error;
   return 1;
 }

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import write_corpus
+from reliability import simulator
 from training_helpers import PLAIN, config
 
 from retro_engine.data.corpus import Document
@@ -89,7 +90,7 @@ def _after(count: int) -> dict[str, str]:
     return {name: text for name, text in found.items() if text is not None}
 
 
-def _take(library: Library, step: dict[str, str | None]) -> None:
+def take(library: Library, step: dict[str, str | None]) -> None:
     added = [Document(name, f"Title {name}", text) for name, text in step.items() if text is not None]
     gone = [name for name, text in step.items() if text is None]
     if added:
@@ -98,16 +99,16 @@ def _take(library: Library, step: dict[str, str | None]) -> None:
         library.delete(gone)
 
 
-def _opened(place: Place) -> Library:
+def opened(place: Place) -> Library:
     return Library(place.root / "new" / "deep" / "library", delta_chunks=10**9)  # nothing is merged unasked
 
 
-def _make(place: Place) -> None:
+def make_library(place: Place) -> None:
     tokenizer = Store(place.store).tokenizer
     Library.create(place.root / "new" / "deep" / "library", tokenizer, 8, 4, HashEmbedder(tokenizer))
 
 
-def _texts(library: Library) -> dict[str, str]:
+def texts_of(library: Library) -> dict[str, str]:
     found = {}
     for entry in library.entries():
         document = library.get(entry.id)
@@ -120,7 +121,7 @@ def _texts(library: Library) -> dict[str, str]:
 def _is_seen(library: Library) -> None:
     """What is there is found, and nothing else."""
     library.verify()
-    for name, text in _texts(library).items():
+    for name, text in texts_of(library).items():
         assert name in {hit.document for hit in library.search(text.split()[0], 100)}, name
 
 
@@ -129,12 +130,12 @@ class LibraryCreate(Workload):
         from retro_engine.library.file import is_made
 
         if not is_made(place.root / "new" / "deep" / "library"):
-            _make(place)
+            make_library(place)
         say("made")
 
     def check(self, place: Place, said: tuple[str, ...]) -> None:
         if said:
-            with _opened(place) as library:
+            with opened(place) as library:
                 assert library.version == 0
 
 
@@ -142,18 +143,18 @@ class LibraryAdd(Workload):
     """Adds, replacements and deletions."""
 
     def begin(self, place: Place) -> None:
-        _make(place)
+        make_library(place)
 
     def act(self, place: Place, say: Say) -> None:
-        with _opened(place) as library:
-            for number in range(_done(_texts(library)), len(STEPS)):
-                _take(library, STEPS[number])
+        with opened(place) as library:
+            for number in range(_done(texts_of(library)), len(STEPS)):
+                take(library, STEPS[number])
                 say(str(number + 1))
 
     def check(self, place: Place, said: tuple[str, ...]) -> None:
-        with _opened(place) as library:
+        with opened(place) as library:
             known = int(said[-1]) if said else 0
-            assert _texts(library) in [_after(number) for number in range(known, len(STEPS) + 1)][:2]
+            assert texts_of(library) in [_after(number) for number in range(known, len(STEPS) + 1)][:2]
             _is_seen(library)
 
 
@@ -165,17 +166,17 @@ class LibraryMerge(Workload):
     """Segments of deltas, one segment of several, and a file without what was deleted."""
 
     def begin(self, place: Place) -> None:
-        _make(place)
-        with _opened(place) as library:
+        make_library(place)
+        with opened(place) as library:
             for step in STEPS[:3]:
-                _take(library, step)
+                take(library, step)
 
     def act(self, place: Place, say: Say) -> None:
-        with _opened(place) as library:
-            for number in range(_done(_texts(library)), len(STEPS)):
+        with opened(place) as library:
+            for number in range(_done(texts_of(library)), len(STEPS)):
                 library.merge()
                 say("merged")
-                _take(library, STEPS[number])
+                take(library, STEPS[number])
                 say(str(number + 1))
             library.merge(is_all=True)
             library.vacuum()
@@ -183,9 +184,9 @@ class LibraryMerge(Workload):
 
     def check(self, place: Place, said: tuple[str, ...]) -> None:
         numbers = [int(word) for word in said if word.isdigit()]
-        with _opened(place) as library:
+        with opened(place) as library:
             known = numbers[-1] if numbers else 3
-            assert _texts(library) in [_after(number) for number in range(known, len(STEPS) + 1)][:2]
+            assert texts_of(library) in [_after(number) for number in range(known, len(STEPS) + 1)][:2]
             _is_seen(library)
 
 
@@ -193,11 +194,11 @@ class LibraryImport(Workload):
     """A stream that is kept in the library until its job is done."""
 
     def begin(self, place: Place) -> None:
-        _make(place)
+        make_library(place)
 
     def act(self, place: Place, say: Say) -> None:
         rows = [{"id": name, "title": f"Title {name}", "text": text} for name, text in _after(2).items()]
-        with _opened(place) as library, Importer(library) as importer:
+        with opened(place) as library, Importer(library) as importer:
             importer.recover()
             if not importer.jobs():
                 importer.start(io.BytesIO("".join(json.dumps(row) + "\n" for row in rows).encode()))
@@ -205,16 +206,16 @@ class LibraryImport(Workload):
             job = importer.wait(importer.jobs()[0].number)
             if job.state == "failed":
                 raise FailedJobError(job.reason, "", "import it again")
-            if _texts(library) == _after(2):
+            if texts_of(library) == _after(2):
                 say("done")
 
     def check(self, place: Place, said: tuple[str, ...]) -> None:
-        with _opened(place) as library, Importer(library) as importer:
+        with opened(place) as library, Importer(library) as importer:
             if said:
                 importer.recover()
                 job = importer.wait(importer.jobs()[0].number)
                 assert job.state == "done", job
-            assert _texts(library) in ([_after(2)] if said else [{}, _after(2)])
+            assert texts_of(library) in ([_after(2)] if said else [{}, _after(2)])
             _is_seen(library)
 
 
@@ -227,17 +228,17 @@ class FailedJobError(RetroError):
 class LibraryReset(Workload):
     def begin(self, place: Place) -> None:
         LibraryMerge().begin(place)
-        with _opened(place) as library:
+        with opened(place) as library:
             library.merge()
 
     def act(self, place: Place, say: Say) -> None:
-        with _opened(place) as library:
+        with opened(place) as library:
             library.reset()
             say("empty")
 
     def check(self, place: Place, said: tuple[str, ...]) -> None:
-        with _opened(place) as library:
-            assert _texts(library) in ([{}] if said else [{}, _after(3)])
+        with opened(place) as library:
+            assert texts_of(library) in ([{}] if said else [{}, _after(3)])
             _is_seen(library)
 
 
@@ -382,7 +383,7 @@ class Vectors(_OfStore):
     """Vectors and a Faiss index of them."""
 
     def build(self, place: Place, store: Store) -> None:
-        build_index(store, "hash", store.folder / "index" / "hash")
+        build_index(store, "hash", store.folder / "index" / "hash", "IVF4,SQ8")
 
     def open(self, place: Place, store: Store) -> Any:
         return VectorIndex(store.folder / "index" / "hash", store, "hash")
@@ -427,6 +428,10 @@ def _run(request: dict[str, Any], calls: CDLL) -> dict[str, Any]:
         said.append(text)
 
     calls.calls_root(os.fsencode(place.root))
+    if what == "live":
+        return simulator.live(place.root / "library", Store(place.store).tokenizer, request, calls.calls_fail)
+    if what == "schedule":
+        return simulator.schedule(place.root / "library", Store(place.store).tokenizer, request)
     if request.get("log"):
         calls.calls_record(os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
     calls.calls_fail(*request.get("fail", (0, 0, 0)))
@@ -468,8 +473,11 @@ def serve() -> None:
                 answer = _run(request, calls)
             except BaseException:
                 answer = {"raised": "the test's own", "is_typed": False, "text": traceback.format_exc()}
+            last = answer.pop("last", None)
             with os.fdopen(writing, "w") as out:
                 json.dump(answer, out)
+            if last is not None:
+                last()
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading) as answers:

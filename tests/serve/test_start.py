@@ -1,17 +1,11 @@
-"""`retro serve` as a process: its first start, its signals, its refusals, and kill -9 while documents are written."""
+"""`retro serve` as a process: its first start, its signals, its refusals (kill -9: test_histories.py)."""
 
-import contextlib
 import json
-import os
-import random
 import signal
-import threading
-import time
 from pathlib import Path
 
-import httpx
 import pytest
-from serve_helpers import PASSWORD, Process, client_of, serving_run, started
+from serve_helpers import PASSWORD, client_of, started
 
 from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
@@ -24,8 +18,6 @@ from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.service import ServiceOptions, open_service
 from retro_engine.serve.start import Address, serve_until_signal
 from retro_engine.train.checkpoint import find_checkpoint
-
-CAMPAIGN = bool(os.environ.get("RETRO_CAMPAIGN"))
 
 
 def test_the_first_start_and_the_signals(small_run: Path, tmp_path: Path) -> None:
@@ -51,48 +43,6 @@ def test_the_first_start_and_the_signals(small_run: Path, tmp_path: Path) -> Non
         assert "Traceback" not in rest
     log = [json.loads(line)["action"] for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert log == ["sign-in", "documents.add", "sign-in"]
-
-
-def test_acknowledged_documents_survive_kill_9_under_load(small_run: Path, tmp_path: Path) -> None:
-    """Four clients add, replace and delete until the server is killed; what was acknowledged is there after it."""
-    key = Accounts(tmp_path / "accounts.sqlite").add_key("load", "write")
-    known: dict[str, str | None] = {}
-    for turn in range(30 if CAMPAIGN else 2):
-        with started(small_run, tmp_path) as server:
-            with client_of(server, key) as client:
-                for name, text in known.items():
-                    answer = client.get(f"/v1/documents/{name}")
-                    assert answer.status_code == (404 if text is None else 200), (turn, name)
-                    assert text is None or answer.json()["text"] == text
-
-            def write(number: int, server: Process = server, turn: int = turn) -> None:
-                rng = random.Random(f"{turn} {number}")
-                with client_of(server, key) as client, contextlib.suppress(httpx.HTTPError):
-                    for step in range(100_000):
-                        name = f"w{number}-{rng.randrange(6)}"
-                        unsure = known.pop(name, None)  # until it is acknowledged, either is right
-                        if unsure is not None and rng.random() < 0.3:
-                            client.delete(f"/v1/documents/{name}").raise_for_status()
-                            known[name] = None
-                        else:
-                            text = f"amber {turn} {number} {step}"
-                            client.post("/v1/documents", json={"id": name, "text": text}).raise_for_status()
-                            known[name] = text
-
-            threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-            for thread in threads:
-                thread.start()
-            deadline = time.monotonic() + 30
-            while len(known) < 12 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            time.sleep(random.Random(turn).random() / 2)
-            assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL
-            for thread in threads:
-                thread.join(30)
-            assert known
-    with serving_run(small_run, tmp_path) as last, last.client() as client:  # the same files, in this process
-        for name, text in known.items():
-            assert client.get(f"/v1/documents/{name}").status_code == (404 if text is None else 200)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
