@@ -72,9 +72,16 @@ def _model(service: Service, limits: Limits, name: str) -> dict[str, Any]:
 
 async def completions(request: HttpRequest) -> Response:
     """Continue one prompt or several."""
+    body = parse(Completion, await read_json(request, limits_of(request)))
+    answer, asked = await completion_requests(request, body, CompletionAnswer(service_of(request), body.stream))
+    return await respond(request, body, answer, asked)
+
+
+async def completion_requests(request: HttpRequest, body: Completion, answer: Answer) -> tuple[Answer, list[Request]]:
+    """What the engine is asked for prompts, and the answer that will show it. Raises ApiError for what cannot be answered."""
     service, limits = service_of(request), limits_of(request)
-    body = parse(Completion, await read_json(request, limits))
     check_model_name(service, body.model or service.name)
+    take_n_predict(body)
     if body.candidates < body.n:
         raise ApiError(400, f"best_of={body.best_of}: at least n={body.n} are to choose from", "best_of")
     if body.candidates > body.n and body.stream:
@@ -82,13 +89,19 @@ async def completions(request: HttpRequest) -> Response:
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens=0 without echo: there would be no answer", "max_tokens")
     prompts = await brief(request, encode_prompts, service, body.prompt, limits)
-    answer = CompletionAnswer(service, body.stream)
     answer.has_logprobs = body.logprobs is not None
     ranked = 0 if body.candidates > body.n else None
     logprobs = ranked if body.logprobs is None else body.logprobs
     more = {"logprobs": logprobs, "echo": body.echo, "grammar": grammar_of(body)}
-    asked = requests_of(body, service, prompts, limits, COMPLETION_TOKENS, **more)
-    return await respond(request, body, answer, asked)
+    return answer, requests_of(body, service, prompts, limits, COMPLETION_TOKENS, **more)
+
+
+def take_n_predict(body: Sampled) -> None:
+    """Raises ApiError where it is said twice and not alike."""
+    if body.n_predict is not None:
+        if body.max_tokens not in (None, body.n_predict):
+            raise ApiError(400, "max_tokens and n_predict contradict each other", "n_predict", "contradiction")
+        body.max_tokens = body.n_predict
 
 
 async def chat_completions(request: HttpRequest) -> Response:
@@ -104,6 +117,7 @@ async def chat_requests(request: HttpRequest, body: Chat) -> tuple[list[Request]
     """
     service, limits = service_of(request), limits_of(request)
     check_model_name(service, body.model or service.name)
+    take_n_predict(body)
     if body.max_tokens == 0:
         raise ApiError(400, "max_tokens=0: there would be no answer", "max_tokens")
     if body.top_logprobs and not body.logprobs:
@@ -121,6 +135,8 @@ async def chat_requests(request: HttpRequest, body: Chat) -> tuple[list[Request]
         if grammar is not None or goes_on:
             raise ApiError(400, "a call is required: nothing else can be", "tool_choice", "contradiction")
         grammar = call_grammar(tools)
+    if service.chat is None or not service.chat.reads("enable_thinking"):
+        body.drop_thinking()
     more = check_variables(body.chat_template_kwargs, service.chat)
     ask = partial(chat_prompt, begins=begins, goes_on=goes_on, tools=tools, variables=more)
     prompt, stops = await brief(request, ask, body.messages, service.chat)
