@@ -241,7 +241,8 @@ async def _load(
 
 def _watch(metrics: Metrics, service: Service) -> None:
     """What is read of a loaded service when somebody asks."""
-    stats, metrics.model = service.engine.stats, service.name
+    stats = service.engine.stats
+    metrics.name_model(service.name)
     metrics.watch("retro_engine_running", "Sequences being generated", lambda: stats()["running"])
     metrics.watch("retro_engine_waiting", "Requests in the queue", lambda: stats()["waiting"])
     metrics.watch("retro_neighbors_kept", "Neighbors read from what is kept", lambda: stats()["neighbors_kept"])

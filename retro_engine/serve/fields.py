@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr
 
 from retro_engine.generate.sampling import MAX_BIAS, MAX_PENALTY, TINY
+from retro_engine.retrieval.hit import Hit
 from retro_engine.serve.chat import Message
 from retro_engine.serve.constraints import Json
 from retro_engine.serve.limits import Ids, Prompts, Strict, Texts
@@ -139,6 +140,24 @@ class Sampled(Strict):
     metadata: dict[Name, Value] | None = Field(None, max_length=16)
     store: bool = False
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+
+    _found: list[list[Hit]] = PrivateAttr(default_factory=list)
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    def take_found(self, found: list[list[Hit]], notes: list[str]) -> None:
+        """What stands in each prompt (serve/in_prompt.py), and what is to be said of it."""
+        self._found += found
+        self._notes += notes
+
+    def found(self, place: int) -> list[Hit] | None:
+        """What stands in a prompt; None where nothing is put into prompts."""
+        return self._found[place] if self._found else None
+
+    @property
+    def notes(self) -> list[str]:
+        """Of the server, for the answer."""
+        ignored = [f"taken, without effect here: {', '.join(self.without_effect)}"] if self.without_effect else []
+        return [*ignored, *self._notes]
 
     @property
     def candidates(self) -> int:
