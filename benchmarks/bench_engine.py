@@ -8,6 +8,7 @@ import os
 import random
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -94,8 +95,8 @@ def measure_schema(measured: Measured, model: RetroModel) -> None:
         " ".join("".join(words.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(100)) for _ in range(200)
     ]
     generator = Generator(model, Tokenizer.train(texts, V), drafts=False)
-    record = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
-    record |= {"required": ["name", "age"], "additionalProperties": False}
+    record: dict[str, Any] = {"type": "object", "required": ["name", "age"], "additionalProperties": False}
+    record["properties"] = {"name": {"type": "string"}, "age": {"type": "integer"}}
     asked = {
         "free": request(1, NEW, []),
         "a schema": replace(request(1, NEW, []), grammar=schema({"type": "array", "items": record, "minItems": 500})),

@@ -58,8 +58,8 @@ def add(commands: flags.Commands) -> None:
     flag("max-waiting", 64, type=int, metavar="N", help="requests in the queue; more get 429")
     flag(
         "reading",
-        choices=("prefix", "none"),
-        help="of a plain decoder: neighbors in front of its keys, or none (default prefix)",
+        choices=("prefix", "prompt", "none"),
+        help="of a plain decoder: neighbors in front of its keys, in its prompt, or none (default prefix where it can)",
     )
     flag("neighbor-bytes", type=int, metavar="N", help="of encoded neighbors that are kept, 0 = none (default 512 MiB)")
     shares = "callers use each other's remembered prompts: the time of an answer then tells what others have asked"

@@ -21,6 +21,7 @@ from retro_engine.serve import (
     documents,
     explain,
     messages,
+    native,
     nemo,
     openai,
     props,
@@ -64,6 +65,7 @@ ROUTES: list[tuple[str, str, Endpoint, str]] = [  # method, path, endpoint, the 
     ("GET", "/v1/models", openai.models, "read"),
     ("GET", "/v1/models/{id:path}", openai.model, "read"),
     ("POST", "/v1/completions", openai.completions, "read"),
+    ("POST", "/completion", native.complete, "read"),
     ("POST", "/v1/chat/completions", openai.chat_completions, "read"),
     ("POST", "/v1/responses", responses.create_response, "read"),
     ("GET", "/v1/responses/{id:path}", responses.get_response, "read"),
@@ -239,7 +241,8 @@ async def _load(
 
 def _watch(metrics: Metrics, service: Service) -> None:
     """What is read of a loaded service when somebody asks."""
-    stats, metrics.model = service.engine.stats, service.name
+    stats = service.engine.stats
+    metrics.name_model(service.name)
     metrics.watch("retro_engine_running", "Sequences being generated", lambda: stats()["running"])
     metrics.watch("retro_engine_waiting", "Requests in the queue", lambda: stats()["waiting"])
     metrics.watch("retro_neighbors_kept", "Neighbors read from what is kept", lambda: stats()["neighbors_kept"])

@@ -6,9 +6,10 @@ the value that asks for nothing: nobody gets less than what was asked for withou
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from retro_engine.generate.sampling import MAX_BIAS, MAX_PENALTY, TINY
+from retro_engine.retrieval.hit import Hit
 from retro_engine.serve.chat import Message
 from retro_engine.serve.constraints import Json
 from retro_engine.serve.limits import Ids, Prompts, Strict, Texts
@@ -21,6 +22,7 @@ HARMLESS = (
     *("user", "safety_identifier", "prompt_cache_key", "metadata", "store", "service_tier", "parallel_tool_calls"),
     *("reasoning_effort", "verbosity", "prompt_cache_retention"),
     *("return_progress", "reasoning_format", "samplers", "backend_sampling", "priority", "cache_prompt"),
+    "thinking_budget_tokens",
     *("session_id", "chat_id", "id", "message_id", "features", "variables", "background_tasks"),  # Open WebUI's own
 )
 SAYS_NOTHING: dict[str, tuple[Any, ...]] = {
@@ -80,6 +82,7 @@ class Sampled(Strict):
     ignore_eos: bool = False
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     max_tokens: int | None = Field(None, ge=-1)  # -1, as in llama.cpp: as many as there is room for
+    n_predict: int | None = Field(None, ge=-1)  # llama.cpp's name of max_tokens
     min_tokens: int = Field(0, ge=0)
     presence_penalty: float = Field(0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
     frequency_penalty: float = Field(0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
@@ -137,6 +140,24 @@ class Sampled(Strict):
     metadata: dict[Name, Value] | None = Field(None, max_length=16)
     store: bool = False
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+
+    _found: list[list[Hit]] = PrivateAttr(default_factory=list)
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    def take_found(self, found: list[list[Hit]], notes: list[str]) -> None:
+        """What stands in each prompt (serve/in_prompt.py), and what is to be said of it."""
+        self._found += found
+        self._notes += notes
+
+    def found(self, place: int) -> list[Hit] | None:
+        """What stands in a prompt; None where nothing is put into prompts."""
+        return self._found[place] if self._found else None
+
+    @property
+    def notes(self) -> list[str]:
+        """Of the server, for the answer."""
+        ignored = [f"taken, without effect here: {', '.join(self.without_effect)}"] if self.without_effect else []
+        return [*ignored, *self._notes]
 
     @property
     def candidates(self) -> int:
@@ -196,6 +217,22 @@ class Chat(Sampled):
     variables: Json | None = None
     background_tasks: Json | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_control: bool | None = None  # llama.cpp's: whether thinking may be ended from outside
+    thinking_budget_tokens: int | None = Field(None, ge=0)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    _unread: list[str] = PrivateAttr(default_factory=list)
+
+    def drop_thinking(self) -> None:
+        """`enable_thinking` is sent by pages whatever the model: a template that does not know it asks for nothing by it; who
+        wants thoughts is told.
+        """
+        variables = dict(self.chat_template_kwargs or {})
+        if variables.pop("enable_thinking", None):
+            self._unread.append("chat_template_kwargs.enable_thinking")
+        self.chat_template_kwargs = variables
+
+    @property
+    def without_effect(self) -> list[str]:
+        return [*super().without_effect, *self._unread]

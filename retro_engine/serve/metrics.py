@@ -45,7 +45,15 @@ class Metrics:
         labels = [*MODEL, "finished_reason"]
         self._ends = Counter("vllm:request_success", "Sequences that ended", labels, registry=self.registry)
         self.model = ""  # its name, once it is loaded
+        self._between = self._times["inter_token_latency"]  # of the model then
         self._sign_ins = Counter("retro_sign_ins", "By outcome", ["outcome"], registry=self.registry)
+
+    def name_model(self, name: str) -> None:
+        """The model that is served; its series are there from the beginning, at 0."""
+        self.model = name
+        for one in (*self._times.values(), *self._counts.values()):
+            one.labels(name)
+        self._between = self._times["inter_token_latency"].labels(name)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """`status` 0: the client left before an answer began."""
@@ -60,7 +68,7 @@ class Metrics:
 
     def between(self, seconds: float) -> None:
         """Two pieces of one answer."""
-        self._times["inter_token_latency"].labels(self.model).observe(seconds)
+        self._between.observe(seconds)
 
     def ended(self, times: Times, reason: str) -> None:
         """A sequence that ended; one that had no row or no token has no such time."""

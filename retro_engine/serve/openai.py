@@ -24,6 +24,7 @@ from retro_engine.serve.chat import chat_prompt, check_variables
 from retro_engine.serve.constraints import grammar_of
 from retro_engine.serve.documents import filter_of, note_of
 from retro_engine.serve.fields import MAX_STOPS, Chat, Completion, Sampled
+from retro_engine.serve.in_prompt import put_in_chat, put_in_prompts
 from retro_engine.serve.limits import parse, read_json
 from retro_engine.serve.prompts import check_cost, check_ids, check_model_name, check_room, encode_prompts
 from retro_engine.serve.request_context import brief, caller_id, count_tokens, limits_of, service_of, state_of
@@ -32,6 +33,7 @@ from retro_engine.serve.stream import EventStream, RunningRequests
 from retro_engine.serve.tools import Tool, call_grammar, shown_tools
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 256  # when nothing is said
+SMALL_PROMPT, SMALL_EVENTS = 2048, 64  # characters or tokens, and events: less work than a turn in another thread is
 STARTED = int(time.time())
 
 
@@ -52,6 +54,7 @@ def _model(service: Service, limits: Limits, name: str) -> dict[str, Any]:
     about = {
         "parameters": service.generator.model.num_parameters,
         "reads_neighbors": config.retrieval,
+        "reading": config.reading if config.retrieval else "prompt" if service.in_prompt is not None else None,
         "reader": None if service.reader is None else service.reader.name,
         "chunk_size": config.chunk_size,
         "num_neighbors": config.num_neighbors,
@@ -72,23 +75,37 @@ def _model(service: Service, limits: Limits, name: str) -> dict[str, Any]:
 
 async def completions(request: HttpRequest) -> Response:
     """Continue one prompt or several."""
+    body = parse(Completion, await read_json(request, limits_of(request)))
+    answer, asked = await completion_requests(request, body, CompletionAnswer(service_of(request), body.stream))
+    return await respond(request, body, answer, asked)
+
+
+async def completion_requests(request: HttpRequest, body: Completion, answer: Answer) -> tuple[Answer, list[Request]]:
+    """What the engine is asked for prompts, and the answer that will show it. Raises ApiError for what cannot be answered."""
     service, limits = service_of(request), limits_of(request)
-    body = parse(Completion, await read_json(request, limits))
     check_model_name(service, body.model or service.name)
+    take_n_predict(body)
     if body.candidates < body.n:
         raise ApiError(400, f"best_of={body.best_of}: at least n={body.n} are to choose from", "best_of")
     if body.candidates > body.n and body.stream:
         raise ApiError(400, "which is best is known at the end: best_of above n does not stream", "best_of")
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens=0 without echo: there would be no answer", "max_tokens")
-    prompts = await brief(request, encode_prompts, service, body.prompt, limits)
-    answer = CompletionAnswer(service, body.stream)
+    await put_in_prompts(request, body)
+    prompts = await _encoded(request, body.prompt, "prompt")
     answer.has_logprobs = body.logprobs is not None
     ranked = 0 if body.candidates > body.n else None
     logprobs = ranked if body.logprobs is None else body.logprobs
     more = {"logprobs": logprobs, "echo": body.echo, "grammar": grammar_of(body)}
-    asked = requests_of(body, service, prompts, limits, COMPLETION_TOKENS, **more)
-    return await respond(request, body, answer, asked)
+    return answer, requests_of(body, service, prompts, limits, COMPLETION_TOKENS, **more)
+
+
+def take_n_predict(body: Sampled) -> None:
+    """Raises ApiError where it is said twice and not alike."""
+    if body.n_predict is not None:
+        if body.max_tokens not in (None, body.n_predict):
+            raise ApiError(400, "max_tokens and n_predict contradict each other", "n_predict", "contradiction")
+        body.max_tokens = body.n_predict
 
 
 async def chat_completions(request: HttpRequest) -> Response:
@@ -104,6 +121,7 @@ async def chat_requests(request: HttpRequest, body: Chat) -> tuple[list[Request]
     """
     service, limits = service_of(request), limits_of(request)
     check_model_name(service, body.model or service.name)
+    take_n_predict(body)
     if body.max_tokens == 0:
         raise ApiError(400, "max_tokens=0: there would be no answer", "max_tokens")
     if body.top_logprobs and not body.logprobs:
@@ -121,13 +139,26 @@ async def chat_requests(request: HttpRequest, body: Chat) -> tuple[list[Request]
         if grammar is not None or goes_on:
             raise ApiError(400, "a call is required: nothing else can be", "tool_choice", "contradiction")
         grammar = call_grammar(tools)
+    if service.chat is None or not service.chat.reads("enable_thinking"):
+        body.drop_thinking()
     more = check_variables(body.chat_template_kwargs, service.chat)
+    await put_in_chat(request, body)
     ask = partial(chat_prompt, begins=begins, goes_on=goes_on, tools=tools, variables=more)
     prompt, stops = await brief(request, ask, body.messages, service.chat)
     body.stop = [*_stops(body.stop), *stops]
-    prompts = await brief(request, partial(encode_prompts, param="messages"), service, prompt, limits)
+    prompts = await _encoded(request, prompt, "messages")
     about = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "is_chat": service.chat is not None}
     return requests_of(body, service, prompts, limits, CHAT_TOKENS, grammar=grammar, **about), tools
+
+
+async def _encoded(request: HttpRequest, prompt: Any, param: str) -> list[list[int]]:
+    """Prompts as token ids; a short one at once: it takes less than a turn in another thread."""
+    service, limits = service_of(request), limits_of(request)
+    encode = partial(encode_prompts, param=param)
+    is_one = isinstance(prompt, str) or all(isinstance(part, int) for part in prompt[:1])
+    if is_one and len(prompt) <= SMALL_PROMPT:
+        return encode(service, prompt, limits)
+    return await brief(request, encode, service, prompt, limits)
 
 
 def _stops(stop: str | list[str] | None) -> list[str]:
@@ -242,12 +273,12 @@ async def respond(request: HttpRequest, body: Sampled, answer: Answer, asked: li
     check_cost(asked, service, limits_of(request), param)
     answer.prompt_tokens = sum(len(one.prompt) for one in asked[:: body.candidates])
     answer.candidates, answer.kept, answer.timed = body.candidates, body.n, body.timings_per_token
-    if body.without_effect:
-        answer.notes.append(f"taken, without effect here: {', '.join(body.without_effect)}")
+    answer.notes += body.notes
     answer.echoed = {index: len(one.prompt) for index, one in enumerate(asked) if one.echo}
     answer.notes += (await note_of(request, asked[0].where)).values()
     tracing = state_of(request).tracing.answering(request, body, answer)
     running = await RunningRequests.start(service, asked, request.receive, state_of(request).metrics)
+    running.found = [body.found(index // body.candidates) for index in range(len(asked))]
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     if body.stream:
         return EventStream(running, answer, with_usage, partial(count_tokens, request), tracing)
@@ -257,4 +288,5 @@ async def respond(request: HttpRequest, body: Sampled, answer: Answer, asked: li
                 answer.add(index, event)
                 answer.times = running.times(index)
         count_tokens(request, answer.prompt_tokens, answer.completion_tokens)
-        return JSONResponse(await brief(request, answer.whole, len(asked)))
+        is_small = len(answer.events) <= SMALL_EVENTS and asked[0].logprobs is None
+        return JSONResponse(answer.whole(len(asked)) if is_small else await brief(request, answer.whole, len(asked)))

@@ -13,6 +13,7 @@ from retro_engine.serve import (
     documents,
     explain,
     messages,
+    native,
     nemo,
     openai,
     rerank,
@@ -23,6 +24,7 @@ from retro_engine.serve import (
 
 BODIES: dict[tuple[str, str], tuple[type[BaseModel], ...]] = {  # any one of the forms
     ("POST", "/v1/completions"): (openai.Completion,),
+    ("POST", "/completion"): (native.NativeCompletion,),
     ("POST", "/v1/chat/completions"): (openai.Chat,),
     ("POST", "/v1/responses"): (responses.Create,),
     ("POST", "/v1/messages"): (messages.CreateMessage,),

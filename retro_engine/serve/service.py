@@ -64,7 +64,9 @@ class ServiceOptions:
     dtype: str | None = None  # of the model's weights: fp32, bf16, int8, int4; None: as saved
     shares_prefixes: bool = False  # callers use each other's: faster, and times tell what others have asked
     device: str = "auto"  # a GPU where there is one; cpu, gpu
-    reading: str | None = None  # of a plain decoder: prefix, none; None: prefix, documents where there are some
+    reading: str | None = (
+        None  # of a plain decoder: prefix, prompt, none; None: documents where there are some, in front where it can
+    )
     neighbor_bytes: int | None = None  # of encoded neighbors that are kept: `Generator`
     follow: Sequence[str] = ()  # folders whose files the library holds
 
@@ -90,6 +92,13 @@ class Service:
     ahead: EncodeAhead | None = None  # of documents that are added
     reader: Reader | None = None  # the model is one: it answers questions
     followed: FollowedFolders | None = None
+    in_prompt: LiveRetriever | None = None  # the model reads no neighbors: what is found stands in its prompts
+
+    @property
+    def source(self) -> LiveRetriever | None:
+        """What is searched, whichever way the model reads it."""
+        found = self.in_prompt or self.generator.retriever
+        return found if isinstance(found, LiveRetriever) else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,8 +139,8 @@ class Service:
         """What generation would read for a text: the k best chunks of library and stores (`mode`, with `weights` of hybrid);
         `where`: of the library's documents that match.
         """
-        R, source = self.generator.model.config.r, self.generator.retriever
-        if not isinstance(source, LiveRetriever):  # a plain decoder
+        R, source = self.generator.model.config.r, self.source
+        if source is None:  # a plain decoder
             return Found.of([], k, R, self.tokenizer.pad_id)
         return source.search(text, k, mode, weights, R, where)
 
@@ -145,9 +154,9 @@ class Service:
 
     def check_search(self, mode: str | None, min_score: float | None = None, param: str = "min_score") -> None:
         """Raises UsageError for a mode that the library has no vectors for, ApiError for a least score of ranks."""
-        if min_score is not None and isinstance(self.generator.retriever, LiveRetriever):
+        if min_score is not None and self.source is not None:
             try:
-                self.generator.retriever.check_least(mode)
+                self.source.check_least(mode)
             except UsageError as error:
                 raise ApiError(400, f"{error.what}: {error.why}", param, "contradiction") from None
         if mode not in (None, "lexical") and self.library is not None and self.library.chunker.width is None:
@@ -166,7 +175,7 @@ class Service:
             if model.config.retrieval and model.config.most_tokens is None:  # else a whole chunk may not have room
                 asked = Request(ids, 2 * WARM_TOKENS, neighbors=None if source is not None else [text])
                 engine.submit(asked).result()
-        if source is not None:
+        if self.source is not None:
             self.find(text, 1, self.mode)
         trim()
 
@@ -203,36 +212,31 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     reader = None if options.reader is None else find_reader(options.reader)
     opened = _open_model(options, reader)
     folder, model, tokenizer = opened.folder, opened.model, opened.tokenizer
-    check_reading(model, options.reading)
-    library = importer = static = None
+    is_plain = not model.config.retrieval
+    check_reading(model, None if is_plain and options.reading == "prompt" else options.reading)
     is_own = shared is None
     has_documents, stores = reads_documents(options, folder, model.config), []
     if has_documents:
-        named = options.stores is not None or reader is not None or not model.config.retrieval
+        named = options.stores is not None or reader is not None or is_plain
         stores = [Store(path) for path in options.stores or ()] if named else run_databases(folder)
-    if not model.config.retrieval and options.reading != "none":
+    chunk_size = _chunk_size(options, folder, stores, shared) if is_plain else None
+    if is_plain and options.reading in (None, "prefix"):
         try:  # for documents, or for neighbors that requests give
-            read_in_front(model, tokenizer, _chunk_size(options, folder, stores, shared))
-        except UsageError:  # with nothing to read it is a plain decoder
-            if has_documents or options.reading is not None:
+            read_in_front(model, tokenizer, chunk_size)
+        except UsageError:  # what is found stands in its prompt; with nothing to read it is a plain decoder
+            if options.reading is not None:
                 raise
-    if options.neighbor_bytes and not model.config.retrieval:
-        raise UsageError(f"--neighbor-bytes {options.neighbor_bytes}", "this model reads no neighbors", "leave it out")
-    if options.embedder is not None and not has_documents:
-        raise UsageError(f"--embedder {options.embedder} without a library", "a plain decoder has one where it is named", "--library FOLDER")  # fmt: skip
-    _check_follow(options, has_documents and is_own)
+    _check_documents(options, model.config.retrieval, has_documents, is_own)
+    library = importer = None
     if has_documents:
-        static = Retriever(stores) if stores else None
-        if shared is None:
-            chunk_size = model.config.chunk_size
-            step = None if reader is None else reader.reading.stride
-            library = open_library(library_folder(options, folder), tokenizer, chunk_size, step, options.embedder)
-            shared = library, Importer(library)
-            shared[1].recover()
-        library, importer = shared
+        size = chunk_size if chunk_size and is_plain else model.config.chunk_size
+        step = None if reader is None else reader.reading.stride
+        library, importer = shared or _open_documents(options, folder, tokenizer, size, step)
+    static = Retriever(stores) if stores else None
     retriever = None if library is None else LiveRetriever(library, static, options.weights, options.mode)
-    encoded = open_encodings(folder, model.config, tokenizer, retriever.stores if retriever else [], options.encodings)
-    generator = Generator(model.eval(), tokenizer, retriever, options.neighbor_bytes, encoded=encoded)
+    read = retriever if model.config.retrieval else None
+    encoded = open_encodings(folder, model.config, tokenizer, read.stores if read else [], options.encodings)
+    generator = Generator(model.eval(), tokenizer, read, options.neighbor_bytes, encoded=encoded)
     engine = Engine(generator, options.max_batch, options.max_waiting, shares_prefixes=options.shares_prefixes)
     ahead = None
     if is_own and library is not None and generator.encodings is not None and generator.encodings.max_bytes:
@@ -253,16 +257,33 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
         work=Work(options.max_waiting),
         ahead=ahead,
         reader=reader,
+        in_prompt=retriever if read is None else None,
         followed=FollowedFolders(library, options.follow) if options.follow and library is not None else None,
     )
 
 
-def _check_follow(options: ServiceOptions, has_library: bool) -> None:
-    """Before anything is opened that would have to be closed. Raises UsageError."""
-    if options.follow and not has_library:
+def _check_documents(options: ServiceOptions, reads: bool, has_documents: bool, is_own: bool) -> None:
+    """Raises UsageError for settings of what is not there, before anything is opened that would have to be closed."""
+    if options.neighbor_bytes and not reads:
+        raise UsageError(f"--neighbor-bytes {options.neighbor_bytes}", "this model reads no neighbors", "leave it out")
+    if options.embedder is not None and not has_documents:
+        why = "a plain decoder has one where it is named"
+        raise UsageError(f"--embedder {options.embedder} without a library", why, "--library FOLDER")
+    if options.follow and not (has_documents and is_own):
         why = "what its files hold is kept in one"
         raise UsageError(f"--follow {options.follow[0]} without a library", why, "--library FOLDER")
     check_folders(options.follow)
+
+
+def _open_documents(
+    options: ServiceOptions, checkpoint_folder: Path, tokenizer: Tokenizer, chunk_size: int, step: int | None
+) -> tuple[Library, Importer]:
+    """The library, and its imports, which go on where they were stopped."""
+    folder = library_folder(options, checkpoint_folder)
+    library = open_library(folder, tokenizer, chunk_size, step, options.embedder)
+    importer = Importer(library)
+    importer.recover()
+    return library, importer
 
 
 def _open_model(options: ServiceOptions, reader: Reader | None) -> OpenedModel:
@@ -304,7 +325,7 @@ def reads_documents(options: ServiceOptions, checkpoint_folder: Path, config: Mo
         what = "--library" if options.library is not None else "--stores"
         raise UsageError(f"{what} with --reading none", f"{options.run} then reads no documents", f"leave {what} out")
     is_there = options.reading is None and is_made(library_folder(options, checkpoint_folder))
-    return options.reading == "prefix" or is_named or is_there
+    return options.reading in ("prefix", "prompt") or is_named or is_there
 
 
 def run_folder(checkpoint_folder: Path) -> Path:

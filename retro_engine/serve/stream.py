@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from starlette.responses import Response
@@ -13,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from retro_engine.errors import RetroError
 from retro_engine.generate.engine import Submission, Times
 from retro_engine.generate.request import Event, Request
+from retro_engine.retrieval.hit import Hit
 from retro_engine.serve.answers import Answer
 from retro_engine.serve.api_error import ApiError, ClientLeft
 from retro_engine.serve.metrics import Metrics
@@ -30,6 +32,7 @@ class RunningRequests:
         self._streams: list[Submission] = []
         self._left = 0
         self._gone: asyncio.Task[None] | None = None
+        self.found: list[list[Hit] | None] = []  # of each request, what stands in its prompt
 
     @classmethod
     async def start(
@@ -112,6 +115,9 @@ class RunningRequests:
         if item[1].finish_reason is not None:
             self._left -= 1
             self._metrics.ended(self._streams[item[0]].times, item[1].finish_reason)
+        if self.found and (hits := self.found[item[0]]) is not None:  # its first event
+            self.found[item[0]] = None
+            return item[0], replace(item[1], new_hits=hits)
         return item
 
 

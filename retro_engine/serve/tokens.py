@@ -35,9 +35,10 @@ class Embeddings(Strict):
 
 
 class Tokenize(Strict):
-    """The body of POST /tokenize."""
+    """The body of POST /tokenize: `prompt` as vLLM says, or `content` as llama.cpp does."""
 
-    prompt: str
+    prompt: str | None = None
+    content: str | None = None
     model: str | None = None
 
 
@@ -91,7 +92,9 @@ async def tokenize(request: Request) -> Response:
     service, limits = service_of(request), limits_of(request)
     body = parse(Tokenize, await read_json(request, limits))
     check_model_name(service, body.model or service.name)
-    tokens = await brief(request, service.tokenizer.encode, body.prompt)
+    if (body.prompt is None) == (body.content is None):
+        raise ApiError(400, "prompt (or content, as llama.cpp calls it) is the text", "prompt")
+    tokens = await brief(request, service.tokenizer.encode, body.content if body.prompt is None else body.prompt)
     return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": limits.prompt_tokens})
 
 

@@ -128,7 +128,7 @@ PAGE: dict[str, Any] = {  # what llama.cpp's page sends
     "dynatemp_range": 0, "dynatemp_exponent": 1, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "xtc_probability": 0, "xtc_threshold": 0.1, "typ_p": 1,
     "max_tokens": -1, "repeat_last_n": 64, "repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "dry_multiplier": 0, "dry_base": 1.75,
     "dry_allowed_length": 2, "dry_penalty_last_n": -1, "samplers": ["top_k", "top_p", "min_p", "temperature"], "timings_per_token": True,
-    "backend_sampling": False, "stream_options": {"include_usage": True},
+    "backend_sampling": False, "stream_options": {"include_usage": True}, "chat_template_kwargs": {"enable_thinking": False}, "reasoning_control": True,
 }  # fmt: skip
 OF_OPEN_WEBUI: dict[str, Any] = {  # what may be left in a body that Open WebUI sends on
     "session_id": "s1", "chat_id": "c1", "id": "m1", "message_id": "m2", "features": {"web_search": False},
@@ -150,7 +150,7 @@ def test_what_has_no_effect_is_said(server: Server) -> None:
     )
     notes = [note for chunk in chunks for note in (getattr(chunk, "retro", None) or {}).get("notes", ())]
     assert notes == [f"taken, without effect here: {', '.join(every)}, stream_options.include_obfuscation"]
-    assert set(HARMLESS) == {*every, "parallel_tool_calls", *OF_A_PAGE}
+    assert set(HARMLESS) == {*every, "parallel_tool_calls", "thinking_budget_tokens", *OF_A_PAGE}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,47 @@ def test_open_webui_asks(server: Server) -> None:
         assert client.get("/api/tags").status_code == 404, "Ollama's probe is told that this is none"
 
 
-@pytest.mark.parametrize(("name", "value"), [("enable_thinking", False), ("messages", "x"), ("tools", True)])
+def test_the_notebook_of_llama_cpps_page(server: Server) -> None:
+    """Its own form of completions, whole and streamed, as many tokens as there is room for unless it says how many."""
+    sent = {name: value for name, value in PAGE.items() if name in Completion.model_fields and name != "stream_options"}
+    ask = {
+        **sent,
+        "prompt": PROMPT,
+        "cache_prompt": True,
+        "typical_p": 1,
+        "max_tokens": 6,
+        "ignore_eos": True,
+        "seed": 3,
+    }
+    with server.client("read") as client:
+        lines = client.post("/completion", json=ask).text.split("\n\n")
+        pieces = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+        assert [piece["stop"] for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        last = pieces[-1]
+        assert (last["tokens_predicted"], last["stop_type"], last["model"]) == (6, "limit", "tiny")
+        assert last["timings"]["predicted_n"] == 6 and last["tokens_evaluated"] > 0
+        whole = client.post("/completion", json={**ask, "stream": False}).json()
+        assert whole["content"] == "".join(piece["content"] for piece in pieces) and whole["stop"]
+        assert len(whole["tokens"]) == 6 and whole["retro"]["neighbors"]
+        stopped = client.post(
+            "/completion", json={**ask, "stream": False, "n_predict": 6, "stop": [whole["content"][:1]]}
+        )
+        assert (stopped.json()["content"], stopped.json()["stop_type"]) == ("", "word")
+        for more, param in (({"n_predict": 7}, "n_predict"), ({"n": 2}, "n"), ({"n_probs": 3}, "n_probs")):
+            answer = client.post("/completion", json={**ask, **more})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+        assert (
+            client.post("/tokenize", json={"content": "a"}).json()
+            == client.post("/tokenize", json={"prompt": "a"}).json()
+        )
+        assert client.post("/tokenize", json={}).status_code == 400
+        thinks = {**PAGE, "max_tokens": 1, "stream": False, "chat_template_kwargs": {"enable_thinking": True}}
+        thinks |= {"thinking_budget_tokens": 512, "stream_options": None}
+        notes = client.post("/v1/chat/completions", json=thinks).json()["retro"]["notes"]
+        assert notes[0].endswith("thinking_budget_tokens, chat_template_kwargs.enable_thinking")
+
+
+@pytest.mark.parametrize(("name", "value"), [("reasoning", False), ("messages", "x"), ("tools", True)])
 def test_variables_that_no_template_reads_are_refused(server: Server, name: str, value: Any) -> None:
     body = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {name: value}}
     with server.client("read") as client:

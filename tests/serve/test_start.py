@@ -1,7 +1,9 @@
 """`retro serve` as a process: its first start, its signals, its refusals (kill -9: test_histories.py)."""
 
+import gc
 import json
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from retro_engine.model.linear import Int8Linear
 from retro_engine.progress import Reporter
 from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.service import ServiceOptions, open_service
-from retro_engine.serve.start import Address, serve_until_signal
+from retro_engine.serve.start import Address, serve_until_signal, settle
 from retro_engine.train.checkpoint import find_checkpoint
 
 
@@ -81,6 +83,21 @@ def test_a_library_of_another_tokenizer_or_chunk_size_is_refused(small_run: Path
             serve_until_signal(options, Address(port=0), Accounts(tmp_path / "accounts.sqlite"), Reporter("quiet"))
         with Library(tmp_path / name):  # it was closed again
             pass
+
+
+def test_what_is_there_when_it_is_ready_is_not_looked_through_again() -> None:
+    """The garbage collector's; what comes later is collected as ever."""
+    before = gc.get_freeze_count()
+    settle()
+    try:
+        assert gc.get_freeze_count() > before + 10_000
+        later = [weakref.ref(one := type("Later", (), {})())]
+        one.itself = one  # type: ignore[attr-defined]
+        del one
+        gc.collect()
+        assert later[0]() is None
+    finally:
+        gc.unfreeze()
 
 
 def test_weights_of_a_byte(small_run: Path, tmp_path: Path) -> None:
