@@ -60,6 +60,13 @@ def add(commands: flags.Commands) -> None:
         help="of a plain decoder: neighbors in front of its keys, or none (default prefix)",
     )
     flag("neighbor-bytes", type=int, metavar="N", help="of encoded neighbors that are kept, 0 = none (default 512 MiB)")
+    about = "beside the model: ngram (of the run's store: retro memory ngram), or the folder of such a memory"
+    flag("memory", metavar="NAME", help=about)
+    flag(
+        "memory-weights",
+        metavar="FILE",
+        help="of retro eval --memory-out, or one weight for every suffix that is found",
+    )
     shares = "callers use each other's remembered prompts: the time of an answer then tells what others have asked"
     flag("share-prefixes", False, action="store_true", help=shares)
 
@@ -114,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         reading=args.reading,
         neighbor_bytes=args.neighbor_bytes,
+        memory=args.memory,
+        memory_weights=args.memory_weights,
     )
     address = Address(
         host=args.host,

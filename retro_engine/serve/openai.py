@@ -52,6 +52,7 @@ def _model(service: Service, limits: Limits, name: str) -> dict[str, Any]:
         "parameters": service.generator.model.num_parameters,
         "reads_neighbors": config.retrieval,
         "reader": None if service.reader is None else service.reader.name,
+        "memory": None if service.generator.beside is None else service.generator.beside.summary(),
         "chunk_size": config.chunk_size,
         "num_neighbors": config.num_neighbors,
         "retrieved_length": config.r,

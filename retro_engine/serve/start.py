@@ -95,4 +95,6 @@ def make_state(accounts: Accounts, limits: Limits, address: Address) -> ServerSt
 def _say_ready(reporter: Reporter, service: Service) -> None:
     place = describe_device(service.generator.model.device)
     documents = "no documents" if service.library is None else service.library.folder
-    reporter.say(f"ready: model {service.name} {place}, {documents}")
+    beside = service.generator.beside
+    memory = "" if beside is None else f", beside a memory of {beside.memory.num_tokens:,} tokens"
+    reporter.say(f"ready: model {service.name} {place}, {documents}{memory}")
