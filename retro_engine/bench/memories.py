@@ -54,7 +54,7 @@ def run(options: Options) -> Measured:
         start = time.perf_counter()
         memory = build_ngram_memory(store, folder / "memory")
         build_s = time.perf_counter() - start
-        rows, facts = _lookups(memory, store, split_documents(store, SHARES)["test"])
+        rows, facts = lookups(memory, store, split_documents(store, SHARES)["test"])
     rows.append(Row(case="build", implementation="ours", median_s=build_s, low_s=build_s, high_s=build_s))
     rows[-1].note = f"{memory.num_tokens / build_s / 1e6:.2f} M tokens/s"
     return Measured(rows, targets(facts), facts)
@@ -79,7 +79,7 @@ def targets(facts: dict[str, Any]) -> list[Target]:
     return found
 
 
-def _lookups(memory: NgramMemory, store: Store, held: np.ndarray) -> tuple[list[Row], dict[str, Any]]:
+def lookups(memory: NgramMemory, store: Store, held: np.ndarray) -> tuple[list[Row], dict[str, Any]]:
     """Every token of held-out documents, each after all that stands before it in its document; nothing is left out."""
     texts, count = [], 0
     for document in held.tolist():
@@ -120,7 +120,7 @@ def _of_run(path: str) -> Measured:
     found = losses_beside(retro.model, left, test, valid, mode, retro.tokenizer.token_bytes(), BATCHES)
     for name, losses in found.losses.items():
         print(f"{name}: {losses.bits_per_byte:.4f} bits a byte {show_interval(*losses.interval(), '.4f')}")
-    rows, facts = _lookups(left, store, test.documents)
+    rows, facts = lookups(left, store, test.documents)
     timed, ratios = time_beside(retro.model, retro.tokenizer, memory, found.weights, test)
     facts |= {"time": ratios, "flops": flops_beside(retro.model, found.guesses_per_token)}
     facts["bits"] = {name: losses.summary() for name, losses in found.losses.items()}
