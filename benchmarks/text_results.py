@@ -2,7 +2,8 @@
 
 Hours in parts: one that is done (OUT/PART.json) is not done again, a training goes on where it was stopped.
 text-SEED: RETRO against plain decoders of equal tokens, FLOPs of training and FLOPs of inference. encoder-SEED: encoders that do
-not read the chunk against those that do. recipes: other settings, on validation. With --model (SmolLM2-135M, imported)
+not read the chunk against those that do. recipes: other settings, on validation. memory-SEED: an n-gram memory beside them,
+and with --wikipedia (and --wikitext) wikipedia-SEED: beside a plain decoder of it (memory_results.py). With --model (SmolLM2-135M, imported)
 prefix: neighbors in front of a decoder that was never trained to read, their bits and seconds; tuning: the same after tuning.
 The last line is one JSON object; it says of every target whether it holds.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import memory_results
 import numpy as np
 import torch
 from texts import docstrings
@@ -85,6 +87,10 @@ class Task:
     out: Path
     text: Path | None = None  # None = docstrings of transformers
     model: Path | None = None
+    wikipedia: Path | None = None
+    wikitext: Path | None = None
+    memory_steps: int = 700
+    wikipedia_steps: int = 1000
     steps: int = 1500
     tuning_steps: int = 120
     preset: str = "small"
@@ -97,7 +103,11 @@ class Task:
         if name in OF_DECODER:
             kept = {"model": str(self.model), "batches": self.batches}
             return {**kept, "text": str(self.text), **({"steps": self.tuning_steps} if name == "tuning" else {})}
-        kept = {"text": str(self.text), "steps": self.steps, "preset": self.preset, "overrides": [*self.overrides]}
+        if name == "wikipedia":
+            read = {"wikipedia": str(self.wikipedia), "wikitext": str(self.wikitext)}
+            return {**read, "steps": self.wikipedia_steps, "preset": self.preset, "overrides": [*self.overrides]}
+        steps = self.memory_steps if name == "memory" else self.steps
+        kept = {"text": str(self.text), "steps": steps, "preset": self.preset, "overrides": [*self.overrides]}
         return {**kept, **({"recipe": RECIPE, "read": NUM_READ} if name == "text" else {})}
 
 
@@ -105,16 +115,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", "-o", type=Path, default=Path("runs/results"), metavar="DIR")
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[], help="default: all, with --model or without")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of text and encoder")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help=f"of {', '.join(SEEDED)}")
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="default: the docstrings of the installed transformers"
     )
     parser.add_argument("--model", type=Path, metavar="RUN", help="SmolLM2-135M as retro import wrote it")
+    parser.add_argument("--wikipedia", type=Path, metavar="FILE", help="articles, of the part wikipedia")
+    parser.add_argument(
+        "--wikitext", type=Path, metavar="FILE", help="WikiText-103's test articles (texts.py), of the same"
+    )
     parser.add_argument("--steps", type=int, default=Task.steps, help="of the trainings on text and facts")
     parser.add_argument("--tuning-steps", type=int, default=Task.tuning_steps, help="of 2,048 tokens each")
     parser.add_argument("--quick", action="store_true", help="a trial of seconds, whose figures mean nothing")
     args = parser.parse_args(argv)
-    task = Task(out=args.out, text=args.text, model=args.model, steps=args.steps, tuning_steps=args.tuning_steps)
+    task = Task(
+        out=args.out,
+        text=args.text,
+        model=args.model,
+        wikipedia=args.wikipedia,
+        wikitext=args.wikitext,
+        steps=args.steps,
+        tuning_steps=args.tuning_steps,
+    )
     if args.quick:
         small = (
             "model.hidden_size=48",
@@ -126,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             task,
             out=args.out / "quick",
             steps=2,
+            memory_steps=2,
+            wikipedia_steps=2,
             tuning_steps=2,
             preset="tiny",
             overrides=small,
@@ -140,18 +164,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(task: Task, only: Sequence[str], seeds: Sequence[int]) -> int:
-    if task.model is None and OF_DECODER & {*only}:
-        name = min(OF_DECODER & {*only})
+    for name in only:
+        if name in missing(task):
+            flag, why = NEEDS[name]
+            raise UsageError(f"{name} has no --{flag}", why, f"--{flag}")
+    if task.wikitext is not None and task.wikipedia is None:
         raise UsageError(
-            f"{name} has no --model", "it measures a decoder that was imported", "retro import, and --model"
+            "--wikitext has no --wikipedia", "it is measured beside Wikipedia's decoder", "--wikipedia FILE"
         )
     about = environment(torch.device("cpu"))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     files.make_folder(task.out)
     parts: dict[str, Part] = {}
     for name in only or PARTS:
-        if task.model is None and name in OF_DECODER:
-            print(f"{name}: left out, it needs --model")
+        if name in missing(task):
+            print(f"{name}: left out, it needs --{NEEDS[name][0]}")
             continue
         for seed in seeds if name in SEEDED else [seeds[0]]:
             label = f"{name}-{seed}" if name in SEEDED else name
@@ -164,6 +191,11 @@ def run(task: Task, only: Sequence[str], seeds: Sequence[int]) -> int:
         )
     )
     return 0
+
+
+def missing(task: Task) -> set[str]:
+    """The parts that lack a file."""
+    return {name for name, (flag, _) in NEEDS.items() if getattr(task, flag) is None}
 
 
 def done(task: Task, label: str, about: dict[str, Any], seed: int) -> Part:
@@ -261,6 +293,22 @@ def encoder(task: Task, seed: int) -> Part:
         "facts": facts,
         "documents": nats_of(losses),
     }
+
+
+def memory(task: Task, seed: int) -> Part:
+    _, store = recipe_of(task, seed)
+    return memory_results.reused(trial_of(task, "memory", seed, task.memory_steps), store)
+
+
+def wikipedia(task: Task, seed: int) -> Part:
+    assert task.wikipedia is not None
+    trial = trial_of(task, "wikipedia", seed, task.wikipedia_steps)
+    return memory_results.wikipedia(trial, task.wikipedia, task.wikitext)
+
+
+def trial_of(task: Task, part: str, seed: int, steps: int) -> memory_results.Trial:
+    about = {"preset": task.preset, "overrides": task.overrides, "report": REPORT}
+    return memory_results.Trial(out=task.out, part=part, seed=seed, steps=steps, **about)
 
 
 def recipes(task: Task, seed: int) -> Part:
@@ -382,15 +430,23 @@ PARTS: dict[str, Callable[[Task, int], Part]] = {
     "prefix": prefix,
     "tuning": tuning,
     "recipes": recipes,
+    "memory": memory,
+    "wikipedia": wikipedia,
 }
-SEEDED = ("text", "encoder")
-OF_DECODER = {"prefix", "tuning"}  # parts that need --model
+SEEDED = ("text", "encoder", "memory", "wikipedia")
+OF_DECODER = {"prefix", "tuning"}
+IMPORTED = "model", "it measures a decoder that was imported with retro import"
+NEEDS = {"prefix": IMPORTED, "tuning": IMPORTED, "wikipedia": ("wikipedia", "it is of a file of articles")}
 
 
 def targets_of(parts: dict[str, Part]) -> list[Target]:
     """Of the parts that are done; of the others nothing is measured."""
-    texts, encoders = ([part for name, part in parts.items() if name.startswith(f"{seeded}-")] for seeded in SEEDED)
-    return [*_saved(texts), *_encoded(encoders), *_read(parts.get("prefix"), parts.get("tuning"))]
+    of = {seeded: [part for name, part in parts.items() if name.startswith(f"{seeded}-")] for seeded in SEEDED}
+    found = [*_saved(of["text"]), *_encoded(of["encoder"]), *_read(parts.get("prefix"), parts.get("tuning"))]
+    for name in ("memory", "wikipedia"):
+        nats = {mode: added(of[name], mode) for mode in of[name][0]["documents"]} if of[name] else None
+        found += memory_results.targets(name, of[name][0].get("facts") if of[name] else None, nats)
+    return found
 
 
 def _saved(texts: list[Part]) -> list[Target]:

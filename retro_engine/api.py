@@ -22,9 +22,11 @@ from retro_engine.data.store import Store
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import StoreError
 from retro_engine.generate.generator import Generation, Generator, model_coding
+from retro_engine.generate.open_memory import open_beside
 from retro_engine.generate.open_model import read_in_front
 from retro_engine.generate.sampling import Sampling
 from retro_engine.interop.in_place import open_any
+from retro_engine.memory.next_token import MemoryBeside
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Reporter
 
@@ -243,11 +245,12 @@ class Retro:
         sampling: Sampling | None = None,
         pad_prompt: bool = True,
         encodings: Sequence[str | Path] = (),
+        memory: MemoryBeside | None = None,
     ) -> Generation:
         """Continue `prompt`, reading from `index`, from the texts `neighbors`, or from nothing.
 
         `encodings`: folders that `retro encode` wrote for these weights, as they were loaded; what is in them is not encoded
-        again.
+        again. `memory`: of `open_memory`.
         """
         source, encoded = index.retriever if index is not None else None, []
         if encodings:
@@ -255,8 +258,16 @@ class Retro:
 
             stores = source.stores if source is not None else []
             encoded = open_encodings(self.folder, self.model.config, self.tokenizer, stores, encodings)
-        generator = Generator(self.model, self.tokenizer, source, encoded=encoded)
+        generator = Generator(self.model, self.tokenizer, source, encoded=encoded, beside=memory)
         return generator.generate(prompt, max_new_tokens, sampling or self.sampling, neighbors, pad_prompt=pad_prompt)
+
+    def open_memory(self, name: str | Path = "ngram", weights: str | float | Path = 0.3) -> MemoryBeside:
+        """An n-gram memory for `generate`: that of the run's store, or a folder; `weights`: what `retro eval --memory-out` wrote, or
+        one for every suffix that is found.
+
+        Raises MissingInputError where there is none, StoreError for another tokenizer's, UsageError for weights that are no shares.
+        """
+        return open_beside(str(name), str(weights), self.folder, self.tokenizer)
 
 
 def fit(

@@ -114,17 +114,19 @@ def compared(case: str, times: dict[str, Spread], ours: Collection[str] = ("ours
     return rows
 
 
-def time_in_turns(works: dict[str, Work], device: torch.device = CPU, rounds: int = 9) -> dict[str, Spread]:
-    """Seconds of each, after a round that is not counted."""
+def time_in_turns(
+    works: dict[str, Work], device: torch.device = CPU, rounds: int = 9, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Spread]:
+    """Seconds of each by a clock, after a round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             work()
             synchronize(device)
             if number:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: Spread.of(values) for name, values in times.items()}
 
 

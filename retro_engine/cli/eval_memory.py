@@ -54,6 +54,7 @@ def evaluate(
     """Losses of each mode, of it with the memory (MODE_ngram, MODE_knn), of the memory alone and of --against; and about the memory."""
     from retro_engine.data.batches import Sequences
     from retro_engine.evaluate.memories import describe_left_out, held_out_marks
+    from retro_engine.generate.open_memory import read_weights
 
     if not isinstance(sequences, Sequences):
         raise UsageError("--memory cannot be used", "this run is evaluated on questions", "name a store of documents")
@@ -64,7 +65,7 @@ def evaluate(
         raise UsageError(
             "--memory-weights and --memory-out are of n-grams", f"{whole.folder} has states", "leave them out"
         )
-    given = None if args.memory_weights is None else memory.open_weights(args, whole)
+    given = None if args.memory_weights is None else read_weights(args.memory_weights, whole.manifest["fingerprint"])
     left, marks = whole.without(held_out_marks(*shares))
     say = flags.reporter(args).say
     if (line := describe_left_out(marks, *shares)) is not None:
@@ -119,7 +120,7 @@ class _Evaluation:
 
     def losses(self, model: "RetroModel", modes: list[str], name: str) -> "dict[str, DocumentLosses]":
         """Of the model in each mode, with the memory too; of another model than the run's, beside its own states, alone."""
-        from retro_engine.evaluate.memories import mixed_nats
+        from retro_engine.evaluate.memories import mixed_nats, nothing_known
 
         out: dict[str, DocumentLosses] = {}
         token_bytes, kind = self.retro.tokenizer.token_bytes(), self.memory.kind
@@ -135,7 +136,7 @@ class _Evaluation:
             nats = mixed_nats(tokens, evidence, self._fit, fitted_on)
             out[f"{mode}_{kind}"] = tokens.by_document(token_bytes, nats)
             if model is self.retro.model and mode == modes[0]:
-                alone = mixed_nats(tokens, evidence, self._fit_alone, fitted_on, self._nothing)
+                alone = mixed_nats(tokens, evidence, self._fit_alone, fitted_on, nothing_known)
                 out[kind] = tokens.by_document(token_bytes, alone)
                 self._keep_weights(*(fitted_on or (tokens, evidence)))
         return out
@@ -155,12 +156,6 @@ class _Evaluation:
         from retro_engine.memory.mixture import Mixture
 
         return Mixture.fitted(before, evidence) if self.memory.kind == "ngram" else KnnMixture.fitted(before, evidence)
-
-    def _nothing(self, tokens: "ScoredTokens") -> "np.ndarray":
-        """The probabilities of one that knows the vocabulary alone."""
-        import numpy as np
-
-        return np.full(len(tokens.nats_T), 1 / self.retro.tokenizer.vocab_size)
 
     def _known_of(self, tokens: "ScoredTokens") -> Any:
         from retro_engine.evaluate.memories import look_up

@@ -109,20 +109,12 @@ def _open(args: argparse.Namespace, path: str | Path) -> "Retro":
 
 def _memory(args: argparse.Namespace, retro: "Retro") -> "MemoryBeside | None":
     """What --memory names, with its weights."""
-    from retro_engine.memory.next_token import MemoryBeside
-    from retro_engine.memory.ngram_memory import NgramMemory
+    from retro_engine.generate.open_memory import open_beside
 
     if args.memory is None:
         memory.check_flags(args)
         return None
-    if args.memory_weights is None:
-        why = "how much of it is believed is fitted on documents"
-        raise UsageError("--memory has no weights", why, "retro eval RUN --memory ngram --memory-out FILE")
-    opened = memory.open_memory(args, retro)
-    if not isinstance(opened, NgramMemory):
-        why = "while decoding no states are looked up: it would take a search a token"
-        raise UsageError(f"{opened.folder} cannot be read by generate", why, "--memory ngram")
-    return MemoryBeside(opened, memory.open_weights(args, opened))
+    return open_beside(args.memory, args.memory_weights, retro.folder, retro.tokenizer, args.overrides)
 
 
 def _refuse_many_processes(asked: "Config") -> None:

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retro_engine.cli import flags
-from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.errors import UsageError
 
 if TYPE_CHECKING:
     from retro_engine.api import Retro
     from retro_engine.memory.knn_memory import KnnMemory
-    from retro_engine.memory.mixture import Mixture
     from retro_engine.memory.ngram_memory import NgramMemory
 
 
@@ -103,38 +102,16 @@ def check_flags(args: argparse.Namespace, *names: str) -> None:
 def open_memory(args: argparse.Namespace, retro: "Retro") -> "NgramMemory | KnnMemory":
     """The memory that --memory names. Raises StoreError for one of another tokenizer, or of another model's states."""
     from retro_engine.data import files
+    from retro_engine.generate.open_memory import KNN, ngram_place
     from retro_engine.memory.knn_memory import KnnMemory
     from retro_engine.memory.ngram_memory import NgramMemory
 
-    folder = Path(args.memory)
-    if args.memory in ("ngram", "knn"):
-        folder = _run_ngram_folder(args, retro) if args.memory == "ngram" else knn_folder(retro)
-    if args.memory == "knn" or files.kind_in(folder) == "knn":
+    is_of_states = args.memory == KNN
+    folder = knn_folder(retro) if is_of_states else ngram_place(args.memory, retro.folder, args.overrides)
+    if is_of_states or files.kind_in(folder) == "knn":
         states = KnnMemory(folder)
         states.check(retro.tokenizer.fingerprint, _weights_of(retro), str(retro.folder))
         return states
     memory = NgramMemory(folder)
     memory.check(retro.tokenizer.fingerprint, str(retro.folder))
     return memory
-
-
-def _run_ngram_folder(args: argparse.Namespace, retro: "Retro") -> Path:
-    from retro_engine.memory.ngram_memory import ngram_folder
-    from retro_engine.train.run_data import training_store
-
-    data = [text for text in args.overrides if text.lstrip("+").startswith("model.data.")]
-    store = training_store(retro.folder, data)
-    if store is None:
-        raise MissingInputError("--memory ngram has no store", f"{retro.folder} names none", "--memory FOLDER")
-    return ngram_folder(store)
-
-
-def open_weights(args: argparse.Namespace, memory: "NgramMemory | KnnMemory") -> "Mixture":
-    """What --memory-weights names: a number, or a file of this memory. Raises UsageError for what is no share."""
-    from retro_engine.memory.mixture import Mixture
-
-    try:
-        weight = float(args.memory_weights)
-    except ValueError:
-        return Mixture.load(Path(args.memory_weights), memory.manifest["fingerprint"])
-    return Mixture.even(weight)

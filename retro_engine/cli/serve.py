@@ -62,6 +62,13 @@ def add(commands: flags.Commands) -> None:
         help="of a plain decoder: neighbors in front of its keys, in its prompt, or none (default prefix where it can)",
     )
     flag("neighbor-bytes", type=int, metavar="N", help="of encoded neighbors that are kept, 0 = none (default 512 MiB)")
+    about = "beside the model: ngram (of the run's store: retro memory ngram), or the folder of such a memory"
+    flag("memory", metavar="NAME", help=about)
+    flag(
+        "memory-weights",
+        metavar="FILE",
+        help="of retro eval --memory-out, or one weight for every suffix that is found",
+    )
     shares = "callers use each other's remembered prompts: the time of an answer then tells what others have asked"
     flag("share-prefixes", False, action="store_true", help=shares)
 
@@ -117,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
         reading=args.reading,
         neighbor_bytes=args.neighbor_bytes,
         follow=args.follow,
+        memory=args.memory,
+        memory_weights=args.memory_weights,
     )
     address = Address(
         host=args.host,

@@ -17,7 +17,7 @@ from retro_engine.data.batches import Sequences
 from retro_engine.errors import UsageError
 from retro_engine.evaluate.losses import DocumentLosses, autocast, evaluating, reads_of, to_tensors
 from retro_engine.evaluate.perplexity import Given, read_batch, reading_kept
-from retro_engine.memory.mixture import Guesses
+from retro_engine.memory.mixture import Guesses, Mixture
 from retro_engine.memory.ngram_memory import NgramMemory, document_tokens
 from retro_engine.model.encodings import Encodings
 from retro_engine.model.loss import each_cross_entropy
@@ -181,3 +181,44 @@ def mixed_nats(
         weights = fit(p[there], evidence.of(there))
         nats[here] = -np.log(weights.probabilities(p[here], evidence.of(here)))
     return nats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What an n-gram memory gives beside one model: the losses of its documents, and the weights."""
+
+    losses: dict[str, DocumentLosses]  # of the model, of the memory alone, of both
+    weights: Mixture  # of both; where halves of the documents fit each other, those of all
+    guesses_per_token: float
+
+
+def losses_beside(
+    model: RetroModel,
+    memory: NgramMemory,
+    share: Sequences,
+    fitting: Sequences | None,
+    mode: str,
+    token_bytes: np.ndarray,
+    limit: int | None = None,
+) -> Beside:
+    """On `share`, with weights fitted on `fitting` (None: halves of the documents fit each other)."""
+    tokens = score_tokens(model, share, mode, limit=limit)
+    others = None if fitting is None else score_tokens(model, fitting, mode, limit=limit)
+    known = look_up(memory, tokens)
+    fitted_on = None if others is None else (others, look_up(memory, others))
+    nats = {
+        "model": tokens.nats_T,
+        "memory": mixed_nats(tokens, known, Mixture.fitted, fitted_on, nothing_known),
+        "both": mixed_nats(tokens, known, Mixture.fitted, fitted_on),
+    }
+    on, evidence = fitted_on or (tokens, known)
+    return Beside(
+        losses={name: tokens.by_document(token_bytes, values) for name, values in nats.items()},
+        weights=Mixture.fitted(on.probabilities, evidence),
+        guesses_per_token=len(known.classes_J) / max(1, len(tokens.nats_T)),
+    )
+
+
+def nothing_known(tokens: ScoredTokens) -> np.ndarray:
+    """The probabilities of a model that knows the vocabulary alone."""
+    return np.full(len(tokens.nats_T), 1 / tokens.sequences.store.vocab_size)

@@ -78,6 +78,9 @@ def explain(
     `check` is called again and again and ends the work by raising. Raises UsageError for an empty prompt or text, for a plain decoder, and where there is no neighbor to explain.
     """
     model, tokenizer = generator.model, generator.tokenizer
+    if generator.beside is not None:
+        why = "beside a memory a neighbor is worth other than it is to the model alone"
+        raise UsageError("what neighbors are worth cannot be told", why, "ask a server without --memory")
     if not model.config.retrieval:
         raise UsageError("there is nothing to explain", "this model is a plain decoder (model.retrieval=false)")
     prompt_ids = tokenizer.encode(prompt)

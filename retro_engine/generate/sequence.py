@@ -17,6 +17,7 @@ from retro_engine.generate.drafts import Drafts, Guess
 from retro_engine.generate.grammar import UNFINISHED, Matcher
 from retro_engine.generate.request import Event, FinishReason, Generation, Request, TextSegment, TokenLogprob
 from retro_engine.generate.sampling import adjusted, choose
+from retro_engine.memory.suffix_order import LONGEST
 from retro_engine.retrieval.hit import Found, Hit
 
 
@@ -124,7 +125,9 @@ class DecodingSequence:
 
     def _with_memory(self, logits_V: Tensor, stop: int) -> Tensor:
         """The logits of what comes after the tokens up to `stop`, with what a memory knows."""
-        return logits_V if self.beside is None else self.beside(logits_V, self.tokens[self.pad : stop])
+        if self.beside is None:
+            return logits_V
+        return self.beside(logits_V, self.tokens[max(self.pad, stop - LONGEST) : stop])
 
     def _echo(self, stop: int) -> None:
         """The text of the prompt's tokens up to `stop`."""

@@ -130,7 +130,7 @@ def class_of(length: int, count: int) -> int:
     return bisect_left(_LENGTHS, length) * len(_COUNTS) + bisect_left(_COUNTS, count)
 
 
-_LENGTH_CLASSES = np.searchsorted(LENGTHS, np.arange(256)) * len(COUNTS)  # of each length, times C
+LENGTH_CLASSES = np.searchsorted(LENGTHS, np.arange(256)) * len(COUNTS)  # of each length, times C
 
 
 def collect(context_TL: np.ndarray, with_token_TL: np.ndarray) -> Guesses:
@@ -140,7 +140,7 @@ def collect(context_TL: np.ndarray, with_token_TL: np.ndarray) -> Guesses:
     most = len(context_TL) * (context_TL.shape[1] - 1)
     classes, shares = np.empty(most, np.uint8), np.empty(most, np.float32)
     ends = np.empty(len(context_TL), np.int64)
-    found = _collect(context_TL, with_token_TL, _LENGTH_CLASSES, COUNTS, classes, shares, ends)
+    found = _collect(context_TL, with_token_TL, LENGTH_CLASSES, COUNTS, classes, shares, ends)
     return Guesses(classes[:found].copy(), shares[:found].copy(), ends)
 
 

@@ -262,6 +262,9 @@ def _watch(metrics: Metrics, service: Service) -> None:
         "retro_neighbor_cache_queries", asked, lambda: stats()["neighbors_kept"] + stats()["neighbors_encoded"]
     )
     metrics.watch_count("retro_neighbor_cache_hits", found, lambda: stats()["neighbors_kept"])
+    if (beside := service.generator.beside) is not None:
+        metrics.watch("retro_memory_tokens", "Of the memory beside the model", lambda: beside.memory.num_tokens)
+        metrics.watch_count("retro_memory_lookups", "Tokens that it was asked about", lambda: beside.lookups)
     library = service.library
     if type(library) is Library:  # that of replicas is merged elsewhere
         metrics.watch("retro_library_merging", "0: its merging thread died", lambda: library.is_merging)

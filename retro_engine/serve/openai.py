@@ -56,6 +56,7 @@ def _model(service: Service, limits: Limits, name: str) -> dict[str, Any]:
         "reads_neighbors": config.retrieval,
         "reading": config.reading if config.retrieval else "prompt" if service.in_prompt is not None else None,
         "reader": None if service.reader is None else service.reader.name,
+        "memory": None if service.generator.beside is None else service.generator.beside.summary(),
         "chunk_size": config.chunk_size,
         "num_neighbors": config.num_neighbors,
         "retrieved_length": config.r,

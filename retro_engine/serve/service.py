@@ -17,6 +17,7 @@ from retro_engine.generate.chat_template import ChatTemplate
 from retro_engine.generate.encode_store import open_encodings
 from retro_engine.generate.engine import Engine, Request
 from retro_engine.generate.generator import Generator
+from retro_engine.generate.open_memory import open_beside
 from retro_engine.generate.open_model import OpenedModel, check_reading, read_in_front
 from retro_engine.generate.sampling import Sampling
 from retro_engine.interop.in_place import open_any
@@ -28,6 +29,7 @@ from retro_engine.library.importer import Importer
 from retro_engine.library.library import Library
 from retro_engine.library.live import LiveRetriever, library_coding
 from retro_engine.library.search import check_mode
+from retro_engine.memory.next_token import MemoryBeside
 from retro_engine.model.device import pick_device
 from retro_engine.model.memory import trim
 from retro_engine.readers.bases import base_path
@@ -69,6 +71,8 @@ class ServiceOptions:
     )
     neighbor_bytes: int | None = None  # of encoded neighbors that are kept: `Generator`
     follow: Sequence[str] = ()  # folders whose files the library holds
+    memory: str | None = None  # beside the model: ngram (of the run's store), or a folder; None: none
+    memory_weights: str | None = None  # a number, or a file of eval --memory-out
 
 
 WARM_TOKENS = 4  # that a server generates before it is ready, twice
@@ -169,7 +173,7 @@ class Service:
         model, source = self.generator.model, self.generator.retriever
         text = self._known_text()
         ids = self.tokenizer.encode(text)[: model.config.chunk_size] or [0]
-        generator = Generator(model, self.tokenizer, source)
+        generator = Generator(model, self.tokenizer, source, beside=self.generator.beside)
         with Engine(generator, max_batch=self.engine.max_batch, prefix_bytes=0) as engine:
             engine.submit(Request(ids[:1], 2, neighbors=[])).result()
             if model.config.retrieval and model.config.most_tokens is None:  # else a whole chunk may not have room
@@ -212,6 +216,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     reader = None if options.reader is None else find_reader(options.reader)
     opened = _open_model(options, reader)
     folder, model, tokenizer = opened.folder, opened.model, opened.tokenizer
+    beside = _open_memory(options, opened)
     is_plain = not model.config.retrieval
     check_reading(model, None if is_plain and options.reading == "prompt" else options.reading)
     is_own = shared is None
@@ -236,7 +241,7 @@ def open_service(options: ServiceOptions, shared: tuple[Library, Importer] | Non
     retriever = None if library is None else LiveRetriever(library, static, options.weights, options.mode)
     read = retriever if model.config.retrieval else None
     encoded = open_encodings(folder, model.config, tokenizer, read.stores if read else [], options.encodings)
-    generator = Generator(model.eval(), tokenizer, read, options.neighbor_bytes, encoded=encoded)
+    generator = Generator(model.eval(), tokenizer, read, options.neighbor_bytes, encoded=encoded, beside=beside)
     engine = Engine(generator, options.max_batch, options.max_waiting, shares_prefixes=options.shares_prefixes)
     ahead = None
     if is_own and library is not None and generator.encodings is not None and generator.encodings.max_bytes:
@@ -294,6 +299,17 @@ def _open_model(options: ServiceOptions, reader: Reader | None) -> OpenedModel:
         raise UsageError(f"--reader {options.reader} needs a library", "it answers from documents", "--library FOLDER")
     opened = open_reader(reader, base_path(reader, options.base), options.dtype)
     return replace(opened, model=opened.model.to(pick_device(options.device)))
+
+
+def _open_memory(options: ServiceOptions, opened: OpenedModel) -> MemoryBeside | None:
+    """What stands beside the model. Raises UsageError for a reader, whose answers are the documents' own words."""
+    if options.memory is None:
+        if options.memory_weights is not None:
+            raise UsageError("--memory-weights is of a memory", "none is read", "--memory ngram")
+        return None
+    if options.reader is not None:
+        raise UsageError(f"--memory {options.memory} with --reader", "a reader answers from documents", "leave it out")
+    return open_beside(options.memory, options.memory_weights, opened.folder, opened.tokenizer)
 
 
 def _chunk_size(

@@ -105,4 +105,6 @@ def _say_ready(reporter: Reporter, service: Service) -> None:
     settle()
     place = describe_device(service.generator.model.device)
     documents = "no documents" if service.library is None else service.library.folder
-    reporter.say(f"ready: model {service.name} {place}, {documents}")
+    beside = service.generator.beside
+    memory = "" if beside is None else f", beside a memory of {beside.memory.num_tokens:,} tokens"
+    reporter.say(f"ready: model {service.name} {place}, {documents}{memory}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import write_corpus
 
-from retro_engine.bench import checkout
+from retro_engine.bench import checkout, memories
 
 
 @pytest.mark.long
@@ -29,8 +29,7 @@ def test_results_of_text_are_made_once_and_in_parts(tmp_path: Path, capsys: pyte
     again = last("--only", "text", "prefix", "tuning", "--model", str(model))
     assert part.stat().st_ino == written.st_ino, "what is done is not done again"
     assert {name: again[name] for name in rows} == rows
-    missing = [name for name, row in again.items() if row["value"] is None]
-    assert len(missing) == 4 and all(name.startswith("encoder ") for name in missing)
+    assert sum(row["value"] is None and name.startswith("encoder ") for name, row in again.items()) == 4
     seconds = json.loads((out / "quick" / "prefix.json").read_text())["cost"]["seconds"]
     assert again["SmolLM2, neighbors in front against in the prompt: time, kept"]["value"] == pytest.approx(
         seconds["kept"] / seconds["in the prompt"]
@@ -42,8 +41,30 @@ def test_results_of_text_are_made_once_and_in_parts(tmp_path: Path, capsys: pyte
     assert "error: text-0 was begun with " in capsys.readouterr().err, "a training would go on with other data"
 
 
+def test_memories_beside_decoders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = checkout.load("text_results").main
+    for name, few in (("STEPS", 2), ("ROUNDS", 1), ("PROMPTS", 2), ("TIMED_BATCHES", 1)):
+        monkeypatch.setattr(memories, name, few)
+    corpus, other = write_corpus(tmp_path / "c.jsonl", 60, words=120), write_corpus(tmp_path / "o.jsonl", 9, seed=1)
+    flags = ["--quick", "--out", str(tmp_path / "r"), "--text", str(corpus), "--only", "memory", "wikipedia"]
+    assert main([*flags, "--wikipedia", str(corpus), "--wikitext", str(other)]) == 0
+    body = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {name: row["value"] for name, row in body["targets"].items() if row["value"] is not None}
+    assert len(rows) == 11 and all(isinstance(value, float) for value in rows.values())
+    assert rows["Wikipedia, equal tokens of training: what the memory saves"] > 0.1, "untrained, it knows nothing"
+    assert rows["WikiText-103 after Wikipedia: what the memory saves"] > 0.05
+    saved = body["parts"]["memory-0"]
+    assert float(saved["on with the memory"]) < float(saved["on"])
+
+
 def test_what_has_nothing_to_measure_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = checkout.load("text_results").main
     assert main(["--only", "prefix", "--out", str(tmp_path / "r")]) == 2
     assert "error: prefix has no --model" in capsys.readouterr().err
+    assert main(["--only", "wikipedia", "--out", str(tmp_path / "r")]) == 2
+    assert "error: wikipedia has no --wikipedia" in capsys.readouterr().err
+    assert main(["--wikitext", "w.jsonl", "--out", str(tmp_path / "r")]) == 2
+    assert "error: --wikitext has no --wikipedia" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()

@@ -88,5 +88,5 @@ def test_a_memory_of_states(work: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert out["on_knn"]["bits_per_byte"] < out["on"]["bits_per_byte"]
     assert run(*words, "--memory-weights", "0.5") == 2
     assert run("generate", work / "run", "The", "--no-retrieval", *words[-2:], "--memory-weights", "0.5") == 2
-    assert "cannot be read by generate" in capsys.readouterr().err
+    assert "cannot be read while decoding" in capsys.readouterr().err
     assert run("inspect", tmp_path / "knn", "--verify") == 0

@@ -13,8 +13,10 @@ from serve_helpers import Server, post, serving
 from retro_engine.data.store import Store
 from retro_engine.errors import StoreError, UsageError
 from retro_engine.generate.generator import Generator
+from retro_engine.generate.open_memory import open_beside
 from retro_engine.generate.open_model import open_model, read_in_front
 from retro_engine.library.library import Library
+from retro_engine.memory.ngram_memory import build_ngram_memory
 from retro_engine.serve.encode_ahead import EVERY_S
 from retro_engine.serve.service import ServiceOptions, open_service
 
@@ -108,6 +110,35 @@ def test_without_documents_it_reads_what_it_is_given(decoder: Path, tmp_path: Pa
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
         answer = post(server, "/v1/explain", prompt="river", text=" stone")
         assert answer.status_code == 400
+
+
+def test_a_memory_beside_the_model(decoder: Path, small_store: Store, tmp_path: Path) -> None:
+    """Its tokens are those of the generator beside it; the server says that there is one, and counts what it is asked."""
+    memory = build_ngram_memory(small_store, tmp_path / "ngram")
+    options = ServiceOptions(run=str(decoder), name="plain", memory=str(memory.folder), memory_weights="0.5")
+    opened = open_model(decoder)
+    beside = open_beside(str(memory.folder), "0.5", decoder, small_store.tokenizer)
+    alone = Generator(opened.model, small_store.tokenizer, beside=beside).generate("the quarry by the river", 4)
+    with serving(lambda: open_service(options), tmp_path) as server:
+        assert complete(server)["choices"][0]["text"] == alone.text
+        with server.client("admin") as client:
+            about = client.get("/v1/models").json()["data"][0]["retro"]["memory"]
+            counted = client.get("/metrics").text
+        answer = post(server, "/v1/explain", prompt="river", text=" stone", neighbors=["tide"])
+    assert alone.text != Generator(opened.model, small_store.tokenizer).generate("the quarry by the river", 4).text
+    assert about == beside.summary() and about["tokens"] == memory.num_tokens
+    assert f"retro_memory_tokens {float(memory.num_tokens)}" in counted
+    asked = next(line for line in counted.splitlines() if line.startswith("retro_memory_lookups_total{"))
+    assert float(asked.split()[-1]) >= 4
+    assert answer.status_code == 400 and "cannot be told" in answer.json()["error"]["message"]
+    for message, wrong in (
+        ("has no weights", ServiceOptions(run=str(decoder), memory=str(memory.folder))),
+        ("is of a memory", ServiceOptions(run=str(decoder), memory_weights="0.5")),
+        ("from 0 to 1", ServiceOptions(run=str(decoder), memory=str(memory.folder), memory_weights="-0.1")),
+        ("while decoding", ServiceOptions(run=str(decoder), memory="knn", memory_weights="0.5")),
+    ):
+        with pytest.raises(UsageError, match=message):
+            open_service(wrong)
 
 
 def test_what_cannot_apply_is_refused(decoder: Path, small_run: Path, small_store: Store, tmp_path: Path) -> None:

@@ -1,0 +1,187 @@
+"""Two parts of text_results.py: what an n-gram memory gives beside decoders and RETROs, nothing of it trained, and its targets.
+
+memory-SEED: on re-used text, beside a RETRO and beside a plain decoder of as many tokens. wikipedia-SEED: beside a plain
+decoder, the memory of all other articles, and that of about as many tokens as the decoder was trained on; then WikiText-103
+(texts.py) beside the first of them. Held-out documents are not in the memory, by what they say.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from retro_engine.api import Retro
+from retro_engine.bench import memories
+from retro_engine.bench.frame import Target, at_least, at_most
+from retro_engine.config import Config, load_config
+from retro_engine.data import files
+from retro_engine.data.batches import Sequences
+from retro_engine.data.prepare import prepare
+from retro_engine.data.store import Store
+from retro_engine.demo.runs import trained
+from retro_engine.evaluate.compare import gain_of, show_gain
+from retro_engine.evaluate.losses import DocumentLosses
+from retro_engine.evaluate.memories import Beside, held_out_marks, losses_beside
+from retro_engine.memory.ngram_memory import NgramMemory, build_ngram_memory, ngram_folder
+from retro_engine.progress import Reporter
+from retro_engine.train.run_data import open_evaluation
+
+CHUNK, VOCABULARY = 32, 4096
+RETRO = ["model.retrieved_length=64", "model.num_neighbors=2"]
+PLAIN = ["model.retrieval=false"]
+SHARES = {"memory": "80,5,15", "wikipedia": "80,3,17"}
+BATCHES = {"memory": 40, "wikipedia": 60}  # of 8 sequences, spread evenly
+EVERY = 16  # of so many articles one: with 1,000 steps of 2,048 tokens about as many tokens as were trained on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What one seed of a part is made with."""
+
+    out: Path
+    part: str
+    seed: int
+    steps: int
+    preset: str
+    overrides: Sequence[str]
+    report: Reporter
+
+    def run(self, store: Store, name: str, own: Sequence[str]) -> Retro:
+        """A training to its end, or what is there of it."""
+        folder = self.out / f"{self.part}-{self.seed}" / name
+        return Retro.from_pretrained(
+            trained(self.config(store, folder, own), "the same command goes on", self.report).checkpoint
+        )
+
+    def config(self, store: Store, folder: Path, own: Sequence[str]) -> Config:
+        return load_config([
+            f"model.data.store={store.folder}", f"exp_manager.exp_dir={folder}", f"model.chunk_size={CHUNK}",
+            f"model.data.splits_string='{SHARES[self.part]}'", f"trainer.max_steps={self.steps}", "trainer.limit_val_batches=8",
+            f"seed={self.seed}", *own, *self.overrides,
+        ], self.preset)  # fmt: skip
+
+    def beside(
+        self, retro: Retro, memory: NgramMemory, share: Sequences, fitting: Sequences | None, mode: str
+    ) -> Beside:
+        token_bytes = retro.tokenizer.token_bytes()
+        return losses_beside(retro.model, memory, share, fitting, mode, token_bytes, BATCHES[self.part])
+
+
+def reused(trial: Trial, store: Store) -> dict[str, Any]:
+    """Beside a RETRO that reads its neighbors, the same without them, and a plain decoder."""
+    retro, plain = trial.run(store, "retro", RETRO), trial.run(store, "plain", PLAIN)
+    memory, valid, test = _left(store, retro)
+    found: dict[str, DocumentLosses] = {}
+    for name, model, mode in (("on", retro, "on"), ("off", retro, "off"), ("plain", plain, "off")):
+        shares = [_share(model, share) for share in ("valid", "test")]
+        losses = trial.beside(model, memory, shares[1], shares[0], mode).losses
+        found |= {name: losses["model"], f"{name} with the memory": losses["both"]}
+        found.setdefault("the memory alone", losses["memory"])
+    best = found["on with the memory"]
+    return {
+        "shown": _shown(found) | {f"RETRO with the memory against {name}": show_gain(gain_of(best, of)) for name, of in found.items() if of is not best},
+        "documents": {name: of.nats.tolist() for name, of in found.items()},
+    }  # fmt: skip
+
+
+def wikipedia(trial: Trial, text: Path, wikitext: Path | None) -> dict[str, Any]:
+    """Beside a plain decoder; lookups and seconds too."""
+    store = _store([text], trial.out / "store-wikipedia", None)
+    some = _store([_every(text, trial.out / "some-of-wikipedia.jsonl")], trial.out / "store-some-of-wikipedia", store)
+    plain = trial.run(store, "plain", PLAIN)
+    memory, valid, test = _left(store, plain)
+    best = trial.beside(plain, memory, test, valid, "off")
+    fewer = _memory(some).without(held_out_marks(valid, test))[0]
+    found = {f"Wikipedia, {name}": of for name, of in best.losses.items()}
+    for name, of in trial.beside(plain, fewer, test, valid, "off").losses.items():
+        found[f"Wikipedia, {name}, as many tokens"] = of
+    if wikitext is not None:
+        other = _store([wikitext], trial.out / "store-wikitext", store)
+        share = Sequences.of_model(plain.model.config, other, np.arange(other.num_documents), None, None)
+        outside, _ = _memory(store).without(held_out_marks(share))
+        found |= {
+            f"WikiText-103, {name}": of for name, of in trial.beside(plain, outside, share, None, "off").losses.items()
+        }
+    _, facts = memories.lookups(memory, store, test.documents)
+    _, seconds = memories.time_beside(plain.model, plain.tokenizer, _memory(store), best.weights, test)
+    facts |= {"time": seconds, "flops": memories.flops_beside(plain.model, best.guesses_per_token)}
+    return {
+        "shown": _shown(found) | {f"{place}: saves": show_gain(gain_of(found[f"{place}, both"], found[f"{place}, model"])) for place in ("Wikipedia", "WikiText-103") if f"{place}, both" in found} | facts,
+        "facts": facts,
+        "documents": {name: of.nats.tolist() for name, of in found.items()},
+    }  # fmt: skip
+
+
+def targets(part: str, facts: Mapping[str, Any] | None, nats: Mapping[str, DocumentLosses] | None) -> list[Target]:
+    """Of the nats of all seeds, document by document, and the facts of the first; None: not measured, nothing holds."""
+
+    def gain(one: str, other: str) -> dict[str, float | None]:
+        if nats is None or one not in nats:
+            return {"gain": None, "low": None}
+        return dict(gain_of(nats[one], nats[other]))
+
+    if part == "memory":
+        both = "on with the memory"
+        return [
+            at_least(f"memory of re-used text, RETRO with it against {name}, lower end", gain(both, of)["low"], 0.0)
+            for name, of in (("RETRO", "on"), ("the memory alone", "the memory alone"))
+        ]
+    whole, known = gain("Wikipedia, both", "Wikipedia, model"), facts or {}
+    seconds = known.get("time", {})
+    fewer = gain("Wikipedia, both, as many tokens", "Wikipedia, model, as many tokens")
+    outside = gain("WikiText-103, both", "WikiText-103, model")
+    slowest = max(seconds.values(), default=None)
+    return [
+        at_least("Wikipedia, equal tokens of training: what the memory saves", whole["gain"], 0.04),
+        at_least("the same, lower end", whole["low"], 0.02),
+        at_least("the same, a memory of as many tokens, lower end", fewer["low"], 0.0),
+        at_most("the same, FLOPs of inference, times the decoder's", known.get("flops"), memories.MOST_FLOPS),
+        at_most("the same, time a token, times the decoder's, at most", slowest, memories.MOST_TIME),
+        at_least("WikiText-103 after Wikipedia: what the memory saves", outside["gain"], 0.04),
+        at_least("WikiText-103, lower end", outside["low"], 0.0),
+        *memories.targets(known),
+    ]
+
+
+def _shown(found: Mapping[str, DocumentLosses]) -> dict[str, str]:
+    return {name: f"{of.bits_per_byte:.4f}" for name, of in found.items()}
+
+
+def _share(retro: Retro, share: str) -> Sequences:
+    sequences = open_evaluation(retro.folder, retro.model.config, [], share)
+    assert isinstance(sequences, Sequences)
+    return sequences
+
+
+def _left(store: Store, retro: Retro) -> tuple[NgramMemory, Sequences, Sequences]:
+    """The store's memory without what is held out, and the validation and the test documents."""
+    valid, test = _share(retro, "valid"), _share(retro, "test")
+    return _memory(store).without(held_out_marks(valid, test))[0], valid, test
+
+
+def _memory(store: Store) -> NgramMemory:
+    folder = ngram_folder(store)
+    return NgramMemory(folder) if (folder / files.MANIFEST).is_file() else build_ngram_memory(store, folder)
+
+
+def _store(paths: Sequence[Path], folder: Path, like: Store | None) -> Store:
+    """Prepared where it is not there; `like`: with the tokenizer of that store."""
+    if (folder / files.MANIFEST).is_file():
+        return Store(folder)
+    if like is None:
+        return prepare([*paths], folder, chunk_size=CHUNK, vocab_size=VOCABULARY)
+    return prepare([*paths], folder, str(like.folder), chunk_size=CHUNK)
+
+
+def _every(text: Path, out: Path) -> Path:
+    """Every EVERY-th row of a file of JSON lines."""
+    if not out.is_file():
+        raw = text.read_bytes()
+        plain = zstandard.ZstdDecompressor().stream_reader(raw) if text.suffix == ".zst" else io.BytesIO(raw)
+        lines = io.TextIOWrapper(plain, encoding="utf-8")
+        files.publish(out, ["".join(line for number, line in enumerate(lines) if number % EVERY == 3).encode()])
+    return out
