@@ -40,13 +40,13 @@ class OptionalBuildExt(build_ext):
 
 
 def extensions() -> list[Extension]:
+    cuda = [Extension(CUDA_KERNELS, ["csrc/cuda/kernels.cu"], optional=True)] if shutil.which("nvcc") else []
     try:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError:
-        return []
+        return cuda  # a C interface: it needs no pybind11
     kernels = [f"csrc/cpu/{name}.cpp" for name in ("module", "scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx")]
     options = {"cxx_std": 17, "extra_compile_args": OPTIONS, "optional": True}
-    cuda = [Extension(CUDA_KERNELS, ["csrc/cuda/kernels.cu"], optional=True)] if shutil.which("nvcc") else []
     return [
         *cuda,
         Pybind11Extension(

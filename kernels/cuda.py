@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# The library; None = it was not built.
-LIBRARY = next(iter(sorted(Path(__file__).parent.glob("_cuda*.so"))), None)
+# The library, of several the newest; None = it was not built.
+LIBRARY = max(Path(__file__).parent.glob("_cuda*.so"), key=lambda path: path.stat().st_mtime, default=None)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -21,71 +21,106 @@ struct alignas(sizeof(T) * V) Pack { T value[V]; };
 struct RopeTensor {
   const void* x;
   void* y;
-  int64_t x_b, x_n, x_h, y_b, y_n, y_h, heads;
+  int64_t x_b, x_n, x_h, y_b, y_n, y_h;
+  int heads;
 };
 
-// A thread owns one slot of one head: V pairs, or V features that pass through.
-template <class T, int V>
-__global__ void rope_kernel(RopeTensor q, RopeTensor k, const float* __restrict__ cos, const float* __restrict__ sin, const int64_t* __restrict__ positions, int64_t position_b,
-                            int64_t num_positions, int64_t B, int64_t N, int E, int P, bool is_interleaved, float sign) {
-  const int pair_slots = P / V, slots = pair_slots + (E - 2 * P) / V;
-  const int64_t heads = q.heads + k.heads, total = B * N * heads * slots;
-  for (int64_t item = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; item < total; item += int64_t(gridDim.x) * blockDim.x) {
-    const int slot = int(item % slots);
-    const int64_t head = item / slots % heads, token = item / slots / heads, b = token / N, n = token % N;
-    const RopeTensor& t = head < q.heads ? q : k;
-    const int64_t h = head < q.heads ? head : head - q.heads;
-    const T* x = static_cast<const T*>(t.x) + b * t.x_b + n * t.x_n + h * t.x_h;
-    T* y = static_cast<T*>(t.y) + b * t.y_b + n * t.y_n + h * t.y_h;
-    if (slot >= pair_slots) {
-      const int e = 2 * P + (slot - pair_slots) * V;
-      *reinterpret_cast<Pack<T, V>*>(y + e) = *reinterpret_cast<const Pack<T, V>*>(x + e);
-      continue;
-    }
-    int64_t position = positions ? positions[b * position_b + n] : n;
-    position = position < 0 ? 0 : position < num_positions ? position : num_positions - 1;  // nothing outside the table is read
-    const float *c = cos + position * P + slot * V, *s = sin + position * P + slot * V;
-    if (is_interleaved) {  // V pairs are 2V consecutive features
-      const Pack<T, 2 * V> in = *reinterpret_cast<const Pack<T, 2 * V>*>(x + 2 * slot * V);
-      Pack<T, 2 * V> out;
-      for (int i = 0; i < V; i++) {
-        const float u = to_float(in.value[2 * i]), v = to_float(in.value[2 * i + 1]), w = sign * s[i];
-        out.value[2 * i] = from_float<T>(u * c[i] - v * w);
-        out.value[2 * i + 1] = from_float<T>(v * c[i] + u * w);
-      }
-      *reinterpret_cast<Pack<T, 2 * V>*>(y + 2 * slot * V) = out;
-    } else {
-      const Pack<T, V> first = *reinterpret_cast<const Pack<T, V>*>(x + slot * V), second = *reinterpret_cast<const Pack<T, V>*>(x + P + slot * V);
-      Pack<T, V> out_first, out_second;
-      for (int i = 0; i < V; i++) {
-        const float u = to_float(first.value[i]), v = to_float(second.value[i]), w = sign * s[i];
-        out_first.value[i] = from_float<T>(u * c[i] - v * w);
-        out_second.value[i] = from_float<T>(v * c[i] + u * w);
-      }
-      *reinterpret_cast<Pack<T, V>*>(y + slot * V) = out_first;
-      *reinterpret_cast<Pack<T, V>*>(y + P + slot * V) = out_second;
-    }
+// The two packs of a thread's slot in one head: the members of V pairs, first and second, or V pairs side by side.
+template <class T, int V, bool INTERLEAVED>
+__device__ __forceinline__ void rotate(Pack<T, V>& first, Pack<T, V>& second, const float* c, const float* s) {
+#pragma unroll
+  for (int i = 0; i < V; i++) {
+    T& a = INTERLEAVED ? (2 * i < V ? first.value[2 * i % V] : second.value[2 * i % V]) : first.value[i];
+    T& b = INTERLEAVED ? (2 * i + 1 < V ? first.value[(2 * i + 1) % V] : second.value[(2 * i + 1) % V]) : second.value[i];
+    const float u = to_float(a), v = to_float(b);
+    a = from_float<T>(u * c[i] - v * s[i]);
+    b = from_float<T>(v * c[i] + u * s[i]);
   }
+}
+
+// Heads begin ... end of one token's slot; `gap` values lie between its two packs, and where it has only one, 0. What AHEAD heads
+// need is asked for before any of it is used.
+template <class T, int V, bool INTERLEAVED>
+__device__ __forceinline__ void rotate_heads(const RopeTensor& t, int64_t b, int n, int begin, int end, int at, int gap, const float* c, const float* s) {
+  constexpr int AHEAD = 4;
+  using Values = Pack<T, V>;
+  const T* __restrict__ x = static_cast<const T*>(t.x) + b * t.x_b + n * t.x_n + begin * t.x_h + at;
+  T* __restrict__ y = static_cast<T*>(t.y) + b * t.y_b + n * t.y_n + begin * t.y_h + at;
+  for (int h = begin; h < end; h += AHEAD, x += AHEAD * t.x_h, y += AHEAD * t.y_h) {
+    Values first[AHEAD], second[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+      if (h + i < end) {
+        first[i] = *reinterpret_cast<const Values*>(x + i * t.x_h);
+        if (gap) second[i] = *reinterpret_cast<const Values*>(x + i * t.x_h + gap);
+      }
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+      if (h + i < end) {
+        if (gap) {
+          rotate<T, V, INTERLEAVED>(first[i], second[i], c, s);
+          *reinterpret_cast<Values*>(y + i * t.y_h + gap) = second[i];
+        }
+        *reinterpret_cast<Values*>(y + i * t.y_h) = first[i];
+      }
+  }
+}
+
+// A thread owns one slot of one token (V pairs, or V features that pass through) in `heads_a_thread` heads of q, then k: its cosines,
+// sines and place are read and reckoned once for all of them. Grid: tokens x slots, batch, groups of heads.
+template <class T, int V, bool INTERLEAVED>
+__global__ void __launch_bounds__(256) rope_kernel(RopeTensor q, RopeTensor k, const float* __restrict__ cos, const float* __restrict__ sin, const int64_t* __restrict__ positions, int64_t position_b,
+                                                   int64_t num_positions, int B, int N, int E, int P, int heads_a_thread, float sign) {
+  const unsigned slots = (E - P) / V, place = blockIdx.x * 256 + threadIdx.x;
+  const int n = place / slots, slot = place % slots, pairs = slot * V;
+  if (n >= N) return;
+  const int begin = blockIdx.z * heads_a_thread, end = min(begin + heads_a_thread, q.heads + k.heads);
+  const bool turns = pairs < P;
+  const int at = turns ? (INTERLEAVED ? 2 * pairs : pairs) : P + pairs, gap = turns ? (INTERLEAVED ? V : P) : 0;
+  for (int b = blockIdx.y; b < B; b += gridDim.y) {
+    float c[V], s[V];
+    if (turns) {
+      int64_t position = positions ? positions[b * position_b + n] : n;
+      position = position < 0 ? 0 : position < num_positions ? position : num_positions - 1;  // nothing outside the table is read
+      constexpr int F = V < 4 ? V : 4;
+#pragma unroll
+      for (int i = 0; i < V; i += F) {
+        const auto cosines = *reinterpret_cast<const Pack<float, F>*>(cos + position * P + pairs + i), sines = *reinterpret_cast<const Pack<float, F>*>(sin + position * P + pairs + i);
+#pragma unroll
+        for (int f = 0; f < F; f++) c[i + f] = cosines.value[f], s[i + f] = sign * sines.value[f];
+      }
+    }
+    rotate_heads<T, V, INTERLEAVED>(q, b, n, begin, min(end, q.heads), at, gap, c, s);
+    rotate_heads<T, V, INTERLEAVED>(k, b, n, max(begin - q.heads, 0), end - q.heads, at, gap, c, s);
+  }
+}
+
+template <class T, int V, bool INTERLEAVED>
+cudaError_t launch_rope_of(const RopeTensor& q, const RopeTensor& k, const float* cos, const float* sin, const int64_t* positions, int64_t position_b, int64_t num_positions, int64_t B, int64_t N, int E,
+                           int P, float sign, cudaStream_t stream) {
+  const int64_t places = N * ((E - P) / V), heads = q.heads + k.heads;
+  if (places == 0 || B == 0 || heads == 0) return cudaSuccess;
+  if (places > INT32_MAX - 256 || B > INT32_MAX) return cudaErrorInvalidValue;
+  const int64_t enough = 1 << 18;  // threads: as many as the largest GPUs hold at once
+  int64_t groups = (enough + places * B - 1) / (places * B);  // of at least four heads
+  groups = groups < (heads + 3) / 4 ? groups : (heads + 3) / 4;
+  const int heads_a_thread = int((heads + groups - 1) / groups);
+  const dim3 grid(unsigned((places + 255) / 256), unsigned(B < 65535 ? B : 65535), unsigned((heads + heads_a_thread - 1) / heads_a_thread));
+  rope_kernel<T, V, INTERLEAVED><<<grid, 256, 0, stream>>>(q, k, cos, sin, positions, position_b, num_positions, int(B), int(N), E, P, heads_a_thread, sign);
+  return cudaGetLastError();
 }
 
 template <class T>
 cudaError_t launch_rope(const RopeTensor& q, const RopeTensor& k, const float* cos, const float* sin, const int64_t* positions, int64_t position_b, int64_t num_positions, int64_t B, int64_t N, int E,
                         int P, bool is_interleaved, bool is_inverse, cudaStream_t stream) {
-  constexpr int V = 16 / sizeof(T) / 2;  // an interleaved slot moves 2V values
-  uint64_t misaligned = uint64_t(P) % V | uint64_t(E - 2 * P) % V;
+  constexpr int V = 16 / sizeof(T);
+  uint64_t misaligned = uint64_t(P) % V | uint64_t(E - 2 * P) % V | uint64_t(cos) % 16 | uint64_t(sin) % 16;
   for (const RopeTensor* t : {&q, &k})
     for (uint64_t value : {uint64_t(t->x) / sizeof(T), uint64_t(t->y) / sizeof(T), uint64_t(t->x_b), uint64_t(t->x_n), uint64_t(t->x_h), uint64_t(t->y_b), uint64_t(t->y_n), uint64_t(t->y_h)})
-      misaligned |= value % (2 * V);
+      misaligned |= value % V;
   const float sign = is_inverse ? -1.0f : 1.0f;
-  const int width = misaligned ? 1 : V;
-  const int64_t total = B * N * (q.heads + k.heads) * (P / width + (E - 2 * P) / width);
-  if (total == 0) return cudaSuccess;
-  const int threads = 256, blocks = int(total / threads + 1 < 1 << 20 ? total / threads + 1 : 1 << 20);
-  if (misaligned)
-    rope_kernel<T, 1><<<blocks, threads, 0, stream>>>(q, k, cos, sin, positions, position_b, num_positions, B, N, E, P, is_interleaved, sign);
-  else
-    rope_kernel<T, V><<<blocks, threads, 0, stream>>>(q, k, cos, sin, positions, position_b, num_positions, B, N, E, P, is_interleaved, sign);
-  return cudaGetLastError();
+  const auto launch = is_interleaved ? (misaligned ? launch_rope_of<T, 1, true> : launch_rope_of<T, V, true>) : (misaligned ? launch_rope_of<T, 1, false> : launch_rope_of<T, V, false>);
+  return launch(q, k, cos, sin, positions, position_b, num_positions, B, N, E, P, sign, stream);
 }
 
 // A warp owns one id. An id outside the table gives length 0, so that no memory outside it is read.
@@ -128,7 +163,7 @@ extern "C" {
 int retro_rope(int type, const void* q, void* q_out, const void* k, void* k_out, const float* cos, const float* sin, const int64_t* positions, int64_t position_b, int64_t num_positions, const int64_t* strides,
                int64_t B, int64_t N, int64_t q_heads, int64_t k_heads, int64_t E, int64_t P, int is_interleaved, int is_inverse, void* stream) {
   const int64_t* s = strides;
-  const RopeTensor a{q, q_out, s[0], s[1], s[2], s[3], s[4], s[5], q_heads}, b{k, k_out, s[6], s[7], s[8], s[9], s[10], s[11], k_heads};
+  const RopeTensor a{q, q_out, s[0], s[1], s[2], s[3], s[4], s[5], int(q_heads)}, b{k, k_out, s[6], s[7], s[8], s[9], s[10], s[11], int(k_heads)};
   const auto st = static_cast<cudaStream_t>(stream);
   const bool interleaved = is_interleaved != 0, inverse = is_inverse != 0;
   switch (type) {
