@@ -7,11 +7,12 @@ import ctypes
 import functools
 from pathlib import Path
 
+import retro_kernels
 import torch
 from torch import Tensor
 
 # The library; None = it was not built.
-LIBRARY = next(iter(sorted(Path(__file__).parent.glob("_cuda*.so"))), None)
+LIBRARY = next((path for folder in retro_kernels.__path__ for path in sorted(Path(folder).glob("_cuda*.so"))), None)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
