@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench | results | peers | gates | campaign
+# make setup | demo | test | lint | docs | bench | results | peers | gates | campaign
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ DEMO_FLAGS ?=
 JOBS ?= $(shell nproc)
 RESULTS_FLAGS ?=
 
-.PHONY: setup demo test lint bench results peers gates campaign
+.PHONY: setup demo test lint docs bench results peers gates campaign
 
 setup: $(VENV)/.ready
 
@@ -31,6 +31,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site, build/site/index.html; a link that leads nowhere fails. What it takes is the extra `docs`.
+EXTRA = import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')
+docs: setup
+	$(BIN)/python -c "$(EXTRA)" | $(BIN)/pip install -q -r /dev/stdin
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 # Other implementations, for `python -m retro_engine.bench model` and `decode`: only what their model files import; for
 # `bench rivals` llama.cpp and a GGUF.

@@ -11,11 +11,22 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 # Products are fused with sums whatever the compiler's default: clang's would be within an expression only.
 OPTIONS = ["-O3", "-ffp-contract=fast", "-Wno-psabi"]
 CUDA_KERNELS = "retro_kernels._cuda"
 CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
+
+
+class BuildPy(build_py):
+    """retro_kernels is its `__init__.py` and the modules of kernels/, which is no package: it would shadow PyPI's `kernels`."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found: list[tuple[str, str, str]] = super().find_package_modules(package, package_dir)
+        if package == "retro_kernels":
+            found += [(package, Path(path).stem, path) for path in sorted(glob("kernels/*.py"))]
+        return found
 
 
 class OptionalBuildExt(build_ext):
@@ -56,4 +67,4 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": OptionalBuildExt})
+setup(ext_modules=extensions(), cmdclass={"build_ext": OptionalBuildExt, "build_py": BuildPy})

@@ -12,7 +12,7 @@ import torch
 from retro_kernels import flash, reference
 from retro_kernels.attention_op import new_op
 from retro_kernels.backend import choose, is_forced
-from retro_kernels.checks import check_heads, check_range, check_tables
+from retro_kernels.checks import autocast, check_heads, check_range, check_tables
 from retro_kernels.dropout import check as check_dropout
 from retro_kernels.dropout import new_seed
 from retro_kernels.rope import rope
@@ -48,6 +48,7 @@ def attention(
     [b, h, n] in fp32 (float64 of float64), +inf where nothing is attended, by which attentions of one query over different keys are merged; it has
     no gradient. Raises ValueError naming the argument, its shape and the rule.
     """
+    q, k, v = autocast(q, k, v)
     _check(q, k, v, is_causal, first_keys, key_begins, key_ends)
     if query_offset < 0 or query_period is not None and query_period < 1:
         raise ValueError(f"query_offset={query_offset}, query_period={query_period}: expected at least 0 and 1")

@@ -8,6 +8,7 @@ take the tensors, raises.
 import functools
 import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -34,7 +35,23 @@ def backend(device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
 def _default(device: str) -> str:
     if device == "cuda":
         return "triton" if _HAS_TRITON and _is_recent() else "reference"
-    return "cpp" if device == "cpu" and cpp.is_available() else "reference"
+    if device != "cpu" or cpp.is_available():
+        return "cpp" if device == "cpu" else "reference"
+    if not torch.compiler.is_compiling():
+        say_that_cpp_is_missing()
+    return "reference"
+
+
+@functools.cache
+def say_that_cpp_is_missing() -> None:
+    """Once in a process: an installer shows nothing of a build that failed."""
+    warnings.warn(
+        "retro_kernels has no C++ extension here: plain PyTorch computes, more slowly\n"
+        "  pip install -v says why it was not built (GCC or clang is needed)\n"
+        "  RETRO_BACKEND=reference says that it is meant so",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def is_forced() -> bool:

@@ -33,6 +33,15 @@ def is_unobserved(*tensors: Tensor) -> bool:
     return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg() for x in tensors)
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What torch.autocast makes of the arguments of scaled_dot_product_attention: all but float64 in its type, where it is on."""
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)
+
+
 def check_heads(q: Tensor, k: Tensor, v: Tensor, keys: str) -> None:
     """The rules that every attention shares; `keys`: the dimensions of k and v. Raises ValueError."""
     if q.dim() != 4:

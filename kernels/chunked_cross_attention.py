@@ -11,7 +11,7 @@ import torch
 from retro_kernels import reference
 from retro_kernels.attention_op import new_op
 from retro_kernels.backend import choose
-from retro_kernels.checks import check_heads, check_range, check_tables
+from retro_kernels.checks import autocast, check_heads, check_range, check_tables
 from retro_kernels.dropout import check as check_dropout
 from retro_kernels.dropout import new_seed
 from torch import Tensor
@@ -40,6 +40,7 @@ def chunked_cross_attention(
     Raises ValueError naming the argument, its shape and the rule.
     """
     offset = chunk_length - 1 if query_offset is None else query_offset
+    q, k, v = autocast(q, k, v)
     _check(q, k, v, neighbor_lengths, chunk_length, cos, sin, offset)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     check_dropout(dropout)

@@ -7,11 +7,16 @@ import ctypes
 import functools
 from pathlib import Path
 
+import retro_kernels
 import torch
 from torch import Tensor
 
 # The library, of several the newest; None = it was not built.
-LIBRARY = max(Path(__file__).parent.glob("_cuda*.so"), key=lambda path: path.stat().st_mtime, default=None)
+LIBRARY = max(
+    (path for folder in retro_kernels.__path__ for path in Path(folder).glob("_cuda*.so")),
+    key=lambda path: path.stat().st_mtime,
+    default=None,
+)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

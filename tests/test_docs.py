@@ -11,7 +11,7 @@ from shell_blocks import PAGES, ROOT, Block, blocks, commands
 from retro_engine.bench import checkout
 from retro_engine.bench.__main__ import BENCHES, TAKEN_BY
 from retro_engine.cli.main import read
-from retro_engine.config import load_config
+from retro_engine.config import Config, flat_keys, load_config, nemo_names
 from retro_engine.errors import RetroError
 
 DOCS = ROOT / "docs"
@@ -120,3 +120,25 @@ def test_the_picture_is_what_its_script_draws() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (DOCS / "architecture.svg").read_text(encoding="utf-8") == module.draw(), "python docs/architecture.py"
+
+
+def test_the_keys_of_others_are_side_by_side_with_ours() -> None:
+    """docs/coming-from.md has every name that config/nemo_names.py knows, and names no key of ours that there is not."""
+    text = (DOCS / "coming-from.md").read_text(encoding="utf-8")
+    known = {*flat_keys(Config())}
+    named = re.findall(r'"((?:model|trainer|exp_manager)\.[\w.]*\w)"', Path(nemo_names.__file__).read_text())
+    values = {*nemo_names.PRECISIONS, *nemo_names.OPTIMIZERS, *nemo_names.SCHEDULES, *nemo_names.MEANINGLESS, *named}
+    whole = set(re.findall(r"[\w.-]+", text))
+    assert not [name for name in values if name not in whole]
+    ours = [
+        row.split(" | ", 1)[1]
+        for row in re.findall(r"^\| (?!\(|`(?:model|trainer|exp_manager|inference)\.` ).*", text, re.M)
+    ]
+    keys = re.findall(r"\b(?:model|trainer|exp_manager|inference)\.[\w.]*\w", " ".join(ours))
+    assert len(keys) > 50 and not [key for key in keys if key not in known]
+    same = re.findall(r"^\| `((?:\w+\.)+)` \| (.*) \|$", text, re.M)
+    assert len(same) == 6
+    for section, names in same:
+        assert not [name for name in re.findall(r"`([\w.]+)`", names) if section + name not in known], section
+    (top,) = re.findall(r"^\| \(top level.*?\| (.*) \|$", text, re.M)
+    assert {*re.findall(r"`(\w+)`", top)} <= known

@@ -33,6 +33,7 @@ EXTRAS = {  # of pyproject.toml: what each is for, and its packages
     "grammar": ("answers that match a schema or a grammar (response_format, tools)", "llguidance"),
     "hf": ("models of Hugging Face and GGUF files: retro import, export", "transformers gguf"),
     "eval": ("lm-eval's tasks (retro eval --lm-eval)", "lm-eval"),
+    "docs": ("the documentation as a site (make docs)", "mkdocs mkdocs-material mkdocstrings-python"),
     "dev": ("tests, lint and the kernels' gates", "pytest ruff mypy hypothesis triton playwright"),
 }
 

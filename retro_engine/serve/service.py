@@ -66,9 +66,7 @@ class ServiceOptions:
     dtype: str | None = None  # of the model's weights: fp32, bf16, int8, int4; None: as saved
     shares_prefixes: bool = False  # callers use each other's: faster, and times tell what others have asked
     device: str = "auto"  # a GPU where there is one; cpu, gpu
-    reading: str | None = (
-        None  # of a plain decoder: prefix, prompt, none; None: documents where there are some, in front where it can
-    )
+    reading: str | None = None  # of a plain decoder: prefix, prompt, none; None: documents, where there are some
     neighbor_bytes: int | None = None  # of encoded neighbors that are kept: `Generator`
     follow: Sequence[str] = ()  # folders whose files the library holds
     memory: str | None = None  # beside the model: ngram (of the run's store), or a folder; None: none

@@ -31,6 +31,7 @@ def test_the_cpp_kernels(tmp_path: Path) -> None:
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     for package, folder in (("retro_kernels", "kernels"), ("retro_engine", "retro_engine")):
         shutil.copytree(ROOT / folder, tmp_path / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "retro_kernels" / "retro_kernels" / "__init__.py").rename(tmp_path / "retro_kernels" / "__init__.py")
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     builds = [
         [*FLAGS, *include, *sources, "-o", tmp_path / "retro_kernels" / f"_cpu{suffix}"],

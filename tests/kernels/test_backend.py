@@ -1,9 +1,11 @@
 """The chooser: what runs by default, what is forced, and what cannot be."""
 
+import warnings
+
 import pytest
 import torch
 from retro_kernels import cpp
-from retro_kernels.backend import backend, choose
+from retro_kernels.backend import backend, choose, say_that_cpp_is_missing
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +40,16 @@ def test_a_forced_backend_that_cannot_take_the_tensors_raises(monkeypatch: pytes
         choose("rope", torch.zeros(1, dtype=torch.float64))
     monkeypatch.setenv("RETRO_BACKEND", "reference")
     assert choose("rope", torch.zeros(1)) == "reference"
+
+
+def test_a_missing_extension_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp, "is_available", lambda: False)
+    say_that_cpp_is_missing.cache_clear()
+    with pytest.warns(RuntimeWarning, match="no C\\+\\+ extension here.*\n  pip install -v"):
+        assert choose("rope", torch.zeros(1)) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend() == "reference"
+        say_that_cpp_is_missing.cache_clear()
+        monkeypatch.setenv("RETRO_BACKEND", "reference")
+        assert backend() == "reference", "who asks for it is not told"

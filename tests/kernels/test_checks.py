@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_helpers import rotary_tables
 from retro_kernels import cpp, reference
 from retro_kernels.attention import attention
@@ -212,3 +213,25 @@ def test_views() -> None:
     eye = Matrix(torch.eye(8))
     part = CrossAttentionPart(Norm(None, None, 1e-5, True), eye, eye, Attending(x[:, :3, :1], x[:, :3, 1:], 1.0))
     torch.testing.assert_close(Steps([part])(row), Steps([part])(row.clone()))
+
+
+@pytest.mark.parametrize("types", ["fff", "bff", "fbf", "ddd", "bbb"])
+def test_autocast_casts_as_sdpa_does(types: str) -> None:
+    """Queries, keys and values of float32 and mixed types come out in autocast's type, float64 as it is; else mixing is refused."""
+    kinds = {"f": torch.float32, "b": torch.bfloat16, "d": torch.float64}
+    q, k, v = (torch.randn(1, 8, 2, 4).to(kinds[letter]).requires_grad_() for letter in types)
+    chunks = [x.unflatten(1, (2, 2, 2)) for x in (k, v)]
+    calls = {
+        "sdpa": lambda: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2),
+        "attention": lambda: attention(q, k, v),
+        "chunked_cross_attention": lambda: chunked_cross_attention(q, *chunks, chunk_length=4),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, *outs = (call() for call in calls.values())
+        assert [out.dtype for out in outs] == [expected.dtype] * 2
+    assert (outs[0] - expected).norm() <= 0.02 * expected.norm()
+    outs[1].sum().backward()
+    assert q.grad is not None and q.grad.dtype == q.dtype
+    if len(set(types)) > 1:
+        with pytest.raises(ValueError, match="expected one type"):
+            attention(q, k, v)
