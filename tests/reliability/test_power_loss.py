@@ -13,8 +13,8 @@ from reliability.replay import State, states, write_tree
 from reliability.runs import CAMPAIGN, SEED, Runs, counted
 from reliability.workloads import WORKLOADS, Place
 
-DRAWS = 100 if CAMPAIGN else 1
-FINISHED = 40 if CAMPAIGN else 2  # of each workload: states from which the same command goes on
+DRAWS = 60 if CAMPAIGN else 1
+FINISHED = 10 if CAMPAIGN else 2  # of each workload: states from which the same command goes on
 
 
 def checked(name: str, place: Place, state: State, folder: Path) -> Place:
