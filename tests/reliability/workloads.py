@@ -5,6 +5,8 @@ on standard output. Each runs in a fork, so that it costs no new start.
 """
 
 import contextlib
+import copy
+import functools
 import gc
 import io
 import json
@@ -21,8 +23,9 @@ from typing import Any
 
 from helpers import write_corpus
 from reliability import simulator
-from training_helpers import PLAIN, config
+from training_helpers import PLAIN, settings
 
+from retro_engine.config import Config, load_config
 from retro_engine.data.corpus import Document
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
@@ -274,7 +277,7 @@ class Checkpoint(Workload):
         say("2")
 
     def _train(self, place: Place) -> None:
-        train(config(Store(place.store), place.root / "new" / "run", *self.more), Reporter("quiet"))
+        train(of_run(place, *settings(Store(place.store), Path("run"), *self.more)), Reporter("quiet"))
 
     @contextlib.contextmanager
     def _ends_after(self, steps: int) -> Iterator[None]:
@@ -295,22 +298,26 @@ class Adapters(Checkpoint):
     """The same with adapters beside frozen weights."""
 
     def _train(self, place: Place) -> None:
-        from retro_engine.config import load_config
-
         lora = [
             *("model.chunk_size=16", "model.encoder_seq_length=64", "model.enc_num_layers=1", "model.lora.rank=2"),
             *("model.enc_cross_attention=[0]", "model.micro_batch_size=2", "model.data.splits_string='80,20,0'"),
             *("trainer.precision=32", f"model.data.store='{place.store}'", "model.data.neighbors=bm25", *STEP),
-            *(f"exp_manager.exp_dir='{place.root / 'new' / 'run'}'", "exp_manager.create_tensorboard_logger=false"),
-            *(
-                "exp_manager.keep_last_n=1",
-                "model.reading=prefix",
-                "model.sink_id=0",
-                *self.more[len(Checkpoint.more) :],
-            ),
-            f"model.init_from='{place.decoder}'",
+            *("exp_manager.create_tensorboard_logger=false", "exp_manager.keep_last_n=1", "model.reading=prefix"),
+            *("model.sink_id=0", *self.more[len(Checkpoint.more) :], f"model.init_from='{place.decoder}'"),
         ]
-        train(load_config(lora), Reporter("quiet"))
+        train(of_run(place, *lora), Reporter("quiet"))
+
+
+@functools.cache
+def _loaded(*overrides: str) -> Config:
+    return load_config(overrides)
+
+
+def of_run(place: Place, *overrides: str) -> Config:
+    """Settings of a run there; reading them takes as long as a step, so that forks get those that were read before."""
+    found = copy.deepcopy(_loaded(*overrides))
+    found.exp_manager.exp_dir = str(place.root / "new" / "run")
+    return found
 
 
 # What is built
