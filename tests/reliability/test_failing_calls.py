@@ -38,6 +38,7 @@ def test_every_call_may_fail(
         there = replace(place, root=tmp_path / "counted")
         shutil.copytree(begun.root, there.root)
         count = runs.ask(name, there, "act", fail=(0, number, kinds))["count"]
+        outcome = WORKLOADS[name].outcome(there)
         shutil.rmtree(there.root)
         chosen = range(1, count + 1) if CAMPAIGN else sorted(rng.choice(count, min(FEW, count), False) + 1)
         for nth in map(int, chosen):
@@ -59,6 +60,7 @@ def test_every_call_may_fail(
                 WORKLOADS[name].check(there, tuple(answer.get("said", ())))
                 again = runs.ask(name, there, "act")
                 assert "raised" not in again, f"{where}, then again: {again['trace']}"
+                assert WORKLOADS[name].outcome(there) == outcome, where
             shutil.rmtree(there.root)
     assert num_raised or name == "reset"
     assert corpus.exists() or name != "prepare"

@@ -34,7 +34,7 @@ def test_every_state_is_the_old_one_or_the_new_one(
     name: str, runs: Runs, place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, events = runs.recorded(name, place)
-    said = tuple(event.path for event in events if event.op == "mark")
+    said, outcome = tuple(event.path for event in events if event.op == "mark"), WORKLOADS[name].outcome(place)
     found = list(states(place.root, before, events, SEED, DRAWS))
     strict = [state for state in found if state.kind == "strict"]
     rng = np.random.default_rng(SEED)
@@ -49,6 +49,7 @@ def test_every_state_is_the_old_one_or_the_new_one(
             answer = runs.ask(name, there, "act")
             assert "raised" not in answer, f"{state.kind} after event {state.after}: {answer['text']}"
             WORKLOADS[name].check(there, said)
+            assert WORKLOADS[name].outcome(there) == outcome, f"{state.kind} after event {state.after}"
         shutil.rmtree(folder)
     with capsys.disabled():
         if CAMPAIGN:

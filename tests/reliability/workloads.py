@@ -26,6 +26,7 @@ from reliability import simulator
 from training_helpers import PLAIN, settings
 
 from retro_engine.config import Config, load_config
+from retro_engine.data import files
 from retro_engine.data.corpus import Document
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
@@ -72,6 +73,9 @@ class Workload:
     def check(self, place: Place, said: tuple[str, ...]) -> None:
         """Raises AssertionError, or whatever else, where something acknowledged is lost or something torn is read."""
         raise NotImplementedError
+
+    def outcome(self, place: Place) -> Any:
+        """What is the same to the bit, however often it was interrupted."""
 
 
 # A live library
@@ -279,6 +283,10 @@ class Checkpoint(Workload):
     def _train(self, place: Place) -> None:
         train(of_run(place, *settings(Store(place.store), Path("run"), *self.more)), Reporter("quiet"))
 
+    def outcome(self, place: Place) -> Any:
+        last = checkpoint.folder_of(place.root / "new" / "run", 2)
+        return files.sha256_file(last / next(iter(path.name for path in last.glob("*.safetensors"))))
+
     @contextlib.contextmanager
     def _ends_after(self, steps: int) -> Iterator[None]:
         before, self.more = self.more, [*self.more, f"trainer.max_steps={steps}"]
@@ -340,6 +348,9 @@ class Prepare(Workload):
         if said or (out / "manifest.json").is_file():
             Store(out).verify()
 
+    def outcome(self, place: Place) -> Any:
+        return Store(place.root / "new" / "store").fingerprint
+
 
 class _OfStore(Workload):
     """Something beside a store, in its folder."""
@@ -368,6 +379,9 @@ class _OfStore(Workload):
         store.verify()
         if said or self.is_there(place):
             self.open(place, store).verify()
+
+    def outcome(self, place: Place) -> Any:
+        return self.open(place, Store(place.root / "store")).manifest["fingerprint"]
 
 
 class Build(_OfStore):
