@@ -29,6 +29,7 @@ import numpy as np
 from retro_engine.data.manifests import check_manifest, check_names
 from retro_engine.data.mapping import map_bytes
 from retro_engine.errors import (
+    REMEDIES,
     InUseError,
     MissingInputError,
     RetroError,
@@ -394,8 +395,13 @@ def _lock_file(path: Path, flags: int) -> IO[bytes]:
 def _flock(file: IO[bytes], folder: Path, kind: int) -> None:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise InUseError(f"{folder} is in use", "another process is writing there", "wait for it to end") from error
+    except OSError as error:
+        if error.errno in REMEDIES:
+            raise write_error(error, folder) from error
+        do = "choose a folder of a file system that has locks: where it has none, two hosts could write there at once"
+        raise UsageError(f"{folder} cannot be locked", error.strerror, do) from error
 
 
 def sha256_file(path: Path) -> str:

@@ -18,14 +18,14 @@ from retro_engine.train import checkpoint
 GREEDY = {"greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     found = Runs(tmp_path_factory.mktemp("calls"))
     yield found
     found.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def models(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model that encodes neighbors alone, and a plain decoder."""
     folder = tmp_path_factory.mktemp("models")

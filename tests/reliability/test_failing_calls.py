@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reliability.replay import mark_of, tree_of
+from reliability.replay import tree_of
 from reliability.runs import CAMPAIGN, FAULTS, SEED, SHORT, Runs, counted
 from reliability.workloads import WORKLOADS, Place
 
@@ -32,12 +32,13 @@ def test_every_call_may_fail(
     assert not answer, answer["text"]
     corpus = tmp_path / "corpus.jsonl"
     num_runs = num_raised = 0
-    left = set[bytes]()  # what failures have left, each looked at once
+    left = set[int]()  # hashes of what failures have left, each looked at once
     rng = np.random.default_rng(SEED)
     for number, kinds in FAULTS.items():
         there = replace(place, root=tmp_path / "counted")
         shutil.copytree(begun.root, there.root)
         count = runs.ask(name, there, "act", fail=(0, number, kinds))["count"]
+        outcome = WORKLOADS[name].outcome(there)
         shutil.rmtree(there.root)
         chosen = range(1, count + 1) if CAMPAIGN else sorted(rng.choice(count, min(FEW, count), False) + 1)
         for nth in map(int, chosen):
@@ -53,12 +54,13 @@ def test_every_call_may_fail(
                 assert "damaged" not in answer["text"], f"{where}: {answer['text']}"
                 assert answer["has_remedy"], f"{where}: {answer['text']}"
                 assert str(there.root) in answer["text"], f"{where}: {answer['text']}"
-            mark = mark_of(tree_of(there.root), len(answer.get("said", ())))
+            mark = hash(frozenset((*tree_of(there.root).items(), len(answer.get("said", ())))))
             if mark not in left:
                 left.add(mark)
                 WORKLOADS[name].check(there, tuple(answer.get("said", ())))
                 again = runs.ask(name, there, "act")
                 assert "raised" not in again, f"{where}, then again: {again['trace']}"
+                assert WORKLOADS[name].outcome(there) == outcome, where
             shutil.rmtree(there.root)
     assert num_raised or name == "reset"
     assert corpus.exists() or name != "prepare"

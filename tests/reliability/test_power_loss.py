@@ -13,8 +13,8 @@ from reliability.replay import State, states, write_tree
 from reliability.runs import CAMPAIGN, SEED, Runs, counted
 from reliability.workloads import WORKLOADS, Place
 
-DRAWS = 100 if CAMPAIGN else 1
-FINISHED = 40 if CAMPAIGN else 2  # of each workload: states from which the same command goes on
+DRAWS = 60 if CAMPAIGN else 1
+FINISHED = 10 if CAMPAIGN else 2  # of each workload: states from which the same command goes on
 
 
 def checked(name: str, place: Place, state: State, folder: Path) -> Place:
@@ -34,7 +34,7 @@ def test_every_state_is_the_old_one_or_the_new_one(
     name: str, runs: Runs, place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, events = runs.recorded(name, place)
-    said = tuple(event.path for event in events if event.op == "mark")
+    said, outcome = tuple(event.path for event in events if event.op == "mark"), WORKLOADS[name].outcome(place)
     found = list(states(place.root, before, events, SEED, DRAWS))
     strict = [state for state in found if state.kind == "strict"]
     rng = np.random.default_rng(SEED)
@@ -49,6 +49,7 @@ def test_every_state_is_the_old_one_or_the_new_one(
             answer = runs.ask(name, there, "act")
             assert "raised" not in answer, f"{state.kind} after event {state.after}: {answer['text']}"
             WORKLOADS[name].check(there, said)
+            assert WORKLOADS[name].outcome(there) == outcome, f"{state.kind} after event {state.after}"
         shutil.rmtree(folder)
     with capsys.disabled():
         if CAMPAIGN:

@@ -5,6 +5,8 @@ on standard output. Each runs in a fork, so that it costs no new start.
 """
 
 import contextlib
+import copy
+import functools
 import gc
 import io
 import json
@@ -21,8 +23,10 @@ from typing import Any
 
 from helpers import write_corpus
 from reliability import simulator
-from training_helpers import PLAIN, config
+from training_helpers import PLAIN, settings
 
+from retro_engine.config import Config, load_config
+from retro_engine.data import files
 from retro_engine.data.corpus import Document
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
@@ -69,6 +73,9 @@ class Workload:
     def check(self, place: Place, said: tuple[str, ...]) -> None:
         """Raises AssertionError, or whatever else, where something acknowledged is lost or something torn is read."""
         raise NotImplementedError
+
+    def outcome(self, place: Place) -> Any:
+        """What is the same to the bit, however often it was interrupted."""
 
 
 # A live library
@@ -274,7 +281,11 @@ class Checkpoint(Workload):
         say("2")
 
     def _train(self, place: Place) -> None:
-        train(config(Store(place.store), place.root / "new" / "run", *self.more), Reporter("quiet"))
+        train(of_run(place, *settings(Store(place.store), Path("run"), *self.more)), Reporter("quiet"))
+
+    def outcome(self, place: Place) -> Any:
+        last = checkpoint.folder_of(place.root / "new" / "run", 2)
+        return files.sha256_file(last / next(iter(path.name for path in last.glob("*.safetensors"))))
 
     @contextlib.contextmanager
     def _ends_after(self, steps: int) -> Iterator[None]:
@@ -295,22 +306,26 @@ class Adapters(Checkpoint):
     """The same with adapters beside frozen weights."""
 
     def _train(self, place: Place) -> None:
-        from retro_engine.config import load_config
-
         lora = [
             *("model.chunk_size=16", "model.encoder_seq_length=64", "model.enc_num_layers=1", "model.lora.rank=2"),
             *("model.enc_cross_attention=[0]", "model.micro_batch_size=2", "model.data.splits_string='80,20,0'"),
             *("trainer.precision=32", f"model.data.store='{place.store}'", "model.data.neighbors=bm25", *STEP),
-            *(f"exp_manager.exp_dir='{place.root / 'new' / 'run'}'", "exp_manager.create_tensorboard_logger=false"),
-            *(
-                "exp_manager.keep_last_n=1",
-                "model.reading=prefix",
-                "model.sink_id=0",
-                *self.more[len(Checkpoint.more) :],
-            ),
-            f"model.init_from='{place.decoder}'",
+            *("exp_manager.create_tensorboard_logger=false", "exp_manager.keep_last_n=1", "model.reading=prefix"),
+            *("model.sink_id=0", *self.more[len(Checkpoint.more) :], f"model.init_from='{place.decoder}'"),
         ]
-        train(load_config(lora), Reporter("quiet"))
+        train(of_run(place, *lora), Reporter("quiet"))
+
+
+@functools.cache
+def _loaded(*overrides: str) -> Config:
+    return load_config(overrides)
+
+
+def of_run(place: Place, *overrides: str) -> Config:
+    """Settings of a run there; reading them takes as long as a step, so that forks get those that were read before."""
+    found = copy.deepcopy(_loaded(*overrides))
+    found.exp_manager.exp_dir = str(place.root / "new" / "run")
+    return found
 
 
 # What is built
@@ -332,6 +347,9 @@ class Prepare(Workload):
         out = place.root / "new" / "store"
         if said or (out / "manifest.json").is_file():
             Store(out).verify()
+
+    def outcome(self, place: Place) -> Any:
+        return Store(place.root / "new" / "store").fingerprint
 
 
 class _OfStore(Workload):
@@ -361,6 +379,9 @@ class _OfStore(Workload):
         store.verify()
         if said or self.is_there(place):
             self.open(place, store).verify()
+
+    def outcome(self, place: Place) -> Any:
+        return self.open(place, Store(place.root / "store")).manifest["fingerprint"]
 
 
 class Build(_OfStore):
