@@ -33,7 +33,6 @@ from retro_engine.serve.stream import EventStream, RunningRequests
 from retro_engine.serve.tools import Tool, call_grammar, shown_tools
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 256  # when nothing is said
-SMALL_PROMPT, SMALL_EVENTS = 2048, 64  # characters or tokens, and events: less work than a turn in another thread is
 STARTED = int(time.time())
 
 
@@ -93,7 +92,7 @@ async def completion_requests(request: HttpRequest, body: Completion, answer: An
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens=0 without echo: there would be no answer", "max_tokens")
     await put_in_prompts(request, body)
-    prompts = await _encoded(request, body.prompt, "prompt")
+    prompts = await brief(request, encode_prompts, service, body.prompt, limits)
     answer.has_logprobs = body.logprobs is not None
     ranked = 0 if body.candidates > body.n else None
     logprobs = ranked if body.logprobs is None else body.logprobs
@@ -147,19 +146,9 @@ async def chat_requests(request: HttpRequest, body: Chat) -> tuple[list[Request]
     ask = partial(chat_prompt, begins=begins, goes_on=goes_on, tools=tools, variables=more)
     prompt, stops = await brief(request, ask, body.messages, service.chat)
     body.stop = [*_stops(body.stop), *stops]
-    prompts = await _encoded(request, prompt, "messages")
+    prompts = await brief(request, partial(encode_prompts, param="messages"), service, prompt, limits)
     about = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "is_chat": service.chat is not None}
     return requests_of(body, service, prompts, limits, CHAT_TOKENS, grammar=grammar, **about), tools
-
-
-async def _encoded(request: HttpRequest, prompt: Any, param: str) -> list[list[int]]:
-    """Prompts as token ids; a short one at once: it takes less than a turn in another thread."""
-    service, limits = service_of(request), limits_of(request)
-    encode = partial(encode_prompts, param=param)
-    is_one = isinstance(prompt, str) or all(isinstance(part, int) for part in prompt[:1])
-    if is_one and len(prompt) <= SMALL_PROMPT:
-        return encode(service, prompt, limits)
-    return await brief(request, encode, service, prompt, limits)
 
 
 def _stops(stop: str | list[str] | None) -> list[str]:
@@ -289,5 +278,4 @@ async def respond(request: HttpRequest, body: Sampled, answer: Answer, asked: li
                 answer.add(index, event)
                 answer.times = running.times(index)
         count_tokens(request, answer.prompt_tokens, answer.completion_tokens)
-        is_small = len(answer.events) <= SMALL_EVENTS and asked[0].logprobs is None
-        return JSONResponse(answer.whole(len(asked)) if is_small else await brief(request, answer.whole, len(asked)))
+        return JSONResponse(await brief(request, answer.whole, len(asked)))

@@ -74,8 +74,7 @@ def test_chats_and_streams(prompted: Server) -> None:
     ):
         answer = post(prompted, path, model="plain", **body).json()
         assert answer["retro"]["neighbors"][0]["document"] == "note", path
-    about = prompted.service.names and post(prompted, "/v1/retrieve", query="quarry", k=1).json()
-    assert about["data"][0]["document"] == "note"
+    assert post(prompted, "/v1/retrieve", query="quarry", k=1).json()["data"][0]["document"] == "note"
 
 
 @pytest.mark.parametrize(

@@ -255,10 +255,12 @@ def test_filters_of_generation(shelves: Server) -> None:
         assert found == set() and [note[:35] for note in notes] == ["no document has the field yaer (fie"]
         explained = client.post("/v1/explain", json={"prompt": "numbat digs", "text": "a", "k": 1, **later})
         assert [one["document"] for one in explained.json()["neighbors"]] == ["d"]
-        for retro in ({**later, "neighbors": ["a"]}, {**later, "neighbors": []}, {"filters": {}}):
+        wrong: list[dict[str, Any]] = [{**later, "neighbors": ["a"]}, {**later, "neighbors": []}, {"filters": {}}]
+        for retro in wrong:
             answer = client.post("/v1/completions", json={"prompt": "a", "retro": retro})
             assert (answer.status_code, answer.json()["error"]["param"][:6]) == (400, "retro."), retro
-        for more in ({"neighbors": ["a"], **later}, {"filters": []}):
+        wrong = [{"neighbors": ["a"], **later}, {"filters": []}]
+        for more in wrong:
             assert client.post("/v1/explain", json={"prompt": "a", "text": "b", **more}).status_code == 400
 
 

@@ -392,6 +392,13 @@ def test_keys_and_users_are_managed(browser: Any, chat_site: Server) -> None:
     assert chat_site.state.accounts.sign_in("bo", "another password") is not None
     check_access(tab, "status of an admin")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    tab.click("#connect >> text=All routes")
+    tab.click("#routes summary:has-text('POST /v1/chat/completions')")
+    tab.wait_for_selector("#routes details[open] strong:has-text('messages')")
+    check_access(tab, "api")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360 and tab.title() == "API · retro-engine"
+    shoot(tab, "api-light-360")
+    tab.click("text=Back to Status")
     for kind, name in (("key", "ci"), ("user", "bo")):
         tab.click(f"[aria-label='Remove the {kind} {name}']")
         tab.click("#confirm-yes")

@@ -148,7 +148,7 @@ def test_an_answer_that_would_be_too_large_is_refused(
 def test_an_explanation_that_nobody_waits_for_ends(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, ended = threading.Event(), threading.Event()
 
-    def endless(*_: Any, check: Callable[[], None]) -> None:
+    def endless(*_: Any, check: Callable[[], None], **named: Any) -> None:
         begun.set()
         until(check, ended)
 

@@ -5,9 +5,9 @@ import { showAsk, startAsk, stopAsk } from "./ask.js";
 import { startChat, stopChat } from "./chat.js";
 import { list, startLibrary } from "./library.js";
 import { startPlayground, stopPlayground } from "./playground.js";
-import { hideStatus, showStatus, startStatus, stopStatus } from "./status.js";
+import { hideStatus, showApi, showStatus, startStatus, stopStatus } from "./status.js";
 
-const SCREENS = ["ask", "chat", "playground", "documents", "retrieve", "status"];
+const SCREENS = ["ask", "chat", "playground", "documents", "retrieve", "status", "api"];
 let model = null;
 let user = null;
 let setup = null; // the secret of a set-up link
@@ -18,7 +18,7 @@ function show(name) {
     if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  document.title = name === "sign-in" ? "Sign in · retro-engine" : `${name[0].toUpperCase()}${name.slice(1)} · retro-engine`;
+  document.title = `${$(`${name}-title`).textContent} · retro-engine`;
 }
 
 /** A screen that this server has nothing for is not shown. */
@@ -39,6 +39,7 @@ function route() {
   if (name === "ask") attempt(showAsk);
   if (name === "documents") attempt(() => list());
   if (name === "status") showStatus();
+  if (name === "api") attempt(showApi);
   return undefined;
 }
 

@@ -119,6 +119,36 @@ async function saveUser() {
   else await access();
 }
 
+/** What a field may be, in a few words. */
+function kind(schema) {
+  if (schema.$ref) return schema.$ref.split("/").at(-1);
+  if (schema.const !== undefined) return JSON.stringify(schema.const);
+  if (schema.enum) return schema.enum.map((one) => JSON.stringify(one)).join(" | ");
+  const several = schema.anyOf ?? schema.oneOf;
+  if (several) return [...new Set(several.map((one) => kind(one)))].join(" | ");
+  return schema.type === "array" ? `list of ${kind(schema.items ?? {})}` : schema.type ?? "any";
+}
+
+function fields(schema, known) {
+  const forms = (schema.anyOf ?? [schema]).map((one) => (one.$ref ? known[one.$ref.split("/").at(-1)] : one));
+  const rows = forms.flatMap((form) => Object.entries(form.properties ?? {}).map(([name, one]) => make("tr", {},
+    make("td", {}, form.required?.includes(name) ? make("strong", {}, name) : name), make("td", { className: "title" }, kind(one)))));
+  return rows.length ? make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "Field (bold: needed)"),
+    make("th", { scope: "col" }, "Is"))), make("tbody", {}, ...rows)) : null;
+}
+
+/** Every route, as the server describes them. */
+export async function showApi() {
+  const about = await call("GET", "/openapi.json");
+  const known = about.components.schemas;
+  const found = Object.entries(about.paths).flatMap(([path, methods]) => Object.entries(methods).map(([method, one]) => {
+    const body = Object.values(one.requestBody?.content ?? {})[0]?.schema;
+    const head = make("summary", {}, make("code", {}, `${method.toUpperCase()} ${path}`), ` ${one.summary}`);
+    return make("details", {}, head, make("p", { className: "hint" }, one.description), body ? fields(body, known) : null);
+  }));
+  $("routes").replaceChildren(...found);
+}
+
 export function showStatus() {
   connect();
   attempt(cards);
@@ -146,5 +176,5 @@ export function startStatus(served, who) {
 
 export function stopStatus() {
   hideStatus();
-  for (const id of ["status-cards", "key-list", "user-list", "connect-code"]) $(id).replaceChildren();
+  for (const id of ["status-cards", "key-list", "user-list", "connect-code", "routes"]) $(id).replaceChildren();
 }
