@@ -76,9 +76,13 @@ def reused(trial: Trial, store: Store) -> dict[str, Any]:
     retro, plain = trial.run(store, "retro", RETRO), trial.run(store, "plain", PLAIN)
     memory, valid, test = _left(store, retro)
     found: dict[str, DocumentLosses] = {}
-    for name, model, mode in (("on", retro, "on"), ("off", retro, "off"), ("plain", plain, "off")):
-        shares = [_share(model, share) for share in ("valid", "test")]
-        losses = trial.beside(model, memory, shares[1], shares[0], mode).losses
+    own = _share(plain, "valid"), _share(plain, "test")  # the same documents without neighbors
+    for name, model, mode, (fitting, share) in (
+        ("on", retro, "on", (valid, test)),
+        ("off", retro, "off", (valid, test)),
+        ("plain", plain, "off", own),
+    ):
+        losses = trial.beside(model, memory, share, fitting, mode).losses
         found |= {name: losses["model"], f"{name} with the memory": losses["both"]}
         found.setdefault("the memory alone", losses["memory"])
     best = found["on with the memory"]
@@ -116,7 +120,7 @@ def wikipedia(trial: Trial, text: Path, wikitext: Path | None) -> dict[str, Any]
     }  # fmt: skip
 
 
-def targets(part: str, facts: Mapping[str, Any] | None, nats: Mapping[str, DocumentLosses] | None) -> list[Target]:
+def targets(part: str, facts: dict[str, Any] | None, nats: Mapping[str, DocumentLosses] | None) -> list[Target]:
     """Of the nats of all seeds, document by document, and the facts of the first; None: not measured, nothing holds."""
 
     def gain(one: str, other: str) -> dict[str, float | None]:

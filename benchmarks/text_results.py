@@ -307,8 +307,15 @@ def wikipedia(task: Task, seed: int) -> Part:
 
 
 def trial_of(task: Task, part: str, seed: int, steps: int) -> memory_results.Trial:
-    about = {"preset": task.preset, "overrides": task.overrides, "report": REPORT}
-    return memory_results.Trial(out=task.out, part=part, seed=seed, steps=steps, **about)
+    return memory_results.Trial(
+        out=task.out,
+        part=part,
+        seed=seed,
+        steps=steps,
+        preset=task.preset,
+        overrides=task.overrides,
+        report=REPORT,
+    )
 
 
 def recipes(task: Task, seed: int) -> Part:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from retro_engine.bench import infini_gram
 from retro_engine.bench.frame import Measured, Options, Row, Target, Work, at_least, at_most, compared, time_in_turns
 from retro_engine.data.batches import Sequences, split_documents
 from retro_engine.data.builtin import write_facts
@@ -25,6 +26,7 @@ from retro_engine.errors import UsageError
 from retro_engine.memory.mixture import Mixture
 from retro_engine.memory.next_token import MemoryBeside
 from retro_engine.memory.ngram_memory import NgramMemory, build_ngram_memory, document_tokens, ngram_folder
+from retro_engine.memory.suffix_order import LONGEST
 from retro_engine.model.flops import token_flops
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 FACTS, SHARES = 6000, "80,0,20"
 TOKENS = 200_000  # looked up in a round
+RIVAL_TOKENS = 2_000  # that infini-gram is asked about in a round
 STEPS, PROMPT, PROMPTS = 64, 32, 8  # tokens that are generated after so many of each of so many documents
 TOGETHER = (1, 8)  # sequences that are generated together
 TIMED_BATCHES, ROUNDS = 4, 7
@@ -54,7 +57,13 @@ def run(options: Options) -> Measured:
         start = time.perf_counter()
         memory = build_ngram_memory(store, folder / "memory")
         build_s = time.perf_counter() - start
-        rows, facts = lookups(memory, store, split_documents(store, SHARES)["test"])
+        held = split_documents(store, SHARES)["test"]
+        rows, facts = lookups(memory, store, held)
+        if infini_gram.is_installed() and memory.parts[0].tokens.dtype == np.uint16:
+            rows.append(_rival(memory, held_texts(store, held), folder / "infini-gram"))
+            facts["times_infini_gram"] = facts["lookups_per_s"] * rows[-1].median_s / RIVAL_TOKENS
+        else:
+            print(f"{infini_gram.NAME} is left out: it is not installed, or the vocabulary is above 65,536")
     rows.append(Row(case="build", implementation="ours", median_s=build_s, low_s=build_s, high_s=build_s))
     rows[-1].note = f"{memory.num_tokens / build_s / 1e6:.2f} M tokens/s"
     return Measured(rows, targets(facts), facts)
@@ -81,11 +90,8 @@ def targets(facts: dict[str, Any]) -> list[Target]:
 
 def lookups(memory: NgramMemory, store: Store, held: np.ndarray) -> tuple[list[Row], dict[str, Any]]:
     """Every token of held-out documents, each after all that stands before it in its document; nothing is left out."""
-    texts, count = [], 0
-    for document in held.tolist():
-        if count < TOKENS:
-            texts.append(next(document_tokens(store, document, document + 1)))
-            count += len(texts[-1]) - 1
+    texts = held_texts(store, held)
+    count = sum(len(text) - 1 for text in texts)
     left, _ = memory.without(store.contents[held])
     works = {
         "ours": lambda: [memory.guesses(text) for text in texts],
@@ -97,6 +103,29 @@ def lookups(memory: NgramMemory, store: Store, held: np.ndarray) -> tuple[list[R
     summary = memory.summary()
     facts = {"lookups_per_s": count / rows[0].median_s, "bytes_per_token": summary["bytes_per_token"]}
     return rows, facts | {"tokens": summary["tokens"], "looked_up": count}
+
+
+def held_texts(store: Store, held: np.ndarray) -> list[np.ndarray]:
+    """Documents of TOKENS tokens together, or a little more."""
+    texts, count = [], 0
+    for document in held.tolist():
+        if count < TOKENS:
+            texts.append(next(document_tokens(store, document, document + 1)))
+            count += len(texts[-1]) - 1
+    return texts
+
+
+def _rival(memory: NgramMemory, texts: Sequence[np.ndarray], folder: Path) -> Row:
+    """infini-gram's share of each token after the longest suffix of the LONGEST before it."""
+    tokens = memory.parts[0].tokens
+    other = infini_gram.InfiniGram(tokens, folder, memory.eod_id)
+    asked = [
+        (text[max(0, end - LONGEST) : end].tolist(), int(text[end])) for text in texts for end in range(1, len(text))
+    ]
+    asked = asked[:: max(1, len(asked) // RIVAL_TOKENS)][:RIVAL_TOKENS]
+    (row,) = _timed(LOOKUPS, {infini_gram.NAME: lambda: [other.look_up(*one) for one in asked]})
+    row.note = f"{len(asked) / row.median_s:,.0f} lookups/s, the longest suffix; {other.num_bytes / len(tokens):.1f} bytes a token"
+    return row
 
 
 def _of_run(path: str) -> Measured:
@@ -178,10 +207,14 @@ def _time_generation(
     drawn = Sampling(greedy=False, min_tokens=STEPS)
     requests = [Request(prompt, STEPS, sampling=drawn, neighbors=[]) for prompt in prompts]
     groups = [requests[first : first + size] for first in range(0, len(requests), size)]
+
+    def generate(generator: Generator) -> None:
+        for group in groups:
+            generator.generate_all(group)
+
     works: dict[str, Work] = {}
     for name, beside in ((ALONE, None), (WITH, MemoryBeside(memory, weights))):
-        generator = Generator(model, tokenizer, drafts=False, beside=beside)
-        works[name] = lambda generator=generator: [generator.generate_all(group) for group in groups]
+        works[name] = partial(generate, Generator(model, tokenizer, drafts=False, beside=beside))
     rows = _timed(f"generate, {size} together", works)
     for row in rows:
         row.note = f"{1000 * row.median_s / STEPS / len(prompts):.3f} ms a token"

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from retro_engine.errors import UsageError
@@ -98,8 +99,9 @@ def add_in_front(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--reading", choices=("prefix", "none"), help=about)
 
 
-def settle_reading(args: argparse.Namespace, retro: "Retro", has_something: bool) -> bool:
+def settle_reading(args: argparse.Namespace, retro: "Retro", has_something: bool, changes_count: bool = False) -> bool:
     """Whether the model reads neighbors: as it was trained, or where a plain decoder `has_something` to read or is told to.
+    `changes_count`: one that was trained to read them by cross-attention takes as many as model.num_neighbors says.
 
     Raises UsageError for a flag or setting that says otherwise, or that means nothing then.
     """
@@ -115,6 +117,8 @@ def settle_reading(args: argparse.Namespace, retro: "Retro", has_something: bool
         )
     reading = args.reading or (setting if setting != "cross_attention" else None)
     check_reading(retro.model, reading)
+    if changes_count and c.retrieval and not c.reads_prefix and "num_neighbors" in asked:
+        retro.model.config = c = replace(c, num_neighbors=asked["num_neighbors"])
     for name, value in asked.items():
         if c.retrieval and value != getattr(c, name):
             raise UsageError(

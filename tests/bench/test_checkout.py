@@ -47,7 +47,7 @@ def test_memories_beside_decoders(
     main = checkout.load("text_results").main
     for name, few in (("STEPS", 2), ("ROUNDS", 1), ("PROMPTS", 2), ("TIMED_BATCHES", 1)):
         monkeypatch.setattr(memories, name, few)
-    corpus, other = write_corpus(tmp_path / "c.jsonl", 60, words=120), write_corpus(tmp_path / "o.jsonl", 9, seed=1)
+    corpus, other = write_corpus(tmp_path / "c.jsonl", 40, words=60), write_corpus(tmp_path / "o.jsonl", 6, seed=1)
     flags = ["--quick", "--out", str(tmp_path / "r"), "--text", str(corpus), "--only", "memory", "wikipedia"]
     assert main([*flags, "--wikipedia", str(corpus), "--wikitext", str(other)]) == 0
     body = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -36,6 +36,20 @@ def test_eval(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert run("eval", work / "run", "--limit", 1, *wrong) == 2
 
 
+def test_other_numbers_of_neighbors_than_in_training(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("eval", work / "run", "--limit", 1, "--modes", "on,off", "--json", "--quiet")
+    bits = []
+    for count in (1, 2, 4):
+        assert run(*words, f"model.num_neighbors={count}") == 0
+        found = json.loads(capsys.readouterr().out)
+        bits.append((found["on"]["loss"], found["off"]["loss"]))
+    assert len({on for on, _ in bits}) == 3 and len({off for _, off in bits}) == 1
+    for count, said in (("99", "makes a wider table"), ("0", "num_neighbors")):
+        assert run(*words, f"model.num_neighbors={count}") in (2, 3)
+        assert said in capsys.readouterr().err
+    assert run("generate", work / "run", "The", "model.num_neighbors=1") == 2, "there it is --k"
+
+
 def test_flops_against_a_plain_decoder(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(work / "store")
     plain = small_config(vocab_size=store.vocab_size, chunk_size=16, encoder_seq_length=64, retrieval=False)
