@@ -69,32 +69,46 @@ def _times(count: int, useful: int, moved: int, tables: int) -> Traffic:
     return Traffic(count * useful, count * moved, count * tables)
 
 
+# What the predictions assume of a card: an H200 as it is sold.
 BEST_SHARE = 0.92  # of a copy's rate, where nothing else binds: what kernels that only move data reach
-L2_RATE = 1.5  # of a copy's rate, what L2 gives: assumed
+COPY_RATE = 4.2e12  # bytes a second, read and written
+L2_RATE = 1.5 * COPY_RATE
+ISSUE_RATE = 132 * 4 * 1.7e9 * 0.75  # instructions of a warp a second; three quarters of the schedulers' slots
+
+# Instructions of all warps for one problem of 64 queries and two segments of 128 keys, counted in the code that Triton 3.9 makes
+# for compute capability 9.0 (tile_of's warps x (what runs once + 4 tiles x the loop)): (head width, is backward).
+INSTRUCTIONS = {
+    (64, False): 4 * (1002 + 2 * 176 + 4 * 654),
+    (64, True): 4 * (1898 + 4 * 1173),
+    (128, False): 8 * (1003 + 2 * 170 + 4 * 699),
+}
 
 
-def share(traffic: Traffic) -> float:
-    """Of a copy's rate: bound by memory, or by L2 where more is asked of it than memory gives. A prediction, not a measurement."""
-    return min(BEST_SHARE, L2_RATE / traffic.factor)
-
-
-def _both(one: Traffic, other: Traffic) -> float:
-    return (one.useful + other.useful) / (one.useful / share(one) + other.useful / share(other))
+def share(traffic: Traffic, instructions: int = 0) -> float:
+    """Of a copy's rate: bound by memory, by L2 where more is asked of it than memory gives, or by instructions. A prediction."""
+    seconds = max(
+        traffic.useful / COPY_RATE / BEST_SHARE,
+        traffic.moved / L2_RATE,
+        instructions / ISSUE_RATE,
+    )
+    return traffic.useful / COPY_RATE / seconds
 
 
 def _predicted() -> dict[str, float]:
-    found = {"rope q and k bf16 16x2048x12x64": BEST_SHARE}
+    found = {"rope q and k bf16 16x2048x12x64": BEST_SHARE, "rope q and k fp16 16x2048x12x64": BEST_SHARE}
     # as tile_of has them on compute capability 9.0: BM, BN, whole
-    for size, count, width, (BM, BN, is_whole) in (
-        ("16x2048x12x64", 16 * 32 * 12, 64, (64, 64, True)),
-        ("8x2048x16x128", 8 * 32 * 16, 128, (32, 32, False)),
+    for size, width, (BM, BN, is_whole) in (
+        ("16x2048x12x64", 64, (64, 64, True)),
+        ("8x2048x16x128", 128, (32, 32, False)),
     ):
-        problems = Problems(count, 64, 2, 128, width, width // 2)
-        first, second = forward(problems, 64), backward(problems, BM, BN, is_whole)
+        problem = Problems(1, 64, 2, 128, width, width // 2)
+        first, second = forward(problem, 64), backward(problem, BM, BN, is_whole)
+        one, other = (share(x, INSTRUCTIONS.get((width, x is second), 0)) for x in (first, second))
+        both = (first.useful + second.useful) / (first.useful / one + second.useful / other)
         for dtype in ("bf16", "fp16"):
-            found[f"chunked cross-attention {dtype} {size} fwd"] = share(first)
-            found[f"chunked cross-attention {dtype} {size} fwd+bwd"] = _both(first, second)
+            found[f"chunked cross-attention {dtype} {size} fwd"] = one
+            found[f"chunked cross-attention {dtype} {size} fwd+bwd"] = both
     return {case: round(value, 2) for case, value in found.items()}
 
 
-PREDICTED = _predicted()  # by case of `bench kernels` on an H100 or H200
+PREDICTED = _predicted()  # by case of `bench kernels`

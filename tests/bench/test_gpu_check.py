@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from retro_kernels.traffic import PREDICTED
 
 from retro_engine.bench.checkout import ROOT, load
 
@@ -59,6 +60,19 @@ def test_a_part_fits_ten_minutes_and_the_command_is_refused_without_a_folder(
     for arguments in ([], ["out", "3"], ["out", "1", "2"]):
         assert gpu_check.main(arguments) == 2
         assert "gpu_check.sh results-gpu 1" in capsys.readouterr().err
+
+
+def test_the_page_has_what_is_predicted() -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert len(PREDICTED) == 10
+    for case, share in PREDICTED.items():
+        size = case.replace(" fwd+bwd", "").replace(" fwd", "").split()[-1]
+        row = next(
+            line
+            for line in page.splitlines()
+            if line.startswith("|") and size in line and case[:4].lower() in line.lower()
+        )
+        assert f"| .{round(100 * share)} |" in row, f"{case}: {share}"
 
 
 def test_what_it_measures_with_needs_torch_alone(tmp_path: Path) -> None:
