@@ -70,8 +70,8 @@ results: setup
 
 # The kernels without a GPU: interpreted, compiled for four generations, and under AddressSanitizer.
 gates: setup
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/gates/test_interpreter.py
-	$(BIN)/pytest -n 2 tests/gates --ignore tests/gates/test_interpreter.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/gates/test_interpreter.py tests/gates/test_traffic.py
+	$(BIN)/pytest -n 2 tests/gates --ignore tests/gates/test_interpreter.py --ignore tests/gates/test_traffic.py
 
 # Slow: the same tests with thousands of damaged files, documents and kills; every power loss and failing call of
 # docs/reliability.md, counted. RETRO_SEED draws others.

@@ -3,8 +3,9 @@
 One problem is (batch b, chunk u, key/value head g): its queries are G heads of `num_queries` tokens
 u * query_step + query_first + i, its keys the valid tokens of K segments of R. Padding is never loaded; no valid key
 gives output 0 and log-sum-exp +inf, from which the backward pass gets exact zeros without a branch. Softmax in exp2,
-accumulation in fp32. The backward kernel is one launch without atomics: some programs own a tile of queries (dQ), the
-others a tile of keys (dK, dV), each walks the other side, so that every run gives the same bits.
+accumulation in fp32. The backward pass is one launch without atomics, so that every run gives the same bits: a program owns a
+whole problem where its registers hold dQ (`is_whole`); else some own a tile of queries (dQ), the others a tile of keys
+(dK, dV), and each walks the other side.
 Queries and keys are held as the two halves that RoPE turns into each other: feature pairs (e, e + P) for the P rotated
 ones, then pairs of the rest, whose angle is 0. Letters: H = half the head width, E its power of two, B tiles.
 """
@@ -30,10 +31,13 @@ def _pair(half, P: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _angles(COS, SIN, position, mask, half, P: tl.constexpr):
-    """cos and sin [rows, pairs] at `position`; 1 and 0 for pairs that are not rotated."""
+    """cos and sin [rows, pairs] at `position`; 1 and 0 for pairs that are not rotated. Every program reads the same tables,
+    so they go through L1, which the copies of q, k and v into shared memory pass by (.ca and .cg in the machine code).
+    """
     rotates = mask[:, None] & (half < P)[None, :]
     at = position[:, None] * P + half[None, :]
-    return tl.load(COS + at, mask=rotates, other=1.0), tl.load(SIN + at, mask=rotates, other=0.0)
+    cos = tl.load(COS + at, mask=rotates, other=1.0, cache_modifier=".ca")
+    return cos, tl.load(SIN + at, mask=rotates, other=0.0, cache_modifier=".ca")
 
 
 @triton.jit
@@ -65,6 +69,20 @@ def _store_rotated_back(X, rows, mask, a, b, COS, SIN, position, half, P: tl.con
 
 
 @triton.jit
+def _apart(x, WIDE: tl.constexpr):
+    """Numbers of rows that a stride is to multiply: 64 bits only where a problem's own rows lie so far apart."""
+    if WIDE:
+        x = x.to(tl.int64)
+    return x
+
+
+@triton.jit
+def _rows(i, first, head, g, b, x_b, x_n, x_h, G: tl.constexpr, WIDE: tl.constexpr):
+    """Where a tile of queries lies in q, o or their gradients: a place of the problem, 64 bits, and rows from there."""
+    return b * x_b + first.to(tl.int64) * x_n + g * G * x_h, _apart(i, WIDE) * x_n + (head - g * G) * x_h
+
+
+@triton.jit
 def _queries(tile, u, g, N, num_queries, query_step, query_first, G: tl.constexpr, BM: tl.constexpr):
     """Rows of a tile of queries: number within the problem, token, head, whether it exists."""
     row = tile * BM + tl.arange(0, BM)
@@ -74,9 +92,15 @@ def _queries(tile, u, g, N, num_queries, query_step, query_first, G: tl.constexp
 
 
 @triton.jit
-def _seen(i, key, low, end, begin, R, num_queries, CAUSAL: tl.constexpr):
-    """Whether each query (rows) sees each key (columns)."""
-    sees = (key[None, :] >= tl.maximum(low, begin)[:, None]) & (key[None, :] < end)
+def _seen(
+    i, key, low, end, begin, R, num_queries, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_FIRST: tl.constexpr
+):  # fmt: skip
+    """Whether each query (rows) sees each key (columns); one row for all queries where they see the same."""
+    sees = (key < end)[None, :]
+    if HAS_FIRST:
+        sees = sees & (key[None, :] >= tl.maximum(low, begin)[:, None])
+    elif HAS_BEGINS:
+        sees = sees & (key >= begin)[None, :]
     if CAUSAL:
         sees = sees & (key[None, :] <= (i + R - num_queries)[:, None])
     return sees
@@ -94,12 +118,13 @@ def _range(BEGINS, ENDS, at, R, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr
 
 @triton.jit
 def _load_queries(
-    Q, FIRST, COS, SIN, b, i, token, head, exists, q_b, q_n, q_h, N, query_offset, query_period, half,
-    P: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
+    Q, FIRST, COS, SIN, b, g, first, i, token, head, exists, q_b, q_n, q_h, N, query_offset, query_period, half,
+    P: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr,
+    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A tile's queries, rotated, and the first key that each sees."""
-    rows = b * q_b + token.to(tl.int64) * q_n + head * q_h
-    q1, q2 = _load_rotated(Q, rows, exists, COS, SIN, query_offset + i % query_period, half, P, HALF, UPCAST)
+    place, rows = _rows(i, first, head, g, b, q_b, q_n, q_h, G, WIDE)
+    q1, q2 = _load_rotated(Q + place, rows, exists, COS, SIN, query_offset + i % query_period, half, P, HALF, UPCAST)
     low = tl.zeros([BM], tl.int32)
     if HAS_FIRST:
         low = tl.load(FIRST + b * N + token, mask=exists, other=0).to(tl.int32)
@@ -124,9 +149,9 @@ def _seen_range(begin, end, i, low, exists, R, num_queries, CAUSAL: tl.constexpr
 
 
 @triton.jit
-def _place(b, u, j, key, g, s_b, s_l, s_j, s_s, s_h):
-    """Where each key of a tile lies in k, v or their gradients."""
-    return b * s_b + u.to(tl.int64) * s_l + j * s_j + key.to(tl.int64) * s_s + g * s_h
+def _place(b, u, j, g, s_b, s_l, s_j, s_h):
+    """Where a segment's keys begin in k, v or their gradients."""
+    return b * s_b + u.to(tl.int64) * s_l + j * s_j + g * s_h
 
 
 @triton.jit
@@ -167,14 +192,15 @@ def _attention_forward(
     N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period, query_tiles,
     NUM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, EH: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr,
-    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     tile, g, pair = tl.program_id(0) % query_tiles, tl.program_id(1), tl.program_id(0) // query_tiles
     b, u = (pair // L).to(tl.int64), pair % L
     half, e = tl.arange(0, EH), tl.arange(0, E)
+    first = u * query_step + query_first
     i, token, head, exists = _queries(tile, u, g, N, num_queries, query_step, query_first, G, BM)
-    q1, q2, low = _load_queries(Q, FIRST, COS, SIN, b, i, token, head, exists, q_b, q_n, q_h, N, query_offset,
-                                query_period, half, P, HALF, BM, HAS_FIRST, UPCAST)  # fmt: skip
+    q1, q2, low = _load_queries(Q, FIRST, COS, SIN, b, g, first, i, token, head, exists, q_b, q_n, q_h, N, query_offset,
+                                query_period, half, P, HALF, BM, G, WIDE, HAS_FIRST, UPCAST)  # fmt: skip
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, E], tl.float32)
@@ -184,9 +210,11 @@ def _attention_forward(
         for s0 in range(start // BN * BN, end, BN):
             key = s0 + tl.arange(0, BN)
             inside = (key >= begin) & (key < end)
-            at = _place(b, u, j, key, g, k_b, k_l, k_j, k_s, k_h)
-            k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
-            sees = _seen(i, key, low, end, begin, R, num_queries, CAUSAL)
+            at = _apart(key, WIDE) * k_s
+            k1, k2 = _load_rotated(
+                K + _place(b, u, j, g, k_b, k_l, k_j, k_h), at, inside, COS, SIN, key, half, P, HALF, UPCAST
+            )
+            sees = _seen(i, key, low, end, begin, R, num_queries, CAUSAL, HAS_BEGINS, HAS_FIRST)
             score = tl.where(sees, _scores(q1, q2, k1, k2) * scale_log2, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(score, 1))
             base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # no key so far: all weights 0
@@ -195,25 +223,33 @@ def _attention_forward(
             total = total * factor + tl.sum(weight, 1)
             if DROPS:
                 weight *= _kept(SEED, _hash_queries(SEED, b, head, token), j * R + key, drop_below, scale_keep)
-            at = _place(b, u, j, key, g, v_b, v_l, v_j, v_s, v_h)
-            value = _load_values(V, at, inside, e, HALF, UPCAST)
+            at = _apart(key, WIDE) * v_s
+            value = _load_values(V + _place(b, u, j, g, v_b, v_l, v_j, v_h), at, inside, e, HALF, UPCAST)
             out = tl.dot(weight.to(value.dtype), value, out * factor[:, None], input_precision="ieee")
             peak = new_peak
     attends = total != 0  # NaN stays NaN
     out = out / tl.where(attends, total, 1.0)[:, None]
-    rows = b * o_b + token.to(tl.int64) * o_n + head * o_h
-    tl.store(O + rows[:, None] + e[None, :], out.to(O.dtype.element_ty), mask=exists[:, None] & (e < 2 * HALF)[None, :])
+    place, rows = _rows(i, first, head, g, b, o_b, o_n, o_h, G, WIDE)
+    tl.store(
+        O + place + rows[:, None] + e[None, :],
+        out.to(O.dtype.element_ty),
+        mask=exists[:, None] & (e < 2 * HALF)[None, :],
+    )
     lse = tl.where(attends, peak + tl.log2(tl.where(attends, total, 1.0)), float("inf"))
     tl.store(LSE + (b * HEADS + head) * N + token, lse, mask=exists)
 
 
 @triton.jit
-def _load_gradient(O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+def _load_gradient(
+    O, DO, LSE, b, g, first, i, token, head, exists, o_b, o_n, o_h, N, HEADS, e,
+    HALF: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """grad_o [rows, E], delta = sum o grad_o and the log-sum-exp of a tile of queries."""
-    at = (b * o_b + token.to(tl.int64) * o_n + head * o_h)[:, None] + e[None, :]
+    place, rows = _rows(i, first, head, g, b, o_b, o_n, o_h, G, WIDE)
+    at = rows[:, None] + e[None, :]
     inside = exists[:, None] & (e < 2 * HALF)[None, :]
-    grad = tl.load(DO + at, mask=inside, other=0.0)
-    delta = tl.sum(grad.to(tl.float32) * tl.load(O + at, mask=inside, other=0.0).to(tl.float32), 1)
+    grad = tl.load(DO + place + at, mask=inside, other=0.0)
+    delta = tl.sum(grad.to(tl.float32) * tl.load(O + place + at, mask=inside, other=0.0).to(tl.float32), 1)
     if UPCAST:
         grad = grad.to(tl.float32)
     return grad, delta, tl.load(LSE + (b * HEADS + head) * N + token, mask=exists, other=float("inf"))
@@ -226,13 +262,16 @@ def _query_gradient(
     query_step, query_first, query_offset, query_period, tile, b, u, g, half, e,
     NUM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, EH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr,
-    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries."""
+    first = u * query_step + query_first
     i, token, head, exists = _queries(tile, u, g, N, num_queries, query_step, query_first, G, BM)
-    q1, q2, low = _load_queries(Q, FIRST, COS, SIN, b, i, token, head, exists, q_b, q_n, q_h, N, query_offset,
-                                query_period, half, P, HALF, BM, HAS_FIRST, UPCAST)  # fmt: skip
-    grad, delta, lse = _load_gradient(O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, UPCAST)
+    q1, q2, low = _load_queries(Q, FIRST, COS, SIN, b, g, first, i, token, head, exists, q_b, q_n, q_h, N, query_offset,
+                                query_period, half, P, HALF, BM, G, WIDE, HAS_FIRST, UPCAST)  # fmt: skip
+    grad, delta, lse = _load_gradient(
+        O, DO, LSE, b, g, first, i, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, G, WIDE, UPCAST
+    )
     dq1 = tl.zeros([BM, EH], tl.float32)
     dq2 = tl.zeros([BM, EH], tl.float32)
     for j in range(NUM):
@@ -241,21 +280,23 @@ def _query_gradient(
         for s0 in range(start // BN * BN, end, BN):
             key = s0 + tl.arange(0, BN)
             inside = (key >= begin) & (key < end)
-            at = _place(b, u, j, key, g, k_b, k_l, k_j, k_s, k_h)
-            k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
-            sees = _seen(i, key, low, end, begin, R, num_queries, CAUSAL)
+            at = _apart(key, WIDE) * k_s
+            k1, k2 = _load_rotated(
+                K + _place(b, u, j, g, k_b, k_l, k_j, k_h), at, inside, COS, SIN, key, half, P, HALF, UPCAST
+            )
+            sees = _seen(i, key, low, end, begin, R, num_queries, CAUSAL, HAS_BEGINS, HAS_FIRST)
             score = tl.where(sees, _scores(q1, q2, k1, k2) * scale_log2, float("-inf"))
             weight = tl.exp2(score - lse[:, None])
-            at = _place(b, u, j, key, g, v_b, v_l, v_j, v_s, v_h)
-            value = _load_values(V, at, inside, e, HALF, UPCAST)
+            at = _apart(key, WIDE) * v_s
+            value = _load_values(V + _place(b, u, j, g, v_b, v_l, v_j, v_h), at, inside, e, HALF, UPCAST)
             slope = tl.dot(grad, tl.trans(value), input_precision="ieee")
             if DROPS:
                 slope *= _kept(SEED, _hash_queries(SEED, b, head, token), j * R + key, drop_below, scale_keep)
             slope = (weight * (slope - delta[:, None]) * scale).to(k1.dtype)
             dq1 = tl.dot(slope, k1, dq1, input_precision="ieee")
             dq2 = tl.dot(slope, k2, dq2, input_precision="ieee")
-    rows = b * o_b + token.to(tl.int64) * o_n + head * o_h  # grad_q is laid out as o
-    _store_rotated_back(DQ, rows, exists, dq1, dq2, COS, SIN, query_offset + i % query_period, half, P, HALF)
+    place, rows = _rows(i, first, head, g, b, o_b, o_n, o_h, G, WIDE)  # grad_q is laid out as o
+    _store_rotated_back(DQ + place, rows, exists, dq1, dq2, COS, SIN, query_offset + i % query_period, half, P, HALF)
 
 
 @triton.jit
@@ -265,31 +306,33 @@ def _key_gradients(
     N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period, query_tiles, j, lowest, b, u, g,
     half, e, NUM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, EH: tl.constexpr,
     E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr,
-    HAS_ENDS: tl.constexpr, HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr,
+    HAS_ENDS: tl.constexpr, HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of the tile of keys that begins at `lowest` of segment j."""
     key = lowest + tl.arange(0, BN)
     begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
     inside = (key < end) & (key >= begin)
-    at = _place(b, u, j, key, g, k_b, k_l, k_j, k_s, k_h)
-    k1, k2 = _load_rotated(K, at, inside, COS, SIN, key, half, P, HALF, UPCAST)
-    value = _load_values(V, _place(b, u, j, key, g, v_b, v_l, v_j, v_s, v_h), inside, e, HALF, UPCAST)
+    at = _apart(key, WIDE) * k_s
+    k1, k2 = _load_rotated(K + _place(b, u, j, g, k_b, k_l, k_j, k_h), at, inside, COS, SIN, key, half, P, HALF, UPCAST)
+    at = _apart(key, WIDE) * v_s
+    value = _load_values(V + _place(b, u, j, g, v_b, v_l, v_j, v_h), at, inside, e, HALF, UPCAST)
     dk1 = tl.zeros([BN, EH], tl.float32)
     dk2 = tl.zeros([BN, EH], tl.float32)
     dv = tl.zeros([BN, E], tl.float32)
     stop = tl.where((lowest < end) & (lowest + BN > begin), query_tiles, 0)  # a tile of padding: zeros
     for tile in range(0, stop):
+        first = u * query_step + query_first
         i, token, head, exists = _queries(tile, u, g, N, num_queries, query_step, query_first, G, BM)
         is_needed = True
         if CAUSAL:
             is_needed = tl.max(tl.where(exists, i, -1), 0) + R - num_queries >= lowest
         if is_needed:
-            q1, q2, low = _load_queries(Q, FIRST, COS, SIN, b, i, token, head, exists, q_b, q_n, q_h, N, query_offset,
-                                        query_period, half, P, HALF, BM, HAS_FIRST, UPCAST)  # fmt: skip
+            q1, q2, low = _load_queries(Q, FIRST, COS, SIN, b, g, first, i, token, head, exists, q_b, q_n, q_h, N, query_offset,
+                                        query_period, half, P, HALF, BM, G, WIDE, HAS_FIRST, UPCAST)  # fmt: skip
             grad, delta, lse = _load_gradient(
-                O, DO, LSE, b, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, UPCAST
+                O, DO, LSE, b, g, first, i, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, G, WIDE, UPCAST
             )
-            sees = tl.trans(_seen(i, key, low, end, begin, R, num_queries, CAUSAL))
+            sees = tl.trans(_seen(i, key, low, end, begin, R, num_queries, CAUSAL, HAS_BEGINS, HAS_FIRST))
             score = tl.where(sees, _scores(k1, k2, q1, q2) * scale_log2, float("-inf"))
             weight = tl.exp2(score - lse[None, :])
             slope = tl.dot(value, tl.trans(grad), input_precision="ieee")
@@ -303,10 +346,10 @@ def _key_gradients(
             slope = (weight * (slope - delta[None, :]) * scale).to(q1.dtype)
             dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
             dk2 = tl.dot(slope, q2, dk2, input_precision="ieee")
-    at = _place(b, u, j, key, g, g_b, g_l, g_j, g_s, g_h)
+    place, at = _place(b, u, j, g, g_b, g_l, g_j, g_h), _apart(key, WIDE) * g_s
     is_value = (key < R)[:, None] & (e < 2 * HALF)[None, :]
-    tl.store(DV + at[:, None] + e[None, :], dv.to(DV.dtype.element_ty), mask=is_value)
-    _store_rotated_back(DK, at, key < R, dk1, dk2, COS, SIN, key, half, P, HALF)
+    tl.store(DV + place + at[:, None] + e[None, :], dv.to(DV.dtype.element_ty), mask=is_value)
+    _store_rotated_back(DK + place, at, key < R, dk1, dk2, COS, SIN, key, half, P, HALF)
 
 
 @triton.jit
@@ -316,7 +359,7 @@ def _attention_backward(
     N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period, query_tiles, segment_tiles,
     NUM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, EH: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr,
-    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     programs = query_tiles + NUM * segment_tiles  # of one (b, u, g)
     program, g, pair = tl.program_id(0) % programs, tl.program_id(1), tl.program_id(0) // programs
@@ -327,7 +370,7 @@ def _attention_backward(
             Q, K, V, O, DO, LSE, DQ, BEGINS, ENDS, FIRST, COS, SIN, SEED, drop_below, scale_keep, scale_log2, scale,
             q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h, N, L, HEADS, R, num_queries,
             query_step, query_first, query_offset, query_period, program, b, u, g, half, e,
-            NUM, G, P, HALF, EH, BM, BN, CAUSAL, HAS_BEGINS, HAS_ENDS, HAS_FIRST, UPCAST, DROPS,
+            NUM, G, P, HALF, EH, BM, BN, CAUSAL, HAS_BEGINS, HAS_ENDS, HAS_FIRST, UPCAST, DROPS, WIDE,
         )  # fmt: skip
     else:
         j, lowest = (program - query_tiles) // segment_tiles, (program - query_tiles) % segment_tiles * BN
@@ -336,35 +379,145 @@ def _attention_backward(
             q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h, g_b, g_l, g_j, g_s, g_h,
             N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period, query_tiles, j, lowest,
             b, u, g, half, e,
-            NUM, G, P, HALF, EH, E, BM, BN, CAUSAL, HAS_BEGINS, HAS_ENDS, HAS_FIRST, UPCAST, DROPS,
+            NUM, G, P, HALF, EH, E, BM, BN, CAUSAL, HAS_BEGINS, HAS_ENDS, HAS_FIRST, UPCAST, DROPS, WIDE,
         )  # fmt: skip
 
 
-def tile_of(capability: int, head_width: int, rows: int, is_fp32: bool, is_backward: bool) -> dict[str, int]:
+@triton.jit
+def _valid_tile(
+    item, BEGINS, ENDS, at, R, NUM: tl.constexpr, BN: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr
+):  # fmt: skip
+    """Of the item-th tile that holds valid keys: segment, first key, the segment's range; and how many such tiles there are."""
+    its, lowest, its_begin, its_end, past = 0, 0, 0, 0, 0
+    for j in tl.static_range(NUM):
+        begin, end = _range(BEGINS, ENDS, at + j, R, HAS_BEGINS, HAS_ENDS)
+        tiles = tl.where(end > begin, (end + BN - 1) // BN - begin // BN, 0)
+        is_its = (item >= past) & (item < past + tiles)
+        its = tl.where(is_its, j, its)
+        lowest = tl.where(is_its, (begin // BN + item - past) * BN, lowest)
+        its_begin, its_end = tl.where(is_its, begin, its_begin), tl.where(is_its, end, its_end)
+        past += tiles
+    return its, lowest, its_begin, its_end, past
+
+
+@triton.jit
+def _store_zeros(
+    DK, DV, BEGINS, ENDS, b, u, g, L, R, g_b, g_l, g_j, g_s, g_h, segment_tiles, e,
+    NUM: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of tiles that are padding throughout, which no product has written."""
+    for item in range(0, NUM * segment_tiles):
+        j, s0 = item // segment_tiles, item % segment_tiles * BN
+        begin, end = _range(BEGINS, ENDS, (b * L + u) * NUM + j, R, HAS_BEGINS, HAS_ENDS)
+        if (end <= begin) | (s0 >= end) | (s0 + BN <= begin):
+            key = s0 + tl.arange(0, BN)
+            at = (_apart(key, WIDE) * g_s)[:, None] + e[None, :]
+            place = _place(b, u, j, g, g_b, g_l, g_j, g_h)
+            nothing = tl.zeros([BN, e.shape[0]], DK.dtype.element_ty)
+            mask = (key < R)[:, None] & (e < 2 * HALF)[None, :]
+            tl.store(DK + place + at, nothing, mask=mask)
+            tl.store(DV + place + at, nothing, mask=mask)
+
+
+@triton.jit
+def _attention_backward_whole(
+    Q, K, V, O, DO, LSE, DQ, DK, DV, BEGINS, ENDS, FIRST, COS, SIN, SEED, drop_below, scale_keep, scale_log2, scale,
+    q_b, q_n, q_h, k_b, k_l, k_j, k_s, k_h, v_b, v_l, v_j, v_s, v_h, o_b, o_n, o_h, g_b, g_l, g_j, g_s, g_h,
+    N, L, HEADS, R, num_queries, query_step, query_first, query_offset, query_period, query_tiles, segment_tiles,
+    NUM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, EH: tl.constexpr, E: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_BEGINS: tl.constexpr, HAS_ENDS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, DROPS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a problem whose queries are one tile: everything is read once and written once, dQ in registers."""
+    g, pair = tl.program_id(1), tl.program_id(0)
+    b, u = (pair // L).to(tl.int64), pair % L
+    half, e = tl.arange(0, EH), tl.arange(0, E)
+    first = u * query_step + query_first
+    i, token, head, exists = _queries(0, u, g, N, num_queries, query_step, query_first, G, BM)
+    q1, q2, low = _load_queries(Q, FIRST, COS, SIN, b, g, first, i, token, head, exists, q_b, q_n, q_h, N, query_offset,
+                                query_period, half, P, HALF, BM, G, WIDE, HAS_FIRST, UPCAST)  # fmt: skip
+    grad, delta, lse = _load_gradient(
+        O, DO, LSE, b, g, first, i, token, head, exists, o_b, o_n, o_h, N, HEADS, e, HALF, G, WIDE, UPCAST
+    )
+    dq1 = tl.zeros([BM, EH], tl.float32)
+    dq2 = tl.zeros([BM, EH], tl.float32)
+    at_lengths = (b * L + u) * NUM
+    _, _, _, _, tiles = _valid_tile(-1, BEGINS, ENDS, at_lengths, R, NUM, BN, HAS_BEGINS, HAS_ENDS)
+    for item in range(0, tiles):  # one loop over all segments, so that loads run ahead from one into the next
+        j, s0, begin, end, _ = _valid_tile(item, BEGINS, ENDS, at_lengths, R, NUM, BN, HAS_BEGINS, HAS_ENDS)
+        key = s0 + tl.arange(0, BN)
+        inside = (key >= begin) & (key < end)
+        at = _apart(key, WIDE) * k_s
+        k1, k2 = _load_rotated(
+            K + _place(b, u, j, g, k_b, k_l, k_j, k_h), at, inside, COS, SIN, key, half, P, HALF, UPCAST
+        )
+        at = _apart(key, WIDE) * v_s
+        value = _load_values(V + _place(b, u, j, g, v_b, v_l, v_j, v_h), at, inside, e, HALF, UPCAST)
+        sees = tl.trans(_seen(i, key, low, end, begin, R, num_queries, CAUSAL, HAS_BEGINS, HAS_FIRST))
+        score = tl.where(sees, _scores(k1, k2, q1, q2) * scale_log2, float("-inf"))
+        weight = tl.exp2(score - lse[None, :])
+        slope = tl.dot(value, tl.trans(grad), input_precision="ieee")
+        share = weight
+        if DROPS:
+            hashes = _hash_queries(SEED, b, head, token)
+            kept = tl.trans(_kept(SEED, hashes, j * R + key, drop_below, scale_keep))
+            share = weight * kept
+            slope *= kept
+        dv = tl.dot(share.to(grad.dtype), grad, input_precision="ieee")
+        place, at = _place(b, u, j, g, g_b, g_l, g_j, g_h), _apart(key, WIDE) * g_s
+        is_value = (key < R)[:, None] & (e < 2 * HALF)[None, :]
+        tl.store(
+            DV + place + at[:, None] + e[None, :], dv.to(DV.dtype.element_ty), mask=is_value
+        )  # frees its registers
+        slope = (weight * (slope - delta[None, :]) * scale).to(q1.dtype)
+        dk1 = tl.dot(slope, q1, input_precision="ieee")
+        dk2 = tl.dot(slope, q2, input_precision="ieee")
+        _store_rotated_back(DK + place, at, key < R, dk1, dk2, COS, SIN, key, half, P, HALF)
+        dq1 = tl.dot(tl.trans(slope), k1, dq1, input_precision="ieee")
+        dq2 = tl.dot(tl.trans(slope), k2, dq2, input_precision="ieee")
+    _store_zeros(DK, DV, BEGINS, ENDS, b, u, g, L, R, g_b, g_l, g_j, g_s, g_h, segment_tiles, e,
+                 NUM, HALF, BN, HAS_BEGINS, HAS_ENDS, WIDE)  # fmt: skip
+    place, rows = _rows(i, first, head, g, b, o_b, o_n, o_h, G, WIDE)  # grad_q is laid out as o
+    _store_rotated_back(DQ + place, rows, exists, dq1, dq2, COS, SIN, query_offset + i % query_period, half, P, HALF)
+
+
+def is_whole(capability: int, head_width: int, rows: int, is_fp32: bool, is_causal: bool) -> bool:
+    """Whether one program computes all gradients of a problem: where its registers hold dQ beside a tile of keys.
+
+    Without wgmma the queries would be in registers too, in several layouts, and spill; so they would with wider heads.
+    """
+    has_wgmma = 90 <= capability < 120
+    return has_wgmma and head_width <= 64 and rows <= 64 and not is_fp32 and not is_causal
+
+
+def tile_of(
+    capability: int, head_width: int, rows: int, is_fp32: bool, is_causal: bool, is_backward: bool
+) -> dict[str, int]:
     """Query rows and keys of a tile, warps and stages: a static table, no tuning at run time.
 
     `capability` is 10 x major + minor; `rows` the queries times heads of a problem. tests/gates compiles the entries
-    and reads registers, spills and shared memory: backward fits wgmma's layout in 192 registers, mma.sync's only in
-    smaller tiles.
+    and reads registers, spills and shared memory: two CTAs of a multiprocessor or two stages, and no spills in half precision.
     """
     has_wgmma = 90 <= capability < 120  # or tcgen05; 12x are consumer parts without either
+    stages = 2
     if is_backward:
         if is_fp32:
-            tile = (32, 32, 8) if head_width <= 64 else (16, 16, 4)
+            tile, stages = (32, 32, 8) if head_width <= 64 else (16, 16, 4), 1
+        elif is_whole(capability, head_width, rows, is_fp32, is_causal):
+            # Two programs a multiprocessor; on 10.0 the sums are in tensor memory, and four warps spill.
+            tile = (64, 64, 4) if capability < 100 else (64, 64, 8)
         elif head_width <= 64:
             tile = (64, 64, 8) if has_wgmma else (32, 16, 4)
-        elif head_width <= 128:
-            tile = (64, 32, 8) if has_wgmma else (32, 32, 8)
         else:
-            tile = (32, 32, 8)
-        stages = 1
+            tile, stages = (32, 32, 8), 2 if head_width <= 128 else 1
+    elif is_fp32 or head_width > 128:
+        tile, stages = (32, 32, 8 if is_fp32 and head_width > 64 else 4), 1
     else:
-        if is_fp32 or head_width > 128:
-            tile, stages = (32, 32, 8 if is_fp32 and head_width > 64 else 4), 1
-        else:
-            tile = (64, 64, 4) if head_width <= 64 else (64, 64, 8)
-            stages = 3 if capability in (80, 87) or has_wgmma else 2  # the others have 99 KiB of shared memory
-    BM = max(16, min(tile[0], triton.next_power_of_2(rows)))
+        tile = (64, 64, 4) if head_width <= 64 else (64, 64, 8)
+        stages = 3 if capability in (80, 87) or has_wgmma else 2  # the others have 99 KiB of shared memory
+    is_one_tile = is_backward and is_whole(capability, head_width, rows, is_fp32, is_causal)  # smaller ones spill
+    BM = tile[0] if is_one_tile else max(16, min(tile[0], triton.next_power_of_2(rows)))
     return {"BM": BM, "BN": tile[1], "num_warps": tile[2], "num_stages": stages}
 
 
@@ -377,6 +530,7 @@ def constants(
     flags: tuple[bool, bool, bool],
     upcast: bool,
     drops: bool = False,
+    is_wide: bool = False,
 ) -> dict[str, Any]:
     """The kernels' constexpr arguments beside the tile: `flags` = key_begins, key_ends, first_keys are given."""
     half = head_width // 2
@@ -392,11 +546,24 @@ def constants(
         **dict(zip(names, flags)),
         "UPCAST": upcast,
         "DROPS": drops,
+        "WIDE": is_wide,
     }
 
 
+def _is_wide(*tensors: Tensor) -> bool:
+    """Whether rows of one problem (the tokens of q, o; the keys of a segment) lie 2^31 values apart."""
+    return any(x.shape[-3] * abs(x.stride(-3)) >= 2**31 for x in tensors)
+
+
+def _which(q: Tensor, k: Tensor, problem: Any) -> tuple[int, int, int, bool, bool]:
+    """What tile_of chooses by: capability (where this is interpreted that of an H100), head width, rows, fp32, causal."""
+    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    rows = (problem.chunk_length or q.shape[1]) * (q.shape[2] // k.shape[4])
+    return 10 * major + minor, q.shape[3], rows, q.dtype == torch.float32, problem.is_causal
+
+
 def _launch_arguments(
-    q: Tensor, k: Tensor, problem: Any, is_backward: bool
+    q: Tensor, k: Tensor, v: Tensor, problem: Any, is_backward: bool
 ) -> tuple[dict[str, Any], tuple[int, ...], tuple[int, int], int]:
     """constexprs and options, the scalar sizes, (query tiles, segment tiles) and the number of (b, u) pairs."""
     B, N, H, E = q.shape
@@ -404,14 +571,10 @@ def _launch_arguments(
     M, num_queries = problem.chunk_length, problem.chunk_length or N
     flags = (problem.begins is not None, problem.lengths is not None, problem.first_keys is not None)
     rotated = 0 if problem.cos is None else problem.cos.shape[1]
-    is_interpreted = not q.is_cuda
-    capability = 80
-    if not is_interpreted:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        capability = 10 * major + minor
-    tile = tile_of(capability, E, num_queries * (H // G), q.dtype == torch.float32, is_backward)
-    upcast = is_interpreted and q.dtype == torch.bfloat16
-    options = constants(E, rotated, K, H // G, problem.is_causal, flags, upcast, problem.dropout > 0) | tile
+    tile = tile_of(*_which(q, k, problem), is_backward)
+    upcast = not q.is_cuda and q.dtype == torch.bfloat16  # interpreted
+    drops, is_wide = problem.dropout > 0, _is_wide(q, k, v)
+    options = constants(E, rotated, K, H // G, problem.is_causal, flags, upcast, drops, is_wide) | tile
     sizes = (N, L, H, R, num_queries, M, max(0, M - 1), problem.query_offset, problem.query_period or num_queries)
     tiles = (-(-num_queries * (H // G) // tile["BM"]), -(-R // tile["BN"]))
     return options, sizes, tiles, B * L
@@ -425,13 +588,19 @@ def _data(problem: Any, like: Tensor) -> tuple[Any, ...]:
     return *tensors, drop_below(problem.dropout), 1 / (1 - problem.dropout)
 
 
+def _unwritten(like: Tensor) -> Tensor:
+    """Of the same shape and type, side by side."""
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: Any) -> tuple[Tensor, Tensor]:
     """As `cpp.attention_forward`."""
-    o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), math.inf, device=q.device)
+    o, lse = _unwritten(q), torch.empty((q.shape[0], q.shape[2], q.shape[1]), device=q.device)
     if not o.numel() or not k.numel():
-        return o, lse
-    options, sizes, (query_tiles, _), pairs = _launch_arguments(q, k, problem, False)
+        return o.zero_(), lse.fill_(math.inf)
+    unattended = max(0, problem.chunk_length - 1)  # the tokens before the first that attends: all others are written
+    o[:, :unattended], lse[:, :, :unattended] = 0, math.inf
+    options, sizes, (query_tiles, _), pairs = _launch_arguments(q, k, v, problem, False)
     strides = (*q.stride()[:3], *k.stride()[:5], *v.stride()[:5], *o.stride()[:3])
     with torch.cuda.device_of(q):
         _attention_forward[(query_tiles * pairs, k.shape[4])](
@@ -445,14 +614,17 @@ def attention_backward(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, problem: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cpp.attention_backward`."""
-    grad_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    grad_k, grad_v = (torch.zeros(k.shape, dtype=k.dtype, device=q.device) for _ in range(2))
+    gradients = grad_q, grad_k, grad_v = _unwritten(q), _unwritten(k), _unwritten(v)
     if not o.numel() or not k.numel():
-        return grad_q, grad_k, grad_v
-    options, sizes, (query_tiles, segment_tiles), pairs = _launch_arguments(q, k, problem, True)
+        return tuple(x.zero_() for x in gradients)
+    grad_q[:, : max(0, problem.chunk_length - 1)] = 0
+    options, sizes, (query_tiles, segment_tiles), pairs = _launch_arguments(q, k, v, problem, True)
     strides = (*q.stride()[:3], *k.stride()[:5], *v.stride()[:5], *o.stride()[:3], *grad_k.stride()[:5])
+    kernel, programs = _attention_backward, query_tiles + k.shape[2] * segment_tiles
+    if is_whole(*_which(q, k, problem)):
+        kernel, programs = _attention_backward_whole, 1
     with torch.cuda.device_of(q):
-        _attention_backward[((query_tiles + k.shape[2] * segment_tiles) * pairs, k.shape[4])](
+        kernel[(programs * pairs, k.shape[4])](
             *(q, k, v, o, grad_o.contiguous(), lse, grad_q, grad_k, grad_v, *_data(problem, lse)),
             *(problem.scale * math.log2(math.e), problem.scale, *strides, *sizes, query_tiles, segment_tiles),
             **options,

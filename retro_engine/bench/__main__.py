@@ -51,7 +51,7 @@ TAKEN_BY = {  # what an option is for; with others it is refused
     "dtype": ["kernels"],
     "compile": ["kernels"],
     "weights": ["rivals"],
-    "parts": ["rivals", "reader"],
+    "parts": ["kernels", "rivals", "reader"],
     "requests": ["service"],
 }
 MIN_REQUESTS = 100  # fewer say nothing of memory

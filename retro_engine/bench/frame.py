@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retro_engine.bench.machine import synchronize
+from retro_engine.bench import gpu_time
 
 CPU = torch.device("cpu")
 Work = Callable[[], Any]
@@ -117,14 +117,16 @@ def compared(case: str, times: dict[str, Spread], ours: Collection[str] = ("ours
 def time_in_turns(
     works: dict[str, Work], device: torch.device = CPU, rounds: int = 9, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Spread]:
-    """Seconds of each by a clock, after a round that is not counted."""
+    """Seconds of each by a clock, after a round that is not counted. On a GPU those of the GPU, of 20 rounds
+    (bench/gpu_time.py).
+    """
+    if device.type == "cuda":
+        return {name: Spread.of(values) for name, values in gpu_time.in_turns(works, gpu_time.Clock(device)).items()}
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
-            synchronize(device)
             start = clock()
             work()
-            synchronize(device)
             if number:
                 times[name].append(clock() - start)
     return {name: Spread.of(values) for name, values in times.items()}
