@@ -13,9 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# With a PATH to nowhere every name that is no builtin comes here; fd 3 gets its words, each ended by NUL, and an empty one behind.
+# With a PATH to nowhere every name that is no builtin comes here; fd 3 gets its words, each ended by NUL, and \\1 behind.
 RECORDING = """set -eo pipefail
-command_not_found_handle() { printf '%s\\0' "$@" '' >&3; }
+command_not_found_handle() { printf '%s\\0' "$@" $'\\1' >&3; }
 cd() { command_not_found_handle cd "$@"; }
 """
 
@@ -57,7 +57,7 @@ def commands(block: Block, place: Path) -> list[list[str]]:
     assert done.returncode == 0 and not done.stderr, f"{block}: {done.stderr.decode()}"
     found: list[list[str]] = [[]]
     for word in words[:-1]:
-        if word:
+        if word != "\1":
             found[-1].append(word)
         else:
             found.append([])

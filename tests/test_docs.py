@@ -15,7 +15,7 @@ from retro_engine.config import Config, flat_keys, load_config, nemo_names
 from retro_engine.errors import RetroError
 
 DOCS = ROOT / "docs"
-OTHERS = {"serve", "git", "cd", "export", "mkdocs"}  # programs of which nothing is held
+OTHERS = {"serve", "git", "cd", "export", "mkdir", "curl", "cat"}  # programs of which nothing is held
 BENCH_FLAGS = {*TAKEN_BY, "out", "threads", "plot"}
 
 
@@ -68,8 +68,10 @@ def check_script(words: list[str]) -> None:
         assert words[2] in known, f"one of {sorted(known)}"
         flags = [word[2:] for word in words if word.startswith("--")]
         assert set(flags) <= BENCH_FLAGS, flags
-    else:
-        assert (ROOT / words[0]).is_file() or words[0] == "-m", "no such file"
+    elif words[0] == "-c":
+        compile(words[1], "-c", "exec")
+    elif not re.match(r"YOUR_", words[0]):
+        assert (ROOT / words[0]).is_file(), "no such file"
 
 
 def check_pip(words: list[str]) -> None:
@@ -87,6 +89,14 @@ def test_the_example_of_the_kernels_page() -> None:
     for parameter in (names["embed"].weight, names["project"].weight):  # type: ignore[attr-defined]
         assert parameter.grad.abs().sum() > 0
     assert "retro_engine" not in code
+
+
+def test_the_layer_of_the_tutorial() -> None:
+    (code,) = [block.text for block in blocks(DOCS / "tutorial-kernels.md", "python")]
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["out"].shape == (2, 48, 64)  # type: ignore[attr-defined]
+    assert all(parameter.grad.norm() > 0 for parameter in names["layer"].parameters())  # type: ignore[attr-defined]
 
 
 def test_links_lead_somewhere() -> None:
