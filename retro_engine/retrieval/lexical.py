@@ -24,6 +24,7 @@ from retro_engine.jit import numba
 from retro_engine.progress import Reporter
 from retro_engine.retrieval import analyzer_loops, bm25
 from retro_engine.retrieval.analyzer import FIRST, Analyzer, code_points, from_json, titled
+from retro_engine.retrieval.bm25_search import search
 from retro_engine.retrieval.executor import Executor, Piece, Stage, Stream, is_finished, remove_shards, run_stage
 from retro_engine.retrieval.left_out import LeftOut
 from retro_engine.retrieval.postings import Postings, do_fit, joined
@@ -56,11 +57,12 @@ class Bm25Index:
             raise StoreError(f"{folder} cannot be read", str(error), f"retro index {store.folder}") from error
         self.num_chunks: int = store.num_rows
         starts = np.array(load["starts"])
+        self._highest = np.float32(load["scores"].max(initial=0))
         holds = (
             self.manifest["chunks"] == self.num_chunks
             and do_fit(terms, starts, load["chunks"], load["scores"], self.num_chunks)
             and np.array_equal(np.diff(starts), load["frequencies"])
-            and 0 <= float(load["scores"].min(initial=0)) <= float(load["scores"].max(initial=0)) < math.inf
+            and 0 <= float(load["scores"].min(initial=0)) <= float(self._highest) < math.inf
         )
         if not holds:
             raise StoreError(f"{folder} contradicts itself", "its arrays do not fit", f"retro index {store.folder}")
@@ -142,7 +144,7 @@ class Bm25Index:
         contents, own = (exclude.contents_N, exclude.own_Q) if exclude is not None else (bm25.NO_CONTENTS,) * 2
         workers = min(numba.get_num_threads(), max(1, len(texts)))
         entries = found.firsts, found.lasts, weights, found.chunks, found.values
-        return bm25.search(terms.ends, *entries, contents, own, self.num_chunks, k, workers)
+        return search(terms.ends, entries, float(self._highest), contents, own, self.num_chunks, k, workers)
 
     def frequencies(self, hashes: np.ndarray) -> np.ndarray:
         """Chunks that hold each term."""

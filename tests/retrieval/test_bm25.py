@@ -4,14 +4,12 @@ from pathlib import Path
 
 import bm25s
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from retro_engine.data.store import Store
 from retro_engine.library.search import lexical
 from retro_engine.library.segments import Delta, View
 from retro_engine.retrieval.analyzer import Analyzer, titled
-from retro_engine.retrieval.bm25 import K1, NO_CONTENTS, B, best, idf, search
+from retro_engine.retrieval.bm25 import K1, B, best, idf
 from retro_engine.retrieval.lexical import Bm25Index, row_titles
 
 
@@ -40,39 +38,3 @@ def test_ties_keep_the_lower_chunk_and_nothing_is_no_result() -> None:
     assert (ids.tolist(), scores.tolist()) == ([2, 4, 6, 1], [3, 3, 2, 1])
     assert best(np.zeros(3, np.float32), 2)[0].tolist() == [-1, -1]
     assert (np.diff(idf(np.arange(1, 100), 99)) < 0).all() and idf(np.array([99]), 99)[0] > 0
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    num_chunks=st.sampled_from([1, 63, 64, 8191, 8192, 8193, 20_000]),
-    sizes=st.lists(st.integers(0, 9000), max_size=6),
-    k=st.integers(1, 70),
-    contents=st.integers(0, 5),
-    seed=st.integers(0, 99),
-)
-def test_windows_find_what_adding_up_everything_finds(
-    num_chunks: int, sizes: list[int], k: int, contents: int, seed: int
-) -> None:
-    """Ids, scores and ties, to the bit: few different scores, so that many chunks have the same."""
-    rng = np.random.default_rng(seed)
-    terms = [np.sort(rng.choice(num_chunks, min(size, num_chunks), False)).astype(np.int32) for size in sizes]
-    chunks = np.concatenate([np.empty(0, np.int32), *terms])
-    scores = rng.choice(np.array([0, 0.1, 0.7, 1.3], np.float32), len(chunks))
-    held = np.array([len(term) for term in terms], np.int64)
-    lasts = np.cumsum(held)
-    firsts = lasts - held
-    weights = rng.choice(np.array([0.3, 1], np.float32), len(terms))
-    chunks.flags.writeable = scores.flags.writeable = False  # as in a file: compiled once for both
-    hidden = rng.integers(-1, contents, num_chunks).astype(np.int32) if contents else NO_CONTENTS
-    ends = np.array([len(terms), len(terms), len(terms)], np.int64)  # the second and third query have no term
-    own = np.array([1, -1, -1], np.int32) if contents else NO_CONTENTS
-    total = np.zeros(num_chunks, np.float32)
-    for first, last, weight in zip(firsts, lasts, weights):
-        total[chunks[first:last]] += weight * scores[first:last]
-    if contents:
-        total[(hidden < 0) | (hidden == 1)] = 0
-    ids, found = search(ends, firsts, lasts, weights, chunks, scores, hidden, own, num_chunks, k, 1)
-    expected = best(total, k)
-    np.testing.assert_array_equal(ids[0], expected[0])
-    np.testing.assert_array_equal(found[0], expected[1])
-    assert (ids[1:] == -1).all() and (found[1:] == 0).all()
