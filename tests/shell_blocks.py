@@ -1,22 +1,26 @@
 """The shell blocks of README and docs, run by bash where every program only writes down what it was given.
 
-A block is ```sh; a comment in the line above it says what a test does with it: `<!-- run -->` (really, by test_tutorials.py),
-`<!-- not run: WHY -->` (README's; every other block there is).
+A block is ```sh; a comment in the line above it says what a test does with it: `<!-- run -->` (really, by test_readme.py or test_tutorials.py),
+`<!-- not run: WHY -->` (the README's other blocks are).
 """
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from retro_engine import cli
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# With a PATH to nowhere every name that is no builtin comes here; fd 3 gets its words, each ended by NUL, and \\1 behind.
+# With a PATH to nowhere every name that is no builtin comes here; fd 3 gets its words, each ended by NUL, and \1 behind.
 RECORDING = """set -eo pipefail
 command_not_found_handle() { printf '%s\\0' "$@" $'\\1' >&3; }
 cd() { command_not_found_handle cd "$@"; }
+mkdir() { /bin/mkdir "$@"; }
 """
 
 
@@ -33,7 +37,7 @@ class Block:
 
 def blocks(page: Path, language: str = "sh") -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    found = re.finditer(rf"(?:^<!-- (.*) -->\n)?^```{language}\n(.*?)^```", text, re.M | re.S)
+    found = re.finditer(rf"(?:^<!-- ([^\n]*) -->\n)?^```{language}\n(.*?)^```", text, re.M | re.S)
     return [Block(page, text.count("\n", 0, m.start(2)) + 1, m[2], m[1] or "") for m in found]
 
 
@@ -62,3 +66,12 @@ def commands(block: Block, place: Path) -> list[list[str]]:
         else:
             found.append([])
     return [command for command in found if command]
+
+
+def run(words: list[str]) -> int:
+    """A command as its program would run it; `retro` in this process, which saves the seconds that torch takes to load."""
+    if words[0] == "retro":
+        return cli.main(words[1:])
+    return subprocess.run(
+        words, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ).returncode

@@ -3,15 +3,11 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import write_corpus
-from shell_blocks import ROOT, blocks, commands
-
-from retro_engine import cli
+from shell_blocks import ROOT, blocks, commands, run
 
 README, COMMANDS = ROOT / "README.md", ROOT / "docs" / "commands.md"
 NOT_RUN = ("make", "git", "cd", "bash")  # what runs these tests, or needs a clone of its own
@@ -30,15 +26,6 @@ SIZES = {  # appended to a command, so that it ends in seconds; the last value o
     "retro eval": "--limit 1",
     "retro generate": "--max-new-tokens 4",
 }
-
-
-def run(words: list[str]) -> int:
-    """A command as its program would run it; `retro` in this process, which saves the seconds that torch takes to load."""
-    if words[0] == "retro":
-        return cli.main(words[1:])
-    return subprocess.run(
-        words, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    ).returncode
 
 
 @pytest.fixture(scope="module")
