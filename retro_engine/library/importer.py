@@ -22,7 +22,7 @@ import apsw
 from retro_engine.data import files
 from retro_engine.data.corpus import Document, Reader, in_batches
 from retro_engine.data.inputs import ROW_KINDS, SetAside, check_file, kind_of, shown
-from retro_engine.errors import MissingInputError, RetroError, UsageError, write_error
+from retro_engine.errors import MissingInputError, OutOfResourceError, RetroError, UsageError, write_error
 from retro_engine.library.documents import MAX_DOCUMENT_BYTES, check_document, check_namespace
 from retro_engine.library.identity import identified_in
 from retro_engine.library.library import DEFAULT, Library
@@ -233,7 +233,13 @@ class Importer:
             raise
 
     def _write(self, job: Job, batch: list[Document | SetAside]) -> None:
-        """One batch and the job's progress, in one transaction."""
+        """One batch and the job's progress, in one transaction. Raises OutOfResourceError for what the system let nobody read."""
+        unread = next((row for row in batch if isinstance(row, SetAside) and row.is_unread), None)
+        if unread is not None:  # nobody knows what it holds: done, it would be lost
+            where = self._sender_place(job, unread.source)
+            raise OutOfResourceError(
+                f"{where} was not read", unread.reason, "import it again: it goes on where it stopped"
+            )
         good: dict[str, Document] = {}
         bad: list[tuple[int, str, str]] = []
         num_good = 0

@@ -1,5 +1,6 @@
 """Bulk import: every good row once, every bad row with its reason, whatever stops it."""
 
+import errno
 import gzip
 import io
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from helpers import WORDS, small_disk
 
+from retro_engine.data import inputs
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.library import importer as library_import
@@ -175,6 +177,23 @@ def test_a_full_disk_fails_the_job_and_it_goes_on(tmp_path: Path, small_store: S
             assert again.number == job.number
             assert again.done >= job.done
             assert library.statistics()["namespaces"]["default"]["documents"] == again.added
+
+
+def test_a_stream_that_nobody_could_read_is_not_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was called done with one bad row, and what had been sent was removed."""
+    with Library(folder) as library, Importer(library) as importer:
+        with monkeypatch.context() as patch:
+
+            def fail(path: Path) -> None:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+            patch.setattr(inputs.files, "open_file", fail)
+            job = importer.wait(importer.start(io.BytesIO("\n".join(rows(3)).encode())))
+        assert (job.state, job.done) == ("failed", 0)
+        assert "Too many open files" in job.reason
+        importer.recover()
+        job = importer.wait(job.number)
+        assert (job.state, job.done, job.added, job.failed) == ("done", 3, 3, 0)
 
 
 def test_streams_that_a_killed_process_left_go_on(
