@@ -24,9 +24,12 @@ def neighbors_json(hits: Sequence[Hit]) -> list[dict[str, Any]]:
     return [{**vars(hit), "score": round(float(hit.score), 6)} for hit in hits]
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once: a token has a line of its own
+
+
 def line(content: dict[str, Any], name: str | None = None) -> bytes:
     """A server-sent event."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    text = _encode(content)
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
 
 

@@ -168,18 +168,23 @@ class Service:
         """Compute once what a first request would wait for: what is compiled, imported or touched at first use. Nothing of it
         is kept or counted.
         """
-        model, source = self.generator.model, self.generator.retriever
         text = self._known_text()
-        ids = self.tokenizer.encode(text)[: model.config.chunk_size] or [0]
+        self._generate(text)
+        if self.source is not None:
+            self.find(text, 1, self.mode)
+        trim()
+
+    def _generate(self, text: str) -> None:
+        """Some tokens after a text, in an engine of its own with as many rows; its memory is free again."""
+        model, source = self.generator.model, self.generator.retriever
+        known = [token for token in self.tokenizer.encode(text) if token != self.tokenizer.eod_id]
+        ids = known[: model.config.chunk_size] or [0]
         generator = Generator(model, self.tokenizer, source, beside=self.generator.beside)
         with Engine(generator, max_batch=self.engine.max_batch, prefix_bytes=0) as engine:
             engine.submit(Request(ids[:1], 2, neighbors=[])).result()
             if model.config.retrieval and model.config.most_tokens is None:  # else a whole chunk may not have room
                 asked = Request(ids, 2 * WARM_TOKENS, neighbors=None if source is not None else [text])
                 engine.submit(asked).result()
-        if self.source is not None:
-            self.find(text, 1, self.mode)
-        trim()
 
     def _known_text(self) -> str:
         """One that a search has hits for, where there is anything to find."""

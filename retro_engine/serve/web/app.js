@@ -2,7 +2,7 @@
 
 import { $, attempt, call, notice, setLibrary } from "./api.js";
 import { showAsk, startAsk, stopAsk } from "./ask.js";
-import { startChat, stopChat } from "./chat.js";
+import { showChat, startChat, stopChat } from "./chat.js";
 import { list, startLibrary } from "./library.js";
 import { startPlayground, stopPlayground } from "./playground.js";
 import { hideStatus, showApi, showStatus, startStatus, stopStatus } from "./status.js";
@@ -36,7 +36,9 @@ function route() {
   const first = SCREENS.find(isThere);
   const name = SCREENS.includes(asked) && isThere(asked) ? asked : first;
   show(name);
+  window.scrollTo(0, 0);
   if (name === "ask") attempt(showAsk);
+  if (name === "chat") showChat();
   if (name === "documents") attempt(() => list());
   if (name === "status") showStatus();
   if (name === "api") attempt(showApi);

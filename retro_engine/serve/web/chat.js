@@ -69,10 +69,16 @@ function show() {
     make("button", { type: "button", className: "link", onclick: () => open(one) }, one.title))));
 }
 
+/** Where a conversation is gone on with: at its end. */
+export function showChat() {
+  if (chat.turns.length) $("chat-form").scrollIntoView({ block: "end" });
+}
+
 function open(one) {
   running?.abort();
   chat = one ?? { title: "", turns: [] };
   show();
+  showChat();
   $("message").focus();
 }
 
