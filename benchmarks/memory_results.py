@@ -24,7 +24,7 @@ from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
 from retro_engine.demo.runs import trained
 from retro_engine.evaluate.compare import gain_of, show_gain
-from retro_engine.evaluate.losses import DocumentLosses
+from retro_engine.evaluate.losses import DocumentLosses, show_interval
 from retro_engine.evaluate.memories import Beside, held_out_marks, losses_beside
 from retro_engine.memory.ngram_memory import NgramMemory, build_ngram_memory, ngram_folder
 from retro_engine.progress import Reporter
@@ -152,7 +152,7 @@ def targets(part: str, facts: dict[str, Any] | None, nats: Mapping[str, Document
 
 
 def _shown(found: Mapping[str, DocumentLosses]) -> dict[str, str]:
-    return {name: f"{of.bits_per_byte:.4f}" for name, of in found.items()}
+    return {name: f"{of.bits_per_byte:.4f} {show_interval(*of.interval(), '.4f')}" for name, of in found.items()}
 
 
 def _share(retro: Retro, share: str) -> Sequences:

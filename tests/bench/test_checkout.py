@@ -56,7 +56,7 @@ def test_memories_beside_decoders(
     assert rows["Wikipedia, equal tokens of training: what the memory saves"] > 0.1, "untrained, it knows nothing"
     assert rows["WikiText-103 after Wikipedia: what the memory saves"] > 0.05
     saved = body["parts"]["memory-0"]
-    assert float(saved["on with the memory"]) < float(saved["on"])
+    assert float(saved["on with the memory"].split()[0]) < float(saved["on"].split()[0])
 
 
 def test_what_has_nothing_to_measure_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,8 +44,8 @@ def test_other_numbers_of_neighbors_than_in_training(work: Path, capsys: pytest.
         found = json.loads(capsys.readouterr().out)
         bits.append((found["on"]["loss"], found["off"]["loss"]))
     assert len({on for on, _ in bits}) == 3 and len({off for _, off in bits}) == 1
-    for count, said in (("99", "makes a wider table"), ("0", "num_neighbors")):
-        assert run(*words, f"model.num_neighbors={count}") in (2, 3)
+    for wrong, said in ((99, "makes a wider table"), (0, "num_neighbors")):
+        assert run(*words, f"model.num_neighbors={wrong}") in (2, 3)
         assert said in capsys.readouterr().err
     assert run("generate", work / "run", "The", "model.num_neighbors=1") == 2, "there it is --k"
 
