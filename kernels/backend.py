@@ -111,6 +111,11 @@ def gather_kernels(ids: Tensor) -> ModuleType:
     return cuda if is_cuda else importlib.import_module("retro_kernels.triton_gather_neighbors")
 
 
+def cross_entropy_kernels(logits: Tensor) -> ModuleType:
+    """The module whose cross_entropy_ takes these logits."""
+    return cpp if _is_for_cpu(logits) else importlib.import_module("retro_kernels.triton_cross_entropy")
+
+
 def _is_for_cpu(*tensors: Tensor) -> bool:
     """Whether a registered op runs in C++: always for CPU tensors, but where Triton interprets."""
     is_interpreted = os.environ.get("RETRO_BACKEND") == "triton"

@@ -1,13 +1,13 @@
 """-log softmax(logits)[label] of every row and, in the logits' place, its gradient softmax(logits) - onehot(label).
 
 Reads the logits three times and writes them once, a row at a time, which stays in the cache: one read and one write of the
-logits is the roofline. Sums are float32 (float64 of float64). On a CPU in C++ where that was built; all else is PyTorch's.
+logits is the roofline. Sums are float32 (float64 of float64). On a CPU in C++ where that was built, on a GPU in Triton; all else is PyTorch's.
 Shape letters: T tokens, V vocabulary.
 """
 
 import torch
-from retro_kernels import cpp, reference
-from retro_kernels.backend import choose
+from retro_kernels import reference
+from retro_kernels.backend import choose, cross_entropy_kernels
 from retro_kernels.checks import carries_derivative, check_range, is_unobserved
 from torch import Tensor
 
@@ -29,16 +29,16 @@ def cross_entropy_(logits: Tensor, labels: Tensor, has_gradient: bool = True) ->
         )
     check_range("labels", labels, logits.shape[1] - 1)
     is_packed = logits.is_contiguous() and logits.numel() > 0
-    if is_packed and logits.device.type == "cpu" and choose("cross_entropy", logits) == "cpp":
+    if is_packed and choose("cross_entropy", logits) != "reference":
         if is_unobserved(logits):
-            return cpp.cross_entropy_(logits, labels, has_gradient)
+            return cross_entropy_kernels(logits).cross_entropy_(logits, labels, has_gradient)
         return _cross_entropy_(logits, labels, has_gradient)
     return reference.cross_entropy_(logits, labels, has_gradient)
 
 
 @torch.library.custom_op("retro_kernels::cross_entropy_", mutates_args=("logits",))
 def _cross_entropy_(logits: Tensor, labels: Tensor, has_gradient: bool) -> Tensor:
-    return cpp.cross_entropy_(logits, labels, has_gradient)
+    return cross_entropy_kernels(logits).cross_entropy_(logits, labels, has_gradient)
 
 
 @_cross_entropy_.register_fake

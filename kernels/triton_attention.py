@@ -482,17 +482,17 @@ def _attention_backward_whole(
     _store_rotated_back(DQ + place, rows, exists, dq1, dq2, COS, SIN, query_offset + i % query_period, half, P, HALF)
 
 
-def is_whole(capability: int, head_width: int, rows: int, is_fp32: bool, is_causal: bool) -> bool:
+def is_whole(capability: int, head_width: int, rows: int, is_fp32: bool, is_causal: bool, drops: bool) -> bool:
     """Whether one program computes all gradients of a problem: where its registers hold dQ beside a tile of keys.
 
-    Without wgmma the queries would be in registers too, in several layouts, and spill; so they would with wider heads.
+    Without wgmma the queries would be in registers too, in several layouts, and spill; wider heads and dropout spill as well.
     """
     has_wgmma = 90 <= capability < 120
-    return has_wgmma and head_width <= 64 and rows <= 64 and not is_fp32 and not is_causal
+    return has_wgmma and head_width <= 64 and rows <= 64 and not (is_fp32 or is_causal or drops)
 
 
 def tile_of(
-    capability: int, head_width: int, rows: int, is_fp32: bool, is_causal: bool, is_backward: bool
+    capability: int, head_width: int, rows: int, is_fp32: bool, is_causal: bool, drops: bool, is_backward: bool
 ) -> dict[str, int]:
     """Query rows and keys of a tile, warps and stages: a static table, no tuning at run time.
 
@@ -504,7 +504,7 @@ def tile_of(
     if is_backward:
         if is_fp32:
             tile, stages = (32, 32, 8) if head_width <= 64 else (16, 16, 4), 1
-        elif is_whole(capability, head_width, rows, is_fp32, is_causal):
+        elif is_whole(capability, head_width, rows, is_fp32, is_causal, drops):
             # Two programs a multiprocessor; on 10.0 the sums are in tensor memory, and four warps spill.
             tile = (64, 64, 4) if capability < 100 else (64, 64, 8)
         elif head_width <= 64:
@@ -516,7 +516,9 @@ def tile_of(
     else:
         tile = (64, 64, 4) if head_width <= 64 else (64, 64, 8)
         stages = 3 if capability in (80, 87) or has_wgmma else 2  # the others have 99 KiB of shared memory
-    is_one_tile = is_backward and is_whole(capability, head_width, rows, is_fp32, is_causal)  # smaller ones spill
+    is_one_tile = is_backward and is_whole(
+        capability, head_width, rows, is_fp32, is_causal, drops
+    )  # smaller ones spill
     BM = tile[0] if is_one_tile else max(16, min(tile[0], triton.next_power_of_2(rows)))
     return {"BM": BM, "BN": tile[1], "num_warps": tile[2], "num_stages": stages}
 
@@ -555,11 +557,11 @@ def _is_wide(*tensors: Tensor) -> bool:
     return any(x.shape[-3] * abs(x.stride(-3)) >= 2**31 for x in tensors)
 
 
-def _which(q: Tensor, k: Tensor, problem: Any) -> tuple[int, int, int, bool, bool]:
-    """What tile_of chooses by: capability (where this is interpreted that of an H100), head width, rows, fp32, causal."""
+def _which(q: Tensor, k: Tensor, problem: Any) -> tuple[int, int, int, bool, bool, bool]:
+    """What tile_of chooses by: capability (where this is interpreted that of an H100), head width, rows, fp32, causal, dropout."""
     major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
     rows = (problem.chunk_length or q.shape[1]) * (q.shape[2] // k.shape[4])
-    return 10 * major + minor, q.shape[3], rows, q.dtype == torch.float32, problem.is_causal
+    return 10 * major + minor, q.shape[3], rows, q.dtype == torch.float32, problem.is_causal, problem.dropout > 0
 
 
 def _launch_arguments(
@@ -614,9 +616,9 @@ def attention_backward(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, problem: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cpp.attention_backward`."""
-    gradients = grad_q, grad_k, grad_v = _unwritten(q), _unwritten(k), _unwritten(v)
+    grad_q, grad_k, grad_v = _unwritten(q), _unwritten(k), _unwritten(v)
     if not o.numel() or not k.numel():
-        return tuple(x.zero_() for x in gradients)
+        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
     grad_q[:, : max(0, problem.chunk_length - 1)] = 0
     options, sizes, (query_tiles, segment_tiles), pairs = _launch_arguments(q, k, v, problem, True)
     strides = (*q.stride()[:3], *k.stride()[:5], *v.stride()[:5], *o.stride()[:3], *grad_k.stride()[:5])

@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -224,7 +224,9 @@ def libraries(on: On) -> dict[str, Callable[..., Tensor]]:
     if is_half and importlib.util.find_spec("torch.nn.attention.varlen"):
         from torch.nn.attention.varlen import varlen_attn
 
-        found["torch varlen"] = ragged(varlen_attn)
+        found["torch varlen"] = ragged(
+            cast(Callable[..., Tensor], varlen_attn)
+        )  # asked for nothing else, it gives a tensor
     if on.compiles:
         from torch.nn.attention.flex_attention import flex_attention
 

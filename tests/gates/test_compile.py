@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreting process cannot compile (make gates)", allow_module_level=True)
 triton = pytest.importorskip("triton")
 
-from retro_kernels import triton_attention, triton_gather_neighbors, triton_rope
+from retro_kernels import triton_attention, triton_cross_entropy, triton_gather_neighbors, triton_rope
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -63,7 +63,7 @@ def compiled(function, constants, types, capability: int, options, path: Path): 
 def test_attention(tmp_path: Path, case: tuple, drops: bool, direction: str, capability: int) -> None:  # type: ignore[type-arg]
     width, group, m, pairs, dtype, is_causal = case
     is_backward = direction == "backward"
-    which = capability, width, m * group, dtype == "fp32", is_causal
+    which = capability, width, m * group, dtype == "fp32", is_causal, drops
     tile = triton_attention.tile_of(*which, is_backward)
     constants = triton_attention.constants(
         width, pairs, 1 if is_causal else 2, group, is_causal, (False, not is_causal, is_causal), False, drops
@@ -98,13 +98,15 @@ def test_attention(tmp_path: Path, case: tuple, drops: bool, direction: str, cap
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_rope_and_gather(tmp_path: Path, dtype: str, capability: int) -> None:
+def test_rope_cross_entropy_and_gather(tmp_path: Path, dtype: str, capability: int) -> None:
     def types(name: str) -> str:
         if name in ("Q", "K", "Q_OUT", "K_OUT"):
             return f"*{dtype}"
         if name in ("COS", "SIN", "POSITIONS"):
             return "*i64" if name == "POSITIONS" else "*fp32"
-        if name in ("DOCUMENT", "IDS", "LENGTHS"):
+        if name in ("X", "LOSSES"):
+            return f"*{dtype}" if name == "X" else "*fp32"
+        if name in ("DOCUMENT", "IDS", "LENGTHS", "LABELS"):
             return "*i64"
         if name in ("TABLE", "TOKENS", "ROW_LENGTHS"):
             return "*i32"
@@ -116,6 +118,10 @@ def test_rope_and_gather(tmp_path: Path, dtype: str, capability: int) -> None:
             triton_rope._rope, constants, types, capability, {"num_warps": 4}, tmp_path / "kernel"
         )
         assert stack == 0
+    constants = {"HAS_GRADIENT": True, "BLOCK": (tile := triton_cross_entropy.tile(50_257))["BLOCK"]}
+    function, options = triton_cross_entropy._cross_entropy, {"num_warps": tile["num_warps"]}
+    _, _, stack, _ = compiled(function, constants, types, capability, options, tmp_path / "kernel")
+    assert stack == 0
     constants = triton_gather_neighbors.constants(64, 128) | {"UNSIGNED": False}
     function = triton_gather_neighbors._gather_neighbors
     _, _, stack, _ = compiled(function, constants, types, capability, {"num_warps": 1}, tmp_path / "kernel")

@@ -16,6 +16,7 @@ from kernel_helpers import CCA_SHAPES, cca_case, in_double, output_and_gradients
 from retro_kernels import reference
 from retro_kernels.attention import attention
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
+from retro_kernels.cross_entropy import cross_entropy_
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.rope import rope_qk
 
@@ -77,6 +78,26 @@ def test_rope(width: int, rotated: int, is_interleaved: bool, dtype: torch.dtype
         for a, x in zip(found, (q, k)):
             exact = reference.rope(x.double(), cos, sin, positions, is_interleaved)
             assert relative_error(a, exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy(dtype: torch.dtype) -> None:
+    """Of one tile and of several; what is not finite as PyTorch has it."""
+    for rows, vocabulary in ((3, 1), (5, 70), (2, 9000)):
+        logits, labels = (4 * torch.randn(rows, vocabulary)).to(dtype), torch.randint(0, vocabulary, (rows,))
+        exact = logits.double()
+        losses = reference.cross_entropy_(exact, labels, True)
+        kept = logits.clone()
+        without = cross_entropy_(kept, labels, has_gradient=False)
+        assert torch.equal(kept, logits)
+        found = cross_entropy_(logits, labels)
+        assert torch.equal(found, without)
+        torch.testing.assert_close(found.double(), losses, rtol=2e-6, atol=1e-5)
+        assert float((logits.double() - exact).abs().max()) < TOLERANCE[dtype] * 2
+    logits, labels = torch.randn(4, 40).to(dtype), torch.ones(4, dtype=torch.int64)
+    logits[0, 7], logits[1, 39], logits[2, 5], logits[3] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    assert cross_entropy_(logits, labels).isfinite().tolist() == [False, False, True, False]
+    assert logits.isfinite().all(1).tolist() == [False, False, True, False]
 
 
 def test_gather_neighbors() -> None:

@@ -51,14 +51,14 @@ def test_bytes(accesses: list[tuple[Any, int]], monkeypatch: pytest.MonkeyPatch,
     lengths = torch.full((B, L, K), R)
     problem = Problem(lengths=lengths, cos=cos, sin=sin, chunk_length=M, query_offset=M - 1, scale=E**-0.5)
     o, lse = triton_attention.attention_forward(q, k, v, problem)
-    tile = triton_attention.tile_of(90, E, M, False, False, False)
+    tile = triton_attention.tile_of(90, E, M, False, False, False, False)
     problems = traffic.Problems(B * L, M, K, R, E, P)
     check(accesses, traffic.forward(problems, tile["BM"]), problems, 1.15)
     accesses.clear()
     if not is_whole:
         monkeypatch.setattr(triton_attention, "is_whole", lambda *which: False)
     triton_attention.attention_backward(o, q, k, v, o, lse, problem)
-    tile = triton_attention.tile_of(90, E, M, False, False, True)
+    tile = triton_attention.tile_of(90, E, M, False, False, False, True)
     reckoned = traffic.backward(problems, tile["BM"], tile["BN"], is_whole)
     check(accesses, reckoned, problems, 1.3 if is_whole else 2.1)
 

@@ -17,6 +17,7 @@ from kernel_helpers import (
 from retro_kernels import cuda, reference
 from retro_kernels.attention import attention
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
+from retro_kernels.cross_entropy import cross_entropy_
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.rope import rope_qk
 
@@ -62,6 +63,18 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtyp
     monkeypatch.setenv("RETRO_BACKEND", "reference")
     for name, a, b in zip(("o", *QKV), found, output_and_gradients(attention, in_double(arguments, QKV), QKV)):
         assert relative_error(a, b) < TOLERANCE[dtype], f"{name}: {relative_error(a, b):.1e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy(dtype: torch.dtype) -> None:
+    for rows, vocabulary in ((7, 70), (300, 50_257)):
+        logits = (4 * torch.randn(rows, vocabulary, device="cuda")).to(dtype)
+        labels = torch.randint(0, vocabulary, (rows,), device="cuda")
+        exact = logits.double()
+        losses = reference.cross_entropy_(exact, labels, True)
+        found = cross_entropy_(logits, labels)
+        torch.testing.assert_close(found.double(), losses, rtol=2e-6, atol=1e-5)
+        assert relative_error(logits, exact) < TOLERANCE[dtype]
 
 
 def test_the_same_bits_a_hundred_times() -> None:
