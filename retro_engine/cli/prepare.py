@@ -1,7 +1,6 @@
 """`retro prepare`: files to tokens and chunks; `retro merge`: several stores as one."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,9 @@ def add(commands: flags.Commands) -> None:
     sub.add_argument("--text-key", default="text", help="key of the text in JSON lines")
     sub.add_argument("--errors", default="strict", choices=["strict", "replace"], help="replace repairs bad UTF-8")
     sub.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
-    sub.add_argument("--workers", type=int, help="threads of the tokenizer")
+    sub.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that encode (default 1, with a thread a core)"
+    )
     sub = flags.command(commands, "merge", run_merge, "stores of one tokenizer -> one store")
     sub.add_argument("stores", nargs="+", metavar="STORE", help="in the order of their documents")
     sub.add_argument("--out", "-o", metavar="DIR", required=True, help="the new store")
@@ -39,10 +40,6 @@ def add(commands: flags.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.workers is not None:
-        if args.workers < 1:
-            raise UsageError(f"--workers {args.workers} cannot be used", "at least one thread encodes")
-        os.environ["RAYON_NUM_THREADS"] = str(args.workers)
     from retro_engine.data.corpus import Reader
     from retro_engine.data.prepare import prepare
 
@@ -62,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         args.strict,
         flags.reporter(args).say,
         args.end_token,
+        args.workers,
     )
     print_summary(args, {"store": str(out), **store.summary()}, *of_store(store, out))
     return 0
@@ -79,8 +77,8 @@ def _of_megatron(args: argparse.Namespace, out: Path) -> "Store":
     if args.tokenizer == "auto":
         raise UsageError("--tokenizer is missing", ".idx files hold the ids of one", "name the one they were made with")
     of_text = args.vocab_size is not None or args.strict or args.errors != "strict" or args.text_key != "text"
-    if of_text or args.format is not None or args.split != "auto":
-        names = "--vocab-size, --text-key, --errors, --strict, --format and --split"
+    if of_text or args.format is not None or args.split != "auto" or args.workers != 1:
+        names = "--vocab-size, --text-key, --errors, --strict, --format, --split and --workers"
         raise UsageError(f"{names} cannot be used", ".idx files hold no text")
     return store_from_megatron(
         [Path(given) for given in args.inputs], out, Tokenizer.load(args.tokenizer, args.end_token), args.chunk_size

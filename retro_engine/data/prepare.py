@@ -7,15 +7,14 @@ finished shard: the text before it is read again, but not encoded.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from retro_engine.data import corpus, files, store
 from retro_engine.data.corpus import Document, Reader, in_batches
+from retro_engine.data.encoding import encoded
 from retro_engine.data.inputs import KNOWN, SetAside, find_files, say_linked, shown, tell
 from retro_engine.data.lossiness import Loss, Sample, as_json, describe, find_losses
 from retro_engine.data.splitting import settle
@@ -39,11 +38,15 @@ def prepare(
     is_strict: bool = False,
     say: Callable[[str], None] = lambda line: None,
     end_token: str | None = None,
+    workers: int = 1,
 ) -> Store:
     """Write the store `out` from files and folders ("-" = standard input); `tokenizer` auto trains one.
 
-    `end_token` ends a document, where the files of `tokenizer` do not say which or another is wanted. Raises MissingInputError, UsageError or StoreError; with `is_strict` also for the first row set aside.
+    `end_token` ends a document, where the files of `tokenizer` do not say which or another is wanted. `workers`: processes
+    that encode, 1 = this one; the store is the same whatever their number. Raises MissingInputError, UsageError or StoreError; with `is_strict` also for the first row set aside.
     """
+    if workers < 1:
+        raise UsageError(f"--workers {workers} cannot be used", "at least one process encodes")
     reader = reader or Reader(split="auto")
     has_stdin = "-" in map(str, inputs)
     named = [given for given in inputs if str(given) != "-"]
@@ -77,7 +80,7 @@ def prepare(
                 say(f"{writer.counts['documents']:,} documents are in finished shards already")
             for row in passed_over:
                 writer.pass_over(row)
-            made = writer.close(as_json(_fill(writer, reader.read(paths), is_strict)))
+            made = writer.close(as_json(_fill(writer, reader.read(paths), is_strict, workers)))
         finally:
             if spooled is not None:
                 spooled.unlink(missing_ok=True)
@@ -127,21 +130,13 @@ def store_from_documents(documents: Sequence[Document], out: Path, tokenizer: To
         return writer.close(as_json(_fill(writer, iter(documents), is_strict=True)))
 
 
-def _fill(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: bool) -> list[Loss]:
-    """Encode in one thread (the library uses every core and needs no GIL) while another batch is read and packed.
-
-    Returns what the tokenizer loses of a sample of the text.
-    """
+def _fill(writer: StoreWriter, rows: Iterator[Document | SetAside], is_strict: bool, workers: int = 1) -> list[Loss]:
+    """Encode while other batches are read and packed. Returns what the tokenizer loses of a sample of the text."""
     sample = Sample(LOSS_SAMPLE)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for batch in chain(in_batches(_unfinished(writer, rows, is_strict, sample), BATCH_BYTES), [[]]):
-            encoding = pool.submit(writer.tokenizer.encode_batch, [document.text for document in batch])
-            if waiting is not None:
-                documents, encoded = waiting
-                for document, ids in zip(documents, encoded.result()):
-                    writer.add(document, ids)
-            waiting = (batch, encoding)
+    batches = in_batches(_unfinished(writer, rows, is_strict, sample), BATCH_BYTES)
+    for documents, ids in encoded(writer.tokenizer, batches, workers):
+        for document, its_ids in zip(documents, ids):
+            writer.add(document, its_ids)
     return find_losses(writer.tokenizer, sample.texts)
 
 

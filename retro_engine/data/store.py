@@ -67,7 +67,7 @@ class StoreWriter:
         _remove_unpublished(folder, len(self._shards))
         self._clear()
 
-    def add(self, document: Document, ids: Sequence[int]) -> None:
+    def add(self, document: Document, ids: Sequence[int] | np.ndarray) -> None:
         """Append a document of token ids; the end-of-document token is added here."""
         tokens = np.empty(len(ids) + 1, np.int64)
         tokens[:-1] = ids

@@ -14,12 +14,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retro_engine.data import files
+from retro_engine.data.processes import end_with_parent, threads_each
 from retro_engine.errors import OutOfResourceError, UsageError, extra, nearest, read_error
 from retro_engine.progress import Reporter
 
@@ -171,8 +171,8 @@ def _run_processes(stage: Stage, shards: Sequence[int], executor: Executor) -> I
     waiting, deaths = set(shards), 0
     workers = min(executor.num_workers, len(waiting))
     while waiting:
-        with _threads(max(1, len(os.sched_getaffinity(0)) // workers)):
-            pool = ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent)
+        with threads_each(max(1, len(os.sched_getaffinity(0)) // workers)):
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent)
             try:
                 futures = {pool.submit(build_shard, stage, shard): shard for shard in sorted(waiting)}
                 for future in as_completed(futures):
@@ -190,33 +190,6 @@ def _run_processes(stage: Stage, shards: Sequence[int], executor: Executor) -> I
                     ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """In a worker: end when the process that started it is gone, however it went."""
-    import threading
-    from multiprocessing import parent_process
-
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Processes started inside use `count` threads each, unless the user has said otherwise."""
-    names = [name for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS") if name not in os.environ]
-    os.environ.update(dict.fromkeys(names, str(count)))
-    try:
-        yield
-    finally:
-        for name in names:
-            del os.environ[name]
 
 
 def _run_ray(stage: Stage, shards: Sequence[int], executor: Executor) -> Iterator[tuple[int, str]]:
