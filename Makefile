@@ -77,4 +77,4 @@ gates: setup
 # docs/reliability.md, counted. RETRO_SEED draws others.
 campaign: setup
 	RETRO_CAMPAIGN=1 $(BIN)/pytest tests/reliability
-	RETRO_CAMPAIGN=1 $(BIN)/pytest -n 2 tests/data tests/retrieval tests/library tests/train tests/generate tests/serve tests/test_readme.py tests/test_deploy.py
+	RETRO_CAMPAIGN=1 $(BIN)/pytest -n 2 tests/data tests/retrieval tests/library tests/train tests/generate tests/serve tests/test_readme.py tests/test_tutorials.py tests/test_deploy.py

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import retro_kernels
 import torch
 from retro_kernels.blocks import TYPES as BLOCK_TYPES
 from retro_kernels.dropout import drop_below
@@ -21,6 +22,9 @@ try:
     from retro_kernels import _cpu
 except ImportError:  # no compiler at installation
     _cpu = None
+else:  # an editable installation's hook offers its own to every other
+    folders = [os.path.realpath(folder) for folder in retro_kernels.__path__]
+    _cpu = _cpu if os.path.dirname(os.path.realpath(_cpu.__file__)) in folders else None
 
 _ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "swiglu": 3}
 _PRIMITIVES = {"gelu": 1, "gelu_tanh": 2, "silu": 3, "exp2": 4, "erf": 5, "sigmoid": 6, "bfloat16": 7}

@@ -15,9 +15,10 @@ LOOK = f"""
 import sys
 from importlib.util import spec_from_file_location
 
-class Finder:  # as an editable installation has one
+class Finder:  # as an editable installation has one; it offers that one's extension to every other
     def find_spec(name, path=None, target=None):
-        return spec_from_file_location(name, {str(PACKAGE / "__init__.py")!r}) if name == "retro_kernels" else None
+        place = {{"retro_kernels": {str(PACKAGE / "__init__.py")!r}, "retro_kernels._cpu": sys.argv[1]}}.get(name)
+        return place and spec_from_file_location(name, place)
 
 sys.meta_path.insert(0, Finder)
 import retro_kernels
@@ -25,6 +26,7 @@ from retro_kernels.rope import rope
 assert retro_kernels.rope is rope and retro_kernels.__version__ == {__version__!r}
 assert all(getattr(retro_kernels, name) for name in retro_kernels.__all__)
 assert sys.modules["retro_kernels.cpp"].__file__ == {str(ROOT / "kernels" / "cpp.py")!r}
+assert "retro_kernels._cpu" in sys.modules and not sys.modules["retro_kernels.cpp"].is_available()
 for name in ("retro_engine", "tokenizers", "faiss", "numba", "omegaconf", "triton"):
     assert name not in sys.modules, name
 import kernels
@@ -38,10 +40,10 @@ def test_it_stands_alone_and_does_not_mix(tmp_path: Path) -> None:
     other = tmp_path / "retro_kernels"
     other.mkdir()
     (other / "of_another_installation.py").write_text("")
-    (other / "_cpu.py").write_text("raise SystemExit('the extension of another installation')")
+    (other / "_cpu.py").write_text("")
     (tmp_path / "kernels.py").write_text("")  # PyPI's, which is found as ever
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", LOOK]
+    command = [sys.executable, "-c", LOOK, str(other / "_cpu.py")]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.endswith("No module named 'retro_kernels.of_another_installation'\n"), done.stderr
 
