@@ -31,6 +31,7 @@ def add(commands: flags.Commands) -> None:
     sub.add_argument("--k", type=int, metavar="N", help="passages to choose from (default: the reader's)")
     sub.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: the reader's)")
     sub.add_argument("--dtype", choices=flags.WEIGHTS, help="of the weights (default: what is faster here)")
+    flags.add_format(sub)
     sub.add_argument("--yes", action="store_true", help="fetch the base without asking")
 
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.base is None:
         _settle_base(args, reader)
     reader = with_settings(reader, args.k, args.max_new_tokens)
-    ahead = None if question is None else begin(reader, documents, question, flags.reporter(args))
+    ahead = None if question is None else begin(reader, documents, question, flags.reporter(args), args.format)
     asker = _opened(args, documents, reader)
     for line in [question] if question is not None else _lines(args):
         try:
@@ -81,7 +82,7 @@ def _documents_and_question(args: argparse.Namespace) -> tuple[list[str], str | 
 def _opened(args: argparse.Namespace, documents: list[str], reader: "Reader") -> "Asker":
     from retro_engine.readers.ask import Asker
 
-    return Asker(documents, reader, args.base, dtype=args.dtype, reporter=flags.reporter(args))
+    return Asker(documents, reader, args.base, dtype=args.dtype, reporter=flags.reporter(args), format=args.format)
 
 
 def _settle_base(args: argparse.Namespace, reader: "Reader") -> None:

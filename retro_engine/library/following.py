@@ -95,9 +95,9 @@ def state_of(values: dict[str, Any], where: str) -> FileState:
     return FileState(**{name: values[name] for name in FileState.__dataclass_fields__})
 
 
-def look(inputs: Sequence[str | Path], root: Path, say: Say) -> tuple[Found, list[str]]:
+def look(inputs: Sequence[str | Path], root: Path, say: Say, of_any_kind: bool = False) -> tuple[Found, list[str]]:
     """The files that are there now, by their names from `root`; and names of what could not be looked into."""
-    paths, passed_over = find_files(inputs)
+    paths, passed_over = find_files(inputs, of_any_kind)
     faults = [row for row in passed_over if row.is_fault]
     for row in faults:
         say(row.source, row.reason)
@@ -143,6 +143,7 @@ class Follower:
     ):
         self.library, self.known, self.reporter, self.say = library, known, reporter, say
         self.namespace = namespace
+        self.reader = Reader(max_document_bytes=MAX_DOCUMENT_BYTES)
         self.put_off: list[SetAside] = []  # files of which is kept what they held
         self._changes: list[Change] = []  # that are not written yet
         self.root: str | None = None  # of the folder in whose name the library itself keeps `known`
@@ -188,7 +189,7 @@ class Follower:
         old = self.known.get(name)
         rows_before = 0 if old is None else old.last_row or 0
         state, aside, written, last = UNREAD, list[SetAside](), set[str](), 0
-        rows = Reader(max_document_bytes=MAX_DOCUMENT_BYTES).read([path])
+        rows = self.reader.read([path])
         batches = in_batches(rows, BATCH_CHARACTERS, BATCH_DOCUMENTS)
         batch: list[Document | SetAside] | None = next(batches, [])
         while batch is not None:

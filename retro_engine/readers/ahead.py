@@ -76,11 +76,15 @@ class Ahead:
         return found
 
 
-def begin(reader: Reader, inputs: list[str], question: str, reporter: Reporter) -> Ahead | None:
+def begin(
+    reader: Reader, inputs: list[str], question: str, reporter: Reporter, format: str | None = None
+) -> Ahead | None:
     """None where no process can be forked, or where the reader was never opened: its tokenizer is not there yet."""
     kept = sorted((home() / "opened" / reader.name).glob(f"*-{reader.key}"))  # readers/kept.py
     tokenizer = next((folder for folder in kept if (folder / COMPLETE).is_file()), None)
-    return None if tokenizer is None or not _can_fork() else Ahead(tokenizer, reader, inputs, question, reporter)
+    return (
+        None if tokenizer is None or not _can_fork() else Ahead(tokenizer, reader, inputs, question, reporter, format)
+    )
 
 
 def _can_fork() -> bool:
@@ -90,11 +94,18 @@ def _can_fork() -> bool:
 
 
 def _work(
-    to: Connection, tokenizer: Path, reader: Reader, inputs: list[str], question: str, reporter: Reporter
+    to: Connection,
+    tokenizer: Path,
+    reader: Reader,
+    inputs: list[str],
+    question: str,
+    reporter: Reporter,
+    format: str | None,
 ) -> None:
     found = None
     with contextlib.suppress(RetroError, OSError, KeyboardInterrupt):
         reading = reader.reading
-        documents = Documents(inputs, Tokenizer.load(tokenizer), reading.chunk_size, reading.stride, reporter)
+        made = Tokenizer.load(tokenizer)
+        documents = Documents(inputs, made, reading.chunk_size, reading.stride, reporter, format=format)
         found = search(documents, question, reading)
     to.send(found)

@@ -125,9 +125,10 @@ class Asker:
         max_new_tokens: int | None = None,
         dtype: str | None = None,
         reporter: Reporter | None = None,
+        format: str | None = None,
     ):
         """`documents`: files, folders and patterns; `reader`: a name or a folder (None: the package's own); `base`: its GGUF
-        file (None: where `retro fetch` puts it); `k` passages are read.
+        file (None: where `retro fetch` puts it); `k` passages are read; `format`: what every file is, whatever its suffix.
 
         Raises UsageError, MissingInputError and StoreError for what cannot be used, is not there, or is another.
         """
@@ -138,7 +139,8 @@ class Asker:
         self.tokenizer, self.generator = opened.tokenizer, Generator(opened.model, opened.tokenizer)
         inputs = [documents] if isinstance(documents, str | Path) else list(documents)
         reading = self.reader.reading
-        self.documents = Documents(inputs, self.tokenizer, reading.chunk_size, reading.stride, reporter)
+        cut = reading.chunk_size, reading.stride
+        self.documents = Documents(inputs, self.tokenizer, *cut, reporter, format=format)
         self.synced: Synced | None = None  # of the last question
 
     def ask(self, question: str, ahead: Ahead | None = None) -> Answer:

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from retro_engine.data import files, manifests
+from retro_engine.data.corpus import Reader as FileReader
 from retro_engine.data.identity import file_id
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, StoreError, UnavailableError, UsageError
+from retro_engine.library.documents import MAX_DOCUMENT_BYTES
 from retro_engine.library.following import FILE_STATE, FileState, Follower, Found, Synced, changed, gone, look, state_of
 from retro_engine.library.library import Library
 from retro_engine.progress import Reporter
@@ -50,15 +52,18 @@ class Documents:
         stride: int | None = None,
         reporter: Reporter | None = None,
         folder: Path | None = None,
+        format: str | None = None,
     ):
-        """`folder`: where the library is kept (None: under `places.home`)."""
+        """`folder`: where the library is kept (None: under `places.home`); `format`: what all files are (None: their suffixes say)."""
         if not inputs:
             raise UsageError("there are no documents", "", "name files or folders")
         self.inputs, self.tokenizer = [str(one) for one in inputs], tokenizer
         self.chunk_size, self.stride = chunk_size, chunk_size if stride is None else stride
         self.reporter = reporter or Reporter("quiet")
         paths = sorted({os.path.abspath(one) for one in self.inputs})
-        key = json.dumps([tokenizer.fingerprint, self.chunk_size, self.stride, [os.fsencode(p).hex() for p in paths]])
+        self.file_reader = FileReader(max_document_bytes=MAX_DOCUMENT_BYTES, format=format)
+        told = [tokenizer.fingerprint, self.chunk_size, self.stride, [os.fsencode(p).hex() for p in paths]]
+        key = json.dumps(told if format is None else [*told, format])
         self.folder = folder or home() / "documents" / hashlib.sha256(key.encode()).hexdigest()[:24]
         self._told: set[tuple[str, str]] = set()
 
@@ -105,7 +110,7 @@ class Documents:
             yield library
 
     def _look(self) -> tuple[Found, list[str]]:
-        return look(self.inputs, Path(os.sep), self._tell)
+        return look(self.inputs, Path(os.sep), self._tell, self.file_reader.format is not None)
 
     def _state(self) -> State | None:
         path = self.folder / STATE_FILE
@@ -129,6 +134,7 @@ class Documents:
                     library.reset()
                     state = State()
                 follower = Follower(library, state.files, self.reporter, self._tell)
+                follower.reader = self.file_reader
                 removed = sorted(gone(state.files, found, unread))
                 try:
                     follower.forget(removed)

@@ -69,6 +69,19 @@ def touch(path: Path, seconds: int) -> None:
     os.utime(path, ns=(at, at))
 
 
+def test_files_of_any_suffix_are_read_as_one_kind(small_store: Store, tmp_path: Path, home: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / "today.log"
+    log.write_text("The pump stopped at noon.")
+    plain = made(small_store, tmp_path / "logs")
+    with pytest.raises(MissingInputError, match="no document"):
+        synced(plain)
+    as_text = Documents([tmp_path / "logs"], small_store.tokenizer, 16, 8, format="text")
+    assert as_text.folder != plain.folder and len(found(as_text, "pump")) == 1
+    with pytest.raises(UsageError, match="--format txt does not exist"):
+        Documents([log], small_store.tokenizer, 16, format="txt")
+
+
 def test_only_what_changed_is_read(small_store: Store, folder: Path, home: Path) -> None:
     documents = made(small_store, folder)
     first = synced(documents)
@@ -214,10 +227,10 @@ def test_what_cannot_be_looked_into_is_not_gone(
     with docs.opened() as (_, before):
         assert before.num_documents
     with monkeypatch.context() as patch:
-        patch.setattr(module, "look", lambda inputs, root, say: ({}, [file_id(folder, root)]))
+        patch.setattr(module, "look", lambda inputs, root, *others: ({}, [file_id(folder, root)]))
         with docs.opened() as (_, synced):
             assert (synced.num_documents, synced.num_removed) == (before.num_documents, 0)
-        patch.setattr(module, "look", lambda inputs, root, say: ({}, []))
+        patch.setattr(module, "look", lambda inputs, root, *others: ({}, []))
         with pytest.raises(MissingInputError):
             docs.opened().__enter__()
 
