@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from retro_engine.data import files
-from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.errors import REMEDIES, MissingInputError, UsageError
 
 TEXT_KINDS = (".txt", ".text", ".raw", ".tokens", ".md", ".markdown")
 PAGE_KINDS = (".html", ".htm", ".xhtml")
@@ -131,7 +131,8 @@ def open_file(path: Path) -> BinaryIO:
     except MissingInputError:
         raise
     except OSError as error:
-        raise MissingInputError(f"{shown(path)} cannot be read", error.strerror or "") from error
+        do = REMEDIES.get(error.errno or 0, "let it be read, or name another one")
+        raise MissingInputError(f"{shown(path)} cannot be read", error.strerror or "", do) from error
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
