@@ -84,6 +84,11 @@ def post(server: Server, path: str, **body: Any) -> Any:
         return client.post(path, json=body)
 
 
+@pytest.fixture(scope="session")
+def small_run(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(small_store, tmp_path_factory.mktemp("run") / "run")
+
+
 def make_run(store: Store, out: Path) -> Path:
     """A run of three steps on a store of tests."""
     train(training_helpers.config(store, out, "trainer.max_steps=3"), Reporter("quiet"))

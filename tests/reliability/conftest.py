@@ -8,6 +8,7 @@ import torch
 from helpers import small_model
 from reliability.runs import Runs
 from reliability.workloads import Place
+from serve_helpers import small_run as small_run
 
 from retro_engine.config import ModelConfig
 from retro_engine.data.store import Store

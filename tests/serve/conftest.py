@@ -11,14 +11,8 @@ pytest.importorskip("uvicorn")
 from reader_helpers import base as base
 from reader_helpers import reader_folder as reader_folder
 from reader_helpers import reader_run as reader_run
-from serve_helpers import Server, make_run, serving_run
-
-from retro_engine.data.store import Store
-
-
-@pytest.fixture(scope="session")
-def small_run(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(small_store, tmp_path_factory.mktemp("run") / "run")
+from serve_helpers import Server, serving_run
+from serve_helpers import small_run as small_run
 
 
 @pytest.fixture(scope="session")

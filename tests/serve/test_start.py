@@ -1,4 +1,4 @@
-"""`retro serve` as a process: its first start, its signals, its refusals (kill -9: test_histories.py)."""
+"""`retro serve` as a process: its first start, its signals, its refusals (kill -9: tests/reliability)."""
 
 import gc
 import json
