@@ -412,7 +412,7 @@ def _flock(file: IO[bytes], folder: Path, kind: int) -> None:
         if error.errno in REMEDIES:
             raise write_error(error, folder) from error
         do = "choose a folder of a file system that has locks: where it has none, two hosts could write there at once"
-        raise UsageError(f"{folder} cannot be locked", error.strerror, do) from error
+        raise UsageError(f"{folder} cannot be locked", error.strerror or "", do) from error
 
 
 def sha256_file(path: Path) -> str:
