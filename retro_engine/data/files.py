@@ -129,9 +129,20 @@ def _open(path: Path, flags: int) -> int:
     raise StoreError(f"{path} is {kind}", "a file was expected", "put the file in its place, or build it again")
 
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Around reads: the system's error of one names no file."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error, RetroError):
+            error.filename = str(path)
+        raise
+
+
 def read_bytes(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
     """A whole file. Raises as `open_file` does, and StoreError for one of more than `most` bytes."""
-    with open_file(path) as file:
+    with open_file(path) as file, _named(path):
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise StoreError(f"{path} has {size:,} bytes", f"at most {most:,} are read", "it was not written by us")
@@ -406,7 +417,7 @@ def _flock(file: IO[bytes], folder: Path, kind: int) -> None:
 
 def sha256_file(path: Path) -> str:
     found = hashlib.sha256()
-    with open_file(path) as file:
+    with open_file(path) as file, _named(path):
         piece = memoryview(bytearray(min(os.fstat(file.fileno()).st_size, HASHED) or 1))  # zeroing more takes its time
         while count := file.readinto(piece):
             found.update(piece[:count])

@@ -20,7 +20,7 @@ import torch
 from retro_engine.config import Config, ModelConfig, flat_keys
 from retro_engine.data import files
 from retro_engine.data.batches import SequenceBatch
-from retro_engine.errors import MissingExtraError, extra
+from retro_engine.errors import MissingExtraError, extra, writing
 from retro_engine.model.flops import training_flops
 from retro_engine.progress import Reporter
 from retro_engine.train import record
@@ -133,14 +133,16 @@ class RunLog:
         if not self.is_main:
             return
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(record.checked_line({"step": step, **finite}))
-        self._file.flush()
+        with writing(self._metrics):
+            self._file.write(record.checked_line({"step": step, **finite}))
+            self._file.flush()
         numbers = {tag(name): value for name, value in values.items() if isinstance(value, int | float)}
         self._tell(lambda tracker: tracker.log(numbers, step))
 
     def close(self) -> None:
         if self.is_main:
-            self._file.close()
+            with writing(self._metrics):
+                self._file.close()
             self._tell(lambda tracker: tracker.close())
 
     def _tell(self, what: Callable[["_Tracker"], None]) -> None:

@@ -1,6 +1,7 @@
 """Publishing: whole or not at all, on the disk before it is referred to, and nothing but files is opened."""
 
 import errno
+import io
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from helpers import small_disk
 
 from retro_engine.data import files
 from retro_engine.data.array_file import ArrayFile
-from retro_engine.errors import InUseError, MissingInputError, OutOfResourceError, StoreError, UsageError
+from retro_engine.errors import InUseError, MissingInputError, OutOfResourceError, StoreError, UsageError, typed
 
 PARENT = "ab" * 32
 
@@ -79,6 +80,25 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (os.listdir(tmp_path), os.listdir(folder)) == (["new"], ["a"])
     with pytest.raises(UsageError, match="is there already"):
         files.check_unused(folder)
+
+
+def test_a_failed_read_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's error has no name where the file is open already: "the system refused", nobody knew what."""
+    path = tmp_path / "a"
+    path.touch()
+
+    class Failing(io.FileIO):
+        def readall(self) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def readinto(self, into: object) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "open_file", lambda path: Failing(path))
+    for read in (files.read_bytes, files.sha256_file):
+        with pytest.raises(OSError, match="Input/output error") as found:
+            read(path)
+        assert str(path) in str(typed(found.value))
 
 
 def test_two_publishers_of_one_folder(tmp_path: Path) -> None:
