@@ -24,7 +24,7 @@ PART_S = 570  # of the ten minutes that a part may take
 LEAST_S = 1  # with less left, a step is not begun
 SHARDS = min(12, os.cpu_count() or 1)
 CUDA_SOURCE = ROOT / "csrc/cuda/kernels.cu"
-PYTEST = ["-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-p", "gpu_check", "-rfE", "--tb=short"]
+PYTEST = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-p", "gpu_check", "-rfE", "--tb=short"]
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,22 @@ def steps(capability: str) -> list[Step]:
     pip = [python, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
     options = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", f"-arch=sm_{capability}"]
     nvcc = ["nvcc", *options, "-o", str(ROOT / "kernels/_cuda.so"), str(CUDA_SOURCE)]
-    sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", python, *PYTEST, "tests/gpu"]
+    sanitizer = [
+        "compute-sanitizer",
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        python,
+        *PYTEST,
+        "tests/gpu/test_cuda.py",
+    ]
     few = ["-k", "(test_gathering or test_rope) and not float32"]
     return [
         Step(1, "card", [["nvidia-smi", query, "--format=csv"]], 30, "nvidia-smi"),
         Step(1, "versions", [[python, "-c", versions]], 60),
         Step(1, "build", [nvcc], 120, "nvcc", is_needed=is_unbuilt),
-        Step(1, "tests", sharded("tests/gpu"), 300),
+        Step(1, "tests", sharded("tests/gpu/test_cuda.py"), 300),
         Step(1, "machine-code", sharded("tests/gates/test_compile.py", "-k", f"{capability}]"), 180),
         Step(1, "sanitizer", [[*sanitizer, *few]], 120, "compute-sanitizer"),
         Step(1, "install", [pip], 240),  # for the package's other extensions: what is above needs none
