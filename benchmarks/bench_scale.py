@@ -23,7 +23,6 @@ from retro_engine.bench.frame import Measured, Options, Row, at_least, at_most, 
 from retro_engine.bench.machine import forget_peak, resident_mib
 from retro_engine.config import load_config
 from retro_engine.data.batches import Order, Sequences
-from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.evaluate.perplexity import evaluate

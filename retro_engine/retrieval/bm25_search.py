@@ -18,6 +18,7 @@ from retro_engine.retrieval.bm25 import insert
 WINDOW, STRETCH = 1 << 12, 64  # chunks; 8 KiB of sums
 BATCH = 1024  # queries of a worker that go through the windows together
 FEWEST = 8  # queries that go together: then putting side by side pays
+LEAST_CHUNKS = 1 << 17  # below, what a batch begins with takes longer than it saves
 FREQUENT = 128  # more than one in so many chunks has the term
 MOST_ROWS = 256  # of frequent terms: 1 MiB a window
 TOGETHER = 4  # rows added at once
@@ -41,7 +42,7 @@ def search(
     `highest`: of all scores.
     """
     own = own if len(own) else np.full(len(ends), -1, np.int32)
-    if len(ends) < FEWEST:
+    if len(ends) < FEWEST or num_chunks < LEAST_CHUNKS:
         return _search_alone(ends, *postings, contents, own, num_chunks, k, workers)
     return _search_together(ends, postings, highest, contents, own, num_chunks, k, workers)
 

@@ -1,13 +1,17 @@
 """Searching an index, a query at a time or many together, is adding up everything: ids, scores and ties, to the bit."""
 
+from unittest import mock
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retro_engine.retrieval import bm25_search
 from retro_engine.retrieval.bm25 import NO_CONTENTS, best
 from retro_engine.retrieval.bm25_search import search
 
 
+@mock.patch.object(bm25_search, "LEAST_CHUNKS", 0)
 @settings(max_examples=60, deadline=None)
 @given(
     num_chunks=st.sampled_from([1, 63, 64, 8191, 8192, 8193, 20_000]),
@@ -50,6 +54,7 @@ def test_queries_alone_and_together_find_what_adding_up_everything_finds(
         assert (ids[2::2] == ids[0]).all() and (ids[1::2] == ids[1]).all()
 
 
+@mock.patch.object(bm25_search, "LEAST_CHUNKS", 0)
 def test_many_candidates_of_one_score_are_added_up_on_the_way() -> None:
     """More chunks with the highest score than are noted at once, and a score beyond what a query's steps count finely."""
     num_chunks, frequent = 30_000, np.arange(0, 30_000, 2, dtype=np.int32)
