@@ -54,9 +54,14 @@ def run(options: Options) -> Measured:
             }
             for kind, texts in kinds.items():
                 alone = [[text] for text in texts]
-                measure(measured, generators, f"{weights}, {kind}", alone, 1, LEAST[kind])
+                measure(measured, generators, case=f"{weights}, {kind}", batches=alone, together=1, least=LEAST[kind])
                 measure(
-                    measured, generators, f"{weights}, {kind}, {TOGETHER} together", [texts], TOGETHER, NEVER_SLOWER
+                    measured,
+                    generators,
+                    case=f"{weights}, {kind}, {TOGETHER} together",
+                    batches=[texts],
+                    together=TOGETHER,
+                    least=NEVER_SLOWER,
                 )
     return measured
 
@@ -148,7 +153,14 @@ def texts_of(folder: Path) -> tuple[Store, dict[str, list[Text]]]:
     store = _store(folder / "held-out", held_out, str(database.folder))
     build_neighbors(store, [database], "bm25", num_neighbors=K)
     table = NeighborTable(find_table(store, None), store)
-    sequences = Sequences(store, np.arange(store.num_documents), CHUNKS * M, table, K, R)
+    sequences = Sequences(
+        store,
+        np.arange(store.num_documents),
+        sequence_length=CHUNKS * M,
+        table=table,
+        num_neighbors=K,
+        retrieved_length=R,
+    )
     found: dict[str, list[Text]] = {kind: [] for kind in LEAST}
     for rows_BL in np.random.default_rng(0).permutation(sequences.in_order())[:, None]:
         batch = sequences.batch(rows_BL)

@@ -80,7 +80,16 @@ class Bench:
     def questions(self, K: int) -> Questions:
         r = self.reader.reading.retrieved_length
         search = question_search([self.store], "bm25", r)
-        return Questions(self.rows, self.store, self.path, 1 << 20, K, r, "data", search)
+        return Questions(
+            self.rows,
+            self.store,
+            path=self.path,
+            sequence_length=1 << 20,
+            num_neighbors=K,
+            retrieved_length=r,
+            source="data",
+            search=search,
+        )
 
 
 def run(options: Options) -> Measured:
@@ -198,7 +207,15 @@ def _first_token(bench: Bench, encodings: Encodings) -> tuple[list[Row], float]:
     def in_prompt() -> None:
         for row, number in enumerate(numbers):
             read = [t for of, n in zip(tokens[row].tolist(), lengths[row].tolist()) for t in of[:n]]
-            decode(model, [[*read, *questions.prompts[number]]], None, None, 1, [], tokenizer.pad_id)
+            decode(
+                model,
+                [[*read, *questions.prompts[number]]],
+                neighbors_BKR=None,
+                lengths_BK=None,
+                max_new_tokens=1,
+                stop_ids=[],
+                pad_id=tokenizer.pad_id,
+            )
 
     works: dict[str, Callable[[], None]] = {"kept passages": kept, "in the prompt": in_prompt}
     found = {

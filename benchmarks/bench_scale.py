@@ -182,7 +182,9 @@ def compare_bm25(measured: Measured, chunks: int) -> Row:
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     highest = float(postings[-1].max())
     works = {
-        "ours": lambda: found.update(ours=search(ends, postings, highest, contents, own, chunks, K, 1)),
+        "ours": lambda: found.update(
+            ours=search(ends, postings, highest=highest, contents=contents, own=own, num_chunks=chunks, k=K, workers=1)
+        ),
         "exhaustive": lambda: found.update(all=exhaustive(ends, postings, contents, own, chunks)),
     }
     rows = compared(f"{QUERIES} chunks among {chunks:,}", time_in_turns(works, rounds=3))

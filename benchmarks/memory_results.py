@@ -68,7 +68,15 @@ class Trial:
         self, retro: Retro, memory: NgramMemory, share: Sequences, fitting: Sequences | None, mode: str
     ) -> Beside:
         token_bytes = retro.tokenizer.token_bytes()
-        return losses_beside(retro.model, memory, share, fitting, mode, token_bytes, BATCHES[self.part])
+        return losses_beside(
+            retro.model,
+            memory,
+            share=share,
+            fitting=fitting,
+            mode=mode,
+            token_bytes=token_bytes,
+            limit=BATCHES[self.part],
+        )
 
 
 def reused(trial: Trial, store: Store) -> dict[str, Any]:

@@ -57,13 +57,8 @@ def attention(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     check_dropout(dropout)
     seed = new_seed(q) if dropout and seed is None else seed
-    is_plain = (
-        not (dropout or return_lse)
-        and is_causal
-        and key_begins is None
-        and key_ends is None
-        and q.shape[1] == k.shape[1]
-    )
+    is_plain = is_causal and not (dropout or return_lse) and key_begins is None and key_ends is None
+    is_plain = is_plain and q.shape[1] == k.shape[1]
     backend = choose("attention", q, k, v)
     if backend == "triton" and is_plain and not is_forced() and flash.takes(q, first_keys, is_packed):
         if cos is not None and sin is not None:

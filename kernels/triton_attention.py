@@ -14,7 +14,6 @@ from retro_kernels.triton_attention_programs import _attention_backward, _attent
 from torch import Tensor
 
 
-
 def is_whole(capability: int, head_width: int, rows: int, is_fp32: bool, is_causal: bool, drops: bool) -> bool:
     """Whether one program computes all gradients of a problem: where its registers hold dQ beside a tile of keys.
 

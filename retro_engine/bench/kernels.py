@@ -341,7 +341,12 @@ def _gather(on: On) -> list[Row]:
     sets = [[torch.randint(-1, rows, (count,), device=device)] for _ in range(ROTATED)]
     works = {
         "ours": _forward(lambda ids: gather_neighbors(table, document, lengths, ids, R), sets),
-        "eager": _forward(lambda ids: reference.gather_neighbors(table, document, lengths, ids, R, 0), sets),
+        "eager": _forward(
+            lambda ids: reference.gather_neighbors(
+                table, document, row_lengths=lengths, ids=ids, retrieved_length=R, pad_id=0
+            ),
+            sets,
+        ),
     }
     case, name = f"gather neighbors {count} of {rows} rows", choose("gather_neighbors", sets[0][0])
     return _rows(case, on, works, backend=name, num_bytes=8 * count * R, flops=0, bound="copy", error=0.0)

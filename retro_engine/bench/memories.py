@@ -146,7 +146,15 @@ def _of_run(path: str) -> Measured:
     if not isinstance(valid, Sequences) or not isinstance(test, Sequences):
         raise UsageError(f"{path} is trained on questions", "a memory is of documents", "name another run")
     left, _ = memory.without(held_out_marks(valid, test))
-    found = losses_beside(retro.model, left, test, valid, mode, retro.tokenizer.token_bytes(), BATCHES)
+    found = losses_beside(
+        retro.model,
+        left,
+        share=test,
+        fitting=valid,
+        mode=mode,
+        token_bytes=retro.tokenizer.token_bytes(),
+        limit=BATCHES,
+    )
     for name, losses in found.losses.items():
         print(f"{name}: {losses.bits_per_byte:.4f} bits a byte {show_interval(*losses.interval(), '.4f')}")
     rows, facts = lookups(left, store, test.documents)
@@ -184,7 +192,11 @@ def time_beside(
             weights.probabilities(tokens.probabilities, look_up(memory, tokens))
 
     try:
-        rows = [row for size in TOGETHER for row in _time_generation(model, tokenizer, memory, weights, prompts, size)]
+        rows = [
+            row
+            for size in TOGETHER
+            for row in _time_generation(model, tokenizer, memory=memory, weights=weights, prompts=prompts, size=size)
+        ]
         works: dict[str, Work] = {ALONE: partial(evaluate, None), WITH: partial(evaluate, memory)}
         rows += _timed("evaluate", works)
     finally:

@@ -32,14 +32,30 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "facts":
         from retro_engine.demo.facts import run_facts
 
-        figures = run_facts(out, args.steps, args.init, args.seed, not args.no_gate, report, args.overrides)
+        figures = run_facts(
+            out,
+            args.steps,
+            init=args.init,
+            seed=args.seed,
+            is_gated=not args.no_gate,
+            reporter=report,
+            overrides=args.overrides,
+        )
         trained, store, prompt = out / "run", out / "store" / "notes", "These lines are about"
     else:
         from retro_engine.demo.text import figures_verdict, run_text
 
         if args.what != "python-docs" and not Path(args.what).exists():
             raise MissingInputError(f"{args.what} does not exist", "", "retro demo facts, python-docs or PATH")
-        figures = run_text(args.what, out, args.steps, args.seed, args.overrides, report, args.preset)
+        figures = run_text(
+            args.what,
+            out,
+            steps=args.steps,
+            seed=args.seed,
+            overrides=args.overrides,
+            reporter=report,
+            preset=args.preset,
+        )
         trained, store, prompt = out / "retro", out / "store", "The"
         report.say(f"\n{figures_verdict(figures)}")
     if args.json:

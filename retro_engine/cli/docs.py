@@ -127,7 +127,14 @@ def _open_folder(args: argparse.Namespace, is_read_only: bool = False) -> "Libra
         if store is None:
             raise MissingInputError(f"{folder} does not exist", "a new library needs a tokenizer", "--store STORE")
         embedder = new_embedder(args.embedder, store.tokenizer)
-        Library.create(folder, store.tokenizer, store.chunk_size, args.stride, embedder, flags.reading(args))
+        Library.create(
+            folder,
+            store.tokenizer,
+            chunk_size=store.chunk_size,
+            stride=args.stride,
+            embedder=embedder,
+            analyzer=flags.reading(args),
+        )
     with contextlib.ExitStack() as stack:
         library = stack.enter_context(Library(folder, is_read_only=is_read_only))
         if store is not None:  # one that was there keeps what it was made with

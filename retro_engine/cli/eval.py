@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         return _run_beside_memory(args, retro, sequences, modes, encodings)
     results = _evaluate(args, retro, sequences, modes, encodings)
     for weights in _types(args):
-        found = _losses(args, _open(args, weights).model, retro, sequences, modes, f"evaluating {weights}")
+        model, what = _open(args, weights).model, f"evaluating {weights}"
+        found = _losses(args, model, retro=retro, sequences=sequences, modes=modes, what=what)
         results |= {f"{mode} {weights}": losses for mode, losses in found.items()}
     summary = {mode: losses.summary() for mode, losses in results.items()}
     if args.words is not None:
@@ -87,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     gains, flops = {}, {}
     for path in args.against:
         decoder = _plain_decoder(path, retro)
-        losses = _losses(args, decoder, retro, sequences, ["off"], f"evaluating {path}")["off"]
+        what = f"evaluating {path}"
+        losses = _losses(args, decoder, retro=retro, sequences=sequences, modes=["off"], what=what)["off"]
         gains[path], summary[path] = gain_of(results[modes[0]], losses), losses.summary()
         flops[path] = flops_against(retro.model.config, decoder.config)
     saves = {mode: gain_of(results["on"], results[mode]) for mode in modes if "on" in modes and mode != "on"}
@@ -162,7 +164,9 @@ def _evaluate(
     from retro_engine.data.batches import Sequences
     from retro_engine.evaluate.in_prompt import evaluate_in_prompt
 
-    results = _losses(args, retro.model, retro, sequences, modes, "evaluating", encodings=encodings)
+    results = _losses(
+        args, retro.model, retro=retro, sequences=sequences, modes=modes, what="evaluating", encodings=encodings
+    )
     if not args.in_prompt:
         return results
     if not isinstance(sequences, Sequences) or sequences.table is None:
@@ -172,7 +176,14 @@ def _evaluate(
     token_bytes, precision = retro.tokenizer.token_bytes(), PRECISIONS[args.dtype]
     what, count = "evaluating neighbors in the prompt", flags.count_sequences(args, sequences)
     with flags.reporter(args).progress(what, count, "sequences") as meter:
-        prompt = evaluate_in_prompt(retro.model, sequences, token_bytes, args.limit, meter.advance, precision)
+        prompt = evaluate_in_prompt(
+            retro.model,
+            sequences,
+            token_bytes=token_bytes,
+            limit=args.limit,
+            advance=meter.advance,
+            precision=precision,
+        )
     return {**results, "prompt": prompt}
 
 

@@ -70,7 +70,16 @@ def evaluate(
     say = flags.reporter(args).say
     if (line := describe_left_out(marks, *shares)) is not None:
         say(line)
-    run = _Evaluation(args, retro, left, given, sequences, fitting, encodings, precision)
+    run = _Evaluation(
+        args,
+        retro,
+        memory=left,
+        given=given,
+        sequences=sequences,
+        fitting=fitting,
+        encodings=encodings,
+        precision=precision,
+    )
     losses = run.losses(retro.model, modes, "")
     for path, decoder in decoders.items():
         found = run.losses(decoder, ["off"], path)

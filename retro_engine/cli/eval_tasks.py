@@ -91,7 +91,17 @@ def _open_questions(args: argparse.Namespace, retro: "Retro", reads: bool) -> "t
     search = question_search(stores, args.retriever, c.r, Building(embedder=args.embedder))
     length, K = c.encoder_seq_length, c.num_neighbors
     absent = data.question_absent_answer if data.question_absent else None
-    questions = Questions(rows, stores[0], args.questions, length, K, c.r, "data", search, num_set_aside=len(bad))
+    questions = Questions(
+        rows,
+        stores[0],
+        path=args.questions,
+        sequence_length=length,
+        num_neighbors=K,
+        retrieved_length=c.r,
+        source="data",
+        search=search,
+        num_set_aside=len(bad),
+    )
     return questions, absent
 
 

@@ -55,7 +55,14 @@ def run_import(args: argparse.Namespace) -> int:
             raise StoreError(f"{args.metadata} is not JSON", str(error)) from error
         if not isinstance(metadata, dict):
             raise StoreError(f"{args.metadata} holds no settings", "expected an object of names and values")
-    imported = import_model(args.path, args.format, args.tokenizer, metadata, DTYPES[args.dtype], args.end_token)
+    imported = import_model(
+        args.path,
+        args.format,
+        tokenizer=args.tokenizer,
+        metadata=metadata,
+        dtype=DTYPES[args.dtype],
+        end_token=args.end_token,
+    )
     write_checkpoint(imported, args.out, args.path)
     for note in imported.notes:
         flags.reporter(args).say(f"note: {note}")

@@ -57,14 +57,25 @@ def _scale(args: argparse.Namespace) -> int:
     config = mup.open_config(args.overrides, args.preset, args.store)
     if args.what == "check":
         steps = args.steps or 5
-        check = mup.coordinate_check(config, widths, steps, args.seeds, args.keep_head_width, report)
+        check = mup.coordinate_check(
+            config, widths, steps=steps, seeds=args.seeds, keeps_head_width=args.keep_head_width, reporter=report
+        )
         mup.save_check(check, config, steps, out)
         slopes = {"slopes": check.slopes(True), "without": check.slopes(False)}
         print(json.dumps(slopes) if args.json else check.table())
         check.gate()
         return 0
     rates = _numbers("--rates", args.rates) if args.rates else [2.0**power for power in range(-13, -4)]
-    result = mup.sweep(config, widths, rates, args.seeds, args.steps or 300, out, args.keep_head_width, report)
+    result = mup.sweep(
+        config,
+        widths,
+        rates=rates,
+        seeds=args.seeds,
+        steps=args.steps or 300,
+        out=out,
+        keeps_head_width=args.keep_head_width,
+        reporter=report,
+    )
     print(json.dumps(result.summary()) if args.json else result.table())
     return 0
 

@@ -52,14 +52,14 @@ def run(args: argparse.Namespace) -> int:
     store = prepare(
         args.inputs,
         out,
-        args.tokenizer,
-        args.vocab_size,
-        args.chunk_size,
-        Reader(args.text_key, args.errors, format=args.format, split=args.split),
-        args.strict,
-        flags.reporter(args).say,
-        args.end_token,
-        args.workers,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        chunk_size=args.chunk_size,
+        reader=Reader(args.text_key, args.errors, format=args.format, split=args.split),
+        is_strict=args.strict,
+        say=flags.reporter(args).say,
+        end_token=args.end_token,
+        workers=args.workers,
     )
     print_summary(args, {"store": str(out), **store.summary()}, *of_store(store, out))
     return 0

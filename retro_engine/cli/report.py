@@ -32,5 +32,9 @@ def run(args: argparse.Namespace) -> int:
             )
         decoders[name] = Path(path)
     limit = None if args.all else args.limit
-    print(write_report(Path(args.path), decoders, args.share, limit, flags.reporter(args), args.device))
+    print(
+        write_report(
+            Path(args.path), decoders, share=args.share, limit=limit, reporter=flags.reporter(args), device=args.device
+        )
+    )
     return 0

@@ -92,18 +92,7 @@ def run(args: argparse.Namespace) -> int:
     from retro_engine.serve.service import ServiceOptions
     from retro_engine.serve.start import Address, serve_until_signal
 
-    if (args.path is None) == (args.reader is None):
-        raise UsageError("there is no model, or one too many", "RUN or --reader NAME", "retro serve RUN")
-    if args.base is not None and args.reader is None:
-        raise UsageError(f"--base {args.base} cannot be used", "it is of a reader", "--reader NAME")
-    for name in ("max_batch", "max_waiting"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be used", "at least 1")
-    for name in args.alias:
-        if not name.isprintable() or not 1 <= len(name) <= 256:
-            raise UsageError(f"--alias {name[:80]!r} cannot be used", "a name has 1 to 256 characters that can be seen")
-    if args.neighbor_bytes is not None and args.neighbor_bytes < 0:
-        raise UsageError(f"--neighbor-bytes {args.neighbor_bytes} cannot be used", "0 or more")
+    _check(args)
     options = ServiceOptions(
         run=args.path or "",
         reader=args.reader,
@@ -141,3 +130,19 @@ def run(args: argparse.Namespace) -> int:
     )
     serve_until_signal(options, address, open_accounts(args), flags.reporter(args))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UsageError for what is missing, contradicts or cannot be."""
+    if (args.path is None) == (args.reader is None):
+        raise UsageError("there is no model, or one too many", "RUN or --reader NAME", "retro serve RUN")
+    if args.base is not None and args.reader is None:
+        raise UsageError(f"--base {args.base} cannot be used", "it is of a reader", "--reader NAME")
+    for name in ("max_batch", "max_waiting"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be used", "at least 1")
+    for name in args.alias:
+        if not name.isprintable() or not 1 <= len(name) <= 256:
+            raise UsageError(f"--alias {name[:80]!r} cannot be used", "a name has 1 to 256 characters that can be seen")
+    if args.neighbor_bytes is not None and args.neighbor_bytes < 0:
+        raise UsageError(f"--neighbor-bytes {args.neighbor_bytes} cannot be used", "0 or more")

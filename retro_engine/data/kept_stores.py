@@ -59,7 +59,9 @@ def keep(store: Store, table: NeighborTable, run: Path) -> tuple[Path, Path]:
             databases.append(_keep(database, run / f"{KEPT}-{number}") if is_temporary(database) else database)
     m = table.manifest
     (place / files.MANIFEST).unlink()  # it has the places of the others
-    publish_table(place, kept, databases, table.num_neighbors, m["retriever"], m["files"])
+    publish_table(
+        place, kept, databases=databases, num_neighbors=table.num_neighbors, retriever=m["retriever"], hashes=m["files"]
+    )
     return kept.folder, place
 
 

@@ -20,7 +20,7 @@ from retro_engine.data.lossiness import Loss, Sample, as_json, describe, find_lo
 from retro_engine.data.splitting import settle
 from retro_engine.data.store import Store, StoreWriter
 from retro_engine.data.tokenizer import Tokenizer, auto_vocab_size
-from retro_engine.errors import MissingInputError, StoreError, UsageError
+from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
 
 SAMPLE_BYTES = 32 << 20  # of text that the tokenizer is trained on
 LOSS_SAMPLE = 1 << 20  # characters that are tried for whether they come back
@@ -199,5 +199,9 @@ def _train_tokenizer(
 
 
 def _refuse_if_strict(row: SetAside, is_strict: bool) -> None:
+    """Also what the system let nobody read (no descriptors, a disk that fails): a store that is published without it lacks it."""
+    if row.is_unread:
+        do = "run the same command again: what is written stays (or leave this file out)"
+        raise OutOfResourceError(f"{row.source} was not read", row.reason, do)
     if is_strict and row.is_fault:
         raise StoreError(f"{row.source}: {row.reason}", "--strict stops at the first row that cannot be used")

@@ -111,12 +111,15 @@ def answer_questions(
             tokens, valid = questions.neighbors(group, mode)
             if is_alone and questions.K > 1:
                 assert absent is not None, "by what passages are told apart"
-                tokens, valid = _most_likely(model, questions, group, tokens, valid, absent, encode)
+                tokens, valid = _most_likely(
+                    model, questions, numbers=group, tokens_BKR=tokens, lengths_BK=valid, absent=absent, encode=encode
+                )
             neighbors, lengths = torch.from_numpy(tokens), torch.from_numpy(valid)
         asked = [prompts[number] for number in group]
         front = 0 if neighbors is None else model.config.positions_in_front(questions.K * model.config.r)
         count = _left(model, front + chunks * questions.M, max_new_tokens)  # the same in any batch
-        ids = decode(model, asked, neighbors, lengths, count, tokenizer.end_ids, tokenizer.pad_id, encode=encode)
+        ends: dict[str, Any] = {"max_new_tokens": count, "stop_ids": tokenizer.end_ids, "pad_id": tokenizer.pad_id}
+        ids = decode(model, asked, neighbors, lengths, **ends, encode=encode)
         for number, answer in zip(group, tokenizer.decode_batch(ids)):
             texts[number] = answer.strip().split("\n", 1)[0].strip()  # no other sign ends a line
         advance(len(group))
@@ -126,7 +129,9 @@ def answer_questions(
     exact = np.array([exact_match(answer, of) for answer, of in zip(said, right)])
     words = np.array([f1(answer, of) for answer, of in zip(said, right)])
     share = None if absent is None else float(np.mean([normalize(text) == normalize(absent) for text in said]))
-    return Answers(said, exact, words, share, questions.num_set_aside, questions.num_left_out)
+    return Answers(
+        said, exact, f1=words, absent=share, set_aside=questions.num_set_aside, left_out=questions.num_left_out
+    )
 
 
 def _most_likely(

@@ -88,10 +88,10 @@ def encode_store(
         stage = Stage(
             "encode",
             encode_shard,
-            json.dumps(spec, sort_keys=True),
-            folder.resolve(),
-            tuple(f"values-{number:05d}.bin" for number in range(-(-store.num_rows // shard_rows))),
-            (str(store.folder.resolve()), str(opened.folder.resolve())),
+            spec=json.dumps(spec, sort_keys=True),
+            folder=folder.resolve(),
+            outputs=tuple(f"values-{number:05d}.bin" for number in range(-(-store.num_rows // shard_rows))),
+            paths=(str(store.folder.resolve()), str(opened.folder.resolve())),
             is_stateful=True,
             gpus=1.0 if torch.cuda.is_available() else 0.0,
         )

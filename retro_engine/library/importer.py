@@ -181,7 +181,17 @@ class Importer:
             "SELECT source, reason FROM job_errors WHERE job = ? ORDER BY rowid LIMIT ?", number, ERRORS_KEPT
         )
         number, place, namespace, state, done, added, failed, reason = rows[0]
-        return Job(number, str(self._stream(place) or place), namespace, state, done, added, failed, reason, errors)
+        return Job(
+            number,
+            str(self._stream(place) or place),
+            namespace=namespace,
+            state=state,
+            done=done,
+            added=added,
+            failed=failed,
+            reason=reason,
+            errors=errors,
+        )
 
     def jobs(self) -> list[Job]:
         """Every job, the newest first."""

@@ -389,7 +389,9 @@ class Library:
                 snapshot = tuple(view.only(keys) for view in snapshot)
             hashes = self.file.analyzer.query(text)
             others = NOTHING if beside is None else beside(hashes)
-            ranking = rank(snapshot, mode, hashes, vector, weights, k * (2 * reach - 1), others)
+            ranking = rank(
+                snapshot, mode, hashes=hashes, vector=vector, weights=weights, k=k * (2 * reach - 1), beside=others
+            )
             ranking = without_overlaps(snapshot, ranking, reach)[:k] if reach > 1 else ranking
             found = self._hits(connection, snapshot, ranking)
         self._check_open()  # not closed while it searched

@@ -109,7 +109,10 @@ class LiveRetriever:
             return [self._live(text, k, retrieved_length, mode, weights, where=where) for text in texts]
         is_one = self._is_one(mode)
         theirs = self.static.counts if is_one else None
-        live = [self._live(text, k, retrieved_length, mode, weights, theirs) for text in texts]
+        live = [
+            self._live(text, k, retrieved_length=retrieved_length, mode=mode, weights=weights, beside=theirs)
+            for text in texts
+        ]
         ours = partial(self.library.counts, namespace=self.namespace) if is_one else None
         fixed = self.static.neighbors(texts, k, retrieved_length, beside=ours)
         join = self._by_score if is_one else self._fused
@@ -128,7 +131,16 @@ class LiveRetriever:
         found: list[tuple[Hit, np.ndarray]] = []
         if text.strip():
             query = text[:MAX_QUERY_CHARACTERS]
-            found = self.library.find(query, k, mode, self.namespace, weights, retrieved_length, beside, where)
+            found = self.library.find(
+                query,
+                k,
+                mode=mode,
+                namespace=self.namespace,
+                weights=weights,
+                retrieved_length=retrieved_length,
+                beside=beside,
+                where=where,
+            )
         return Found.of(found, k, retrieved_length, self.library.file.tokenizer.pad_id)
 
     def _by_score(self, sides: Sequence[Found], k: int, retrieved_length: int) -> Found:

@@ -53,10 +53,11 @@ def prefill(
         logits = _prefill_rows(model, cache, tokens_BT, last_only)
         if logits is not None:
             return logits
-    reading = None
+    reading, front, given = None, None, {"neighbors_BLKR": neighbors_BLKR, "lengths_BLK": lengths_BLK}
     if model.config.cross_layers:
-        reading = _CachedReading(model, cache, start, T, neighbors_BLKR, lengths_BLK)
-    front = FrontReading(cache, start, T, neighbors_BLKR, lengths_BLK, keeps_front) if reads else None
+        reading = _CachedReading(model, cache, start, T, **given)
+    if reads:
+        front = FrontReading(cache, start, T, keeps_front=keeps_front, **given)
     attention = _CachedAttention(cache, start, T, front)
     x = model.run_layers(model.embed(tokens_BT, cache.positions(start)), attention, reading)
     for read in (reading, front):
@@ -416,8 +417,7 @@ def decode(
     device, M, B = model.device, model.config.chunk_size, len(prompts)
     if not model.config.retrieval:
         neighbors_BKR = None
-    longest = max(map(len, prompts))
-    keeps = model.config.reads_prefix
+    longest, keeps = max(map(len, prompts)), model.config.reads_prefix
     length = longest if neighbors_BKR is None or keeps else -(-longest // M) * M
     neighbor_tokens = 0 if neighbors_BKR is None else neighbors_BKR[0].numel()
     most, front = model.config.most_tokens, model.config.positions_in_front(neighbor_tokens)

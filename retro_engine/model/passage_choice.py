@@ -33,5 +33,15 @@ def absence(
         return greedy(logits_KV)
 
     prompts = [prompt] * len(passages_KR)
-    decode(model, prompts, passages_KR[:, None], lengths_K[:, None], 1, [], pad_id, noted, encode)
+    decode(
+        model,
+        prompts,
+        neighbors_BKR=passages_KR[:, None],
+        lengths_BK=lengths_K[:, None],
+        max_new_tokens=1,
+        stop_ids=[],
+        pad_id=pad_id,
+        choose=noted,
+        encode=encode,
+    )
     return found[0]

@@ -117,7 +117,8 @@ class PrefixAttention:
         q, k = _rotated(q, places, attention, self.rotary), _rotated(k, places, attention, self.rotary)
         fronts = [self._front(layer, attention, which) for which in (0, 1)]
         rows = [
-            torch.cat([self._attend(layer, attention, run, fronts, q, k, v) for run in runs], 1) for runs in self.runs
+            torch.cat([self._attend(layer, attention, run=run, fronts=fronts, q=q, k=k, v=v) for run in runs], 1)
+            for runs in self.runs
         ]
         return torch.cat(rows)
 

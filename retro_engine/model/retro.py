@@ -155,7 +155,9 @@ class RetroModel(nn.Module):
         if not self.config.reads_prefix or passages_WR is None or lengths_W is None or passages_WR.dim() != 2:
             raise ValueError("reads needs model.reading=prefix, neighbors [w, r] and neighbor_lengths [w]")
         lengths_Q = (torch.ones_like(tokens) if documents is None else documents >= 0).sum(1)
-        shared = SharedReading(self.config, passages_WR, lengths_W, tokens, lengths_Q, reads_QK)
+        shared = SharedReading(
+            self.config, passages_WR, lengths_W=lengths_W, texts_QN=tokens, lengths_Q=lengths_Q, reads_QK=reads_QK
+        )
         self._check_room(shared.X, tokens.shape[1])
         shared.rotary = self.decoder_rotary(shared.num_positions, tokens.device)
         x = self.run_layers(self.embed(shared.tokens_T[:, None], shared.positions_T).transpose(0, 1), shared, None)
@@ -178,7 +180,15 @@ class RetroModel(nn.Module):
         X = sinks[0][0].shape[1] + K * R
         self._check_room(X, N)
         rotary = self.decoder_rotary(X + N, lengths.device)
-        return PrefixAttention(pairs, sinks, lengths, retrieved.attends_BN, rotary, first_keys, self.config.chunk_size)
+        return PrefixAttention(
+            pairs,
+            sinks,
+            lengths_BLK=lengths,
+            attends_BN=retrieved.attends_BN,
+            rotary=rotary,
+            first_keys=first_keys,
+            chunk_size=self.config.chunk_size,
+        )
 
     def run_alone(self, tokens_WR: Tensor) -> Pairs:
         """Keys and values [w, r, g, e] of every decoder layer for neighbors that run alone, behind the sink; not rotated."""
@@ -442,7 +452,9 @@ class _FullAttention:
         self.rotary, self.first_keys, self.mask = rotary, first_keys, mask
 
     def __call__(self, layer: int, attention: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention.attend(q, k, v, self.rotary, True, self.first_keys, mask=self.mask)
+        return attention.attend(
+            q, k, v_BNGE=v, rotary=self.rotary, is_causal=True, first_keys=self.first_keys, mask=self.mask
+        )
 
 
 class _FullReading:

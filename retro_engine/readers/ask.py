@@ -79,7 +79,17 @@ def choose(
     tokens, lengths = map(torch.from_numpy, encode_neighbors(tokenizer, texts, reader.reading.retrieved_length))
     prompt, absent_id = tokenizer.encode(reader.prompt(question)), tokenizer.encode(f" {reader.absent}")[0]
     encode = None if generator.encodings is None else generator.encodings.of
-    best = int(absence(model, prompt, tokens, lengths, absent_id, tokenizer.pad_id, encode).argmin())
+    best = int(
+        absence(
+            model,
+            prompt,
+            passages_KR=tokens,
+            lengths_K=lengths,
+            absent_id=absent_id,
+            pad_id=tokenizer.pad_id,
+            encode=encode,
+        ).argmin()
+    )
     return [passages[best], *passages[:best], *passages[best + 1 :]]
 
 

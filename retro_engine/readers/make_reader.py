@@ -55,8 +55,7 @@ def make_reader(
 
     Raises UsageError for a run that holds no reader of this base, and for a folder that holds something.
     """
-    folder = Path(folder)
-    files.check_unused(folder)
+    files.check_unused(folder := Path(folder))
     found = opened(path)
     beside, config = checkpoint.read_base(found), read_config(found)
     if beside is None or not config.reads_prefix or not is_imported(beside.folder):
@@ -67,14 +66,12 @@ def make_reader(
         )
     file = find_base(base)
     _check_base(file.path, config, beside.folder)
-    settings = run_config(found, [], needed=())
-    data = settings.model.data
+    data = run_config(found, [], needed=()).model.data
     template = data.question_template if template is None else template
     absent = data.question_absent_answer if absent is None else absent
     check_templates(template, passage)
     own = MappedTensors(found / ADAPTERS_FILE)
-    odd = sorted(key for key in own if not is_adapter(key))
-    if odd:
+    if odd := sorted(key for key in own if not is_adapter(key)):
         raise UsageError(f"{found} holds no reader", f"it learned whole matrices too: {', '.join(odd[:4])}")
     weights = _bytes({key: value.to(torch.bfloat16) for key, value in own.items()})
     with files.publish_folder(folder) as aside:

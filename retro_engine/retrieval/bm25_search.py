@@ -44,7 +44,9 @@ def search(
     own = own if len(own) else np.full(len(ends), -1, np.int32)
     if len(ends) < FEWEST or num_chunks < LEAST_CHUNKS:
         return _search_alone(ends, *postings, contents, own, num_chunks, k, workers)
-    return _search_together(ends, postings, highest, contents, own, num_chunks, k, workers)
+    return _search_together(
+        ends, postings, highest=highest, contents=contents, own=own, num_chunks=num_chunks, k=k, workers=workers
+    )
 
 
 @numba.njit(parallel=True, cache=True)

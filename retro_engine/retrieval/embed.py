@@ -268,6 +268,14 @@ def choose_embedding(
         rates[kind] = len(sample) / (time.monotonic() - start)
     chosen = "bf16" if rates.get("bf16", 0) > BF16_GAIN * rates.get("fp32", 0) else "fp32"
     width = int(loaded.get_embedding_dimension())
-    embedding = Embedding(short_name(model), mark, width, chosen, pooling, query_prompt, document_prompt)
+    embedding = Embedding(
+        short_name(model),
+        mark,
+        width=width,
+        precision=chosen,
+        pooling=pooling,
+        query_prompt=query_prompt,
+        document_prompt=document_prompt,
+    )
     measured = ", ".join(f"{kind} {rate:.0f} chunks/s" for kind, rate in rates.items())
     return embedding, f"{embedding.name}: {measured}; {chosen} is used"

@@ -77,7 +77,8 @@ def build_index(
     make_faiss(chosen, vectors.width, metric)  # refuses what Faiss does not know
     with files.locked(folder):
         _refuse_other(folder, chosen, metric, vectors, store)
-        builder = _Build(store, vectors, folder, chosen, metric, index_rows, executor, reporter)
+        by: dict[str, Any] = {"executor": executor, "reporter": reporter}
+        builder = _Build(store, vectors, folder, factory=chosen, metric=metric, index_rows=index_rows, **by)
         content = {
             "retriever": short_name(model),
             "factory": chosen,

@@ -144,7 +144,16 @@ class Bm25Index:
         contents, own = (exclude.contents_N, exclude.own_Q) if exclude is not None else (bm25.NO_CONTENTS,) * 2
         workers = min(numba.get_num_threads(), max(1, len(texts)))
         entries = found.firsts, found.lasts, weights, found.chunks, found.values
-        return search(terms.ends, entries, float(self._highest), contents, own, self.num_chunks, k, workers)
+        return search(
+            terms.ends,
+            entries,
+            highest=float(self._highest),
+            contents=contents,
+            own=own,
+            num_chunks=self.num_chunks,
+            k=k,
+            workers=workers,
+        )
 
     def frequencies(self, hashes: np.ndarray) -> np.ndarray:
         """Chunks that hold each term."""

@@ -66,7 +66,9 @@ def chat_prompt(
     """
     _check(messages, begins, goes_on)
     if template is not None:
-        return _rendered(messages, template, begins, goes_on, tools, variables or {}), template.stops
+        return _rendered(
+            messages, template, begins=begins, goes_on=goes_on, tools=tools, variables=variables or {}
+        ), template.stops
     parts = []
     for turn in _plain_turns(messages, tools):
         text = str(turn["content"])

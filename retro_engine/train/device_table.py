@@ -42,7 +42,12 @@ class DeviceTable:
         """Tokens [b, l, k, r] and valid lengths [b, l, k], both i64; -1 = missing, length 0."""
         ids = torch.from_numpy(ids_BLK).to(self.device)
         tokens, lengths = ops.gather_neighbors(
-            self._table, self._documents, self._row_lengths, ids, retrieved_length, self.pad_id
+            self._table,
+            self._documents,
+            row_lengths=self._row_lengths,
+            ids=ids,
+            retrieved_length=retrieved_length,
+            pad_id=self.pad_id,
         )
         return tokens.long(), lengths
 

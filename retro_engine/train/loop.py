@@ -279,7 +279,14 @@ class _Training:
             return self._finished_before(saved)
         peak_flops(self.device, self.precision.products)  # measured before anything else runs
         self._announce()
-        log = RunLog(self.run, self.config, self.data.fingerprints, self.step, self.reporter, self.parallel.is_main)
+        log = RunLog(
+            self.run,
+            self.config,
+            fingerprints=self.data.fingerprints,
+            step=self.step,
+            reporter=self.reporter,
+            is_main=self.parallel.is_main,
+        )
         self.model.train()
         try:
             with (
@@ -528,7 +535,14 @@ class _Training:
             "stream": stream_settings(self.config),
         }
         try:
-            self.saver.save(self.step, self.model, self.optimizer, self.data.store.tokenizer, trainer, generation)
+            self.saver.save(
+                self.step,
+                self.model,
+                optimizer=self.optimizer,
+                tokenizer=self.data.store.tokenizer,
+                trainer=trainer,
+                generation=generation,
+            )
         except RetroError:
             self.reporter.say("the last checkpoint was not saved; earlier ones are untouched")
             raise

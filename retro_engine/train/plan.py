@@ -460,7 +460,7 @@ def plan(config: Config, processes: int) -> dict[str, Any]:
     cores = attention_flops(c, T, W) * (4 if again else 3) * steps / x.tensor
     products_s = (useful + again - cores) / MATMUL_FLOPS + cores / ATTENTION_FLOPS
     tensor_bytes, data_bytes = _tensor_bytes(c, x) * steps, _data_bytes(p, x)
-    seconds = _seconds(x, p, kept, products_s, tensor_bytes, data_bytes)
+    seconds = _seconds(x, p, kept=kept, products_s=products_s, tensor_bytes=tensor_bytes, data_bytes=data_bytes)
     return {
         "parameters": p.total.total,
         "processes": x.world,

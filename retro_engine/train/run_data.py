@@ -129,7 +129,14 @@ def _open_blend(config: Config) -> RunData:
     _hold_out_everywhere(streams)
     warnings = [describe_copies(valid, stream) for stream in streams] if isinstance(valid, Sequences) else []
     warning = next((text for text in warnings if text is not None), None)
-    return RunData(Blend(streams, weights), valid, opened[0].store, prints, warning, opened[0].validation)
+    return RunData(
+        Blend(streams, weights),
+        valid,
+        store=opened[0].store,
+        fingerprints=prints,
+        warning=warning,
+        validation=opened[0].validation,
+    )
 
 
 def _hold_out_everywhere(streams: list[Sequences]) -> None:
@@ -331,7 +338,13 @@ def open_evaluation(
         )
     documents = everything if share == "all" else shares[share]
     sequences = Sequences(
-        store, documents, m.encoder_seq_length, data.train.table, model.num_neighbors, model.r, shares["train"]
+        store,
+        documents,
+        sequence_length=m.encoder_seq_length,
+        table=data.train.table,
+        num_neighbors=model.num_neighbors,
+        retrieved_length=model.r,
+        database_documents=shares["train"],
     )
     assert isinstance(data.train, Sequences), "a run is evaluated on one store"
     if share == "test" and (copies := describe_copies(sequences, data.train)) is not None:

@@ -1,16 +1,19 @@
 """`retro prepare` end to end: reproducible, flat in memory, and small corpora that must work."""
 
+import errno
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import write_corpus
 
+from retro_engine.data import files
 from retro_engine.data.corpus import Reader
 from retro_engine.data.prepare import prepare
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError
 from retro_engine.retrieval.neighbors import build_neighbors
 
 
@@ -35,6 +38,29 @@ def test_rows_set_aside_are_listed_and_the_rest_is_kept(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"c.jsonl:6: no key 'text'"):
         prepare([source], tmp_path / "t", vocab_size=300, is_strict=True)
     assert not (tmp_path / "t" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOMEM, errno.EIO])
+def test_what_the_system_let_nobody_read_is_not_left_out(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [write_corpus(tmp_path / f"{name}.jsonl", 5) for name in "ab"]
+    real = files.open_file
+
+    def opened(path: Path) -> object:
+        if path.name == "b.jsonl" and is_failing:
+            raise OSError(code, os.strerror(code))
+        return real(path)
+
+    is_failing = True
+    monkeypatch.setattr(files, "open_file", opened)
+    monkeypatch.setattr(files, "sha256_file", lambda path: "0")  # which reads it before
+    with pytest.raises(OutOfResourceError, match=r"b\.jsonl was not read"):
+        prepare(sources, tmp_path / "s", vocab_size=300)
+    assert not (tmp_path / "s" / "manifest.json").exists()
+    is_failing = False
+    monkeypatch.undo()
+    assert prepare(sources, tmp_path / "s", vocab_size=300).num_documents == 10
 
 
 def test_files_passed_over_are_said_and_listed_but_no_rows(tmp_path: Path) -> None:
