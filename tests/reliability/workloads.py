@@ -267,8 +267,8 @@ class Checkpoint(Workload):
         waited, step = checkpoint.Saver.wait, [0]
         saved = checkpoint.Saver.save
 
-        def save(saver: checkpoint.Saver, number: int, *rest: Any) -> None:
-            saved(saver, number, *rest)
+        def save(saver: checkpoint.Saver, number: int, *rest: Any, **named: Any) -> None:
+            saved(saver, number, *rest, **named)
             step[0] = number
 
         def wait(saver: checkpoint.Saver) -> None:

@@ -97,9 +97,9 @@ def test_frozen_weights_stay_and_the_rest_of_a_retrofit_learns(
     states: list[dict[str, torch.Tensor]] = []
     save = checkpoint.Saver.save
 
-    def spy(self: checkpoint.Saver, step: int, model: RetroModel, *rest: Any) -> None:
+    def spy(self: checkpoint.Saver, step: int, model: RetroModel, *rest: Any, **named: Any) -> None:
         states.append({name: value.clone() for name, value in model.state_dict().items()})
-        save(self, step, model, *rest)
+        save(self, step, model, *rest, **named)
 
     monkeypatch.setattr(checkpoint.Saver, "save", spy)
     folder = run(small_store, source, tmp_path / "run", "model.lora.targets=[q,v]", "model.data.neighbor_dropout=0.2")
