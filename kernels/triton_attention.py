@@ -46,7 +46,8 @@ def tile_of(
     elif is_fp32 or head_width > 128:
         tile, stages = (32, 32, 8 if is_fp32 and head_width > 64 else 4), 1
     else:
-        tile = (64, 64, 4) if head_width <= 64 else (64, 64, 8)
+        few = is_causal and capability >= 120  # 64 keys spill there
+        tile = (64, 32 if few else 64, 4) if head_width <= 64 else (64, 64, 8)
         stages = 3 if capability in (80, 87) or has_wgmma else 2  # the others have 99 KiB of shared memory
     is_one_tile = is_backward and is_whole(
         capability, head_width, rows, is_fp32, is_causal, drops

@@ -67,9 +67,10 @@ __device__ __forceinline__ void rotate_heads(const RopeTensor& t, int64_t b, int
 }
 
 // A thread owns one slot of one token (V pairs, or V features that pass through) in `heads_a_thread` heads of q, then k: its cosines,
-// sines and place are read and reckoned once for all of them. Grid: tokens x slots, batch, groups of heads.
+// sines and place are read and reckoned once for all of them. Grid: tokens x slots, batch, groups of heads. One block a multiprocessor may
+// be all: with no such promise ptxas spills to keep three.
 template <class T, int V, bool INTERLEAVED>
-__global__ void __launch_bounds__(256) rope_kernel(RopeTensor q, RopeTensor k, const float* __restrict__ cos, const float* __restrict__ sin, const int64_t* __restrict__ positions, int64_t position_b,
+__global__ void __launch_bounds__(256, 1) rope_kernel(RopeTensor q, RopeTensor k, const float* __restrict__ cos, const float* __restrict__ sin, const int64_t* __restrict__ positions, int64_t position_b,
                                                    int64_t num_positions, int B, int N, int E, int P, int heads_a_thread, float sign) {
   const unsigned slots = (E - P) / V, place = blockIdx.x * 256 + threadIdx.x;
   const int n = place / slots, slot = place % slots, pairs = slot * V;

@@ -26,7 +26,7 @@ RUNTIME = """
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 struct dim3 { unsigned x, y, z; dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {} };
 inline dim3 gridDim(1), blockDim(1), blockIdx(0, 0, 0), threadIdx(0, 0, 0);
 using std::min, std::max;
