@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from retro_engine.data import files
-from retro_engine.errors import REMEDIES, MissingInputError, UsageError
+from retro_engine.errors import REMEDIES, MissingInputError, UsageError, read_error
 
 TEXT_KINDS = (".txt", ".text", ".raw", ".tokens", ".md", ".markdown")
 PAGE_KINDS = (".html", ".htm", ".xhtml")
@@ -138,7 +138,10 @@ def open_file(path: Path) -> BinaryIO:
 def read_bounded(path: Path, limit: int) -> bytes:
     """The bytes of a file. Raises MissingInputError, or UsageError for one of more than `limit` bytes."""
     with open_file(path) as file:
-        raw = file.read(limit + 1)
+        try:
+            raw = file.read(limit + 1)
+        except OSError as error:
+            raise read_error(error, shown(path)) from error
     if len(raw) > limit:
         raise UsageError(f"{shown(path)} is larger than {limit:,} bytes", "no such file is")
     return raw

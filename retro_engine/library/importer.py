@@ -248,7 +248,9 @@ class Importer:
         if unread is not None:  # nobody knows what it holds: done, it would be lost
             where = self._sender_place(job, unread.source)
             raise OutOfResourceError(
-                f"{where} was not read", unread.reason, "import it again: it goes on where it stopped"
+                f"{where} was not read into {self.library.folder}",
+                unread.reason,
+                "import it again: it goes on where it stopped",
             )
         good: dict[str, Document] = {}
         bad: list[tuple[int, str, str]] = []

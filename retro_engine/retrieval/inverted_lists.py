@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from retro_engine.data import files
-from retro_engine.errors import StoreError
+from retro_engine.errors import StoreError, read_error, system_error
 
 LISTS_BYTES = 8  # of an id, and of a list's size
 
@@ -65,6 +65,12 @@ def map_lists(ivf: Any, lists: ListsFile) -> Any:
     sizes = lists.sizes.astype(np.uint64)  # named: a pointer does not keep its array
     mapped.set_all_lists_sizes(faiss.swig_ptr(sizes))
     mapped.prefetch_nthread = 0  # threads that are started for every query cost 1.2 ms
-    mapped.do_mmap()
+    try:
+        mapped.do_mmap()
+    except RuntimeError as error:  # Faiss' own, which has the system's in its text
+        refused = system_error(error)
+        if refused is not None:
+            raise read_error(refused, lists.path) from error
+        raise StoreError(f"{lists.path} cannot be mapped", str(error)) from error
     ivf.replace_invlists(mapped, False)
     return mapped

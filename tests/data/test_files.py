@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -266,3 +267,12 @@ def test_a_temporary_name_is_not_followed(tmp_path: Path) -> None:
     files.publish(tmp_path / "a.bin", [b"content"])
     assert (tmp_path / "a.bin").read_bytes() == b"content"
     assert (tmp_path / "outside").read_text() == "mine"
+
+
+def test_what_cannot_be_made_durable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(OutOfResourceError, match=re.escape(f"{tmp_path} cannot be written")):
+        files.sync(tmp_path)

@@ -1,13 +1,16 @@
 """Finding files: what is read once, and what is passed over with which reason; nothing is passed over without a word."""
 
 import errno
+import io
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from retro_engine.data import inputs
 from retro_engine.data.inputs import (
     check_file,
     find_files,
@@ -20,7 +23,7 @@ from retro_engine.data.inputs import (
     standard_input,
     tell,
 )
-from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.errors import MissingInputError, OutOfResourceError, UsageError
 
 
 def found(*inputs: Path) -> tuple[list[str], dict[str, str]]:
@@ -198,3 +201,13 @@ def test_whose_fault_it_is_that_something_was_not_read(code: int, unread: bool) 
     assert is_unread(met) is is_unread(wrapped) is unread
     assert not is_unread(MissingInputError("a file cannot be read", ""))
     assert not is_unread(EOFError()) and not is_unread(OSError("Not a gzipped file"))
+
+
+def test_a_file_that_the_system_stops_reading_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(inputs, "open_file", lambda path: Failing())
+    with pytest.raises(OutOfResourceError, match=re.escape(f"{tmp_path / 'a.json'} cannot be read")):
+        read_bounded(tmp_path / "a.json", 10)
