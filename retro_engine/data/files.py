@@ -250,9 +250,9 @@ def _published(temporary: Path, path: Path, size: int = 0, is_read_only: bool = 
         yield
         if is_read_only:
             os.chmod(temporary, 0o444)
-        sync(temporary)
+        _sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
+        _sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -283,7 +283,7 @@ def publish_folder(folder: Path) -> Iterator[Path]:
                 if folder.exists():
                     folder.rmdir()  # it is empty
                 os.rename(aside, folder)
-                sync(folder.parent)
+                _sync(folder.parent)
         finally:
             remove_tree(aside)
 
@@ -294,13 +294,18 @@ def json_bytes(values: dict[str, Any], is_sorted: bool = False) -> bytes:
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or the names in a folder, durable."""
+    """Make a file's bytes, or the names in a folder, durable. Raises what the system refuses as `write_error` of it."""
     with writing(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Within `writing`, which names what is published."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
@@ -309,8 +314,8 @@ def sync_tree(folder: Path) -> None:
         for name in names:
             path = Path(parent, name)
             if kind_of(path) == "a file":
-                sync(path)
-        sync(Path(parent))
+                _sync(path)
+        _sync(Path(parent))
 
 
 def make_folder(folder: Path) -> None:
@@ -341,7 +346,7 @@ def _make(folder: Path) -> None:
             raise
         is_new = False
     try:
-        sync(folder.parent)  # also of a folder that was there: who made it may have been killed before, or not cared
+        _sync(folder.parent)  # also of a folder that was there: who made it may have been killed before, or not cared
     except OSError as error:
         if is_new or error.errno not in UNSYNCED:
             raise
