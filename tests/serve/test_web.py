@@ -29,7 +29,7 @@ CHROMIUM = shutil.which("chromium")
 
 def test_the_page_is_small_and_asks_no_other_host() -> None:
     text = {path.name: path.read_text(encoding="utf-8") for path in sorted(WEB.iterdir())}
-    assert sum(len(content.splitlines()) for content in text.values()) < 2000
+    assert sum(len(content.splitlines()) for content in text.values()) < 1600
     for name, content in text.items():
         assert not re.findall(r"(?:https?:)?//[\w.-]+\.\w", content.replace("http://www.w3.org/2000/svg", "")), name
         assert not re.findall(
