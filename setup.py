@@ -53,9 +53,10 @@ class OptionalBuildExt(build_ext):
 def extensions() -> list[Extension]:
     cuda = [Extension(CUDA_KERNELS, ["csrc/cuda/kernels.cu"], optional=True)] if shutil.which("nvcc") else []
     try:
-        from pybind11.setup_helpers import Pybind11Extension
+        from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
     except ImportError:
         return cuda  # a C interface: it needs no pybind11
+    ParallelCompile("RETRO_BUILD_JOBS").install()  # an extension's files side by side, as many as there are processors
     kernels = [f"csrc/cpu/{name}.cpp" for name in ("module", "scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx")]
     options = {"cxx_std": 17, "extra_compile_args": OPTIONS, "optional": True}
     return [

@@ -7,6 +7,11 @@
 
 #define RETRO_PRAGMA(text) _Pragma(#text)
 
+// GCC's own headers leave registers unset on purpose (`_mm512_undefined_ps`) and are warned of at each use of them.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 // Functions between the two are compiled for a processor that has `features`.
 #ifdef __clang__
 #define RETRO_TARGET_BEGIN(features) RETRO_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))

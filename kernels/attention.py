@@ -96,7 +96,7 @@ def _check(
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
-    for name, tensor in (("key_begins", key_begins), ("key_ends", key_ends)):
+    for name, tensor in (("first_keys", first_keys), ("key_begins", key_begins), ("key_ends", key_ends)):
         check_range(name, tensor, k.shape[1])
 
 

@@ -83,9 +83,18 @@ def check_tables(cos: Tensor | None, sin: Tensor | None, num_positions: int, hea
         raise ValueError(f"cos has {cos.shape[0]} positions; {num_positions} are needed")
 
 
+def check_whole(name: str, values: Tensor) -> None:
+    """Whole numbers: of fractions a kernel would take the floor, and of a mask ones. Raises ValueError."""
+    if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
+        raise ValueError(f"{name} is {values.dtype}: expected a type of whole numbers (torch.int64)")
+
+
 def check_range(name: str, values: Tensor | None, top: int, low: int = 0) -> None:
-    """Values in low ... top; where they cannot be read without waiting (a GPU, compiling, vmap) they stay unread. Raises ValueError."""
-    if values is None or not values.numel() or values.device.type != "cpu" or torch.compiler.is_compiling():
+    """Whole numbers in low ... top; where they cannot be read without waiting (a GPU, compiling, vmap) they stay unread. Raises ValueError."""
+    if values is None:
+        return
+    check_whole(name, values)
+    if not values.numel() or values.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if is_transformed(values):
         return

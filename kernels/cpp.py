@@ -136,10 +136,10 @@ def linear(x_TD: Tensor, matrix: Matrix) -> Tensor:
     return y
 
 
-def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms: bool) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x [..., d], contiguous -> the same shape."""
     y, D = torch.empty_like(x), x.shape[-1]
-    _cpu.norm(instruction_set(), _TYPES[x.dtype], *_norm(Norm(weight, bias, eps, is_rms), D), x.numel() // D, x, y)
+    _cpu.norm(instruction_set(), _TYPES[x.dtype], *_norm(Norm(weight, None, eps, is_rms=True), D), x.numel() // D, x, y)
     return y
 
 

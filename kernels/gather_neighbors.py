@@ -7,7 +7,7 @@ missing neighbor of length 0. Reads ceil(r/m) rows and writes r tokens per id: t
 import torch
 from retro_kernels import reference
 from retro_kernels.backend import choose, gather_kernels
-from retro_kernels.checks import check_range, is_unobserved
+from retro_kernels.checks import check_range, check_whole, is_unobserved
 from torch import Tensor
 
 TABLE_TYPES = (torch.uint16, torch.int32, torch.int64)
@@ -35,6 +35,7 @@ def gather_neighbors(
     for name, tensor in (("document", document), ("row_lengths", row_lengths)):
         if tensor.shape != table.shape[:1]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected [rows] = [{table.shape[0]}]")
+        check_whole(name, tensor)
         if tensor.device != ids.device:
             raise ValueError(f"{name} is on {tensor.device}, ids are on {ids.device}: expected one device")
     if table.device != ids.device and not ids.is_cuda:

@@ -43,6 +43,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         )
     matrix, is_many = Matrix(weight, bias, scale), x.numel() > MANY_ROWS * D
     is_packed = x.dtype in (torch.float32, torch.bfloat16) and all(part.is_contiguous() for part in parts[1:])
+    if torch.compiler.is_compiling() or scale is None and torch.is_autocast_enabled(x.device.type):
+        return reference.linear(x, matrix)
     x = x.resolve_neg()  # a sign that is still to be applied
     is_packed = is_packed and not any(part.is_neg() for part in parts[1:])
     if not x.numel() or not is_packed or carries_derivative(*parts) or choose("linear", x) != "cpp":

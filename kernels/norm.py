@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467, equation 4) and LayerNorm (arXiv 1607.06450, equation 4) over the last axis.
+"""RMSNorm (arXiv 1910.07467, equation 4) over the last axis; PyTorch's own LayerNorm leaves nothing to gain.
 
 Reads x and writes y once; PyTorch's RMSNorm of bf16 on a CPU is eight passes over fp32. Sums are float32. On a CPU in C++ where
 that was built and nothing but numbers is asked for; with gradients, under autocast and a compiler PyTorch's.
@@ -15,24 +15,12 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x [..., d] / rms(x) * weight [d] -> [..., d], of one type. Raises ValueError for other shapes."""
-    _check(x, weight)
+    if not x.dim() or weight is not None and weight.shape != x.shape[-1:]:
+        shapes = [tuple(part.shape) for part in (x, weight) if part is not None]
+        raise ValueError(f"x and weight {shapes}: expected [..., d] and [d]")
     if _is_for_cpp(x, weight):
-        return cpp.norm(x.contiguous(), weight, None, eps, is_rms=True)
+        return cpp.rms_norm(x.contiguous(), weight, eps)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
-
-
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """(x [..., d] - mean(x)) / std(x) * weight [d] + bias [d] -> [..., d], of one type. Raises ValueError for other shapes."""
-    _check(x, weight, bias)
-    if _is_for_cpp(x, weight, bias):
-        return cpp.norm(x.contiguous(), weight, bias, eps, is_rms=False)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
-def _check(x: Tensor, *parts: Tensor | None) -> None:
-    shapes = [tuple(part.shape) for part in parts if part is not None]
-    if not x.dim() or any(shape != (x.shape[-1],) for shape in shapes):
-        raise ValueError(f"x {tuple(x.shape)}, weight and bias {shapes}: expected [..., d] and [d]")
 
 
 def _is_for_cpp(*tensors: Tensor | None) -> bool:

@@ -82,7 +82,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def is_onednn(*parts: Tensor) -> bool:
-    """Whether a product of these is oneDNN's."""
+    """Whether a product of these is oneDNN's; what is compiled is the compiler's."""
+    if torch.compiler.is_compiling():
+        return False
     is_taken = all(part.device.type == "cpu" and part.dtype == torch.float32 and part.numel() for part in parts)
     return is_taken and not torch.is_autocast_enabled("cpu") and not is_transformed(*parts) and library() == "onednn"
 

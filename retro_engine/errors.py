@@ -161,6 +161,10 @@ def typed(error: BaseException) -> RetroError | None:
     if isinstance(error, OSError) and error.errno in REMEDIES and not isinstance(error, ConnectionError | TimeoutError):
         what = f"{error.filename} cannot be used" if error.filename else "the system refused"
         return OutOfResourceError(what, error.strerror or "", REMEDIES[error.errno])
+    absent = error.name if isinstance(error, ModuleNotFoundError) else None
+    if absent and not absent.startswith(("retro_engine", "retro_kernels")):
+        why = "retro_engine needs it; retro_kernels alone needs torch and nothing else"
+        return MissingExtraError(f"{absent} is not installed", why, "pip install . (without --no-deps)")
     if isinstance(error, UnicodeEncodeError) and "\udc80" <= error.object[error.start] <= "\udcff":  # a byte of a path
         name = error.object[:200].encode("utf-8", "backslashreplace").decode()
         return UsageError(f"{name} cannot be opened", "its name is not UTF-8", "rename it, or a folder that it is in")

@@ -16,7 +16,7 @@ from retro_kernels.chunked_cross_attention import chunked_cross_attention  # noq
 from retro_kernels.cross_entropy import cross_entropy_  # noqa: E402
 from retro_kernels.gather_neighbors import gather_neighbors  # noqa: E402
 from retro_kernels.linear import linear, linear_in_blocks  # noqa: E402
-from retro_kernels.norm import layer_norm, rms_norm  # noqa: E402
+from retro_kernels.norm import rms_norm  # noqa: E402
 from retro_kernels.products import product  # noqa: E402
 from retro_kernels.quantize import quantize  # noqa: E402
 from retro_kernels.rope import rope, rope_qk  # noqa: E402
@@ -46,7 +46,6 @@ __all__ = [
     "chunked_cross_attention",
     "cross_entropy_",
     "gather_neighbors",
-    "layer_norm",
     "linear",
     "linear_in_blocks",
     "product",

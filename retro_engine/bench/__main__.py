@@ -28,7 +28,7 @@ from retro_engine.bench import (
 from retro_engine.bench.contestants import DECODERS, NAMES, SHAPES
 from retro_engine.bench.frame import Measured, Options, Target
 from retro_engine.bench.machine import MAX_TAKEN, MIN_FREE, environment
-from retro_engine.errors import RetroError, UsageError
+from retro_engine.errors import RetroError, UsageError, nearest
 
 BENCHES: dict[str, Callable[[Options], Measured]] = {
     "kernels": kernels.run,
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m retro_engine.bench", description=__doc__)
     of = {option: f"of {', '.join(names)}" for option, names in TAKEN_BY.items()}
-    benches = [*BENCHES, *checkout.benches()]
-    parser.add_argument("bench", nargs="*", choices=[*benches, []], help=f"{', '.join(benches)}; default {DEFAULT}")
+    known = ", ".join([*BENCHES, *checkout.benches()])
+    parser.add_argument("bench", nargs="*", metavar="NAME", help=f"of {known}; default {', '.join(DEFAULT)}")
     parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), help=f"{of['sizes']}; default 5M and 30M")
     parser.add_argument(
         "--implementations",
@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
-    names = args.bench or DEFAULT
+    names, known = args.bench or DEFAULT, [*BENCHES, *checkout.benches()]
+    if wrong := [name for name in names if name not in known]:
+        raise UsageError(f"{wrong[0]} is no bench", nearest(wrong[0], known), f"one of {', '.join(known)}")
     for option, benches in TAKEN_BY.items():
         if getattr(args, option) and not set(benches) & set(names):
             raise UsageError(
@@ -145,7 +147,7 @@ def measure(names: Sequence[str], options: Options, is_plotted: bool = False) ->
             continue
         print(results.table(measured.rows))
         if measured.targets:
-            print(results.target_table(measured.targets))
+            print(results.target_table(measured.targets, is_busy=about["busy"]))
         results.write(name, measured, options.out, about)
         if is_plotted:
             results.plot(measured.rows, options.out / f"{name}.png")

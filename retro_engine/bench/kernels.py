@@ -8,6 +8,7 @@ rotate, so that caches do not lie. Errors are relative to float64. Letters as in
 """
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -66,6 +67,8 @@ def run(options: Options) -> Measured:
         raise UsageError(
             f"{', '.join(wrong)}: no part of `bench kernels`", f"it has {', '.join(PARTS)}", "take of these"
         )
+    if options.device.type == "cpu" and torch.float16 in options.dtypes:
+        raise UsageError("--dtype fp16 on a CPU", "plain PyTorch computes it there, not our kernels", "fp32 or bf16")
     ceilings = measure_ceilings(options.device, options.dtypes)
     rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in ceilings.matmul_gflop_s.items())
     print(f"ceilings: copy {ceilings.copy_gb_s:.1f} GB/s, matmul {rates}")
@@ -124,6 +127,7 @@ def targets(rows: list[Row], is_gpu: bool) -> list[Target]:
 def _rows(
     case: str, on: On, works: dict[str, Work], *, backend: str, num_bytes: float, flops: float, bound: str, error: float
 ) -> list[Row]:
+    print(f"measuring {case}", file=sys.stderr, flush=True)
     works = working(works)
     rows = compared(case, time_in_turns(works, on.device))
     for row in rows:

@@ -54,12 +54,14 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def target_table(targets: list[Target]) -> str:
+def target_table(targets: list[Target], is_busy: bool = False) -> str:
+    """`is_busy`: other work ran meanwhile, so that no verdict counts."""
     width = max(len(target.row) for target in targets) + 2
     lines = [f"{'must reach':{width}}{'value':>10}{'target':>12}"]
     for t in targets:
         value = "-" if t.value is None else f"{t.value:,.3f}"
         said = "holds" if t.holds else "not measured" if t.value is None else "falls short"
+        said += " (busy: measure again)" * (is_busy and t.value is not None)
         lines.append(f"{t.row:{width}}{value:>10}{'<=' if t.is_at_most else '>=':>4}{t.target:>8,g}  {said}")
     return "\n".join(lines)
 

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     from retro_engine import __version__
     from retro_engine.data.loader import has_native_loader
+    from retro_engine.model import ops
     from retro_engine.model.device import pick_device
 
     device = pick_device().type
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         "retro-engine": __version__,
         "python": platform.python_version(),
         "device": device,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": ops.instruction_set() or torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "kernels": backend(device),
         "loader": "C++" if has_native_loader() else "NumPy (no compiler when it was installed)",

@@ -31,15 +31,8 @@ class RMSNorm(nn.RMSNorm):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
-class LayerNorm(nn.LayerNorm):
-    """PyTorch's module, computed by `ops`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-
 def norm(config: ModelConfig, width: int) -> nn.Module:
-    kind = RMSNorm if config.normalization == "rmsnorm" else LayerNorm
+    kind = RMSNorm if config.normalization == "rmsnorm" else nn.LayerNorm
     return kind(width, eps=config.layernorm_epsilon)
 
 

@@ -19,7 +19,7 @@ from retro_kernels.cuda import register_host
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.linear import linear as kernels_linear
 from retro_kernels.linear import linear_in_blocks
-from retro_kernels.norm import layer_norm, rms_norm
+from retro_kernels.norm import rms_norm
 from retro_kernels.products import is_onednn, product
 from retro_kernels.products import library as product_library
 from retro_kernels.products import use as use_products
@@ -57,8 +57,8 @@ __all__ = [
     "cross_entropy_",
     "dequantize",
     "gather_neighbors",
+    "instruction_set",
     "is_onednn",
-    "layer_norm",
     "linear",
     "linear_in_blocks",
     "masked_attention",
@@ -144,18 +144,20 @@ def attention_lse(
     return found
 
 
+def instruction_set() -> str:
+    """What the C++ kernels use of this processor, as RETRO_CPU names it; empty where they were not built."""
+    return cpp.instruction_set() if cpp.is_available() else ""
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """`retro_kernels.product`, or without gradients `retro_kernels.linear`, which is the faster one for a few rows; scale: of
     int8.
     """
     if scale is not None:
         return kernels_linear(x, weight, bias, scale)
-    is_plain = type(weight) in (Tensor, torch.nn.Parameter) and x.dtype == weight.dtype
-    if not is_plain or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if type(weight) not in (Tensor, torch.nn.Parameter) or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled():
-        return product(x, weight, bias)
-    return kernels_linear(x, weight, bias)
+    return product(x, weight, bias) if torch.is_grad_enabled() else kernels_linear(x, weight, bias)
 
 
 def masked_attention(

@@ -121,6 +121,8 @@ WRONG = {
     "multiple of the second": {"q": torch.zeros(1, 9, 3, 4)},
     "chunks of 4 make 3": {"q": torch.zeros(1, 12, 2, 4)},
     "neighbor_lengths has shape": {"neighbor_lengths": torch.ones(1, 2)},
+    "neighbor_lengths is torch.float32": {"neighbor_lengths": torch.full((1, 2, 2), 2.9)},
+    "neighbor_lengths is torch.bool": {"neighbor_lengths": torch.ones(1, 2, 2, dtype=torch.bool)},
     "neighbor_lengths .* spans 0 ... 4; expected 0 ... 3": {"neighbor_lengths": torch.tensor([[[0, 4], [1, 1]]])},
     "neighbor_lengths .* spans -1": {"neighbor_lengths": torch.tensor([[[0, -1], [1, 1]]])},
     "given together": {"cos": torch.ones(7, 2)},

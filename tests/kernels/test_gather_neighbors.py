@@ -41,6 +41,10 @@ def test_wrong_arguments_are_named() -> None:
     for ids in (torch.tensor([6]), torch.tensor([-2])):
         with pytest.raises(ValueError, match="ids .* spans"):
             gather_neighbors(TABLE, DOCUMENT, LENGTHS, ids)
+    with pytest.raises(ValueError, match="ids is torch.float32: expected a type of whole numbers"):
+        gather_neighbors(TABLE, DOCUMENT, LENGTHS, torch.tensor([1.9]))
+    with pytest.raises(ValueError, match="row_lengths is torch.bool"):
+        gather_neighbors(TABLE, DOCUMENT, LENGTHS > 0, torch.tensor([1]))
     with pytest.raises(ValueError, match="document has shape"):
         gather_neighbors(TABLE, DOCUMENT[:2], LENGTHS, torch.tensor([0]))
     with pytest.raises(ValueError, match="table is torch.float32"):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from retro_kernels import cpp
 from retro_kernels.blocks import rounded
 from retro_kernels.linear import MANY_ROWS, linear
+from retro_kernels.products import product
 from torch import Tensor
 
 
@@ -101,3 +103,14 @@ def test_wrong_arguments_are_named() -> None:
         linear(x, weight, scale=torch.ones(5))
     with pytest.raises(ValueError, match="expected one type"):
         linear(x, weight.double())
+
+
+def test_compiled_and_under_autocast_it_is_pytorchs() -> None:
+    x, weight, bias = torch.randn(5, 24), torch.randn(7, 24), torch.randn(7)
+    compiled = torch.compile(
+        lambda x: linear(x, weight, bias) + product(x, weight, bias), fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(x), 2 * F.linear(x, weight, bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+        assert linear(x, weight, bias).dtype == torch.bfloat16

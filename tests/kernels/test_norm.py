@@ -1,4 +1,4 @@
-"""`rms_norm` and `layer_norm`: close to float64 by every instruction set, PyTorch's where more than numbers is asked for."""
+"""`rms_norm`: close to float64 by every instruction set, PyTorch's where more than numbers is asked for."""
 
 import pytest
 import torch
@@ -6,21 +6,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from retro_kernels import cpp
-from retro_kernels.norm import layer_norm, rms_norm
+from retro_kernels.norm import rms_norm
 
 TYPES = [torch.float32, torch.bfloat16, torch.float64]
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 1e-2, torch.float64: 1e-12}  # of values of about 1: 2^-8 is bf16's
 
 
-def assert_close(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
-    shape, (w, b) = x.shape[-1:], (None if part is None else part.double() for part in (weight, bias))
-    pairs = [
-        (rms_norm(x, weight, 1e-5), F.rms_norm(x.double(), shape, w, 1e-5)),
-        (layer_norm(x, weight, bias, 1e-5), F.layer_norm(x.double(), shape, w, b, 1e-5)),
-    ]
-    for found, exact in pairs:
-        assert (found.dtype, found.shape) == (x.dtype, x.shape)
-        torch.testing.assert_close(found.double(), exact, rtol=BOUNDS[x.dtype], atol=BOUNDS[x.dtype])
+def assert_close(x: torch.Tensor, weight: torch.Tensor | None) -> None:
+    found = rms_norm(x, weight, 1e-5)
+    exact = F.rms_norm(x.double(), x.shape[-1:], None if weight is None else weight.double(), 1e-5)
+    assert (found.dtype, found.shape) == (x.dtype, x.shape)
+    torch.testing.assert_close(found.double(), exact, rtol=BOUNDS[x.dtype], atol=BOUNDS[x.dtype])
 
 
 @settings(deadline=None)
@@ -29,34 +25,31 @@ def assert_close(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tenso
 )
 def test_against_float64(rows: int, width: int, dtype: torch.dtype, is_plain: bool, spread: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x, weight, bias = (torch.randn(*shape, width, generator=generator) for shape in ((rows, 1), (), ()))
-    assert_close((spread * x).to(dtype), None if is_plain else weight.to(dtype), None if is_plain else bias.to(dtype))
+    x, weight = (torch.randn(*shape, width, generator=generator) for shape in ((rows, 1), ()))
+    assert_close((spread * x).to(dtype), None if is_plain else weight.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [3, 16, 576, 1003])
 def test_every_instruction_set(instruction_set: str, dtype: torch.dtype, width: int) -> None:
-    x, weight, bias = (torch.randn(*shape, width).to(dtype) for shape in ((70,), (), ()))
-    assert_close(x, weight, bias)
-    assert_close(x[::2], weight, bias)
+    x, weight = (torch.randn(*shape, width).to(dtype) for shape in ((70,), ()))
+    assert_close(x, weight)
+    assert_close(x[::2], weight)
     assert torch.equal(rms_norm(x[:1], weight, 1e-5), rms_norm(x, weight, 1e-5)[:1]), "whatever rows are beside it"
 
 
-@pytest.mark.parametrize("normed", [lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: layer_norm(x, w, None, 1e-5)])
-def test_what_is_asked_for_beside_numbers_is_pytorchs(normed, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(cpp, "norm", None)
+def test_what_is_asked_for_beside_numbers_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp, "rms_norm", None)
     x, weight = torch.randn(4, 24), torch.ones(24, requires_grad=True)
-    normed(x, weight).sum().backward()
+    rms_norm(x, weight, 1e-5).sum().backward()
     assert weight.grad is not None
-    torch.func.jvp(lambda x: normed(x, weight.detach()), (x,), (x,))
+    torch.func.jvp(lambda x: rms_norm(x, weight.detach(), 1e-5), (x,), (x,))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        normed(x, weight)
+        rms_norm(x, weight, 1e-5)
 
 
 def test_other_shapes_are_named() -> None:
     for weight in (torch.ones(5), torch.ones(1, 4)):
         with pytest.raises(ValueError, match=r"expected \[..., d\] and \[d\]"):
             rms_norm(torch.ones(3, 4), weight, 1e-5)
-        with pytest.raises(ValueError, match=r"expected \[..., d\] and \[d\]"):
-            layer_norm(torch.ones(3, 4), torch.ones(4), weight, 1e-5)
     assert rms_norm(torch.ones(0, 4), None, 1e-5).shape == (0, 4)

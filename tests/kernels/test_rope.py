@@ -60,6 +60,7 @@ def test_registration() -> None:
     ((torch.zeros(1, 6, 2, 2), COS, SIN), "rotates 4 features"),
     ((torch.zeros(1, 7, 2, 8), COS, SIN), "6 positions"),
     ((torch.zeros(1, 6, 2, 8), COS, SIN, torch.zeros(5, dtype=torch.long)), "positions has shape"),
+    ((torch.zeros(1, 6, 2, 8), COS, SIN, torch.arange(6) * 0.5), "positions is torch.float32: expected a type of whole"),
     ((torch.zeros(1, 6, 2, 8), COS, SIN, torch.arange(1, 7)), "positions .* spans 1 ... 6; expected 0 ... 5"),
     ((torch.zeros(1, 6, 2, 8), COS, SIN, torch.arange(-1, 5)), "positions .* spans -1"),
     ((torch.zeros(1, 6, 8, 2).transpose(2, 3), COS, SIN), "must be contiguous"),
