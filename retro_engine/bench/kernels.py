@@ -20,9 +20,12 @@ from retro_kernels import reference
 from retro_kernels.attention import attention
 from retro_kernels.backend import choose
 from retro_kernels.chunked_cross_attention import chunked_cross_attention
+from retro_kernels.cross_entropy import cross_entropy_
 from retro_kernels.gather_neighbors import gather_neighbors
 from retro_kernels.linear import linear
+from retro_kernels.norm import rms_norm
 from retro_kernels.rope import rope, rope_qk
+from retro_kernels.swiglu import swiglu
 from torch import Tensor
 
 from retro_engine.bench.ceilings import Ceilings, measure_ceilings
@@ -42,7 +45,7 @@ from retro_engine.bench.machine import name_of, peak_of
 from retro_engine.errors import UsageError
 
 ROTATED = 4  # sets of inputs that take turns
-PARTS = ("rope", "cross", "self", "gather", "products")
+PARTS = ("rope", "cross", "self", "gather", "rows", "products")
 PADDED = "ours, half padded"
 OUTPUTS, INPUTS, BYTES = 3072, 768, 230_000_000  # of products of a few rows: so much memory that no cache holds it
 
@@ -84,6 +87,8 @@ def run(options: Options) -> Measured:
             for B, N in [(8, 2048)] if on.is_gpu else [(8, 256), (2, 512), (1, 2048)]:
                 rows += _self("causal self-attention", on, (B, N, 8, 64), is_causal=True)
             rows += _self("encoder self-attention", on, (512 if on.is_gpu else 64, 128, 8, 64), is_causal=False)
+        if "rows" in parts:
+            rows += _rows_alone(on)
     if "gather" in parts:
         rows += _gather(On(options.device, torch.float32, ceilings, options.compiles))
     is_gpu = options.device.type == "cuda"
@@ -354,6 +359,40 @@ def _gather(on: On) -> list[Row]:
     }
     case, name = f"gather neighbors {count} of {rows} rows", choose("gather_neighbors", sets[0][0])
     return _rows(case, on, works, backend=name, num_bytes=8 * count * R, flops=0, bound="copy", error=0.0)
+
+
+def _rows_alone(on: On) -> list[Row]:
+    """What is done to each row alone, without gradients of its own: RMSNorm, SwiGLU, and a loss with the gradient of its logits."""
+    T, D, V = (8192, 4096, 32000) if on.is_gpu else (512, 768, 4096)
+    wide, logits = _sets(on, (T, D), (T, D)), _sets(on, (T, V))
+    weight, labels = torch.rand(D, device=on.device).to(on.dtype), torch.randint(V, (T,), device=on.device)
+
+    def in_place(x: Tensor) -> Tensor:  # of a copy: PyTorch's gradient is one
+        cross_entropy_(found := x.clone(), labels)
+        return found
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(F.cross_entropy(x, labels, reduction="sum"), x)[0]
+
+    cases: list[tuple[str, Callable[..., Tensor], Callable[..., Tensor], list[list[Tensor]], int]] = [
+        ("rms_norm", lambda x, _: rms_norm(x, weight, 1e-5), lambda x, _: F.rms_norm(x, (D,), weight.to(x), 1e-5), wide, 2 * T * D),
+        ("swiglu", swiglu, lambda gate, up: F.silu(gate) * up, wide, 3 * T * D),
+        ("loss and gradient of logits", in_place, loss, logits, 2 * T * V),
+    ]  # fmt: skip
+    rows = []
+    for name, ours, theirs, sets, count in cases:
+        given = [x.detach() for x in sets[0]]
+        exact = theirs(*(x.double() for x in given))
+        error = float((ours(*given).double() - exact).norm() / exact.norm())
+        case = f"{name} {name_of(on.dtype)} {'x'.join(map(str, given[0].shape))}"
+        works = {"ours": _forward(ours, sets), "torch": _forward(theirs, sets)}
+        num_bytes = count * on.dtype.itemsize
+        rows += _rows(
+            case, on, works, backend=choose("rms_norm", weight), num_bytes=num_bytes, flops=0, bound="copy", error=error
+        )
+    return rows
 
 
 def _products(kind: torch.dtype) -> list[Row]:
