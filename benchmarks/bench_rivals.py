@@ -32,6 +32,7 @@ from retro_engine.bench.frame import Measured, Options, Row, Spread, at_least, a
 from retro_engine.bench.machine import resident_mib
 from retro_engine.errors import UsageError, nearest
 from retro_engine.model.quantize import WEIGHTS
+from retro_engine.threads import started_to_wait_shortly
 
 ROUNDS = int(os.environ.get("ROUNDS", 3))
 PROMPT, NEW = 512, 128
@@ -129,7 +130,8 @@ def ours(form: Form) -> Iterator[Ask]:
     context = multiprocessing.get_context("spawn")
     connection, other = context.Pipe()
     process = context.Process(target=work_on, args=(other, *form), daemon=True)
-    process.start()
+    with started_to_wait_shortly():
+        process.start()
     other.close()
 
     def ask(batch: int, prompt: int, new: int, threads: int) -> Speed:

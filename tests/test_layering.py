@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "retro_engine"
 # A module may import from its own row and from the rows above it.
 ORDER = [
-    ["errors", "jit", "version"],
+    ["errors", "jit", "threads", "version"],
     ["config", "progress"],
     ["data"],
     ["retrieval"],

@@ -100,6 +100,7 @@ def test_the_file_tree_is_true() -> None:
         "version",
         "progress",
         "jit",
+        "threads",
         "report",
     }
     assert all(f"`{room}`" in README.read_text() for room in rooms), rooms

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from retro_engine.bench.contestants import SHAPES, Contestant, Inputs, M
 from retro_engine.bench.frame import Row, Spread, Target, at_least, compared
+from retro_engine.threads import started_to_wait_shortly
 
 ROWS, SEQUENCES, NEW, ROUNDS = (16, 17, 32), 8, 64, 3
 
@@ -70,7 +71,8 @@ def _step_s(contestant: Contestant, size: str, count: int) -> float:
 
 @contextlib.contextmanager
 def _contestant(size: str, threads: int) -> Iterator[Contestant]:
-    contestant = Contestant("ours", SHAPES[size], threads)
+    with started_to_wait_shortly():
+        contestant = Contestant("ours", SHAPES[size], threads)
     try:
         _step_s(contestant, size, 1)
         yield contestant

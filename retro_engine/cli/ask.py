@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from retro_engine.cli import flags
 from retro_engine.cli.fetch import shows_pip
 from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.threads import wait_shortly
 
 if TYPE_CHECKING:
     from retro_engine.readers.ask import Answer, Asker, Source
@@ -36,6 +37,7 @@ def add(commands: flags.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    wait_shortly()
     from retro_engine.readers.ahead import begin, checked_question
     from retro_engine.readers.reader_file import find_reader, with_settings
 

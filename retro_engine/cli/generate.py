@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from retro_engine.cli import flags, memory
 from retro_engine.errors import UsageError
+from retro_engine.threads import wait_shortly
 
 if TYPE_CHECKING:
     from retro_engine.api import Retro
@@ -63,6 +64,7 @@ def add(commands: flags.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    wait_shortly()
     from retro_engine.config import load_config
 
     asked = load_config(args.overrides)  # NeMo's commands name the checkpoint, the prompt and the neighbors here

@@ -8,6 +8,7 @@ from retro_engine.cli import flags
 from retro_engine.cli.accounts import default_accounts, open_accounts
 from retro_engine.cli.renamed import FLAGS
 from retro_engine.errors import MissingExtraError, UsageError
+from retro_engine.threads import wait_shortly
 from retro_engine.train.__main__ import DEVICES
 
 
@@ -81,6 +82,7 @@ def _variable(name: str) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
+    wait_shortly()
     try:
         import prometheus_client  # noqa: F401
         import pydantic  # noqa: F401
