@@ -387,6 +387,8 @@ class Library:
             if where is not None:
                 keys = self._matching(connection, shown.version, namespace, where).keys
                 snapshot = tuple(view.only(keys) for view in snapshot)
+            if not any(view.num_alive for view in snapshot):  # then nothing is compiled, which takes 110 MiB
+                return []
             hashes = self.file.analyzer.query(text)
             others = NOTHING if beside is None else beside(hashes)
             ranking = rank(

@@ -159,10 +159,11 @@ def make_app(
     hosts: Sequence[str] = (),
     has_nemo: bool = False,
     stop: Callable[[BaseException], None] | None = None,
+    settle: Callable[[], None] = lambda: None,
     ready: Callable[[Service], None] = lambda service: None,
 ) -> Gate:
-    """`load` opens the service in a thread once the server listens; when it fails, `stop` is told why. `ready` is called when
-    it is warm too: from then on requests are answered.
+    """`load` opens the service in a thread once the server listens; when it fails, `stop` is told why. `settle` is called when
+    it is warm too, and `ready` once requests are answered.
     """
     guarded = [*ROUTES, *(NEMO_ROUTES if has_nemo else [])]
     routes = [Route(path, page_file(*file), methods=["GET"]) for path, file in FILES.items()]
@@ -177,7 +178,7 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(state, load, stop, ready))
+        loading = asyncio.create_task(_load(state, load, stop, settle, ready))
         try:
             yield
         finally:
@@ -207,7 +208,7 @@ def make_app(
     )
 
 
-def _opened(state: ServerState, load: Callable[[], Service], ready: Callable[[Service], None]) -> Service:
+def _opened(state: ServerState, load: Callable[[], Service], settle: Callable[[], None]) -> Service:
     """The service, warm unless the server ends meanwhile."""
     service = load()
     try:
@@ -215,7 +216,7 @@ def _opened(state: ServerState, load: Callable[[], Service], ready: Callable[[Se
             state.awaited = "the model is warming up: it generates its first tokens, so that no request waits for that"
             service.warm_up()
         if not state.is_closing:
-            ready(service)
+            settle()
     except BaseException:
         service.close()
         raise
@@ -226,10 +227,11 @@ async def _load(
     state: ServerState,
     load: Callable[[], Service],
     stop: Callable[[BaseException], None] | None,
+    settle: Callable[[], None],
     ready: Callable[[Service], None],
 ) -> None:
     try:
-        service = await asyncio.to_thread(_opened, state, load, ready)
+        service = await asyncio.to_thread(_opened, state, load, settle)
     except Exception as error:  # a bug too: else the server would say "loading" for ever
         if stop is None:
             raise
@@ -237,6 +239,8 @@ async def _load(
         return
     _watch(state.metrics, service)
     state.service = service
+    if not state.is_closing:
+        await asyncio.to_thread(ready, service)
 
 
 def _watch(metrics: Metrics, service: Service) -> None:

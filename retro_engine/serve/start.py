@@ -62,7 +62,7 @@ def serve_until_signal(options: ServiceOptions, address: Address, accounts: Acco
         failures.append(error)
         server.should_exit = True
 
-    app = make_app(state, partial(open_service, options), hosts=[address.host, *address.allowed_hosts], has_nemo=address.has_nemo, stop=stop, ready=partial(_say_ready, reporter))  # fmt: skip
+    app = make_app(state, partial(open_service, options), hosts=[address.host, *address.allowed_hosts], has_nemo=address.has_nemo, stop=stop, settle=settle, ready=partial(_say_ready, reporter))  # fmt: skip
     server = make_server(app, state.limits, address.is_behind_proxy, state.end_requests, reporter.say)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # traces of bugs, not every odd request
     reporter.say(f"listening on http://{shown}:{port}")
@@ -102,7 +102,6 @@ def settle() -> None:
 
 
 def _say_ready(reporter: Reporter, service: Service) -> None:
-    settle()
     place = describe_device(service.generator.model.device)
     documents = "no documents" if service.library is None else service.library.folder
     beside = service.generator.beside

@@ -55,6 +55,16 @@ def found(library: Library, text: str, k: int = 1000, **settings: Any) -> set[st
     return {hit.document for hit in library.search(text, k, **settings)}
 
 
+def test_nothing_is_compiled_to_search_an_empty_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server without documents takes neither numba's memory nor its half second."""
+    with Library(folder) as library:
+        library.add(documents(1))
+        library.delete(["d0"])
+        monkeypatch.setattr(type(library.file.analyzer), "query", lambda *_: pytest.fail("there is nothing to find"))
+        for mode in ("lexical", "dense", "hybrid"):
+            assert library.find("river", 5, mode) == []
+
+
 def test_add_replace_delete_reset(folder: Path) -> None:
     with Library(folder) as library:
         assert library.search("anything") == []

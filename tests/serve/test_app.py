@@ -16,7 +16,7 @@ from reliability.runs import CAMPAIGN, SEED, counted
 from serve_helpers import Server, serving, serving_run, with_letters
 
 from retro_engine.serve.accounts import Accounts
-from retro_engine.serve.app import make_app
+from retro_engine.serve.app import _load, make_app
 from retro_engine.serve.bounds import Limits
 from retro_engine.serve.service import Service, ServiceOptions, open_service
 from retro_engine.serve.start import Address, make_state
@@ -168,6 +168,24 @@ def test_nobody_is_answered_before_it_is_warm(small_run: Path, tmp_path: Path, m
     assert asked[0].status_code == 503
     assert "warming up" in asked[0].json()["why"]
     assert (stats["prefix_bytes"], stats["neighbors_encoded"], stats["running"]) == (0, 0, 0), "it counts as no request"
+
+
+def test_ready_is_said_once_requests_are_answered(small: Server, tmp_path: Path) -> None:
+    """Who waits for the line gets no 503; what the process settles is done before."""
+    service, said = small.service, list[str]()
+    state = make_state(Accounts(tmp_path / "accounts.sqlite"), Limits(), Address())
+
+    def settled() -> None:
+        said.append("settled" if state.service is None else "settled late")
+
+    def ready(_: Service) -> None:
+        said.append("ready" if state.service is service else "ready early")
+
+    async def begins() -> None:
+        await _load(state, lambda: service, None, settled, ready)
+
+    asyncio.run(begins())
+    assert said == ["settled", "ready"]
 
 
 def test_a_server_that_ends_while_it_loads_is_not_warmed(
