@@ -242,8 +242,9 @@ def _check_side_files(path: Path) -> None:
 class LibraryFile:
     """An open documents.sqlite: one writer, whose caller holds a lock, and a pool of readers."""
 
-    def __init__(self, folder: Path, is_read_only: bool = False):
-        """`is_read_only`: nothing is written, also not beside the file; `writer` then only reads.
+    def __init__(self, folder: Path, is_read_only: bool = False, tokenizer: Tokenizer | None = None):
+        """`is_read_only`: nothing is written, also not beside the file; `writer` then only reads. `tokenizer`: one that is open,
+        taken where it is the library's.
 
         Raises MissingInputError where there is no library, StoreError for one that is damaged, foreign or newer.
         """
@@ -271,7 +272,9 @@ class LibraryFile:
             manifests.SETTINGS(self.settings, "settings")
             self.chunk_size: int = self.settings["chunk_size"]
             self.stride: int = self.settings["stride"]
-            self.tokenizer = Tokenizer(self.settings["tokenizer"], str(self.path))
+            if tokenizer is None or tokenizer.json != self.settings["tokenizer"]:
+                tokenizer = Tokenizer(self.settings["tokenizer"], str(self.path))
+            self.tokenizer = tokenizer
             self.fingerprint: str = self.settings.pop("fingerprint")  # what a segment of the index was made with
         except (ValueError, TypeError, RecursionError) as error:
             self.writer.close()

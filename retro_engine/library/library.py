@@ -78,12 +78,14 @@ class Library:
         embedder: Embedder | None = None,
         delta_chunks: int = DELTA_CHUNKS,
         is_read_only: bool = False,
+        tokenizer: Tokenizer | None = None,
     ):
         """Open a library that `create` made, with the embedder it was made with.
 
         Without one it takes its own, hashed words or a SentenceTransformers model; a library of another can be searched but not
         added to.
-        `is_read_only`: nothing in the folder is written, made again or removed; several may read at once.
+        `is_read_only`: nothing in the folder is written, made again or removed; several may read at once. `tokenizer`: one that is
+        open already; where it is the library's own there is no second one in memory.
 
         Raises MissingInputError where there is none; UsageError when another process has it open; StoreError for a
         damaged, foreign or newer one, or another embedder.
@@ -95,7 +97,7 @@ class Library:
             )
         with contextlib.ExitStack() as stack:
             stack.enter_context((files.read_locked if is_read_only else files.locked)(self.folder))
-            self.file = LibraryFile(self.folder, is_read_only)
+            self.file = LibraryFile(self.folder, is_read_only, tokenizer)
             stack.callback(self.file.close)
             if embedder is None:
                 embedder = own_embedder(self.file.settings, self.file.tokenizer)

@@ -369,7 +369,7 @@ def open_library(
     """
     if not is_made(folder):
         Library.create(folder, tokenizer, chunk_size, step, new_embedder(embedder or HashEmbedder.name, tokenizer))
-    library = Library(folder)
+    library = Library(folder, tokenizer=tokenizer)
     try:
         if embedder is not None:
             check_named(library.file.settings, embedder, str(folder))

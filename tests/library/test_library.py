@@ -65,6 +65,15 @@ def test_nothing_is_compiled_to_search_an_empty_library(folder: Path, monkeypatc
             assert library.find("river", 5, mode) == []
 
 
+def test_a_tokenizer_that_is_open_is_taken_where_it_is_the_same(folder: Path, small_store: Store) -> None:
+    other = Tokenizer(small_store.tokenizer.json.replace("|pad|", "|gap|"))
+    with Library(folder, tokenizer=small_store.tokenizer) as library:
+        assert library.chunker.tokenizer is library.file.tokenizer is small_store.tokenizer
+    with Library(folder, tokenizer=other) as library:
+        assert library.file.tokenizer is not other
+        assert library.file.tokenizer.json == small_store.tokenizer.json
+
+
 def test_add_replace_delete_reset(folder: Path) -> None:
     with Library(folder) as library:
         assert library.search("anything") == []
