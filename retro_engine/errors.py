@@ -136,10 +136,14 @@ def write_error(error: OSError, path: object, size: int = 0) -> RetroError:
     return UsageError(f"{path} cannot be written", why, "let it be written, or choose another folder")
 
 
-def system_error(error: Exception) -> OSError | None:
-    """What the system said, where a library's error has it in its text alone; None where it has not."""
+def system_error(error: BaseException) -> OSError | None:
+    """What the system said, where a library's error has it in its text alone, or is Python's own for no memory (what a library
+    in Rust that cannot map a file raises, without a name); None where it has not.
+    """
     text = str(error).strip()
     numbers = [number for number in REMEDIES if os.strerror(number).lower() in text.lower()]
+    if not numbers and isinstance(error, MemoryError):
+        return OSError(errno.ENOMEM, text or os.strerror(errno.ENOMEM))
     return OSError(numbers[0], text.splitlines()[-1]) if numbers else None
 
 

@@ -37,6 +37,8 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
         raw = b""
         while len(raw) <= limit and (piece := os.read(descriptor, limit + 1)):
             raw += piece
+    except OSError as error:  # the system's names no file
+        raise read_error(error, path) from error
     finally:
         os.close(descriptor)
     if len(raw) > limit:

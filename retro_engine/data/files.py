@@ -28,6 +28,7 @@ import numpy as np
 
 from retro_engine.data.manifests import check_manifest, check_names
 from retro_engine.data.mapping import map_bytes
+from retro_engine.data.mounts import local_locks
 from retro_engine.errors import (
     REMEDIES,
     InUseError,
@@ -46,6 +47,7 @@ MOST_JSON_BYTES, HASHED = 1 << 28, 1 << 24  # pieces so large that other threads
 MOST_OBJECT_BYTES = 16 << 20  # of a run's or a checkpoint's file
 UNSYNCED = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)  # of a folder that is somebody else's matter
 PLAIN_NAME = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9_.+-]{1,255}")
+LOCKLESS = "choose a folder of a file system that has locks: where it has none, two hosts could write there at once"
 KINDS = {
     stat.S_ISDIR: "a folder",
     stat.S_ISLNK: "a link",
@@ -417,8 +419,9 @@ def _flock(file: IO[bytes], folder: Path, kind: int) -> None:
     except OSError as error:
         if error.errno in REMEDIES:
             raise write_error(error, folder) from error
-        do = "choose a folder of a file system that has locks: where it has none, two hosts could write there at once"
-        raise UsageError(f"{folder} cannot be locked", error.strerror or str(error), do) from error
+        raise UsageError(f"{folder} cannot be locked", error.strerror or str(error), LOCKLESS) from error
+    if option := local_locks(file.fileno()):
+        raise UsageError(f"{folder} cannot be locked", f"its mount's {option} keeps locks on this host", LOCKLESS)
 
 
 def sha256_file(path: Path) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_engine.errors import MissingInputError, StoreError, extra
+from retro_engine.errors import MissingInputError, StoreError, extra, read_error
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # type -> struct
 TEXT, ARRAY = 8, 9
@@ -69,8 +69,12 @@ def read_gguf_file(path: Path) -> GgufFile:
         raise MissingInputError(f"{path} does not exist", "", "name a .gguf file")
     if path.stat().st_size < 24:
         raise StoreError(f"{path} is not a GGUF file", "it is too short", DO)
-    with open(path, "rb") as file:
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))  # torch warns of what cannot be written
+    try:
+        with open(path, "rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of what cannot be written
+    except OSError as error:
+        raise read_error(error, path) from error
+    data = memoryview(pages)
     try:
         header = _Header(data, str(path))
         fields = header.entries()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_engine.errors import StoreError
+from retro_engine.errors import StoreError, read_error, system_error
 
 MIN_CHUNKS = 2048  # fewer are multiplied in full in less than half a millisecond
 CANDIDATES = 4  # for each result, compared again in full
@@ -50,7 +50,9 @@ class CodedVectors:
 
         try:
             codes: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if (refused := system_error(error)) is not None:
+                raise read_error(refused, path) from error
             raise StoreError(f"{path} does not load", str(error).splitlines()[0], "it is built again") from error
         is_ours = isinstance(codes, faiss.IndexScalarQuantizer) and codes.metric_type == faiss.METRIC_INNER_PRODUCT
         if not is_ours or (codes.ntotal, codes.d) != vectors_UZ.shape or codes.code_size != codes.d:

@@ -61,7 +61,7 @@ class MappedTensors(dict[str, Tensor]):
                     self[name] = self._tensor(TYPES[about["dtype"]], about["shape"], start + about["data_offsets"][0])
         except OSError as error:
             raise read_error(error, path, "take it from another checkpoint") from error
-        except (SafetensorError, RuntimeError, ValueError, KeyError) as error:  # KeyError: a type that is not read
+        except (SafetensorError, RuntimeError, ValueError, KeyError, MemoryError) as error:  # KeyError: a type not read
             refused = system_error(error)
             if refused is not None:
                 raise read_error(refused, path) from error

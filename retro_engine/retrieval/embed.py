@@ -18,7 +18,15 @@ import numpy as np
 
 from retro_engine.data import files
 from retro_engine.data.store import Store
-from retro_engine.errors import MissingExtraError, MissingInputError, StoreError, UsageError, extra
+from retro_engine.errors import (
+    MissingExtraError,
+    MissingInputError,
+    StoreError,
+    UsageError,
+    extra,
+    read_error,
+    system_error,
+)
 
 WIDTH = 256  # Z of the hashed projections
 SEED = 0x9E3779B97F4A7C15
@@ -231,7 +239,9 @@ def load_sentence_model(folder: Path, pooling: str, precision: str) -> Any:
     logging.disable_progress_bar()  # of loading weights
     try:
         model: Any = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"use_safetensors": True})
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, MemoryError) as error:
+        if (refused := system_error(error)) is not None:
+            raise read_error(refused, folder) from error
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StoreError(
             f"{folder} is not a SentenceTransformers model", first, "name another folder or hub id"

@@ -241,6 +241,8 @@ def _typed(error: BaseException, final: Path) -> BaseException:
         return write_error(error, final)
     if isinstance(error, SafetensorError):
         return write_error(system_error(error) or OSError(errno.EIO, str(error)), final)
+    if isinstance(error, MemoryError):
+        return write_error(system_error(error) or OSError(errno.ENOMEM, str(error)), final)
     return typed(error) or error
 
 
@@ -378,14 +380,23 @@ def load_optimizer(checkpoint: Path, optimizer: Optimizer, parallel: Parallel) -
     from torch.distributed.checkpoint import CheckpointException
 
     # RuntimeError: also nesting, and random numbers' states. CheckpointException: what any process met while it read.
-    flaws = (SafetensorError, OSError, CheckpointException, LookupError, ValueError, TypeError, RuntimeError)
+    flaws = (
+        SafetensorError,
+        OSError,
+        CheckpointException,
+        LookupError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        MemoryError,
+    )
     try:
         _load_shards(str(checkpoint / OPTIMIZER_FOLDER), optimizer, parallel)
     except torch.OutOfMemoryError:
         raise
     except (*flaws, AssertionError) as error:
         met = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        refused = met if isinstance(met, OSError) else system_error(met) if isinstance(met, Exception) else None
+        refused = met if isinstance(met, OSError) else system_error(met)
         if refused is not None and refused.errno in REMEDIES:
             raise read_error(refused, checkpoint / OPTIMIZER_FOLDER) from error
         why = f"{type(met).__name__}: {str(met)[:200]}"

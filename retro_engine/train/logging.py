@@ -174,7 +174,8 @@ class RunLog:
                 ) from error
             self.reporter.say("note: no TensorBoard log (pip install 'retro-engine[train]' brings it)")
             return None
-        writer = SummaryWriter(str(self.run / "tb"), purge_step=step + 1 if step else None)  # of a run that was killed
+        folder = self.run / "tb"  # of a run that was killed there are events, also where it had no checkpoint yet
+        writer = SummaryWriter(str(folder), purge_step=step + 1 if folder.is_dir() else None)
 
         def add(values: dict[str, float], step: int) -> None:
             for name, value in values.items():

@@ -1,12 +1,15 @@
 """Settings: precedence, types, names that are nearly right."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from training_helpers import NEMO_TRAINING
 
 from retro_engine.config import PRESETS, Config, check_model, flat_keys, load_config, preset_model, splits, to_yaml
-from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.config.yaml_file import read_yaml
+from retro_engine.errors import MissingInputError, OutOfResourceError, UsageError
 
 
 def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,3 +256,14 @@ def test_settings_that_need_no_conversion_give_what_others_do() -> None:
     assert load_config([("trainer.max_steps", 3), ("model.optim.lr", 1)]).model.optim.lr == 1.0
     with pytest.raises(UsageError, match=r"trainer\.max_steps=1\.5 does not fit"):
         load_config([("trainer.max_steps", 1.5)])
+
+
+def test_a_settings_file_whose_disk_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+
+    def fails(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "read", fails)
+    with pytest.raises(OutOfResourceError, match=r"config\.yaml cannot be read"):
+        read_yaml(tmp_path / "config.yaml")

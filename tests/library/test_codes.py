@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retro_engine.errors import StoreError
+from retro_engine.errors import OutOfResourceError, StoreError
 from retro_engine.library.codes import CodedVectors
 
 
@@ -59,3 +59,14 @@ def test_refuses_what_is_not_its_own(vectors: np.ndarray, tmp_path: Path) -> Non
     (tmp_path / "junk").write_bytes(b"junk" * 100)
     with pytest.raises(StoreError, match="does not load"):
         CodedVectors.open(tmp_path / "junk", vectors)
+
+
+def test_no_memory_is_no_damage(vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faiss raises one error for both."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("Error: 'ptr != MAP_FAILED' failed: could not mmap(): Cannot allocate memory")
+
+    monkeypatch.setattr("faiss.read_index", refused)
+    with pytest.raises(OutOfResourceError, match="codes cannot be read"):
+        CodedVectors.open(tmp_path / "codes", vectors)

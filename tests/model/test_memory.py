@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from retro_engine.bench.machine import resident_mib
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError
 from retro_engine.model.memory import LargePages, MappedTensors, safetensors_parts, trim, untouched_zeros
 
 MIB = 1 << 20
@@ -110,3 +110,22 @@ def test_what_is_written_is_safetensors_and_begins_at_cache_lines(tmp_path: Path
         assert torch.equal(found[name], tensor), name
         assert torch.equal(mapped[name], tensor), name
     assert all(mapped[name].data_ptr() % 64 == 0 for name in ("matrix", "turned", "bytes"))
+
+
+@pytest.mark.parametrize("by", ["safetensors.safe_open", "mmap.mmap"])
+def test_no_memory_to_map_a_file_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    """safetensors raises Python's own MemoryError there, without a name."""
+    save_file({"w": torch.ones(4)}, tmp_path / "w.safetensors")
+
+    def refused(*_: object, **__: object) -> None:
+        raise (
+            MemoryError("Cannot allocate memory (os error 12)")
+            if "safe" in by
+            else OSError(12, "Cannot allocate memory")
+        )
+
+    monkeypatch.setattr(by, refused)
+    with pytest.raises(
+        OutOfResourceError, match=r"w\.safetensors cannot be read\n.*allocate memory.*\n.*free some memory"
+    ):
+        MappedTensors(tmp_path / "w.safetensors")

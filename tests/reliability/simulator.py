@@ -51,39 +51,51 @@ class Options:
         Library.create(folder, tokenizer, self.chunk_size, self.stride, embedder)
 
 
+@dataclass(frozen=True)
+class Change:
+    """What is called, the namespace that it changes, what will be there, and what the call answers."""
+
+    act: Callable[[], int]
+    namespace: str
+    then: Rows
+    answer: int
+
+
 class Life:
     """Operations on an open library, and on a dict of what must be in it."""
 
     def __init__(self, library: Library, known: dict[str, Rows], options: Options, rng: random.Random):
         self.library, self.known, self.options, self.rng = library, known, options, rng
-        self.count = 0
+        self.count, self.version = 0, library.version
 
-    def change(self) -> tuple[Callable[[], object], str, Rows]:
-        """A change that is drawn, the namespace it is in, and what will be there after it."""
+    def change(self) -> Change:
+        """One that is drawn."""
         rng, namespace = self.rng, self.rng.choice(NAMESPACES)
         now = dict(self.known[namespace])
         kind = rng.choice(["add"] * 5 + ["delete"] * 2 + ["reset"] * (rng.random() < 0.1))
         if kind == "reset":
-            return lambda: self.library.reset(namespace), namespace, {}
+            return Change(lambda: self.library.reset(namespace), namespace, {}, len(now))
         if kind == "delete":
             names = rng.sample(IDS, rng.randint(1, 3))
             then = {name: row for name, row in now.items() if name not in names}
-            return lambda: self.library.delete(names, namespace), namespace, then
+            return Change(lambda: self.library.delete(names, namespace), namespace, then, len(now) - len(then))
         rows = {}
         for name in rng.sample(IDS, rng.randint(1, 3)):
             text = " ".join(rng.choice(WORDS) for _ in range(rng.choice([1, 5, 30, 60])))
             rows[name] = [f"Title {rng.randrange(9)}", text, rng.choice([None, rng.randrange(3)])]
         documents = [_document(name, row) for name, row in rows.items()]
-        return lambda: self.library.add(documents, namespace), namespace, now | rows
+        return Change(lambda: self.library.add(documents, namespace), namespace, now | rows, self.version + 1)
 
     def step(self) -> None:
         """One operation that succeeds."""
         self.count += 1
         what = self.rng.choices(["change", "search", "merge", "all", "vacuum", "list"], [50, 25, 6, 3, 1, 15])[0]
         if what == "change":
-            act, namespace, then = self.change()
-            act()
-            self.known[namespace] = then
+            change = self.change()
+            found = change.act()
+            assert found == change.answer, (found, change.answer)
+            self.known[change.namespace] = change.then
+            self.version += 1
         elif what == "search":
             self.search(self.rng.choice(NAMESPACES))
         elif what == "list":
@@ -92,6 +104,7 @@ class Life:
             self.library.vacuum()
         else:
             self.library.merge(is_all=what == "all")
+        assert self.library.version == self.version, what
 
     def search(self, namespace: str) -> None:
         """Of a word: exactly those that have it; of vectors: nothing that is not there. With a filter: of those alone."""
@@ -99,13 +112,21 @@ class Life:
         word, year = rng.choice(WORDS), rng.choice([None, None, 0, 1])
         where = None if year is None else read_filter({"type": "eq", "key": "year", "value": year})
         rows = {name: row for name, row in rows.items() if year is None or row[2] == year}
-        for mode in ["lexical", *["dense", "hybrid"] * self.options.embeds]:
-            hits = self.library.search(word, 500, mode, namespace, where=where)
+        more = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(3)))
+        for mode, text, k in [
+            *(
+                (mode, f"{word} {more}", rng.randint(1, 40))
+                for mode in ("lexical", "dense", "hybrid")[: 1 + 2 * self.options.embeds]
+            ),
+            ("lexical", word, 500),
+        ]:
+            hits = self.library.search(text, k, mode, namespace, where=where)
+            assert len({(hit.document, hit.chunk) for hit in hits}) == len(hits) <= k
             assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
             for hit in hits:
                 assert hit.document in rows, (mode, hit.document)
                 assert hit.text.strip() in rows[hit.document][1], (mode, hit.document)
-            if mode == "lexical":
+            if k == 500:
                 assert {hit.document for hit in hits} == {n for n, row in rows.items() if word in row[1].split()}, word
 
     def check(self, namespace: str) -> None:
@@ -138,14 +159,17 @@ def _settled(life: Life, namespace: str, rows: list[Rows]) -> None:
 def _fails(life: Life, fail: Fail) -> bool:
     """A change during which a call fails: it is done, or a typed error says that it is not. Returns whether one was raised."""
     life.count += 1
-    act, namespace, then = life.change()
+    change = life.change()
+    namespace, then = change.namespace, change.then
     fail(life.rng.randint(1, 40), life.rng.choice(NUMBERS), ALL_CALLS)
     met: Exception | None = None
     try:
-        act()
+        change.act()
     except Exception as error:
         met = error
     fail(*NEVER)
+    before, life.version = life.version, life.library.version
+    assert life.version - before in ((1,) if met is None else (0, 1))
     if met is None:
         life.known[namespace] = then
         return False
@@ -178,7 +202,7 @@ def live(folder: Path, tokenizer: Tokenizer, request: dict[str, Any], fail: Fail
                 raised += _fails(life, fail)
             else:
                 life.step()
-        act, namespace, then = life.change()
+        change = life.change()
     except Exception as error:
         raise AssertionError(f"{where}, operation {life.count}: {options}: {error!r}") from error
     answer: dict[str, Any] = {"known": known, "count": life.count, "raised": raised, "maybe": None}
@@ -188,9 +212,9 @@ def live(folder: Path, tokenizer: Tokenizer, request: dict[str, Any], fail: Fail
 
         def die() -> None:
             fail(rng.randint(1, 60), KILL, ALL_CALLS)
-            act()
+            change.act()
 
-        answer |= {"maybe": [namespace, then], "last": die}
+        answer |= {"maybe": [change.namespace, change.then], "last": die}
     return answer  # else the process ends as it is
 
 

@@ -3,6 +3,7 @@
 (A library of a newer version: tests/library/test_library.py.)
 """
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import read_only_copy, small_disk
 
-from retro_engine.data import files
+from retro_engine.data import files, mounts
 from retro_engine.data.corpus import Document
 from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.prepare import prepare
@@ -97,3 +98,31 @@ def test_a_disk_without_locks(
         with pytest.raises(kind, match=said) as found, act(tmp_path / "new"):
             pass
         assert type(found.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "is_refused"),
+    [
+        ("nfs4", "rw,vers=4.2,local_lock=none", False),
+        ("nfs", "rw,vers=3,nolock,local_lock=all", True),
+        ("cifs", "rw,nobrl", True),
+        ("ext4", "rw", False),
+    ],
+)
+def test_two_hosts_that_do_not_see_each_other_s_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, options: str, is_refused: bool
+) -> None:
+    """The mount says so: a lock that this host grants keeps nobody else out. Where locks are shared, `flock` decides."""
+    device = os.stat(tmp_path).st_dev
+    mount = (
+        f"36 35 {os.major(device)}:{os.minor(device)} / {tmp_path} rw,relatime shared:1 - {kind} server:/ {options}\n"
+    )
+    (tmp_path / "mountinfo").write_text(f"short line\n{mount}")
+    monkeypatch.setattr(mounts, "MOUNTS", tmp_path / "mountinfo")
+    for act in (files.locked, files.publish_folder):
+        with contextlib.ExitStack() as stack:
+            if is_refused:
+                stack.enter_context(
+                    pytest.raises(UsageError, match="keeps locks on this host.*\n.*two hosts could write")
+                )
+            stack.enter_context(act(tmp_path / act.__name__))

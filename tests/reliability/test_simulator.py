@@ -18,7 +18,7 @@ from retro_engine.data.corpus import Document
 from retro_engine.data.store import Store
 from retro_engine.library.library import Library
 
-LIBRARIES, LIVES, STEPS = (100, 5, 200) if CAMPAIGN else (3, 3, 15)
+LIBRARIES, LIVES, STEPS = (100, 5, 200) if CAMPAIGN else (4, 3, 20)
 SCHEDULES, THREAD_STEPS = (200, 10) if CAMPAIGN else (3, 5)
 
 

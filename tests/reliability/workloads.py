@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import write_corpus
-from reliability import simulator
+from reliability import simulator, training
 from training_helpers import PLAIN, settings
 
 from retro_engine.config import Config, load_config
@@ -442,6 +442,8 @@ def _run(request: dict[str, Any], calls: CDLL) -> dict[str, Any]:
         place.root.mkdir(parents=True)
         workload.begin(place)
         return {}
+    if what == "train":
+        return training.train(request)
     said: list[str] = []
 
     def say(text: str) -> None:

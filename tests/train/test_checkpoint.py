@@ -10,7 +10,7 @@ import pytest
 from training_helpers import config
 
 from retro_engine.data.store import Store
-from retro_engine.errors import MissingInputError, StoreError
+from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint
 from retro_engine.train.adapters import load_model
@@ -252,3 +252,20 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(run: Path) -> None:
     assert checkpoint.find_checkpoint(run).name == "step-000004"
     with pytest.raises(StoreError, match=r"trainer\.json"):
         checkpoint.verify(folder)
+
+
+def test_no_memory_for_the_optimizer_or_a_save_names_the_checkpoint(
+    small_store: Store, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise MemoryError
+
+    again = config(small_store, run, *PLAIN, "trainer.max_steps=8")
+    for name, said in (
+        ("_load_shards", "step-000006/optimizer cannot be read"),
+        ("_complete", "step-000008 cannot be written"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, name, refused)
+            with pytest.raises(OutOfResourceError, match=said):
+                train(again, Reporter("quiet"))

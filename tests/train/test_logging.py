@@ -38,11 +38,13 @@ def test_an_extra_that_is_not_installed(small_store: Store, tmp_path: Path, monk
     train(config(small_store, tmp_path / "b", "trainer.max_steps=1"), Reporter("quiet"))
 
 
-def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_purged(small_store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", ["step-000004", "."])
+def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_purged(small_store: Store, tmp_path: Path, lost: str) -> None:
+    """As if it was killed in step 4, or before its first checkpoint."""
     loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run, steps = tmp_path / "r", ["model.retrieval=false", "exp_manager.checkpoint_every_n_steps=2"]
     train(config(small_store, run, *steps, "trainer.max_steps=4"), Reporter("quiet"))
-    shutil.rmtree(run / "checkpoints" / "step-000004")  # as if it was killed in step 4
+    shutil.rmtree(run / "checkpoints" / lost)
     train(config(small_store, run, *steps, "trainer.max_steps=5"), Reporter("quiet"))
     events = loading.EventAccumulator(str(run / "tb"))
     events.Reload()
