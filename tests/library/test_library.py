@@ -18,10 +18,14 @@ import apsw
 import numpy as np
 import pytest
 from helpers import WORDS, read_only_copy, small_disk
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from retro_engine.data import files
 from retro_engine.data.corpus import Document
 from retro_engine.data.store import Store
+from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError, UsageError
 from retro_engine.library.documents import HashEmbedder
 from retro_engine.library.file import FILE, is_made, typed_errors
@@ -609,6 +613,99 @@ def test_kills_lose_nothing_acknowledged(folder: Path) -> None:
 
 def applied(state: dict[str, str], change: dict[str, str | None]) -> dict[str, str]:
     return {name: text for name, text in (state | change).items() if text is not None}
+
+
+class LibraryMachine(RuleBasedStateMachine):
+    """Any operations in any order, against a dict."""
+
+    root: Path
+    tokenizer: Tokenizer
+    count = 0
+
+    @initialize(embeds=st.booleans(), stride=st.sampled_from([4, 8]))
+    def begin(self, embeds: bool, stride: int) -> None:
+        LibraryMachine.count += 1
+        self.folder = self.root / str(LibraryMachine.count)
+        self.modes = ["lexical", "dense", "hybrid"] if embeds else ["lexical"]
+        Library.create(self.folder, self.tokenizer, 8, stride, HashEmbedder(self.tokenizer) if embeds else None)
+        self.library = Library(self.folder, delta_chunks=12)
+        self.expected: dict[str, dict[str, str]] = {"default": {}, "other": {}}
+        self.version = 0
+
+    namespaces = st.sampled_from(["default", "default", "other"])
+    ids = st.integers(0, 7).map("d{}".format)
+    texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(" ".join)
+
+    @rule(namespace=namespaces, batch=st.dictionaries(ids, texts, min_size=1, max_size=4))
+    def add(self, namespace: str, batch: dict[str, str]) -> None:
+        version = self.library.add([Document(name, "", text) for name, text in batch.items()], namespace)
+        assert version == self.version + 1
+        self.version += 1
+        self.expected[namespace] |= batch
+
+    @rule(namespace=namespaces, names=st.sets(ids, min_size=1, max_size=3))
+    def delete(self, namespace: str, names: set[str]) -> None:
+        there = names & self.expected[namespace].keys()
+        assert self.library.delete(sorted(names), namespace) == len(there)
+        self.version += 1
+        for name in there:
+            del self.expected[namespace][name]
+
+    @rule(namespace=namespaces)
+    def reset(self, namespace: str) -> None:
+        assert self.library.reset(namespace) == len(self.expected[namespace])
+        self.version += 1
+        self.expected[namespace] = {}
+
+    @rule(namespace=namespaces, words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=3), k=st.integers(1, 40))
+    def search(self, namespace: str, words: list[str], k: int) -> None:
+        expected = self.expected[namespace]
+        for mode in self.modes:
+            hits = self.library.search(" ".join(words), k, mode, namespace)
+            assert len(hits) <= k
+            assert len({(hit.document, hit.chunk) for hit in hits}) == len(hits)
+            assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+            for hit in hits:
+                assert hit.text.strip() in expected[hit.document]
+        hits = self.library.search(words[0], 1000, "lexical", namespace)
+        assert {hit.document for hit in hits} == {name for name, text in expected.items() if words[0] in text.split()}
+
+    @rule(is_all=st.booleans())
+    def merge(self, is_all: bool) -> None:
+        self.library.merge(is_all)
+
+    @rule()
+    def open_again(self) -> None:
+        self.library.close()
+        self.library = Library(self.folder, delta_chunks=12)
+
+    @invariant()
+    def is_as_expected(self) -> None:
+        assert self.library.version == self.version
+        for namespace, expected in self.expected.items():
+            assert {e.id for e in self.library.entries(namespace)} == expected.keys()
+            for name in list(expected)[:2]:
+                assert self.library.get(name, namespace) == Document(name, "", expected[name])
+
+    def teardown(self) -> None:
+        if hasattr(self, "library"):
+            self.library.verify()
+            self.library.close()
+
+
+def test_any_operations_against_a_dict(tmp_path: Path, small_store: Store) -> None:
+    LibraryMachine.root, LibraryMachine.tokenizer = tmp_path, small_store.tokenizer
+    steps = 50
+    run_state_machine_as_test(
+        LibraryMachine,
+        settings=settings(
+            max_examples=(100_000 if IS_CAMPAIGN else 1000) // steps,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=not IS_CAMPAIGN,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
 
 
 def test_an_interrupt_between_disk_and_snapshot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
