@@ -29,7 +29,6 @@ else:  # an editable installation's hook offers its own to every other
 _ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "swiglu": 3}
 _PRIMITIVES = {"gelu": 1, "gelu_tanh": 2, "silu": 3, "exp2": 4, "erf": 5, "sigmoid": 6, "bfloat16": 7}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_WIDENED = 3  # int8 that meets inputs in bfloat16
 _BLOCKS = 16  # and ggml's number of a type of blocks
 
 
@@ -129,18 +128,11 @@ def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, has_gradient: bool) -> T
     return losses
 
 
-def widens_bytes(matrix: Matrix) -> bool:
-    """Whether the build in use has a matrix unit for bfloat16 and the matrix is whole tiles of it."""
-    outputs, inputs = matrix.shape
-    return instruction_set() == "avx512_amx" and outputs % 16 == 0 and inputs % 32 == 0
-
-
-def linear(x_TD: Tensor, matrix: Matrix, is_widened: bool = False) -> Tensor:
-    """float32, contiguous -> [t, o]. `is_widened`: int8 weights meet inputs in bfloat16, where `widens_bytes`."""
+def linear(x_TD: Tensor, matrix: Matrix) -> Tensor:
+    """float32, contiguous -> [t, o]."""
     y = torch.empty(x_TD.shape[0], matrix.shape[0])
     if y.numel():
-        kind, *rest = _matrix(matrix)
-        _cpu.linear(instruction_set(), x_TD.shape[0], _WIDENED if is_widened else kind, *rest, x_TD, y)
+        _cpu.linear(instruction_set(), x_TD.shape[0], *_matrix(matrix), x_TD, y)
     return y
 
 

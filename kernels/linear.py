@@ -51,11 +51,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         return reference.linear(x, matrix)
     if is_many and scale is None:
         return product(x, weight, bias)
-    is_widened = is_many and scale is not None and cpp.widens_bytes(matrix)
-    if is_many and scale is not None and cpp.multiplies_bf16() and not is_widened:
+    if is_many and scale is not None and cpp.multiplies_bf16():
         y = F.linear(x.bfloat16(), weight.bfloat16()).float() * scale  # a byte is exact in bfloat16
         return (y if bias is None else y + bias).to(x.dtype)
-    y = cpp.linear(x.reshape(-1, D).float().contiguous(), matrix, is_widened)
+    y = cpp.linear(x.reshape(-1, D).float().contiguous(), matrix)
     return y.to(x.dtype).reshape(*x.shape[:-1], outputs)
 
 

@@ -66,7 +66,7 @@ struct Gather {
 
 // TYPE_...: blocks of 32 or 256 weights (blocks.inc), ggml's number and 16.
 enum Type : int {
-  FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT8_WIDENED = 3,  // the last: int8 that meets inputs in bf16, where there is a matrix unit
+  FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2,
   TYPE_Q4_0 = 18, TYPE_Q4_1 = 19, TYPE_Q5_0 = 22, TYPE_Q5_1 = 23, TYPE_Q8_0 = 24, TYPE_Q4_K = 28, TYPE_Q5_K = 29, TYPE_Q6_K = 30
 };
 

@@ -7,7 +7,6 @@ from retro_kernels import cpp
 from retro_kernels.blocks import rounded
 from retro_kernels.linear import MANY_ROWS, linear
 from retro_kernels.products import product
-from retro_kernels.reference import Matrix
 from torch import Tensor
 
 
@@ -69,20 +68,6 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(instruction_set: str, kind:
     for first in range(rows):
         for last in range(first + 1, rows + 1):
             assert torch.equal(linear(x[first:last], weight, scale=scale), together[first:last])
-
-
-@pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
-def test_many_rows_do_not_depend_on_what_is_beside_them(instruction_set: str) -> None:
-    """Bytes that a matrix unit widens: outputs in pieces, rows in tiles."""
-    x, weight = torch.randn(2 * MANY_ROWS + 9, 96), torch.randint(-128, 128, (240, 96), dtype=torch.int8)
-    scale, bias = torch.rand(240), torch.randn(240)
-    if not cpp.multiplies_bf16() or not cpp.widens_bytes(Matrix(weight, bias, scale)):
-        pytest.skip("a library multiplies them")
-    together = linear(x, weight, bias, scale)
-    assert torch.equal(linear(x[3 : MANY_ROWS + 4], weight, bias, scale), together[3 : MANY_ROWS + 4])
-    assert torch.equal(linear(x, weight[48:96], bias[48:96], scale[48:96]), together[:, 48:96])
-    exact = x.bfloat16().double() @ (weight.double() * scale.double()[:, None]).T + bias.double()
-    assert (together - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
 @pytest.mark.skipif(not cpp.is_available(), reason="no C++ extension")
