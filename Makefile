@@ -18,8 +18,10 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*/*)
 	  $(BIN)/python -c 'import torch' 2>/dev/null \
 	  || $(BIN)/pip install -q --no-index --no-deps torch==2.13.0 2>/dev/null \
 	  || $(BIN)/pip install -q torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu; fi
+	@echo "compiling the C++ parts and installing what retro takes: some minutes"
 	$(BIN)/pip install -q -e '.[train,dev]'
-	touch $@
+	@touch $@
+	@echo "next: . $(VENV)/bin/activate, and retro doctor says what is here; make demo"
 
 demo: setup
 	$(BIN)/retro demo facts --out $(DEMO_OUT) $(DEMO_FLAGS)

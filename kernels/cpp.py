@@ -136,6 +136,14 @@ def linear(x_TD: Tensor, matrix: Matrix) -> Tensor:
     return y
 
 
+def widened(weight_OD: Tensor, scale_O: Tensor, out: Tensor) -> Tensor:
+    """int8 [o, d] times float32 [o] -> bfloat16 [o, d] at the beginning of `out`, all contiguous."""
+    outputs, D = weight_OD.shape
+    y = out[: outputs * D].view(outputs, D)
+    _cpu.widen(instruction_set(), outputs, D, weight_OD, scale_O, y)
+    return y
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x [..., d], contiguous -> the same shape."""
     y, D = torch.empty_like(x), x.shape[-1]

@@ -8,6 +8,8 @@ bfloat16, what meets bfloat16 weights is rounded to it.
 Shape letters: T rows, D inputs, O outputs.
 """
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from retro_kernels import cpp, reference
@@ -17,6 +19,8 @@ from retro_kernels.products import product
 from retro_kernels.reference import Matrix
 from torch import Tensor
 
+_kept = threading.local()
+MOST_KEPT = 1 << 23  # weights, 16 MiB
 MANY_ROWS = 64  # from there on PyTorch's blocks, and the matrix unit where there is one, are faster
 
 
@@ -52,10 +56,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
     if is_many and scale is None:
         return product(x, weight, bias)
     if is_many and scale is not None and cpp.multiplies_bf16():
-        y = F.linear(x.bfloat16(), weight.bfloat16()).float() * scale  # a byte is exact in bfloat16
+        y = F.linear(x.bfloat16(), cpp.widened(weight, scale, _room(weight.numel())))
         return (y if bias is None else y + bias).to(x.dtype)
     y = cpp.linear(x.reshape(-1, D).float().contiguous(), matrix)
     return y.to(x.dtype).reshape(*x.shape[:-1], outputs)
+
+
+def _room(count: int) -> Tensor:
+    """Of bfloat16, for a while: a thread's own, kept so that its pages need not be asked for at every call, unless it is large."""
+    if count > MOST_KEPT:
+        return torch.empty(count, dtype=torch.bfloat16)
+    if not hasattr(_kept, "room") or _kept.room.numel() < count:
+        _kept.room = torch.empty(count, dtype=torch.bfloat16)
+    room: Tensor = _kept.room
+    return room
 
 
 def linear_in_blocks(x: Tensor, matrix: Matrix) -> Tensor:

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from shell_blocks import PAGES, ROOT, Block, blocks, commands
 
 from retro_engine.bench import checkout
@@ -92,11 +93,17 @@ def test_the_example_of_the_kernels_page() -> None:
 
 
 def test_the_layer_of_the_tutorial() -> None:
-    (code,) = [block.text for block in blocks(DOCS / "tutorial-kernels.md", "python")]
+    layer, loss = [block.text for block in blocks(DOCS / "tutorial-kernels.md", "python")]
     names: dict[str, object] = {}
-    exec(code, names)
+    exec(layer, names)
     assert names["out"].shape == (2, 48, 64)  # type: ignore[attr-defined]
     assert all(parameter.grad.norm() > 0 for parameter in names["layer"].parameters())  # type: ignore[attr-defined]
+    exec(loss, names)
+    logits, labels = names["logits"], names["labels"]
+    torch.testing.assert_close(names["loss"], names["expected"])
+    own = logits.grad  # type: ignore[attr-defined]
+    torch.nn.functional.cross_entropy(again := logits.detach().requires_grad_(), labels, ignore_index=-1).backward()  # type: ignore[attr-defined, arg-type]
+    torch.testing.assert_close(own, again.grad)
 
 
 def test_links_lead_somewhere() -> None:

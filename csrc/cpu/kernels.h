@@ -147,6 +147,7 @@ struct Build {
   void (*linear)(const Linear&, int64_t begin, int64_t end);  // items are outputs
   void (*to_blocks)(Type, const float* x, uint8_t* out, int64_t begin, int64_t end);  // items are blocks
   void (*norm)(const Norm&, Type, const void* x, void* y, int64_t begin, int64_t end);  // items are rows
+  void (*widen)(const int8_t*, const float* scale, void* y, int64_t D, int64_t begin, int64_t end);  // items are rows
   void (*swiglu)(Type, const void* gate, const void* up, void* y, int64_t begin, int64_t end);  // items are numbers
   void (*put)(const Step&, int64_t begin, int64_t end);       // rotates, and writes the cache; items are rows
   void (*attend)(const Step&, int64_t begin, int64_t end);    // items are (b * G + g) * splits + a piece of its keys

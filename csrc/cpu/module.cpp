@@ -199,6 +199,17 @@ void norm(const std::string& build, const py::args& given) {
   parallel_for(T, std::max<int64_t>(1, 16384 / a.D), [&](int64_t begin, int64_t end) { run(a, type, x, y, begin, end); });
 }
 
+void widen(const std::string& build, const py::args& given) {
+  const int8_t* w;
+  const float* scale;
+  void* y;
+  int64_t O, D;
+  read_all(given, O, D, w, scale, y);
+  const auto run = find_build(build).widen;
+  const py::gil_scoped_release release;
+  parallel_for(O, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, D)), [&](int64_t begin, int64_t end) { run(w, scale, y, D, begin, end); });
+}
+
 void swiglu(const std::string& build, const py::args& given) {
   Type type;
   int64_t count;
@@ -465,6 +476,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gather_neighbors", &gather_neighbors);
   m.def("linear", &linear);
   m.def("norm", &norm);
+  m.def("widen", &widen);
   m.def("swiglu", &swiglu);
   m.def("to_blocks", &to_blocks);
   m.def("apply", &apply);

@@ -51,7 +51,7 @@ class Answer:
     found: bool
     span: Span | None
     sources: list[Source]
-    why: str = ""  # nothing was read
+    why: str = ""  # it was not found: nothing was read, or the model made something up
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def request_of(reader: Reader, question: str, passages: Sequence[tuple[Hit, str]
 
 
 def answer_of(reader: Reader, question: str, passages: Sequence[tuple[Hit, str]], text: str) -> Answer:
-    """What the model's text says. That it says nothing counts as its saying that the answer is absent."""
+    """What the model's text says. That it says nothing, or what stands in no passage, counts as its saying that the answer is absent."""
     said = text.strip().split("\n", 1)[0].strip()
     names = ("document", "title", "chunk", "score")
     sources = [Source(**{name: getattr(hit, name) for name in names}, text=read) for hit, read in passages]
@@ -108,6 +108,9 @@ def answer_of(reader: Reader, question: str, passages: Sequence[tuple[Hit, str]]
         return Answer(question=question, answer=NOT_FOUND, found=False, span=None, sources=sources)
     texts = [source.text for source in sources]
     span = find_span(said, texts[:1]) or find_span(said, texts)  # where it was read, before where it stands too
+    if span is None:  # it was made up
+        why = f"what the model said stands in no passage: {said!r:.80}"
+        return Answer(question=question, answer=NOT_FOUND, found=False, span=None, sources=sources, why=why)
     return Answer(question=question, answer=said, found=True, span=span, sources=sources)
 
 

@@ -66,5 +66,5 @@ async def ask(request: Request) -> Response:
 def _shown(answer: Answer, version: int) -> dict[str, Any]:
     values = {name: value for name, value in answer.to_json().items() if name not in ("seconds", "why")}
     sources = [{**source, "score": round(float(source["score"]), 6)} for source in values["sources"]]
-    note = {"note": f"no hit: {answer.why}"} if answer.why else {}
+    note = {"note": answer.why if answer.sources else f"no hit: {answer.why}"} if answer.why else {}
     return {"object": "answer", **values, "sources": sources, "index_version": version, **note}

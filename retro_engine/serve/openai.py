@@ -27,6 +27,7 @@ from retro_engine.serve.fields import MAX_STOPS, Chat, Completion, Sampled
 from retro_engine.serve.in_prompt import put_in_chat, put_in_prompts
 from retro_engine.serve.limits import parse, read_json
 from retro_engine.serve.prompts import check_cost, check_ids, check_model_name, check_room, encode_prompts
+from retro_engine.serve.reader_chat import reader_prompt
 from retro_engine.serve.request_context import brief, caller_id, count_tokens, limits_of, service_of, state_of
 from retro_engine.serve.service import Service
 from retro_engine.serve.stream import EventStream, RunningRequests
@@ -144,7 +145,10 @@ async def chat_requests(request: HttpRequest, body: Chat) -> tuple[list[Request]
     more = check_variables(body.chat_template_kwargs, service.chat)
     await put_in_chat(request, body)
     ask = partial(chat_prompt, begins=begins, goes_on=goes_on, tools=tools, variables=more)
-    prompt, stops = await brief(request, ask, body.messages, service.chat)
+    if service.reader is None:
+        prompt, stops = await brief(request, ask, body.messages, service.chat)
+    else:
+        prompt, stops = await reader_prompt(request, body)
     body.stop = [*_stops(body.stop), *stops]
     prompts = await brief(request, partial(encode_prompts, param="messages"), service, prompt, limits)
     about = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "is_chat": service.chat is not None}

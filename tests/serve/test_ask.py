@@ -8,9 +8,11 @@ from serve_helpers import Server, post, serving
 
 from retro_engine import cli
 from retro_engine.errors import StoreError, UsageError
+from retro_engine.generate.request import Request
 from retro_engine.library.library import Library
 from retro_engine.readers.ask import NOT_FOUND, answer_of
 from retro_engine.serve import ask
+from retro_engine.serve.reader_chat import NOTE
 from retro_engine.serve.service import ServiceOptions, open_service
 
 CASTLE = {"id": "castle", "title": "A castle", "text": "The castle was built in 1302 by Adelheid."}
@@ -53,7 +55,10 @@ def test_what_the_model_says(reading: Server) -> None:
     texts = [source["text"] for source in found["sources"]][:1]
     out = service.generator.generate(service.reader.prompt("Who built the castle?"), 6, neighbors=texts)
     said = out.text.split("\n")[0].strip()
-    assert found["answer"] == (said or NOT_FOUND)
+    assert said and (found["answer"], found["note"]) == (
+        NOT_FOUND,
+        f"what the model said stands in no passage: {said!r}",
+    )
 
 
 def test_nothing_is_found(reading: Server) -> None:
@@ -113,3 +118,61 @@ def test_what_cannot_be_opened(
     for words in ([], ["run", "--reader", "smollm2"], ["run", "--base", "x.gguf"]):
         assert cli.main(["serve", *words]) == 2, words
     assert "cannot be used" in capsys.readouterr().err
+
+
+def test_a_chat_is_a_question(reading: Server) -> None:
+    """The official clients' way to the same answer: the same passage chosen, the same prompt; what is left out is said."""
+    service = reading.service
+    assert service.reader is not None
+    with reading.client("write") as client:
+        client.post(
+            "/v1/documents", json={"id": "mill", "title": "A mill", "text": "The mill by the castle burned down."}
+        )
+    question = "Who built the castle?"
+    asked = post(reading, "/v1/ask", question=question).json()
+    answer = post(reading, "/v1/chat/completions", messages=[{"role": "user", "content": question}], temperature=0)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    names = [(hit["document"], hit["chunk"]) for hit in found["retro"]["neighbors"]]
+    assert names == [(source["document"], source["chunk"]) for source in asked["sources"]]
+    prompt, read = service.reader.prompt(question), [asked["sources"][0]["text"]]
+    shown = service.reader.shown(asked["sources"][0]["title"], read[0])
+    (out,) = service.generator.generate_all([Request(prompt, 256, neighbors=[shown], stop=("\n",))])
+    assert found["choices"][0]["message"]["content"] == out.text
+    assert found["usage"]["prompt_tokens"] == len(service.tokenizer.encode(prompt))
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}]
+    said = post(reading, "/v1/chat/completions", messages=turns, temperature=0).json()
+    assert said["retro"]["notes"] == [NOTE]
+    assert said["choices"][0]["message"]["content"] == found["choices"][0]["message"]["content"]
+    given = post(
+        reading, "/v1/chat/completions", messages=turns, retro={"neighbors": ["It was Adelheid."]}, max_tokens=3
+    )
+    assert [hit["text"] for hit in given.json()["retro"]["neighbors"]] == ["It was Adelheid."]
+    none = post(
+        reading, "/v1/chat/completions", messages=[{"role": "user", "content": "Zanzibar?"}], max_tokens=3
+    ).json()
+    assert none["retro"]["neighbors"] == []
+    streamed = post(reading, "/v1/chat/completions", messages=turns, temperature=0, stream=True).text
+    assert '"castle"' in streamed and streamed.endswith("data: [DONE]\n\n")
+    with reading.client("write") as client:
+        client.delete("/v1/documents/mill")
+
+
+def test_chats_that_are_no_question(reading: Server) -> None:
+    user = {"role": "user", "content": "Who?"}
+    for fields in (
+        {"messages": [user, {"role": "assistant", "content": "Adelheid"}], "add_generation_prompt": False, "continue_final_message": True},
+        {"messages": [{"role": "user", "content": " "}]},
+        {"messages": [{"role": "user", "content": "x" * 5000}]},
+        {"messages": [user], "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]},
+        {"messages": [user], "retro": {"min_score": 1, "mode": "hybrid"}},
+    ):  # fmt: skip
+        answer = post(reading, "/v1/chat/completions", **fields)
+        assert answer.status_code == 400, fields
+
+
+def test_what_the_model_made_up_is_not_found(reading: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "answer_of", lambda reader, question, read, text: answer_of(reader, question, read, " 2"))
+    found = post(reading, "/v1/ask", question="Which castle was built?").json()
+    assert (found["found"], found["answer"], found["span"]) == (False, NOT_FOUND, None)
+    assert found["note"] == "what the model said stands in no passage: '2'" and found["sources"]
