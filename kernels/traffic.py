@@ -76,11 +76,12 @@ L2_RATE = 1.5 * COPY_RATE
 ISSUE_RATE = 132 * 4 * 1.7e9 * 0.75  # instructions of a warp a second; three quarters of the schedulers' slots
 
 # Instructions of all warps for one problem of 64 queries and two segments of 128 keys, counted in the code that Triton 3.9 makes
-# for compute capability 9.0 (tile_of's warps x (what runs once + 4 tiles x the loop)): (head width, is backward).
+# for compute capability 9.0 (tile_of's warps x (what runs once + tiles x the loop)): (head width, is backward).
 INSTRUCTIONS = {
     (64, False): 4 * (1002 + 2 * 176 + 4 * 654),
     (64, True): 4 * (1898 + 4 * 1173),
     (128, False): 8 * (1003 + 2 * 170 + 4 * 699),
+    (128, True): 8 * (1425 + 16 * 671),  # 16 keys a tile
 }
 
 
@@ -99,7 +100,7 @@ def _predicted() -> dict[str, float]:
     # as tile_of has them on compute capability 9.0: BM, BN, whole
     for size, width, (BM, BN, is_whole) in (
         ("16x2048x12x64", 64, (64, 64, True)),
-        ("8x2048x16x128", 128, (32, 32, False)),
+        ("8x2048x16x128", 128, (64, 16, True)),
     ):
         problem = Problems(1, 64, 2, 128, width, width // 2)
         first, second = forward(problem, 64), backward(problem, BM, BN, is_whole)

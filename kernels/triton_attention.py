@@ -17,10 +17,13 @@ from torch import Tensor
 def is_whole(capability: int, head_width: int, rows: int, is_fp32: bool, is_causal: bool, drops: bool) -> bool:
     """Whether one program computes all gradients of a problem: where its registers hold dQ beside a tile of keys.
 
-    Without wgmma the queries would be in registers too, in several layouts, and spill; wider heads and dropout spill as well.
+    Without wgmma the queries would be in registers too, in several layouts, and spill; so do more rows.
     """
     has_wgmma = 90 <= capability < 120
-    return has_wgmma and head_width <= 64 and rows <= 64 and not (is_fp32 or is_causal or drops)
+    most_rows = 128 if head_width <= 64 else 64
+    if is_fp32 or is_causal or not has_wgmma or head_width > 128 or rows > most_rows:
+        return False
+    return not (drops and capability >= 100 and head_width <= 64)  # a few bytes spill there
 
 
 def tile_of(
@@ -37,8 +40,9 @@ def tile_of(
         if is_fp32:
             tile, stages = (32, 32, 8) if head_width <= 64 else (16, 16, 4), 1
         elif is_whole(capability, head_width, rows, is_fp32, is_causal, drops):
-            # Two programs a multiprocessor; on 10.0 the sums are in tensor memory, and four warps spill.
-            tile = (64, 64, 4) if capability < 100 else (64, 64, 8)
+            # Where more than dQ is held, few keys at a time: more spill. On 10.0 the sums are in tensor memory.
+            is_narrow = head_width <= 64 and rows <= 64 and not drops
+            tile = (64, 64, 4 if capability < 100 else 8) if is_narrow else (64 if rows <= 64 else 128, 16, 8)
         elif head_width <= 64:
             tile = (64, 64, 8) if has_wgmma else (32, 16, 4)
         else:
@@ -48,6 +52,8 @@ def tile_of(
     else:
         few = is_causal and capability >= 120  # 64 keys spill there
         tile = (64, 32 if few else 64, 4) if head_width <= 64 else (64, 64, 8)
+        if rows > 64 and head_width <= 64 and not (is_causal or drops):  # else each 64 rows read all keys again
+            tile = (256, 16 if capability >= 120 else 32, 8)
         stages = 3 if capability in (80, 87) or has_wgmma else 2  # the others have 99 KiB of shared memory
     is_one_tile = is_backward and is_whole(
         capability, head_width, rows, is_fp32, is_causal, drops
