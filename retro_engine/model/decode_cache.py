@@ -240,6 +240,7 @@ def new_cache(
     (`Encodings.of`).
     """
     c, device, num_crossing = model.config, model.device, len(model.config.cross_layers)
+    dtype = model.cache_dtype  # which looks at every module
     X = (neighbor_tokens or 0) if num_crossing else 0
     sinks, origin = None, 0
     if c.reads_prefix and neighbor_tokens != 0:
@@ -250,7 +251,7 @@ def new_cache(
     def empty(tokens: int, count: int) -> list[Tensor]:
         """In memory each head's tokens follow one another, as a step of decoding reads them."""
         shape = (batch_size, c.key_value_heads, tokens, c.head_width)
-        return [untouched_zeros(shape, model.cache_dtype, device).transpose(1, 2) for _ in range(count)]
+        return [untouched_zeros(shape, dtype, device).transpose(1, 2) for _ in range(count)]
 
     def places() -> Tensor:
         return torch.zeros(batch_size, dtype=torch.long, device=device)
