@@ -33,12 +33,17 @@ def is_unobserved(*tensors: Tensor) -> bool:
     return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg() for x in tensors)
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether torch.autocast is on where x lies."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What torch.autocast makes of the arguments of scaled_dot_product_attention: all but float64 in its type, where it is on."""
-    kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not is_autocast(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from retro_kernels import cpp, reference
 from retro_kernels.backend import choose
-from retro_kernels.checks import carries_derivative
+from retro_kernels.checks import carries_derivative, is_autocast
 from retro_kernels.products import product
 from retro_kernels.reference import Matrix
 from torch import Tensor
@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         )
     matrix, is_many = Matrix(weight, bias, scale), x.numel() > MANY_ROWS * D
     is_packed = x.dtype in (torch.float32, torch.bfloat16) and all(part.is_contiguous() for part in parts[1:])
-    if torch.compiler.is_compiling() or scale is None and torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or scale is None and is_autocast(x):
         return reference.linear(x, matrix)
     x = x.resolve_neg()  # a sign that is still to be applied
     is_packed = is_packed and not any(part.is_neg() for part in parts[1:])

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from retro_engine.errors import MissingInputError, UsageError
 from retro_engine.threads import wait_shortly
 
 if TYPE_CHECKING:
+    from retro_engine.readers.ahead import Comparing
     from retro_engine.readers.ask import Answer, Asker, Source
     from retro_engine.readers.reader_file import Reader
 
@@ -38,7 +40,7 @@ def add(commands: flags.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     wait_shortly()
-    from retro_engine.readers.ahead import begin, checked_question
+    from retro_engine.readers.ahead import begin, checked_question, compare
     from retro_engine.readers.reader_file import find_reader, with_settings
 
     documents, question = _documents_and_question(args)
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         _settle_base(args, reader)
     reader = with_settings(reader, args.k, args.max_new_tokens)
     ahead = None if question is None else begin(reader, documents, question, flags.reporter(args), args.format)
-    asker = _opened(args, documents, reader)
+    asker = _opened(args, documents, reader, compare(reader, args.base, args.dtype))  # its thread after the fork
     for line in [question] if question is not None else _lines(args):
         try:
             answer = asker.ask(line, ahead)
@@ -81,10 +83,15 @@ def _documents_and_question(args: argparse.Namespace) -> tuple[list[str], str | 
     return documents, question
 
 
-def _opened(args: argparse.Namespace, documents: list[str], reader: "Reader") -> "Asker":
-    from retro_engine.readers.ask import Asker
+def _opened(args: argparse.Namespace, documents: list[str], reader: "Reader", base: "Comparing") -> "Asker":
+    """No garbage is looked for while PyTorch is imported."""
+    gc.disable()
+    try:
+        from retro_engine.readers.ask import Asker
 
-    return Asker(documents, reader, args.base, dtype=args.dtype, reporter=flags.reporter(args), format=args.format)
+        return Asker(documents, reader, base, dtype=args.dtype, reporter=flags.reporter(args), format=args.format)
+    finally:
+        gc.enable()
 
 
 def _settle_base(args: argparse.Namespace, reader: "Reader") -> None:

@@ -57,6 +57,13 @@ class SetAside:
     is_unread: bool = False
 
 
+def checked_inputs(inputs: Sequence[str | Path]) -> list[str]:
+    """As they were typed. Raises UsageError where there are none."""
+    if not inputs:
+        raise UsageError("there are no documents", "", "name files or folders")
+    return [str(one) for one in inputs]
+
+
 def is_unread(error: BaseException | None) -> bool:
     """Whether the system is why something was not read: neither that nothing is there, nor a place before its start (EINVAL),
     which damaged files name.

@@ -9,20 +9,20 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import apsw
 
-from retro_engine.data import files, manifests
+from retro_engine.data import files
 from retro_engine.data.corpus import Document, Reader, in_batches
 from retro_engine.data.identity import file_id
 from retro_engine.data.inputs import SetAside, check_file, find_files, shown
 from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.library import extension
 from retro_engine.library.documents import MAX_DOCUMENT_BYTES, check_document, check_namespace
+from retro_engine.library.file_states import UNREAD, FileState, Synced, state_of
 from retro_engine.library.importer import BATCH_CHARACTERS, BATCH_DOCUMENTS
 from retro_engine.library.library import DEFAULT, Library
 from retro_engine.progress import Reporter
@@ -30,69 +30,8 @@ from retro_engine.progress import Reporter
 FRESH_NS = 2_000_000_000  # a file that changed so shortly before it was read may change again unseen
 GONE = (errno.ENOENT, errno.ENOTDIR)
 MOST_ASIDE = 100  # reasons kept of a file; all are counted
-FILE_STATE = manifests.fields(
-    {
-        "size": manifests.COUNT,
-        "modified": manifests.whole(-manifests.MOST << 16, manifests.MOST << 16),
-        "sha256": manifests.FINGERPRINT,
-        "documents": manifests.COUNT,
-        "last_row": manifests.maybe(manifests.COUNT),
-        "num_aside": manifests.COUNT,
-        "aside": manifests.each(manifests.each(manifests.text(most=1 << 16))),
-    }
-)
 Found = dict[str, tuple[Path, os.stat_result]]  # files by their names
 Say = Callable[[str, str], None]  # source and reason of what is set aside
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileState:
-    """What was read of a file."""
-
-    size: int
-    modified: int  # ns; 0: its content has to be compared
-    sha256: str
-    documents: int = 0
-    last_row: int | None = None  # of a file of rows, the place of the last; None = all of it is one document
-    num_aside: int = 0
-    aside: list[list[str]] = field(default_factory=list)  # source, reason
-
-    def ids(self, name: str) -> list[str]:
-        """All that its documents can be called."""
-        return [name] if self.last_row is None else [f"{name}:{row}" for row in range(1, self.last_row + 1)]
-
-
-UNREAD = FileState(size=0, modified=0, sha256="0" * 64)  # it is to be read
-
-
-@dataclass(kw_only=True)
-class Synced:
-    """What came of looking at the files."""
-
-    num_files: int
-    num_documents: int
-    num_aside: int
-    aside: list[SetAside]  # the first of each file
-    num_read: int = 0  # files, this time
-    num_removed: int = 0
-
-    @classmethod
-    def of(cls, states: Iterable[FileState], num_read: int = 0, num_removed: int = 0) -> "Synced":
-        known = list(states)
-        return cls(
-            num_files=len(known),
-            num_documents=sum(one.documents for one in known),
-            num_aside=sum(one.num_aside for one in known),
-            aside=[SetAside(source, reason) for one in known for source, reason in one.aside],
-            num_read=num_read,
-            num_removed=num_removed,
-        )
-
-
-def state_of(values: dict[str, Any], where: str) -> FileState:
-    """A state as it was kept. Raises ValueError for what is none."""
-    FILE_STATE(values, where)
-    return FileState(**{name: values[name] for name in FileState.__dataclass_fields__})
 
 
 def look(inputs: Sequence[str | Path], root: Path, say: Say, of_any_kind: bool = False) -> tuple[Found, list[str]]:

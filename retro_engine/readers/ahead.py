@@ -1,27 +1,31 @@
-"""A question and its passages, found before a model is there: in a process of its own beside the one that opens it.
+"""What begins before a model is there, and goes on while PyTorch is imported.
 
-Half of a command's time is imports: of what searches in the one process, of what answers in the other. The other process is
-forked, so only where nothing has started threads yet.
+A question's passages are found in a process of its own: half of a command's time is imports, of what searches in the one process, of
+what answers in the other. It is forked, so only where nothing has started threads yet. After it, in a thread, the files that a
+reader is opened from are compared with their hashes. What searches is imported where it is called: the other process does without.
 """
 
 import contextlib
 import multiprocessing
 import os
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from retro_engine.data.checkpoint_files import COMPLETE
-from retro_engine.data.tokenizer import Tokenizer
+from retro_engine.data.checkpoint_files import COMPLETE, opened
 from retro_engine.errors import RetroError, UsageError
-from retro_engine.library.live import LiveRetriever
 from retro_engine.progress import Reporter
-from retro_engine.readers.documents import Documents, Synced
-from retro_engine.readers.places import home
+from retro_engine.readers.bases import base_path
+from retro_engine.readers.places import home, kept_type
 from retro_engine.readers.reader_file import Reader, ReadingSettings
-from retro_engine.retrieval.hit import Found
+
+if TYPE_CHECKING:
+    from retro_engine.library.file_states import Synced
+    from retro_engine.readers.documents import Documents
+    from retro_engine.retrieval.hit import Found
 
 MOST_CHARACTERS = 2000  # of a question
 
@@ -39,16 +43,38 @@ def checked_question(question: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Comparing:
+    """Files of a reader that are compared with their hashes meanwhile; results raise what `base_path` and `opened` raise."""
+
+    base: Future[Path]
+    kept: dict[Path, Future[Path]]  # folders of readers/kept.py
+
+
+def compare(reader: Reader, base: str | Path | None, dtype: str | None) -> Comparing:
+    """Begin with `base` (as of `base_path`), then with what was kept in `dtype`; where None is asked for and two types were kept, it is
+    not known yet which is opened.
+    """
+    pool = ThreadPoolExecutor(1, "comparing")
+    found = pool.submit(base_path, reader, base)
+    folders = [folder for folder in _kept(reader) if dtype is None or folder.name.startswith(kept_type(dtype))]
+    kept = {folder: pool.submit(opened, folder) for folder in folders} if len(folders) == 1 else {}
+    pool.shutdown(wait=False)
+    return Comparing(base=found, kept=kept)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Searched:
     """What was found for a question, in the documents as they are now; `why`: where that is nothing."""
 
-    found: Found
-    synced: Synced
+    found: "Found"
+    synced: "Synced"
     why: str
 
 
-def search(documents: Documents, question: str, reading: ReadingSettings) -> Searched:
+def search(documents: "Documents", question: str, reading: ReadingSettings) -> Searched:
     """Raises what `Documents.opened` and a search raise."""
+    from retro_engine.library.live import LiveRetriever
+
     with documents.opened() as (library, synced):
         retriever = LiveRetriever(library)
         found = retriever.search(question, reading.num_neighbors, retrieved_length=reading.retrieved_length)
@@ -80,11 +106,16 @@ def begin(
     reader: Reader, inputs: list[str], question: str, reporter: Reporter, format: str | None = None
 ) -> Ahead | None:
     """None where no process can be forked, or where the reader was never opened: its tokenizer is not there yet."""
-    kept = sorted((home() / "opened" / reader.name).glob(f"*-{reader.key}"))  # readers/kept.py
-    tokenizer = next((folder for folder in kept if (folder / COMPLETE).is_file()), None)
+    tokenizer = next(iter(_kept(reader)), None)
     return (
         None if tokenizer is None or not _can_fork() else Ahead(tokenizer, reader, inputs, question, reporter, format)
     )
+
+
+def _kept(reader: Reader) -> list[Path]:
+    """Whole folders of what opening it made."""
+    found = sorted((home() / "opened" / reader.name).glob(f"*-{reader.key}"))
+    return [folder for folder in found if (folder / COMPLETE).is_file()]
 
 
 def _can_fork() -> bool:
@@ -102,6 +133,9 @@ def _work(
     reporter: Reporter,
     format: str | None,
 ) -> None:
+    from retro_engine.data.tokenizer import Tokenizer
+    from retro_engine.readers.documents import Documents
+
     found = None
     with contextlib.suppress(RetroError, OSError, KeyboardInterrupt):
         reading = reader.reading

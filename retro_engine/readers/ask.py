@@ -4,28 +4,32 @@ An `Asker` keeps the model open, and what it encoded of passages; `retro_engine.
 `retro serve` answers under /v1/ask is made of the same parts (`passages_of`, `request_of`, `answer_of`).
 """
 
+import functools
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from retro_engine.data.inputs import checked_inputs
 from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.generate.generator import Generator, encode_neighbors
 from retro_engine.generate.request import Request
 from retro_engine.model.passage_choice import absence
 from retro_engine.progress import Reporter
-from retro_engine.readers.ahead import Ahead, checked_question, search
-from retro_engine.readers.bases import base_path
-from retro_engine.readers.documents import Documents, Synced
+from retro_engine.readers.ahead import Ahead, Comparing, checked_question, compare, search
 from retro_engine.readers.places import nobody
 from retro_engine.readers.reader import open_reader
 from retro_engine.readers.reader_file import Reader, find_reader, with_settings
 from retro_engine.readers.spans import Span, find_span
 from retro_engine.retrieval.hit import Found, Hit
+
+if TYPE_CHECKING:
+    from retro_engine.library.file_states import Synced
+    from retro_engine.readers.documents import Documents
 
 NOT_FOUND = "The documents do not hold the answer."
 AROUND = 240  # characters on either side of what is marked
@@ -132,7 +136,7 @@ class Asker:
         self,
         documents: str | Path | Sequence[str | Path],
         reader: Reader | str | Path | None = None,
-        base: str | Path | None = None,
+        base: str | Path | Comparing | None = None,
         *,
         k: int | None = None,
         max_new_tokens: int | None = None,
@@ -141,20 +145,28 @@ class Asker:
         format: str | None = None,
     ):
         """`documents`: files, folders and patterns; `reader`: a name or a folder (None: the package's own); `base`: its GGUF
-        file (None: where `retro fetch` puts it); `k` passages are read; `format`: what every file is, whatever its suffix.
+        file (None: where `retro fetch` puts it), or what `compare` began for this reader and `dtype`; `k` passages are read; `format`: what every file is, whatever its suffix.
 
         Raises UsageError, MissingInputError and StoreError for what cannot be used, is not there, or is another.
         """
         found = reader if isinstance(reader, Reader) else find_reader(reader)
         self.reader = with_settings(found, k, max_new_tokens)
+        self.inputs = checked_inputs([documents] if isinstance(documents, str | Path) else list(documents))
         say = nobody if reporter is None else reporter.say
-        opened = open_reader(self.reader, base_path(self.reader, base), dtype, say)
+        comparing = base if isinstance(base, Comparing) else compare(self.reader, base, dtype)
+        opened = open_reader(self.reader, comparing, dtype, say)
         self.tokenizer, self.generator = opened.tokenizer, Generator(opened.model, opened.tokenizer)
-        inputs = [documents] if isinstance(documents, str | Path) else list(documents)
+        self._reporter, self._format = reporter, format
+        self.synced: Synced | None = None  # of the last question
+
+    @functools.cached_property
+    def documents(self) -> "Documents":
+        """Made for the first question whose search has not begun elsewhere."""
+        from retro_engine.readers.documents import Documents
+
         reading = self.reader.reading
         cut = reading.chunk_size, reading.stride
-        self.documents = Documents(inputs, self.tokenizer, *cut, reporter, format=format)
-        self.synced: Synced | None = None  # of the last question
+        return Documents(self.inputs, self.tokenizer, *cut, self._reporter, format=self._format)
 
     def ask(self, question: str, ahead: Ahead | None = None) -> Answer:
         """`ahead`: the search for its passages, which has begun already. Raises UsageError for a question that cannot be used,

@@ -16,10 +16,12 @@ from pathlib import Path
 from retro_engine.data import files, manifests
 from retro_engine.data.corpus import Reader as FileReader
 from retro_engine.data.identity import file_id
+from retro_engine.data.inputs import checked_inputs
 from retro_engine.data.tokenizer import Tokenizer
-from retro_engine.errors import MissingInputError, StoreError, UnavailableError, UsageError
+from retro_engine.errors import MissingInputError, StoreError, UnavailableError
 from retro_engine.library.documents import MAX_DOCUMENT_BYTES
-from retro_engine.library.following import FILE_STATE, FileState, Follower, Found, Synced, changed, gone, look, state_of
+from retro_engine.library.file_states import FILE_STATE, FileState, Synced, state_of
+from retro_engine.library.following import Follower, Found, changed, gone, look
 from retro_engine.library.library import Library
 from retro_engine.progress import Reporter
 from retro_engine.readers.places import home, in_turn, make_private, patiently
@@ -55,9 +57,7 @@ class Documents:
         format: str | None = None,
     ):
         """`folder`: where the library is kept (None: under `places.home`); `format`: what all files are (None: their suffixes say)."""
-        if not inputs:
-            raise UsageError("there are no documents", "", "name files or folders")
-        self.inputs, self.tokenizer = [str(one) for one in inputs], tokenizer
+        self.inputs, self.tokenizer = checked_inputs(inputs), tokenizer
         self.chunk_size, self.stride = chunk_size, chunk_size if stride is None else stride
         self.reporter = reporter or Reporter("quiet")
         paths = sorted({os.path.abspath(one) for one in self.inputs})

@@ -4,6 +4,7 @@ Reads and writes HOME/opened/NAME/DTYPE-KEY/: a checkpoint's folder without an o
 DTYPE, fp32 or bf16; KEY is of the hashes of both. Another base or other adapters of the same reader take its place.
 """
 
+from concurrent.futures import Future
 from pathlib import Path
 
 from retro_engine.data import files
@@ -13,21 +14,23 @@ from retro_engine.errors import InUseError, MissingInputError, RetroError, Store
 from retro_engine.generate.open_model import OpenedModel, open_model
 from retro_engine.interop.imports import GREEDY
 from retro_engine.model.retro import RetroModel
-from retro_engine.readers.places import Say, home
+from retro_engine.readers.places import Say, home, kept_type
 from retro_engine.readers.reader_file import Reader
 from retro_engine.train.checkpoint import publish_model
 
 
 def kept_folder(reader: Reader, dtype: str) -> Path:
-    return home() / "opened" / reader.name / f"{'bf16' if dtype == 'bf16' else 'fp32'}-{reader.key}"
+    return home() / "opened" / reader.name / f"{kept_type(dtype)}-{reader.key}"
 
 
-def open_kept(folder: Path, dtype: str, say: Say) -> OpenedModel | None:
-    """What was kept; None where nothing was, or what is there is damaged, which is said."""
+def open_kept(folder: Path, dtype: str, say: Say, compared: Future[Path] | None = None) -> OpenedModel | None:
+    """What was kept; None where nothing was, or what is there is damaged, which is said. `compared`: what `checkpoint_files.opened`
+    says of it, where that has begun.
+    """
     if not (folder / COMPLETE).is_file():
         return None
     try:
-        return open_model(folder, dtype, "cpu")
+        return open_model(compared or folder, dtype, "cpu")
     except (StoreError, MissingInputError) as error:
         say(f"{error.what} ({error.why}): it is made again")
     except OSError as error:  # another process replaces it

@@ -30,6 +30,11 @@ def home() -> Path:
     return Path(named).expanduser() if named else Path(cache) / "retro-engine"
 
 
+def kept_type(dtype: str) -> str:
+    """Of the weights that are kept for a reader that is opened in `dtype`."""
+    return "bf16" if dtype == "bf16" else "fp32"
+
+
 def make_private(folder: Path) -> None:
     """A folder that only its owner reads: what is kept there was read from the user's own files."""
     is_new = not folder.is_dir()

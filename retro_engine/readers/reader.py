@@ -23,6 +23,7 @@ from retro_engine.model.memory import MappedTensors
 from retro_engine.model.quantize import check_weights, use_weights
 from retro_engine.model.retro import RetroModel
 from retro_engine.model.weights import new_model
+from retro_engine.readers.ahead import Comparing
 from retro_engine.readers.kept import keep, kept_folder, open_kept
 from retro_engine.readers.places import Say, nobody
 from retro_engine.readers.reader_file import Reader
@@ -33,18 +34,19 @@ def default_dtype() -> str:
     return "bf16" if has_fast_bf16() else "fp32"
 
 
-def open_reader(reader: Reader, base: Path, dtype: str | None = None, say: Say = nobody) -> OpenedModel:
-    """The model of a reader beside `base`, a file of which the hash was compared (bases.py `base_path`). `dtype`: fp32, bf16, int8
-    or int4 (None: what is faster here). What the first opening makes is kept for later ones (readers/kept.py).
+def open_reader(reader: Reader, base: Path | Comparing, dtype: str | None = None, say: Say = nobody) -> OpenedModel:
+    """The model of a reader beside `base`, a file of which the hash was compared (bases.py `base_path`), or is meanwhile. `dtype`: fp32,
+    bf16, int8 or int4 (None: what is faster here). What the first opening makes is kept for later ones (readers/kept.py).
 
-    Raises StoreError for adapters of another base.
+    Raises StoreError for adapters of another base, and what comparing it raises.
     """
     dtype = default_dtype() if dtype is None else dtype
     check_weights(dtype)
     folder = kept_folder(reader, dtype)
-    opened = open_kept(folder, dtype, say)
+    path, kept = (base.base.result(), base.kept) if isinstance(base, Comparing) else (base, {})
+    opened = open_kept(folder, dtype, say, kept.get(folder))
     if opened is None:
-        model, tokenizer = _merged(reader, base, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        model, tokenizer = _merged(reader, path, torch.bfloat16 if dtype == "bf16" else torch.float32)
         keep(folder, model, tokenizer, say)
         opened = OpenedModel(folder=folder, model=model, tokenizer=tokenizer, generation=dict(GREEDY))
         use_weights(model, dtype)

@@ -1,14 +1,16 @@
 """The search that runs beside the opening of a model: what it finds, and that whoever it fails searches again."""
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from retro_engine.errors import MissingInputError, UsageError
+from retro_engine.errors import MissingInputError, StoreError, UsageError
 from retro_engine.progress import Reporter
 from retro_engine.readers import ahead
-from retro_engine.readers.ahead import begin, checked_question, search
+from retro_engine.readers.ahead import begin, checked_question, compare, search
 from retro_engine.readers.ask import Asker
 from retro_engine.readers.reader import open_reader
 from retro_engine.readers.reader_file import read_reader
@@ -60,6 +62,36 @@ def test_nothing_is_forked_beside_threads(reader_folder: Path, base: Path, tmp_p
     open_reader(reader, base, "fp32")
     assert "torch" in sys.modules
     assert begin(reader, [str(tmp_path)], "Who?", QUIET) is None
+
+
+def test_files_are_compared_meanwhile(folder: Path, reader_folder: Path, base: Path, tmp_path: Path) -> None:
+    reader = read_reader(reader_folder)
+    assert compare(reader, base, None).kept == {}, "nothing was opened yet"
+    open_reader(reader, base, "bf16")
+    (kept,) = compare(reader, base, None).kept.items()
+    assert kept[0].name.startswith("bf16-")
+    assert kept[1].result() == kept[0]
+    assert compare(reader, base, "int8").kept == {}, "int8 is made of fp32"
+    open_reader(reader, base, "fp32")
+    assert compare(reader, base, None).kept == {}, "which of two types is opened is not known yet"
+    assert [path.name[:5] for path in compare(reader, base, "int8").kept] == ["fp32-"]
+    (kept[0] / "model.safetensors").write_bytes(b"other")
+    said: list[str] = []
+    assert open_reader(reader, compare(reader, base, "bf16"), "bf16", said.append).model.dtype == torch.bfloat16
+    assert "it is made again" in said[0]
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"GGUF")
+    with pytest.raises(StoreError, match="is not the base of the reader"):
+        Asker([folder], reader, compare(reader, other, "bf16"), dtype="bf16")
+    with pytest.raises(MissingInputError, match="is not here"):
+        Asker([folder], reader, tmp_path / "none.gguf", dtype="bf16")
+
+
+def test_who_answers_does_not_import_what_searches() -> None:
+    """It takes a tenth of a second, and runs in the other process meanwhile."""
+    code = "import sys, retro_engine.readers.ask, retro_engine.library.file_states; print('retro_engine.library.library' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.strip() == "False"
 
 
 def test_questions() -> None:

@@ -16,7 +16,7 @@ from retro_engine.data.identity import file_id
 from retro_engine.data.store import Store
 from retro_engine.errors import MissingInputError, UnavailableError, UsageError
 from retro_engine.library import following
-from retro_engine.library.following import Synced
+from retro_engine.library.file_states import Synced
 from retro_engine.library.library import Library
 from retro_engine.progress import Reporter
 from retro_engine.readers import documents as module
