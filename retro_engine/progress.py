@@ -4,11 +4,12 @@ Also asks before work that a measured sample says will be long.
 """
 
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from retro_engine.errors import UsageError
@@ -59,6 +60,13 @@ class Reporter:
             print(json.dumps({"event": "note", "text": line}), file=sys.stderr, flush=True)
         elif self.mode == "text":
             print(f"{CLEAR}{line}" if self._has_bar else line, file=sys.stderr, flush=True)
+
+    def say_now(self, line: str) -> None:
+        """`say` from a signal's handler, which may interrupt a print: past Python's buffers."""
+        text = json.dumps({"event": "note", "text": line}) if self.mode == "json" else f"{CLEAR * self._has_bar}{line}"
+        if self.mode != "quiet":
+            with suppress(OSError, ValueError, AttributeError):  # no standard error
+                os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
     def confirm(self, estimate: str, seconds: float) -> None:
         """Say what the work will cost; on a terminal ask when it is long. Raises UsageError for a no."""

@@ -30,6 +30,7 @@ from retro_engine.retrieval.hit import Hit
 from retro_engine.retrieval.overlap import chunk_overlaps
 from retro_engine.retrieval.search import store_hit
 from retro_engine.train.checkpoint import find_checkpoint, is_imported, read_trainer
+from retro_engine.train.differences import Compared, Differences, differences, show_differences
 from retro_engine.train.record import METRICS_FILE, checked_lines, read_facts
 from retro_engine.train.run_data import open_evaluation
 
@@ -100,7 +101,9 @@ def write_report(
     sequences = open_evaluation(checkpoint, retro.model.config, [], share, reporter.say)
     if not isinstance(sequences, Sequences):
         raise UsageError(f"{run} was tuned on questions", "the report is on text", "retro eval RUN --questions FILE")
-    others = {name: _decoder(name, path, checkpoint, retro.device) for name, path in (decoders or {}).items()}
+    opened = {name: _decoder(name, path, checkpoint, retro.device) for name, path in (decoders or {}).items()}
+    others = {name: other.model for name, other in opened.items()}
+    differs = {name: differences(_compared(retro), _compared(other)) for name, other in opened.items()}
     reporter.say(describe_device(retro.device))
     comparison = None
     if retro.model.config.retrieval:
@@ -109,7 +112,7 @@ def write_report(
     if comparison is not None:
         samples = _sampled(sequences)
         sections = [
-            *_comparison(comparison, share),
+            *_comparison(comparison, share, differs),
             _flops(retro.model.config, others),
             _curves(metrics),
             _neighbor_quality(sequences),
@@ -117,28 +120,34 @@ def write_report(
             _explanations(retro, sequences.store, samples),
         ]
     command = f"retro report {run} --share {share}" + (f" --limit {limit}" if limit is not None else " --all")
-    command += "".join(f" --against {name}={path}" for name, path in (decoders or {}).items())
+    named = {name: f"{name}={path}" if name != str(path) else name for name, path in (decoders or {}).items()}
+    command += "".join(f" --against {text}" for text in named.values())
     sections += [_throughput(metrics), _environment(facts, checkpoint, command)]
-    lead = f'<p class="verdict">{html.escape(verdict(comparison, list(others)))}</p>'
+    lead = f'<p class="verdict">{html.escape(verdict(comparison, differs, share))}</p>'
     page = _page(folder.name, lead, [section for section in sections if section.body])
     files.publish(folder / "report.html", [page.encode()])
     reporter.say(f"wrote {folder / 'report.html'}")
     return folder / "report.html"
 
 
-def verdict(comparison: Comparison | None, decoders: Sequence[str]) -> str:
-    """One sentence that is true whatever came out."""
+def verdict(comparison: Comparison | None, differs: dict[str, Differences], share: str) -> str:
+    """What is true whatever came out; `differs`: what else than retrieval is other of each decoder."""
     if comparison is None:
         return "A plain decoder: it reads no neighbors, so there is nothing to compare."
-    name = decoders[0] if decoders else "off"
+    name = next(iter(differs), "off")
     gain, count = comparison.gain(name), len(comparison.losses["on"].nats)
-    over = f"over {count:,} document{'s' * (count != 1)}"
+    over = f"over {count:,} document{'s' * (count != 1)}, {'every share' if share == 'all' else f'the {share} share'}"
     interval = f"{abs(gain['gain']):.1%} (95 % interval {show_interval(gain['low'], gain['high'], '.1%')}, {over})"
-    if not decoders:
-        word = "fewer" if gain["gain"] >= 0 else "more"
+    word = "fewer" if gain["gain"] >= 0 else "more"
+    if not differs:
         return (
             f"With its neighbors the model needs {interval} {word} bits per byte than with retrieval off. Whether retrieval "
             "pays, only a decoder trained without it can say: --against NAME=RUN."
+        )
+    if differs[name]:
+        return (
+            f"The run needs {interval} {word} bits per byte than the plain decoder {name}; that is not of retrieval alone, for "
+            f"they differ in more: {show_differences(differs[name])}."
         )
     if gain["low"] > 0:
         return f"Retrieval pays: {interval} fewer bits per byte than the plain decoder {name}."
@@ -178,7 +187,11 @@ def _folded(title: str, body: str, is_open: bool = False) -> str:
     return f"<details{' open' if is_open else ''}><summary>{html.escape(title)}</summary>{body}</details>"
 
 
-def _comparison(comparison: Comparison, share: str) -> list[Section]:
+def _compared(retro: Retro) -> Compared:
+    return Compared(retro.folder, retro.model.config, retro.model.num_parameters)
+
+
+def _comparison(comparison: Comparison, share: str, differs: dict[str, Differences]) -> list[Section]:
     rows = []
     for name, losses in comparison.losses.items():
         low, high = losses.interval()
@@ -187,12 +200,19 @@ def _comparison(comparison: Comparison, share: str) -> list[Section]:
             (name, f"{losses.bits_per_byte:.4f}", show_interval(low, high, ".4f"), f"{losses.perplexity:.2f}", saved)
         )
     groups = [
-        (row["overlap"], f"{row['chunks']:,}", *(f"{float(row[name]):.4f}" for name in comparison.chunks.nats))
+        (
+            row["overlap"],
+            f"{row['chunks']:,}",
+            *("" if row[n] is None else f"{row[n]:.4f}" for n in comparison.chunks.nats),
+        )
         for row in comparison.chunks.groups()
     ]
     documents, tokens = len(comparison.losses["on"].nats), int(comparison.losses["on"].tokens.sum())
     given = _table(("retrieval", "bits per byte", "95 % interval", "perplexity", "on saves"), rows)
     given += _note(f"{documents} documents of the {share} share, {tokens:,} tokens; intervals over documents.")
+    for name, found in differs.items():
+        if found:
+            given += _note(f"{name} differs from this run in more than retrieval: {show_differences(found)}.")
     about = "Bits per byte of what a chunk's neighbors can condition, by the share of it that they state in runs of 8 tokens."
     by_overlap = _table(("overlap with neighbors", "chunks", *comparison.chunks.nats), groups) + _note(about)
     return [Section("What retrieval gives", given), Section("Gain by overlap", by_overlap)]
@@ -429,7 +449,7 @@ def _environment(facts: dict[str, Any], checkpoint: Path, command: str) -> Secti
     return Section("Environment", body, is_open=False)
 
 
-def _decoder(name: str, path: Path, against: Path, device: torch.device) -> RetroModel:
+def _decoder(name: str, path: Path, against: Path, device: torch.device) -> Retro:
     """The plain decoder of another run, trained on the same store and the same share of it."""
     folder = find_checkpoint(path)
     mine, theirs = read_trainer(against), read_trainer(folder)
@@ -441,8 +461,8 @@ def _decoder(name: str, path: Path, against: Path, device: torch.device) -> Retr
             raise StoreError(
                 f"{name} was trained on {what} {there}", f"this run on {here}", "compare runs of the same data"
             )
-    decoder = Retro.from_pretrained(folder, device=device).model
-    if decoder.config.retrieval:
+    decoder = Retro.from_pretrained(folder, device=device)
+    if decoder.model.config.retrieval:
         raise UsageError(
             f"{name} reads neighbors", "a decoder trained without retrieval is the rival", "model.retrieval=false"
         )

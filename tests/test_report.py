@@ -5,10 +5,15 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import write_corpus
 
 from retro_engine import cli
+from retro_engine.evaluate.compare import Comparison
+from retro_engine.evaluate.leakage import ChunkLosses
+from retro_engine.evaluate.losses import DocumentLosses
+from retro_engine.report import verdict
 
 TINY = ["model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_attention_heads=2", "model.init=standard",
         "model.encoder_seq_length=64", "trainer.max_steps=4", "trainer.precision=32", "model.chunk_size=16",
@@ -58,7 +63,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         == 0
     )
     assert cli.main(["report", f"{folder}/retro", "--against", f"x={folder}/other"]) == 3, "trained on other documents"
-    assert cli.main(["report", f"{folder}/retro", "--against", "plain"]) == 2
+    assert cli.main(["report", f"{folder}/retro", "--against", "plain"]) == 3, "no such run"
+    assert cli.main(["report", f"{folder}/retro", "--against", f"off={folder}/plain"]) == 2, "a name that is taken"
     return (folder / "retro" / "report.html").read_text()
 
 
@@ -78,7 +84,7 @@ def test_it_is_whole(page: str) -> None:
     ):
         assert heading in parsed.text
     assert re.search(r"Retrieval (pays|costs|makes no measurable difference)", parsed.text)
-    assert re.search(r"% \(95 % interval \[.*\], over 9 documents\)", parsed.text)
+    assert re.search(r"% \(95 % interval \[.*\], over 9 documents, the valid share\)", parsed.text)
     assert page.count("<details") > 10
     assert page.count("<details open>") == 2, "of the samples, and of what neighbors changed, the first"
     assert page.count("<polyline") == 3
@@ -89,6 +95,17 @@ def test_it_is_whole(page: str) -> None:
     assert "nats in all" in explained
     assert "<mark>" in page
     assert "retro report" in parsed.text
+
+
+def test_a_gain_over_another_run_than_a_plain_one_alike_is_not_called_retrievals() -> None:
+    of = {
+        name: DocumentLosses(np.full(9, nats), np.full(9, 4), np.full(9, 8)) for name, nats in (("on", 1.0), ("a", 2.0))
+    }
+    compared = Comparison(of, ChunkLosses(np.ones(0), np.ones(0), {}, 0, {}))
+    assert verdict(compared, {"a": {}}, "test").startswith("Retrieval pays: 50.0%")
+    other = verdict(compared, {"a": {"steps": [120, 6], "lr": [3e-3, 2e-3]}}, "test")
+    assert "50.0% (95 % interval [50.0%, 50.0%], over 9 documents, the test share) fewer bits" in other
+    assert "not of retrieval alone, for they differ in more: steps 120 / 6, lr 0.003 / 0.002." in other
 
 
 def test_it_needs_nothing_else_and_runs_nothing(page: str) -> None:

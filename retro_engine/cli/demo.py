@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from retro_engine.cli import flags
+from retro_engine.data.inputs import nearest_path
 from retro_engine.errors import MissingInputError, UsageError
 
 
@@ -46,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
         from retro_engine.demo.text import figures_verdict, run_text
 
         if args.what != "python-docs" and not Path(args.what).exists():
-            raise MissingInputError(f"{args.what} does not exist", "", "retro demo facts, python-docs or PATH")
+            raise MissingInputError(
+                f"{args.what} does not exist", nearest_path(Path(args.what)), "retro demo facts, python-docs or PATH"
+            )
         figures = run_text(
             args.what,
             out,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from retro_engine.evaluate.losses import DocumentLosses
     from retro_engine.model.encodings import Encodings
     from retro_engine.model.retro import RetroModel
+    from retro_engine.train.differences import Differences
 
 READS = ("model.data.", "model.encoder_seq_length", "model.chunk_size", *flags.IN_FRONT)
 ROUGH = 20  # documents: with fewer, an interval over them is said to be rough
@@ -35,7 +36,7 @@ def add(commands: flags.Commands) -> None:
     sub.add_argument("--dtype", choices=[*PRECISIONS], default="fp32", help="of the model's products")
     leak = "neighbors that state more of the next chunk are missing"
     sub.add_argument("--leak-limit", type=float, metavar="SHARE", help=leak)
-    sub.add_argument("--against", nargs="+", metavar="RUN", default=[], help="plain decoders to compare with, paired")
+    flags.add_against(sub)
     sub.add_argument("--in-prompt", action="store_true", help="also the same decoder with the neighbors in its prompt")
     rounded = "the same with weights of these types, of bf16,int8,int4, as generate and serve have them"
     sub.add_argument("--weights", metavar="TYPES", help=rounded)
@@ -57,13 +58,18 @@ def run(args: argparse.Namespace) -> int:
     if args.words is not None and args.limit is not None:
         raise UsageError("--words needs the whole share", "its words are those of all documents", "leave --limit out")
     from retro_engine.evaluate.compare import flops_against, gain_of
-    from retro_engine.evaluate.gate import check_gate
-    from retro_engine.evaluate.perplexity import pick_modes
+    from retro_engine.evaluate.gate import check_gate, check_readable
+    from retro_engine.evaluate.perplexity import count_words, pick_modes
+    from retro_engine.model.quantize import check_weights
     from retro_engine.retrieval.overlap import check_share
     from retro_engine.train.run_data import open_evaluation
 
     check_share("leak-limit", args.leak_limit)
+    for weights in _types(args):
+        check_weights(weights)
+    named, words = flags.named_runs(args), None if args.words is None else count_words(Path(args.words))
     retro = _open(args, None)
+    decoders = {name: _plain_decoder(path, retro) for name, path in named.items()}
     sequences = open_evaluation(
         retro.folder,
         retro.model.config,
@@ -74,34 +80,40 @@ def run(args: argparse.Namespace) -> int:
     )
     encodings = _encodings(args, retro, sequences)
     modes = pick_modes(args.modes, retro.model.config.retrieval, bool(args.neighbors))
+    if args.in_prompt:
+        _check_in_prompt(sequences)
+    if args.fail_if and args.memory is None:
+        check_readable(args.fail_if, [*modes, *decoders, *["prompt"] * args.in_prompt])
     flags.say_device(args, retro)
     if args.memory is not None:
-        return _run_beside_memory(args, retro, sequences, modes, encodings)
-    results = _evaluate(args, retro, sequences, modes, encodings)
+        return _run_beside_memory(args, retro, sequences, modes, encodings, decoders=decoders)
+    leaks = eval_memory.Leaks()
+    results = _evaluate(args, retro, sequences, modes, encodings, leaks)
     for weights in _types(args):
         model, what = _open(args, weights).model, f"evaluating {weights}"
         found = _losses(args, model, retro=retro, sequences=sequences, modes=modes, what=what)
         results |= {f"{mode} {weights}": losses for mode, losses in found.items()}
     summary = {mode: losses.summary() for mode, losses in results.items()}
-    if args.words is not None:
-        _add_word_perplexity(args, results, summary)
+    if words is not None:
+        _add_word_perplexity(words, results, summary)
     gains, flops = {}, {}
-    for path in args.against:
-        decoder = _plain_decoder(path, retro)
-        what = f"evaluating {path}"
-        losses = _losses(args, decoder, retro=retro, sequences=sequences, modes=["off"], what=what)["off"]
-        gains[path], summary[path] = gain_of(results[modes[0]], losses), losses.summary()
-        flops[path] = flops_against(retro.model.config, decoder.config)
+    for name, decoder in decoders.items():
+        what, plain = f"evaluating {name}", decoder.model
+        losses = _losses(args, plain, retro=retro, sequences=sequences, modes=["off"], what=what)["off"]
+        gains[name], summary[name] = gain_of(results[modes[0]], losses), losses.summary()
+        flops[name] = flops_against(retro.model.config, plain.config)
+    differs = _differing(retro, decoders)
     saves = {mode: gain_of(results["on"], results[mode]) for mode in modes if "on" in modes and mode != "on"}
     if args.json:
         about = {"checkpoint": str(retro.folder), "share": args.share}
-        paired = {"saves": _finite(saves), "gains": _finite(gains)}
-        print(json.dumps({**about, **summary, **paired, "flops": flops}))
+        paired = {"saves": _finite(saves), "gains": _finite(gains), "flops": flops, "differs": differs}
+        print(json.dumps({**about, **summary, **paired, **leaks.summary(args.leak_limit)}))
     else:
         _print_table(f"{retro.folder}", args.share, summary)
+        leaks.tell(args.leak_limit)
         _print_rounding(modes, _types(args), summary)
         _print_saves(saves, summary[modes[0]]["documents"])
-        _print_gains(modes[0], gains, summary, flops)
+        _print_gains(modes[0], gains, summary, flops, differs)
     if args.fail_if:
         check_gate(args.fail_if, summary)
     return 0
@@ -113,26 +125,40 @@ def _run_beside_memory(
     sequences: "Sequences | Questions",
     modes: list[str],
     encodings: "Encodings | None",
+    decoders: "dict[str, Retro]",
 ) -> int:
     """The figures of --memory: each mode with and without it, and what the best of them saves against the others."""
     from retro_engine.evaluate.compare import gain_of, show_gain
     from retro_engine.evaluate.gate import check_gate
 
-    decoders = {path: _plain_decoder(path, retro) for path in args.against}
-    results, about = eval_memory.evaluate(args, retro, sequences, modes, encodings, PRECISIONS[args.dtype], decoders)
+    leaks = eval_memory.Leaks()
+    results, about = eval_memory.evaluate(
+        args,
+        retro,
+        sequences,
+        modes,
+        encodings,
+        precision=PRECISIONS[args.dtype],
+        decoders={name: other.model for name, other in decoders.items()},
+        leaks=leaks,
+    )
+    differs = _differing(retro, decoders)
     summary = {name: losses.summary() for name, losses in results.items()}
     first = eval_memory.beside(modes[0], about)
     gains = {name: gain_of(results[first], losses) for name, losses in results.items() if name != first}
     if args.json:
         head = {"checkpoint": str(retro.folder), "share": args.share}
-        print(json.dumps({**head, **summary, "memory": about, "gains": gains}))
+        of_leaks = leaks.summary(args.leak_limit)
+        print(json.dumps({**head, **summary, "memory": about, "gains": gains, "differs": differs, **of_leaks}))
     else:
         _print_table(f"{retro.folder}", args.share, summary)
+        leaks.tell(args.leak_limit)
         print(
             f"memory: {about['tokens']:,} tokens, {about['bytes_per_token']:.2f} bytes each; weights {about['weights']}"
         )
         for name, gain in gains.items():
             print(f"{first} saves {show_gain(gain)} against {name}")
+        _print_differences(differs)
     if args.fail_if:
         check_gate(args.fail_if, summary)
     return 0
@@ -159,20 +185,25 @@ def _evaluate(
     sequences: "Sequences | Questions",
     modes: list[str],
     encodings: "Encodings | None",
+    leaks: eval_memory.Leaks,
 ) -> "dict[str, DocumentLosses]":
     """Each mode, and with --in-prompt the rival that needs no RETRO, on the same documents."""
     from retro_engine.data.batches import Sequences
     from retro_engine.evaluate.in_prompt import evaluate_in_prompt
 
     results = _losses(
-        args, retro.model, retro=retro, sequences=sequences, modes=modes, what="evaluating", encodings=encodings
+        args,
+        retro.model,
+        retro=retro,
+        sequences=sequences,
+        modes=modes,
+        what="evaluating",
+        encodings=encodings,
+        leaks=leaks,
     )
     if not args.in_prompt:
         return results
-    if not isinstance(sequences, Sequences) or sequences.table is None:
-        raise UsageError(
-            "--in-prompt has no neighbors to read", "the run has no neighbor table", "retro eval a RETRO's run"
-        )
+    assert isinstance(sequences, Sequences), "_check_in_prompt"
     token_bytes, precision = retro.tokenizer.token_bytes(), PRECISIONS[args.dtype]
     what, count = "evaluating neighbors in the prompt", flags.count_sequences(args, sequences)
     with flags.reporter(args).progress(what, count, "sequences") as meter:
@@ -187,6 +218,15 @@ def _evaluate(
     return {**results, "prompt": prompt}
 
 
+def _check_in_prompt(sequences: "Sequences | Questions") -> None:
+    from retro_engine.data.batches import Sequences
+
+    if not isinstance(sequences, Sequences) or sequences.table is None:
+        raise UsageError(
+            "--in-prompt has no neighbors to read", "the run has no neighbor table", "retro eval a RETRO's run"
+        )
+
+
 def _losses(
     args: argparse.Namespace,
     model: "RetroModel",
@@ -196,6 +236,7 @@ def _losses(
     what: str,
     *,
     encodings: "Encodings | None" = None,
+    leaks: eval_memory.Leaks | None = None,
 ) -> "dict[str, DocumentLosses]":
     """Losses of `retro`'s model, or of another one with its tokenizer."""
     from retro_engine.evaluate.perplexity import Given, evaluate
@@ -215,6 +256,7 @@ def _losses(
             advance=meter.advance,
             given=given,
             leak_limit=args.leak_limit,
+            dropped=(leaks or eval_memory.Leaks()).add,
             encodings=encodings,
         )
 
@@ -236,7 +278,7 @@ def _encodings(args: argparse.Namespace, retro: "Retro", sequences: "Sequences |
     return Encodings(retro.model, 0, files)
 
 
-def _plain_decoder(path: str, retro: "Retro") -> "RetroModel":
+def _plain_decoder(path: str, retro: "Retro") -> "Retro":
     """The model of a run that reads no neighbors, with the tokenizer of `retro`."""
     from retro_engine.api import Retro
 
@@ -249,16 +291,21 @@ def _plain_decoder(path: str, retro: "Retro") -> "RetroModel":
         raise UsageError(
             f"{path} has another tokenizer", "losses are compared token by token", "train it on the same store"
         )
-    return other.model
+    return other
 
 
-def _add_word_perplexity(
-    args: argparse.Namespace, results: "dict[str, DocumentLosses]", summary: dict[str, dict[str, Any]]
-) -> None:
+def _differing(retro: "Retro", decoders: "dict[str, Retro]") -> "dict[str, Differences]":
+    """What else than retrieval is other of each decoder: the gain is of that too."""
+    from retro_engine.train.differences import Compared, differences
+
+    mine, *others = (Compared(r.folder, r.model.config, r.model.num_parameters) for r in (retro, *decoders.values()))
+    return {name: differences(mine, other) for name, other in zip(decoders, others)}
+
+
+def _add_word_perplexity(words: int, results: "dict[str, DocumentLosses]", summary: dict[str, dict[str, Any]]) -> None:
     """exp(nats of the share / words of the file): comparable between tokenizers, as WikiText-103's papers report it."""
-    from retro_engine.evaluate.perplexity import count_words, word_perplexity
+    from retro_engine.evaluate.perplexity import word_perplexity
 
-    words = count_words(Path(args.words))
     for mode, losses in results.items():
         summary[mode] |= {"word_perplexity": word_perplexity(losses, words), "words": words}
 
@@ -305,16 +352,26 @@ def _print_saves(saves: dict[str, dict[str, float]], documents: int) -> None:
         print(f"few documents: intervals over {documents} are rough")
 
 
+def _print_differences(differs: "dict[str, Differences]") -> None:
+    from retro_engine.train.differences import show_differences
+
+    for name, found in differs.items():
+        if found:
+            print(f"  {name} differs: {show_differences(found)}; the gain is of that too")
+
+
 def _print_gains(
     mode: str,
     gains: dict[str, dict[str, float]],
     summary: dict[str, dict[str, Any]],
     flops: dict[str, dict[str, float]],
+    differs: "dict[str, Differences]",
 ) -> None:
     from retro_engine.evaluate.compare import show_flops, show_gain
 
-    for path, gain in gains.items():
-        print(f"{mode} saves {show_gain(gain)} against {path}; FLOPs a token: {show_flops(flops[path])}")
+    for name, gain in gains.items():
+        print(f"{mode} saves {show_gain(gain)} against {name}; FLOPs a token: {show_flops(flops[name])}")
+        _print_differences({name: differs[name]})
     for name, s in summary.items():
         if "word_perplexity" in s:
             print(f"{name:12} perplexity per word {s['word_perplexity']:.2f}")

@@ -24,6 +24,25 @@ if TYPE_CHECKING:
 REFUSED = ("in_prompt", "weights", "words", "questions", "lm_eval")
 
 
+class Leaks:
+    """How many neighbors --leak-limit dropped, where retrieval is on."""
+
+    def __init__(self) -> None:
+        self.dropped = self.neighbors = 0
+
+    def add(self, dropped: int, neighbors: int) -> None:
+        self.dropped, self.neighbors = self.dropped + dropped, self.neighbors + neighbors
+
+    def summary(self, limit: float | None) -> dict[str, Any]:
+        """For JSON; empty without a limit."""
+        return {} if limit is None else {"leaks": {"dropped": self.dropped, "neighbors": self.neighbors}}
+
+    def tell(self, limit: float | None) -> None:
+        if limit is not None and self.neighbors:
+            share = f"{self.dropped:,} of {self.neighbors:,} neighbors ({self.dropped / self.neighbors:.1%})"
+            print(f"--leak-limit {limit:g} dropped {share}, which state more of what follows")
+
+
 def add_flags(sub: argparse.ArgumentParser) -> None:
     memory.add_flags(sub, "instead of those fitted on other documents")
     sub.add_argument("--memory-out", metavar="FILE", help="the fitted weights, for retro generate --memory")
@@ -50,6 +69,7 @@ def evaluate(
     encodings: "Encodings | None",
     precision: str,
     decoders: "dict[str, RetroModel]",
+    leaks: "Leaks",
 ) -> "tuple[dict[str, DocumentLosses], dict[str, Any]]":
     """Losses of each mode, of it with the memory (MODE_ngram, MODE_knn), of the memory alone and of --against; and about the memory."""
     from retro_engine.data.batches import Sequences
@@ -79,6 +99,7 @@ def evaluate(
         fitting=fitting,
         encodings=encodings,
         precision=precision,
+        leaks=leaks,
     )
     losses = run.losses(retro.model, modes, "")
     for path, decoder in decoders.items():
@@ -122,9 +143,11 @@ class _Evaluation:
         fitting: "Sequences | None",
         encodings: "Encodings | None",
         precision: str,
+        leaks: "Leaks",
     ):
         self.args, self.retro, self.memory, self.given = args, retro, memory, given
         self.sequences, self.fitting, self.encodings, self.precision = sequences, fitting, encodings, precision
+        self.leaks = leaks
         self.known: dict[int, Guesses] = {}  # what was looked up, by share: it is the same for every model
 
     def losses(self, model: "RetroModel", modes: list[str], name: str) -> "dict[str, DocumentLosses]":
@@ -197,6 +220,7 @@ class _Evaluation:
                 precision=self.precision,
                 given=given,
                 leak_limit=self.args.leak_limit,
+                dropped=(self.leaks if sequences is self.sequences else Leaks()).add,
                 encodings=self.encodings if is_own else None,
                 recall=self.memory.recall if is_own and not isinstance(self.memory, NgramMemory) else None,
                 advance=meter.advance,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ RUN_HELP = "a run's folder (its best checkpoint), or a checkpoint"
 MODEL_HELP = f"{RUN_HELP}, or a .gguf file as it is"
 IN_FRONT = ("model.reading", "model.num_neighbors", "model.retrieved_length", "model.sink_id")  # how a decoder reads
 RETRIEVER_HELP = "lexical (bm25), dense, hybrid, or by name bm25, hash, minilm, a SentenceTransformers model"
+TAKEN = ("on", "off", "random", "given", "prompt")  # what figures are called that need no other run
 WEIGHTS = ("fp32", "bf16", "int8", "int4")
 
 
@@ -63,6 +65,25 @@ def add_format(sub: argparse.ArgumentParser) -> None:
 
 def add_share(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--share", default="valid", choices=["train", "valid", "test", "all"], help="which documents")
+
+
+def add_against(sub: argparse.ArgumentParser) -> None:
+    about = "plain decoders to compare with, paired; NAME=RUN calls one NAME"
+    sub.add_argument("--against", action="extend", nargs="+", metavar="[NAME=]RUN", default=[], help=about)
+
+
+def named_runs(args: argparse.Namespace) -> dict[str, str]:
+    """The runs of `add_against` by name: the one that is given, else the path. Raises UsageError for a name that is taken."""
+    found: dict[str, str] = {}
+    for text in args.against:
+        name, separator, path = text.partition("=")
+        if not separator or os.path.exists(text):
+            name, path = text, text
+        if not name or not path or name in found or name in TAKEN:
+            why = f"{name} is taken" if name in found or name in TAKEN else "a run, or a name of your choice and a run"
+            raise UsageError(f"--against {text} cannot be read", why, "--against plain=runs/plain")
+        found[name] = path
+    return found
 
 
 def add_reading(sub: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from retro_engine.cli import flags
-from retro_engine.errors import UsageError
 
 
 def add(commands: flags.Commands) -> None:
@@ -13,8 +12,7 @@ def add(commands: flags.Commands) -> None:
     sub.add_argument("path", metavar="RUN")
     flags.add_device(sub)
     flags.add_share(sub)
-    against = "a plain decoder to compare with"
-    sub.add_argument("--against", action="append", default=[], metavar="NAME=RUN", help=against)
+    flags.add_against(sub)
     sub.add_argument("--limit", type=int, default=32, help="batches a mode")
     sub.add_argument("--all", action="store_true", help="every batch")
 
@@ -23,14 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from retro_engine.report import write_report
 
     flags.check_limit(args.limit)
-    decoders = {}
-    for text in args.against:
-        name, separator, path = text.partition("=")
-        if not separator or not name or name in ("on", "off", "random"):
-            raise UsageError(
-                f"--against {text} cannot be read", "a name of your choice and a run", "--against plain=runs/plain"
-            )
-        decoders[name] = Path(path)
+    decoders = {name: Path(path) for name, path in flags.named_runs(args).items()}
     limit = None if args.all else args.limit
     print(
         write_report(

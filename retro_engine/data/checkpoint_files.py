@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from retro_engine.data import files, manifests
+from retro_engine.data.inputs import nearest_path
 from retro_engine.errors import MissingInputError, RetroError, StoreError, UsageError
 from retro_engine.progress import note
 
@@ -122,7 +123,7 @@ def _checkpoints_of(path: Path) -> list[Path]:
         names = ", ".join(run.name for run in runs)
         raise UsageError(f"{path} holds {len(runs)} runs: {names}", "one is read", f"name one: {runs[0]}")
     if not runs:
-        why = "it has no complete checkpoint" if path.is_dir() else "there is no such folder"
+        why = "it has no complete checkpoint" if path.is_dir() else nearest_path(path) or "there is no such folder"
         raise MissingInputError(f"{path} is not a trained run", why, "retro train writes one")
     note(f"{runs[0]} is the run in {path}")
     return complete_checkpoints(runs[0])

@@ -4,6 +4,7 @@ Every command that reads files finds them here. A name is bytes to the system an
 is not UTF-8, and control characters, as \xNN, so that a name can stand in ids, manifests and messages.
 """
 
+import difflib
 import errno
 import glob
 import io
@@ -13,6 +14,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,6 +37,7 @@ FORMATS = {  # what any file can be read as, whatever its name
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 KNOWN = f"known: {' '.join(KINDS)}, and with {' '.join(COMPRESSIONS)} behind"
 NAMED = "rename it, or say what it is: --format text (of prepare and docs add)"
+MOST_NAMES = 10_000  # of a folder, looked through for what was meant
 SAID = 20  # files named one by one where a list of all of them is kept
 _SPECIAL = {
     stat.S_IFIFO: "a FIFO",
@@ -110,15 +113,25 @@ def check_file(path: Path) -> os.stat_result:
         found = path.stat()
     except (OSError, ValueError) as error:
         why = _why(error, path)
-        raise MissingInputError(
-            f"{shown(path)} does not exist" if why == "" else f"{shown(path)} cannot be read", why, "name one that does"
-        ) from error
+        what = f"{shown(path)} does not exist" if why == "" else f"{shown(path)} cannot be read"
+        raise MissingInputError(what, why or nearest_path(path), "name one that does") from error
     if not stat.S_ISREG(found.st_mode):
         what = _SPECIAL.get(stat.S_IFMT(found.st_mode), "no file")
         raise MissingInputError(f"{shown(path)} is {what}", "a file is expected", "copy it to a file first")
     if not os.access(path, os.R_OK):
         raise MissingInputError(f"{shown(path)} cannot be read", "permission denied", f"chmod +r {shown(path)}")
     return found
+
+
+def nearest_path(path: Path) -> str:
+    """`did you mean PATH?` for what is called most like it in its folder, or an empty string."""
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in islice(entries, MOST_NAMES)]
+    except (OSError, ValueError):
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return f"did you mean {shown(path.with_name(close[0]))}?" if close else ""
 
 
 def _why(error: OSError | ValueError, path: Path) -> str:

@@ -233,11 +233,13 @@ def table_of(comparison: Comparison) -> str:
     )
     lines.append("by how much of the next chunk the neighbors state word for word (runs of 8 tokens):")
     for row in comparison.chunks.groups():
-        on, plain = float(row["on"]), float(row["plain"])
+        head, on, plain = f"{row['overlap']!s:>14}: {row['chunks']:>7,} chunks", row["on"], row["plain"]
+        if on is None or plain is None:
+            lines.append(head)
+            continue
+        on, plain = float(on), float(plain)
         saved = f"{1 - on / plain:.1%}" if plain else "-"
-        lines.append(
-            f"{row['overlap']!s:>14}: {row['chunks']:>7,} chunks, RETRO {on:.3f}, plain decoder {plain:.3f}, saves {saved}"
-        )
+        lines.append(f"{head}, RETRO {on:.3f}, plain decoder {plain:.3f}, saves {saved}")
     return "\n".join(lines)
 
 

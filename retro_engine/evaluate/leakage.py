@@ -35,12 +35,14 @@ class ChunkLosses:
         """The share of the copy ceiling's tokens that each model predicts."""
         return {name: count / max(1, self.copyable) for name, count in self.copied.items()}
 
-    def bits_per_byte(self, name: str, chosen: np.ndarray) -> float:
+    def bits_per_byte(self, name: str, chosen: np.ndarray) -> float | None:
+        if not chosen.any():
+            return None
         return float(self.nats[name][chosen].sum() / np.log(2) / max(1, self.bytes[chosen].sum()))
 
-    def groups(self) -> list[dict[str, float | str | int]]:
-        """One row a group of GROUPS: chunks, and bits per byte of each model."""
-        rows: list[dict[str, float | str | int]] = []
+    def groups(self) -> list[dict[str, float | str | int | None]]:
+        """One row a group of GROUPS: chunks, and bits per byte of each model; None where there are no chunks."""
+        rows: list[dict[str, float | str | int | None]] = []
         for name, above, up_to in GROUPS:
             chosen = (self.overlap <= up_to) & ((self.overlap > above) | (up_to == 0))
             rows.append(
@@ -48,7 +50,7 @@ class ChunkLosses:
             )
         return rows
 
-    def curve(self) -> list[dict[str, float]]:
+    def curve(self) -> list[dict[str, float | None]]:
         """Bits per byte over the chunks whose overlap is at most each of LIMITS."""
         return [
             {"up_to": limit, **{name: self.bits_per_byte(name, self.overlap <= limit) for name in self.nats}}

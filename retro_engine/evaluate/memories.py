@@ -77,6 +77,7 @@ def score_tokens(
     precision: str = "32",
     given: Given | None = None,
     leak_limit: float | None = None,
+    dropped: Callable[[int, int], None] = lambda leaks, neighbors: None,
     encodings: Encodings | None = None,
     advance: Callable[[int], None] = lambda count: None,
     recall: Recall | None = None,
@@ -92,7 +93,7 @@ def score_tokens(
     recalled = []
     with evaluating(model), reading_kept(model, encodings):
         for rows_BL in sequences.batch_rows(batch_size, limit):
-            batch = read_batch(sequences, rows_BL, mode, given, leak_limit)
+            batch = read_batch(sequences, rows_BL, mode, given, leak_limit, dropped)
             tokens, labels, documents, neighbors, lengths = to_tensors(batch, model.device)
             with autocast(model.device, precision):
                 hidden = model.hidden(tokens, neighbors, lengths, documents, reads_of(batch, model.device))

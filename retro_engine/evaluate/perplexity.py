@@ -100,13 +100,14 @@ def evaluate(
     advance: Callable[[int], None] = lambda count: None,
     given: Given | None = None,
     leak_limit: float | None = None,
+    dropped: Callable[[int, int], None] = lambda leaks, neighbors: None,
     shard: tuple[int, int] = (0, 1),
     reduce: Callable[[Iterable[np.ndarray]], None] = lambda arrays: None,
     encodings: Encodings | None = None,
 ) -> dict[str, DocumentLosses]:
     """Losses per document for each mode (on, off, random, one_right, given); `limit` batches at most a mode.
 
-    `leak_limit`: neighbors that state more than this share of what follows word for word become missing. `shard` (i, n): every n-th batch
+    `leak_limit`: neighbors that state more than this share of what follows word for word become missing; of mode on, `dropped` is told how many of how many. `shard` (i, n): every n-th batch
     from the i-th on, with `reduce` to sum arrays over the n processes in place. `encodings`: of neighbors in front, which are not encoded again. The model is left in the mode it was in.
     """
     results = {}
@@ -116,7 +117,7 @@ def evaluate(
         for mode in modes:
             sums = DocumentLosses.zeros(len(sequences.documents))
             for rows, is_extra in _turns(sequences.batch_rows(batch_size, limit), shard):
-                batch = read_batch(sequences, rows, mode, given, leak_limit)
+                batch = read_batch(sequences, rows, mode, given, leak_limit, dropped)
                 losses, _ = token_losses(model, batch, model.device, precision)
                 counted = (batch.labels >= 0) & (not is_extra)
                 documents, nats = numbers[batch.document_ids[counted]], losses.double().cpu().numpy()[counted]
@@ -139,6 +140,7 @@ def read_batch(
     mode: str,
     given: Given | None = None,
     leak_limit: float | None = None,
+    dropped: Callable[[int, int], None] = lambda leaks, neighbors: None,
 ) -> SequenceBatch:
     """A batch as it is read in one of MODES."""
     batch = sequences.batch(rows, "off" if mode == "given" else mode)
@@ -146,5 +148,8 @@ def read_batch(
         assert given is not None, "mode given needs neighbors"
         batch = given.attach(batch, sequences.store.chunk_size)
     if leak_limit is not None and batch.lengths is not None:
-        drop_leaks(batch, sequences.store.chunk_size, leak_limit)
+        count = int((batch.lengths > 0).sum())
+        leaks = drop_leaks(batch, sequences.store.chunk_size, leak_limit)
+        if mode == "on":
+            dropped(leaks, count)
     return batch

@@ -109,7 +109,14 @@ def summary(result: "TrainingResult", has_next: bool = True) -> list[str]:
         )
     if has_next:
         run = shlex.quote(str(result.run))
-        lines += ["next:", f"  retro eval {run}", f"  retro generate {run} 'The prompt'", f"  retro report {run}"]
+        again = [f"  the same command, which goes on from step {result.step}"] if result.exit_code else []
+        lines += [
+            "next:",
+            *again,
+            f"  retro eval {run}",
+            f"  retro generate {run} 'The prompt'",
+            f"  retro report {run}",
+        ]
     return lines
 
 

@@ -439,8 +439,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _readme(model: RetroModel, step: int) -> str:
+    c = model.config
+    if not c.retrieval:
+        kind, command = "plain decoder, which reads no neighbors,", "`retro generate FOLDER PROMPT` goes on with a text"
+    else:
+        kind = "decoder that reads neighbors in front of its own keys" if c.reads_prefix else "RETRO"
+        command = "`retro generate FOLDER PROMPT --stores STORE` answers with retrieval"
     return (
-        f"# A RETRO of {model.num_parameters / 1e6:.1f} M parameters, step {step}\n\n"
-        "Written by retro-engine. `retro generate FOLDER PROMPT --stores STORE` answers with retrieval;\n"
-        '`Retro.from_pretrained("FOLDER")` loads it in Python.\n'
+        f"# A {kind} of {model.num_parameters / 1e6:.1f} M parameters, step {step}\n\n"
+        f'Written by retro-engine. {command};\n`Retro.from_pretrained("FOLDER")` loads it in Python.\n'
     )

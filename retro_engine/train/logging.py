@@ -110,6 +110,7 @@ class RunLog:
         files.make_folder(run)
         facts = {
             "command": sys.argv,
+            "step": step,  # after which this command went on
             "version": __version__,
             "git": _commit(),
             "seed": config.seed,
@@ -119,7 +120,7 @@ class RunLog:
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
         }
-        record.write_facts(run, facts)
+        record.write_facts(run, facts, lambda text: reporter.say(f"note: {text}"))
         record.write_settings(run, with_absolute_paths(config))
         self._metrics = run / record.METRICS_FILE
         if self._metrics.exists():

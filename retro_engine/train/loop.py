@@ -158,6 +158,7 @@ class _Training:
             add_adapters(self.model, m.lora, learns, config.seed)
         widths = width_multipliers(self.model)
         self.step, self.tokens_seen, self.train_s, self.skipped = 0, 0, 0.0, 0
+        self.is_finished = False  # before anything was done
         self.mean_loss: float | None = None
         self.validated: tuple[int, float | None] = -1, None  # the last step that was, and its loss
         self.validated_on = validation_mark(config, data, self.valid_batches)
@@ -210,9 +211,12 @@ class _Training:
             self.step, self.tokens_seen, self.train_s = before["step"], before["tokens_seen"], before["train_s"]
             self.mean_loss = before["mean_loss"]
             resume_weights(start, self.model)
-            self.reporter.say(f"resuming at step {self.step} from {start}")
-            for change in changes(start, self.config):
-                self.note(f"from step {self.step + 1} on {change}")
+            saved = checkpoint.folder_of(self.run, self.step) / checkpoint.COMPLETE
+            self.is_finished = self.step >= self.last_step and self.parallel.from_main(saved.is_file())
+            if not self.is_finished:
+                self.reporter.say(f"resuming at step {self.step} from {start}")
+                for change in changes(start, self.config):
+                    self.note(f"from step {self.step + 1} on {change}")
         elif source is not None:
             retrofit.load_initial(source, self.model)
             self.reporter.say(f"weights of {source}")
@@ -229,7 +233,7 @@ class _Training:
     def _settle_precision(self, before: str | None) -> Precision:
         """What is asked for; with auto what a resumed run had `before`, else what is faster here."""
         asked = asked_precision(self.config)
-        if before is not None and asked not in (None, before):
+        if before is not None and asked not in (None, before) and not self.is_finished:
             self.note(f"trainer.precision={asked} from step {self.step + 1} on; before it was {before}")
         with torch.random.fork_rng(devices=[]):
             name = self.parallel.from_main(asked or before or faster_precision(self.config, self.device))
@@ -240,7 +244,7 @@ class _Training:
         faster where the first process is; the same in all.
         """
         forced = os.environ.get("RETRO_PRODUCTS")
-        if before is not None and forced not in (None, before):
+        if before is not None and forced not in (None, before) and not self.is_finished:
             self.note(f"fp32 products by {forced} from step {self.step + 1} on; before it was {before}")
         name = self.parallel.from_main(forced or before or ops.product_library())
         ops.use_products(name)
@@ -274,9 +278,8 @@ class _Training:
         self.reporter.say(f"note: {text}")
 
     def run_all(self) -> TrainingResult:
-        saved = checkpoint.folder_of(self.run, self.step)
-        if self.step >= self.last_step and self.parallel.from_main((saved / checkpoint.COMPLETE).is_file()):
-            return self._finished_before(saved)
+        if self.is_finished:
+            return self._finished_before()
         peak_flops(self.device, self.precision.products)  # measured before anything else runs
         self._announce()
         log = RunLog(
@@ -290,7 +293,7 @@ class _Training:
         self.model.train()
         try:
             with (
-                Signals() as signals,
+                Signals(self.reporter.say_now) as signals,
                 self._prefetched() as batches,
                 self.reporter.progress("training", self.last_step, "steps", self.step) as meter,
             ):
@@ -298,9 +301,9 @@ class _Training:
                 self.saver.wait()
         finally:
             log.close()
-        code = 128 + stopped if stopped > OUT_OF_TIME else 0
-        if code:
-            self.reporter.say(f"stopped by signal {stopped} at step {self.step}, checkpoint saved")
+        if code := 128 + stopped if stopped > OUT_OF_TIME else 0:
+            saved = "checkpoint saved: the same command goes on"
+            self.reporter.say(f"stopped by signal {stopped} at step {self.step}, {saved}")
         return TrainingResult(self.run, checkpoint.folder_of(self.run, self.step), self.step, self.metrics, code)
 
     def _announce(self) -> None:
@@ -356,15 +359,14 @@ class _Training:
             self._save()
         return stopped
 
-    def _finished_before(self, saved: Path) -> TrainingResult:
+    def _finished_before(self) -> TrainingResult:
         """A run that has all its steps is left as it is."""
         steps = self.config.trainer.max_steps
         has_data = self.last_step == steps
         more = f"trainer.max_steps={2 * self.step} goes on" if has_data else "dataloader_type=single has no more data"
-        self.note(
-            f"{self.run} is finished: it has {self.step:,} of trainer.max_steps={steps:,}. Nothing was done; {more}"
-        )
-        return TrainingResult(self.run, saved, self.step, self.metrics)
+        has = f"it has {self.step:,} of trainer.max_steps={steps:,}"
+        self.note(f"{self.run} is finished: {has}. Nothing was done; {more}")
+        return TrainingResult(self.run, checkpoint.folder_of(self.run, self.step), self.step, self.metrics)
 
     def _stop_code(self, signals: Signals) -> int:
         """The signal that any process got, OUT_OF_TIME, 0 = go on: the same in every process."""

@@ -15,11 +15,21 @@ from typing import Any
 from retro_engine.config import Config, to_yaml
 from retro_engine.config.yaml_file import read_bytes
 from retro_engine.data import files
-from retro_engine.errors import StoreError, read_error
+from retro_engine.errors import RetroError, StoreError, read_error
 from retro_engine.progress import note
 
 SETTINGS_FILE, FACTS_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.jsonl"
 MOST_LINES_BYTES = 1 << 30
+MOST_EARLIER = 20  # commands that run.json keeps beside the last one
+_OF_A_PART = (
+    "command",
+    "step",
+    "version",
+    "git",
+    "torch",
+    "machine",
+    "threads",
+)  # of run.json: may differ after a resume
 _MARK = re.compile(rb"# SHA-256 of what follows: ([0-9a-f]{64})\n")
 _LINE = re.compile(r'(\{.*), "crc32": "([0-9a-f]{8})"\}')
 
@@ -46,9 +56,26 @@ def check_settings(path: Path, say: Say = note) -> None:
         )
 
 
-def write_facts(run: Path, facts: dict[str, Any]) -> None:
+def write_facts(run: Path, facts: dict[str, Any], say: Say = note) -> None:
+    """run.json, with what the one before it said of the part of the run until now (`earlier`, of the last MOST_EARLIER)."""
+    before = _facts_before(run)
+    if before is not None:
+        threads = before.get("threads"), facts.get("threads")
+        if facts.get("step") and None not in threads and threads[0] != threads[1]:
+            said = f"{threads[1]} threads from here on; before it was {threads[0]}"
+            say(f"{said}: losses are not, to the last bit, those of a run that was never stopped")
+        kept = {name: before[name] for name in _OF_A_PART if name in before}
+        facts = {**facts, "earlier": [*before.get("earlier", ()), kept][-MOST_EARLIER:]}
     whole = {**facts, "fingerprint": files.fingerprint(facts)}
     files.publish(run / FACTS_FILE, [files.json_bytes(whole)])
+
+
+def _facts_before(run: Path) -> dict[str, Any] | None:
+    """run.json; None where there is none that can be read."""
+    try:
+        return read_facts(run, lambda text: None)
+    except RetroError:
+        return None
 
 
 def read_facts(run: Path, say: Say = note) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -16,9 +17,10 @@ class StoppedError(Exception):
 
 
 class Signals:
-    """The first signal that came while the context was open, by number."""
+    """The first signal that came while the context was open, by number; `say` is told at once what it does."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+        self._say = say
         self.received: int | None = None
         self._old: dict[int, Any] = {}
 
@@ -36,6 +38,7 @@ class Signals:
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
+        self._say("stopping after this step, with a checkpoint; again: at once, without one")
 
 
 def leave(code: int) -> NoReturn:

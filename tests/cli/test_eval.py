@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_helpers import run
+from cli_helpers import TINY, run
 from helpers import small_config
 
 from retro_engine.data.store import Store
@@ -64,3 +64,58 @@ def test_flops_against_a_plain_decoder(work: Path, tmp_path: Path, capsys: pytes
     assert ("kept" in found) == ("kept" in mine)
     assert run(*words) == 0
     assert f"FLOPs a token: training {found['training']:.2f} x, inference" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def short_plain(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain decoder that differs from the run of `work` in more than retrieval."""
+    out, less = tmp_path_factory.mktemp("short") / "plain", ["model.retrieval=false", "trainer.max_steps=2"]
+    more = [*less, "model.dec_num_layers=2", "model.optim.lr=2e-3", "seed=5"]
+    assert run("train", "--preset", "tiny", "--out", out, f"model.data.store={work}/store", *TINY, *more) == 0
+    return out
+
+
+def test_what_differs_beside_retrieval_is_said(
+    work: Path, short_plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("eval", work / "run", "--limit", 1, "--modes", "on", "--against")
+    assert run(*words, f"short={short_plain}", "--json", "--quiet") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gains"].keys() == found["flops"].keys() == {"short"}
+    differs = found["differs"]["short"]
+    assert differs["steps"] == [4, 2] and "max_steps" not in differs
+    assert differs["lr"] == [3e-3, 2e-3] and differs["layers"] == [4, 2] and differs["seed"] == [1234, 5]
+    assert differs["tokens"][0] > differs["tokens"][1] > 0 and differs["parameters"][0] > differs["parameters"][1]
+    assert differs.keys() == {"steps", "tokens", "lr", "layers", "seed", "parameters"}
+    assert run(*words, short_plain) == 0
+    assert re.search(r"differs: steps 4 / 2, tokens .*lr 0.003 / 0.002, .*layers 4 / 2", capsys.readouterr().out)
+    for wrong in (["short=a", "--against", "short=b"], ["on=a"], ["=a"], ["a="]):
+        assert run(*words, *wrong) == 2
+
+
+def test_what_is_named_is_opened_before_anything_is_evaluated(
+    work: Path, short_plain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(*_: object, **__: object) -> None:
+        raise AssertionError("evaluated")
+
+    for name in ("perplexity.evaluate", "memories.score_tokens"):
+        monkeypatch.setattr(f"retro_engine.evaluate.{name}", evaluated)
+    for wrong, said in (
+        (["--against", short_plain, short_plain.with_name("plan")], "plan is not a trained run"),
+        (["--against", short_plain.with_name("plan"), "--memory", "knn"], "plan is not a trained run"),
+        (["--words", work / "no.txt"], "no.txt does not exist"),
+        (["--weights", "bf16,int3"], "int3"),
+        (["--fail-if", "bpb_onn>1"], "cannot be read"),
+    ):
+        assert run("eval", work / "run", *wrong) in (2, 3)
+        assert said in capsys.readouterr().err
+
+
+def test_how_many_neighbors_the_leak_limit_drops(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("eval", work / "run", "--limit", 1, "--modes", "on,off,random", "--leak-limit", 0)
+    assert run(*words, "--json", "--quiet") == 0
+    leaks = json.loads(capsys.readouterr().out)["leaks"]
+    assert 0 < leaks["dropped"] < leaks["neighbors"]
+    assert run(*words) == 0
+    assert f"dropped {leaks['dropped']:,} of {leaks['neighbors']:,} neighbors" in capsys.readouterr().out

@@ -211,3 +211,11 @@ def test_a_file_that_the_system_stops_reading_is_named(tmp_path: Path, monkeypat
     monkeypatch.setattr(inputs, "open_file", lambda path: Failing())
     with pytest.raises(OutOfResourceError, match=re.escape(f"{tmp_path / 'a.json'} cannot be read")):
         read_bounded(tmp_path / "a.json", 10)
+
+
+def test_a_path_that_is_nearly_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mytext").mkdir()
+    for given, said in (("mytxt", f"did you mean {tmp_path / 'mytext'}?"), ("else", ""), ("no/mytxt", "")):
+        with pytest.raises(MissingInputError) as raised:
+            find_files([tmp_path / given])
+        assert (raised.value.why, raised.value.what) == (said, f"{tmp_path / given} does not exist")

@@ -8,7 +8,7 @@ from retro_engine.data.batches import Sequences
 from retro_engine.data.neighbor_table import NeighborTable, find_table
 from retro_engine.data.store import Store
 from retro_engine.evaluate.compare import compare
-from retro_engine.evaluate.leakage import LIMITS, chunk_losses
+from retro_engine.evaluate.leakage import LIMITS, ChunkLosses, chunk_losses
 from retro_engine.evaluate.losses import token_losses
 from retro_engine.evaluate.perplexity import evaluate
 from retro_engine.model.retro import RetroModel
@@ -39,6 +39,8 @@ def test_chunks_and_comparison(small_store: Store) -> None:
             number += 1
     assert number == len(found.overlap) > 20
     assert sum(int(row["chunks"]) for row in found.groups()) == number
+    nothing = ChunkLosses(np.ones(2), np.ones(2), {"on": np.ones(2)}, 0, {"on": 0})
+    assert [row["on"] is None for row in nothing.groups()] == [True, True, False], "no figure of no chunks"
     assert [row["up_to"] for row in found.curve()] == list(LIMITS)
     comparison = compare(model, sequences, token_bytes, {"plain": plain})
     assert set(comparison.losses) == {"on", "off", "random", "plain"}

@@ -57,6 +57,19 @@ def test_settings_of_earlier_versions_are_read_with_a_note(tmp_path: Path) -> No
     assert "has no checksum" in said[0]
 
 
+def test_earlier_commands_and_another_number_of_threads_stay_known(tmp_path: Path) -> None:
+    said: list[str] = []
+    for step in range(record.MOST_EARLIER + 3):
+        facts = {"command": ["retro", str(step)], "step": step, "threads": 2 if step < 2 else 1, "seed": 1}
+        record.write_facts(tmp_path, facts, said.append)
+    found = record.read_facts(tmp_path)
+    assert [each["step"] for each in found["earlier"]] == list(range(2, step)) and len(found["earlier"]) == 20
+    assert found["earlier"][0] == {"command": ["retro", "2"], "step": 2, "threads": 1}
+    assert said == [
+        "1 threads from here on; before it was 2: losses are not, to the last bit, those of a run that was never stopped"
+    ]
+
+
 def test_facts(tmp_path: Path) -> None:
     said: list[str] = []
     record.write_facts(tmp_path, {"seed": 1234, "fingerprints": {"store": "ab"}})

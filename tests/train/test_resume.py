@@ -134,10 +134,12 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(
     shutil.copytree(whole, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     for steps in (12, 5):
-        again = train(config(small_store, run, f"trainer.max_steps={steps}"), Reporter())
+        more = [f"trainer.max_steps={steps}", "model.optim.lr=2e-2"]  # what nothing goes on with is not said
+        again = train(config(small_store, run, *more), Reporter())
         said = capsys.readouterr().err
         assert f"is finished: it has 12 of trainer.max_steps={steps}" in said
         assert "trainer.max_steps=24 goes on" in said
+        assert "resuming" not in said and "from step" not in said
         assert (again.step, again.checkpoint) == (12, checkpoint.find_checkpoint(run))
     assert {path: path.read_bytes() for path in before} == before
 

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT save a checkpoint, in a validation too, and the run goes on from it."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -41,12 +42,15 @@ def test_signals_save_and_the_run_goes_on(
             time.sleep(0.01)
         process.send_signal(number)
         start = time.monotonic()
-        _, said = process.communicate()
+        told, said = process.communicate()
         assert process.returncode == code
         assert time.monotonic() - start < 30
+    assert re.search(r"next:\n  the same command, which goes on from step \d+\n  retro eval", told)
     step = json.loads((checkpoint.find_checkpoint(out) / "trainer.json").read_text())["step"]
     assert step >= 2
-    assert f"at step {step}, checkpoint saved" in said
+    assert said.index("stopping after this step") < said.index(
+        f"at step {step}, checkpoint saved: the same command goes on"
+    )
     result = train(config(small_store, out, f"trainer.max_steps={step + 2}"), Reporter("quiet"))
     assert result.step == step + 2
     assert sorted(losses(out)) == list(range(1, step + 3))
