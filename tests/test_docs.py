@@ -12,7 +12,8 @@ from shell_blocks import PAGES, ROOT, Block, blocks, commands
 from retro_engine.bench import checkout
 from retro_engine.bench.__main__ import BENCHES, TAKEN_BY
 from retro_engine.cli.main import read
-from retro_engine.config import Config, flat_keys, load_config, nemo_names
+from retro_engine.config import Config, flat_keys, load_config, nemo_keys, nemo_names
+from retro_engine.config.hints import nearest_key
 from retro_engine.errors import RetroError
 
 DOCS = ROOT / "docs"
@@ -140,13 +141,19 @@ def test_the_picture_is_what_its_script_draws() -> None:
 
 
 def test_the_keys_of_others_are_side_by_side_with_ours() -> None:
-    """docs/coming-from.md has every name that config/nemo_names.py knows, and names no key of ours that there is not."""
+    """docs/coming-from.md has every name that config/nemo_names.py and nemo_keys.py know, and names no key of ours that there is not."""
     text = (DOCS / "coming-from.md").read_text(encoding="utf-8")
     known = {*flat_keys(Config())}
     named = re.findall(r'"((?:model|trainer|exp_manager)\.[\w.]*\w)"', Path(nemo_names.__file__).read_text())
-    values = {*nemo_names.PRECISIONS, *nemo_names.OPTIMIZERS, *nemo_names.SCHEDULES, *nemo_names.MEANINGLESS, *named}
-    whole = set(re.findall(r"[\w.-]+", text))
-    assert not [name for name in values if name not in whole]
+    values = {*nemo_names.PRECISIONS, *nemo_names.OPTIMIZERS, *nemo_names.SCHEDULES, *named}
+    whole = {name.lstrip("-") for name in re.findall(r"[\w.-]+", text)}
+    assert not [name for name in {*values, *nemo_keys.RENAMED, *nemo_keys.ONLY} if name not in whole]
+    (nothing,) = re.findall(r"^Settings that mean nothing here.*?\n\n", text, re.M | re.S)
+    lines = re.findall(r"(?:^|`((?:\w+\.)+)`: )([^;]*)", nothing.split(": ", 1)[1])
+    listed = {section + name for section, names in lines for name in re.findall(r"`(\w+)`", names)} - {
+        "exp_manager.save_top_k"
+    }
+    assert listed == {key.removesuffix(".") for key in nemo_keys.MEANINGLESS}
     ours = [
         row.split(" | ", 1)[1]
         for row in re.findall(r"^\| (?!\(|`(?:model|trainer|exp_manager|inference)\.` ).*", text, re.M)
@@ -157,5 +164,14 @@ def test_the_keys_of_others_are_side_by_side_with_ours() -> None:
     assert len(same) == 6
     for section, names in same:
         assert not [name for name in re.findall(r"`([\w.]+)`", names) if section + name not in known], section
+    page = re.findall(r"^\| (`[-\w`, ()]+) \| (`.*) \|$", text[text.index("| argument, or field") :], re.M)
+    for theirs, mine in page:
+        for name in re.findall(r"`([-\w]+)`", theirs):
+            hint = nearest_key(name, flat_keys(Config()))
+            is_ours = name.lstrip("-").replace("-", "_") in known
+            assert is_ours or any(key in hint for key in re.findall(r"\b\w+\.[\w.]*\w", mine)), (name, hint, mine)
+    assert len(page) > 20 and not [
+        name for name in nemo_keys.OTHERS if name.replace("_", "-") not in whole and name not in whole
+    ]
     (top,) = re.findall(r"^\| \(top level.*?\| (.*) \|$", text, re.M)
     assert {*re.findall(r"`(\w+)`", top)} <= known

@@ -11,6 +11,7 @@ from retro_engine.config.fields import (
     base_config,
     base_head_width,
     flat_keys,
+    spelled_out,
 )
 from retro_engine.config.load import architecture, asked_accelerator, load_config, named_keys, to_yaml
 from retro_engine.config.presets import PRESETS, preset_model
@@ -36,6 +37,7 @@ __all__ = [
     "load_config",
     "named_keys",
     "preset_model",
+    "spelled_out",
     "splits",
     "to_yaml",
 ]

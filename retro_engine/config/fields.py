@@ -180,6 +180,27 @@ class ModelConfig:
         return 2 * self.num_reading_layers, self.key_value_heads, self.head_width
 
 
+def spelled_out(c: ModelConfig) -> ModelConfig:
+    """The same model with what None, 0 and the order of layers stand for written out: equal where the models are."""
+    rows = c.max_position_embeddings
+    if not rows and "learned" in (c.position_embedding, c.encoder_position_embedding):
+        rows = c.encoder_seq_length
+    return replace(
+        c,
+        retrieved_length=c.r,
+        num_query_groups=c.key_value_heads,
+        encoder_hidden_size=c.encoder_width,
+        encoder_num_attention_heads=c.encoder_heads,
+        encoder_ffn_hidden_size=c.encoder_ffn_width,
+        qk_bias=c.has_qk_bias,
+        v_bias=c.has_v_bias,
+        embedding_scale=c.input_scale,
+        max_position_embeddings=rows,
+        dec_cross_attention=sorted(set(c.dec_cross_attention)),
+        enc_cross_attention=sorted(set(c.enc_cross_attention)),
+    )
+
+
 def base_config(c: ModelConfig) -> ModelConfig:
     """The model whose hyperparameters a muP run of `c` transfers: the same at the base widths."""
     base = c.mup_base_hidden_size or c.hidden_size

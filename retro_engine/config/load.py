@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from retro_engine.config.fields import Config, ModelConfig, TrainedModelConfig, flat_keys
-from retro_engine.config.nemo_names import MEANINGLESS, map_names, refuse_unspeakable
+from retro_engine.config.hints import kind_of, nearest_key, require_settings, wrong_type
+from retro_engine.config.nemo_keys import RENAMED, translate
+from retro_engine.config.nemo_names import as_list, map_names, refuse_unspeakable
 from retro_engine.config.presets import preset
 from retro_engine.config.rules import check
 from retro_engine.config.values import require
@@ -31,25 +33,17 @@ def load_config(
 ) -> Config:
     """Defaults, preset, file, environment and overrides, merged, typed and checked.
 
-    An override is `key=value` as on the command line, or a pair (key, value). Raises UsageError naming the key,
-    the nearest known one and the rule; MissingInputError for the file.
+    An override is `key=value` as on the command line, or a pair (key, value). Raises UsageError naming the key (of those
+    that are no settings all), the nearest known one and the rule; MissingInputError for the file.
     """
     known = flat_keys(Config())
     from_preset = preset(preset_name) if preset_name else {}
     from_file = flat_keys(read_yaml(Path(file))) if file is not None else {}
     typed = _environment(known) + [_parse_override(item) if isinstance(item, str) else item for item in overrides or []]
-    leaves = _leaves([*from_preset.items(), *from_file.items(), *typed])
-    for key in dict.fromkeys(key for key, _ in leaves if key in MEANINGLESS):
-        say(f"{key} means nothing here: {MEANINGLESS[key]}")
-    leaves = [(key, value) for key, value in leaves if key not in MEANINGLESS]
+    leaves, refused = translate([_leaves(list(from_file.items())), _leaves(typed)], from_preset, say)
+    leaves = [(key, as_list(key, value)) for key, value in [*_leaves(list(from_preset.items())), *leaves]]
+    require_settings([key for key, _ in leaves], known, refused)
     for key, value in leaves:
-        if key not in known and any(name.startswith(f"{key}.") for name in known):
-            raise UsageError(f"{key}={value!r} does not fit", f"{key} is a section", f"retro config keys {key}")
-        if key not in known:
-            section = key.rsplit(".", 1)[0] if "." in key else ""
-            raise UsageError(
-                f"{key} is not a setting", nearest_key(key, known), f"all keys: retro config keys {section}".rstrip()
-            )
         refuse_unspeakable(key, value)
     config = _filled(leaves, known)
     # a file that a run, or `config show`, wrote says every default: nobody asked for those
@@ -70,15 +64,17 @@ def _filled(leaves: Sequence[tuple[str, Any]], known: dict[str, Any]) -> Config:
             setattr(functools.reduce(getattr, sections, plain), name, value)
         return plain
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import OmegaConfBaseException, ValidationError
 
     tree = OmegaConf.structured(Config)
     for key, value in leaves:
         try:
             OmegaConf.update(tree, key, value)
+        except ValidationError as error:
+            raise wrong_type(key, value) from error
         except OmegaConfBaseException as error:
             why = str(error).splitlines()[0]
-            raise UsageError(f"{key}={value!r:.200} does not fit", why, f"expected {_kind_of(key)}") from error
+            raise UsageError(f"{key}={value!r:.200} does not fit", why, f"expected {kind_of(key)}") from error
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
@@ -90,7 +86,7 @@ def _filled(leaves: Sequence[tuple[str, Any]], known: dict[str, Any]) -> Config:
 def named_keys(overrides: Sequence[str], with_environment: bool = True) -> set[str]:
     """The keys that overrides, and the environment, name."""
     asked = _environment(flat_keys(Config())) if with_environment else []
-    return {key for key, _ in _leaves([*asked, *map(_parse_override, overrides)])}
+    return {RENAMED.get(key, key) for key, _ in _leaves([*asked, *map(_parse_override, overrides)])}
 
 
 def asked_accelerator(overrides: Sequence[str], device: str | None) -> str:
@@ -132,28 +128,6 @@ def _read_shape_file(m: TrainedModelConfig) -> None:
         require(is_width and is_whole, "model.shape_file", m.shape_file, rule, "retro mup base writes one")
         setattr(m, name, value)
     m.shape_file = None
-
-
-def _kind_of(key: str) -> str:
-    """The type of a setting, as it is annotated."""
-    kind: Any = Config
-    for part in key.split("."):
-        kind = next(item.type for item in fields(kind) if item.name == part)
-    return kind.__name__ if isinstance(kind, type) else str(kind)
-
-
-def nearest_key(key: str, known: dict[str, Any]) -> str:
-    """`did you mean KEY (type, default X)?`, looking at whole keys first and at last names then."""
-    import difflib
-
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if not close:
-        last = {name.rsplit(".", 1)[-1]: name for name in known}
-        close = [last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
-    if not close:
-        return "no setting has a similar name"
-    default = known[close[0]]
-    return f"did you mean {close[0]} ({type(default).__name__}, default {default})?"
 
 
 def _parse_override(text: str) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""NeMo's names and spellings of settings that have another here: each is mapped with one note, or refused in one line.
+"""NeMo's spellings of values of settings, and of names that are settings here too: each is mapped with one note, or refused in one line.
 
 Nothing is dropped: two settings that name one thing must agree. Reads and changes a `Config`; the CLI sees the result alone.
 """
@@ -7,20 +7,13 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from retro_engine.config.values import require
 from retro_engine.errors import UsageError
 
 if TYPE_CHECKING:
     from retro_engine.config.fields import Config
 
 Say = Callable[[str], None]
-MEANINGLESS = {  # keys of NeMo's commands that name something this project does not have
-    "cluster_type": "jobs are started with torchrun",
-    "model.mcore_gpt": "there is one model",
-    "model.data.data_impl": "the store has one format",
-    "model.use_flash_attention": "the fastest attention that is installed is used",
-    "model.transformer_engine": "it is not used",
-    "exp_manager.create_checkpoint_callback": "checkpoints are always written",
-}
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "bf16-true": "bf16-mixed", "32-true": "32", "64-true": "64"}
 OPTIMIZERS = {
     "fused_adam": "adamw",
@@ -44,6 +37,11 @@ def refuse_unspeakable(key: str, value: Any) -> None:
         raise _refuse(key, value, "it says how many; which GPUs there are is said outside", do)
 
 
+def as_list(key: str, value: Any) -> Any:
+    """model.data.data_prefix of one store, or of None, which YAML reads as text, as the list that NeMo's commands have."""
+    return [value] if key == "model.data.data_prefix" and isinstance(value, str) and "${" not in value else value
+
+
 def map_names(config: "Config", given: set[str], say: Say) -> None:
     """Change `config`; `given` are the keys that somebody wrote, presets apart. Raises UsageError."""
     _map_store(config, say)
@@ -57,6 +55,9 @@ def map_names(config: "Config", given: set[str], say: Say) -> None:
     _map_ratios(config, given, say)
     m = config.model
     if m.add_position_embedding:
+        ready = m.init == "retrieval_ready" and m.retrieval
+        why = "model.init=retrieval_ready needs RoPE in decoder, encoder and CCA"
+        require(not ready, "model.add_position_embedding", "true", why, "leave it out, or model.init=standard")
         m.add_position_embedding, m.position_embedding = False, "learned"
         say("model.add_position_embedding=true is model.position_embedding=learned here")
 
@@ -67,7 +68,7 @@ def _refuse(key: str, value: Any, why: str, do: str = "") -> UsageError:
 
 def _map_store(config: "Config", say: Say) -> None:
     data, retro = config.model.data, config.model.retro
-    prefix = [path for path in data.data_prefix or [] if path != "none"]
+    prefix = [path for path in data.data_prefix or [] if path.lower() != "none"]
     key = "model.data.data_prefix"
     has_weights = bool(prefix) and len(prefix) % 2 == 0 and all(map(_is_number, prefix[::2]))
     paths = prefix[1::2] if has_weights else prefix

@@ -90,20 +90,28 @@ def _check_prefix(c: ModelConfig) -> None:
 def _check_retrieval_ready(c: ModelConfig) -> None:
     pairs = int(c.head_width * c.rotary_percentage) // 2
     encoder_pairs = int(c.encoder_width // c.encoder_heads * c.rotary_percentage) // 2
-    ropes = {c.position_embedding, c.encoder_position_embedding, c.cca_position_embedding}
-    conditions = {
-        "share_embeddings must be true": c.share_embeddings,
-        "the encoder must be as wide as the decoder (encoder_hidden_size)": c.encoder_width == c.hidden_size,
-        "the encoder must have at least one layer (enc_num_layers)": c.enc_num_layers >= 1,
-        "the encoder must have two heads for its two offsets (encoder_num_attention_heads)": c.encoder_heads >= 2,
-        "no grouped queries (num_query_groups)": c.key_value_heads == c.num_attention_heads,
-        "at least 12 rotary dimensions a head (num_attention_heads, rotary_percentage)": min(pairs, encoder_pairs) >= 6,
-        "RoPE in decoder, encoder and CCA": ropes == {"rope"},
-        "q and k need biases (qk_bias)": c.has_qk_bias,
-        "half-split RoPE (rotary_interleaved=false)": not c.rotary_interleaved,
+    ropes = [f"{name}position_embedding" for name in ("", "encoder_", "cca_")]
+    no_rope = [name for name in ropes if getattr(c, name) != "rope"]
+    conditions = {  # rule: the setting that breaks it
+        "share_embeddings must be true": "" if c.share_embeddings else "share_embeddings",
+        "the encoder must be as wide as the decoder": "" if c.encoder_width == c.hidden_size else "encoder_hidden_size",
+        "the encoder must have at least one layer": "" if c.enc_num_layers >= 1 else "enc_num_layers",
+        "the encoder must have two heads for its two offsets": "" if c.encoder_heads >= 2 else "encoder_heads",
+        "no grouped queries": "" if c.key_value_heads == c.num_attention_heads else "num_query_groups",
+        "at least 12 rotary dimensions a head (num_attention_heads, rotary_percentage)": ""
+        if min(pairs, encoder_pairs) >= 6
+        else "rotary_percentage"
+        if c.rotary_percentage < 1
+        else "num_attention_heads",
+        "RoPE in decoder, encoder and CCA": "".join(no_rope[:1]),
+        "q and k need biases": "" if c.has_qk_bias else "qk_bias",
+        "half-split RoPE": "rotary_interleaved" if c.rotary_interleaved else "",
     }
-    for rule, holds in conditions.items():
-        require(holds, "model.init", "retrieval_ready", rule, "change that, or set model.init=standard")
+    for rule, name in conditions.items():
+        if name:
+            key = "model.encoder_num_attention_heads" if name == "encoder_heads" else f"model.{name}"
+            rule = f"model.init=retrieval_ready: {rule}"
+            require(False, key, getattr(c, name), rule, "change that, or set model.init=standard")
 
 
 def check(config: Config) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from retro_engine.config import Config, architecture, flat_keys
+from retro_engine.config import Config, architecture, flat_keys, spelled_out
 from retro_engine.config.yaml_file import read_yaml
 from retro_engine.errors import RetroError, StoreError, UsageError
 from retro_engine.model.weights import read_config
@@ -38,8 +38,8 @@ def find_start(
     elif start is not None and (resume == "never" or not config.exp_manager.resume_if_exists):
         raise UsageError(f"{run} holds a run", "it is not overwritten", f"choose another --out, or rm -r {run}")
     if start is not None:
-        saved = architecture(read_config(start)) | _adapters(checkpoint.read_base(start))
-        now = architecture(config.model) | _adapters(base)
+        saved = architecture(spelled_out(read_config(start))) | _adapters(checkpoint.read_base(start))
+        now = architecture(spelled_out(config.model)) | _adapters(base)
         if saved != now:
             why = "a run goes on with the model it began with"
             raise UsageError(f"{start} has another model: {_difference(saved, now)}", why, ANOTHER)

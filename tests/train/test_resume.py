@@ -16,6 +16,7 @@ from retro_engine.model import ops
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint
 from retro_engine.train.loop import train
+from retro_engine.train.resume import find_start
 
 
 # ten points of interruption here, a hundred in the campaign
@@ -82,6 +83,20 @@ def test_another_model_other_data_or_a_used_folder(small_store: Store, whole: Pa
     complete.write_text(json.dumps(hashes))
     with pytest.raises(StoreError, match="was trained with store 0000"):
         train(config(small_store, run, "trainer.max_steps=13"), Reporter("quiet"))
+
+
+def test_the_same_model_may_be_spelled_otherwise(small_store: Store, whole: Path) -> None:
+    """None stands for a value that may be written out; another value is another model."""
+    m = config(small_store, whole).model
+    assert m.retrieved_length is m.num_query_groups is m.encoder_hidden_size is m.qk_bias is None
+    same = [f"model.retrieved_length={2 * m.chunk_size}", f"model.num_query_groups={m.num_attention_heads}",
+            f"model.encoder_hidden_size={m.hidden_size}", f"model.encoder_ffn_hidden_size={m.ffn_hidden_size}",
+            "model.qk_bias=false", "model.embedding_scale=1"]  # fmt: skip
+    start = checkpoint.find_checkpoint(whole)
+    assert find_start(config(small_store, whole, *same), whole, "auto", None, print) == start
+    for other in ("model.num_query_groups=1", f"model.retrieved_length={m.chunk_size}", "model.qk_bias=true"):
+        with pytest.raises(UsageError, match="another model"):
+            find_start(config(small_store, whole, other), whole, "auto", None, print)
 
 
 def test_other_order_or_splits_are_refused(small_store: Store, whole: Path, tmp_path: Path) -> None:
