@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 from retro_engine.cli import flags
-from retro_engine.data.inputs import nearest_path
 from retro_engine.errors import MissingInputError, UsageError
 
 
@@ -44,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         )
         trained, store, prompt = out / "run", out / "store" / "notes", "These lines are about"
     else:
+        from retro_engine.data.inputs import nearest_path
         from retro_engine.demo.text import figures_verdict, run_text
 
         if args.what != "python-docs" and not Path(args.what).exists():

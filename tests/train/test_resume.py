@@ -89,14 +89,15 @@ def test_the_same_model_may_be_spelled_otherwise(small_store: Store, whole: Path
     """None stands for a value that may be written out; another value is another model."""
     m = config(small_store, whole).model
     assert m.retrieved_length is m.num_query_groups is m.encoder_hidden_size is m.qk_bias is None
+    size = f"model.vocab_size={small_store.vocab_size}"  # as training sets it
     same = [f"model.retrieved_length={2 * m.chunk_size}", f"model.num_query_groups={m.num_attention_heads}",
             f"model.encoder_hidden_size={m.hidden_size}", f"model.encoder_ffn_hidden_size={m.ffn_hidden_size}",
             "model.qk_bias=false", "model.embedding_scale=1"]  # fmt: skip
     start = checkpoint.find_checkpoint(whole)
-    assert find_start(config(small_store, whole, *same), whole, "auto", None, print) == start
+    assert find_start(config(small_store, whole, size, *same), whole, "auto", None, print) == start
     for other in ("model.num_query_groups=1", f"model.retrieved_length={m.chunk_size}", "model.qk_bias=true"):
         with pytest.raises(UsageError, match="another model"):
-            find_start(config(small_store, whole, other), whole, "auto", None, print)
+            find_start(config(small_store, whole, size, other), whole, "auto", None, print)
 
 
 def test_other_order_or_splits_are_refused(small_store: Store, whole: Path, tmp_path: Path) -> None:
