@@ -7,7 +7,6 @@ occurs only where a longer one does is passed over: it says the same. Letters: T
 of lengths, C classes of counts, L tokens of the longest suffix.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from retro_engine.jit import numba
 
 LENGTHS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 31, 1 << 30])  # the longest of each class
 COUNTS = np.array([1, 2, 4, 8, 16, 64, 256, 1 << 62])  # the most of each class
-_LENGTHS, _COUNTS = LENGTHS.tolist(), COUNTS.tolist()  # for one number
 SHAPE = len(LENGTHS), len(COUNTS)
 FIRST = 0.2  # a weight before anything was seen
 TRUST = 4.0  # tokens that a class is taken to have seen at what its lengths have on average
@@ -124,10 +122,6 @@ class Mixture:
         out = np.empty(len(before_T))
         _mix(before_T, guesses.classes_J, guesses.shares_J, guesses.ends_T, self.weights_OC.ravel(), out)
         return out
-
-
-def class_of(length: int, count: int) -> int:
-    return bisect_left(_LENGTHS, length) * len(_COUNTS) + bisect_left(_COUNTS, count)
 
 
 LENGTH_CLASSES = np.searchsorted(LENGTHS, np.arange(256)) * len(COUNTS)  # of each length, times C
