@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from retro_engine.data.questions import Questions
-from retro_engine.evaluate.losses import bootstrap
+from retro_engine.evaluate.losses import bootstrap, proportion_interval
 from retro_engine.model.decoding import decode
 from retro_engine.model.passage_choice import absence
 from retro_engine.model.prefix import Encode
@@ -69,8 +69,9 @@ class Answers:
         }
         if self.absent is not None:
             result["said_absent"] = self.absent
-        for name, values in (("exact_match", self.exact), ("f1", self.f1)):
-            low, high = bootstrap(lambda draw, values=values: values[draw].mean(), len(values))  # type: ignore[misc]
+        exact = proportion_interval(float(self.exact.sum()), len(self.exact))
+        f1 = bootstrap(lambda draw: self.f1[draw].mean(), len(self.f1))
+        for name, values, (low, high) in (("exact_match", self.exact, exact), ("f1", self.f1, f1)):
             result[name] = float(values.mean())
             result[f"{name}_interval"] = [low, high] if np.isfinite(low) else None
         return result

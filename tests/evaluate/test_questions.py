@@ -11,7 +11,7 @@ from helpers import shared, small_config
 from retro_engine import cli
 from retro_engine.data.questions import Questions, read_questions
 from retro_engine.data.store import Store
-from retro_engine.evaluate.questions import answer_questions, exact_match, f1, normalize
+from retro_engine.evaluate.questions import Answers, answer_questions, exact_match, f1, normalize
 from retro_engine.model.decoding import decode
 from retro_engine.model.encodings import Encodings
 from retro_engine.model.passage_choice import absence
@@ -187,3 +187,9 @@ def test_squad_in_four_conditions(tmp_path: Path) -> None:
     for mode in ("retrieved", "gold", "random", "off"):
         summary = answer_questions(model, questions, mode, 4, limit=8).summary()
         assert 0 <= summary["exact_match"] <= summary["f1"] <= 1
+
+
+def test_none_of_twenty_right_has_an_interval_with_a_width() -> None:
+    nothing = Answers(texts=["x"] * 20, exact=np.zeros(20), f1=np.zeros(20)).summary()
+    assert nothing["exact_match_interval"] == [0.0, pytest.approx(0.16113, abs=1e-5)]
+    assert Answers(texts=["x"], exact=np.ones(1), f1=np.ones(1)).summary()["exact_match_interval"] is None
