@@ -136,6 +136,19 @@ def linear(x_TD: Tensor, matrix: Matrix) -> Tensor:
     return y
 
 
+def has_matrix_unit() -> bool:
+    """Whether the build in use multiplies in one (AMX)."""
+    return instruction_set() == "avx512_amx"
+
+
+def many_rows(x_TD: Tensor, matrix: Matrix) -> Tensor:
+    """float32, contiguous -> [t, o], by the matrix unit; 16 outputs or more, weights in blocks or int8 [o, a multiple of 32]."""
+    y = torch.empty(x_TD.shape[0], matrix.shape[0])
+    if y.numel():
+        _cpu.many_rows(instruction_set(), x_TD.shape[0], *_matrix(matrix), x_TD, y)
+    return y
+
+
 def widened(weight_OD: Tensor, scale_O: Tensor, out: Tensor) -> Tensor:
     """int8 [o, d] times float32 [o] -> bfloat16 [o, d] at the beginning of `out`, all contiguous."""
     outputs, D = weight_OD.shape

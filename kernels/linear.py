@@ -55,11 +55,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         return reference.linear(x, matrix)
     if is_many and scale is None:
         return product(x, weight, bias)
+    if is_many and _fits_matrix_unit(matrix):
+        y = cpp.many_rows(x.reshape(-1, D).float().contiguous(), matrix)
+        return y.to(x.dtype).reshape(*x.shape[:-1], outputs)
     if is_many and scale is not None and cpp.multiplies_bf16():
         y = F.linear(x.bfloat16(), cpp.widened(weight, scale, _room(weight.numel())))
         return (y if bias is None else y + bias).to(x.dtype)
     y = cpp.linear(x.reshape(-1, D).float().contiguous(), matrix)
     return y.to(x.dtype).reshape(*x.shape[:-1], outputs)
+
+
+def _fits_matrix_unit(matrix: Matrix) -> bool:
+    """Whether its many rows' products are made there: bytes are read 32 at a time, for 16 outputs or more."""
+    outputs, D = matrix.shape
+    return cpp.has_matrix_unit() and outputs >= 16 and (matrix.blocks is not None or D % 32 == 0)
 
 
 def _room(count: int) -> Tensor:
@@ -76,8 +85,9 @@ def linear_in_blocks(x: Tensor, matrix: Matrix) -> Tensor:
     """x [..., d], a matrix in blocks with a bias in float32 or bfloat16 -> [..., o] of x's type; no gradients.
 
     Any number of rows: each block is unpacked once for all of them, and a row's result is the same whatever rows are beside
-    it. Inputs are rounded to bytes, 32 at a time (`blocks.rounded`), products summed exactly in a block and in float32 over
-    blocks. Raises ValueError for other shapes, RuntimeError where a derivative would be lost.
+    it, up to MANY_ROWS and above. Inputs are rounded to bytes, 32 at a time (`blocks.rounded`), products summed exactly in a block
+    and in float32 over blocks; more than MANY_ROWS meet in a matrix unit where there is one, rounded to bfloat16 as the weights
+    are. Raises ValueError for other shapes, RuntimeError where a derivative would be lost.
     """
     outputs, D = matrix.shape
     if matrix.blocks is None or x.shape[-1] != D or (matrix.bias is not None and matrix.bias.shape != (outputs,)):
@@ -88,5 +98,7 @@ def linear_in_blocks(x: Tensor, matrix: Matrix) -> Tensor:
     is_packed = all(part.is_contiguous() and part.device == x.device for part in parts)
     if not x.numel() or not is_packed or x.dtype == torch.float64 or choose("linear", x) != "cpp":
         return reference.linear(x, matrix)
-    y = cpp.linear(x.reshape(-1, D).float().contiguous().resolve_neg(), matrix)
+    is_many = x.numel() > MANY_ROWS * D and _fits_matrix_unit(matrix)
+    multiply = cpp.many_rows if is_many else cpp.linear
+    y = multiply(x.reshape(-1, D).float().contiguous().resolve_neg(), matrix)
     return y.to(x.dtype).reshape(*x.shape[:-1], outputs)

@@ -145,6 +145,7 @@ struct Build {
   void (*rope)(const Rope&, Type, int64_t begin, int64_t end);  // items are b * N + n
   void (*gather_neighbors)(const Gather&, int64_t begin, int64_t end);
   void (*linear)(const Linear&, int64_t begin, int64_t end);  // items are outputs
+  void (*many_rows)(const Linear&, int64_t begin, int64_t end);  // items are outputs, in multiples of 32 and the last ones; null where there is no matrix unit
   void (*to_blocks)(Type, const float* x, uint8_t* out, int64_t begin, int64_t end);  // items are blocks
   void (*norm)(const Norm&, Type, const void* x, void* y, int64_t begin, int64_t end);  // items are rows
   void (*widen)(const int8_t*, const float* scale, void* y, int64_t D, int64_t begin, int64_t end);  // items are rows

@@ -302,6 +302,12 @@ class Region {
     });
   }
 
+  // One on many rows, with weights in bytes or blocks.
+  void many_rows(Place& at, Linear layer) {
+    layer.ticket = ticket_ + at.phase;
+    phases_.share(at, layer.m.O, 32, [&](int64_t begin, int64_t end) { build_.many_rows(layer, begin, end); });
+  }
+
  private:
   static constexpr int64_t ALONE = 1 << 18;  // bytes of weights below which a thread is done before another has come
   static constexpr int64_t ROUND = 48;  // outputs of a piece are a multiple of it: whole groups and tiles
@@ -331,6 +337,16 @@ void linear(const std::string& name, const py::args& given) {
   const py::gil_scoped_release release;
   Region region(build, 1, bytes_of(a.m) * std::max<int64_t>(1, a.T / 4));
   region.run([&](Region::Place& at) { region.linear(at, {a}, nullptr); });
+}
+
+void many_rows(const std::string& name, const py::args& given) {
+  Linear a{};
+  read_all(given, a.T, a.m, a.x, a.y);
+  const Build& build = find_build(name);
+  if (!build.many_rows) throw std::invalid_argument(name + " has no matrix unit");
+  const py::gil_scoped_release release;
+  Region region(build, 1, bytes_of(a.m) * a.T);
+  region.run([&](Region::Place& at) { region.many_rows(at, a); });
 }
 
 // One of the parts that a layer consists of: y = x + f(norm(x)).
@@ -475,6 +491,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rope", &rope);
   m.def("gather_neighbors", &gather_neighbors);
   m.def("linear", &linear);
+  m.def("many_rows", &many_rows);
   m.def("norm", &norm);
   m.def("widen", &widen);
   m.def("swiglu", &swiglu);

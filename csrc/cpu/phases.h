@@ -39,7 +39,7 @@ class Phases {
         done.fetch_add(piece.end - piece.begin, std::memory_order_acq_rel);
       }
     }
-    if (done.load(std::memory_order_acquire) < count) wait(done, count);
+    if (at.phase < most_ && done.load(std::memory_order_acquire) < count) wait(done, count);  // after the last one the region's end waits
   }
   // Once all threads have left: what one of them threw.
   void rethrow() const {

@@ -201,8 +201,9 @@ class _CachedAttention:
             return self.front.attend(layer, attention, q, k, v).flatten(-2)
         keys, values = self.cache.keys_BSGE[layer], self.cache.values_BSGE[layer]
         keys[:, self.start : self.stop], values[:, self.start : self.stop] = k, v
-        seen = keys[:, : self.stop].to(q.dtype), values[:, : self.stop].to(q.dtype)
-        return ops.attention(q, *seen, True, key_begins=self.begins_B, scale=attention.scale).flatten(-2)
+        seen = keys[:, : self.stop], values[:, : self.stop]
+        read = ops.attention(q.to(keys.dtype), *seen, True, key_begins=self.begins_B, scale=attention.scale)
+        return read.flatten(-2).to(q.dtype)
 
 
 class _CachedReading:
