@@ -10,7 +10,7 @@ from functools import partial
 from starlette.requests import Request
 
 from retro_engine.library.documents import MAX_QUERY_CHARACTERS
-from retro_engine.retrieval.hit import Hit
+from retro_engine.retrieval.hit import Found, Hit
 from retro_engine.serve.api_error import ApiError
 from retro_engine.serve.documents import filter_of, note_of
 from retro_engine.serve.fields import Chat, Completion, RetroOptions, Sampled
@@ -75,13 +75,19 @@ async def _found(request: Request, body: Sampled, text: str) -> list[Hit]:
             why = "neighbors are given: k, mode, filters and min_score say nothing"
             raise ApiError(400, why, "retro.neighbors", "contradiction")
         return [Hit.given(number, given) for number, given in enumerate(options.neighbors)]
+    query = text[-MAX_QUERY_CHARACTERS:]
+    found, notes = await search_for(request, options, query, service.generator.model.config.num_neighbors)
+    body.take_found([], notes)
+    return found.hits
+
+
+async def search_for(request: Request, options: RetroOptions, query: str, k: int) -> tuple[Found, list[str]]:
+    """What is found for a prompt, `k` where the options do not say how many, and notes. Raises ApiError for options that cannot apply."""
+    service = service_of(request)
     service.check_search(options.mode, options.min_score, "retro.min_score")
     where = filter_of(options.filters, "retro.filters")
-    query = text[-MAX_QUERY_CHARACTERS:]
     if not query.strip():
-        return []
-    k = options.k or service.generator.model.config.num_neighbors
-    search = partial(service.find, k=k, mode=options.mode, where=where)
-    hits = (await brief(request, search, query)).above(options.min_score).hits
-    body.take_found([], list((await note_of(request, where)).values()))
-    return hits
+        return Found.of([], 0, 0, 0), []
+    search = partial(service.find, k=options.k or k, mode=options.mode, where=where)
+    found = (await brief(request, search, query)).above(options.min_score)
+    return found, list((await note_of(request, where)).values())

@@ -4,16 +4,14 @@ Of the passages that are found one is read, chosen as there, behind the prompt t
 the answer's neighbors. What else is said in the conversation is left out, and the answer's notes say so.
 """
 
-from functools import partial
-
 from starlette.requests import Request
 
 from retro_engine.errors import UsageError
 from retro_engine.readers.ahead import checked_question
 from retro_engine.readers.ask import choose, passages_of
 from retro_engine.serve.api_error import ApiError
-from retro_engine.serve.documents import filter_of, note_of
 from retro_engine.serve.fields import Chat, RetroOptions
+from retro_engine.serve.in_prompt import search_for
 from retro_engine.serve.request_context import brief, service_of
 
 NOTE = "this model is a reader: it was asked the user's last message alone"
@@ -37,13 +35,10 @@ async def reader_prompt(request: Request, body: Chat) -> tuple[str, tuple[str, .
     if options.neighbors is not None:
         body.take_found([], notes)
         return reader.prompt(question), STOPS
-    service.check_search(options.mode, options.min_score, "retro.min_score")
-    where = filter_of(options.filters, "retro.filters")
-    search = partial(service.find, k=options.k or reader.reading.num_neighbors, mode=options.mode, where=where)
-    found = (await brief(request, search, question)).above(options.min_score)
+    found, said = await search_for(request, options, question, reader.reading.num_neighbors)
     passages = await brief(request, passages_of, found, service.tokenizer)
     passages = await brief(request, choose, service.generator, reader, question, passages)
-    body.take_found([[hit for hit, _ in passages]], [*notes, *(await note_of(request, where)).values()])
+    body.take_found([[hit for hit, _ in passages]], [*notes, *said])
     read = [reader.shown(hit.title, text) for hit, text in passages[:1]]
     body.retro = RetroOptions.model_validate({"neighbors": read, "retrieved_length": options.retrieved_length})
     return reader.prompt(question), STOPS
