@@ -1,18 +1,28 @@
 """Settings of runs that take seconds, and what they logged."""
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from retro_engine.config import Config, load_config
 from retro_engine.data.store import Store
+from retro_engine.train import loop
+from retro_engine.train.__main__ import main
+from retro_engine.train.signals import leave
 
 SMALL = [
     "model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_attention_heads=2", "model.dec_num_layers=2",
@@ -69,24 +79,76 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-def launch(processes: int, words: list[str], wait: bool = True) -> subprocess.Popen[str]:
-    """torchrun with `words`; its `output` when it has ended."""
+def launch(processes: int, words: list[str]) -> subprocess.Popen[str]:
+    """torchrun with `words`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*launcher, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
     )
-    if wait:
-        process.output, _ = process.communicate(timeout=240)  # type: ignore[attr-defined]
-    return process
+
+
+RANKS = multiprocessing.get_context("forkserver")  # imports once what each of torchrun's processes imports anew
+RANKS.set_forkserver_preload(
+    [
+        "retro_engine.train.loop",
+        "hydra.core.override_parser.overrides_parser",
+        "torch._dynamo",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch.utils.tensorboard",
+    ]
+)
+
+
+def forked(count: int, said: Path, act: Callable[..., int], *arguments: Any) -> list[int]:
+    """`act(*arguments)` in `count` processes that are told what torchrun tells its own: how each ended. What they say is
+    appended to `said`; where one has failed the others are killed, as torchrun does.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    ranks = [RANKS.Process(target=_rank, args=(rank, told, said, act, *arguments)) for rank in range(count)]
+    for one in ranks:
+        one.start()
+    end, running = time.monotonic() + 240, {one.sentinel: one for one in ranks}
+    while running:
+        for sentinel in connection.wait(list(running), max(0, end - time.monotonic())) or list(running):
+            one = running.pop(sentinel)  # type: ignore[arg-type]
+            if one.is_alive():  # it is past the end
+                one.kill()
+            one.join()
+            for other in running.values() if one.exitcode else ():
+                other.kill()
+    return [one.exitcode or 0 for one in ranks]
+
+
+def _rank(rank: int, told: dict[str, str], said: Path, act: Callable[..., int], *arguments: Any) -> None:
+    os.environ |= {**told, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    loop.peak_flops = lambda device, dtype: 1e12  # type: ignore[assignment]  # else each measures it for a second
+    with said.open("a") as out:
+        for number in (1, 2):
+            os.dup2(out.fileno(), number)
+    leave(act(*arguments))
 
 
 def launch_several(processes: int, runs: dict[str, list[str]], folder: Path) -> tuple[dict[str, int], str]:
-    """The runs one after another in as many processes, which start once: the exit code of each, and what they said."""
-    (folder / "runs.json").write_text(json.dumps(runs))
-    run = launch(processes, [str(Path(__file__).parent / "train" / "several_runs.py"), str(folder / "runs.json")])
-    output: str = run.output  # type: ignore[attr-defined]
-    assert run.returncode == 0, output[-3000:]
+    """The runs one after another in as many processes: the exit code of each, and what they said."""
+    said = folder / f"said by {processes}"
+    ended = forked(processes, said, _several, runs)
+    output = said.read_text()
+    assert ended == [0] * processes, output[-3000:]
     return {name: int(code) for name, code in re.findall(r"^(.*): exit code (\d+)$", output, re.M)}, output
+
+
+def _several(runs: dict[str, list[str]]) -> int:
+    dist.init_process_group("gloo")
+    for name, arguments in runs.items():
+        code = main([*arguments, "--quiet"])
+        if dist.get_rank() == 0:
+            print(f"{name}: exit code {code}", flush=True)
+    dist.destroy_process_group()
+    return 0
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
