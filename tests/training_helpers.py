@@ -1,7 +1,6 @@
 """Settings of runs that take seconds, and what they logged."""
 
 import json
-import multiprocessing
 import os
 import re
 import shlex
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forks import Fork
 from safetensors.torch import load_file
 
 from retro_engine.config import Config, load_config
@@ -87,20 +87,6 @@ def launch(processes: int, words: list[str]) -> subprocess.Popen[str]:
     )
 
 
-RANKS = multiprocessing.get_context("forkserver")  # imports once what each of torchrun's processes imports anew
-RANKS.set_forkserver_preload(
-    [
-        "retro_engine.train.loop",
-        "hydra.core.override_parser.overrides_parser",
-        "torch._dynamo",
-        "torch.distributed.checkpoint",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        "torch.utils.tensorboard",
-    ]
-)
-
-
 def forked(count: int, said: Path, act: Callable[..., int], *arguments: Any) -> list[int]:
     """`act(*arguments)` in `count` processes that are told what torchrun tells its own: how each ended. What they say is
     appended to `said`; where one has failed the others are killed, as torchrun does.
@@ -108,14 +94,13 @@ def forked(count: int, said: Path, act: Callable[..., int], *arguments: Any) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    ranks = [RANKS.Process(target=_rank, args=(rank, told, said, act, *arguments)) for rank in range(count)]
-    for one in ranks:
-        one.start()
+    ranks = [Fork(_rank, rank, told, act, *arguments, out=said).process for rank in range(count)]
     end, running = time.monotonic() + 240, {one.sentinel: one for one in ranks}
     while running:
-        for sentinel in connection.wait(list(running), max(0, end - time.monotonic())) or list(running):
+        ended = connection.wait(list(running), end - time.monotonic())
+        for sentinel in ended or list(running):
             one = running.pop(sentinel)  # type: ignore[arg-type]
-            if one.is_alive():  # it is past the end
+            if not ended:
                 one.kill()
             one.join()
             for other in running.values() if one.exitcode else ():
@@ -123,12 +108,9 @@ def forked(count: int, said: Path, act: Callable[..., int], *arguments: Any) -> 
     return [one.exitcode or 0 for one in ranks]
 
 
-def _rank(rank: int, told: dict[str, str], said: Path, act: Callable[..., int], *arguments: Any) -> None:
+def _rank(rank: int, told: dict[str, str], act: Callable[..., int], *arguments: Any) -> None:
     os.environ |= {**told, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     loop.peak_flops = lambda device, dtype: 1e12  # type: ignore[assignment]  # else each measures it for a second
-    with said.open("a") as out:
-        for number in (1, 2):
-            os.dup2(out.fileno(), number)
     leave(act(*arguments))
 
 

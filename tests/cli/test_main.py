@@ -113,16 +113,16 @@ def test_summaries_say_what_is_next(work: Path, tmp_path: Path, capsys: pytest.C
 
 
 def damaged(work: Path, tmp_path: Path, name: str, kind: str) -> Path:
-    """A copy of the work folder in which one file is damaged."""
+    """A copy of the work folder in which one file is damaged, or that of every checkpoint."""
 
     copy = tmp_path / "copy"
     shutil.copytree(work, copy)
-    path = next(copy.glob(name))
-    raw = bytearray(path.read_bytes())
-    path.unlink()
-    if kind == "flip":
-        raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw[: len(raw) // 2] if kind == "cut" else b"PK\x03\x04" + raw if kind == "foreign" else raw)
+    for path in copy.glob(name):
+        raw = bytearray(path.read_bytes())
+        path.unlink()
+        if kind == "flip":
+            raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw[: len(raw) // 2] if kind == "cut" else b"PK\x03\x04" + raw if kind == "foreign" else raw)
     return copy
 
 

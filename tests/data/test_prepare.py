@@ -5,11 +5,14 @@ import io
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from forks import Fork
 from helpers import write_corpus
 
+from retro_engine.cli import main
 from retro_engine.data import files
 from retro_engine.data.corpus import Reader
 from retro_engine.data.prepare import prepare
@@ -145,34 +148,20 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 
 def test_kill_9_and_again_gives_the_same_bytes(tmp_path: Path) -> None:
     """Killed anywhere, a store is not there; run again, it is the one that an undisturbed run writes."""
-    import os
-    import subprocess
-    import time
-
     source = write_corpus(tmp_path / "c.jsonl", 4000)
-    command = [
-        sys.executable,
-        "-m",
-        "retro_engine.cli",
-        "prepare",
-        str(source),
-        "--vocab-size",
-        "400",
-        "--chunk-size",
-        "8",
-        "--quiet",
-    ]
+    words = ["prepare", str(source), "--vocab-size", "400", "--chunk-size", "8", "--quiet", "--out"]
     start = time.monotonic()
-    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    assert main([*words, str(tmp_path / "whole")]) == 0
     duration = time.monotonic() - start
     expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     for number in range(200 if os.environ.get("RETRO_CAMPAIGN") else 2):
         out = tmp_path / f"killed{number}"
-        with subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL) as process:
+        with Fork(main, [*words, str(out)]) as process:
+            while process.is_running() and not out.exists():
+                time.sleep(0.001)
             time.sleep(duration * (0.5 + 0.24 * (number % 3)))
-            process.kill()
         if not (out / "manifest.json").exists():
-            subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
+            assert main([*words, str(out)]) == 0
         found = {path.name: path.read_bytes() for path in out.iterdir()}
         assert found == expected
 

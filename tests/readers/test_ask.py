@@ -1,11 +1,10 @@
 """Questions to documents: what is read, what is answered, where it stands, and what is refused."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Fork
 
 import retro_engine
 from retro_engine.errors import MissingInputError, UsageError
@@ -166,16 +165,15 @@ def test_in_python(reader_folder: Path, base: Path, folder: Path) -> None:
     assert answer.found == (answer.answer != NOT_FOUND)
 
 
-def test_two_processes_over_one_library(reader_folder: Path, base: Path, folder: Path) -> None:
-    script = (
-        "import sys, retro_engine\n"
-        "answer = retro_engine.ask(sys.argv[1], 'Who built the castle?', sys.argv[2], sys.argv[3], k=1)\n"
-        "print(answer.sources[0].document)"
-    )
-    command = [sys.executable, "-c", script, str(folder), str(reader_folder), str(base)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [one.communicate(timeout=300)[0].strip() for one in both] == [str(folder / "castle.md")] * 2
-    assert [one.returncode for one in both] == [0, 0]
+def ask_alone(folder: Path, reader: Path, base: Path) -> None:
+    print(retro_engine.ask(folder, "Who built the castle?", reader, base, k=1).sources[0].document)
+
+
+def test_two_processes_over_one_library(reader_folder: Path, base: Path, folder: Path, tmp_path: Path) -> None:
+    said = [tmp_path / f"said by {number}" for number in range(2)]
+    both = [Fork(ask_alone, folder, reader_folder, base, out=out, errors=tmp_path / "errors") for out in said]
+    assert [one.wait(300) for one in both] == [0, 0], (tmp_path / "errors").read_text()
+    assert [out.read_text().strip() for out in said] == [str(folder / "castle.md")] * 2
 
 
 def test_the_parts(reader_folder: Path) -> None:

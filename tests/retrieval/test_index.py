@@ -4,13 +4,12 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Fork
 from helpers import write_corpus
 
 from retro_engine.data import files
@@ -188,13 +187,9 @@ def test_executors_write_the_same_bytes_and_resume_each_other(store: Store, tmp_
     assert content(one.folder) == content(two.folder)
 
 
-KILLED = """
-import sys; from pathlib import Path
-sys.path[:0] = [{tests!r}, {helpers!r}]
-import test_index as t
-t.vectors_module.SHARD_ROWS = 500
-t.build_index(t.Store({store!r}), "hash", Path({out!r}), "IVF25,SQ8")
-"""
+def build_in_parts(store: Path, out: Path) -> None:
+    vectors_module.SHARD_ROWS = 500
+    build_index(Store(store), "hash", out, "IVF25,SQ8")
 
 
 def test_kill_9_and_again_gives_the_same_bytes(store: Store, tmp_path: Path) -> None:
@@ -203,17 +198,11 @@ def test_kill_9_and_again_gives_the_same_bytes(store: Store, tmp_path: Path) -> 
     rng = np.random.default_rng(0)
     for number in range(1000 if CAMPAIGN else 3):
         out = tmp_path / "killed"
-        here = Path(__file__).resolve()
-        code = KILLED.format(
-            tests=str(here.parent), helpers=str(here.parents[1]), store=str(store.folder), out=str(out)
-        )
-        process = subprocess.Popen([sys.executable, "-c", code])
-        target = int(rng.integers(0, 9))
-        while process.poll() is None and len(list(out.glob("*.ok"))) < target:
-            time.sleep(0.001)
-        time.sleep(float(rng.random()) * 0.03)
-        process.kill()
-        process.wait()
+        with Fork(build_in_parts, store.folder, out) as process:
+            target = int(rng.integers(0, 9))
+            while process.is_running() and len(list(out.glob("*.ok"))) < target:
+                time.sleep(0.001)
+            time.sleep(float(rng.random()) * 0.03)
         build_index(store, "hash", out, "IVF25,SQ8")
         assert content(out) == whole, f"kill {number} at {target}"
         shutil.rmtree(out)

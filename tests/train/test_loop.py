@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import Fork
 from helpers import small_disk
 from retro_kernels.backend import backend
 from training_helpers import NEMO_INFERENCE, NEMO_TRAINING, PLAIN, SMALL, config, losses, settings
@@ -86,18 +85,16 @@ def test_kill_9_during_checkpoints_leaves_one_that_loads(small_store: Store, tmp
     rng = np.random.default_rng(0)
     last = 0
     for _ in range(1000 if os.environ.get("RETRO_CAMPAIGN") else 2):
-        command = [sys.executable, "-m", "retro_engine.train", *settings(small_store, out, *often)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        with Fork(main, ["train", *settings(small_store, out, *often)]) as process:
             deadline = time.monotonic() + 60
             while (
                 len(checkpoint.complete_checkpoints(out)) == 0
                 or int(checkpoint.complete_checkpoints(out)[-1].name[5:]) <= last
             ):
                 assert time.monotonic() < deadline
-                assert process.poll() is None
+                assert process.is_running()
                 time.sleep(0.02)
             time.sleep(float(rng.random()) * 0.3)
-            process.kill()
         newest = checkpoint.find_checkpoint(out)
         checkpoint.verify(newest)
         last = int(newest.name[5:])

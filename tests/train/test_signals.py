@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import Fork
 from training_helpers import config, losses, settings
 
 from retro_engine.data.store import Store
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint
+from retro_engine.train.__main__ import main
 from retro_engine.train.loop import train
 
 
@@ -28,23 +30,16 @@ def test_signals_save_and_the_run_goes_on(
     small_store: Store, tmp_path: Path, number: signal.Signals, code: int, validation: list[str]
 ) -> None:
     out = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "retro_engine.train",
-        *settings(small_store, out, "trainer.max_steps=100000", *validation),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    words = settings(small_store, out, "trainer.max_steps=100000", *validation)
+    with Fork(main, words, out=tmp_path / "out", errors=tmp_path / "errors") as process:
         deadline = time.monotonic() + 60
         while not (out / "metrics.jsonl").exists() or '"step": 2' not in (out / "metrics.jsonl").read_text():
             assert time.monotonic() < deadline
-            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert process.is_running(), (tmp_path / "errors").read_text()
             time.sleep(0.01)
         process.send_signal(number)
-        start = time.monotonic()
-        told, said = process.communicate()
-        assert process.returncode == code
-        assert time.monotonic() - start < 30
+        assert process.wait(30) == code
+    told, said = ((tmp_path / name).read_text() for name in ("out", "errors"))
     assert re.search(r"next:\n  the same command, which goes on from step \d+\n  retro eval", told)
     step = json.loads((checkpoint.find_checkpoint(out) / "trainer.json").read_text())["step"]
     assert step >= 2
