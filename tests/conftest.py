@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +23,11 @@ products.use("blas")  # also for what lasts longer than a test
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is imported stays: collectors, of which tests ask for some, need not look through it
 
 
 @pytest.fixture(scope="session", autouse=True)

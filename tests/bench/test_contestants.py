@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import FORKS
 from helpers import write_corpus
 
 from retro_engine.bench import checkout, contestants, crowded, decode, model, pipeline, profile, results
@@ -38,6 +39,13 @@ def test_sizes_are_what_they_say() -> None:
         assert count / 1e6 == pytest.approx(float(size.removesuffix("M")), rel=0.15), size
 
 
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured in a process of its own begins with torch imported."""
+    monkeypatch.setattr(contestants.multiprocessing, "get_context", lambda kind: FORKS)
+
+
+@pytest.mark.usefixtures("forks")
 def test_peers_that_are_absent_are_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,6 +77,7 @@ def test_too_little_memory_is_said_before_anything_starts(
     contestants.check_memory(["ours"], SHAPES["120M"])
 
 
+@pytest.mark.usefixtures("forks")
 def test_decode_takes_less_than_recomputing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setattr(decode, "PEOPLE", 100)

@@ -1,8 +1,6 @@
 """`retro train`, and torchrun."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +18,9 @@ def test_a_dry_run_writes_nothing(work: Path, tmp_path: Path, capsys: pytest.Cap
     assert not list(tmp_path.iterdir())
 
 
-def test_torchrun_of_one_process(work: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "retro_engine.train", "--preset", "tiny",
-               "--out", str(tmp_path / "run"), "--json", f"model.data.store='{work}/store'", "model.data.neighbors=bm25", *TINY]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["step"] == 4
+def test_torchrun_of_one_process(work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from torch.distributed.run import main
+
+    main(["--nproc-per-node", "1", "-m", "retro_engine.train", "--preset", "tiny", "--out", str(tmp_path / "run"), "--json",
+          f"model.data.store='{work}/store'", "model.data.neighbors=bm25", *TINY])  # fmt: skip
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["step"] == 4

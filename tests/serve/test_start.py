@@ -98,6 +98,7 @@ def test_what_is_there_when_it_is_ready_is_not_looked_through_again() -> None:
         assert later[0]() is None
     finally:
         gc.unfreeze()
+        gc.freeze()  # as conftest.py leaves it
 
 
 def test_weights_of_a_byte(small_run: Path, tmp_path: Path) -> None:
