@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed.run
+
 from retro_engine import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,9 +71,14 @@ def commands(block: Block, place: Path) -> list[list[str]]:
 
 
 def run(words: list[str]) -> int:
-    """A command as its program would run it; `retro` in this process, which saves the seconds that torch takes to load."""
+    """A command as its program would run it; `retro` and torchrun in this process, which saves the seconds that torch takes to
+    load.
+    """
     if words[0] == "retro":
         return cli.main(words[1:])
+    if words[0] == "torchrun":
+        torch.distributed.run.main(words[1:])
+        return 0
     return subprocess.run(
         words, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     ).returncode

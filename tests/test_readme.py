@@ -19,7 +19,7 @@ CORPUS = "../shared/data/wikipedia-featured-good.jsonl.zst"
 DEMO_TEXT = "python-docs" if os.environ.get("RETRO_CAMPAIGN") else CORPUS  # all of Python's takes a minute and more
 SIZES = {  # appended to a command, so that it ends in seconds; the last value of a setting counts
     f"retro demo {DEMO_TEXT}": "--steps 2 model.hidden_size=48 model.ffn_hidden_size=64 model.num_attention_heads=2",
-    "retro demo": "--steps 8 --no-gate",
+    "retro demo": "--steps 2 --no-gate",
     "retro prepare": "--vocab-size 400",
     "retro train": MODEL,
     "torchrun": MODEL,

@@ -1,6 +1,5 @@
-"""What a machine may be like: its clock jumps, its disk refuses writes or locks, a folder is on a disk of its own.
-
-(A library of a newer version: tests/library/test_library.py.)
+"""What a machine may be like: its clock jumps, its disk refuses writes or locks, a folder is on a disk of its own, a library is
+one that a newer version made.
 """
 
 import contextlib
@@ -11,6 +10,7 @@ import os
 import time
 from pathlib import Path
 
+import apsw
 import numpy as np
 import pytest
 from helpers import read_only_copy, small_disk
@@ -20,7 +20,8 @@ from retro_engine.data.corpus import Document
 from retro_engine.data.neighbor_table import NeighborTable
 from retro_engine.data.prepare import prepare
 from retro_engine.data.store import Store
-from retro_engine.errors import InUseError, OutOfResourceError, UsageError
+from retro_engine.errors import InUseError, OutOfResourceError, StoreError, UsageError
+from retro_engine.library.file import EXTENDED
 from retro_engine.library.importer import Importer
 from retro_engine.library.library import Library
 
@@ -39,6 +40,22 @@ def test_a_clock_that_jumps(small_store: Store, tmp_path: Path, monkeypatch: pyt
         assert importer.wait(1).state == "done"
         library.add([Document("b", "", "amber")])
         assert [entry.id for entry in library.entries()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("is_read_only", [False, True])
+def test_a_library_of_a_newer_version(small_store: Store, tmp_path: Path, is_read_only: bool) -> None:
+    """It stays as it is, to the byte, and the error says what to do."""
+    Library.create(tmp_path / "library", small_store.tokenizer, 16)
+    path = tmp_path / "library" / "documents.sqlite"
+    with contextlib.closing(apsw.Connection(str(path))) as connection:
+        connection.pragma("journal_mode", "delete")
+        connection.pragma("user_version", EXTENDED + 1)
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=rf"has version {EXTENDED + 1}\n.*\n.*update retro-engine"):
+        Library(tmp_path / "library", is_read_only=is_read_only)
+    with pytest.raises(UsageError, match="holds a library"):
+        Library.create(tmp_path / "library", small_store.tokenizer, 16)
+    assert path.read_bytes() == before
 
 
 def reads(folder: Path) -> None:

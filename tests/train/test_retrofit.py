@@ -211,8 +211,8 @@ def test_unfreezing_from_the_last_layer_down(small_store: Store, source: Path, t
 LAYOUTS = {
     "dp2": [],
     "fsdp2": ["model.optim.name=distributed_fused_adam"],
-    "tp2": ["model.tensor_model_parallel_size=2"],
-    "tp2 sequence": ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+    "tp2": ["model.tensor_model_parallel_size=2", "model.micro_batch_size=2"],
+    "tp2 sequence": ["model.tensor_model_parallel_size=2", "model.micro_batch_size=2", "model.sequence_parallel=true"],
 }
 
 
