@@ -1,7 +1,7 @@
 """Servers that clients write to while they are killed: `python history_server.py RUN` forks one for each folder that it reads.
 
 A line on standard input is a folder, with the library and accounts of a server; the answer, once it listens, is a line of JSON:
-its address, a key, and its process's number, by which it is killed.
+its address, a key, and its process's number, by which it is killed; or why it failed.
 """
 
 import json
@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from serve_helpers import serving_run
@@ -29,7 +30,11 @@ def main() -> None:
         client.post("/v1/documents", json={"id": "a", "text": "what is imported and compiled is there in every fork"})
     for line in sys.stdin:
         if not os.fork():
-            serve(run, Path(line.strip()))
+            try:
+                serve(run, Path(line.strip()))
+            except BaseException:
+                print(json.dumps({"failed": traceback.format_exc()}), flush=True)
+                os._exit(1)
 
 
 if __name__ == "__main__":

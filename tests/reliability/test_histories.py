@@ -48,7 +48,17 @@ class Servers:
         self.process.stdin.write(f"{folder}\n")
         self.process.stdin.flush()
         found: dict[str, Any] = json.loads(self.process.stdout.readline())
+        assert "pid" in found, found["failed"]
         return found
+
+
+def kill(server: dict[str, Any]) -> None:
+    """It is gone when this returns: until then it holds the lock of its library, which a busy machine lets it do for long."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(server["pid"], signal.SIGKILL)
+        while True:
+            os.kill(server["pid"], 0)
+            time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +141,13 @@ def run_history(servers: Servers, folder: Path, seed: str) -> History:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.01)
         history.is_up.clear()
-        os.kill(history.server["pid"], signal.SIGKILL)
+        kill(history.server)
         history.server = servers.start(folder)
         history.is_up.set()
     for thread in threads:
         thread.join()
     history.read_all()
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(history.server["pid"], signal.SIGKILL)
+    kill(history.server)
     if failures:
         raise failures[0]
     return history

@@ -134,7 +134,7 @@ def test_kill_9_at_any_time_and_any_executor_goes_on(tmp_path: Path) -> None:
     """Killed when a random number of shards is there; another executor continues, and redoes none that is finished."""
     whole = run_stage(stage_in(tmp_path / "whole", shards=20, sleep_s=0.01), Executor(), QUIET)
     rng = random.Random(1)
-    for number in range(1000 if CAMPAIGN else 20):
+    for number in range(1000 if CAMPAIGN else 10):
         folder = tmp_path / f"k{number}"
         executor = Executor("processes" if number % 10 == 0 else "inline", 2)
         stage = stage_in(folder, shards=20, sleep_s=0.01)
