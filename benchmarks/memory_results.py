@@ -1,11 +1,13 @@
-"""Two parts of text_results.py: what an n-gram memory gives beside decoders and RETROs, nothing of it trained, and its targets.
+"""Three parts of text_results.py: what an n-gram memory gives beside decoders and RETROs, nothing of it trained, and its targets.
 
 memory-SEED: on re-used text, beside a RETRO and beside a plain decoder of as many tokens. wikipedia-SEED: beside a plain
-decoder, the memory of all other articles, and that of about as many tokens as the decoder was trained on; then WikiText-103
-(texts.py) beside the first of them. Held-out documents are not in the memory, by what they say.
+decoder, the memory of all other articles, of every fourth, and of about as many tokens as the decoder was trained on; then
+WikiText-103 (texts.py) beside the first of them. packages-SEED: beside a plain decoder of packages' source, memories of some of
+it and of all, on other packages. Held-out documents are not in the memory, by what they say.
 """
 
 import io
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +35,13 @@ from retro_engine.train.run_data import open_evaluation
 CHUNK, VOCABULARY = 32, 4096
 RETRO = ["model.retrieved_length=64", "model.num_neighbors=2"]
 PLAIN = ["model.retrieval=false"]
-SHARES = {"memory": "80,5,15", "wikipedia": "80,3,17"}
-BATCHES = {"memory": 40, "wikipedia": 60}  # of 8 sequences, spread evenly
-EVERY = 16  # of so many articles one: with 1,000 steps of 2,048 tokens about as many tokens as were trained on
+SHARES = {"memory": "80,5,15", "wikipedia": "80,3,17", "packages": "98,2,0"}
+BATCHES = {"memory": 40, "wikipedia": 60, "packages": 60}  # of 8 sequences, spread evenly
+AS_MANY, A_QUARTER = (
+    16,
+    4,
+)  # of so many articles one: with 1,000 steps of 2,048 tokens as many tokens as were trained on
+SOME_PACKAGES = (64, 8)  # of so many files of packages one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +109,14 @@ def reused(trial: Trial, store: Store) -> dict[str, Any]:
 def wikipedia(trial: Trial, text: Path, wikitext: Path | None) -> dict[str, Any]:
     """Beside a plain decoder; lookups and seconds too."""
     store = _store([text], trial.out / "store-wikipedia", None)
-    some = _store([_every(text, trial.out / "some-of-wikipedia.jsonl")], trial.out / "store-some-of-wikipedia", store)
     plain = trial.run(store, "plain", PLAIN)
     memory, valid, test = _left(store, plain)
     best = trial.beside(plain, memory, test, valid, "off")
-    fewer = _memory(some).without(held_out_marks(valid, test))[0]
     found = {f"Wikipedia, {name}": of for name, of in best.losses.items()}
-    for name, of in trial.beside(plain, fewer, test, valid, "off").losses.items():
-        found[f"Wikipedia, {name}, as many tokens"] = of
+    for every, label in ((AS_MANY, "as many tokens"), (A_QUARTER, "every fourth article")):
+        fewer = _memory(_some(trial, text, every, store)).without(held_out_marks(valid, test))[0]
+        for name, of in trial.beside(plain, fewer, test, valid, "off").losses.items():
+            found[f"Wikipedia, {name}, {label}"] = of
     if wikitext is not None:
         other = _store([wikitext], trial.out / "store-wikitext", store)
         share = Sequences.of_model(plain.model.config, other, np.arange(other.num_documents), None, None)
@@ -123,6 +129,39 @@ def wikipedia(trial: Trial, text: Path, wikitext: Path | None) -> dict[str, Any]
     facts |= {"time": seconds, "flops": memories.flops_beside(plain.model, best.guesses_per_token)}
     return {
         "shown": _shown(found) | {f"{place}: saves": show_gain(gain_of(found[f"{place}, both"], found[f"{place}, model"])) for place in ("Wikipedia", "WikiText-103") if f"{place}, both" in found} | facts,
+        "facts": facts,
+        "documents": {name: of.nats.tolist() for name, of in found.items()},
+    }  # fmt: skip
+
+
+def packages(trial: Trial, text: Path, heldout: Path) -> dict[str, Any]:
+    """Memories of every 64th file, of every eighth and of all beside one decoder of them; each half of the others' files fits the other."""
+    store = _store([text], trial.out / "store-packages", None)
+    plain = trial.run(store, "plain", PLAIN)
+    other = _store([heldout], trial.out / "store-heldout-packages", store)
+    share = Sequences.of_model(plain.model.config, other, np.arange(other.num_documents), None, None)
+    found: dict[str, DocumentLosses] = {}
+    facts: dict[str, Any] = {}
+    for every in (*SOME_PACKAGES, 1):
+        some = store if every == 1 else _some(trial, text, every, store)
+        begin = time.process_time()
+        memory = _memory(some)
+        of_files = "all files" if every == 1 else f"one file of {every}"
+        facts[of_files] = {"seconds": time.process_time() - begin, **memory.summary()}
+        losses = trial.beside(plain, memory.without(held_out_marks(share))[0], share, None, "off").losses
+        found |= {
+            "decoder": losses["model"],
+            f"memory, {of_files}": losses["memory"],
+            f"both, {of_files}": losses["both"],
+        }
+    facts["lookups"] = memories.lookups(memory, other, share.documents)[1]
+    saves = {
+        f"{name}: saves": show_gain(gain_of(of, found["decoder"]))
+        for name, of in found.items()
+        if name.startswith("both")
+    }
+    return {
+        "shown": _shown(found) | saves | facts,
         "facts": facts,
         "documents": {name: of.nats.tolist() for name, of in found.items()},
     }  # fmt: skip
@@ -142,6 +181,12 @@ def targets(part: str, facts: dict[str, Any] | None, nats: Mapping[str, Document
             at_least(f"memory of re-used text, RETRO with it against {name}, lower end", gain(both, of)["low"], 0.0)
             for name, of in (("RETRO", "on"), ("the memory alone", "the memory alone"))
         ]
+    if part == "packages":
+        some = f"both, one file of {SOME_PACKAGES[0]}"
+        return [
+            at_least("packages: what a memory of all files saves, lower end", gain("both, all files", "decoder")["low"], 0.0),
+            at_least("the same against a memory of some, lower end", gain("both, all files", some)["low"], 0.0),
+        ]  # fmt: skip
     whole, known = gain("Wikipedia, both", "Wikipedia, model"), facts or {}
     seconds = known.get("time", {})
     fewer = gain("Wikipedia, both, as many tokens", "Wikipedia, model, as many tokens")
@@ -189,11 +234,13 @@ def _store(paths: Sequence[Path], folder: Path, like: Store | None) -> Store:
     return prepare([*paths], folder, str(like.folder), chunk_size=CHUNK)
 
 
-def _every(text: Path, out: Path) -> Path:
-    """Every EVERY-th row of a file of JSON lines."""
+def _some(trial: Trial, text: Path, every: int, like: Store) -> Store:
+    """The store of every so many-th row of a file of JSON lines; those of 16 are among those of 4."""
+    name = f"{text.name.split('.')[0]}-{every}"
+    out = trial.out / f"{name}.jsonl"
     if not out.is_file():
         raw = text.read_bytes()
         plain = zstandard.ZstdDecompressor().stream_reader(raw) if text.suffix == ".zst" else io.BytesIO(raw)
         lines = io.TextIOWrapper(plain, encoding="utf-8")
-        files.publish(out, ["".join(line for number, line in enumerate(lines) if number % EVERY == 3).encode()])
-    return out
+        files.publish(out, ["".join(line for number, line in enumerate(lines) if number % every == 3).encode()])
+    return _store([out], trial.out / f"store-{name}", like)

@@ -3,7 +3,8 @@
 Hours in parts: one that is done (OUT/PART.json) is not done again, a training goes on where it was stopped.
 text-SEED: RETRO against plain decoders of equal tokens, FLOPs of training and FLOPs of inference. encoder-SEED: encoders that do
 not read the chunk against those that do. recipes: other settings, on validation. memory-SEED: an n-gram memory beside them,
-and with --wikipedia (and --wikitext) wikipedia-SEED: beside a plain decoder of it (memory_results.py). With --model (SmolLM2-135M, imported)
+and with --wikipedia (and --wikitext) wikipedia-SEED: beside a plain decoder of it; with --packages and --heldout packages-SEED:
+memories of three sizes (memory_results.py). With --model (SmolLM2-135M, imported)
 prefix: neighbors in front of a decoder that was never trained to read, their bits and seconds; tuning: the same after tuning.
 The last line is one JSON object; it says of every target whether it holds.
 """
@@ -89,6 +90,8 @@ class Task:
     model: Path | None = None
     wikipedia: Path | None = None
     wikitext: Path | None = None
+    packages: Path | None = None
+    heldout: Path | None = None
     memory_steps: int = 700
     wikipedia_steps: int = 1000
     steps: int = 1500
@@ -107,6 +110,9 @@ class Task:
             read = {"wikipedia": str(self.wikipedia), "wikitext": str(self.wikitext)}
             return {**read, "steps": self.wikipedia_steps, "preset": self.preset, "overrides": [*self.overrides]}
         steps = self.memory_steps if name == "memory" else self.steps
+        if name == "packages":
+            read = {"packages": str(self.packages), "heldout": str(self.heldout)}
+            return {**read, "steps": self.wikipedia_steps, "preset": self.preset, "overrides": [*self.overrides]}
         kept = {"text": str(self.text), "steps": steps, "preset": self.preset, "overrides": [*self.overrides]}
         return {**kept, **({"recipe": RECIPE, "read": NUM_READ} if name == "text" else {})}
 
@@ -124,6 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--wikitext", type=Path, metavar="FILE", help="WikiText-103's test articles (texts.py), of the same"
     )
+    parser.add_argument(
+        "--packages", type=Path, metavar="FILE", help="files of wheels (texts.py), of the part packages"
+    )
+    parser.add_argument("--heldout", type=Path, metavar="FILE", help="files of other wheels, of the same")
     parser.add_argument("--steps", type=int, default=Task.steps, help="of the trainings on text and facts")
     parser.add_argument("--tuning-steps", type=int, default=Task.tuning_steps, help="of 2,048 tokens each")
     parser.add_argument("--quick", action="store_true", help="a trial of seconds, whose figures mean nothing")
@@ -134,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         model=args.model,
         wikipedia=args.wikipedia,
         wikitext=args.wikitext,
+        packages=args.packages,
+        heldout=args.heldout,
         steps=args.steps,
         tuning_steps=args.tuning_steps,
     )
@@ -171,6 +183,10 @@ def run(task: Task, only: Sequence[str], seeds: Sequence[int]) -> int:
     if task.wikitext is not None and task.wikipedia is None:
         raise UsageError(
             "--wikitext has no --wikipedia", "it is measured beside Wikipedia's decoder", "--wikipedia FILE"
+        )
+    if (task.packages is None) != (task.heldout is None):
+        raise UsageError(
+            "--packages and --heldout go together", "the one is evaluated beside a memory of the other", "name both"
         )
     about = environment(torch.device("cpu"))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
@@ -306,6 +322,12 @@ def wikipedia(task: Task, seed: int) -> Part:
     return memory_results.wikipedia(trial, task.wikipedia, task.wikitext)
 
 
+def packages(task: Task, seed: int) -> Part:
+    assert task.packages is not None and task.heldout is not None
+    trial = trial_of(task, "packages", seed, task.wikipedia_steps)
+    return memory_results.packages(trial, task.packages, task.heldout)
+
+
 def trial_of(task: Task, part: str, seed: int, steps: int) -> memory_results.Trial:
     return memory_results.Trial(
         out=task.out,
@@ -439,18 +461,24 @@ PARTS: dict[str, Callable[[Task, int], Part]] = {
     "recipes": recipes,
     "memory": memory,
     "wikipedia": wikipedia,
+    "packages": packages,
 }
-SEEDED = ("text", "encoder", "memory", "wikipedia")
+SEEDED = ("text", "encoder", "memory", "wikipedia", "packages")
 OF_DECODER = {"prefix", "tuning"}
 IMPORTED = "model", "it measures a decoder that was imported with retro import"
-NEEDS = {"prefix": IMPORTED, "tuning": IMPORTED, "wikipedia": ("wikipedia", "it is of a file of articles")}
+NEEDS = {
+    "prefix": IMPORTED,
+    "tuning": IMPORTED,
+    "wikipedia": ("wikipedia", "it is of a file of articles"),
+    "packages": ("packages", "it is of files of wheels"),
+}
 
 
 def targets_of(parts: dict[str, Part]) -> list[Target]:
     """Of the parts that are done; of the others nothing is measured."""
     of = {seeded: [part for name, part in parts.items() if name.startswith(f"{seeded}-")] for seeded in SEEDED}
     found = [*_saved(of["text"]), *_encoded(of["encoder"]), *_read(parts.get("prefix"), parts.get("tuning"))]
-    for name in ("memory", "wikipedia"):
+    for name in ("memory", "wikipedia", "packages"):
         nats = {mode: added(of[name], mode) for mode in of[name][0]["documents"]} if of[name] else None
         found += memory_results.targets(name, of[name][0].get("facts") if of[name] else None, nats)
     return found

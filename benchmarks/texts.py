@@ -1,18 +1,23 @@
-"""The texts of docs/results.md as JSON lines: python benchmarks/texts.py docstrings PACKAGE | wikitext FILE > OUT.jsonl
+"""The texts of docs/results.md as JSON lines: python benchmarks/texts.py docstrings PACKAGE | wikitext FILE | wheels FILE... > OUT.jsonl
 
 docstrings: one document a module of an installed package (or of a folder), read with `ast`, nothing is imported.
 wikitext: one document an article of a WikiText file, whose level-1 headings are ` = Title = `.
+wheels: one document a file of source or documentation of wheels (pip download --no-deps), nothing is installed.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import re
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from retro_engine.data.builtin import MIN_DOC_CHARACTERS, module_docstrings
+
+SOURCES = (".py", ".pyi", ".md", ".rst", ".txt")  # of a wheel
 
 
 def docstrings(package: str) -> Iterator[dict[str, str]]:
@@ -38,12 +43,33 @@ def wikitext(path: str) -> Iterator[dict[str, str]]:
         yield {"id": title.strip(), "title": title.strip(), "text": text.strip()}
 
 
+def wheels(paths: list[str]) -> Iterator[dict[str, str]]:
+    """The files of all wheels in one order that mixes them, the same for the same files: every n-th is a fair part."""
+    found = []
+    for path in paths:
+        with zipfile.ZipFile(path) as wheel:
+            name = "-".join(Path(path).name.split("-")[:2])
+            for file in wheel.namelist():
+                if file.endswith(SOURCES) and ".dist-info/" not in file:
+                    found.append(
+                        {"id": f"{name}/{file}", "title": file, "text": wheel.read(file).decode(errors="replace")}
+                    )
+    found.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+    yield from (row for row in found if len(row["text"]) >= MIN_DOC_CHARACTERS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=["docstrings", "wikitext"])
-    parser.add_argument("source", help="a package, a folder, or a WikiText file")
+    parser.add_argument("kind", choices=["docstrings", "wikitext", "wheels"])
+    parser.add_argument("source", nargs="+", help="a package, a folder, a WikiText file, or wheels")
     args = parser.parse_args()
-    for row in docstrings(args.source) if args.kind == "docstrings" else wikitext(args.source):
+    if args.kind == "wheels":
+        rows = wheels(args.source)
+    elif len(args.source) > 1:
+        parser.error(f"{args.kind} takes one source")
+    else:
+        rows = (docstrings if args.kind == "docstrings" else wikitext)(args.source[0])
+    for row in rows:
         print(json.dumps(row))
 
 

@@ -1,6 +1,7 @@
 """What is loaded from benchmarks/: the figures of docs/results.md, at the size of a trial."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,13 +49,29 @@ def test_memories_beside_decoders(
     for name, few in (("STEPS", 2), ("ROUNDS", 1), ("PROMPTS", 2), ("TIMED_BATCHES", 1)):
         monkeypatch.setattr(memories, name, few)
     corpus, other = write_corpus(tmp_path / "c.jsonl", 40, words=60), write_corpus(tmp_path / "o.jsonl", 6, seed=1)
-    flags = ["--quick", "--out", str(tmp_path / "r"), "--text", str(corpus), "--only", "memory", "wikipedia"]
-    assert main([*flags, "--wikipedia", str(corpus), "--wikitext", str(other)]) == 0
+    flags = [
+        "--quick",
+        "--out",
+        str(tmp_path / "r"),
+        "--text",
+        str(corpus),
+        "--only",
+        "memory",
+        "wikipedia",
+        "packages",
+    ]
+    flags += ["--wikipedia", str(corpus), "--wikitext", str(other), "--packages", str(corpus), "--heldout", str(other)]
+    monkeypatch.setattr(checkout.load("memory_results"), "SOME_PACKAGES", (8, 4))  # of 40 documents
+    assert main(flags) == 0
     body = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {name: row["value"] for name, row in body["targets"].items() if row["value"] is not None}
-    assert len(rows) == 11 and all(isinstance(value, float) for value in rows.values())
+    assert len(rows) == 13 and all(isinstance(value, float) for value in rows.values())
     assert rows["Wikipedia, equal tokens of training: what the memory saves"] > 0.1, "untrained, it knows nothing"
     assert rows["WikiText-103 after Wikipedia: what the memory saves"] > 0.05
+    assert rows["packages: what a memory of all files saves, lower end"] > 0.05
+    facts = body["parts"]["packages-0"]
+    tokens = [facts[name]["tokens"] for name in ("one file of 8", "one file of 4", "all files")]
+    assert tokens == sorted(tokens) and tokens[0] * 6 < tokens[2]
     saved = body["parts"]["memory-0"]
     assert float(saved["on with the memory"].split()[0]) < float(saved["on"].split()[0])
 
@@ -67,4 +84,24 @@ def test_what_has_nothing_to_measure_is_refused(tmp_path: Path, capsys: pytest.C
     assert "error: wikipedia has no --wikipedia" in capsys.readouterr().err
     assert main(["--wikitext", "w.jsonl", "--out", str(tmp_path / "r")]) == 2
     assert "error: --wikitext has no --wikipedia" in capsys.readouterr().err
+    assert main(["--packages", "p.jsonl", "--out", str(tmp_path / "r")]) == 2
+    assert "error: --packages and --heldout go together" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def test_wheels_become_documents_in_an_order_of_their_names(tmp_path: Path) -> None:
+    texts = checkout.load("texts")
+    for name in ("a-1.0-py3-none-any.whl", "b-2.1-py3-none-any.whl"):
+        with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+            for number in range(20):
+                wheel.writestr(f"{name[0]}/{number}.py", f"# {name} {number}\n" * 20)
+            wheel.writestr(f"{name[0]}/short.py", "pass")
+            wheel.writestr(f"{name[0]}/code.so", b"\xff" * 999)
+            wheel.writestr(f"{name[:5]}.dist-info/NOTICE.txt", "notice " * 99)
+    paths = sorted(map(str, tmp_path.glob("*.whl")))
+    rows = list(texts.wheels(paths))
+    assert sorted(row["id"] for row in rows) == sorted(
+        f"{name}/{name[0]}/{n}.py" for name in ("a-1.0", "b-2.1") for n in range(20)
+    )
+    assert {row["id"][0] for row in rows[::8]} == {"a", "b"}, "every eighth is of both"
+    assert rows == list(texts.wheels(paths[::-1]))
