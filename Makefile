@@ -66,7 +66,7 @@ TILES := .peers/llama/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp
 bench: setup
 	$(BIN)/pytest benchmarks -s
 
-# What docs/results.md says of re-used text, in parts: hours. RESULTS_FLAGS='--only text --seeds 0', --quick, --model models/smollm2.
+# Every figure of README and most of docs/results.md, in parts: hours. RESULTS_FLAGS='--only text --seeds 0', --quick, --model models/smollm2.
 results: setup
 	$(BIN)/python benchmarks/text_results.py $(RESULTS_FLAGS)
 

@@ -1,4 +1,4 @@
-"""The figures of docs/results.md that hold for re-used text, and their targets: python benchmarks/text_results.py (make results)
+"""The figures of README and docs/results.md, and their targets: python benchmarks/text_results.py (make results)
 
 Hours in parts: one that is done (OUT/PART.json) is not done again, a training goes on where it was stopped.
 text-SEED: RETRO against plain decoders of equal tokens, FLOPs of training and FLOPs of inference. encoder-SEED: encoders that do
@@ -6,6 +6,7 @@ not read the chunk against those that do. recipes: other settings, on validation
 and with --wikipedia (and --wikitext) wikipedia-SEED: beside a plain decoder of it; with --packages and --heldout packages-SEED:
 memories of three sizes (memory_results.py). With --model (SmolLM2-135M, imported)
 prefix: neighbors in front of a decoder that was never trained to read, their bits and seconds; tuning: the same after tuning.
+demo: what make demo proves. speed: every bench that README names, on an idle machine, alone (speed_results.py).
 The last line is one JSON object; it says of every target whether it holds.
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 
 import memory_results
 import numpy as np
+import speed_results
 import torch
 from texts import docstrings
 
@@ -91,6 +93,7 @@ class Task:
     wikipedia: Path | None = None
     wikitext: Path | None = None
     packages: Path | None = None
+    squad: Path | None = None
     heldout: Path | None = None
     memory_steps: int = 700
     wikipedia_steps: int = 1000
@@ -103,6 +106,8 @@ class Task:
 
     def settings(self, name: str) -> dict[str, Any]:
         """What a part must have been made with to count."""
+        if name in WHOLE:
+            return {"squad": str(self.squad)} if name == "speed" else {}
         if name in OF_DECODER:
             kept = {"model": str(self.model), "batches": self.batches}
             return {**kept, "text": str(self.text), **({"steps": self.tuning_steps} if name == "tuning" else {})}
@@ -134,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--packages", type=Path, metavar="FILE", help="files of wheels (texts.py), of the part packages"
     )
     parser.add_argument("--heldout", type=Path, metavar="FILE", help="files of other wheels, of the same")
+    parser.add_argument("--squad", type=Path, metavar="FILE", help="SQuAD's development file, of the part speed")
     parser.add_argument("--steps", type=int, default=Task.steps, help="of the trainings on text and facts")
     parser.add_argument("--tuning-steps", type=int, default=Task.tuning_steps, help="of 2,048 tokens each")
     parser.add_argument("--quick", action="store_true", help="a trial of seconds, whose figures mean nothing")
@@ -145,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wikipedia=args.wikipedia,
         wikitext=args.wikitext,
         packages=args.packages,
+        squad=args.squad,
         heldout=args.heldout,
         steps=args.steps,
         tuning_steps=args.tuning_steps,
@@ -168,8 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             documents=60,
             batches=1,
         )
+        args.seeds, args.only = [0], args.only or [name for name in PARTS if name not in WHOLE]
     try:
-        return run(task, args.only, [0] if args.quick else args.seeds)
+        return run(task, args.only, args.seeds)
     except RetroError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -462,7 +470,10 @@ PARTS: dict[str, Callable[[Task, int], Part]] = {
     "memory": memory,
     "wikipedia": wikipedia,
     "packages": packages,
+    "demo": lambda task, _: speed_results.demo(task.out, REPORT),
+    "speed": lambda task, _: speed_results.speed(task.squad),
 }
+WHOLE = ("demo", "speed")  # what has no trial of seconds
 SEEDED = ("text", "encoder", "memory", "wikipedia", "packages")
 OF_DECODER = {"prefix", "tuning"}
 IMPORTED = "model", "it measures a decoder that was imported with retro import"
@@ -481,7 +492,7 @@ def targets_of(parts: dict[str, Part]) -> list[Target]:
     for name in ("memory", "wikipedia", "packages"):
         nats = {mode: added(of[name], mode) for mode in of[name][0]["documents"]} if of[name] else None
         found += memory_results.targets(name, of[name][0].get("facts") if of[name] else None, nats)
-    return found
+    return found + speed_results.targets_of(parts.get("speed"))
 
 
 def _saved(texts: list[Part]) -> list[Target]:

@@ -105,3 +105,28 @@ def test_wheels_become_documents_in_an_order_of_their_names(tmp_path: Path) -> N
     )
     assert {row["id"][0] for row in rows[::8]} == {"a", "b"}, "every eighth is of both"
     assert rows == list(texts.wheels(paths[::-1]))
+
+
+def test_speeds_are_those_of_the_benches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows that were measured, of benches that ran; one that cannot run says why, a busy one gives no verdict."""
+    speeds = checkout.load("speed_results")
+    rows = {
+        "fast": {"value": 2.0, "target": 1.5, "holds": True},
+        "small": {"value": 9.0, "target": 5.0, "holds": False},
+    }
+    found = speeds.joined(
+        {
+            "kernels": {"targets": {**rows, "later": {"value": None, "target": 1.0, "holds": False}}, "busy": False},
+            "rivals": {"error": "llama.cpp is not built"},
+            "service": {"targets": rows, "busy": True},
+        }
+    )
+    assert found["shown"]["rivals"] == "not measured: llama.cpp is not built"
+    assert found["shown"]["service: fast"] == "2 (busy)"
+    targets = speeds.targets_of(found)
+    assert [(t.row, t.value, t.is_at_most, t.holds) for t in targets] == [
+        ("kernels: fast", 2.0, False, True),
+        ("kernels: small", 9.0, True, False),
+    ]
+    monkeypatch.chdir(tmp_path)
+    assert "rivalz" in speeds.measured(["rivalz"])["error"]
