@@ -345,8 +345,13 @@ void many_rows(const std::string& name, const py::args& given) {
   const Build& build = find_build(name);
   if (!build.many_rows) throw std::invalid_argument(name + " has no matrix unit");
   const py::gil_scoped_release release;
-  Region region(build, 1, bytes_of(a.m) * a.T);
-  region.run([&](Region::Place& at) { region.many_rows(at, a); });
+  constexpr int64_t AT_ONCE = 512;  // rows, whose inputs and sums stay in L2
+  for (int64_t row = 0; row < a.T; row += AT_ONCE) {
+    Linear part = a;
+    part.T = std::min(AT_ONCE, a.T - row), part.x += row * a.m.D, part.y += row * a.m.O;
+    Region region(build, 1, bytes_of(a.m) * part.T);
+    region.run([&](Region::Place& at) { region.many_rows(at, part); });
+  }
 }
 
 // One of the parts that a layer consists of: y = x + f(norm(x)).
