@@ -3,6 +3,7 @@
 Letters: T prompt tokens, M chunk length, V vocabulary.
 """
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from retro_engine.generate import drafts
+from retro_engine.generate.free_cores import FreeCores
 from retro_engine.generate.prefix import PrefixCache, keys_of
 from retro_engine.generate.request import Event
 from retro_engine.generate.sequence import DecodingSequence, stacked
+from retro_engine.model import ops
 from retro_engine.model.decode_cache import new_cache
 from retro_engine.model.decode_prefix import read_in_front
 from retro_engine.model.decoding import decode_one, prefill
@@ -37,12 +40,16 @@ class DecodingBatch:
         deterministic: bool = False,
         prefixes: PrefixCache | None = None,
         encodings: Encodings | None = None,
+        cores: FreeCores | None = None,
     ):
-        """`deterministic`: rows are computed one by one, so that what is with them changes no bit."""
+        """`deterministic`: rows are computed one by one, so that what is with them changes no bit. `cores`: steps use those that are
+        free, not all.
+        """
         self.model, self.pad_id, self.device = model, pad_id, model.device
         encode = None if encodings is None else partial(encodings.of, apart=deterministic)
         self.cache = new_cache(model, size, capacity, neighbor_tokens, encode)
         self.size, self.deterministic, self.prefixes = size, deterministic, prefixes
+        self._cores = cores if ops.steps_in_cpp(self.cache.hidden_BMD) else None
         self.decoding: list[DecodingSequence] = []  # in the order of their rows
         self.joining: DecodingSequence | None = None  # in the row after them
         self._drafts: dict[DecodingSequence, list[int]] = {}  # of the step that was made last
@@ -84,6 +91,8 @@ class DecodingBatch:
         """The next piece of the joining prompt; logits [V] of its last token when that was all."""
         sequence, row = self.joining, len(self.decoding)
         assert sequence is not None
+        if self._cores is not None:
+            self._cores.look()
         M, logits = sequence.chunk_size, None
         has_all_logits = sequence.request.echo and sequence.request.logprobs is not None
         if sequence.filled == 0 and self.prefixes is not None and not has_all_logits:
@@ -185,8 +194,13 @@ class DecodingBatch:
         advances = torch.tensor([s not in waits for s in sequences], device=self.device)
         part = self.cache.part(first, first + len(sequences))
         ahead = [self._drafts.get(sequence, []) for sequence in sequences]
-        logits = decode_one(self.model, part, tokens, *neighbors, ending=ending, advances_B=advances, ahead=ahead)
+        with self._threads(is_reading=bool(ending)):
+            logits = decode_one(self.model, part, tokens, *neighbors, ending=ending, advances_B=advances, ahead=ahead)
         return logits.split([1 + len(guesses) for guesses in ahead])
+
+    def _threads(self, is_reading: bool) -> contextlib.AbstractContextManager[None]:
+        """All where neighbors are encoded: as those of prompts, the bits of these products may depend on how many compute them."""
+        return contextlib.nullcontext() if self._cores is None or is_reading else self._cores.threads()
 
     def holds(self, sequence: DecodingSequence) -> bool:
         return sequence is self.joining or sequence in self.decoding

@@ -146,6 +146,7 @@ class Engine:
             deterministic=deterministic,
             prefixes=self.prefixes,
             encodings=generator.encodings,
+            cores=generator.cores,
         )
         self._pool = FairPool(retrieval_threads, "retrieval")
         self._waiting: FairQueue[Submission] = FairQueue()

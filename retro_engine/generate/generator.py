@@ -15,6 +15,7 @@ from retro_engine.data.tokenizer import Tokenizer
 from retro_engine.errors import UsageError
 from retro_engine.generate.decoding_batch import DecodingBatch
 from retro_engine.generate.drafts import Drafts
+from retro_engine.generate.free_cores import FreeCores
 from retro_engine.generate.grammar import Grammars
 from retro_engine.generate.request import Generation, Request
 from retro_engine.generate.sampling import Sampling
@@ -60,7 +61,7 @@ class Generator:
         self.model, self.tokenizer, self.retriever, self.drafts = model, tokenizer, retriever, drafts
         if neighbor_bytes is None:
             neighbor_bytes = NEIGHBOR_BYTES if model.config.encodes_alone else 0
-        self.beside = beside
+        self.beside, self.cores = beside, FreeCores()
         self.encodings = Encodings(model, neighbor_bytes, encoded) if neighbor_bytes or encoded else None
         self._found: OrderedDict[tuple[str, str, str, int, int, str | None, str], Found] = OrderedDict()
         self._lock = threading.Lock()
@@ -106,6 +107,7 @@ class Generator:
             neighbor_tokens=max((s.neighbor_tokens for s in sequences), default=0),
             deterministic=deterministic,
             encodings=self.encodings,
+            cores=self.cores,
         )
         for sequence in sequences:
             batch.join(sequence, self.find(sequence, sequence.prompt_length))
