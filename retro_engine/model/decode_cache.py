@@ -156,17 +156,17 @@ class DecodeCache:
     def put_front(self, row: int, parts: Sequence[Tensor]) -> None:
         """What a row reads from now on, keys rotated for their places."""
         end, layers, rotary = int(self.pads_B[row]), len(self.keys_BSGE), self.rotary[0]
-        begin = end - sum(part.shape[1] for part in parts)
+        begin = stop = end - sum(part.shape[1] for part in parts)
         self.begins_B[row] = begin
+        by_part = []  # of each, what every layer's keys and then every layer's values get
         for part in parts:
-            place, keys = slice(begin, begin + part.shape[1]), part[:layers]
+            keys, start, stop = part[:layers], stop, stop + part.shape[1]
             if rotary is not None:
-                places = torch.arange(place.start, place.stop, device=part.device)
+                places = torch.arange(start, stop, device=part.device)
                 keys = ops.rope(keys, *rotary, positions=places, interleaved=self.interleaved)
-            for layer in range(layers):
-                self.keys_BSGE[layer][row, place] = keys[layer]
-                self.values_BSGE[layer][row, place] = part[layers + layer]
-            begin = place.stop
+            by_part.append((*keys.unbind(), *part[layers:].unbind()))
+        for whole, together in zip((*self.keys_BSGE, *self.values_BSGE), zip(*by_part)):
+            torch.cat(together, out=whole[row, begin:end])
 
     def note_padding(self, is_token_BT: Tensor) -> None:
         """Count padding on the left of the next block. Raises ValueError for padding after a token."""

