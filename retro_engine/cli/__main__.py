@@ -2,6 +2,6 @@
 
 import sys
 
-from retro_engine.cli.main import main
+from retro_engine.cli.main import command
 
-sys.exit(main())
+sys.exit(command())

@@ -1,11 +1,16 @@
 """The command line: three-line errors, exit codes, nothing written or lost; and the commands one after another."""
 
+import atexit
+import contextlib
+import importlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +21,8 @@ from helpers import small_disk, write_corpus
 from retro_engine.cli import doctor
 from retro_engine.data.store import Store
 from retro_engine.version import __version__
+
+cli_main = importlib.import_module("retro_engine.cli.main")  # the package gives that name to the function
 
 
 def test_help_is_quick() -> None:
@@ -299,3 +306,26 @@ def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ):
         assert run(*command) in (0, 2, 3), command
         assert "this is a bug" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_the_process_ends_without_a_teardown_once_all_is_written(
+    is_read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the last words cannot be written the interpreter's own end says it."""
+    done: list[object] = []
+
+    class Out(io.StringIO):
+        def flush(self) -> None:
+            if not is_read:
+                raise BrokenPipeError
+            done.append("flushed")
+
+    monkeypatch.setattr(cli_main, "main", lambda: 6)
+    monkeypatch.setattr(threading, "_shutdown", lambda: done.append("threads"))
+    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: done.append("registered"))
+    monkeypatch.setattr(os, "_exit", done.append)
+    with contextlib.redirect_stdout(Out()):
+        code = cli_main.command()
+    assert done == ["threads", "registered", *(["flushed", 6] if is_read else [])]
+    assert is_read or code == 6
