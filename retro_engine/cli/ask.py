@@ -15,7 +15,7 @@ from retro_engine.errors import MissingInputError, UsageError
 from retro_engine.threads import wait_shortly
 
 if TYPE_CHECKING:
-    from retro_engine.readers.ahead import Comparing
+    from retro_engine.readers.ahead import Ahead, Comparing
     from retro_engine.readers.ask import Answer, Asker, Source
     from retro_engine.readers.reader_file import Reader
 
@@ -54,7 +54,13 @@ def run(args: argparse.Namespace) -> int:
         _settle_base(args, reader)
     reader = with_settings(reader, args.k, args.max_new_tokens)
     ahead = None if question is None else begin(reader, documents, question, flags.reporter(args), args.format)
-    asker = _opened(args, documents, reader, compare(reader, args.base, args.dtype))  # its thread after the fork
+    with _garbage_of_imports_aside():
+        asker = _opened(args, documents, reader, compare(reader, args.base, args.dtype))  # its thread after the fork
+        _answer(args, asker, question, ahead)
+    return 0
+
+
+def _answer(args: argparse.Namespace, asker: "Asker", question: str | None, ahead: "Ahead | None") -> None:
     for line in [question] if question is not None else _lines(args):
         try:
             answer = asker.ask(line, ahead)
@@ -64,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)  # the next one may be better
             continue
         _print(args, asker, answer)
-    return 0
 
 
 def _usage() -> str:
@@ -84,13 +89,22 @@ def _documents_and_question(args: argparse.Namespace) -> tuple[list[str], str | 
 
 
 def _opened(args: argparse.Namespace, documents: list[str], reader: "Reader", base: "Comparing") -> "Asker":
-    """No garbage is looked for while PyTorch is imported."""
+    from retro_engine.readers.ask import Asker
+
+    asker = Asker(documents, reader, base, dtype=args.dtype, reporter=flags.reporter(args), format=args.format)
+    gc.freeze()
+    gc.enable()
+    return asker
+
+
+@contextlib.contextmanager
+def _garbage_of_imports_aside() -> Iterator[None]:
+    """None is looked for while PyTorch is imported, nor later in what was there then: one look through it takes .1 s."""
     gc.disable()
     try:
-        from retro_engine.readers.ask import Asker
-
-        return Asker(documents, reader, base, dtype=args.dtype, reporter=flags.reporter(args), format=args.format)
+        yield
     finally:
+        gc.unfreeze()
         gc.enable()
 
 
