@@ -5,6 +5,7 @@ import contextlib
 import gc
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -46,9 +47,7 @@ def run(args: argparse.Namespace) -> int:
     documents, question = _documents_and_question(args)
     if question is not None:
         question = checked_question(question)  # before anything is loaded
-    for path in documents:
-        if not os.path.lexists(path) and not any(letter in path for letter in "*?["):
-            raise MissingInputError(f"{path} does not exist", "documents are files and folders", _usage())
+    _check_there(documents, args.words)
     reader = find_reader(args.reader)
     if args.base is None:
         _settle_base(args, reader)
@@ -86,6 +85,20 @@ def _documents_and_question(args: argparse.Namespace) -> tuple[list[str], str | 
     if os.path.lexists(question) and " " not in question.strip():
         raise UsageError(f"there is no question: {question} is a file", "the question is the last word", _usage())
     return documents, question
+
+
+def _check_there(documents: list[str], words: list[str]) -> None:
+    """Raises MissingInputError for what is not there; where that is the last of several words, a question is taken for it."""
+    known = [os.path.lexists(path) or any(letter in path for letter in "*?[") for path in documents]
+    if all(known):
+        return
+    first = known.index(False)
+    what = f"{documents[first]} does not exist"
+    if first and not any(known[first:]):
+        question = " ".join(words[first:])
+        fix = shlex.join(["retro", "ask", *documents[:first]])
+        raise MissingInputError(what, "a question of several words stands in quotes", f'{fix} "{question}"')
+    raise MissingInputError(what, "documents are files and folders", _usage())
 
 
 def _opened(args: argparse.Namespace, documents: list[str], reader: "Reader", base: "Comparing") -> "Asker":

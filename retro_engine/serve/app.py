@@ -36,6 +36,7 @@ from retro_engine.serve import (
 from retro_engine.serve.api_error import ApiError, ClientLeft, api_error
 from retro_engine.serve.gate import Gate
 from retro_engine.serve.metrics import Metrics
+from retro_engine.serve.rehearsal import rehearse
 from retro_engine.serve.request_context import ServerState, client_of, state_of
 from retro_engine.serve.service import Service
 
@@ -176,9 +177,16 @@ def make_app(
     ]
     routes += [Route(path, endpoint, methods=[method]) for method, path, endpoint, _ in guarded]
 
+    handlers = {RetroError: _retro_error, OSError: _os_error, HTTPException: _http_error, ApiError: _api_error}
+
+    def warm(service: Service) -> None:
+        with service.rehearsing() as double:
+            double.warm_up()
+            rehearse(double, state, routes, handlers)
+
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(state, load, stop, settle, ready))
+        loading = asyncio.create_task(_load(state, load, stop, settle, ready, warm))
         try:
             yield
         finally:
@@ -188,7 +196,6 @@ def make_app(
             if service is not None:
                 await asyncio.to_thread(service.close)
 
-    handlers = {RetroError: _retro_error, OSError: _os_error, HTTPException: _http_error, ApiError: _api_error}
     more = {ClientLeft: _client_left, 500: _bug}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={**handlers, **more})
     app.router.redirect_slashes = False
@@ -208,13 +215,15 @@ def make_app(
     )
 
 
-def _opened(state: ServerState, load: Callable[[], Service], settle: Callable[[], None]) -> Service:
+def _opened(
+    state: ServerState, load: Callable[[], Service], settle: Callable[[], None], warm: Callable[[Service], None]
+) -> Service:
     """The service, warm unless the server ends meanwhile."""
     service = load()
     try:
         if not state.is_closing:
             state.awaited = "the model is warming up: it generates its first tokens, so that no request waits for that"
-            service.warm_up()
+            warm(service)
         if not state.is_closing:
             settle()
     except BaseException:
@@ -229,9 +238,10 @@ async def _load(
     stop: Callable[[BaseException], None] | None,
     settle: Callable[[], None],
     ready: Callable[[Service], None],
+    warm: Callable[[Service], None],
 ) -> None:
     try:
-        service = await asyncio.to_thread(_opened, state, load, settle)
+        service = await asyncio.to_thread(_opened, state, load, settle, warm)
     except Exception as error:  # a bug too: else the server would say "loading" for ever
         if stop is None:
             raise

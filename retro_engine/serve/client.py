@@ -51,7 +51,10 @@ class RemoteLibrary:
 
     def delete(self, ids: Sequence[str], namespace: str = DEFAULT) -> int:
         """Delete documents; return how many there were."""
-        return sum(self._call("DELETE", f"documents/{quote(i, '')}", namespace) is not None for i in ids)
+        count = sum(self._call("DELETE", f"documents/{quote(i, '')}", namespace) is not None for i in ids)
+        if count < len(ids):  # what is not there says no version
+            self._whole("GET", "documents?limit=1", namespace)
+        return count
 
     def reset(self, namespace: str = DEFAULT) -> int:
         """Delete every document; return how many there were."""

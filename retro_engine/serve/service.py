@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,27 +164,36 @@ class Service:
         if mode not in (None, "lexical") and self.library is not None and self.library.chunker.width is None:
             raise UsageError(f"mode {mode} needs vectors", "the library was made without an embedder", "lexical")
 
-    def warm_up(self) -> None:
-        """Compute once what a first request would wait for: what is compiled, imported or touched at first use. Nothing of it
-        is kept or counted.
+    @contextlib.contextmanager
+    def rehearsing(self) -> Iterator["Service"]:
+        """The same model and documents behind an engine and threads of their own: what is asked of it is neither kept nor
+        counted here, and its memory is free again.
         """
-        text = self._known_text()
-        self._generate(text)
-        if self.source is not None:
-            self.find(text, 1, self.mode)
+        source, beside = self.generator.retriever, self.generator.beside
+        generator = Generator(self.generator.model, self.tokenizer, source, beside=beside)
+        engine = Engine(generator, max_batch=self.engine.max_batch, prefix_bytes=0)
+        with engine, contextlib.closing(Work()) as work:
+            yield replace(self, generator=generator, engine=engine, work=work)
         trim()
 
-    def _generate(self, text: str) -> None:
-        """Some tokens after a text, in an engine of its own with as many rows; its memory is free again."""
-        model, source = self.generator.model, self.generator.retriever
-        known = [token for token in self.tokenizer.encode(text) if token != self.tokenizer.eod_id]
-        ids = known[: model.config.chunk_size] or [0]
-        generator = Generator(model, self.tokenizer, source, beside=self.generator.beside)
-        with Engine(generator, max_batch=self.engine.max_batch, prefix_bytes=0) as engine:
-            engine.submit(Request(ids[:1], 2, neighbors=[])).result()
-            if model.config.retrieval and model.config.most_tokens is None:  # else a whole chunk may not have room
-                asked = Request(ids, 2 * WARM_TOKENS, neighbors=None if source is not None else [text])
-                engine.submit(asked).result()
+    def warm_up(self) -> None:
+        """Compute once what a first request would wait for and no route asks for by itself: a token without neighbors, and a
+        search. Of a `rehearsing` one.
+        """
+        text = self.known_words()
+        self.engine.submit(Request(self.tokenizer.encode(text)[:1] or [0], 2, neighbors=[])).result()
+        if self.source is not None:
+            self.find(text, 1, self.mode)
+
+    def given(self, text: str) -> dict[str, Any]:
+        """A body's field that has a text read, where neighbors can be and a whole chunk has room behind them."""
+        config = self.generator.model.config
+        return {"retro": {"neighbors": [text]}} if config.retrieval and config.most_tokens is None else {}
+
+    def known_words(self) -> str:
+        """A chunk of what a search finds."""
+        known = [token for token in self.tokenizer.encode(self._known_text()) if token != self.tokenizer.eod_id]
+        return self.tokenizer.decode(known[: self.generator.model.config.chunk_size]).strip() or "a"
 
     def _known_text(self) -> str:
         """One that a search has hits for, where there is anything to find."""

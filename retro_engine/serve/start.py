@@ -62,10 +62,11 @@ def serve_until_signal(options: ServiceOptions, address: Address, accounts: Acco
         failures.append(error)
         server.should_exit = True
 
-    app = make_app(state, partial(open_service, options), hosts=[address.host, *address.allowed_hosts], has_nemo=address.has_nemo, stop=stop, settle=settle, ready=partial(_say_ready, reporter))  # fmt: skip
+    app = make_app(state, partial(open_service, options), hosts=[address.host, *address.allowed_hosts], has_nemo=address.has_nemo, stop=stop, settle=settle, ready=partial(_say_ready, reporter, f"http://{shown}:{port}"))  # fmt: skip
     server = make_server(app, state.limits, address.is_behind_proxy, state.end_requests, reporter.say)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # traces of bugs, not every odd request
     reporter.say(f"listening on http://{shown}:{port}")
+    reporter.say("opening the model: what is asked before it is ready gets 503")
     if (token := accounts.begin_setup()) is not None:
         reporter.say(f"nobody has access yet; make the first user, once, at http://{shown}:{port}/#setup={token}")
     if threading.current_thread() is threading.main_thread():
@@ -101,9 +102,9 @@ def settle() -> None:
     gc.freeze()
 
 
-def _say_ready(reporter: Reporter, service: Service) -> None:
+def _say_ready(reporter: Reporter, address: str, service: Service) -> None:
     place = describe_device(service.generator.model.device)
     documents = "no documents" if service.library is None else service.library.folder
     beside = service.generator.beside
     memory = "" if beside is None else f", beside a memory of {beside.memory.num_tokens:,} tokens"
-    reporter.say(f"ready: model {service.name} {place}, {documents}{memory}")
+    reporter.say(f"ready: model {service.name} {place}, {documents}{memory}; open {address}")

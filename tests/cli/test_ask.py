@@ -130,6 +130,8 @@ BAD = {
     "an empty question": (["in", " "], 2, "the question is empty"),
     "a huge question": (["in", "x" * 10_000], 2, "the question has 10,000 characters"),
     "documents that are not there": (["gone", "Who?"], 3, "gone does not exist"),
+    "a question without quotes": (["in", "Who", "is", "he?"], 3, 'retro ask in "Who is he?"'),
+    "the first of several is not there": (["gone", "in", "Who?"], 3, "documents are files and folders"),
     "no documents": (["empty", "Who?"], 3, "there is no document to read"),
     "an unknown kind": (["x.odt", "Who?"], 2, "x.odt is of an unknown kind"),
     "k of 0": (["in", "Who?", "--k", "0"], 2, "k=0 cannot be used"),

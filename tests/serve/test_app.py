@@ -182,7 +182,7 @@ def test_ready_is_said_once_requests_are_answered(small: Server, tmp_path: Path)
         said.append("ready" if state.service is service else "ready early")
 
     async def begins() -> None:
-        await _load(state, lambda: service, None, settled, ready)
+        await _load(state, lambda: service, None, settled, ready, lambda service: None)
 
     asyncio.run(begins())
     assert said == ["settled", "ready"]

@@ -73,6 +73,8 @@ def test_the_commands(
     assert (out["state"], out["added"], out["failed"]) == ("done", 5, 1)
     assert "Row 3" in run("get", "--url", server.url, "r3")
     assert "deleted: 2" in run("rm", "--url", server.url, "r1", "r2")
+    gone = json.loads(run("rm", "--url", server.url, "r1", "--json"))
+    assert gone == {"deleted": 0, "version": server.service.index_version} and gone["version"]
     assert len(run("list", server.url, "--quiet").splitlines()) == 4
 
 
