@@ -32,6 +32,7 @@ TYPES = {
     "BOOL": torch.bool,
 }
 _LINE = 64  # bytes of a cache line
+_ARENA_MAX = -8  # glibc's M_ARENA_MAX; other C libraries do not know it, and change nothing
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
@@ -134,6 +135,15 @@ def trim() -> None:
     release = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if release is not None:
         release(0)
+
+
+def share_one_heap() -> None:
+    """Before threads are started that allocate: what one has freed is there for all (glibc gives each its own heap otherwise). A user's
+    MALLOC_ARENA_MAX stays.
+    """
+    configure = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if configure is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        configure(_ARENA_MAX, 1)
 
 
 def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ from functools import partial
 
 from retro_engine.errors import UsageError, typed
 from retro_engine.model.device import describe_device
+from retro_engine.model.memory import share_one_heap
 from retro_engine.progress import Reporter
 from retro_engine.serve.accounts import Accounts
 from retro_engine.serve.app import is_loopback, make_app
@@ -52,6 +53,7 @@ def serve_until_signal(options: ServiceOptions, address: Address, accounts: Acco
             "there are no users and no keys yet",
             "retro users add NAME, or retro keys add NAME",
         )
+    share_one_heap()
     state = make_state(accounts, limits or Limits(), address)
     listener = bind(address.host, address.port)
     port = listener.getsockname()[1]

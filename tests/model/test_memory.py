@@ -1,8 +1,10 @@
 """Tensors on a file's own pages: their values whatever becomes of the file's name, and memory that is given back."""
 
+import ctypes
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from retro_engine.bench.machine import resident_mib
 from retro_engine.errors import MissingInputError, OutOfResourceError, StoreError
-from retro_engine.model.memory import LargePages, MappedTensors, safetensors_parts, trim, untouched_zeros
+from retro_engine.model.memory import (
+    LargePages,
+    MappedTensors,
+    safetensors_parts,
+    share_one_heap,
+    trim,
+    untouched_zeros,
+)
 
 MIB = 1 << 20
 
@@ -129,3 +138,17 @@ def test_no_memory_to_map_a_file_names_it(tmp_path: Path, monkeypatch: pytest.Mo
         OutOfResourceError, match=r"w\.safetensors cannot be read\n.*allocate memory.*\n.*free some memory"
     ):
         MappedTensors(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, [(-8, 1)]), ("4", [])])
+def test_one_heap_unless_a_user_says_how_many(
+    asked: str | None, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda name, value: calls.append((name, value)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", asked)
+    share_one_heap()
+    assert calls == expected
