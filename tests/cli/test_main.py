@@ -299,12 +299,12 @@ def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert run(*command, *out) == 2
         assert "its name is not UTF-8" in capsys.readouterr().err
     (tmp_path / "s").rename(folder / "s")
-    for command in (
+    for words in (
         ("inspect", folder / "s", "--verify"),
         ("build", folder / "s"),
         ("inspect", folder / "s/neighbors/bm25"),
     ):
-        assert run(*command) in (0, 2, 3), command
+        assert run(*words) in (0, 2, 3), words
         assert "this is a bug" not in capsys.readouterr().err
 
 

@@ -85,6 +85,22 @@ def test_bytes_of_inputs(instruction_set: str) -> None:
     assert (rounded(x[0]) - x[0])[64:].abs().max() <= x[0, 64:].abs().max() / 254
 
 
+@pytest.mark.skipif(not cpp.is_available() or "avx512_amx" not in cpp.instruction_sets(), reason="no matrix unit")
+@pytest.mark.parametrize("rows", [MANY_ROWS + 1, 96, 530])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (77, 96), (33, 1024), (17, 416)])
+def test_bytes_of_many_rows_in_the_matrix_unit(rows: int, outputs: int, inputs: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+    scale, bias = torch.rand(outputs, generator=generator), torch.randn(outputs, generator=generator)
+    x = torch.randn(rows, inputs, generator=generator)
+    met = x.bfloat16().double()
+    exact, sizes = met @ weight.double().T, met.abs() @ weight.double().abs().T
+    for b in (None, bias):
+        found = linear(x[None], weight, b, scale)[0]
+        expected = exact * scale.double() + (0 if b is None else b.double())
+        assert ((found - expected).abs() <= 4e-6 * (sizes * scale + 1)).all()
+
+
 def test_other_types_and_empty() -> None:
     x, weight = torch.randn(3, 8).double(), torch.randn(5, 8).double()
     assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
