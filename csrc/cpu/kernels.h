@@ -151,7 +151,7 @@ struct Build {
   void (*widen)(const int8_t*, const float* scale, void* y, int64_t D, int64_t begin, int64_t end);  // items are rows
   void (*swiglu)(Type, const void* gate, const void* up, void* y, int64_t begin, int64_t end);  // items are numbers
   void (*put)(const Step&, int64_t begin, int64_t end);       // rotates, and writes the cache; items are rows
-  void (*attend)(const Step&, int64_t begin, int64_t end);    // items are (b * G + g) * splits + a piece of its keys
+  void (*attend)(const Step&, int64_t begin, int64_t end);    // items are (b * splits + a piece of its keys) * G + g: heads whose keys lie beside each other follow one another
   void (*cross_entropy)(const CrossEntropy&, Type, int64_t begin, int64_t end);  // items are rows
   void (*apply)(Primitive, const float* x, float* y, int64_t count);  // an Activation's number too
 };
