@@ -6,6 +6,7 @@ import gguf_helpers
 import pytest
 from helpers import write_corpus
 
+import retro_engine
 from retro_engine.config import load_config
 from retro_engine.data.prepare import prepare
 from retro_engine.interop.imports import import_model, write_checkpoint
@@ -46,3 +47,8 @@ def reader_run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reader_folder(reader_run: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_reader(reader_run, tmp_path_factory.mktemp("readers") / "tiny-reads", base, max_new_tokens=6)
+
+
+def ask_alone(folder: Path, reader: Path, base: Path) -> None:
+    """In a process of its own, which must be able to import it."""
+    print(retro_engine.ask(folder, "Who built the castle?", reader, base, k=1).sources[0].document)

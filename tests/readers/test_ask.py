@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from forks import Fork
+from reader_helpers import ask_alone
 
 import retro_engine
 from retro_engine.errors import MissingInputError, UsageError
@@ -163,10 +164,6 @@ def test_in_python(reader_folder: Path, base: Path, folder: Path) -> None:
     answer = retro_engine.ask(folder, "Who built the castle?", reader=reader_folder, base=base, k=1)
     assert len(answer.sources) == 1
     assert answer.found == (answer.answer != NOT_FOUND)
-
-
-def ask_alone(folder: Path, reader: Path, base: Path) -> None:
-    print(retro_engine.ask(folder, "Who built the castle?", reader, base, k=1).sources[0].document)
 
 
 def test_two_processes_over_one_library(reader_folder: Path, base: Path, folder: Path, tmp_path: Path) -> None:
