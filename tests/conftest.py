@@ -30,6 +30,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported stays: collectors, of which tests ask for some, need not look through it
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries that look for leaks at the end tell of it
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What would be kept in the user's cache (readers/places.py) is kept here."""
