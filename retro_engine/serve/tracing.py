@@ -57,13 +57,18 @@ class Tracing:
         self._provider = TracerProvider(resource=Resource.create({"service.name": SERVICE}))
         self._provider.add_span_processor(processor)
 
+    def answering(self, request: Request, body: Sampled, answer: Answer) -> contextlib.AbstractContextManager[None]:
+        """A span around the making of an answer, ended with what is known of it then. It begins now: an engine may have answered
+        before the block is entered.
+        """
+        return self._around(request, body, answer, time.monotonic())
+
     @contextlib.contextmanager
-    def answering(self, request: Request, body: Sampled, answer: Answer) -> Iterator[None]:
-        """A span around the making of an answer, ended with what is known of it then."""
+    def _around(self, request: Request, body: Sampled, answer: Answer, begun: float) -> Iterator[None]:
         if self._provider is None:
             yield
             return
-        span, begun = self._begin(request, body, answer), time.monotonic()
+        span = self._begin(request, body, answer, begun)
         try:
             yield
         except BaseException as error:
@@ -73,7 +78,7 @@ class Tracing:
         finally:
             _end(span, answer, begun)
 
-    def _begin(self, request: Request, body: Sampled, answer: Answer) -> "Span":
+    def _begin(self, request: Request, body: Sampled, answer: Answer, begun: float) -> "Span":
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -90,7 +95,9 @@ class Tracing:
             about["gen_ai.request.choice.count"] = body.n
         parent = TraceContextTextMapPropagator().extract(dict(request.headers))
         tracer = self._provider.get_tracer("retro_engine.serve")
-        return tracer.start_span(f"{operation} {answer.service.name}", parent, SpanKind.SERVER, about)
+        start_ns = time.time_ns() - int(1e9 * (time.monotonic() - begun))
+        name = f"{operation} {answer.service.name}"
+        return tracer.start_span(name, parent, SpanKind.SERVER, about, start_time=start_ns)
 
     def close(self) -> None:
         """Send what has not been sent."""

@@ -65,6 +65,21 @@ def test_a_span_of_every_answer(server: Server, spans: Any) -> None:
     assert all("Elmswell" not in span.to_json() for span in (first, second, third)), "never what was said"
 
 
+def test_an_engine_that_answers_before_the_span_is_made(
+    server: Server, spans: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Tracing._begin
+
+    def late(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        return begin(*arguments)
+
+    monkeypatch.setattr(Tracing, "_begin", late)
+    assert post(server, "/v1/completions", prompt="a river", max_tokens=1).status_code == 200
+    (span,) = spans()
+    assert 0 < span.attributes["gen_ai.response.time_to_first_chunk"] <= (span.end_time - span.start_time) / 1e9
+
+
 def test_what_fails_and_who_leaves(server: Server, spans: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     body = {"prompt": "river", "max_tokens": 200, "min_tokens": 200, "stream": True, "temperature": 0}
     with server.client("read") as client, client.stream("POST", "/v1/completions", json=body) as answer:
