@@ -235,7 +235,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tupl
 
     What no query writes is 0 in o and +inf in the log-sum-exp.
     """
-    o = torch.zeros(q.shape, dtype=q.dtype)
+    o = _queries_room(q, k, problem)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("inf"))
     if o.numel() and k.numel():
         _attention(q, k, v, o, lse, problem, (None,) * 4)
@@ -246,7 +246,7 @@ def attention_backward(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; deterministic."""
-    grad_q = torch.zeros(q.shape, dtype=q.dtype)
+    grad_q = _queries_room(q, k, problem)
     grad_k, grad_v = torch.empty(k.shape, dtype=k.dtype), torch.empty(k.shape, dtype=k.dtype)
     if o.numel() and k.numel():
         _attention(q, k, v, o, lse, problem, (grad_o.contiguous(), grad_q, grad_k, grad_v))
@@ -254,6 +254,15 @@ def attention_backward(
         grad_k.zero_()
         grad_v.zero_()
     return grad_q, grad_k, grad_v
+
+
+def _queries_room(q: Tensor, k: Tensor, problem: Problem) -> Tensor:
+    """Where a number is written for each of q's; zeros where no query attends, before the first chunk's end."""
+    if not q.numel() or not k.numel():
+        return torch.zeros(q.shape, dtype=q.dtype)
+    x = torch.empty(q.shape, dtype=q.dtype)
+    x[:, : max(0, problem.chunk_length - 1)] = 0
+    return x
 
 
 def _attention(

@@ -11,6 +11,7 @@
 #include <vector>
 
 #ifdef __linux__
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -140,6 +141,15 @@ void read_all(const py::tuple& from, Values&... values) {
   fields.end();
 }
 
+// Before memory is written for the first time: with large pages it takes a five hundredth of the faults. Where there are none, nothing.
+void ask_large_pages([[maybe_unused]] void* base, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(base), first = (begin + PAGE - 1) / PAGE * PAGE, last = (begin + bytes) / PAGE * PAGE;
+  if (last > first) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 void attention(const std::string& build, const py::args& given) {
   Type type;
   Attention a{};
@@ -149,6 +159,8 @@ void attention(const std::string& build, const py::args& given) {
   fields.read(a.lengths, a.begins, a.first_keys, a.is_causal, a.cos, a.sin, a.P, a.query_offset, a.query_period, a.scale);
   fields.read(a.drop_below, a.seed_low, a.seed_high, a.keep, a.parts, a.grad_o, a.grad_q, a.grad_k, a.grad_v);
   fields.end();
+  for (void* gradients : {a.grad_k, a.grad_v})
+    if (gradients) ask_large_pages(gradients, a.B * a.L * a.K * a.R * a.KV * a.E * (type == FLOAT32 ? 4 : 2));
   const auto run = a.grad_o ? find_build(build).attention_backward : find_build(build).attention_forward;
   const py::gil_scoped_release release;
   parallel_for(a.B * a.L * a.KV * (a.grad_o ? 1 : a.parts), 1, [&](int64_t begin, int64_t end) { run(a, type, begin, end); });

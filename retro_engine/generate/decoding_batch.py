@@ -168,7 +168,9 @@ class DecodingBatch:
 
     def accepted(self, sequence: DecodingSequence, logits_TV: Tensor) -> list[Event | None]:
         """Choose the tokens that come of a step's logits: as many as its draft holds, and one more."""
-        with self._threads(is_reading=False):  # a largest value is looked for by several, of which one might wait for its core
+        with self._threads(
+            is_reading=False
+        ):  # a largest value is looked for by several, of which one might wait for its core
             return self._accepted(sequence, logits_TV)
 
     def _accepted(self, sequence: DecodingSequence, logits_TV: Tensor) -> list[Event | None]:

@@ -39,6 +39,16 @@ def test_attention(instruction_set: str, dtype: torch.dtype) -> None:
             assert relative_error(a, b) < TOLERANCE[dtype], f"{name}: {relative_error(a, b):.1e}"
 
 
+@pytest.mark.parametrize("N", [70, 64, 16])  # of 16, one query attends
+def test_what_no_query_writes_is_zero(instruction_set: str, N: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = cca_case((2, N, 2, 1, 32, 16, 2, 20, 0), torch.float32)
+    exact = output_and_gradients(chunked_cross_attention, in_double(case, QKV), QKV)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(77))
+    for name, a, b in zip(("o", *QKV), output_and_gradients(chunked_cross_attention, case, QKV), exact):
+        assert relative_error(a, b) < TOLERANCE[torch.float32], name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rope_and_gathering(instruction_set: str, dtype: torch.dtype) -> None:
     x, (cos, sin) = torch.randn(2, 33, 3, 18).to(dtype), rotary_tables(33, 12)
