@@ -32,7 +32,8 @@ TYPES = {
     "BOOL": torch.bool,
 }
 _LINE = 64  # bytes of a cache line
-_ARENA_MAX = -8  # glibc's M_ARENA_MAX; other C libraries do not know it, and change nothing
+# glibc's M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX and M_ARENA_MAX; other C libraries do not know them, and change nothing.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
@@ -141,9 +142,24 @@ def share_one_heap() -> None:
     """Before threads are started that allocate: what one has freed is there for all (glibc gives each its own heap otherwise). A user's
     MALLOC_ARENA_MAX stays.
     """
+    _configure_heap({_ARENA_MAX: 1}, ["MALLOC_ARENA_MAX"])
+
+
+def keep_freed_memory() -> None:
+    """Before a training on a CPU: what a step frees stays for the next one. glibc gives large blocks back to the system, and whoever asks for
+    them again writes new pages, one fault for 4 KB. A user's MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_MAX_ and the like stay.
+    """
+    theirs = ["MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_"]
+    _configure_heap({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}, theirs)
+
+
+def _configure_heap(values: dict[int, int], variables: list[str]) -> None:
+    """Tell the C library, where it can be told and none of the variables of the environment, nor GLIBC_TUNABLES, tells it already."""
     configure = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if configure is not None and "MALLOC_ARENA_MAX" not in os.environ:
-        configure(_ARENA_MAX, 1)
+    if configure is None or any(name in os.environ for name in [*variables, "GLIBC_TUNABLES"]):
+        return
+    for name, value in values.items():
+        configure(name, value)
 
 
 def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

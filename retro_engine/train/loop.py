@@ -36,6 +36,7 @@ from retro_engine.model.device import describe_device
 from retro_engine.model.flops import peak_flops
 from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.lora import add_adapters
+from retro_engine.model.memory import keep_freed_memory
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Meter, Reporter
 from retro_engine.train import checkpoint, retrofit
@@ -112,6 +113,8 @@ def train(config: Config, reporter: Reporter | None = None, resume: str = "auto"
         if source is not None:
             retrofit.check_tokenizer(source, data.store)
         config.model.vocab_size = config.model.vocab_size or data.store.vocab_size
+        if parallel.device.type == "cpu":
+            keep_freed_memory()
         with files.locked(run) if parallel.is_main else contextlib.nullcontext():
             return _Training(config, data, run, reporter, resume, parallel=parallel, source=source).run_all()
     finally:

@@ -2,7 +2,10 @@
 
 import ctypes
 import json
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +18,7 @@ from retro_engine.errors import MissingInputError, OutOfResourceError, StoreErro
 from retro_engine.model.memory import (
     LargePages,
     MappedTensors,
+    keep_freed_memory,
     safetensors_parts,
     share_one_heap,
     trim,
@@ -140,15 +144,38 @@ def test_no_memory_to_map_a_file_names_it(tmp_path: Path, monkeypatch: pytest.Mo
         MappedTensors(tmp_path / "w.safetensors")
 
 
-@pytest.mark.parametrize(("asked", "expected"), [(None, [(-8, 1)]), ("4", [])])
-def test_one_heap_unless_a_user_says_how_many(
-    asked: str | None, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("asked", [None, "MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"])
+def test_the_heap_is_a_users_to_configure(asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
     library = SimpleNamespace(mallopt=lambda name, value: calls.append((name, value)))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
-    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    for name in ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
     if asked is not None:
-        monkeypatch.setenv("MALLOC_ARENA_MAX", asked)
+        monkeypatch.setenv(asked, "4")
     share_one_heap()
-    assert calls == expected
+    one_heap = [] if asked in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES") else [(-8, 1)]
+    assert calls == one_heap
+    keep_freed_memory()
+    assert calls == one_heap + (
+        [] if asked in ("MALLOC_MMAP_MAX_", "GLIBC_TUNABLES") else [(-4, 0), (-1, -1), (-2, 64 << 20)]
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the faults of Linux")
+def test_memory_that_is_freed_is_there_again_without_faults() -> None:
+    code = """
+import resource, torch
+from retro_engine.model.memory import keep_freed_memory
+keep_freed_memory()
+def faults():
+    for _ in range(4):
+        tensors = [torch.ones(count) for count in (1 << 18, 1 << 20, 1 << 24)]
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+print(faults() - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) < 1000  # of 18,000 pages, each time
