@@ -244,14 +244,16 @@ class SchedConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    # distributed_fused_adam: parameters and optimizer state are sharded over processes
-    name: str = choice("adamw", "distributed_fused_adam")
+    # distributed_fused_adam: parameters and optimizer state are sharded over processes; muon: the layers' matrices, and AdamW for all else
+    name: str = choice("adamw", "distributed_fused_adam", "muon")
     lr: float = number(6e-4, low=1e-12, high=1e38)  # the highest learning rate [rate]
     # AdamW's decay of the mean and of the square of gradients
     betas: list[float] = checked(
         [0.9, 0.95], lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"
     )
-    weight_decay: float = number(0.1, low=0, high=1e6)  # AdamW's, of matrices [rate]
+    eps: float = number(1e-8, low=0, high=1)  # AdamW's: beside the root of a gradient's mean square [gradient]
+    momentum: float = number(0.95, low=0, high=1 - 1e-9)  # muon's decay of the mean of gradients [share]
+    weight_decay: float = number(0.1, low=0, high=1e6)  # of matrices [rate]
     clip: float | None = number(1.0, low=1e-12, high=math.inf)  # global gradient norm; None = off [norm]
     sched: SchedConfig = field(default_factory=SchedConfig)
 

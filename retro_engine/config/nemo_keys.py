@@ -153,6 +153,8 @@ OTHERS = {  # names of megatron-core's and retro-pytorch's settings, for the hin
     "fp16": "trainer.precision",
     "dim_head": "model.num_attention_heads",
     "clip_grad": "model.optim.clip",
+    "adam_eps": "model.optim.eps",
+    "muon_momentum": "model.optim.momentum",
     "recompute_granularity": "model.activations_checkpoint_granularity",
     "split": "model.data.splits_string",
     "data_path": "model.data.blend",

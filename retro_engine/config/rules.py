@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields
 
-from retro_engine.config.fields import Config, LoraConfig, ModelConfig, TrainedModelConfig, base_config
+from retro_engine.config.fields import Config, LoraConfig, ModelConfig, OptimConfig, TrainedModelConfig, base_config
 from retro_engine.config.values import MANY, check_fields, require
 
 
@@ -251,6 +251,14 @@ def _check_parallel(config: Config) -> None:
         require(m.encoder_seq_length % size == 0 and m.r % size == 0, key, size, "must divide sequences and neighbors")
         rule = "sequence parallelism takes the residual before the norm"
         require(m.encoder_ca_residual == "input", "model.encoder_ca_residual", m.encoder_ca_residual, rule)
+    if m.optim.name == "muon":
+        rule, fix = "its update is of whole matrices", "model.optim.name=adamw"
+        require(size == 1, "model.optim.name", "muon", f"{rule}, and {key}={size} cuts them", fix)
+        require(not _shards(config), "model.optim.name", "muon", f"{rule}, and trainer.strategy=fsdp cuts them", fix)
+        require(not m.mup, "model.optim.name", "muon", "model.mup's rates are AdamW's", fix)
+    default = OptimConfig()
+    is_read = m.optim.name == "muon" or m.optim.momentum == default.momentum
+    require(is_read, "model.optim.momentum", m.optim.momentum, "AdamW has betas", "model.optim.name=muon")
     is_whole = config.trainer.strategy != "ddp" or not _shards(config)
     require(is_whole, "trainer.strategy", "ddp", "distributed_fused_adam shards")
     is_other = config.trainer.precision in ("32", "64", "16-mixed")

@@ -59,6 +59,7 @@ from retro_engine.errors import (
     REMEDIES,
     OutOfResourceError,
     StoreError,
+    UsageError,
     read_error,
     system_error,
     typed,
@@ -374,7 +375,7 @@ def read_base(checkpoint: Path) -> Base | None:
 def load_optimizer(checkpoint: Path, optimizer: Optimizer, parallel: Parallel) -> None:
     """Restore the optimizer's state and, where this process had one, its random numbers.
 
-    Raises StoreError for what cannot be read, or is not of this model.
+    Raises StoreError for what cannot be read, or is not of this model, UsageError for another optimizer's state.
     """
     from safetensors import SafetensorError
     from torch.distributed.checkpoint import CheckpointException
@@ -392,7 +393,7 @@ def load_optimizer(checkpoint: Path, optimizer: Optimizer, parallel: Parallel) -
     )
     try:
         _load_shards(str(checkpoint / OPTIMIZER_FOLDER), optimizer, parallel)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UsageError):
         raise
     except (*flaws, AssertionError) as error:
         met = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error

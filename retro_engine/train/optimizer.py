@@ -1,4 +1,4 @@
-"""AdamW, its learning-rate schedules, and what mixed precision adds: fp32 master weights and a loss scale."""
+"""AdamW and Muon, their learning-rate schedules, and what mixed precision adds: fp32 master weights and a loss scale."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from retro_engine.config import OptimConfig
+from retro_engine.errors import UnavailableError, UsageError
 from retro_engine.train.parallel import gradient_norm
 
 FIRST_SCALE, SCALE_GROWS_AFTER = 2.0**16, 2000  # of fp16's loss (arXiv 1710.03740 section 3.2)
@@ -29,8 +30,16 @@ def parameter_groups(
     return list(groups.values())
 
 
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon's update is for it: a map from features to features, so no embedding and no output head."""
+    return parameter.dim() == 2 and "embedding" not in name and not name.startswith("head.")
+
+
 class Optimizer:
-    """Fused AdamW over a model's parameters, or over fp32 copies of bf16 ones (`has_master`)."""
+    """Fused AdamW over a model's parameters, or over fp32 copies of bf16 ones (`has_master`); with name=muon the layers' matrices
+    have Muon's update (Jordan et al. 2024): the mean of their gradients, its singular values made 1 by five Newton-Schulz steps,
+    at .2 sqrt(max(rows, columns)) of the rate (arXiv 2502.16982 section 2.2), which makes it as large as AdamW's: one rate serves both.
+    """
 
     def __init__(
         self,
@@ -48,9 +57,13 @@ class Optimizer:
         self.parameters = self.weights
         if has_master:
             self.parameters = {name: nn.Parameter(p.detach().float()) for name, p in self.weights.items()}
-        groups = parameter_groups(self.parameters.items(), config, widths)
+        hidden = {name for name, p in self.parameters.items() if config.name == "muon" and is_hidden_matrix(name, p)}
+        others = [(name, p) for name, p in self.parameters.items() if name not in hidden]
         betas = (config.betas[0], config.betas[1])
-        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+        groups = parameter_groups(others, config, widths)
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        self.muon = _muon([self.parameters[name] for name in sorted(hidden)], config) if hidden else None
+        self._is_in_muon = hidden
         self.scale = FIRST_SCALE if is_scaled else 1.0
         self.is_scaled, self.good_steps = is_scaled, 0
 
@@ -90,6 +103,10 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = rate / group["width"]
         self.adamw.step()
+        if self.muon is not None:
+            for group in self.muon.param_groups:
+                group["lr"] = rate
+            self.muon.step()
         if self.has_master:
             with torch.no_grad():
                 for name, weight in self.weights.items():
@@ -105,17 +122,20 @@ class Optimizer:
             self.scale = max(1.0, self.scale / 2)
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors by `kind.parameter`: step, exp_avg, exp_avg_sq of every parameter that was updated, and masters."""
+        """Tensors by `kind.parameter`: step, exp_avg, exp_avg_sq or momentum_buffer of every parameter that was updated, and masters."""
         tensors = {}
         for name, parameter in self.parameters.items():
-            for kind, value in self.adamw.state.get(parameter, {}).items():
+            for kind, value in self._states(name).get(parameter, {}).items():
                 tensors[f"{kind}.{name}"] = value
             if self.has_master:
                 tensors[f"master.{name}"] = parameter.detach()
         return tensors
 
     def template(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Empty state of the kinds and parameters in `names`, to be filled in place; becomes this optimizer's state."""
+        """Empty state of the kinds and parameters in `names`, to be filled in place; becomes this optimizer's state.
+
+        Raises UsageError where another optimizer wrote it.
+        """
         tensors: dict[str, Tensor] = {}
         for key in names:
             kind, name = key.split(".", 1)
@@ -124,11 +144,39 @@ class Optimizer:
                 if self.has_master:
                     tensors[key] = parameter.detach()
                 continue
+            if (kind == "momentum_buffer") != (name in self._is_in_muon):
+                what, other = (
+                    f"model.optim.name={self.config.name} cannot go on",
+                    "muon" if kind == "momentum_buffer" else "adamw",
+                )
+                raise UsageError(
+                    what,
+                    f"the checkpoint's state is {other}'s",
+                    f"model.optim.name={other}, or --resume never --out ANOTHER",
+                )
             on_cpu = kind == "step" and parameter.device.type == "cpu"
             value = torch.zeros((), device="cpu" if on_cpu else parameter.device) if kind == "step" else None
             tensors[key] = torch.zeros_like(parameter.detach()) if value is None else value
-            self.adamw.state[parameter][kind] = tensors[key]
+            self._states(name)[parameter][kind] = tensors[key]
         return tensors
+
+    def _states(self, name: str) -> dict:
+        return self.muon.state if self.muon is not None and name in self._is_in_muon else self.adamw.state
+
+
+def _muon(matrices: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        why = f"torch {torch.__version__} has no torch.optim.Muon"
+        raise UnavailableError(
+            "model.optim.name=muon cannot be used", why, "pip install -U 'torch>=2.9', or model.optim.name=adamw"
+        )
+    return torch.optim.Muon(
+        matrices,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:

@@ -5,7 +5,7 @@ Letters: T decoder tokens and W neighbor tokens of a micro-batch, D width, C enc
 the keys, V vocabulary; t processes that share every matrix.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from retro_engine.config import Config, ModelConfig
@@ -29,17 +29,21 @@ LOSS_TOKENS = 512  # of one slice of the head: model/loss.py
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters of one part of the network: `cut` over the processes that share matrices, `whole` in each of them."""
+    """Parameters of one part of the network: `cut` over the processes that share matrices, `whole` in each of them. Of these are
+    `hidden` in matrices from features to features, of which there are `matrices`.
+    """
 
     cut: int = 0
     whole: int = 0
     tensors: int = 0
+    hidden: int = 0
+    matrices: int = 0
 
     def __add__(self, other: "Part") -> "Part":
-        return Part(self.cut + other.cut, self.whole + other.whole, self.tensors + other.tensors)
+        return Part(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
     def times(self, count: int) -> "Part":
-        return Part(self.cut * count, self.whole * count, self.tensors * count)
+        return Part(*(count * a for a in astuple(self)))
 
     @property
     def total(self) -> int:
@@ -53,7 +57,7 @@ class Part:
 def _linear(inputs: int, outputs: int, has_bias: bool, is_row: bool = False) -> Part:
     """`is_row`: cut along its inputs, so that every process has the whole bias."""
     bias = outputs if has_bias else 0
-    return Part(inputs * outputs + (0 if is_row else bias), bias if is_row else 0, 1 + has_bias)
+    return Part(inputs * outputs + (0 if is_row else bias), bias if is_row else 0, 1 + has_bias, inputs * outputs, 1)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def parameters(c: ModelConfig) -> Parameters:
         if c.encoder_final_norm:
             root += norm(e)
         if e != d:
-            root += Part(0, d * e, 1)
+            root += Part(0, d * e, 1, d * e, 1)
         total += encoder.times(c.enc_num_layers) + encoder_cross.times(len(set(c.enc_cross_attention))) + projection
     return Parameters(decoder, cross, encoder, encoder_cross, projection, root=root, total=total + root)
 
@@ -122,6 +126,7 @@ class Layout:
     recompute: str | None
     precision: str  # 32 | bf16-mixed | 16-mixed | 64
     is_o2: bool  # bf16 weights, fp32 masters
+    is_muon: bool = False  # one moment of the hidden matrices, and no counter
     keeps_normed: bool = False  # RMSNorm without a fused kernel, as on a CPU, keeps the normed input too
 
     @property
@@ -166,6 +171,7 @@ def layout_of(config: Config, processes: int) -> Layout:
         recompute=m.activations_checkpoint_granularity,
         precision="bf16-mixed" if trainer.precision == "auto" else trainer.precision,
         is_o2=m.megatron_amp_O2,
+        is_muon=m.optim.name == "muon",
     )
 
 
@@ -395,6 +401,8 @@ def _memory(c: ModelConfig, x: Layout, p: Parameters, kept: Activations) -> dict
     else:  # FSDP adds up micro-batches before it shards
         gradients = here * full / (shards if x.num_micro_batches == 1 else 1)
     optimizer = here / shards * full * (3 if x.has_master else 2) + 4 * p.total.tensors
+    if x.is_muon:
+        optimizer -= full * p.total.hidden + 4 * p.total.matrices
     gathered = (4 * layer + p.root.here(x.tensor)) * x.wide if shards > 1 else 0.0  # two layers, and their gradients
     working = kept.layer * (1 if x.recompute is None else 2)  # the gradients in a layer, and what is computed again
     vocabulary = c.vocab_size / x.tensor

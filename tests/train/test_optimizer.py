@@ -8,6 +8,7 @@ from helpers import small_config, small_model
 from torch import nn
 
 from retro_engine.config import OptimConfig, SchedConfig
+from retro_engine.errors import UnavailableError
 from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.retro import RetroModel
 from retro_engine.train.optimizer import Optimizer, learning_rate, parameter_groups
@@ -71,6 +72,48 @@ def test_master_weights_keep_what_bf16_loses() -> None:
     assert float(optimizer.parameters["weight"][0, 0].detach()) == pytest.approx(1 - 8e-3, rel=1e-4)
     assert float(linear.weight[0, 0].detach()) == pytest.approx(1 - 8e-3, abs=4e-3)
     assert set(optimizer.state()) == {"step.weight", "exp_avg.weight", "exp_avg_sq.weight", "master.weight"}
+
+
+def test_muon_makes_singular_values_one_and_leaves_the_rest_to_adamw() -> None:
+    torch.manual_seed(0)
+    model, other = (small_model(share_embeddings=False).float() for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradients = {name: torch.randn(p.shape) for name, p in before.items()}
+    for net, name in ((model, "muon"), (other, "adamw")):
+        optimizer = Optimizer(net, OptimConfig(name=name, clip=None, weight_decay=0.0), {})
+        for key, p in net.named_parameters():
+            p.grad = gradients[key].clone()
+        optimizer.step(1e-2, 1.0)
+        kinds = {
+            key: {kind.split(".", 1)[0] for kind in optimizer.state() if kind.split(".", 1)[1] == key} for key in before
+        }
+    theirs = dict(other.named_parameters())
+    for key, p in model.named_parameters():
+        update = (before[key] - p.detach()) / 1e-2
+        if p.dim() != 2 or "embedding" in key or key == "head.weight":
+            assert torch.equal(p, theirs[key]), key
+            continue
+        u, s, v = torch.linalg.svd(gradients[key], full_matrices=False)
+        found = u.T @ update @ v.T / (0.2 * max(p.shape) ** 0.5)  # of the gradient's own directions
+        sizes = found.diagonal()[s > s[0] / 10]  # what is next to nothing needs more steps
+        assert bool(((sizes > 0.5) & (sizes < 1.4)).all()), key
+        assert float((found - found.diagonal().diag()).abs().max()) < 0.1, key
+    assert kinds["layers.0.ffn.up.weight"] == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_what_is_beside_the_root_of_the_mean_square_is_a_setting() -> None:
+    linear = nn.Linear(3, 1, bias=False)
+    before = linear.weight.detach().clone()
+    linear.weight.grad = torch.full((1, 3), 2.0)
+    Optimizer(linear, OptimConfig(eps=1.0, weight_decay=0.0, clip=None), {}).step(0.3, 1.0)
+    assert (before - linear.weight.detach()).flatten().tolist() == pytest.approx([0.3 * 2 / (2 + 1)] * 3)
+
+
+def test_a_torch_without_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UnavailableError, match=r"muon cannot be used\n.*has no torch.optim.Muon"):
+        Optimizer(small_model(), OptimConfig(name="muon"), {})
 
 
 def test_the_loss_scale_is_taken_out_and_halved_after_an_overflow() -> None:

@@ -97,12 +97,14 @@ def test_parameters_and_weight_bytes_are_the_models(name: str) -> None:
         assert plan(load_config(settings(c)), 1)["bytes"]["weights"] == sum(p.nbytes for p in model.parameters())
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("is_o2", [False, True])
-def test_weights_gradients_and_optimizer_bytes(is_o2: bool) -> None:
+def test_weights_gradients_and_optimizer_bytes(is_o2: bool, optim: str) -> None:
     c = small("rmsnorm")
-    figures = plan(load_config(settings(c, "trainer.precision=bf16-mixed", f"model.megatron_amp_O2={is_o2}")), 1)
+    given = ("trainer.precision=bf16-mixed", f"model.megatron_amp_O2={is_o2}", f"model.optim.name={optim}")
+    figures = plan(load_config(settings(c, *given)), 1)
     model = RetroModel(c).to(torch.bfloat16 if is_o2 else torch.float32)
-    optimizer = Optimizer(model, OptimConfig(), {}, has_master=is_o2)
+    optimizer = Optimizer(model, OptimConfig(name=optim), {}, has_master=is_o2)
     loss_of(model).backward()
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     optimizer.collect()

@@ -176,6 +176,22 @@ def test_runs_of_another_order_are_not_gone_on_with(small_store: Store, tmp_path
         train(config(small_store, run, *more, "trainer.max_steps=3"), Reporter("quiet"))
 
 
+def test_a_muon_run_goes_on_as_the_same_and_not_with_another_optimizer(small_store: Store, tmp_path: Path) -> None:
+    muon = [*PLAIN, "model.optim.name=muon", "model.optim.sched.max_steps=6"]
+    for name, stops in (("whole", [6]), ("parts", [2, 3, 6])):
+        for stop in stops:
+            train(config(small_store, tmp_path / name, *muon, f"trainer.max_steps={stop}"), Reporter("quiet"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    mine, theirs = (state_of(checkpoint.find_checkpoint(tmp_path / name)) for name in ("parts", "whole"))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    with pytest.raises(UsageError, match="the checkpoint's state is muon's\n.*model.optim.name=muon"):
+        train(config(small_store, tmp_path / "parts", *PLAIN, "trainer.max_steps=8"), Reporter("quiet"))
+    train(config(small_store, tmp_path / "adamw", *PLAIN, "trainer.max_steps=2"), Reporter("quiet"))
+    with pytest.raises(UsageError, match="the checkpoint's state is adamw's"):
+        train(config(small_store, tmp_path / "adamw", *muon, "trainer.max_steps=8"), Reporter("quiet"))
+
+
 def test_what_a_run_learns_otherwise_with_is_applied_and_said(
     small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
