@@ -187,3 +187,9 @@ def nearest(name: str, names: list[str]) -> str:
 
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else ""
+
+
+def who_speaks() -> str:
+    """Before an error, of several processes that torchrun started: each says its own, for what one meets on another node nobody else knows."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    return "" if world == "1" else f"process {os.environ.get('RANK', '0')} of {world}: "

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retro_engine.cli import eval_memory, eval_tasks, flags
+from retro_engine.cli import eval_memory, eval_tasks, flags, processes
 from retro_engine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,13 +46,24 @@ def add(commands: flags.Commands) -> None:
     flags.add_sources(sub)
     eval_memory.add_flags(sub)
     eval_tasks.add_flags(sub)
+    processes.add_flag(sub)
 
 
 def run(args: argparse.Namespace) -> int:
     flags.check_limit(args.limit)
     eval_memory.check_flags(args)
+    for flag in ("questions", "lm_eval", "memory", "in_prompt"):
+        if getattr(args, flag):
+            processes.refuse_several(args, f"--{flag.replace('_', '-')}")
     if args.questions is not None or args.lm_eval is not None:
         return eval_tasks.run(args)
+    if args.nproc is not None and not processes.are_started():
+        return processes.start(args)
+    with processes.joined(args) as args.parallel:
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.stores is not None:
         raise UsageError("--stores is for --questions and --lm-eval", "documents have the neighbors of their table")
     if args.words is not None and args.limit is not None:
@@ -89,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_beside_memory(args, retro, sequences, modes, encodings, decoders=decoders)
     leaks = eval_memory.Leaks()
     results = _evaluate(args, retro, sequences, modes, encodings, leaks)
+    leaks.sum_over(args.parallel)
     for weights in _types(args):
         model, what = _open(args, weights).model, f"evaluating {weights}"
         found = _losses(args, model, retro=retro, sequences=sequences, modes=modes, what=what)
@@ -245,7 +257,8 @@ def _losses(
     given = None
     if "given" in modes:
         given = Given(*encode_neighbors(retro.tokenizer, args.neighbors, model.config.r))
-    with flags.reporter(args).progress(what, flags.count_sequences(args, sequences) * len(modes), "sequences") as meter:
+    count = flags.count_sequences(args, sequences) * len(modes) // args.parallel.world
+    with flags.reporter(args).progress(what, count, "sequences") as meter:
         return evaluate(
             model,
             sequences,
@@ -257,6 +270,8 @@ def _losses(
             given=given,
             leak_limit=args.leak_limit,
             dropped=(leaks or eval_memory.Leaks()).add,
+            shard=(args.parallel.rank, args.parallel.world),
+            reduce=args.parallel.sum_arrays,
             encodings=encodings,
         )
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from retro_engine.memory.ngram_memory import NgramMemory
     from retro_engine.model.encodings import Encodings
     from retro_engine.model.retro import RetroModel
+    from retro_engine.train.parallel import Parallel
 
 REFUSED = ("in_prompt", "weights", "words", "questions", "lm_eval")
 
@@ -32,6 +33,10 @@ class Leaks:
 
     def add(self, dropped: int, neighbors: int) -> None:
         self.dropped, self.neighbors = self.dropped + dropped, self.neighbors + neighbors
+
+    def sum_over(self, parallel: "Parallel") -> None:
+        """What all processes dropped."""
+        self.dropped, self.neighbors = (int(count) for count in parallel.sum([self.dropped, self.neighbors]))
 
     def summary(self, limit: float | None) -> dict[str, Any]:
         """For JSON; empty without a limit."""

@@ -40,7 +40,7 @@ from retro_engine.cli import (
 from retro_engine.cli import eval as evaluation
 from retro_engine.cli.renamed import with_new_names
 from retro_engine.config import asked_accelerator, named_keys
-from retro_engine.errors import RetroError, StoppedError, UsageError, nearest, typed
+from retro_engine.errors import RetroError, StoppedError, UsageError, nearest, typed, who_speaks
 from retro_engine.train.__main__ import parse
 from retro_engine.version import __version__
 
@@ -134,7 +134,7 @@ def _check_settings(args: argparse.Namespace) -> None:
 
 def _fail(is_json: bool, error: RetroError) -> int:
     event = {"event": "error", "what": error.what, "why": error.why, "do": error.do, "exit_code": error.exit_code}
-    print(json.dumps(event) if is_json else f"error: {error}", file=sys.stderr)
+    print(json.dumps(event) if is_json else f"error: {who_speaks()}{error}", file=sys.stderr)
     return error.exit_code
 
 

@@ -89,6 +89,10 @@ def reading_kept(model: RetroModel, encodings: Encodings | None) -> Iterator[Non
         model.kept = None
 
 
+def _nobody(leaks: int, neighbors: int) -> None:
+    """Is told how many neighbors were dropped, of how many."""
+
+
 def evaluate(
     model: RetroModel,
     sequences: Sequences | Questions,
@@ -100,7 +104,7 @@ def evaluate(
     advance: Callable[[int], None] = lambda count: None,
     given: Given | None = None,
     leak_limit: float | None = None,
-    dropped: Callable[[int, int], None] = lambda leaks, neighbors: None,
+    dropped: Callable[[int, int], None] = _nobody,
     shard: tuple[int, int] = (0, 1),
     reduce: Callable[[Iterable[np.ndarray]], None] = lambda arrays: None,
     encodings: Encodings | None = None,
@@ -117,7 +121,7 @@ def evaluate(
         for mode in modes:
             sums = DocumentLosses.zeros(len(sequences.documents))
             for rows, is_extra in _turns(sequences.batch_rows(batch_size, limit), shard):
-                batch = read_batch(sequences, rows, mode, given, leak_limit, dropped)
+                batch = read_batch(sequences, rows, mode, given, leak_limit, _nobody if is_extra else dropped)
                 losses, _ = token_losses(model, batch, model.device, precision)
                 counted = (batch.labels >= 0) & (not is_extra)
                 documents, nats = numbers[batch.document_ids[counted]], losses.double().cpu().numpy()[counted]
@@ -140,7 +144,7 @@ def read_batch(
     mode: str,
     given: Given | None = None,
     leak_limit: float | None = None,
-    dropped: Callable[[int, int], None] = lambda leaks, neighbors: None,
+    dropped: Callable[[int, int], None] = _nobody,
 ) -> SequenceBatch:
     """A batch as it is read in one of MODES."""
     batch = sequences.batch(rows, "off" if mode == "given" else mode)

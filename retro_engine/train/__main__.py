@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from retro_engine.config import Config, asked_accelerator, load_config, to_yaml
-from retro_engine.errors import UsageError, nearest, typed
+from retro_engine.errors import UsageError, nearest, typed, who_speaks
 from retro_engine.progress import Reporter, note
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(settings, args.preset, args.config, say=notes.append)
     count = None if args.print_config or args.dry_run else _processes_to_start(args, config)
     if count is not None:
-        return start_processes(count, args.typed)
+        return start_processes(count, [word for word in args.typed if word != "train"], "retro_engine.train")
     for text in notes if is_main else []:
         note(text)
     if args.print_config:
@@ -132,25 +132,23 @@ def _processes_to_start(args: argparse.Namespace, config: Config) -> int | None:
     return count if count is not None and count > 1 and config.trainer.num_nodes == 1 else None
 
 
-def start_processes(count: int, words: list[str]) -> int:
-    """The same command, `words`, in `count` processes under torchrun, which runs here; the exit code of the first that
-    failed, 128 + n after signal n.
+def start_processes(count: int, words: list[str], module: str) -> int:
+    """`python -m module` with `words` but --nproc in `count` processes under torchrun, which runs here; the exit code of the
+    first that failed, 128 + n after signal n.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     words = list(words)
-    if "train" in words:
-        words.remove("train")
     if "--nproc" in words:
         place = words.index("--nproc")
         del words[place : place + 2]
     words = [word for word in words if not word.startswith("--nproc=")]
     if count < 1:
-        raise UsageError(f"--nproc {count} cannot be used", "at least one process trains")
+        raise UsageError(f"--nproc {count} cannot be used", "it takes at least one process")
     try:
-        torchrun(["--standalone", "--nproc-per-node", str(count), "-m", "retro_engine.train", *words])
+        torchrun(["--standalone", "--nproc-per-node", str(count), "-m", module, *words])
     except ChildFailedError as error:  # it has said why
         code = error.get_first_failure()[1].exitcode
         return 128 - code if code < 0 else code
@@ -225,10 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = typed(error)
         if known is None:
             raise
-        world = os.environ.get("WORLD_SIZE", "1")
-        # each process says its own: what one meets on another node, nobody else knows
-        who = "" if world == "1" else f"process {os.environ.get('RANK', '0')} of {world}: "
-        print(f"error: {who}{known}", file=sys.stderr, flush=True)
+        print(f"error: {who_speaks()}{known}", file=sys.stderr, flush=True)
         return known.exit_code
 
 
