@@ -380,6 +380,12 @@ class TrainerConfig:
     accumulate_grad_batches: int = number(1, low=1)  # micro-batches whose gradients make a step [batches]
     log_every_n_steps: int = number(10, low=1)  # between lines of metrics.jsonl and of the trackers [steps]
     compile: bool = False  # torch.compile(fullgraph=True) of the training forward
+    # the first and the last step that torch's profiler follows, [11,13]; RUN/profile has its trace and a table; None = none
+    profile_steps: list[int] | None = checked(
+        None,
+        lambda steps: steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1] < steps[0] + 100),
+        "the first and the last step, [11,13], of at most 100",
+    )
 
 
 @dataclass(kw_only=True)

@@ -145,10 +145,12 @@ def share_one_heap() -> None:
     _configure_heap({_ARENA_MAX: 1}, ["MALLOC_ARENA_MAX"])
 
 
-def keep_freed_memory() -> None:
-    """Before a training on a CPU: what a step frees stays for the next one. glibc gives large blocks back to the system, and whoever asks for
+def keep_freed_memory(device: torch.device) -> None:
+    """Before a training on `device`, a CPU: what a step frees stays for the next one. glibc gives large blocks back to the system, and whoever asks for
     them again writes new pages, one fault for 4 KB. A user's MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_MAX_ and the like stay.
     """
+    if device.type != "cpu":
+        return
     theirs = ["MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_"]
     _configure_heap({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}, theirs)
 

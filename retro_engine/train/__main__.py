@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         if is_main:
             print(to_yaml(config), end="")
         return 0
-    from retro_engine.train.loop import describe, train
+    from retro_engine.train.describe import describe
+    from retro_engine.train.loop import train
     from retro_engine.train.retrofit import inherit
     from retro_engine.train.run_data import open_data
 

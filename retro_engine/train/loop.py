@@ -13,16 +13,16 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from retro_kernels.backend import backend
+from torch import Tensor
 
-from retro_engine.config import Config, ModelConfig, flat_keys, to_yaml
+from retro_engine.config import Config, flat_keys, to_yaml
 from retro_engine.data import files
 from retro_engine.data.batches import SequenceBatch, Stream
 from retro_engine.data.chat_files import read_chat_files
@@ -31,7 +31,6 @@ from retro_engine.errors import GateError, RetroError, UsageError
 from retro_engine.evaluate.losses import autocast, reads_of, to_tensors
 from retro_engine.evaluate.perplexity import evaluate
 from retro_engine.model import ops
-from retro_engine.model.attention import left_to_pytorch
 from retro_engine.model.device import describe_device
 from retro_engine.model.flops import peak_flops
 from retro_engine.model.initialization import width_multipliers
@@ -41,11 +40,13 @@ from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Meter, Reporter
 from retro_engine.train import checkpoint, retrofit
 from retro_engine.train.adapters import resume_weights
+from retro_engine.train.describe import describe, kernels_in_use
 from retro_engine.train.device_table import DeviceTable, gathers_on_device
 from retro_engine.train.logging import RunLog, StepResult, Window, peak_mib
 from retro_engine.train.optimizer import Optimizer, learning_rate
 from retro_engine.train.parallel import Parallel, micro_batches, sequences_per_step
 from retro_engine.train.precision import Precision, asked_precision, faster_precision
+from retro_engine.train.profiling import StepProfiler, named
 from retro_engine.train.resume import changes, find_start, read_start
 from retro_engine.train.run_data import (
     RunData,
@@ -73,26 +74,6 @@ class TrainingResult:
     exit_code: int = 0  # 130 / 143: stopped by a signal, checkpoint saved
 
 
-def kernels_in_use(config: ModelConfig, device: str, precision: str) -> str:
-    """The backend of a run's ops, and what of its attention is PyTorch's nevertheless."""
-    wide = {"64": torch.float64, "16-mixed": torch.float16}
-    name = backend(device, wide.get(precision, torch.bfloat16 if "bf16" in precision else torch.float32))
-    left = left_to_pytorch(config)
-    return name if name == "reference" or not left else f"{name} (PyTorch: {' and '.join(left)})"
-
-
-def describe(config: Config, data: RunData) -> str:
-    """What a run with these settings would be: one line."""
-    model = replace(config.model, vocab_size=config.model.vocab_size or data.store.vocab_size)
-    with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in RetroModel(model).parameters())
-    valid = len(data.valid.documents) if data.valid is not None else 0
-    return (
-        f"{count / 1e6:.2f} M parameters, {config.trainer.max_steps:,} steps; {len(data.train.documents):,} documents in "
-        f"{data.train.epoch_length(order_of(config), 0):,} sequences of {model.encoder_seq_length} tokens an epoch, {valid:,} held out"
-    )
-
-
 def train(config: Config, reporter: Reporter | None = None, resume: str = "auto") -> TrainingResult:
     """Train as `config` says. `resume`: auto (go on where the run's folder is), never, or a checkpoint's path.
 
@@ -113,8 +94,7 @@ def train(config: Config, reporter: Reporter | None = None, resume: str = "auto"
         if source is not None:
             retrofit.check_tokenizer(source, data.store)
         config.model.vocab_size = config.model.vocab_size or data.store.vocab_size
-        if parallel.device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(parallel.device)
         with files.locked(run) if parallel.is_main else contextlib.nullcontext():
             return _Training(config, data, run, reporter, resume, parallel=parallel, source=source).run_all()
     finally:
@@ -171,6 +151,8 @@ class _Training:
         self.precision = self._settle_precision(before.get("precision"))
         self.products = self._settle_products(before.get("products"))
         self.module = self._spread()
+        steps = config.trainer.profile_steps
+        self.profiler = StepProfiler(run, steps, parallel.rank, reporter.say)
         is_scaled = self.precision.is_scaled
         only = None if base is None else learns  # without adapters what is frozen may learn later
         self.optimizer = Optimizer(self.model, m.optim, widths, self.precision.has_master, is_scaled, learns=only)
@@ -285,13 +267,9 @@ class _Training:
             return self._finished_before()
         peak_flops(self.device, self.precision.products)  # measured before anything else runs
         self._announce()
+        is_main, fingerprints = self.parallel.is_main, self.data.fingerprints
         log = RunLog(
-            self.run,
-            self.config,
-            fingerprints=self.data.fingerprints,
-            step=self.step,
-            reporter=self.reporter,
-            is_main=self.parallel.is_main,
+            self.run, self.config, fingerprints=fingerprints, step=self.step, reporter=self.reporter, is_main=is_main
         )
         self.model.train()
         try:
@@ -301,6 +279,7 @@ class _Training:
                 self.reporter.progress("training", self.last_step, "steps", self.step) as meter,
             ):
                 stopped = self._run_steps(log, signals, batches, meter)
+                self.profiler.end(self.step)
                 self.saver.wait()
         finally:
             log.close()
@@ -337,7 +316,8 @@ class _Training:
             start = time.perf_counter()
             step_batches = next(batches)
             waited = time.perf_counter() - start
-            result = self._train_step(step_batches)
+            with self.profiler.step(self.step + 1):
+                result = self._train_step(step_batches)
             elapsed = time.perf_counter() - start
             self.train_s += elapsed
             self.step += 1
@@ -432,27 +412,32 @@ class _Training:
         num_labels, num_tokens = self.parallel.sum([labels_here, tokens_here])
         weight = self.parallel.data * optimizer.scale / max(1.0, num_labels)  # gradients are averaged over `data`
         optimizer.zero_grad()
-        total = 0.0
+        gathered: dict[int, Tensor] = {}  # neighbors' lengths
+        losses: list[Tensor] = []  # none is waited for before the last micro-batch is on its way
         for number, batch in enumerate(micro_batches):
             tokens, labels, documents, neighbors, lengths = to_tensors(batch, self.device)
             if batch.neighbor_ids is not None and self.table is not None:
                 neighbors, lengths = self.table.gather(batch.neighbor_ids, self.config.model.r)
-                batch.lengths = lengths.cpu().numpy()  # for the count of FLOPs
+                gathered[number] = lengths
             is_last = self.optimizer.has_master or number == len(micro_batches) - 1
             with self.parallel.accumulating(self.module, is_last):
-                with autocast(self.device, self.precision.autocast):
+                with autocast(self.device, self.precision.autocast), named("forward"):
                     reads = reads_of(batch, self.device)
                     loss = self.module(tokens, neighbors, lengths, documents, labels, reads) * weight
-                loss.backward()
+                with named("backward"):
+                    loss.backward()
             optimizer.collect()
-            total += float(loss.detach())
-        total = self.parallel.sum([total])[0] / self.parallel.data / optimizer.scale
+            losses.append(loss.detach())
+        for number, lengths in gathered.items():
+            micro_batches[number].lengths = lengths.cpu().numpy()  # for the count of FLOPs
+        total = self.parallel.sum([sum(map(float, losses))])[0] / self.parallel.data / optimizer.scale
         if self.drops_gradients:
             optimizer.drop(retrofit.learning(self.config.model, self.step))
         norm = optimizer.norm()
         problem = self._problem(total, norm)
         if problem is None:
-            optimizer.step(rate, norm)
+            with named("optimizer"):
+                optimizer.step(rate, norm)
             self.skipped = 0
             self.mean_loss = total if self.mean_loss is None else 0.98 * self.mean_loss + 0.02 * total
         else:

@@ -156,7 +156,9 @@ def test_the_heap_is_a_users_to_configure(asked: str | None, monkeypatch: pytest
     share_one_heap()
     one_heap = [] if asked in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES") else [(-8, 1)]
     assert calls == one_heap
-    keep_freed_memory()
+    keep_freed_memory(torch.device("meta"))
+    assert calls == one_heap
+    keep_freed_memory(torch.device("cpu"))
     assert calls == one_heap + (
         [] if asked in ("MALLOC_MMAP_MAX_", "GLIBC_TUNABLES") else [(-4, 0), (-1, -1), (-2, 64 << 20)]
     )
@@ -167,7 +169,7 @@ def test_memory_that_is_freed_is_there_again_without_faults() -> None:
     code = """
 import resource, torch
 from retro_engine.model.memory import keep_freed_memory
-keep_freed_memory()
+keep_freed_memory(torch.device('cpu'))
 def faults():
     for _ in range(4):
         tensors = [torch.ones(count) for count in (1 << 18, 1 << 20, 1 << 24)]

@@ -12,17 +12,16 @@ import pytest
 import torch
 from forks import Fork
 from helpers import small_disk
-from retro_kernels.backend import backend
 from training_helpers import NEMO_INFERENCE, NEMO_TRAINING, PLAIN, SMALL, config, losses, settings
 
 from retro_engine.cli import main
-from retro_engine.config import load_config, preset_model
+from retro_engine.config import load_config
 from retro_engine.data.batches import Order
 from retro_engine.data.store import Store
 from retro_engine.errors import GateError, OutOfResourceError, RetroError, StoreError, UsageError
 from retro_engine.progress import Reporter
 from retro_engine.train import checkpoint
-from retro_engine.train.loop import kernels_in_use, train
+from retro_engine.train.loop import train
 from retro_engine.train.run_data import open_data
 
 
@@ -275,19 +274,6 @@ def test_settings_that_training_does_not_read_are_refused(small_store: Store, tm
     more = ["model.data.dataloader_type=single", "model.global_batch_size=1000"]
     with pytest.raises(UsageError, match="gives .* sequences"):
         train(config(small_store, tmp_path / "r", *more), Reporter("quiet"))
-
-
-def test_what_attention_runs_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By type, and what a preset's masks leave to PyTorch; dropout of attention weights leaves nothing."""
-    monkeypatch.delenv("RETRO_BACKEND", raising=False)
-    fast = backend("cpu")
-    base, mcore = (preset_model(name, vocab_size=9) for name in ("base", "mcore"))
-    assert base.attention_dropout > 0
-    assert kernels_in_use(base, "cpu", "32") == kernels_in_use(base, "cpu", "bf16-mixed") == fast
-    assert kernels_in_use(base, "cpu", "64") == "reference"
-    if fast == "cpp":
-        assert kernels_in_use(mcore, "cpu", "32") == "cpp (PyTorch: self-attention (model.reset_attention=false))"
-        assert "encoder's cross-attention" in kernels_in_use(preset_model("nemo", vocab_size=9), "cpu", "32")
 
 
 def test_a_checkpoint_has_its_own_validation_loss_and_the_last_one_always(small_store: Store, tmp_path: Path) -> None:
