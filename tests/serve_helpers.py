@@ -101,16 +101,19 @@ def serving(
     folder: Path,
     limits: Limits | None = None,
     beside: Callable[[str], None] | None = None,
+    settle: Callable[[], None] = lambda: None,
     **address: Any,
 ) -> Iterator[Server]:
-    """A server whose service `load` opens, ready when the block begins; `beside`, a thread's, gets its address before."""
+    """A server whose service `load` opens, ready when the block begins; `beside`, a thread's, gets its address before, and
+    `settle` is called when it is warm.
+    """
     accounts = Accounts(folder / "accounts.sqlite")
     keys = {scope: accounts.add_key(scope, scope) for scope in ("read", "write", "admin")}
     about = Address(**address)
     state = make_state(accounts, limits or Limits(), about)
     failures: list[BaseException] = []
     said: list[str] = []
-    app = make_app(state, load, about.allowed_hosts, about.has_nemo, failures.append)
+    app = make_app(state, load, about.allowed_hosts, about.has_nemo, failures.append, settle)
     listener = bind("127.0.0.1", 0)
     server = make_server(app, state.limits, about.is_behind_proxy, state.end_requests, said.append)
     thread = threading.Thread(target=server.run, args=([listener],), name="server", daemon=True)

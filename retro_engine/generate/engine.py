@@ -214,6 +214,14 @@ class Engine:
         self._thread.join()
         self._pool.close()
 
+    def forget(self) -> None:
+        """What it was asked so far was nobody's request: nothing of it is kept or counted. While nothing runs."""
+        with self._changed:
+            assert not self._streams and not len(self._waiting), "requests run"
+            self.prefixes.forget()
+            self._counts.clear()
+        self.generator.forget()
+
     def stats(self) -> dict[str, Any]:
         """What it does now; tokens/s over the last ten seconds."""
         with self._changed:

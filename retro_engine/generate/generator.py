@@ -125,6 +125,15 @@ class Generator:
                     batch.leave(sequence)
         return [sequence.generation() for sequence in sequences]
 
+    def forget(self) -> None:
+        """All that is remembered of what was read, and what was counted."""
+        with self._lock:
+            self._found.clear()
+        if self.encodings is not None:
+            self.encodings.forget()
+        if self.beside is not None:
+            self.beside.lookups = 0
+
     def open_all(self, requests: Sequence[Request]) -> list[DecodingSequence]:
         """`open` of each; neighbors that are given to several are encoded once."""
         known: KnownTexts = {}

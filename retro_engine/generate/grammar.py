@@ -24,6 +24,8 @@ ANY_JSON = '{"type": "object"}'
 # A small model that may write spaces for ever does. Indented objects 16 deep have room.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,33}"
 META = re.compile(r"[\\.+*?()|\[\]{}^$]")
+TIMES, NO_LEAP = ("date-time", "time"), "^[^:]+:[^:]+:[0-5]"
+DATA = ("const", "enum", "default", "examples")  # of a schema: what holds no schemas
 BEFORE = "\n"  # no word goes on after it
 MAX_COMPILED = 64  # grammars that are kept
 UNFINISHED = "the answer was cut off by max_tokens before it was all that its grammar asks for"
@@ -155,8 +157,18 @@ class _Tokens:
 
 
 def schema(value: Any) -> Grammar:
-    """Of a JSON schema."""
-    return Grammar("json_schema", json.dumps(value))
+    """Of a JSON schema. A time ends in no leap second, which llguidance puts anywhere and validators take at midnight alone."""
+    return Grammar("json_schema", json.dumps(_without_leap_seconds(value)))
+
+
+def _without_leap_seconds(value: Any) -> Any:
+    """A schema whose times have a pattern, unless they have one of their own."""
+    if isinstance(value, list):
+        return [_without_leap_seconds(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    more = {name: part if name in DATA else _without_leap_seconds(part) for name, part in value.items()}
+    return {"pattern": NO_LEAP, **more} if value.get("format") in TIMES else more
 
 
 def _first_line(text: str) -> str:

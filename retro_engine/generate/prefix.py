@@ -41,6 +41,11 @@ class PrefixCache:
         self.asked = self.reused = 0  # tokens of prompts, and those of them that were remembered
         self._pieces: OrderedDict[bytes, _Piece] = OrderedDict()
 
+    def forget(self) -> None:
+        """All pieces, and what was counted."""
+        self._pieces.clear()
+        self.nbytes = self.asked = self.reused = 0
+
     def restore(self, keys: list[bytes], cache: DecodeCache, row: int) -> tuple[int, Tensor | None]:
         """Put the longest known beginning into a row; return its tokens and, where it is the whole prompt, the logits."""
         known: list[_Piece] = []

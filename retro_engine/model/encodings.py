@@ -131,6 +131,12 @@ class Encodings:
         num_bytes = num_tokens * num_values(self.model.config) * self.model.cache_dtype.itemsize
         return self.stats.nbytes + num_bytes <= self.max_bytes
 
+    def forget(self) -> None:
+        """All that is kept in memory, and what was counted."""
+        with self._lock:
+            self._kept.clear()
+            self.stats = EncodingStats()
+
     def _known(self, keys: list[bytes]) -> dict[bytes, Tensor]:
         with self._lock:
             weights = weights_of(self.model)

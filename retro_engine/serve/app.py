@@ -36,7 +36,7 @@ from retro_engine.serve import (
 from retro_engine.serve.api_error import ApiError, ClientLeft, api_error
 from retro_engine.serve.gate import Gate
 from retro_engine.serve.metrics import Metrics
-from retro_engine.serve.rehearsal import rehearse
+from retro_engine.serve.rehearsal import Rehearsal
 from retro_engine.serve.request_context import ServerState, client_of, state_of
 from retro_engine.serve.service import Service
 
@@ -179,14 +179,12 @@ def make_app(
 
     handlers = {RetroError: _retro_error, OSError: _os_error, HTTPException: _http_error, ApiError: _api_error}
 
-    def warm(service: Service) -> None:
-        with service.rehearsing() as double:
-            double.warm_up()
-            rehearse(double, state, routes, handlers)
+    scopes = {(method, path): scope for method, path, _, scope in guarded}
+    rehearsal = Rehearsal(state, routes, scopes, handlers)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(state, load, stop, settle, ready, warm))
+        loading = asyncio.create_task(_load(state, load, stop, settle, ready, rehearsal.run))
         try:
             yield
         finally:
@@ -200,7 +198,6 @@ def make_app(
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={**handlers, **more})
     app.router.redirect_slashes = False
     app.state.retro = state
-    scopes = {(method, path): scope for method, path, _, scope in guarded}
     return Gate(
         app,
         routes,
@@ -215,34 +212,24 @@ def make_app(
     )
 
 
-def _opened(
-    state: ServerState, load: Callable[[], Service], settle: Callable[[], None], warm: Callable[[Service], None]
-) -> Service:
-    """The service, warm unless the server ends meanwhile."""
-    service = load()
-    try:
-        if not state.is_closing:
-            state.awaited = "the model is warming up: it generates its first tokens, so that no request waits for that"
-            warm(service)
-        if not state.is_closing:
-            settle()
-    except BaseException:
-        service.close()
-        raise
-    return service
-
-
 async def _load(
     state: ServerState,
     load: Callable[[], Service],
     stop: Callable[[BaseException], None] | None,
     settle: Callable[[], None],
     ready: Callable[[Service], None],
-    warm: Callable[[Service], None],
+    warm: Callable[[Service, Callable[[], None]], Awaitable[None]],
 ) -> None:
+    """Open the service, and `warm` it with `settle`, unless the server ends meanwhile; then it is there for everybody."""
+    service = None
     try:
-        service = await asyncio.to_thread(_opened, state, load, settle, warm)
+        service = await asyncio.to_thread(load)
+        if not state.is_closing:
+            state.awaited = "the model is warming up: it generates its first tokens, so that no request waits for that"
+            await warm(service, settle)
     except Exception as error:  # a bug too: else the server would say "loading" for ever
+        if service is not None:
+            await asyncio.to_thread(service.close)
         if stop is None:
             raise
         stop(error)

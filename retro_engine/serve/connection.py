@@ -11,13 +11,15 @@ import http
 import json
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from retro_engine.errors import UsageError
 from retro_engine.serve.api_error import ApiError
@@ -207,22 +209,14 @@ class Server(uvicorn.Server):
         await asyncio.to_thread(self._end)
 
 
-def make_server(
-    app: Any,
-    limits: Limits,
-    is_behind_proxy: bool,
-    end: Callable[[], None] = lambda: None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Server:
-    """`is_behind_proxy`: a proxy on this machine says who the client is (X-Forwarded-For and -Proto). `end` and `say`: of
-    `Server`.
-    """
+def make_config(app: Any, limits: Limits, is_behind_proxy: bool = False, has_lifespan: bool = True) -> uvicorn.Config:
+    """`is_behind_proxy`: a proxy on this machine says who the client is (X-Forwarded-For and -Proto)."""
     connection = type("LimitedConnection", (Connection,), {"limits": limits})
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
         http=connection,
         ws="none",
-        lifespan="on",
+        lifespan="on" if has_lifespan else "off",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -233,4 +227,36 @@ def make_server(
         timeout_graceful_shutdown=max(1, round(limits.shutdown_s + ENDING_S)),
         h11_max_incomplete_event_size=limits.header_bytes,
     )
-    return Server(config, limits.shutdown_s, end, say)
+
+
+def make_server(
+    app: Any,
+    limits: Limits,
+    is_behind_proxy: bool,
+    end: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Server:
+    """`is_behind_proxy`: of `make_config`; `end` and `say`: of `Server`."""
+    return Server(make_config(app, limits, is_behind_proxy), limits.shutdown_s, end, say)
+
+
+@contextlib.asynccontextmanager
+async def private_connections(app: Any, limits: Limits) -> AsyncIterator[Callable[[], Awaitable[socket.socket]]]:
+    """Connects to an app in this event loop, as a server has connections, over sockets that no other process can reach."""
+    config, state = make_config(app, limits, has_lifespan=False), ServerState()
+    config.load()
+    loop = asyncio.get_running_loop()
+    protocol: Any = config.http_protocol_class
+    make = partial(protocol, config=config, server_state=state, app_state={}, _loop=loop)
+
+    async def connect() -> socket.socket:
+        mine, served = socket.socketpair()
+        mine.setblocking(False)
+        await loop.connect_accepted_socket(make, served)
+        return mine
+
+    try:
+        yield connect
+    finally:
+        for connection in list(state.connections):
+            connection.shutdown()

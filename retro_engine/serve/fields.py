@@ -22,6 +22,7 @@ HARMLESS = (
     *("user", "safety_identifier", "prompt_cache_key", "metadata", "store", "service_tier", "parallel_tool_calls"),
     *("reasoning_effort", "verbosity", "prompt_cache_retention"),
     *("return_progress", "reasoning_format", "samplers", "backend_sampling", "priority", "cache_prompt"),
+    "sse_ping_interval",  # of llama.cpp: comments in a stream that stands still
     "thinking_budget_tokens",
     *("session_id", "chat_id", "id", "message_id", "features", "variables", "background_tasks"),  # Open WebUI's own
 )
@@ -35,6 +36,7 @@ SAYS_NOTHING: dict[str, tuple[Any, ...]] = {
     "reasoning_format": (None, "none", "auto"),
     "priority": (None, 0),
     "backend_sampling": (None, False),
+    "sse_ping_interval": (None, -1),
     **dict.fromkeys(("features", "variables", "background_tasks"), (None, {})),
 }
 
@@ -130,6 +132,7 @@ class Sampled(Strict):
     # without effect here: taken and said (`without_effect`)
     cache_prompt: bool | None = None
     return_progress: bool | None = None
+    sse_ping_interval: int | None = Field(None, ge=-1)
     backend_sampling: bool | None = None
     reasoning_format: str | None = Field(None, max_length=64)
     samplers: str | Texts | None = None

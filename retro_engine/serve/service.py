@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,26 +164,20 @@ class Service:
         if mode not in (None, "lexical") and self.library is not None and self.library.chunker.width is None:
             raise UsageError(f"mode {mode} needs vectors", "the library was made without an embedder", "lexical")
 
-    @contextlib.contextmanager
-    def rehearsing(self) -> Iterator["Service"]:
-        """The same model and documents behind an engine and threads of their own: what is asked of it is neither kept nor
-        counted here, and its memory is free again.
-        """
-        source, beside = self.generator.retriever, self.generator.beside
-        generator = Generator(self.generator.model, self.tokenizer, source, beside=beside)
-        engine = Engine(generator, max_batch=self.engine.max_batch, prefix_bytes=0)
-        with engine, contextlib.closing(Work()) as work:
-            yield replace(self, generator=generator, engine=engine, work=work)
-        trim()
-
     def warm_up(self) -> None:
         """Compute once what a first request would wait for and no route asks for by itself: a token without neighbors, and a
-        search. Of a `rehearsing` one.
+        search.
         """
         text = self.known_words()
         self.engine.submit(Request(self.tokenizer.encode(text)[:1] or [0], 2, neighbors=[])).result()
         if self.source is not None:
             self.find(text, 1, self.mode)
+        self.token_bytes  # noqa: B018 (made when it is read first)
+
+    def forget(self) -> None:
+        """What it asked itself was nobody's request: nothing of it is kept or counted, and its memory is free again."""
+        self.engine.forget()
+        trim()
 
     def given(self, text: str) -> dict[str, Any]:
         """A body's field that has a text read, where neighbors can be and a whole chunk has room behind them."""

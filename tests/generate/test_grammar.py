@@ -7,7 +7,9 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from retro_engine.retrieval.search import Retriever
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 M = 16
+PUBLIC = os.environ.get("RETRO_SCHEMAS", "")
 SCHEMAS = 1000 if os.environ.get("RETRO_CAMPAIGN") else 25
 PERSON = {
     "type": "object",
@@ -103,6 +106,52 @@ def test_every_answer_to_a_schema_is_valid(generator: Generator, engine: Engine)
             assert out.notes == []
 
 
+def closing(tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:
+    """Biases by which a model without training ends what it has begun."""
+    return tuple((token, 6.0) for text in ('"', "}", "]") for token in tokenizer.encode(text)[-1:])
+
+
+def held(text: str) -> float:
+    """A number of JSON, also one that is larger than a double holds."""
+    return min(max(float(text), -sys.float_info.max), sys.float_info.max)
+
+
+@pytest.mark.skipif(not PUBLIC, reason="RETRO_SCHEMAS=FOLDER names no JSON schemas to answer")
+def test_answers_to_public_schemas_are_valid(
+    generator: Generator, engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A thousand of the files under a folder, as they were found. What is refused says why; what is cut off says so."""
+    jsonschema_rs = pytest.importorskip("jsonschema_rs")
+    paths = sorted(Path(PUBLIC).rglob("*.json"))
+    counts: Counter[str] = Counter()
+    wrong = []
+    sampling = sampled(3, min_p=0.001, logit_bias=closing(generator.tokenizer))
+    for path in random.Random(7).sample(paths, min(len(paths), 1000)):
+        asked = json.loads(path.read_text())
+        request = Request("river", 1500, sampling=sampling, neighbors=[], grammar=schema(asked))
+        try:
+            validator = jsonschema_rs.validator_for(asked)
+        except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError):
+            counts["no schema, says the validator"] += 1
+            continue
+        try:
+            out = engine.submit(request).result()
+        except UsageError as error:
+            counts["refused: " + re.sub(r"[\"'`].*|\d+", "", f"{error.what}: {error.why}")[:70]] += 1
+            continue
+        if out.finish_reason != "stop":
+            assert out.notes == [UNFINISHED]
+            counts["cut off, and said"] += 1
+        elif validator.is_valid(json.loads(out.text, parse_float=held)):
+            counts["valid"] += 1
+        else:
+            wrong.append((path, out.text))
+    with capsys.disabled():
+        said = "; ".join(f"{number} {what}" for what, number in counts.most_common())
+        print(f"\npublic schemas: {len(wrong)} not valid; {said}")
+    assert counts["valid"] and not wrong, wrong[:3]
+
+
 def test_alone_in_a_batch_drafted_and_not(small_store: Store) -> None:
     """With neighbors and without; greedy and sampled: the tokens are those of the sequence alone."""
     model = small_model(vocab_size=small_store.vocab_size, chunk_size=M, encoder_seq_length=64, seed=3)
@@ -158,6 +207,23 @@ def test_what_does_not_end_in_time_is_said(generator: Generator) -> None:
     assert complete(generator, schema(deep), 30).notes == [UNFINISHED], "it never ends"
     enough = complete(generator, Grammar("regex", "a{3,}"), 20, logit_bias=((generator.tokenizer.eod_id, -100.0),))
     assert (enough.text, enough.finish_reason, enough.notes) == ("a" * len(enough.text), "length", [])
+
+
+def test_a_time_has_no_leap_second(generator: Generator) -> None:
+    """Validators take none but at midnight; what only looks like a schema is left as it is."""
+    jsonschema_rs = pytest.importorskip("jsonschema_rs")
+    grammar = schema({"type": "string", "format": "date-time"})
+    tokens = {text: generator.tokenizer.encode(text)[-1] for text in "6Z"}
+    sampling = {"greedy": False, "logit_bias": tuple((token, 50.0) for token in tokens.values())}
+    for seed in range(5):
+        out = complete(generator, grammar, 100, seed=seed, **sampling)
+        assert ":60" not in out.text and jsonschema_rs.validator_for(
+            {"type": "string", "format": "date-time"}, validate_formats=True
+        ).is_valid(json.loads(out.text)), out.text
+    data = {"const": {"format": "time"}}
+    assert json.loads(schema(data).text) == data
+    own = {"type": "string", "format": "time", "pattern": "^10"}
+    assert json.loads(schema(own).text) == own
 
 
 def test_a_recursive_schema(generator: Generator) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import copy
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +181,11 @@ def test_ready_is_said_once_requests_are_answered(small: Server, tmp_path: Path)
     def ready(_: Service) -> None:
         said.append("ready" if state.service is service else "ready early")
 
+    async def warm(_: Service, settle: Callable[[], None]) -> None:
+        settle()
+
     async def begins() -> None:
-        await _load(state, lambda: service, None, settled, ready, lambda service: None)
+        await _load(state, lambda: service, None, settled, ready, warm)
 
     asyncio.run(begins())
     assert said == ["settled", "ready"]

@@ -122,13 +122,21 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "user": "ada", "safety_identifier": "a", "prompt_cache_key": "k", "metadata": {"a": "b"}, "store": True,
     "service_tier": "flex",
 }  # fmt: skip
-OF_A_PAGE = {"return_progress", "reasoning_format", "samplers", "backend_sampling", "priority", "cache_prompt"}
+OF_A_PAGE = {
+    "return_progress",
+    "sse_ping_interval",
+    "reasoning_format",
+    "samplers",
+    "backend_sampling",
+    "priority",
+    "cache_prompt",
+}
 PAGE: dict[str, Any] = {  # what llama.cpp's page sends
     "messages": [{"role": "user", "content": "Hi"}], "stream": True, "return_progress": True, "reasoning_format": "auto", "temperature": 0.8,
     "dynatemp_range": 0, "dynatemp_exponent": 1, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "xtc_probability": 0, "xtc_threshold": 0.1, "typ_p": 1,
     "max_tokens": -1, "repeat_last_n": 64, "repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "dry_multiplier": 0, "dry_base": 1.75,
     "dry_allowed_length": 2, "dry_penalty_last_n": -1, "samplers": ["top_k", "top_p", "min_p", "temperature"], "timings_per_token": True,
-    "backend_sampling": False, "stream_options": {"include_usage": True}, "chat_template_kwargs": {"enable_thinking": False}, "reasoning_control": True,
+    "sse_ping_interval": 1, "backend_sampling": False, "stream_options": {"include_usage": True}, "chat_template_kwargs": {"enable_thinking": False}, "reasoning_control": True,
 }  # fmt: skip
 OF_OPEN_WEBUI: dict[str, Any] = {  # what may be left in a body that Open WebUI sends on
     "session_id": "s1", "chat_id": "c1", "id": "m1", "message_id": "m2", "features": {"web_search": False},
@@ -168,7 +176,7 @@ def test_what_asks_for_nothing_is_not_said(fields: dict[str, Any]) -> None:
 def test_a_page_of_llama_cpp_asks(server: Server) -> None:
     """What the server is, then an answer: without a model's name, for as many tokens as there is room for."""
     body = parse(Chat, PAGE)
-    assert body.without_effect == ["return_progress", "samplers"]
+    assert body.without_effect == ["return_progress", "samplers", "sse_ping_interval"]
     with server.client("read") as client:
         about = client.get("/props").json()
         known = about["default_generation_settings"]
