@@ -35,7 +35,7 @@ from retro_engine.model.device import describe_device
 from retro_engine.model.flops import peak_flops
 from retro_engine.model.initialization import width_multipliers
 from retro_engine.model.lora import add_adapters
-from retro_engine.model.memory import keep_freed_memory
+from retro_engine.model.memory import keep_freed_memory, trim
 from retro_engine.model.retro import RetroModel
 from retro_engine.progress import Meter, Reporter
 from retro_engine.train import checkpoint, retrofit
@@ -99,6 +99,7 @@ def train(config: Config, reporter: Reporter | None = None, resume: str = "auto"
             return _Training(config, data, run, reporter, resume, parallel=parallel, source=source).run_all()
     finally:
         parallel.close()
+        trim()
 
 
 def _refuse_unread(config: Config) -> None:
