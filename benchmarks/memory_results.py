@@ -35,8 +35,8 @@ from retro_engine.train.run_data import open_evaluation
 CHUNK, VOCABULARY = 32, 4096
 RETRO = ["model.retrieved_length=64", "model.num_neighbors=2"]
 PLAIN = ["model.retrieval=false"]
-SHARES = {"memory": "80,5,15", "wikipedia": "80,3,17", "packages": "98,2,0"}
-BATCHES = {"memory": 40, "wikipedia": 60, "packages": 60}  # of 8 sequences, spread evenly
+SHARES = {"memory": "80,5,15", "reading": "80,5,15", "wikipedia": "80,3,17", "packages": "98,2,0"}
+BATCHES = {"memory": 40, "reading": 30, "wikipedia": 60, "packages": 60}  # of 8 sequences, spread evenly
 AS_MANY, A_QUARTER = (
     16,
     4,

@@ -4,7 +4,7 @@ Hours in parts: one that is done (OUT/PART.json) is not done again, a training g
 text-SEED: RETRO against plain decoders of equal tokens, FLOPs of training and FLOPs of inference. encoder-SEED: encoders that do
 not read the chunk against those that do. recipes: other settings, on validation. memory-SEED: an n-gram memory beside them,
 and with --wikipedia (and --wikitext) wikipedia-SEED: beside a plain decoder of it; with --packages and --heldout packages-SEED:
-memories of three sizes (memory_results.py). With --model (SmolLM2-135M, imported)
+memories of three sizes (memory_results.py). reading-SEED: other neighbors, and other numbers of them (reading_results.py). With --model (SmolLM2-135M, imported)
 prefix: neighbors in front of a decoder that was never trained to read, their bits and seconds; tuning: the same after tuning.
 demo: what make demo proves. speed: every bench that README names, on an idle machine, alone (speed_results.py).
 The last line is one JSON object; it says of every target whether it holds.
@@ -23,6 +23,7 @@ from typing import Any
 
 import memory_results
 import numpy as np
+import reading_results
 import speed_results
 import torch
 from texts import docstrings
@@ -97,6 +98,7 @@ class Task:
     heldout: Path | None = None
     memory_steps: int = 700
     wikipedia_steps: int = 1000
+    reading_steps: int = 260
     steps: int = 1500
     tuning_steps: int = 120
     preset: str = "small"
@@ -111,14 +113,12 @@ class Task:
         if name in OF_DECODER:
             kept = {"model": str(self.model), "batches": self.batches}
             return {**kept, "text": str(self.text), **({"steps": self.tuning_steps} if name == "tuning" else {})}
-        if name == "wikipedia":
-            read = {"wikipedia": str(self.wikipedia), "wikitext": str(self.wikitext)}
+        if name in FILES:
+            read = {flag: str(getattr(self, flag)) for flag in FILES[name]}
             return {**read, "steps": self.wikipedia_steps, "preset": self.preset, "overrides": [*self.overrides]}
-        steps = self.memory_steps if name == "memory" else self.steps
-        if name == "packages":
-            read = {"packages": str(self.packages), "heldout": str(self.heldout)}
-            return {**read, "steps": self.wikipedia_steps, "preset": self.preset, "overrides": [*self.overrides]}
-        kept = {"text": str(self.text), "steps": steps, "preset": self.preset, "overrides": [*self.overrides]}
+        steps = {"memory": self.memory_steps, "reading": self.reading_steps}.get(name, self.steps)
+        preset = reading_results.PRESET if name == "reading" else self.preset
+        kept = {"text": str(self.text), "steps": steps, "preset": preset, "overrides": [*self.overrides]}
         return {**kept, **({"recipe": RECIPE, "read": NUM_READ} if name == "text" else {})}
 
 
@@ -168,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out=args.out / "quick",
             steps=2,
             memory_steps=2,
+            reading_steps=2,
             wikipedia_steps=2,
             tuning_steps=2,
             preset="tiny",
@@ -470,12 +471,16 @@ PARTS: dict[str, Callable[[Task, int], Part]] = {
     "memory": memory,
     "wikipedia": wikipedia,
     "packages": packages,
+    "reading": lambda task, seed: reading_results.reading(
+        trial_of(task, "reading", seed, task.reading_steps), recipe_of(task, seed)[1]
+    ),
     "demo": lambda task, _: speed_results.demo(task.out, REPORT),
     "speed": lambda task, _: speed_results.speed(task.squad),
 }
 WHOLE = ("demo", "speed")  # what has no trial of seconds
-SEEDED = ("text", "encoder", "memory", "wikipedia", "packages")
+SEEDED = ("text", "encoder", "memory", "wikipedia", "packages", "reading")
 OF_DECODER = {"prefix", "tuning"}
+FILES = {"wikipedia": ("wikipedia", "wikitext"), "packages": ("packages", "heldout")}
 IMPORTED = "model", "it measures a decoder that was imported with retro import"
 NEEDS = {
     "prefix": IMPORTED,

@@ -50,6 +50,9 @@ def _add_neighbors(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--near-duplicates", type=float, metavar="SHARE", help=near)
     leak = "for held-out documents leave out neighbors that state more of the next chunk, in runs of 8"
     sub.add_argument("--leak-limit", type=float, metavar="SHARE", help=leak)
+    few = "leave out neighbors that have fewer of the chunk's different tokens"
+    sub.add_argument("--least-shared", type=float, metavar="SHARE", help=few)
+    sub.add_argument("--rerank", action="store_true", help="the neighbor that has most of them first")
 
 
 def _add_indexing(sub: argparse.ArgumentParser) -> None:
@@ -177,7 +180,13 @@ def run_neighbors(args: argparse.Namespace) -> int:
         merge_overlaps=not args.keep_overlaps,
         building=_building(args, retriever),
         weights=args.source_weights,
-        filters=Filters(args.near_duplicates, args.leak_limit, DataConfig().splits_string),
+        filters=Filters(
+            args.near_duplicates,
+            args.leak_limit,
+            DataConfig().splits_string,
+            least_shared=args.least_shared,
+            reranks=args.rerank,
+        ),
     )
     without, worth = share_without_neighbors(table), _worth(args, table, query)
     result = {"table": str(table.folder), **table.summary(), "share_without_neighbors": without, **worth}

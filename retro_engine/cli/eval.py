@@ -36,6 +36,8 @@ def add(commands: flags.Commands) -> None:
     sub.add_argument("--dtype", choices=[*PRECISIONS], default="fp32", help="of the model's products")
     leak = "neighbors that state more of the next chunk are missing"
     sub.add_argument("--leak-limit", type=float, metavar="SHARE", help=leak)
+    stride = "find neighbors anew every N tokens, of which a chunk has a multiple (modes on and off)"
+    sub.add_argument("--stride", type=int, metavar="N", help=stride)
     flags.add_against(sub)
     sub.add_argument("--in-prompt", action="store_true", help="also the same decoder with the neighbors in its prompt")
     rounded = "the same with weights of these types, of bf16,int8,int4, as generate and serve have them"
@@ -51,6 +53,8 @@ def add(commands: flags.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     flags.check_limit(args.limit)
+    if args.stride is not None:
+        _check_stride(args)
     eval_memory.check_flags(args)
     for flag in ("questions", "lm_eval", "memory", "in_prompt"):
         if getattr(args, flag):
@@ -176,6 +180,19 @@ def _run_beside_memory(
     return 0
 
 
+def _check_stride(args: argparse.Namespace) -> None:
+    """--stride with what it is not measured beside."""
+    from retro_engine.evaluate.strides import MODES
+
+    for flag in ("questions", "lm_eval", "leak_limit", "in_prompt", "memory", "neighbors"):
+        if getattr(args, flag):
+            name = flag.replace("_", "-")
+            raise UsageError(f"--stride with --{name}", "it has neighbors of chunks", f"leave --{name} out")
+    args.modes = args.modes or ",".join(MODES)
+    if others := set(args.modes.split(",")) - {*MODES}:
+        raise UsageError(f"--stride has no mode {', '.join(sorted(others))}", "", f"--modes {','.join(MODES)}")
+
+
 def _types(args: argparse.Namespace) -> list[str]:
     return [] if args.weights is None else args.weights.split(",")
 
@@ -252,8 +269,12 @@ def _losses(
 ) -> "dict[str, DocumentLosses]":
     """Losses of `retro`'s model, or of another one with its tokenizer."""
     from retro_engine.evaluate.perplexity import Given, evaluate
+    from retro_engine.evaluate.strides import Stride
     from retro_engine.generate.generator import encode_neighbors
 
+    stride = None
+    if args.stride is not None and model.config.retrieval:
+        stride = Stride(sequences, args.stride, model)
     given = None
     if "given" in modes:
         given = Given(*encode_neighbors(retro.tokenizer, args.neighbors, model.config.r))
@@ -273,6 +294,7 @@ def _losses(
             shard=(args.parallel.rank, args.parallel.world),
             reduce=args.parallel.sum_arrays,
             encodings=encodings,
+            stride=stride,
         )
 
 

@@ -373,13 +373,20 @@ class Sequences(Stream):
 
     def neighbor_tokens(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [K, R] and lengths [K] of one chunk's neighbors [K]."""
-        tokens, lengths = self._neighbor_loader.gather(ids[None], self.retrieved_length)
+        tokens, lengths = self.gather(ids[None])
         return tokens[0], lengths[0]
+
+    def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [..., K, R] and lengths [..., K] of neighbors [..., K]."""
+        return self._neighbor_loader.gather(ids, self.retrieved_length)
 
     def _allowed_ids(self, rows: np.ndarray, readers: np.ndarray) -> np.ndarray:
         """The first k neighbors of `rows` that `readers` may see."""
         assert self.table is not None
-        ids = self.table.ids(rows, self.table.num_neighbors)
+        return self.first_allowed(self.table.ids(rows, self.table.num_neighbors), readers)
+
+    def first_allowed(self, ids: np.ndarray, readers: np.ndarray) -> np.ndarray:
+        """[..., k] the first of some neighbor ids [..., K] that rows `readers` may see; -1 = missing."""
         is_good = self._may_read(ids, readers[..., None])
         order = np.argsort(~is_good, axis=-1, kind="stable")[..., : self.num_neighbors]
         return np.take_along_axis(np.where(is_good, ids, -1), order, -1)

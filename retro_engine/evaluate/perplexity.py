@@ -18,6 +18,7 @@ from retro_engine.data.questions import Questions
 from retro_engine.data.streams import read_text
 from retro_engine.errors import MissingInputError, UsageError, nearest
 from retro_engine.evaluate.losses import DocumentLosses, evaluating, token_losses
+from retro_engine.evaluate.strides import Stride, reading_every
 from retro_engine.model.encodings import Encodings
 from retro_engine.model.retro import RetroModel
 from retro_engine.retrieval.overlap import drop_leaks
@@ -108,20 +109,24 @@ def evaluate(
     shard: tuple[int, int] = (0, 1),
     reduce: Callable[[Iterable[np.ndarray]], None] = lambda arrays: None,
     encodings: Encodings | None = None,
+    stride: Stride | None = None,
 ) -> dict[str, DocumentLosses]:
     """Losses per document for each mode (on, off, random, one_right, given); `limit` batches at most a mode.
 
     `leak_limit`: neighbors that state more than this share of what follows word for word become missing; of mode on, `dropped` is told how many of how many. `shard` (i, n): every n-th batch
-    from the i-th on, with `reduce` to sum arrays over the n processes in place. `encodings`: of neighbors in front, which are not encoded again. The model is left in the mode it was in.
+    from the i-th on, with `reduce` to sum arrays over the n processes in place. `encodings`: of neighbors in front, which are not encoded again. `stride`: neighbors are found anew more often (mode on). The model is left in the mode it was in.
     """
     results = {}
     numbers = np.full(sequences.num_documents, -1, np.int64)
     numbers[sequences.documents] = np.arange(len(sequences.documents))
-    with evaluating(model), reading_kept(model, encodings):
+    length = None if stride is None else stride.length
+    with evaluating(model), reading_kept(model, encodings), reading_every(model, length):
         for mode in modes:
             sums = DocumentLosses.zeros(len(sequences.documents))
             for rows, is_extra in _turns(sequences.batch_rows(batch_size, limit), shard):
                 batch = read_batch(sequences, rows, mode, given, leak_limit, _nobody if is_extra else dropped)
+                if stride is not None and mode == "on":
+                    batch = stride.attach(batch)
                 losses, _ = token_losses(model, batch, model.device, precision)
                 counted = (batch.labels >= 0) & (not is_extra)
                 documents, nats = numbers[batch.document_ids[counted]], losses.double().cpu().numpy()[counted]

@@ -136,13 +136,30 @@ class ChunkedCrossAttention(nn.Module):
         return self.q(x).unflatten(-1, (-1, self.head_width))
 
     def attend(
-        self, q_BNHE: Tensor, k_BLKRGE: Tensor, v_BLKRGE: Tensor, lengths_BLK: Tensor | None, rotary: Rotary
+        self,
+        q_BNHE: Tensor,
+        k_BLKRGE: Tensor,
+        v_BLKRGE: Tensor,
+        lengths_BLK: Tensor | None,
+        rotary: Rotary,
+        stride: int | None = None,
     ) -> Tensor:
-        """[b, n, h * e], before the output matrix, of a sequence's tokens from its first on; nothing is rotated yet."""
+        """[b, n, h * e], before the output matrix, of a sequence's tokens from its first on; nothing is rotated yet. `stride`:
+        tokens that read the same neighbors; None = a chunk's. Positions are a chunk's in either case.
+        """
         cos, sin = rotary if rotary is not None else (None, None)
         dropout = self.dropout if self.training else 0.0
         return ops.chunked_cross_attention(
-            q_BNHE, k_BLKRGE, v_BLKRGE, lengths_BLK, self.chunk_size, cos, sin, self.scale, self.query_offset, dropout
+            q_BNHE,
+            k_BLKRGE,
+            v_BLKRGE,
+            lengths_BLK,
+            stride or self.chunk_size,
+            cos,
+            sin,
+            self.scale,
+            self.query_offset,
+            dropout,
         ).flatten(-2)
 
 

@@ -67,6 +67,9 @@ class RetroModel(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
         self.recompute: str | None = None  # None | selective | full: model/recompute.py
         self.kept: Encode | None = None  # of neighbors in front, where those are kept (Encodings.of); no gradients
+        self.stride: int | None = (
+            None  # tokens until a full pass reads other neighbors; None = a chunk's (evaluate/strides.py)
+        )
         self.packs_neighbors = True  # the encoder computes valid neighbor tokens only (False: every shape is fixed)
         initialize(self, generator)
 
@@ -187,7 +190,7 @@ class RetroModel(nn.Module):
             attends_BN=retrieved.attends_BN,
             rotary=rotary,
             first_keys=first_keys,
-            chunk_size=self.config.chunk_size,
+            chunk_size=self.exchange_length,
         )
 
     def run_alone(self, tokens_WR: Tensor) -> Pairs:
@@ -240,6 +243,11 @@ class RetroModel(nn.Module):
     def normed(self, x: Tensor) -> Tensor:
         """What the output head takes, [..., d] -> [..., d]."""
         return self.final_norm(x) * self.output_scale if self.config.mup else self.final_norm(x)
+
+    @property
+    def exchange_length(self) -> int:
+        """Tokens after which a full pass reads other neighbors."""
+        return self.stride or self.config.chunk_size
 
     @property
     def output_scale(self) -> float:
@@ -368,7 +376,7 @@ class RetroModel(nn.Module):
         """The neighbors with what each token and each chunk may see of them; None = retrieval off."""
         if neighbors is None or neighbors.shape[1] == 0 or not self.config.retrieval:
             return None
-        c, M = self.config, self.config.chunk_size
+        c, M = self.config, self.exchange_length
         B, L, K, R = neighbors.shape
         N = tokens.shape[1]
         front = -N % M if c.partial_chunk == "first" else 0
@@ -431,11 +439,12 @@ class RetroModel(nn.Module):
             return
         if not self.config.retrieval:
             raise ValueError("this model is a plain decoder (model.retrieval=false): it takes no neighbors")
-        L = -(-N // c.chunk_size) if c.partial_chunk == "first" else N // c.chunk_size
+        M = self.exchange_length
+        L = -(-N // M) if c.partial_chunk == "first" else N // M
         if neighbors.dim() != 4 or neighbors.shape[:2] != (B, L):
             raise ValueError(
                 f"neighbors has shape {tuple(neighbors.shape)}; expected [{B}, {L}, k, r]: "
-                f"n={N} tokens make {L} chunks of {c.chunk_size}"
+                f"n={N} tokens make {L} chunks of {M}"
             )
         if neighbors.shape[3] > max(2 * c.chunk_size - 1, c.r):
             raise ValueError(f"neighbors are {neighbors.shape[3]} tokens long; the model takes at most {c.r}")
@@ -472,7 +481,7 @@ class _FullReading:
     def encode(self, z_BND: Tensor) -> None:
         model, retrieved = self.model, self.retrieved
         assert model.neighbor_projection is not None
-        L, M = retrieved.tokens_BLKR.shape[1], model.config.chunk_size
+        L, M = retrieved.tokens_BLKR.shape[1], model.exchange_length
         hidden = F.pad(z_BND, (0, 0, retrieved.front, 0))[:, : L * M].unflatten(1, (L, M))
         encoded = model.encode(retrieved.tokens_BLKR, self.layout, hidden, retrieved.hidden_seen)
         if model.recompute == "full" and torch.is_grad_enabled():
@@ -494,7 +503,8 @@ class _FullReading:
             encoded = self._spread(*self.model.neighbor_projection(encoded[0], place)[0])
         if self.retrieved.front:
             q = F.pad(q, (0, 0, 0, 0, self.retrieved.front, 0))
-        out = cross.attend(q, encoded[0], encoded[1], self.retrieved.lengths_BLK, self.rotary)
+        stride = self.model.stride
+        out = cross.attend(q, encoded[0], encoded[1], self.retrieved.lengths_BLK, self.rotary, stride)
         return out[:, self.retrieved.front :], self.retrieved.attends_BN
 
 

@@ -1,7 +1,7 @@
 """`retro neighbors`: fills a neighbor table, shard by shard, leaving out the chunk's own document and its copies.
 
-Options: several databases with weights; near-duplicates of the chunk left out; for held-out documents neighbors
-left out that state what follows. Reads stores and indexes; writes TABLE/ids-NNNNN.bin (32,768 chunks each) with
+Options: several databases with weights; near-duplicates of the chunk left out; neighbors that share few of its tokens left out,
+or put behind those that share more; for held-out documents neighbors left out that state what follows. Reads stores and indexes; writes TABLE/ids-NNNNN.bin (32,768 chunks each) with
 their markers, and manifest.json. Letters: Q queries, K neighbors, R tokens per neighbor, M chunk length.
 """
 
@@ -25,7 +25,7 @@ from retro_engine.retrieval.analyzer import Analyzer
 from retro_engine.retrieval.embed import short_name
 from retro_engine.retrieval.executor import Piece, Stage, run_stage
 from retro_engine.retrieval.lexical import Bm25Index
-from retro_engine.retrieval.overlap import NGRAM, check_share, stated_shares
+from retro_engine.retrieval.overlap import NGRAM, check_share, shared_tokens, stated_shares
 from retro_engine.retrieval.search import (
     Building,
     Retriever,
@@ -45,19 +45,30 @@ MANY_MISSING = 0.5  # of the chunks: from then on the build says what may be the
 
 @dataclass(frozen=True)
 class Filters:
-    """What is left out besides the own document. Shares are of tokens in shared runs; None = off."""
+    """What is left out besides the own document, and the order of the rest. The first two shares are of tokens in shared runs;
+    None = off.
+    """
 
     near_duplicates: float | None = None  # of the chunk, in runs of 13: a neighbor that states more is left out
     leak_limit: float | None = None  # of the next chunk of held-out documents, in runs of 8
     splits: str = "98,2,0"  # which documents are held out: valid and test
+    least_shared: float | None = None  # of the chunk's different tokens: a neighbor that has fewer of them is left out
+    reranks: bool = False  # the neighbor that has most of them comes first
 
     def __post_init__(self) -> None:
-        for name in ("near_duplicates", "leak_limit"):
+        for name in ("near_duplicates", "leak_limit", "least_shared"):
             check_share(name.replace("_", "-"), getattr(self, name))
 
     @property
     def is_on(self) -> bool:
-        return self.near_duplicates is not None or self.leak_limit is not None
+        return self != Filters(splits=self.splits)
+
+    def described(self) -> dict[str, Any]:
+        """For a manifest; earlier versions had no entry for what shares few tokens."""
+        later = {"least_shared": self.least_shared, "reranks": self.reranks}
+        return {
+            name: value for name, value in asdict(self).items() if name not in later or later[name] not in (None, False)
+        }
 
 
 def build_neighbors(
@@ -107,7 +118,7 @@ def build_neighbors(
         if weights is not None:
             described["weights"] = list(map(float, weights))
         if filters.is_on:
-            described["filters"] = asdict(filters)
+            described["filters"] = filters.described()
         stage = _table_stage(folder, query, databases, retriever, num_neighbors, building=building, described=described)
         _say_search_cost(stage, query, retriever, reporter)
         hashes = run_stage(stage, building.executor, reporter)
@@ -190,14 +201,26 @@ class _TableSearch:
         ids = self.retriever.search_rows(self.query, first, last, k, exclude)[0]
         if not self.filters.is_on:
             return ids
-        dropped = (ids < 0) | self._filtered(ids, first, last)
-        order = np.argsort(dropped, axis=1, kind="stable")[:, : self.num_neighbors]
+        tokens, lengths = self.retriever.loader.gather(ids, 2 * self.query.chunk_size)
+        dropped = (ids < 0) | self._filtered(tokens, lengths, first, last)
+        last_of_all = dropped.astype(np.float64)
+        if self.filters.least_shared is not None or self.filters.reranks:
+            shares = self._shared(tokens, lengths, first, last)
+            if self.filters.least_shared is not None:
+                dropped |= shares < self.filters.least_shared
+            last_of_all = np.where(dropped, 1.0, -shares if self.filters.reranks else 0.0)
+        order = np.argsort(last_of_all, axis=1, kind="stable")[:, : self.num_neighbors]
         return np.take_along_axis(np.where(dropped, -1, ids), order, 1)
 
-    def _filtered(self, ids: np.ndarray, first: int, last: int) -> np.ndarray:
+    def _shared(self, tokens: np.ndarray, lengths: np.ndarray, first: int, last: int) -> np.ndarray:
+        """[Q, K] share of the chunk's different tokens that the neighbor's own chunk has, without what follows it."""
+        m = self.query.chunk_size
+        own, own_lengths = self.query.rows(first, last)
+        return shared_tokens(own, own_lengths, tokens[..., :m], np.minimum(lengths, m))
+
+    def _filtered(self, tokens: np.ndarray, lengths: np.ndarray, first: int, last: int) -> np.ndarray:
         """[Q, K] whether a neighbor repeats its chunk, or for held-out documents states what follows."""
-        tokens, lengths = self.retriever.loader.gather(ids, 2 * self.query.chunk_size)
-        out = np.zeros(ids.shape, bool)
+        out = np.zeros(lengths.shape, bool)
         own, own_lengths = self.query.rows(first, min(last + 1, self.query.num_rows))
         own_lengths = own_lengths.astype(np.int64)
         count = last - first

@@ -1,7 +1,8 @@
-"""How much of the text to be predicted stands in the neighbors already: the leakage measure, and a filter.
+"""How much of the text to be predicted stands in the neighbors already: the leakage measure, and a filter. And how many of a
+chunk's own tokens a neighbor shares.
 
 A chunk's neighbors help to predict the m tokens after it. The overlap of a neighbor is the share of those tokens
-that are covered by n-grams which the neighbor holds too. Letters: B sequences, N tokens, L chunks, K neighbors,
+that are covered by n-grams which the neighbor holds too. Letters: Q chunks, B sequences, N tokens, L chunks, K neighbors,
 R tokens per neighbor, M chunk length.
 """
 
@@ -65,6 +66,32 @@ def stated_shares(
     return _stated_shares(
         targets_QM.astype(np.int64), target_lengths_Q.astype(np.int64), neighbors_QKR, lengths_QK.astype(np.int64), n
     )
+
+
+def shared_tokens(
+    chunks_QM: np.ndarray, chunk_lengths_Q: np.ndarray, neighbors_QKM: np.ndarray, lengths_QK: np.ndarray
+) -> np.ndarray:
+    """[Q, K] share of each chunk's different tokens that the neighbor has, in any order (arXiv 2305.16243, 2505.14309)."""
+    return _shared_tokens(
+        chunks_QM.astype(np.int64), chunk_lengths_Q.astype(np.int64), neighbors_QKM, lengths_QK.astype(np.int64)
+    )
+
+
+@numba.njit(cache=True)
+def _shared_tokens(chunks, chunk_lengths, neighbors, lengths):  # type: ignore[no-untyped-def]
+    Q, K = lengths.shape
+    out = np.zeros((Q, K))
+    for q in range(Q):
+        own = np.unique(chunks[q, : chunk_lengths[q]])
+        for k in range(K):
+            count = 0
+            for token in own:
+                for p in range(lengths[q, k]):
+                    if neighbors[q, k, p] == token:
+                        count += 1
+                        break
+            out[q, k] = count / max(1, len(own))
+    return out
 
 
 @numba.njit(cache=True)

@@ -146,13 +146,18 @@ class Retriever:
         return "+".join(index.fingerprint[:12] for index in self.indexes)
 
     def search(
-        self, texts: Sequence[str], k: int, beside: Callable[[np.ndarray], Counts] | None = None
+        self,
+        texts: Sequence[str],
+        k: int,
+        beside: Callable[[np.ndarray], Counts] | None = None,
+        exclude: Sequence[LeftOut | None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids [q, k] (-1 = fewer were found) and scores [q, k], best first; of copies only the first. `beside`: counts of terms
-        in another collection, with whose BM25 scores these shall be comparable.
+        in another collection, with whose BM25 scores these shall be comparable. `exclude` gives, per database, rows to leave out.
         """
-        nothing = np.full(len(texts), -1, np.int32)
-        exclude = [None if copies is None else copies.for_queries(nothing) for copies in self._copies]
+        if exclude is None:
+            nothing = np.full(len(texts), -1, np.int32)
+            exclude = [None if copies is None else copies.for_queries(nothing) for copies in self._copies]
         embed = lambda half: self._dense(half)[0].embed_texts(texts)  # noqa: E731
         return self._search(k, exclude, lambda: texts, embed, beside)
 

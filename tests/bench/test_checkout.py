@@ -8,6 +8,7 @@ import pytest
 from helpers import write_corpus
 
 from retro_engine.bench import checkout, memories
+from retro_engine.data import files
 
 
 @pytest.mark.long
@@ -74,6 +75,18 @@ def test_memories_beside_decoders(
     assert tokens == sorted(tokens) and tokens[0] * 6 < tokens[2]
     saved = body["parts"]["memory-0"]
     assert float(saved["on with the memory"].split()[0]) < float(saved["on"].split()[0])
+
+
+def test_other_neighbors_and_other_numbers_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = checkout.load("text_results").main
+    corpus = write_corpus(tmp_path / "c.jsonl", 40, words=120)
+    flags = ["--quick", "--out", str(tmp_path / "r"), "--text", str(corpus), "--only", "reading"]
+    assert main(flags) == 0
+    shown = json.loads(capsys.readouterr().out.splitlines()[-1])["parts"]["reading-0"]
+    nats = files.read_object(tmp_path / "r/quick/reading-0.json")["documents"]
+    assert nats.keys() < shown.keys()
+    assert {"as it is, every 16 tokens", "as it is, 16 neighbors", "trained reranked, reading the same"} < nats.keys()
+    assert len(nats) == 14 and len({sum(of) for of in nats.values()}) > 10, "each reads something else"
 
 
 def test_what_has_nothing_to_measure_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

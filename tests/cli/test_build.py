@@ -22,6 +22,7 @@ def test_flags_of_building_that_cannot_be_used(work: Path, capsys: pytest.Captur
         ("--retriever", "hybrid", "--embedder", "hash", "--fusion", "-1", "1"): 2,
         ("--source-weights", "0"): 2,
         ("--near-duplicates", "1.5"): 2,
+        ("--least-shared", "1"): 2,
         ("--k", "0"): 2,
         ("--k", "-3"): 2,
         ("--retriever", "hash", "--stop-words", "none"): 2,

@@ -50,6 +50,26 @@ def test_other_numbers_of_neighbors_than_in_training(work: Path, capsys: pytest.
     assert run("generate", work / "run", "The", "model.num_neighbors=1") == 2, "there it is --k"
 
 
+def test_neighbors_found_more_often_than_every_chunk(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("eval", work / "run", "--limit", 1)
+    assert run(*words, "--modes", "on,off", "--json", "--quiet") == 0
+    every_chunk = json.loads(capsys.readouterr().out)
+    assert run(*words, "--stride", 16, "--json", "--quiet") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["on"], found["off"]) == (every_chunk["on"], every_chunk["off"]) and "random" not in found
+    for wrong, said in (
+        (["--stride", 5], "does not divide"),
+        (["--stride", 0], "does not divide"),
+        (["--stride", 8, "--modes", "random"], "no mode random"),
+        (["--stride", 8, "--leak-limit", 0.3], "--stride with --leak-limit"),
+        (["--stride", 8, "--memory", "ngram"], "--stride with --memory"),
+        (["--stride", 8, "--questions", "q.json"], "--stride with --questions"),
+        (["--stride", 8, "--lm-eval", "piqa"], "--stride with --lm-eval"),
+    ):
+        assert run(*words, *wrong) == 2, wrong
+        assert said in capsys.readouterr().err
+
+
 def test_flops_against_a_plain_decoder(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(work / "store")
     plain = small_config(vocab_size=store.vocab_size, chunk_size=16, encoder_seq_length=64, retrieval=False)

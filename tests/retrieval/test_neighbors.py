@@ -133,9 +133,43 @@ def test_leaks_are_left_out_for_held_out_documents_only(small_store: Store) -> N
     )  # 1: the filter searches deeper and met the chunk before a document's last one
     assert np.isin(moved, (0, 1)).all() and (moved != 0).mean() < 0.01
     assert (a[is_heldout] != b[is_heldout]).any()
-    for wrong in ({"leak_limit": 1.0}, {"near_duplicates": -0.1}):
+    for wrong in ({"leak_limit": 1.0}, {"near_duplicates": -0.1}, {"least_shared": 1.0}):
         with pytest.raises(UsageError, match="cannot be used"):
             Filters(**wrong)
+
+
+def test_neighbors_that_share_few_tokens_and_the_order_of_the_others(small_store: Store) -> None:
+    rows, least = np.arange(small_store.num_rows), 0.5
+
+    def build(name: str, filters: Filters, k: int = 8) -> np.ndarray:
+        table = build_neighbors(small_store, [small_store], num_neighbors=k, name=name, filters=filters)
+        assert (table.manifest["retriever"].get("filters") is not None) == filters.is_on
+        return table.ids(rows, k)
+
+    def shares_of(ids: np.ndarray) -> np.ndarray:
+        """By sets of tokens: -1 = missing."""
+        chunks = []
+        for row in rows:
+            tokens, lengths = small_store.rows(int(row), int(row) + 1)
+            chunks.append(set(tokens[0, : lengths[0]].tolist()))
+        return np.array(
+            [[-1 if i < 0 else len(chunks[row] & chunks[i]) / len(chunks[row]) for i in ids[row]] for row in rows]
+        )
+
+    plain, above = build("all of 16", Filters(), 16), build("above", Filters(least_shared=least))
+    ranked = build("ranked", Filters(reranks=True))
+    both = build("both", Filters(least_shared=least, reranks=True))
+    found = shares_of(plain)
+    assert (found[found >= 0] < least).any() and (np.diff(found[:, :8], axis=1) > 0).any()
+    for row in rows:
+        expected = [i for i, share in zip(plain[row], found[row]) if i >= 0 and share >= least][:8]
+        assert above[row][above[row] >= 0].tolist() == expected, "the retriever's order is kept"
+    for ids in (ranked, both):
+        shares = shares_of(ids)
+        assert (np.diff(shares, axis=1) <= 0).all(), "missing ones are last"
+        assert (shares[:, 0] == np.where(found.max(1) < least, shares[:, 0], found.max(1))).all()
+    kept = shares_of(both)
+    assert (kept[kept >= 0] >= least).all() and (kept < 0).sum() > (shares_of(ranked) < 0).sum()
 
 
 def test_weights_of_databases(small_store: Store, tmp_path: Path) -> None:
