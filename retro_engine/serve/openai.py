@@ -6,7 +6,7 @@ retrieval, or beside the choices.
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -144,15 +144,42 @@ async def chat_requests(request: HttpRequest, body: Chat) -> tuple[list[Request]
         body.drop_thinking()
     more = check_variables(body.chat_template_kwargs, service.chat)
     await put_in_chat(request, body)
-    ask = partial(chat_prompt, begins=begins, goes_on=goes_on, tools=tools, variables=more)
+    ask = partial(chat_prompt, begins=begins, goes_on=goes_on, variables=more)
     if service.reader is None:
-        prompt, stops = await brief(request, ask, body.messages, service.chat)
+        prompts, stops, tools = await _with_tools(request, body, ask, tools)
     else:
         prompt, stops = await reader_prompt(request, body)
+        prompts = await brief(request, partial(encode_prompts, param="messages"), service, prompt, limits)
     body.stop = [*_stops(body.stop), *stops]
-    prompts = await brief(request, partial(encode_prompts, param="messages"), service, prompt, limits)
     about = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "is_chat": service.chat is not None}
     return requests_of(body, service, prompts, limits, CHAT_TOKENS, grammar=grammar, **about), tools
+
+
+async def _with_tools(
+    request: HttpRequest, body: Chat, ask: Callable[..., Any], tools: list[Tool]
+) -> tuple[list[list[int]], tuple[str, ...], list[Tool]]:
+    """The prompt of a conversation, what ends its answer, and the functions it was shown: those that may be called and have no
+    room beside it are left out, and said (a page sends dozens of its own, unasked).
+    """
+    service, limits = service_of(request), limits_of(request)
+    is_required = body.tool_choice not in (None, "none", "auto")
+    wanted = CHAT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+
+    async def encoded(shown: list[Tool]) -> tuple[list[list[int]], tuple[str, ...]]:
+        prompt, stops = await brief(request, partial(ask, tools=shown), body.messages, service.chat)
+        return await brief(request, partial(encode_prompts, param="messages"), service, prompt, limits), stops
+
+    try:
+        prompts, stops = await encoded(tools)
+    except ApiError as error:
+        if error.code != "context_length_exceeded" or not tools or is_required:
+            raise
+    else:
+        if not tools or is_required or len(prompts[0]) + wanted <= service.engine.max_tokens:
+            return prompts, stops, tools
+    prompts, stops = await encoded([])
+    body.take_found([], [f"{len(tools)} tools have no room in the prompt: the model was not shown them"])
+    return prompts, stops, []
 
 
 def _stops(stop: str | list[str] | None) -> list[str]:

@@ -236,6 +236,27 @@ def test_open_webui_asks(server: Server) -> None:
         assert client.get("/api/tags").status_code == 404, "Ollama's probe is told that this is none"
 
 
+def test_what_open_webui_asked(server: Server) -> None:
+    """The bodies of version 0.12.4, recorded while its page was driven in Chromium (its texts are left out): a chat with three dozen
+    tools of its own, 26 kB of them, and beside it a title, tags and what may be asked next.
+    """
+    described = {"description": "Of a page's own. " * 35, "parameters": {"properties": {}, "type": "object"}}
+    tools = [{"type": "function", "function": {"name": f"tool_{number}", **described}} for number in range(36)]
+    messages = [{"role": "user", "content": "What is the harbor?"}]
+    with server.client("read") as client:
+        assert client.get("/v1/models").status_code == 200
+        for _ in range(2):
+            body = {"stream": True, "model": "tiny", "messages": messages, "tools": tools}
+            out = client.post("/v1/chat/completions", json=body)
+            assert out.status_code == 200 and out.text.endswith("data: [DONE]\n\n"), out.text
+            assert "36 tools have no room in the prompt" in out.text
+            messages += [{"role": "assistant", "content": "A harbor."}, {"role": "user", "content": "And the river?"}]
+        for task in ("a concise title", "3-5 useful messages", "1-3 broad tags"):
+            asked = [{"role": "user", "content": f"### Task:\nGenerate {task}."}]
+            body = {"model": "tiny", "messages": asked, "stream": False, "max_tokens": 1000}
+            assert client.post("/v1/chat/completions", json=body).json()["choices"][0]["finish_reason"]
+
+
 def test_the_notebook_of_llama_cpps_page(server: Server) -> None:
     """Its own form of completions, whole and streamed, as many tokens as there is room for unless it says how many."""
     sent = {name: value for name, value in PAGE.items() if name in Completion.model_fields and name != "stream_options"}

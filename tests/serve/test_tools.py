@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from serve_helpers import Server
+from serve_helpers import Server, post
 from tokenizer_helpers import CHATML, chatml
 
 from retro_engine.data.chat_files import ChatFiles
@@ -145,6 +145,26 @@ def test_a_call_that_is_required_comes(server: Server, choice: Any) -> None:
     told = [*ask["messages"], out.message, {"role": "tool", "tool_call_id": call.id, "content": "Fair."}]
     more = client.chat.completions.create(**{**ask, "messages": told, "tool_choice": "auto", "max_tokens": 4})
     assert more.choices[0].message.role == "assistant"
+
+
+@pytest.mark.parametrize("length", [2500, 9000])
+def test_tools_without_room_are_left_out_and_said(server: Server, length: int) -> None:
+    """As Open WebUI sends three dozen of its own; what is required is not left out. Longer than a sequence, and than a prompt."""
+    told = {
+        "type": "function",
+        "function": {"name": "long", "description": "river stone " * (length // 4), "parameters": {}},
+    }
+    ask: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "What?"}], "temperature": 0}
+    plain = post(server, "/v1/chat/completions", **ask, max_tokens=4).json()
+    for more in ({}, {"tool_choice": "auto"}):
+        out = post(server, "/v1/chat/completions", **ask, max_tokens=4, tools=[told], **more).json()
+        assert out["choices"][0]["message"]["content"] == plain["choices"][0]["message"]["content"]
+        assert out["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+        assert out["retro"]["notes"] == ["1 tools have no room in the prompt: the model was not shown them"]
+    streamed = post(server, "/v1/chat/completions", **ask, stream=True, tools=[told]).text
+    assert "have no room in the prompt" in streamed and streamed.endswith("data: [DONE]\n\n")
+    refused = post(server, "/v1/chat/completions", **ask, tools=[told], tool_choice="required")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded"), refused.text
 
 
 @pytest.mark.parametrize(
