@@ -14,12 +14,18 @@ from typing import Any
 
 import httpx
 import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
 import uvicorn
-from serve_helpers import Server
+from serve_helpers import Server, make_run, serving_run
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from retro_engine.data.store import Store
 
 PAGE = os.environ.get("RETRO_LLAMA_PAGE")
 CHROMIUM = shutil.which("chromium")
@@ -48,6 +54,13 @@ BEFORE = [  # method, address, body, status: what is not here is told so, and th
     ("GET", "/v1/models", None, 200),
     ("POST", "/v1/streams/lookup", {"conversation_ids": ["f3a0b04a-b275-4488-a07e-6385b7cbbffc::tiny"]}, 404),
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("llama-page")
+    with serving_run(make_run(small_store, folder / "run"), folder) as server:
+        yield server
 
 
 def test_what_it_asked_is_answered(server: Server) -> None:
