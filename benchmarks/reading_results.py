@@ -5,7 +5,10 @@ have fewer than half of the chunk's different tokens, and the same put in the or
 the first; the first also reads other numbers of neighbors, and neighbors found every 16 and every 8 tokens.
 """
 
+import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +34,7 @@ PER_CHUNK = (2, 4)  # searches a chunk of 32 tokens: every 16, every 8
 
 
 def reading(trial: Trial, store: Store) -> dict[str, Any]:
-    trial = replace(trial, preset=PRESET)
+    trial, store = replace(trial, preset=PRESET), _own_store(trial.out, store)
     for name, filters in FILTERS.items():
         if not (store.folder / "neighbors" / name / files.MANIFEST).is_file():
             build_neighbors(store, [store], "bm25", name=name, filters=filters, reporter=trial.report)
@@ -56,6 +59,16 @@ def reading(trial: Trial, store: Store) -> dict[str, Any]:
         | saves,
         "documents": {name: of.nats.tolist() for name, of in found.items()},
     }
+
+
+def _own_store(out: Path, store: Store) -> Store:
+    """The store under another name, its files linked: the other parts name no table, since theirs has one."""
+    folder = out / f"{store.folder.name}-reading"
+    if not folder.exists():
+        files.remove_tree(aside := folder.with_suffix(".tmp"))
+        shutil.copytree(store.folder, aside, copy_function=os.link)
+        aside.rename(folder)
+    return Store(folder)
 
 
 def _first(retro: Retro, store: Store) -> dict[str, DocumentLosses]:
