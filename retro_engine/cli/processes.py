@@ -44,7 +44,7 @@ def joined(args: argparse.Namespace) -> Iterator["Parallel"]:
     from retro_engine.train.parallel import Parallel
 
     config = Config()
-    config.trainer.accelerator = args.device or "auto"
+    config.trainer.accelerator = (args.device or "auto") if are_started() else "cpu"  # where sums are made
     parallel = Parallel(config)
     try:
         with contextlib.ExitStack() as stack:
