@@ -202,7 +202,7 @@ def _open(args: argparse.Namespace, weights: str | None) -> "Retro":
     from retro_engine.api import Retro
     from retro_engine.train.run_data import store_chunk_size
 
-    retro = Retro.from_pretrained(args.path, weights, args.device)
+    retro = Retro.from_pretrained(args.path, weights, args.parallel.device if processes.are_started() else args.device)
     if flags.settle_reading(args, retro, bool(args.neighbors), changes_count=True):
         flags.read_in_front(args, retro, store_chunk_size(retro.folder, args.overrides))
     return retro

@@ -134,6 +134,8 @@ def _check_settings(args: argparse.Namespace) -> None:
 
 def _fail(is_json: bool, error: RetroError) -> int:
     event = {"event": "error", "what": error.what, "why": error.why, "do": error.do, "exit_code": error.exit_code}
+    if who := who_speaks():
+        event["who"] = who.removesuffix(": ")
     print(json.dumps(event) if is_json else f"error: {who_speaks()}{error}", file=sys.stderr)
     return error.exit_code
 

@@ -153,7 +153,7 @@ class _Training:
         self.products = self._settle_products(before.get("products"))
         self.module = self._spread()
         steps = config.trainer.profile_steps
-        self.profiler = StepProfiler(run, steps, parallel.rank, reporter.say)
+        self.profiler = StepProfiler(run, steps, rank=parallel.rank, device=self.device, say=reporter.say)
         is_scaled = self.precision.is_scaled
         only = None if base is None else learns  # without adapters what is frozen may learn later
         self.optimizer = Optimizer(self.model, m.optim, widths, self.precision.has_master, is_scaled, learns=only)

@@ -16,8 +16,10 @@ ROWS = 40  # of the table
 class StepProfiler:
     """Profiles steps first ... last (1-based) of a process; the parts of a step are ranges by name, in NVTX too on a GPU."""
 
-    def __init__(self, run: Path, steps: list[int] | None, rank: int, say: Callable[[str], None]):
-        self.run, self.rank, self.say = run, rank, say
+    def __init__(
+        self, run: Path, steps: list[int] | None, *, rank: int, device: torch.device, say: Callable[[str], None]
+    ):
+        self.run, self.rank, self.say, self.is_cuda = run, rank, say, device.type == "cuda"
         self.first, self.last = steps or (0, 0)
         self.profile: profile | None = None
         self.had: int | None = None  # the first step that was seen
@@ -26,7 +28,7 @@ class StepProfiler:
     def step(self, number: int) -> Iterator[None]:
         """Around step `number`. A run that goes on behind `first` profiles what is left."""
         if self.profile is None and self.first <= number <= self.last:
-            kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
+            kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self.is_cuda]
             self.profile, self.had = profile(activities=kinds), number
             self.profile.start()
         with named("step"):
@@ -46,7 +48,7 @@ class StepProfiler:
         written = folder / f".{name}.json.tmp"
         found.export_chrome_trace(str(written))
         files.publish_file(written, folder / f"{name}.json")
-        sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        sort = "self_cuda_time_total" if self.is_cuda else "self_cpu_time_total"
         table = found.key_averages().table(sort_by=sort, row_limit=ROWS)
         files.publish(folder / f"{name}.txt", [table.encode()])
         self.say(

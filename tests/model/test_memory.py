@@ -180,4 +180,6 @@ print(faults() - before)
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert int(done.stdout) < 1000  # of 18,000 pages, each time
+    assert (
+        int(done.stdout) < 4 * 17_000 / 2
+    )  # all of the large block's pages, each time, are 65,536; once it may lie elsewhere
