@@ -178,7 +178,7 @@ def test_in_fp32_a_batch_changes_log_probabilities_by_less_than_1e_4(small_store
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
-def never_ends(engine: Engine, count: int = 1000) -> Request:
+def never_ends(engine: Engine, count: int = 2000) -> Request:
     return Request("river", count, sampling=Sampling(min_tokens=count), neighbors=[])
 
 
@@ -194,7 +194,7 @@ def test_cancelling_frees_the_row_at_once(engine: Engine) -> None:
     assert events[0].result().finish_reason == "cancelled"
     running[1].cancel()
     assert running[1].result().finish_reason == "cancelled"
-    assert 0 < len(running[1].result().tokens) < 1000
+    assert 0 < len(running[1].result().tokens) < 2000
     assert waiting.result().tokens  # it got the row
     for stream in (*running, events[1]):
         stream.cancel()
